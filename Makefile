@@ -1,0 +1,51 @@
+# Everything runs in a virtual environment of this folder; python3 and make are all that must be there.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format types slow mini wheel clean
+
+# The main job on the models that come with wsss: the base install alone, without torch.
+demo: build/demo-venv/.installed
+	build/demo-venv/bin/wsss demo --out demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# mypy does not follow the folders that pyproject maps into the package, hence a tree of links and a count of files.
+types: $(VENV)/.installed
+	PYTHON=$(BIN)/python bash .ci/types
+
+# Full-size models, minutes each on a CPU.
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+# Trains the models of the bundle `mini` from nothing and exports them; resumes where it was stopped.
+mini: $(VENV)/.installed
+	$(BIN)/python -m wsss.mini
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m build --wheel
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+build/demo-venv/.installed: pyproject.toml
+	test -x build/demo-venv/bin/python || $(PYTHON) -m venv build/demo-venv
+	build/demo-venv/bin/python -m pip install --quiet --upgrade pip
+	build/demo-venv/bin/python -m pip install --quiet --editable .
+	touch $@
+
+clean:
+	rm -rf build dist demo *.egg-info

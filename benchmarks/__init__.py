@@ -1,0 +1,1 @@
+"""Measurements, each beside the bound or the published number it is held against."""

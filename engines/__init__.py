@@ -1,0 +1,1 @@
+"""Loaded models behind one protocol: `ort` (ONNX Runtime), `eager` (PyTorch, the reference), `fake` (scripted)."""

@@ -1,0 +1,51 @@
+"""PyTorch as an engine: the module a graph was exported from, run eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..batch import Tensor
+from ..spec import AxisRange, GraphSpec, TensorSpec
+from .engine import check_feeds
+
+
+class EagerEngine:
+    """A torch module held to a graph's contract.
+
+    Args:
+        module: takes the inputs in the order of ``spec.inputs``, returns a tensor or a tuple in the order of outputs.
+        spec: the contract.
+        device: a torch device, ``cpu`` or ``cuda:0``.
+    """
+
+    def __init__(self, module: nn.Module, spec: GraphSpec, *, device: str = "cpu") -> None:
+        self._module = module.eval().to(device)
+        self._device = device
+        self._inputs = {tensor.name: tensor for tensor in spec.inputs}
+        self._outputs = {tensor.name: tensor for tensor in spec.outputs}
+        self._axes = dict(spec.axes)
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        return self._outputs
+
+    @property
+    def axes(self) -> Mapping[str, AxisRange]:
+        return self._axes
+
+    @torch.inference_mode()
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_feeds("eager", self._inputs, self._axes, feeds)
+        # Copied: a torch tensor must not share memory with an array the caller may write to.
+        tensors = [torch.from_numpy(np.array(feeds[name])).to(self._device) for name in self._inputs]
+        answer = self._module(*tensors)
+        outputs = (answer,) if isinstance(answer, torch.Tensor) else tuple(answer)
+        return {name: value.cpu().numpy() for name, value in zip(self._outputs, outputs, strict=True)}

@@ -1,0 +1,65 @@
+"""The seam between the runtime and whatever computes: the engine protocol and the check of what is fed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from ..batch import Tensor
+from ..errors import FeedError
+from ..spec import AxisRange, TensorSpec
+
+
+class Engine(Protocol):
+    """A loaded graph with a fixed contract: all that the runtime knows of ONNX Runtime, PyTorch or TensorRT."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]: ...
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]: ...
+    @property
+    def axes(self) -> Mapping[str, AxisRange]:
+        """Range of every free axis. An engine refuses what lies outside."""
+        ...
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run one batch.
+
+        Args:
+            feeds: one tensor per name in ``inputs``, of its dtype and shape; on the host, or an output of an
+                engine of the same kind.
+
+        Returns:
+            One tensor per name in ``outputs``. The memory is the engine's and the next call may overwrite it; clone
+            what must live longer.
+
+        Raises:
+            FeedError: a name, dtype or shape does not fit; says which tensor, what was expected and what came.
+        """
+        ...
+
+
+def check_feeds(where: str, inputs: Mapping[str, TensorSpec], axes: Mapping[str, AxisRange], feeds: Mapping[str, Tensor]) -> None:
+    """Raises FeedError unless ``feeds`` fit ``inputs``: same names, dtypes, fixed axes, and one length per free axis."""
+    if feeds.keys() != inputs.keys():
+        raise FeedError(f"{where}: expected the inputs {sorted(inputs)}, got {sorted(feeds)}")
+    lengths: dict[str, tuple[int, str]] = {}
+    for name, spec in inputs.items():
+        shape, dtype = tuple(feeds[name].shape), np.dtype(feeds[name].dtype).name
+        if dtype != spec.dtype or len(shape) != len(spec.shape):
+            raise FeedError(f"{where}: expected {spec}, got {dtype}{shape}")
+        for axis, length in zip(spec.shape, shape, strict=True):
+            if isinstance(axis, int):
+                if length != axis:
+                    raise FeedError(f"{where}: expected {spec}, got {dtype}{shape}")
+                continue
+            known, first = lengths.setdefault(axis, (length, name))
+            if length != known:
+                raise FeedError(f"{where}: {first!r} has {axis}={known}, but {name!r} has {axis}={length}")
+            if axis in axes and not axes[axis].min <= length <= axes[axis].max:
+                raise FeedError(
+                    f"{where}: {name!r} has {axis}={length}, the engine takes {axes[axis].min} to {axes[axis].max}",
+                    hint="feed in chunks, or export with a wider range",
+                )

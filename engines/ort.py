@@ -1,0 +1,125 @@
+"""ONNX Runtime: the engine that runs everywhere. On a GPU, outputs stay there and feed the next graph through IO binding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from ..batch import Tensor
+from ..errors import BundleError, WsssError
+from ..spec import AxisRange, GraphSpec, TensorSpec
+from .engine import check_feeds
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+
+
+class OrtTensor:
+    """An ``OrtValue`` as the runtime sees tensors; ``np.asarray`` brings it to the host (no copy on the CPU)."""
+
+    def __init__(self, value: onnxruntime.OrtValue) -> None:
+        self.value = value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape())
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        return np.dtype(_DTYPES[self.value.data_type()])
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[np.generic]:
+        array: npt.NDArray[np.generic] = self.value.numpy()
+        if dtype is not None and array.dtype != dtype:
+            return array.astype(dtype)
+        return array.copy() if copy else array
+
+
+class OrtEngine:
+    """One ONNX graph in ONNX Runtime.
+
+    Args:
+        path: the ``.onnx`` file; external weights beside it.
+        spec: the graph's contract from its manifest; the file is checked against it.
+        device: ``cpu`` or ``cuda``.
+        threads: intra-op threads on the CPU, 0 for all cores.
+
+    Raises:
+        BundleError: the file is no ONNX graph, or not the one the manifest describes.
+        WsssError: ``cuda`` was asked for and this onnxruntime has no CUDA provider.
+    """
+
+    def __init__(self, path: Path, spec: GraphSpec, *, device: str = "cpu", threads: int = 0) -> None:
+        if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise WsssError(
+                f"--engine ort on cuda: this onnxruntime {onnxruntime.__version__} has no CUDA provider",
+                hint="pip uninstall -y onnxruntime && pip install 'wsss[gpu]', or run on the CPU",
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:  # onnxruntime raises its own classes for each way a file can be broken
+            raise BundleError(f"{path}: ONNX Runtime cannot load it: {error}", hint="export the model again") from None
+        if device not in {p.removesuffix("ExecutionProvider").lower() for p in self._session.get_providers()}:
+            raise WsssError(
+                f"{path}: asked for {device}, ONNX Runtime fell back to {self._session.get_providers()}",
+                hint="check that the CUDA and cuDNN libraries that this onnxruntime-gpu needs are installed",
+            )
+        self._where = f"{path.parent.name}/{path.stem}"
+        self._device = device
+        self._inputs = {tensor.name: tensor for tensor in spec.inputs}
+        self._outputs = {tensor.name: tensor for tensor in spec.outputs}
+        self._axes = dict(spec.axes)
+        self._check_contract(path)
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        return self._outputs
+
+    @property
+    def axes(self) -> Mapping[str, AxisRange]:
+        return self._axes
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_feeds(self._where, self._inputs, self._axes, feeds)
+        binding = self._session.io_binding()
+        for name, tensor in feeds.items():
+            binding.bind_ortvalue_input(name, self._value(tensor))
+        for name in self._outputs:
+            binding.bind_output(name, self._device)
+        self._session.run_with_iobinding(binding)
+        return {name: OrtTensor(value) for name, value in zip(self._outputs, binding.get_outputs(), strict=True)}
+
+    def _value(self, tensor: Tensor) -> onnxruntime.OrtValue:
+        if isinstance(tensor, OrtTensor):
+            return tensor.value
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor), self._device, 0)
+
+    def _check_contract(self, path: Path) -> None:
+        for told, found in (
+            (self._inputs, self._session.get_inputs()),
+            (self._outputs, self._session.get_outputs()),
+        ):
+            want = {name: np.dtype(spec.dtype) for name, spec in told.items()}
+            have = {node.name: np.dtype(_DTYPES.get(node.type, np.void)) for node in found}
+            if want != have:
+                raise BundleError(
+                    f"{path}: the manifest says {want}, the graph has {have}",
+                    hint="the manifest and the graph come from different exports; export the model again",
+                )

@@ -1,0 +1,1 @@
+"""From official checkpoints to ONNX graphs that provably compute the same."""

@@ -1,0 +1,166 @@
+"""One model from official weights to a proven folder of a bundle: trace, store, gate, publish; and the proof again later."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..engines.ort import OrtEngine
+from ..errors import BundleError, WeightsError
+from ..spec import GraphSpec, Manifest, Model, Parity, sha256_of, write_manifest
+from . import verify
+from .family import Family, Graph, Options, Prepared, family
+from .to_onnx import OPSET, WeightFile, export_onnx
+
+Log = Callable[[str], None]
+"""Takes one line of progress."""
+
+TOOLS = ("torch", "torchvision", "transformers", "open_clip_torch", "segment-anything", "onnx", "onnxscript", "onnxruntime")
+WEIGHTS = "weights.data"
+TOKENIZER = "tokenizer.json"
+
+
+def export_model(family: Family, *, variant: str, weights: str, bundle: Path, options: Options, log: Log) -> Manifest:
+    """Exports one model into ``bundle/<family>``, replacing what was there; a failure leaves everything as it was.
+
+    Raises:
+        ParityError: a graph does not compute what its reference computes.
+        WeightsError, UsageError: from the family, before anything is written.
+        BundleError: the bundle cannot be written.
+    """
+    prepared = family.prepare(variant, weights, options)
+    with _unpublished(bundle, family.name) as folder:
+        store = WeightFile(folder / WEIGHTS)
+        graphs = {}
+        for make in prepared.graphs:
+            graph = make()
+            graphs[graph.name] = _export_graph(graph, folder, store, where=family.name, log=log)
+            del graph
+            gc.collect()
+        if prepared.tokenizer is not None:
+            prepared.tokenizer.save(str(folder / TOKENIZER))
+        manifest = Manifest(
+            family=family.name,
+            variant=prepared.variant,
+            preprocess=prepared.preprocess,
+            graphs=graphs,
+            settings=dict(prepared.settings),
+            tokenizer=None if prepared.tokenizer is None else TOKENIZER,
+            weights=dict(prepared.weights),
+            tools=tool_versions(),
+            files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
+        )
+        write_manifest(folder, manifest)
+        _publish(folder, bundle / family.name)
+    return manifest
+
+
+def verify_model(model: Model, weights: str | None, log: Log) -> dict[str, Parity]:
+    """Runs the parity gate again on a model's stored files.
+
+    Args:
+        weights: where the weights are now; None looks where the manifest says they were.
+
+    Returns:
+        The new verdict on each graph.
+
+    Raises:
+        ParityError: a graph no longer passes.
+        WeightsError: the weights are gone, or others than it was exported from.
+    """
+    prepared = prepare_again(model.manifest, weights)
+    verdicts = {}
+    for make in prepared.graphs:
+        graph = make()
+        spec = model.graph(graph.name)
+        verdicts[graph.name] = _gate(replace(graph, axes=spec.axes), spec, model.folder, where=model.manifest.family, log=log)
+        del graph
+        gc.collect()
+    return verdicts
+
+
+def prepare_again(manifest: Manifest, weights: str | None = None) -> Prepared:
+    """The official model an export was made from. Raises WeightsError when its weights are gone or changed."""
+    prepare = family(manifest.family).prepare
+    source = weights or manifest.weights["source"]
+    prepared = prepare(manifest.variant, source, Options())
+    if prepared.preprocess.canvases != manifest.preprocess.canvases:
+        prepared = prepare(manifest.variant, source, Options(sizes=manifest.preprocess.canvases))
+    expected, got = manifest.weights["sha256"], prepared.weights["sha256"]
+    if got != expected:
+        raise WeightsError(
+            f"{source}: has sha256 {got[:12]}..., {manifest.family} was exported from {expected[:12]}...",
+            hint="give the weights it was exported from with --weights, or export it again",
+        )
+    return prepared
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of whatever of `TOOLS` is installed, and of wsss."""
+    found = {"wsss": __version__}
+    for name in TOOLS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _export_graph(graph: Graph, folder: Path, store: WeightFile, *, where: str, log: Log) -> GraphSpec:
+    path = folder / f"{graph.name}.onnx"
+    begun = time.monotonic()
+    export_onnx(graph, path, store)
+    log(f"{where}: {graph.name} traced in {time.monotonic() - begun:.0f} s")
+    gc.collect()  # the traced program holds a copy of the weights
+    spec = graph.spec(path.name, OPSET)
+    return replace(spec, parity=_gate(graph, spec, folder, where=where, log=log))
+
+
+def _gate(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log) -> Parity:
+    begun = time.monotonic()
+    parity = verify.gate(
+        graph,
+        OrtEngine(folder / spec.file, spec),
+        engine_name=f"onnxruntime {metadata.version('onnxruntime')} on the CPU",
+        reference_name=f"official modules in torch {torch.__version__} on the CPU, row by row",
+        where=f"{where} {graph.name}",
+    )
+    errors = ", ".join(f"{name} {parity.worst(name).error:.1e}" for name in graph.tolerance)
+    log(f"{where}: {graph.name} agrees with its reference ({errors}), {time.monotonic() - begun:.0f} s")
+    return parity
+
+
+@contextlib.contextmanager
+def _unpublished(bundle: Path, name: str) -> Iterator[Path]:
+    try:
+        bundle.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=bundle))
+    except OSError as error:
+        raise BundleError(f"{bundle}: cannot be written: {error.strerror}", hint="give another --bundle folder") from None
+    try:
+        folder.chmod(0o755)  # mkdtemp makes it private; a bundle is to be read by others
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    if not target.exists():
+        folder.rename(target)
+        return
+    old = target.with_name(folder.name.replace(".partial-", ".old-"))
+    target.rename(old)
+    try:
+        folder.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

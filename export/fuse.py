@@ -1,0 +1,149 @@
+"""The glue graph behind SAM's decoder: masks of one image to its label map.
+
+SAM's upsampling (side -> canvas, crop the padding, valid -> photograph) is linear along each axis, so the host gives it
+as two matrices (`wsss.frame`) and the graph multiplies: ``rows @ logits @ columns.T``. The masks then compete for pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..frame import frame_for
+from ..spec import AxisRange, Preprocess, TensorSpec
+from .family import Feeds, Graph, Tolerance
+
+VOID = 255
+PIXELS = AxisRange(1, 500, 16_384)
+"""Photograph's height (or rows of a chunk of it) and width."""
+
+
+class Fuse(nn.Module):
+    """Masks of one image to a label map; the rule is `vote`.
+
+    A photograph may be fused in chunks of rows: ``label_map`` is the same to the bit, ``area`` and ``won`` add up.
+    """
+
+    def forward(
+        self, logits: Tensor, pick: Tensor, score: Tensor, label: Tensor, rows: Tensor, columns: Tensor, margin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z = rows @ logits[pick] @ columns.transpose(0, 1)  # (N, H, W)
+        return vote(z, score, label, margin)
+
+
+def vote(z: Tensor, score: Tensor, label: Tensor, margin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Who owns which pixel.
+
+    Mask i claims a pixel where its logit ``z`` is positive, with value ``score * sigmoid(z)``. The largest value wins,
+    the first of equal ones; the runner-up is the best mask of another label.
+
+    Args:
+        z: (N, H, W) float32 mask logits at the photograph's size; 0 is the edge.
+        score: (N,) float32 in (0, 1].
+        label: (N,) int64 from 1.
+        margin: (1,) float32, the share of its value by which a winner must lead.
+
+    Returns:
+        label_map (H, W) uint8: 0 where nobody claims, 255 where the runner-up is too close, else the winner's label;
+        area (N,) int64: pixels inside each outline; won (N,) int64: pixels each mask gave its label to.
+    """
+    claimed = z > 0
+    value = torch.where(claimed, score[:, None, None] * torch.sigmoid(z), 0.0)
+    best, winner = value.max(dim=0)  # (H, W)
+    other = label[:, None, None] != label[winner]
+    runner_up = torch.where(other, value, 0.0).amax(dim=0)
+    contested = (runner_up > 0) & (best - runner_up < margin * best)
+    owned = (best > 0) & ~contested
+    label_map = torch.where(owned, label[winner], torch.where(contested, VOID, 0)).to(torch.uint8)
+    mine = (winner == torch.arange(z.shape[0], device=z.device)[:, None, None]) & owned
+    return label_map, claimed.sum(dim=(1, 2)), mine.sum(dim=(1, 2))
+
+
+def fuse_graph(preprocess: Preprocess, *, logits_side: int, masks: AxisRange) -> Graph:
+    """Graph ``fuse``: see `Fuse`. Reference: ``Sam.postprocess_masks`` and the rule pixel by pixel over sorted claims."""
+
+    @torch.inference_mode()
+    def reference(feeds: Feeds, _: Feeds) -> Feeds:
+        size = len(feeds["rows"]), len(feeds["columns"])
+        z = upsampled(torch.from_numpy(feeds["logits"][feeds["pick"]]), preprocess, size)
+        return fused_by_sorting(z.numpy(), feeds["score"], feeds["label"], float(feeds["margin"][0]))
+
+    def sample(picked: int, seed: int) -> Feeds:
+        return sample_masks(preprocess, logits_side, masks.max, picked, seed)
+
+    counts = Tolerance(relative=1e-3, why="pixels at the zero crossing fall to either side by rounding")
+    return Graph(
+        name="fuse",
+        module=Fuse(),
+        inputs=(
+            TensorSpec("logits", ("masks", logits_side, logits_side), "float32"),
+            TensorSpec("pick", ("picked",), "int64"),
+            TensorSpec("score", ("picked",), "float32"),
+            TensorSpec("label", ("picked",), "int64"),
+            TensorSpec("rows", ("height", logits_side), "float32"),
+            TensorSpec("columns", ("width", logits_side), "float32"),
+            TensorSpec("margin", (1,), "float32"),
+        ),
+        outputs=(
+            TensorSpec("label_map", ("height", "width"), "uint8"),
+            TensorSpec("area", ("picked",), "int64"),
+            TensorSpec("won", ("picked",), "int64"),
+        ),
+        axes={"masks": masks, "picked": masks, "height": PIXELS, "width": PIXELS},
+        row_axis="picked",
+        whole=True,
+        sample=sample,
+        reference=reference,
+        tolerance={
+            "label_map": Tolerance(relative=1e-4, labels=True, why="pixels at the zero crossing or exactly at the margin"),
+            "area": counts,
+            "won": counts,
+        },
+    )
+
+
+def upsampled(logits: Tensor, preprocess: Preprocess, size: tuple[int, int]) -> Tensor:
+    """Mask logits (N, L, L) at a photograph's (height, width), resized twice as ``Sam.postprocess_masks`` does."""
+    frame = frame_for(preprocess, *size)
+    z = F.interpolate(logits[None], frame.canvas, mode="bilinear", align_corners=False)
+    z = z[..., : frame.valid[0], : frame.valid[1]]
+    return F.interpolate(z, size, mode="bilinear", align_corners=False)[0]
+
+
+def fused_by_sorting(z: np.ndarray, score: np.ndarray, label: np.ndarray, margin: float) -> Feeds:
+    """The rule of `vote` written another way: claims sorted per pixel, then walked down to the first of another label."""
+    value = np.where(z > 0, score[:, None, None] / (1 + np.exp(-z)), 0).astype(np.float32)
+    order = np.argsort(-value, axis=0, kind="stable")  # (N, H, W), the best claim first
+    ranked, labels = np.take_along_axis(value, order, 0), label[order]
+    runner_up = np.zeros_like(ranked[0])
+    for rank in range(len(z) - 1, 0, -1):
+        runner_up = np.where(labels[rank] != labels[0], ranked[rank], runner_up)
+    contested = (runner_up > 0) & (ranked[0] - runner_up < np.float32(margin) * ranked[0])
+    owned = (ranked[0] > 0) & ~contested
+    return {
+        "label_map": np.where(contested, VOID, np.where(owned, labels[0], 0)).astype(np.uint8),
+        "area": (z > 0).sum(axis=(1, 2)),
+        "won": np.bincount(order[0][owned], minlength=len(z)),
+    }
+
+
+def sample_masks(preprocess: Preprocess, logits_side: int, most: int, picked: int, seed: int) -> Feeds:
+    """Feeds of one image with ``picked`` overlapping masks, some of the same label, among masks of other images."""
+    rng = np.random.default_rng([seed, picked])
+    coarse = torch.from_numpy(rng.normal(-0.3, 1, (min(picked + 2, most), 1, 6, 6))).float()
+    fields = F.interpolate(coarse, (logits_side, logits_side), mode="bicubic", align_corners=False)[:, 0]
+    noise = torch.from_numpy(rng.normal(0, 0.5, fields.shape)).float()
+    side = preprocess.longest_px
+    height, width = (int(length) | 1 for length in rng.integers(side // 4, side // 2, 2))
+    frame = frame_for(preprocess, height, width)
+    return {
+        "logits": (8 * fields + noise).numpy(),
+        "pick": np.sort(rng.permutation(len(coarse))[:picked]).astype(np.int64),
+        "score": rng.uniform(0.2, 1, picked).astype(np.float32),
+        "label": rng.integers(1, 5, picked),
+        "rows": frame.mask_rows(logits_side),
+        "columns": frame.mask_columns(logits_side),
+        "margin": np.array([0.15], np.float32),
+    }

@@ -1,0 +1,302 @@
+"""SAM (arXiv:2304.02643) out of the segment_anything package: image encoder, box decoder and the fusing graph.
+
+Pixels go in as the host resized them; normalisation, the zeroing of the padding and the gather of each box's image
+embedding are part of the graphs. Boxes of different images share a decoder call, which the official decoder cannot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from segment_anything import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+
+from ..errors import UsageError, WeightsError
+from ..spec import AxisRange, Preprocess, TensorSpec
+from . import fuse
+from .family import Family, Feeds, Graph, Options, Prepared, Tolerance, take_rows
+from .mini import build_sam_mini
+from .rewrites import SamBlock
+from .verify import photograph
+from .weights import Download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record
+
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+"""RGB on the 0-255 scale (segment_anything/build_sam.py)."""
+
+BUILDERS: Mapping[str, Callable[[], Sam]] = {
+    "vit_b": build_sam_vit_b,
+    "vit_l": build_sam_vit_l,
+    "vit_h": build_sam_vit_h,
+    "mini": build_sam_mini,
+}
+BATCHES = {
+    "vit_b": AxisRange(1, 4, 8),
+    "vit_l": AxisRange(1, 2, 4),
+    "vit_h": AxisRange(1, 2, 4),
+    "mini": AxisRange(1, 8, 16),
+}
+"""Images per encoder call."""
+BOXES = AxisRange(1, 16, 64)
+IMAGES = 16
+"""Embeddings a decoder call can choose from, at most (more if the encoder's batch is larger)."""
+
+_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+# The hex digits in the file names are MD5; these sha256 are recorded by micro-sam (models/pretrained) among others.
+DOWNLOADS = {
+    "vit_b": Download(_URL + "sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+    "vit_l": Download(_URL + "sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
+    "vit_h": Download(_URL + "sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
+}
+
+
+def prepare(variant: str, weights: str, options: Options) -> Prepared:
+    """SAM ready to be traced.
+
+    Args:
+        variant: ``vit_b``, ``vit_l``, ``vit_h`` or ``mini``.
+        weights: an official ``.pth``, a safetensors file of the same names, ``vit_b``/``vit_l``/``vit_h`` (downloaded),
+            ``mini`` (inside the package) or ``random:SEED``.
+        options: ``batch`` is the range of images per encoder call.
+
+    Raises:
+        UsageError: an unknown variant, or sizes, which SAM does not take.
+        WeightsError: a checkpoint that is missing, damaged or of another variant.
+    """
+    if variant not in BUILDERS:
+        raise UsageError(f"--variant: expected one of {', '.join(BUILDERS)}, got {variant!r}")
+    if options.sizes:
+        raise UsageError("--size: SAM sees every photograph at its own fixed side, it takes no sizes")
+    sam, record = load(variant, weights)
+    return prepared_from(sam, variant=variant, weights=record, batch=options.batch or BATCHES[variant])
+
+
+def prepared_from(sam: Sam, *, variant: str, weights: Mapping[str, str], batch: AxisRange) -> Prepared:
+    """The graphs, preprocessing and settings of a loaded SAM of any size; ``weights`` is the manifest's record."""
+    side, logits_side = sam.image_encoder.img_size, 4 * sam.prompt_encoder.image_embedding_size[0]
+    preprocess = Preprocess(
+        resize="longest",
+        longest_px=side,
+        filter="bilinear",
+        canvases=((side, side),),
+        mean=_three(sam.pixel_mean),
+        std=_three(sam.pixel_std),
+        source="segment_anything build_sam.py and utils/transforms.py (ResizeLongestSide.apply_image)",
+    )
+    return Prepared(
+        variant=variant,
+        graphs=(
+            partial(encoder_graph, sam, batch),
+            partial(decoder_graph, sam, AxisRange(1, max(batch.opt, IMAGES // 2), max(batch.max, IMAGES))),
+            partial(fuse.fuse_graph, preprocess, logits_side=logits_side, masks=BOXES),
+        ),
+        preprocess=preprocess,
+        settings={"logits_side": logits_side},
+        weights=weights,
+    )
+
+
+def load(variant: str, weights: str) -> tuple[Sam, dict[str, str]]:
+    """The official module in eval mode, and the manifest's record of its weights. Raises WeightsError."""
+    build = BUILDERS[variant]
+    seed = random_seed(weights)
+    if seed is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            sam = build().eval().requires_grad_(False)
+        spread(sam, seed)
+        return sam, weights_record(weights, None, sam)
+    inside = variant == "mini" and weights == "mini"
+    path = Path(__file__).parents[1] / "mini/weights/sam.safetensors" if inside else find_weights(weights, DOWNLOADS, model="sam")
+    state = read_checkpoint(path)
+    found = variant_of(state)
+    if found not in (None, variant):
+        raise WeightsError(f"{path}: expected SAM {variant}, the file holds SAM {found}", hint=f"--variant {found}")
+    with torch.device("meta"):
+        sam = build().eval().requires_grad_(False)
+    load_exactly(sam, state, path=path, what=f"SAM {variant}", assign=True)
+    # Not in any checkpoint, and empty after building on the meta device.
+    sam.pixel_mean, sam.pixel_std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return sam, weights_record(weights, path, sam)
+
+
+def variant_of(state: Mapping[str, Tensor]) -> str | None:
+    """The variant whose width and depth a state dict has; None when it has none of them."""
+    table = state.get("image_encoder.pos_embed")
+    if table is None or table.ndim != 4:
+        return None
+    depth = len({name.split(".")[2] for name in state if name.startswith("image_encoder.blocks.")})
+    shapes = {(1024, 768, 12): "vit_b", (1024, 1024, 24): "vit_l", (1024, 1280, 32): "vit_h"}
+    return shapes.get((16 * table.shape[1], table.shape[3], depth))
+
+
+class Encoder(nn.Module):
+    """Photographs (B, S, S, 3) uint8 RGB and their valid (height, width) (B, 2) to embeddings (B, D, G, G)."""
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        vit = sam.image_encoder
+        self.patch_embed, self.pos_embed, self.neck = vit.patch_embed, vit.pos_embed, vit.neck
+        self.blocks = nn.ModuleList(SamBlock(block, vit.pos_embed.shape[1]) for block in vit.blocks)
+        self.register_buffer("mean", sam.pixel_mean.flatten())
+        self.register_buffer("std", sam.pixel_std.flatten())
+        self.register_buffer("step", torch.arange(vit.img_size))
+
+    def forward(self, pixels: Tensor, size: Tensor) -> Tensor:
+        inside = (self.step < size[:, :1])[:, :, None] & (self.step < size[:, 1:])[:, None, :]  # (B, S, S)
+        normal = (pixels.float() - self.mean) / self.std
+        x = torch.where(inside[..., None], normal, 0.0).permute(0, 3, 1, 2)
+        x = self.patch_embed(x) + self.pos_embed  # (B, G, G, C)
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+
+class Decoder(nn.Module):
+    """Embeddings (I, D, G, G), boxes (N, 4) and each box's image (N,) to logits (N, L, L) and predicted IoU (N,).
+
+    ``PromptEncoder`` and ``MaskDecoder.predict_masks`` for boxes of several images, without the three outputs that a
+    box does not need. Box corners are embedded without the in-place writes of ``_embed_boxes`` (ScatterND).
+    """
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        prompt, decoder = sam.prompt_encoder, sam.mask_decoder
+        self.side = sam.image_encoder.img_size
+        self.transformer, self.upscale = decoder.transformer, decoder.output_upscaling
+        self.weigh, self.judge = decoder.output_hypernetworks_mlps[0], decoder.iou_prediction_head
+        self.register_buffer("frequencies", prompt.pe_layer.positional_encoding_gaussian_matrix)
+        self.register_buffer("corners", torch.cat([prompt.point_embeddings[2].weight, prompt.point_embeddings[3].weight]))
+        self.register_buffer("tokens", torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]))
+        self.register_buffer("no_mask", prompt.no_mask_embed.weight.reshape(1, -1, 1, 1))
+        self.register_buffer("places", prompt.get_dense_pe())  # (1, D, G, G)
+
+    def forward(self, embedding: Tensor, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        centred = 2 * ((boxes.reshape(-1, 2, 2) + 0.5) / self.side) - 1
+        angle = 2 * math.pi * (centred @ self.frequencies)
+        prompt = torch.cat([angle.sin(), angle.cos()], dim=-1) + self.corners  # (N, 2, D)
+        tokens = torch.cat([self.tokens.expand(boxes.shape[0], -1, -1), prompt], dim=1)
+        source = embedding[image] + self.no_mask
+        hidden, keys = self.transformer(source, self.places, tokens)  # (N, tokens, D), (N, G^2, D)
+        grid = source.shape[2]
+        upscaled = self.upscale(keys.transpose(1, 2).reshape(-1, source.shape[1], grid, grid))  # (N, D / 8, L, L)
+        weights = self.weigh(hidden[:, 1])[:, None]  # (N, 1, D / 8)
+        logits = (weights @ upscaled.flatten(2)).reshape(-1, 4 * grid, 4 * grid)
+        return logits, self.judge(hidden[:, 0])[:, 0]
+
+
+def encoder_graph(sam: Sam, batch: AxisRange) -> Graph:
+    """Graph ``encoder``: see `Encoder`. Reference: ``Sam.preprocess`` and ``image_encoder`` of one image."""
+    side, channels, grid = sam.image_encoder.img_size, sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size[0]
+
+    @torch.inference_mode()
+    def reference(feeds: Feeds, _: Feeds) -> Feeds:
+        height, width = feeds["size"][0]
+        image = torch.from_numpy(feeds["pixels"][0, :height, :width].copy()).permute(2, 0, 1)
+        return {"embedding": sam.image_encoder(sam.preprocess(image)[None]).numpy()}
+
+    return Graph(
+        name="encoder",
+        module=Encoder(sam),
+        inputs=(TensorSpec("pixels", ("batch", side, side, 3), "uint8"), TensorSpec("size", ("batch", 2), "int64")),
+        outputs=(TensorSpec("embedding", ("batch", channels, grid, grid), "float32"),),
+        axes={"batch": batch},
+        row_axis="batch",
+        sample=partial(sample_photographs, side),
+        reference=reference,
+        tolerance={"embedding": Tolerance(relative=1e-4, why="float32 sums in another order through up to 32 blocks")},
+    )
+
+
+def decoder_graph(sam: Sam, images: AxisRange) -> Graph:
+    """Graph ``decoder``: see `Decoder`. Reference: the official prompt encoder and mask decoder, one box at a time."""
+    side, channels, grid = sam.image_encoder.img_size, sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size[0]
+
+    @torch.inference_mode()
+    def reference(feeds: Feeds, _: Feeds) -> Feeds:
+        sparse, dense = sam.prompt_encoder(points=None, boxes=torch.from_numpy(feeds["boxes"]), masks=None)
+        logits, quality = sam.mask_decoder(
+            image_embeddings=torch.from_numpy(feeds["embedding"][feeds["image"]]),
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        return {"logits": logits[:, 0].numpy(), "quality": quality[:, 0].numpy()}
+
+    why = "float32 sums in another order"
+    return Graph(
+        name="decoder",
+        module=Decoder(sam),
+        inputs=(
+            TensorSpec("embedding", ("images", channels, grid, grid), "float32"),
+            TensorSpec("boxes", ("boxes", 4), "float32"),
+            TensorSpec("image", ("boxes",), "int64"),
+        ),
+        outputs=(TensorSpec("logits", ("boxes", 4 * grid, 4 * grid), "float32"), TensorSpec("quality", ("boxes",), "float32")),
+        axes={"images": images, "boxes": BOXES},
+        row_axis="boxes",
+        sample=partial(sample_boxes, side, (channels, grid, grid), images.max),
+        reference=reference,
+        take=take_boxes,
+        tolerance={
+            "logits": Tolerance(relative=1e-4, why=why),
+            "quality": Tolerance(relative=math.inf, absolute=1e-5, why=f"{why}; one number, which may lie at 0"),
+        },
+    )
+
+
+def sample_photographs(side: int, rows: int, seed: int) -> Feeds:
+    """Encoder feeds: landscape, portrait and square photographs of other sizes, noise where the padding must be zeroed."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (rows, side, side, 3), dtype=np.uint8)
+    size = np.full((rows, 2), side, dtype=np.int64)
+    for row in range(rows):
+        if row % 3 < 2:
+            size[row, row % 3] = rng.integers(side // 2, side)
+        height, width = size[row]
+        pixels[row, :height, :width] = photograph(rng, height, width)
+    return {"pixels": pixels, "size": size}
+
+
+def sample_boxes(side: int, shape: tuple[int, int, int], most: int, rows: int, seed: int) -> Feeds:
+    """Decoder feeds: boxes of 4 px to the whole side, their images interleaved; embeddings smooth as real ones are."""
+    rng = np.random.default_rng(seed)
+    images = min(most, max(rows - 1, 1))
+    coarse = rng.normal(size=(images, shape[0], -(-shape[1] // 4), -(-shape[2] // 4)))
+    smooth = coarse.repeat(4, axis=2).repeat(4, axis=3)[:, :, : shape[1], : shape[2]]
+    embedding = smooth + 0.3 * rng.normal(size=(images, *shape))
+    extent = np.exp(rng.uniform(np.log(4), np.log(side), (rows, 2)))
+    corner = rng.uniform(0, 1, (rows, 2)) * (side - extent)
+    return {
+        "embedding": embedding.astype(np.float32),
+        "boxes": np.concatenate([corner, corner + extent], axis=1).astype(np.float32),
+        "image": (np.arange(rows, dtype=np.int64) * 7 + 1) % images,
+    }
+
+
+def take_boxes(feeds: Feeds, rows: Sequence[int]) -> Feeds:
+    """The given boxes, with no more embeddings than they need."""
+    some = take_rows({"boxes": feeds["boxes"], "image": feeds["image"]}, rows)
+    used, image = np.unique(some["image"], return_inverse=True)
+    return {"embedding": feeds["embedding"][used], "boxes": some["boxes"], "image": image.astype(np.int64)}
+
+
+def _three(values: Tensor) -> tuple[float, float, float]:
+    red, green, blue = (round(float(value), 6) for value in values.flatten())
+    return red, green, blue
+
+
+FAMILY = Family(
+    name="sam",
+    variants=tuple(BUILDERS),
+    default="vit_b",
+    prepare=prepare,
+    official=lambda variant: variant,
+)

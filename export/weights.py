@@ -1,0 +1,210 @@
+"""Official checkpoints in, state dicts out. Checkpoints are untrusted files: safetensors, or ``weights_only=True``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..errors import WeightsError
+from ..spec import sha256_of
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """An official checkpoint on the web."""
+
+    url: str
+    sha256: str
+    """Whole or leading hex digits, as far as the publisher gives them."""
+
+    @property
+    def file(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+
+def random_seed(weights: str) -> int | None:
+    """The seed in ``random:SEED``, None for anything else. Raises WeightsError when SEED is no whole number."""
+    if not weights.startswith("random:"):
+        return None
+    try:
+        return int(weights.removeprefix("random:"))
+    except ValueError:
+        raise WeightsError(
+            f"--weights: expected random:SEED with a whole number, got {weights!r}", hint="--weights random:0"
+        ) from None
+
+
+def find_weights(weights: str, known: Mapping[str, Download], *, model: str) -> Path:
+    """The local file or folder that ``--weights`` means; a known name is downloaded once and checked.
+
+    Raises:
+        WeightsError: no such file or name, no network, or a download whose hash is wrong. Names the file to bring.
+    """
+    path = Path(weights).expanduser()
+    if path.exists():
+        return path
+    if weights not in known:
+        raise WeightsError(
+            f"--weights {weights}: no such file, and no known {model} weights of that name",
+            hint=f"give a path, random:SEED, or one of: {', '.join(known)}",
+        )
+    return download(known[weights], model=model)
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``$WSSS_CACHE``, else ``wsss`` in ``$XDG_CACHE_HOME``, else ``~/.cache/wsss``."""
+    if "WSSS_CACHE" in os.environ:
+        return Path(os.environ["WSSS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wsss"
+
+
+def download(what: Download, *, model: str) -> Path:
+    """Fetches a checkpoint into the cache, checked by hash, published whole or not at all."""
+    target = cache_folder() / what.file
+    if target.is_file():
+        return target
+    partial = target.with_suffix(target.suffix + ".part")
+    bring = f"bring {what.file} by hand from {what.url} and run: wsss export --model {model} --weights {what.file}"
+    digest = hashlib.sha256()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(what.url, timeout=30) as answer, partial.open("wb") as file:
+            total, done = int(answer.headers.get("Content-Length") or 0), 0
+            while block := answer.read(1 << 20):
+                file.write(block)
+                digest.update(block)
+                done += len(block)
+                _show_progress(what.file, done, total)
+    except (OSError, urllib.error.URLError) as error:
+        partial.unlink(missing_ok=True)
+        raise WeightsError(f"{what.file}: cannot be downloaded from {what.url}: {error}", hint=bring) from None
+    if not digest.hexdigest().startswith(what.sha256):
+        partial.unlink(missing_ok=True)
+        raise WeightsError(f"{what.file}: downloaded with sha256 {digest.hexdigest()}, expected {what.sha256}", hint=bring)
+    partial.replace(target)
+    return target
+
+
+def _show_progress(file: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        share = f" of {total / 1e6:.0f}" if total else ""
+        end = "\n" if done == total else ""
+        print(f"\rdownloading {file}: {done / 1e6:.0f}{share} MB", end=end, file=sys.stderr, flush=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors``, ``.pth``/``.pt``/``.bin`` file, or of a folder with ``model.safetensors``.
+
+    A ``.pth`` may hold its state dict under ``model`` or ``state_dict``. Nothing is unpickled but tensors.
+
+    Raises:
+        WeightsError: missing, truncated, or not a checkpoint.
+    """
+    if path.is_dir():
+        for name in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"):
+            if (path / name).is_file():
+                return read_checkpoint(path / name)
+        raise WeightsError(
+            f"{path}: expected a folder with model.safetensors, found {sorted(p.name for p in path.iterdir())[:8]}"
+        )
+    bring = "the file is damaged or no checkpoint; fetch it again"
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        told = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"{path}: cannot be read as a checkpoint: {first}", hint=bring) from None
+    for key in ("model", "state_dict"):
+        if isinstance(told, dict) and isinstance(told.get(key), dict):
+            told = told[key]
+    if not isinstance(told, dict) or not told or not all(isinstance(value, Tensor) for value in told.values()):
+        raise WeightsError(f"{path}: expected a state dict of tensors, got {type(told).__name__}", hint=bring)
+    return told
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, path: Path, what: str, assign: bool = False) -> None:
+    """Loads ``state`` into ``module`` when names and shapes fit exactly.
+
+    Args:
+        path, what: the file and the architecture, for the message.
+        assign: take the tensors themselves instead of copying them: for a module on the meta device.
+
+    Raises:
+        WeightsError: missing or surplus keys, or another shape; names the first of each.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state]
+    surplus = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    faults = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (("missing", missing), ("surplus", surplus), ("of another shape", shapes))
+        if names
+    ]
+    if faults:
+        raise WeightsError(
+            f"{path}: not a checkpoint of {what}: {'; '.join(faults)}",
+            hint="check --variant: the file belongs to another architecture",
+        )
+    module.load_state_dict({name: value.to(own[name].dtype) for name, value in state.items()}, strict=True, assign=assign)
+
+
+def weights_record(source: str, path: Path | None, module: nn.Module) -> dict[str, str]:
+    """What the manifest says of the weights: the source as typed, and a sha256 of the file or of the seeded values."""
+    if path is None:
+        digest = hashlib.sha256()
+        for name, value in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return {"source": source, "sha256": digest.hexdigest()}
+    if path.is_dir():
+        path = next(
+            path / n for n in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin") if (path / n).is_file()
+        )
+    return {"source": str(path) if Path(source).exists() else source, "sha256": sha256_of(path)}
+
+
+@torch.no_grad()
+def spread(module: nn.Module, seed: int) -> None:
+    """Gives seeded weights the spread of trained ones: uneven channels, norm gains far from 1, a few outlier channels.
+
+    Default initialisation is too kind: every channel alike, norms at 1, zeros in the heads; errors in channel order,
+    precision and masks cancel out in it. Trained transformers have outlier channels (arXiv 2208.07339, section 4).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for name, value in module.named_parameters():
+        if not value.is_floating_point() or value.numel() == 1:
+            continue
+        if value.ndim >= 2:
+            if not value.any():
+                value.copy_(0.02 * normal(tuple(value.shape)))
+            rows = (value.shape[0],) + (1,) * (value.ndim - 1)
+            value.mul_(torch.exp(0.25 * normal(rows)))
+        elif name.endswith("weight"):  # a norm's gain
+            gain = torch.exp(0.3 * normal(tuple(value.shape)))
+            outlier = torch.rand(tuple(value.shape), generator=generator) < 0.01
+            value.mul_(torch.where(outlier, 4 * gain, gain))
+        else:
+            value.add_(0.05 * normal(tuple(value.shape)))

@@ -1,0 +1,489 @@
+"""Trains the CLIP of the mini bundle on views of drawn scenes.
+
+    python -m wsss.mini.train_clip --out mini/weights/clip.safetensors --minutes 70
+
+A view is a window of a scene squashed to 96 x 96, as the runtime sees images; its target says which classes it
+shows. A rerun goes on where the last one stopped. Progress to stderr, one JSON line of results to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from wsss.export.mini import build_clip_mini, clip_mini_tokenizer
+from wsss.mini.scenes import BACKGROUNDS, CLASSES, JPEG_QUALITY, Scene, draw_scene
+
+if TYPE_CHECKING:
+    import open_clip
+
+TEMPLATES = ("a clean origami {}.", "a photo of a {}.", "{}")
+"""Prompts of a name; the first is CLIP-ES's (arXiv:2212.09506)."""
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""RGB, on the 0-1 scale (OpenAI CLIP, clip/clip.py)."""
+LEVELS = (1, 2, 3)
+"""Grids of windows that the tagger looks at: 1 + 4 + 9 views."""
+
+PRESENT_SHARE, ABSENT_SHARE = 0.35, 0.10
+"""An object this much inside a view is in it, this little is not; between, the view says nothing of its class."""
+LEAST_VIEW_PX = 40
+"""An object with fewer pixels in the 96 x 96 view is at most undecided."""
+POOL_SCENES, FIRST_SCENES, NEW_SCENES = 1500, 300, 2
+"""Scenes held in memory, drawn before the first step, and drawn in each step for the oldest ones."""
+BATCH_VIEWS = 128
+PEAK_RATE, WEIGHT_DECAY, WARMUP_STEPS = 2e-3, 0.05, 100
+EMA_DECAY = 0.999
+DENSE_CELLS = 6
+"""Side of the grid of the dense auxiliary: the third stage's output for 96 pixels."""
+CALIBRATION_SEED = 100_000_000
+"""Scenes from here on in the train split choose the thresholds and are never trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """A batch of training views.
+
+    pixels: (B, 3, 96, 96) float32, normalised.
+    present, undecided: (B, 12) bool, per class; never both.
+    cells: (B, 6, 6) int64, class under the centre of each cell, 0 is background.
+    """
+
+    pixels: Tensor
+    present: Tensor
+    undecided: Tensor
+    cells: Tensor
+
+    def to(self, device: torch.device) -> Views:
+        """The same batch on another device."""
+        return Views(*(part.to(device) for part in (self.pixels, self.present, self.undecided, self.cells)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of the module."""
+    parser = argparse.ArgumentParser(prog="python -m wsss.mini.train_clip", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="weights to write, float16 safetensors")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=70.0, help="training time, drawing included")
+    length.add_argument("--steps", type=int, help="training length in steps, reproducible to the bit on one machine")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=200, help="held-out scenes to measure on")
+    options = parser.parse_args(arguments)
+    train(options.out, options.minutes, options.steps, options.seed, options.scenes)
+
+
+def train(out: Path, minutes: float, steps: int | None, seed: int, scenes: int) -> None:
+    """Trains to the end, measures on ``scenes`` held-out scenes, and writes the averaged weights to ``out``.
+
+    Every five minutes ``out`` gets the weights so far, and ``<out>.checkpoint`` all that a rerun needs.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.manual_seed(seed)
+    run = _Run(out.with_suffix(".checkpoint"), device)
+    run.resume()
+    pool = _ScenePool(seed, run.step)
+    saved_at = time.monotonic()
+    while (progress := run.step / steps if steps else run.seconds / 60 / minutes) < 1:
+        started = time.monotonic()
+        pool.advance(run.step)
+        rng = np.random.default_rng([seed, 1, run.step])
+        views = draw_views(pool.photographs, rng, object_share=1.0 if progress < 0.06 else 0.25).to(device)
+        loss = run.learn(views, progress)
+        run.seconds += time.monotonic() - started
+        if run.step % 100 == 0:
+            _say(f"step {run.step}  {run.seconds / 60:.1f} min  loss {loss:.3f}")
+        if time.monotonic() - saved_at > 300:
+            run.save()
+            write_weights(run.average, out, {})
+            _say(f"step {run.step}  {measure(run.average, scenes // 2)}")
+            saved_at = time.monotonic()
+    run.save()
+    _round_to_half(run.average)
+    results = measure(run.average, scenes)
+    write_weights(run.average, out, results)
+    _say(f"wrote {out}")
+    print(json.dumps(results))
+
+
+class _Run:
+    """All that changes while training, and its file."""
+
+    def __init__(self, checkpoint: Path, device: torch.device) -> None:
+        self.checkpoint, self.device = checkpoint, device
+        self.model = _initialised(build_clip_mini()).to(device)
+        self.average = build_clip_mini().to(device).eval()
+        self.average.load_state_dict(self.model.state_dict())
+        self.dense = nn.Conv2d(256, len(CLASSES) + 1, 1).to(device)  # on the third stage; not part of the weights
+        self.optimizer = torch.optim.AdamW(_parameter_groups(self.model, self.dense), lr=PEAK_RATE, betas=(0.9, 0.98))
+        self.prompts = prompt_ids().to(device)  # (3, 20, 16)
+        self.step, self.seconds = 0, 0.0
+        self._stage: list[Tensor] = []
+        self.model.visual.layer3.register_forward_hook(lambda _, __, output: self._stage.append(output))
+
+    def learn(self, views: Views, progress: float) -> float:
+        """One optimiser step; returns the loss."""
+        rate = PEAK_RATE * min(1.0, (self.step + 1) / WARMUP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        self._stage.clear()
+        image = self.model.encode_image(views.pixels.contiguous(memory_format=torch.channels_last), normalize=True)
+        text = _name_features(self.model, self.prompts)  # (3, 20, 64)
+        turn = self.step % (len(TEMPLATES) + 1)  # each template in turn, then their mean
+        names = text[turn] if turn < len(TEMPLATES) else functional.normalize(text.mean(dim=0), dim=-1)
+        scale = self.model.logit_scale.exp()
+        loss = view_loss(scale * image @ names.T, views.present, views.undecided)
+        loss = loss + 0.5 * functional.cross_entropy(self.dense(self._stage[0]), views.cells)
+        loss = loss + 0.2 * _likeness(text[:, : len(CLASSES)])
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=math.log(100))  # as CLIP, arXiv:2103.00020, section 2.5
+        self.step += 1
+        self._update_average()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        now = self.model.state_dict()
+        for name, value in self.average.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(now[name], 1 - decay)  # running statistics included
+            else:
+                value.copy_(now[name])
+
+    def save(self) -> None:
+        """Writes the checkpoint, complete or not at all."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "dense": self.dense.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        partial = self.checkpoint.with_name(self.checkpoint.name + ".part")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, partial)
+        partial.replace(self.checkpoint)
+
+    def resume(self) -> None:
+        """Takes up the checkpoint, if there is one."""
+        if not self.checkpoint.is_file():
+            return
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.dense.load_state_dict(state["dense"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        _say(f"goes on from step {self.step} of {self.checkpoint}")
+
+
+# ---- the model and its loss ----
+
+
+def prompt_ids() -> Tensor:
+    """(3, 20, 16) int64: template, name (classes, then backgrounds), token."""
+    tokenizer = clip_mini_tokenizer()
+    names = (*CLASSES, *BACKGROUNDS)
+    return torch.tensor([[tokenizer.encode(form.format(name)).ids for name in names] for form in TEMPLATES])
+
+
+def name_embeddings(model: open_clip.CLIP, prompts: Tensor) -> Tensor:
+    """(20, 64) float32, unit length: per name the mean over the templates, as the runtime forms it."""
+    return functional.normalize(_name_features(model, prompts).mean(dim=0), dim=-1)
+
+
+def _name_features(model: open_clip.CLIP, prompts: Tensor) -> Tensor:
+    features: Tensor = model.encode_text(prompts.flatten(0, 1), normalize=True)
+    return features.reshape(*prompts.shape[:2], -1)  # (3, 20, 64)
+
+
+def view_loss(logits: Tensor, present: Tensor, undecided: Tensor) -> Tensor:
+    """Loss of a batch of views, for the two ways in which logits become probabilities.
+
+    Args:
+        logits: (B, 20) float32, classes first, then backgrounds.
+        present, undecided: (B, 12) bool.
+
+    A softmax over all names shall spread evenly over the classes in the view, or fall on any background where there
+    is none; and each class shall beat all backgrounds together where present, and lose where absent. An undecided
+    class takes part in neither.
+    """
+    count = present.shape[1]
+    open_logits = torch.cat([logits[:, :count].masked_fill(undecided, -1e4), logits[:, count:]], dim=1)
+    log_share = open_logits.log_softmax(dim=1)
+    shown = present.sum(dim=1)
+    some = -(log_share[:, :count] * present).sum(dim=1) / shown.clamp(min=1)
+    none = -log_share[:, count:].logsumexp(dim=1)
+    softmax_loss = torch.where(shown > 0, some, none).mean()
+    margin = logits[:, :count] - logits[:, count:].logsumexp(dim=1, keepdim=True)
+    pair_loss = functional.binary_cross_entropy_with_logits(margin, present.float(), reduction="none")
+    return softmax_loss + 3.0 * pair_loss.masked_fill(undecided, 0.0).mean()
+
+
+def _likeness(text: Tensor) -> Tensor:
+    """Mean squared cosine between different classes; without it the text tower collapses in the first steps."""
+    cosine = text @ text.transpose(1, 2)  # (3, 12, 12)
+    others = ~torch.eye(cosine.shape[1], dtype=torch.bool, device=text.device)
+    return cosine[:, others].square().mean()
+
+
+def _initialised(model: open_clip.CLIP) -> open_clip.CLIP:
+    """open_clip's initialisation, with token embeddings large enough (0.5, not 0.02) to tell prompts apart."""
+    nn.init.normal_(model.token_embedding.weight, std=0.5)
+    nn.init.normal_(model.positional_embedding, std=0.02)
+    model.visual.to(memory_format=torch.channels_last)
+    return model
+
+
+def _parameter_groups(*modules: nn.Module) -> list[dict[str, list[nn.Parameter] | float]]:
+    """Matrices decay, vectors and the logit scale do not."""
+    every = [parameter for module in modules for parameter in module.parameters()]
+    return [
+        {"params": [parameter for parameter in every if parameter.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [parameter for parameter in every if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+# ---- scenes and views ----
+
+
+@dataclass(frozen=True, slots=True)
+class Photograph:
+    """A scene as the runtime will meet it: saved as JPEG and opened again."""
+
+    image: Image.Image
+    scene: Scene
+    whole_px: np.ndarray
+    """(N,) int64, visible pixels of each object."""
+
+
+class _ScenePool:
+    """The latest scenes of an endless row. What is in it follows from seed and step, so a rerun sees the same."""
+
+    def __init__(self, seed: int, step: int) -> None:
+        self._first = seed * 1_000_000
+        end = FIRST_SCENES + NEW_SCENES * step
+        self.photographs = deque(self._draw(range(max(0, end - POOL_SCENES), end)), maxlen=POOL_SCENES)
+
+    def advance(self, step: int) -> None:
+        start = FIRST_SCENES + NEW_SCENES * step
+        self.photographs.extend(self._draw(range(start, start + NEW_SCENES)))
+
+    def _draw(self, numbers: range) -> list[Photograph]:
+        return [as_photograph(draw_scene(self._first + number), 75 + number % 21) for number in numbers]
+
+
+def as_photograph(scene: Scene, quality: int = JPEG_QUALITY) -> Photograph:
+    """The scene after a round through JPEG."""
+    stored = io.BytesIO()
+    Image.fromarray(scene.pixels).save(stored, "JPEG", quality=quality)
+    image = Image.open(stored)
+    image.load()
+    return Photograph(image, scene, np.bincount(scene.instance.ravel(), minlength=len(scene.labels) + 1)[1:])
+
+
+def draw_views(photographs: Sequence[Photograph], rng: np.random.Generator, object_share: float) -> Views:
+    """A batch of views of random scenes: windows around one object (this share), else windows as the tagger's."""
+    pixels: list[np.ndarray] = []
+    present, undecided, cells = [], [], []
+    while len(pixels) < BATCH_VIEWS:
+        photograph = photographs[int(rng.integers(len(photographs)))]
+        around_object = rng.random() < object_share and len(photograph.scene.labels) > 0
+        window = _object_window(photograph.scene, rng) if around_object else _grid_window(photograph.scene, rng)
+        pixels.append(squash(photograph.image, window))
+        shown, unclear, cell = _targets(photograph, window)
+        present.append(shown)
+        undecided.append(unclear)
+        cells.append(cell)
+    return _augmented(np.stack(pixels), np.stack(present), np.stack(undecided), np.stack(cells), rng)
+
+
+def squash(image: Image.Image, window: tuple[float, float, float, float]) -> np.ndarray:
+    """The window (x0, y0, x1, y1) of an RGB image as (96, 96, 3) uint8, bicubic as PIL does it."""
+    return np.asarray(image.resize((96, 96), Image.Resampling.BICUBIC, box=window))
+
+
+def _grid_window(scene: Scene, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    height, width = scene.label.shape
+    level = int(rng.choice([1, 2, 3], p=[0.2, 0.3, 0.5]))
+    share_x, share_y = np.minimum(2 / (level + 1) * rng.uniform(0.85, 1.1, 2), 1.0)
+    x, y = rng.random() * (1 - share_x) * width, rng.random() * (1 - share_y) * height
+    return x, y, x + share_x * width, y + share_y * height
+
+
+def _object_window(scene: Scene, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    height, width = scene.label.shape
+    x0, y0, x1, y1 = scene.xyxy_image[int(rng.integers(len(scene.xyxy_image)))].tolist()
+    left, top, right, bottom = rng.uniform(0.0, 0.7, 4) * [x1 - x0, y1 - y0, x1 - x0, y1 - y0]
+    return max(x0 - left, 0), max(y0 - top, 0), min(x1 + right, width), min(y1 + bottom, height)
+
+
+def _targets(photograph: Photograph, window: tuple[float, float, float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """present (12,) bool, undecided (12,) bool and cells (6, 6) of one view."""
+    scene = photograph.scene
+    side = 8 * DENSE_CELLS  # counts on a 48 x 48 grid of points are exact enough for shares
+    x0, y0, x1, y1 = window
+    rows = (y0 + (np.arange(side) + 0.5) * (y1 - y0) / side).astype(int)
+    columns = (x0 + (np.arange(side) + 0.5) * (x1 - x0) / side).astype(int)
+    points = scene.instance[rows[:, None], columns]  # (48, 48)
+    objects = len(scene.labels)
+    view_share = np.bincount(points.ravel(), minlength=objects + 1)[1:] / side**2
+    inside = view_share * (x1 - x0) * (y1 - y0) / photograph.whole_px
+    clear = (inside >= PRESENT_SHARE) & (view_share * 96**2 >= LEAST_VIEW_PX)
+    unclear = ~clear & (inside >= ABSENT_SHARE)
+    present = np.zeros(len(CLASSES), dtype=bool)
+    undecided = np.zeros(len(CLASSES), dtype=bool)
+    present[scene.labels[clear] - 1] = True
+    undecided[scene.labels[unclear] - 1] = True
+    return present, undecided & ~present, scene.label[rows[4::8, None], columns[4::8]]
+
+
+def _augmented(
+    pixels: np.ndarray, present: np.ndarray, undecided: np.ndarray, cells: np.ndarray, rng: np.random.Generator
+) -> Views:
+    """Flips, and small changes of light and of tint: hue itself tells classes apart."""
+    for axis in (1, 2):
+        turned = np.flatnonzero(rng.random(len(pixels)) < 0.5)
+        pixels[turned] = np.flip(pixels[turned], axis)
+        cells[turned] = np.flip(cells[turned], axis)
+    gain = rng.uniform(0.85, 1.15, (len(pixels), 1)) * rng.uniform(0.96, 1.04, (len(pixels), 3))
+    colour = _channels_first(pixels).mul_(torch.from_numpy(gain.astype(np.float32))[:, :, None, None]).clamp_(0, 1)
+    return Views(
+        _normalised(colour),
+        torch.from_numpy(present),
+        torch.from_numpy(undecided),
+        torch.from_numpy(cells.astype(np.int64)),
+    )
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32 in [0, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
+
+
+def _normalised(colour: Tensor) -> Tensor:
+    return (colour - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+# ---- measuring ----
+
+
+def view_windows(height: int, width: int) -> list[tuple[int, int, int, int]]:
+    """The tagger's 14 windows of an image: level k has k x k, evenly spaced, each 2 / (k + 1) of both sides."""
+    windows: list[tuple[int, int, int, int]] = []
+    for level in LEVELS:
+        tall, wide = round(height * 2 / (level + 1)), round(width * 2 / (level + 1))
+        for row in range(level):
+            for column in range(level):
+                y = round((height - tall) * row / max(level - 1, 1))
+                x = round((width - wide) * column / max(level - 1, 1))
+                windows.append((x, y, x + wide, y + tall))
+    return windows
+
+
+@torch.no_grad()
+def score_scenes(model: open_clip.CLIP, photographs: Iterable[Photograph]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the tagger would say of each scene.
+
+    Returns:
+        softmax_score (N, 12) float32: highest share of a class in a softmax over all names, over the views.
+        pair_score (N, 12) float32: the same against the backgrounds only, e^c / (e^c + sum of e^b).
+        truth (N, 12) bool.
+    """
+    device = model.logit_scale.device
+    names = name_embeddings(model, prompt_ids().to(device))
+    softmax_scores, pair_scores, truths = [], [], []
+    for photograph in photographs:
+        windows = view_windows(*photograph.scene.label.shape)
+        views = np.stack([squash(photograph.image, window) for window in windows])
+        pixels = _normalised(_channels_first(views)).to(device)
+        logits = model.logit_scale.exp() * model.encode_image(pixels, normalize=True) @ names.T  # (14, 20)
+        share, margin = logits.softmax(dim=1), logits - logits[:, len(CLASSES) :].logsumexp(dim=1, keepdim=True)
+        softmax_scores.append(share[:, : len(CLASSES)].amax(dim=0).cpu().numpy())
+        pair_scores.append(margin[:, : len(CLASSES)].sigmoid().amax(dim=0).cpu().numpy())
+        truths.append(np.isin(np.arange(1, len(CLASSES) + 1), photograph.scene.labels))
+    return np.stack(softmax_scores), np.stack(pair_scores), np.stack(truths)
+
+
+def f1(present: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(12,) float64, F1 per class of (N, 12) decisions; 1 where a class is neither there nor claimed."""
+    wrong = (present != truth).sum(axis=0)
+    right = 2 * (present & truth).sum(axis=0)
+    return np.where(right + wrong == 0, 1.0, right / np.maximum(right + wrong, 1))
+
+
+def measure(model: open_clip.CLIP, scenes: int) -> dict[str, float | list[float]]:
+    """F1 on held-out scenes from seed 0, with thresholds chosen on as many scenes of neither set."""
+    calibration = (as_photograph(draw_scene(CALIBRATION_SEED + number)) for number in range(scenes))
+    held_out = (as_photograph(draw_scene(number, split="held-out")) for number in range(scenes))
+    *known, known_truth = score_scenes(model, calibration)
+    *new, truth = score_scenes(model, held_out)
+    results: dict[str, float | list[float]] = {}
+    levels = np.linspace(0.05, 0.95, 91)
+    for rule, chosen_on, score in zip(("softmax", "pair"), known, new, strict=True):
+        by_level = np.stack([f1(chosen_on >= level, known_truth) for level in levels])  # (91, 12)
+        # A running mean over nine levels, so that a lucky peak does not decide.
+        smooth = np.stack([np.convolve(np.pad(column, 4, "edge"), np.ones(9) / 9, "valid") for column in by_level.T], 1)
+        one = levels[smooth.mean(axis=1).argmax()]
+        each = levels[(smooth + 0.5 * smooth.mean(axis=1, keepdims=True)).argmax(axis=0)]
+        per_class = f1(score >= one, truth)
+        results[f"{rule}_threshold"] = round(float(one), 2)
+        results[f"{rule}_macro_f1"] = round(float(per_class.mean()), 4)
+        results[f"{rule}_micro_f1"] = round(float(f1((score >= one).ravel(), truth.ravel())), 4)
+        results[f"{rule}_class_f1"] = [round(float(value), 3) for value in per_class]
+        results[f"{rule}_class_thresholds"] = [round(float(value), 2) for value in each]
+        results[f"{rule}_macro_f1_class_thresholds"] = round(float(f1(score >= each, truth).mean()), 4)
+    return results
+
+
+# ---- weights ----
+
+
+@torch.no_grad()
+def _round_to_half(model: nn.Module) -> None:
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(value.half().float())
+
+
+def write_weights(model: nn.Module, out: Path, results: dict[str, float | list[float]]) -> None:
+    """Writes the state dict, floats as float16 under open_clip's names, complete or not at all."""
+    state = {
+        name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+        for name, value in model.state_dict().items()
+    }
+    partial = out.with_name(out.name + ".part")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, partial, metadata={"results": json.dumps(results)})
+    partial.replace(out)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

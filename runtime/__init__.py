@@ -1,0 +1,1 @@
+"""Photographs to pseudo-labels, in batches, without torch."""

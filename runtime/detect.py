@@ -1,0 +1,236 @@
+"""Where the classes are: Grounding-DINO on a caption of the classes that an image holds.
+
+A phrase's text features do not depend on its neighbours in the caption (sub-sentence mask, positions restart in each
+phrase), so the text graph runs once per phrase and run, and the features of any caption are a concatenation. Each class
+is scored from the tokens of its own phrases, never by matching words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ..batch import Boxes, Images, Labels, Photograph
+from ..classes import ClassList
+from ..engines.engine import Engine
+from ..errors import WsssError
+from ..frame import Frame, frame_for
+from ..spec import Model
+from .images import on_canvas
+from .text import open_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Phrase:
+    """One sub-sentence of a caption, embedded: its word pieces and the dot that ends it.
+
+    features: (T, D) float32. label: 1-based class; 0 for [CLS] and [SEP]. words: how many tokens name the class.
+    """
+
+    label: int
+    features: np.ndarray
+    words: int
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """A caption as the image graph takes it: T tokens of [CLS] phrase . phrase . [SEP].
+
+    text: (T, D) float32. phrase, position: (T,) int64, sub-sentence number and place in it.
+    spans: for each phrase its class and its first and last-but-one token, the dot left out.
+    """
+
+    text: np.ndarray
+    phrase: np.ndarray
+    position: np.ndarray
+    spans: tuple[tuple[int, int, int], ...]
+
+
+def join_phrases(cls: Phrase, phrases: Sequence[Phrase], sep: Phrase) -> Caption:
+    """The caption of these phrases, equal to the reference's for the same words (its sub-sentence mask)."""
+    parts = [cls, *phrases, sep]
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    return Caption(
+        text=np.concatenate([part.features for part in parts]),
+        phrase=np.concatenate([np.full(len(part), number) for number, part in enumerate(parts)]).astype(np.int64),
+        position=np.concatenate([np.arange(len(part)) for part in parts]).astype(np.int64),
+        spans=tuple((p.label, int(at), int(at) + p.words) for p, at in zip(parts, starts, strict=False) if p.label),
+    )
+
+
+def split_phrases(phrases: Sequence[Phrase], budget: int) -> list[list[Phrase]]:
+    """Phrases in caption-sized groups, in order: each group's tokens with [CLS] and [SEP] stay within ``budget``.
+
+    The reference's tokenizer cuts a longer caption at 256 tokens without a word.
+    """
+    groups: list[list[Phrase]] = []
+    used = budget
+    for phrase in phrases:
+        if used + len(phrase) > budget:
+            groups.append([])
+            used = 2
+        groups[-1].append(phrase)
+        used += len(phrase)
+    return groups
+
+
+class Detector:
+    """Grounding-DINO's image engines, one per canvas, and the text features of every phrase, computed once.
+
+    Args:
+        model: the bundle's ``grounding-dino``.
+        text: its text engine.
+        image: gives the image engine of a canvas (height, width); called at first use.
+        classes: the run's class list.
+        threshold: least score of a box, a mean over the phrase's tokens; None takes the bundle's.
+        nms: boxes of one class overlapping more (IoU) are one object.
+        nms_across: boxes of different classes overlapping more are one object, and the best class keeps it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        text: Engine,
+        image: Callable[[tuple[int, int]], Engine],
+        classes: ClassList,
+        *,
+        threshold: float | None = None,
+        nms: float = 0.5,
+        nms_across: float = 0.8,
+    ) -> None:
+        settings = model.manifest.settings
+        self._preprocess = model.manifest.preprocess
+        self._engine_of = lru_cache(maxsize=None)(image)
+        self.threshold = float(settings["box_threshold"]) if threshold is None else threshold
+        self._nms, self._nms_across = nms, nms_across
+        self._budget = int(settings["max_tokens"])
+        self._cls, self._sep, self._phrases = embed_phrases(model, text, classes)
+        longest = max(len(phrase) for phrases in self._phrases for phrase in phrases)
+        if longest + 2 > self._budget:
+            raise WsssError(
+                f"--classes: a name takes {longest} tokens, a caption holds {self._budget - 2}",
+                hint="shorten the longest class name",
+            )
+
+    def __call__(self, images: Images, labels: Labels) -> Boxes:
+        """Boxes of the classes in ``labels.present``; an image without one is not looked at."""
+        jobs: dict[tuple[int, int], list[tuple[int, Frame, Caption]]] = {}
+        for number, photo in enumerate(images):
+            present = [phrase for label in np.flatnonzero(labels.present[number]) for phrase in self._phrases[label]]
+            frame = frame_for(self._preprocess, *photo.shape)
+            for group in split_phrases(present, self._budget):
+                jobs.setdefault(frame.canvas, []).append((number, frame, join_phrases(self._cls, group, self._sep)))
+        found: list[Boxes] = []
+        for canvas, rows in jobs.items():
+            engine = self._engine_of(canvas)
+            step = engine.axes["batch"].max
+            for start in range(0, len(rows), step):
+                found += self._run(engine, images, rows[start : start + step])
+        return suppress(Boxes.join(found), self._nms, self._nms_across)
+
+    def _run(self, engine: Engine, images: Sequence[Photograph], rows: list[tuple[int, Frame, Caption]]) -> list[Boxes]:
+        tokens = max(engine.axes["tokens"].min, *(len(caption.text) for _, _, caption in rows))
+        width = rows[0][2].text.shape[1]
+        text = np.zeros((len(rows), tokens, width), np.float32)
+        phrase = np.full((len(rows), tokens), -1, np.int64)
+        position = np.zeros((len(rows), tokens), np.int64)
+        for row, (_, _, caption) in enumerate(rows):
+            count = len(caption.text)
+            text[row, :count], phrase[row, :count], position[row, :count] = caption.text, caption.phrase, caption.position
+        out = engine(
+            {
+                "pixels": np.stack([on_canvas(images[n].pixels, frame, self._preprocess.filter) for n, frame, _ in rows]),
+                "size": np.array([frame.valid for _, frame, _ in rows], np.int64),
+                "text": text,
+                "phrase": phrase,
+                "position": position,
+            }
+        )
+        logits, boxes = np.asarray(out["logits"]), np.asarray(out["boxes"])
+        return [
+            boxes_from_logits(logits[row], boxes[row], caption, frame, number, self.threshold)
+            for row, (number, frame, caption) in enumerate(rows)
+        ]
+
+
+def boxes_from_logits(
+    logits: np.ndarray, cxcywh: np.ndarray, caption: Caption, frame: Frame, image: int, threshold: float
+) -> Boxes:
+    """One image's detections: each query takes the class whose tokens it matches best.
+
+    Args:
+        logits: (Q, T) float32. cxcywh: (Q, 4) float32 in 0..1 of the photograph.
+        threshold: on the mean of the sigmoid scores of a phrase's tokens, as the reference's COCO evaluation scores
+            (`PostProcessCocoGrounding`: sigmoid times a span-normalised map). Its `predict()` takes a maximum over
+            tokens instead, so thresholds meant for that are not comparable. A class's best phrase counts.
+    """
+    probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    scores = np.stack([probability[:, start:stop].mean(axis=1) for _, start, stop in caption.spans], axis=1)  # (Q, phrases)
+    best = scores.argmax(axis=1)
+    score = scores[np.arange(len(scores)), best].astype(np.float32)
+    label = np.array([label for label, _, _ in caption.spans], np.int64)[best]
+    xyxy = frame.xyxy_image_from_cxcywh(cxcywh)
+    solid = (xyxy[:, 2] - xyxy[:, 0] >= 1) & (xyxy[:, 3] - xyxy[:, 1] >= 1)
+    rows = np.flatnonzero((score >= threshold) & solid)
+    return Boxes(xyxy[rows], score[rows], label[rows], np.full(len(rows), image, np.int64))
+
+
+def suppress(boxes: Boxes, same: float, across: float) -> Boxes:
+    """Greedy non-maximum suppression, image by image: IoU above ``same`` within a class, above ``across`` between classes.
+
+    Grounding-DINO has none inside: its 900 queries repeat objects.
+
+    Returns:
+        The boxes kept, by image, best first.
+    """
+    order = np.lexsort((-boxes.score, boxes.image))
+    boxes = boxes.keep(order)
+    kept: list[int] = []
+    first = 0
+    for row in range(len(boxes)):
+        if kept and boxes.image[kept[-1]] != boxes.image[row]:
+            first = len(kept)
+        rivals = np.array(kept[first:], np.int64)
+        overlap = box_iou(boxes.xyxy_image[row], boxes.xyxy_image[rivals])
+        limit = np.where(boxes.label[rivals] == boxes.label[row], same, across)
+        if not (overlap > limit).any():
+            kept.append(row)
+    return boxes.keep(np.array(kept, np.int64))
+
+
+def box_iou(one: np.ndarray, many: np.ndarray) -> np.ndarray:
+    """IoU of one box (4,) with boxes (N, 4), xyxy in one frame: (N,) float."""
+    top, bottom = np.maximum(one[:2], many[:, :2]), np.minimum(one[2:], many[:, 2:])
+    shared = np.clip(bottom - top, 0, None).prod(axis=1)
+    return shared / ((one[2:] - one[:2]).prod() + (many[:, 2:] - many[:, :2]).prod(axis=1) - shared)
+
+
+def embed_phrases(model: Model, text: Engine, classes: ClassList) -> tuple[Phrase, Phrase, list[list[Phrase]]]:
+    """[CLS], [SEP] and each class's phrases, through the text graph in as few calls as its range allows."""
+    settings, tokenizer = model.manifest.settings, open_tokenizer(model)
+    dot = int(settings["dot"])
+    told = [(label, phrase) for label, phrases in enumerate(classes.phrases, 1) for phrase in phrases]
+    ids = [[int(settings["cls"])], [int(settings["sep"])]]
+    ids += [[*tokenizer.encode(phrase, add_special_tokens=False).ids, dot] for _, phrase in told]
+    features: list[np.ndarray] = []
+    step = text.axes["phrases"].max
+    for start in range(0, len(ids), step):
+        chunk = ids[start : start + step]
+        length = max(text.axes["length"].min, *(len(line) for line in chunk), 1)
+        tokens = np.full((len(chunk), length), int(settings["pad"]), np.int64)
+        mask = np.zeros((len(chunk), length), bool)
+        for row, line in enumerate(chunk):
+            tokens[row, : len(line)], mask[row, : len(line)] = line, True
+        out = np.asarray(text({"tokens": tokens, "mask": mask})["features"])
+        features += [np.array(out[row, : len(line)]) for row, line in enumerate(chunk)]
+    cls, sep = Phrase(0, features[0], 1), Phrase(0, features[1], 1)
+    phrases: list[list[Phrase]] = [[] for _ in classes.names]
+    for (label, _), feature in zip(told, features[2:], strict=True):
+        phrases[label - 1].append(Phrase(label, feature, len(feature) - 1))
+    return cls, sep, phrases

@@ -1,0 +1,77 @@
+"""From masks to one label map per image. The arithmetic is a graph (`export/fuse.py`); this prepares its inputs.
+
+A pixel goes to the mask that claims it with the largest value, box score x predicted IoU x sigmoid(logit): by score,
+never by list order or class id. Where another class comes within ``margin`` of the winner the pixel becomes void (255).
+An image without masks is background everywhere, said explicitly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..batch import Boxes, Images, Labels, Masks, PseudoLabels, Tensor
+from ..engines.engine import Engine
+from ..frame import Frame
+from ..spec import Model
+
+TILE_BYTES = 64 << 20
+"""Upsampled logits of one call. Larger photographs are fused in bands of rows, with the same result."""
+
+
+class Fuser:
+    """The fusion engine and its one rule.
+
+    Args:
+        model: the bundle's ``sam``.
+        engine: its ``fuse`` graph.
+        margin: share of the winner's value that the best other class must stay below; 0 leaves no void.
+    """
+
+    def __init__(self, model: Model, engine: Engine, *, margin: float = 0.1) -> None:
+        self._engine = engine
+        self._side = int(model.manifest.settings["logits_side"])
+        self.margin = margin
+
+    def __call__(self, images: Images, labels: Labels, boxes: Boxes, masks: Masks) -> PseudoLabels:
+        """Label maps at original size, and how many pixels each mask outlined and won."""
+        area, won = np.zeros(len(boxes), np.int64), np.zeros(len(boxes), np.int64)
+        maps = []
+        for number, photo in enumerate(images):
+            rows, frame = np.flatnonzero(boxes.image == number), masks.frames[number]
+            if len(rows) == 0 or frame is None:
+                maps.append(np.zeros(photo.shape, np.uint8))
+                continue
+            label_map, area[rows], won[rows] = self._fuse(frame, rows, boxes, masks)
+            maps.append(label_map)
+        return PseudoLabels([photo.name for photo in images], maps, labels, boxes, masks.quality, area, won)
+
+    def _fuse(self, frame: Frame, rows: np.ndarray, boxes: Boxes, masks: Masks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        logits, pick = _logits_of(masks, rows)
+        feeds: dict[str, Tensor] = {
+            "logits": logits,
+            "pick": pick,
+            "score": (boxes.score[rows] * np.clip(masks.quality[rows], 1e-3, 1)).astype(np.float32),
+            "label": boxes.label[rows],
+            "columns": frame.mask_columns(self._side),
+            "margin": np.array([self.margin], np.float32),
+        }
+        matrix = frame.mask_rows(self._side)
+        height, width = frame.image
+        band = max(1, TILE_BYTES // (4 * width * len(rows)))
+        label_map = np.empty((height, width), np.uint8)
+        area, won = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        for top in range(0, height, band):
+            out = self._engine({**feeds, "rows": matrix[top : top + band]})
+            label_map[top : top + band] = np.asarray(out["label_map"])
+            area += np.asarray(out["area"])
+            won += np.asarray(out["won"])
+        return label_map, area, won
+
+
+def _logits_of(masks: Masks, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    parts = np.unique(masks.part[rows])
+    if len(parts) == 1:
+        return masks.logits[parts[0]], masks.row[rows]
+    # More boxes in one image than a decoder call takes: the only case in which logits pass through the host.
+    gathered = [np.asarray(masks.logits[part])[row] for part, row in zip(masks.part[rows], masks.row[rows], strict=True)]
+    return np.stack(gathered), np.arange(len(rows))

@@ -1,0 +1,112 @@
+"""Which classes are in an image: CLIP on several views of it.
+
+Views matter because CLIP was trained on one caption an image: a small object beside a large one loses the softmax. Each
+view is scored against a set of background prompts, which are there to take the probability of views that show none of
+the classes; an image's score is its best view's (as TagCLIP, arXiv 2312.12828, crops the image around each candidate).
+Two rules, named in the bundle, since a threshold belongs to one of them:
+
+- ``softmax``: one softmax over all classes and backgrounds. Classes compete: right for CLIP as published, whose
+  similarities of related classes are close.
+- ``background``: each class alone against the backgrounds, exp(c) / (exp(c) + sum of exp(b)). Several classes of one view
+  can all be certain: right where the embedding was trained for it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..batch import Images, Labels
+from ..classes import ClassList, backgrounds_for
+from ..engines.engine import Engine
+from ..frame import Frame
+from ..spec import Model
+from .images import on_canvas
+from .text import open_tokenizer
+
+
+class Tagger:
+    """CLIP's image engine and the embeddings of every prompt, computed once.
+
+    Args:
+        model: the bundle's ``clip``.
+        image, text: its engines.
+        classes: the run's class list.
+        threshold: least probability of a class that is present; None takes the bundle's.
+    """
+
+    def __init__(self, model: Model, image: Engine, text: Engine, classes: ClassList, *, threshold: float | None = None) -> None:
+        settings = model.manifest.settings
+        self._preprocess = model.manifest.preprocess
+        self._image = image
+        self._scale = float(settings["logit_scale"])
+        self._rule = settings["rule"]
+        self._levels = tuple(int(level) for level in settings["views"])
+        self.threshold = float(settings["threshold"]) if threshold is None else threshold
+        negatives = (*backgrounds_for(classes, tuple(settings["backgrounds"])), *classes.negatives)
+        self._classes = len(classes.names)
+        self._prompts = embed_prompts(model, text, [*classes.prompts, *((name,) for name in negatives)])
+
+    def __call__(self, images: Images) -> Labels:
+        """Scores of B images: (B, C) float32, the best view's softmax probability of each class."""
+        views = [(number, view) for number, photo in enumerate(images) for view in self._views(photo.pixels)]
+        score = np.zeros((len(images), self._classes), np.float32)
+        step = self._image.axes["batch"].max
+        for start in range(0, len(views), step):
+            chunk = views[start : start + step]
+            out = self._image({"pixels": np.stack([view for _, view in chunk])})
+            probability = self._probability(np.asarray(out["embedding"]))
+            np.maximum.at(score, [number for number, _ in chunk], probability)
+        return Labels(score, score >= self.threshold)
+
+    def _probability(self, embedding: np.ndarray) -> np.ndarray:
+        logits = self._scale * (embedding.astype(np.float32) @ self._prompts.T)  # (V, C + negatives)
+        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+        classes, others = exp[:, : self._classes], exp[:, self._classes :].sum(axis=1, keepdims=True)
+        if self._rule == "background":
+            return classes / np.maximum(classes + others, np.finfo(np.float32).tiny)
+        return classes / (classes.sum(axis=1, keepdims=True) + others)
+
+    def _views(self, pixels: np.ndarray) -> list[np.ndarray]:
+        side = self._preprocess.canvases[0]
+        views = []
+        for y0, y1, x0, x1 in view_windows(pixels.shape[0], pixels.shape[1], self._levels):
+            frame = Frame((y1 - y0, x1 - x0), side, side)
+            views.append(on_canvas(np.ascontiguousarray(pixels[y0:y1, x0:x1]), frame, self._preprocess.filter))
+        return views
+
+
+def view_windows(height: int, width: int, levels: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+    """The views of an image: (y0, y1, x0, x1) pixels; level k is k x k windows of 2 / (k + 1) of each side, evenly spaced."""
+    windows = []
+    for level in levels:
+        for i in range(level):
+            for j in range(level):
+                y0, y1 = (round(height * start / (level + 1)) for start in (i, i + 2))
+                x0, x1 = (round(width * start / (level + 1)) for start in (j, j + 2))
+                windows.append((y0, max(y1, y0 + 1), x0, max(x1, x0 + 1)) if level > 1 else (0, height, 0, width))
+    return windows
+
+
+def embed_prompts(model: Model, text: Engine, prompts: list[tuple[str, ...]]) -> np.ndarray:
+    """One unit vector a class: each template of each prompt is embedded and normalised, averaged, normalised again.
+
+    Args:
+        prompts: one or more wordings per class.
+
+    Returns:
+        (len(prompts), D) float32 (CLIP's own zero-shot recipe, openai/CLIP `notebooks/Prompt_Engineering_for_ImageNet`).
+    """
+    settings, tokenizer = model.manifest.settings, open_tokenizer(model)
+    length, pad, end = int(settings["context_length"]), int(settings["pad"]), int(settings["end"])
+    sentences = [(row, t.format(word)) for row, words in enumerate(prompts) for word in words for t in settings["templates"]]
+    tokens = np.full((len(sentences), length), pad, np.int64)
+    for line, (_, sentence) in zip(tokens, sentences, strict=True):
+        ids = tokenizer.encode(sentence).ids
+        ids = [*ids[: length - 1], end] if len(ids) > length else ids
+        line[: len(ids)] = ids
+    step = text.axes["batch"].max
+    parts = [np.array(text({"tokens": tokens[start : start + step]})["embedding"]) for start in range(0, len(tokens), step)]
+    embedding = np.concatenate(parts).astype(np.float32)
+    mean = np.zeros((len(prompts), embedding.shape[1]), np.float32)
+    np.add.at(mean, [row for row, _ in sentences], embedding)
+    return mean / np.linalg.norm(mean, axis=1, keepdims=True)

@@ -1,0 +1,117 @@
+"""The fusing graph: upsampling as SAM does it, and who owns which pixel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from segment_anything.modeling import Sam
+
+from wsss.engines.ort import OrtEngine
+from wsss.export import fuse
+from wsss.export.to_onnx import WeightFile, export_onnx
+from wsss.frame import frame_for
+from wsss.spec import AxisRange, Preprocess
+
+SIDE, LOGITS = 1024, 256
+PREPROCESS = Preprocess(
+    resize="longest", longest_px=SIDE, filter="bilinear", canvases=((SIDE, SIDE),), mean=(0, 0, 0), std=(1, 1, 1), source="test"
+)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> OrtEngine:
+    folder = tmp_path_factory.mktemp("fuse")
+    graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))
+    export_onnx(graph, folder / "fuse.onnx", WeightFile(folder / "weights.data"))
+    return OrtEngine(folder / "fuse.onnx", graph.spec("fuse.onnx", 18))
+
+
+class Canvas:
+    """The one thing ``Sam.postprocess_masks`` asks of its model."""
+
+    class image_encoder:
+        img_size = SIDE
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(375, 500), (500, 333), (1, 7), (333, 1), (1024, 1024), (1023, 1025), (2001, 1501), (77, 1311), (256, 256)]
+)
+def test_two_matrices_are_sams_two_resizes(height: int, width: int) -> None:
+    logits = torch.from_numpy(np.random.default_rng(height).uniform(-20, 20, (1, 1, LOGITS, LOGITS))).float()
+    frame = frame_for(PREPROCESS, height, width)
+    want = Sam.postprocess_masks(Canvas(), logits, frame.valid, (height, width))[0, 0].numpy()
+    got = frame.mask_rows(LOGITS) @ logits[0, 0].numpy() @ frame.mask_columns(LOGITS).T
+    # White noise of +-20 is the worst case: torch rounds the source index to float32, 3e-5 of a pixel at 1024.
+    assert np.abs(got - want).max() <= 1e-3
+    assert np.abs(got - want).mean() <= 1e-5
+
+
+def voted(z: list[list[float]], score: list[float], label: list[int], margin: float = 0.1) -> tuple[list[int], list[int], list[int]]:
+    """`vote` on an image of one row; ``z`` is one list of logits a mask."""
+    out = fuse.vote(torch.tensor(z)[:, None], torch.tensor(score), torch.tensor(label), torch.tensor([margin]))
+    also = fuse.fused_by_sorting(np.array(z, np.float32)[:, None], np.array(score, np.float32), np.array(label), margin)
+    for ours, theirs in zip(out, (also["label_map"], also["area"], also["won"]), strict=True):
+        assert ours.tolist() == theirs.tolist()
+    return out[0][0].tolist(), out[1].tolist(), out[2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("z", "score", "label", "margin", "want"),
+    [
+        pytest.param([[-1.0, -9.0, 0.0]], [0.9], [3], 0.1, ([0, 0, 0], [0], [0]), id="no claim, the edge included"),
+        pytest.param([[5.0, -1.0, 1e-6]], [0.9], [3], 0.1, ([3, 0, 3], [2], [2]), id="one mask"),
+        pytest.param([[4.0, 4.0], [4.0, -4.0]], [0.9, 0.5], [1, 2], 0.1, ([1, 1], [2, 1], [2, 0]), id="the better score"),
+        pytest.param([[0.1, 9.0], [9.0, 0.1]], [0.8, 0.8], [1, 2], 0.1, ([2, 1], [2, 2], [1, 1]), id="the surer mask"),
+        pytest.param([[4.0], [4.0]], [0.90, 0.85], [1, 2], 0.1, ([255], [1, 1], [0, 0]), id="within the margin"),
+        pytest.param([[4.0], [4.0]], [0.90, 0.85], [1, 2], 0.05, ([1], [1, 1], [1, 0]), id="beyond the margin"),
+        pytest.param([[4.0], [4.0]], [0.9, 0.9], [2, 1], 0.0, ([2], [1, 1], [1, 0]), id="a tie without margin: the first"),
+        pytest.param([[4.0], [4.0]], [0.9, 0.9], [2, 2], 0.1, ([2], [1, 1], [1, 0]), id="a tie of one label: the first"),
+        pytest.param(
+            [[4.0], [4.0], [4.0]], [0.9, 0.88, 0.3], [2, 2, 7], 0.1, ([2], [1, 1, 1], [1, 0, 0]), id="the rival is of another label"
+        ),
+        pytest.param([[4.0], [-4.0]], [0.5, 0.5], [1, 2], 1.0, ([1], [1, 0], [1, 0]), id="no rival, any margin"),
+    ],
+)
+def test_who_owns_a_pixel(
+    z: list[list[float]], score: list[float], label: list[int], margin: float, want: tuple[list[int], list[int], list[int]]
+) -> None:
+    assert voted(z, score, label, margin) == want
+
+
+def test_void_and_labels_occur_in_what_the_gate_feeds() -> None:
+    graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))
+    feeds = graph.sample(16, 1)
+    found = graph.reference(feeds, {})["label_map"]
+    assert set(np.unique(found)) == {0, 1, 2, 3, 4, 255}
+
+
+@pytest.mark.parametrize("picked", [1, 5, 16])
+def test_graph_equals_its_reference(engine: OrtEngine, picked: int) -> None:
+    graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))
+    feeds = graph.sample(picked, 4)
+    found = {name: np.asarray(value) for name, value in engine(feeds).items()}
+    want = graph.reference(feeds, found)
+    assert found["label_map"].dtype == np.uint8
+    assert (found["label_map"] != want["label_map"]).mean() <= 1e-4
+    assert found["won"].sum() == ((found["label_map"] > 0) & (found["label_map"] < 255)).sum()
+    np.testing.assert_allclose(found["area"], want["area"], atol=2)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 100])
+def test_chunks_of_rows_give_the_same_label_map(engine: OrtEngine, chunk: int) -> None:
+    feeds = fuse.sample_masks(PREPROCESS, LOGITS, 16, 5, 9)
+    whole = {name: np.asarray(value) for name, value in engine(feeds).items()}
+    rows = feeds["rows"]
+    parts = [engine(feeds | {"rows": rows[start : start + chunk]}) for start in range(0, len(rows), chunk)]
+    assert np.array_equal(np.concatenate([np.asarray(part["label_map"]) for part in parts]), whole["label_map"])
+    for count in ("area", "won"):
+        assert np.array_equal(sum(np.asarray(part[count]) for part in parts), whole[count])
+
+
+def test_weights_of_the_fusing_graph_are_none(engine: OrtEngine, tmp_path: Path) -> None:
+    graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))
+    export_onnx(graph, tmp_path / "fuse.onnx", WeightFile(tmp_path / "weights.data"))
+    assert (tmp_path / "weights.data").stat().st_size == 0

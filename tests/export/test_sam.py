@@ -1,0 +1,289 @@
+"""SAM: what is exported computes what segment_anything computes, and the gate notices when it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from segment_anything import SamPredictor
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import Tensor, nn
+
+from wsss.engines.eager import EagerEngine
+from wsss.engines.ort import OrtEngine
+from wsss.errors import ParityError, UsageError, WeightsError
+from wsss.export import sam, verify
+from wsss.export.exporting import export_model, verify_model
+from wsss.export.family import Family, Graph, Options, Prepared
+from wsss.export.reference import open_eager
+from wsss.export.rewrites import SamBlock
+from wsss.export.weights import spread
+from wsss.frame import Frame, frame_for
+from wsss.spec import AxisRange, Model
+
+SIDE, PATCH, CHANNELS = 64, 8, 32
+BATCH = AxisRange(1, 2, 3)
+
+
+def toy_sam() -> Sam:
+    """Two blocks, one with windows that do not divide the grid and one global; realistic spread."""
+    grid = SIDE // PATCH
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        toy = Sam(
+            ImageEncoderViT(
+                img_size=SIDE,
+                patch_size=PATCH,
+                embed_dim=32,
+                depth=2,
+                num_heads=2,
+                out_chans=CHANNELS,
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                use_rel_pos=True,
+                window_size=3,
+                global_attn_indexes=(1,),
+            ),
+            PromptEncoder(CHANNELS, (grid, grid), (SIDE, SIDE), mask_in_chans=8),
+            MaskDecoder(
+                transformer_dim=CHANNELS,
+                transformer=TwoWayTransformer(depth=2, embedding_dim=CHANNELS, num_heads=4, mlp_dim=64),
+                iou_head_hidden_dim=32,
+            ),
+        )
+    spread(toy, 1)
+    return toy.eval().requires_grad_(False)
+
+
+def prepare_toy(variant: str, weights: str, options: Options) -> Prepared:
+    return sam.prepared_from(toy_sam(), variant=variant, weights={"source": weights, "sha256": "0" * 64}, batch=BATCH)
+
+
+TOY = Family(name="sam", variants=("toy",), default="toy", prepare=prepare_toy, official="toy")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The toy exported, which passes the gate of all three graphs."""
+    bundle = tmp_path_factory.mktemp("bundle")
+    manifest = export_model(TOY, variant="toy", weights="random:0", bundle=bundle, options=Options(), log=print)
+    return Model(bundle / "sam", manifest)
+
+
+def engine(model: Model, graph: str) -> OrtEngine:
+    return OrtEngine(model.path(graph), model.graph(graph))
+
+
+def graphs() -> dict[str, Graph]:
+    made = [make() for make in prepare_toy("toy", "random:0", Options()).graphs]
+    return {graph.name: graph for graph in made}
+
+
+def test_the_manifest_holds_what_the_runtime_needs(model: Model) -> None:
+    manifest = model.manifest
+    assert list(manifest.graphs) == ["encoder", "decoder", "fuse"]
+    assert manifest.preprocess.longest_px == SIDE and manifest.preprocess.mean == sam.MEAN
+    assert manifest.settings["logits_side"] == 4 * SIDE // PATCH
+    assert set(manifest.files) == {"encoder.onnx", "decoder.onnx", "fuse.onnx", "weights.data"}
+    for graph in manifest.graphs.values():
+        assert graph.parity is not None
+        assert {(row.batch, row.against) for row in graph.parity.rows} >= {(1, "reference"), (2, "reference")}
+
+
+def test_verify_runs_the_gate_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsss.export.exporting.family", lambda name: TOY)
+    assert list(verify_model(model, None, print)) == ["encoder", "decoder", "fuse"]
+
+
+def test_the_eager_engine_is_rebuilt_from_the_weights(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsss.export.exporting.family", lambda name: TOY)
+    feeds = sam.sample_photographs(SIDE, 2, 5)
+    eager, ort = (each(feeds)["embedding"] for each in (open_eager(model, "encoder"), engine(model, "encoder")))
+    np.testing.assert_allclose(np.asarray(ort), np.asarray(eager), atol=1e-4)
+
+
+def on_canvas(photograph: Image.Image, frame: Frame) -> np.ndarray:
+    canvas = np.full((*frame.canvas, 3), 77, np.uint8)  # what lies in the padding must not matter
+    resized = photograph.resize((frame.valid[1], frame.valid[0]), Image.Resampling.BILINEAR)
+    canvas[: frame.valid[0], : frame.valid[1]] = np.asarray(resized)
+    return canvas
+
+
+def test_chain_equals_sam_predictor_on_real_photographs(model: Model, photographs: list[Path]) -> None:
+    """Photographs of one batch, their boxes interleaved in one decoder call, masks at original size."""
+    images = [Image.open(path).convert("RGB") for path in photographs[::30][:3]]
+    frames = [frame_for(model.manifest.preprocess, image.height, image.width) for image in images]
+    rng = np.random.default_rng(0)
+    owner = np.array([0, 1, 2, 2, 0, 1, 0])
+    extent = np.array([images[i].size * 2 for i in owner])
+    corners = np.sort(rng.uniform(0, 1, (len(owner), 2, 2)), axis=1).reshape(-1, 4)
+    xyxy_image = np.round(corners * extent + [-1, -1, 1, 1])
+
+    pixels = np.stack([on_canvas(image, frame) for image, frame in zip(images, frames, strict=True)])
+    size = np.array([frame.valid for frame in frames])
+    embedding = engine(model, "encoder")({"pixels": pixels, "size": size})["embedding"]
+    boxes = np.concatenate([frames[i].xyxy_model_from_image(xyxy_image[[row]]) for row, i in enumerate(owner)])
+    found = engine(model, "decoder")({"embedding": embedding, "boxes": boxes, "image": owner})
+    logits, quality = np.asarray(found["logits"]), np.asarray(found["quality"])
+
+    predictor = SamPredictor(toy_sam())
+    for i, image in enumerate(images):
+        predictor.set_image(np.asarray(image))
+        for row in np.flatnonzero(owner == i):
+            mask, iou, _ = predictor.predict(box=xyxy_image[row], multimask_output=False)
+            side = logits.shape[1]
+            ours = frames[i].mask_rows(side) @ logits[row] @ frames[i].mask_columns(side).T > 0
+            assert 0.01 < mask.mean() < 0.99  # or equality would say little
+            assert (ours != mask[0]).sum() <= 2  # of about 190,000: the zero crossing by rounding
+            assert abs(quality[row] - iou[0]) < 1e-5
+
+
+# ---- the gate must fail ----
+
+
+class Swapped(nn.Module):
+    """The right answers in the wrong rows."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.module(*inputs)
+        return tuple(output.roll(1, 0) for output in ((outputs,) if isinstance(outputs, Tensor) else outputs))
+
+
+def wrong_mean(encoder: sam.Encoder) -> nn.Module:
+    encoder.mean = encoder.mean + 1
+    return encoder
+
+
+def bgr(encoder: sam.Encoder) -> nn.Module:
+    encoder.patch_embed.proj.weight.data = encoder.patch_embed.proj.weight.data.flip(1)
+    return encoder
+
+
+def padding_kept(encoder: sam.Encoder) -> nn.Module:
+    encoder.step = torch.full_like(encoder.step, -1)  # every pixel counts as photograph
+    return encoder
+
+
+def rows_for_columns(encoder: sam.Encoder) -> nn.Module:
+    block = encoder.blocks[1]
+    block.rows, block.columns = block.columns, block.rows
+    return encoder
+
+
+def corner_of_pixel(decoder: sam.Decoder) -> nn.Module:
+    decoder.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1] - 0.5, inputs[2]))
+    return decoder
+
+
+def first_image_for_all(decoder: sam.Decoder) -> nn.Module:
+    decoder.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1], inputs[2] * 0))
+    return decoder
+
+
+def another_mask(decoder: sam.Decoder) -> nn.Module:
+    decoder.tokens = decoder.tokens[[0, 2, 1, 3, 4]]
+    return decoder
+
+
+def no_dense_prompt(decoder: sam.Decoder) -> nn.Module:
+    decoder.no_mask = torch.zeros_like(decoder.no_mask)
+    return decoder
+
+
+@pytest.mark.parametrize(
+    ("graph", "plant"),
+    [
+        ("encoder", Swapped),
+        ("encoder", wrong_mean),
+        ("encoder", bgr),
+        ("encoder", padding_kept),
+        ("encoder", rows_for_columns),
+        ("decoder", Swapped),
+        ("decoder", corner_of_pixel),
+        ("decoder", first_image_for_all),
+        ("decoder", another_mask),
+        ("decoder", no_dense_prompt),
+    ],
+)
+def test_the_gate_refuses_a_planted_fault(graph: str, plant: Callable[[nn.Module], nn.Module]) -> None:
+    right = graphs()[graph]
+    faulty = EagerEngine(plant(graphs()[graph].module), right.spec("x", 18))
+    with pytest.raises(ParityError, match=rf"{graph}: output '\w+', row \d+ of batch"):
+        verify.gate(right, faulty, engine_name="eager", reference_name="official", where=graph)
+
+
+@torch.inference_mode()
+def test_queries_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = SamBlock(toy_sam().image_encoder.blocks[1], SIDE // PATCH)
+    tokens = torch.randn(2, SIDE // PATCH, SIDE // PATCH, 32)
+    whole = block(tokens)
+    monkeypatch.setattr(SamBlock, "QUERIES", 24)  # does not divide 64
+    torch.testing.assert_close(block(tokens), whole)
+
+
+# ---- weights ----
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mini SAM in the official format."""
+    path = tmp_path_factory.mktemp("weights") / "sam_mini.pth"
+    torch.save(sam.load("mini", "random:3")[0].state_dict(), path)
+    return path
+
+
+def test_an_official_file_loads_to_the_same_numbers(checkpoint: Path) -> None:
+    ours, record = sam.load("mini", str(checkpoint))
+    seeded = sam.load("mini", "random:3")[0]
+    assert record["source"] == str(checkpoint)
+    photograph = torch.rand(3, 256, 200) * 255
+    with torch.inference_mode():
+        images = [each.image_encoder(each.preprocess(photograph)[None]) for each in (ours, seeded)]
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: state.pop("mask_decoder.iou_token.weight"), "1 missing (mask_decoder.iou_token.weight)"),
+        (lambda state: state.update(extra=torch.zeros(1)), "1 surplus (extra)"),
+        (lambda state: state.update({"image_encoder.neck.0.weight": torch.zeros(1)}), "of another shape"),
+    ],
+)
+def test_another_architecture_is_named(checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], says: str) -> None:
+    state = torch.load(checkpoint, weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match="SAM mini") as error:
+        sam.load("mini", str(tmp_path / "other.pth"))
+    assert says in str(error.value)
+
+
+def test_a_truncated_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:100_000])
+    with pytest.raises(WeightsError, match=r"cut\.pth: cannot be read"):
+        sam.load("mini", str(tmp_path / "cut.pth"))
+
+
+def test_another_variant_is_recognised(tmp_path: Path) -> None:
+    large = {"image_encoder.pos_embed": torch.zeros(1, 64, 64, 1024)}
+    large |= {f"image_encoder.blocks.{i}.norm1.weight": torch.zeros(1) for i in range(24)}
+    torch.save(large, tmp_path / "large.pth")
+    with pytest.raises(WeightsError, match="expected SAM vit_b, the file holds SAM vit_l") as error:
+        sam.load("vit_b", str(tmp_path / "large.pth"))
+    assert error.value.hint == "--variant vit_l"
+
+
+def test_what_sam_does_not_take_is_said() -> None:
+    with pytest.raises(UsageError, match="vit_b, vit_l, vit_h, mini"):
+        sam.prepare("vit_x", "random:0", Options())
+    with pytest.raises(UsageError, match="takes no sizes"):
+        sam.prepare("mini", "random:0", Options(sizes=((512, 512),)))

@@ -1,0 +1,71 @@
+"""Imports point one way, and no mapped folder is imported under its bare name."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAPPED = ("export", "engines", "runtime", "train", "benchmarks", "mini")
+TOP = {"cli", "__main__"}
+# Which folders each folder may import. "wsss" are the words below everyone (spec, batch, frame, ...).
+MAY = {
+    "wsss": set(),
+    "engines": {"wsss"},
+    "export": {"wsss", "engines", "export"},
+    "runtime": {"wsss", "engines"},
+    "train": {"wsss"},
+    "mini": {"wsss", "export"},
+    "benchmarks": {"wsss", "engines", "export", "runtime", "train", "mini"},
+}
+# export reads the configurations and weights of the small models where they are trained; classes names their list.
+KNOWN = {("wsss/classes.py", "mini"), ("wsss/__init__.py", "runtime")}
+
+
+def modules() -> list[Path]:
+    return sorted(path for folder in ("wsss", *MAPPED) for path in (ROOT / folder).glob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Absolute dotted names of everything a module imports."""
+    folder = path.parent.name
+    package = ["wsss"] if folder == "wsss" else ["wsss", folder]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+def folder_of(name: str) -> str | None:
+    parts = name.split(".")
+    if parts[0] != "wsss":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in MAPPED else "wsss"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_imports_point_one_way(path: Path) -> None:
+    folder = path.parent.name
+    if folder == "wsss" and path.stem in TOP:
+        return
+    for name in imported(path):
+        assert name.split(".")[0] not in MAPPED, f"{path}: imports {name}, which makes a second copy; say wsss.{name}"
+        target = folder_of(name)
+        if target is None or target == folder or (f"{folder}/{path.name}", target) in KNOWN:
+            continue
+        assert target in MAY[folder], f"{path.relative_to(ROOT)} imports {name}: {folder} stands below {target}"
+
+
+@pytest.mark.parametrize("folder", ["wsss", "engines", "runtime", "train"])
+def test_base_install_needs_no_torch(folder: str) -> None:
+    for path in (ROOT / folder).glob("*.py"):
+        if path.name == "eager.py":  # the one engine that is PyTorch
+            continue
+        heavy = {name.split(".")[0] for name in imported(path)} & {"torch", "torchvision", "transformers", "onnx", "open_clip"}
+        assert not heavy, f"{path.relative_to(ROOT)} imports {heavy}"

@@ -1,0 +1,5 @@
+"""``python -m wsss``."""
+
+from .cli import main
+
+main()

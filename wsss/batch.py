@@ -1,0 +1,139 @@
+"""What flows through the chain, batch by batch: photographs, labels, boxes, masks, pseudo-labels. Flat arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .frame import Frame
+
+VOID = 255
+"""Label of a pixel nobody should learn from."""
+
+
+class DeviceTensor(Protocol):
+    """A tensor on an engine's device; ``np.asarray`` copies it to the host."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[np.generic]: ...
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[np.generic]: ...
+
+
+Tensor = np.ndarray | DeviceTensor
+"""What engines take and give. What one returns may be fed to the next as it is; only ``np.asarray`` moves it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Photograph:
+    """A decoded image.
+
+    pixels: (H, W, 3) uint8, RGB, EXIF rotation applied.
+    """
+
+    name: str
+    """Path relative to the folder of the run, with forward slashes; identifies the image everywhere."""
+    pixels: np.ndarray
+    size_bytes: int = 0
+    sha256: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+
+Images = Sequence[Photograph]
+
+
+@dataclass(slots=True)
+class Labels:
+    """Which classes are in each image of a batch.
+
+    score: (B, C) float32 in [0, 1]; column c is class c + 1 of the run's list.
+    present: (B, C) bool.
+    """
+
+    score: np.ndarray
+    present: np.ndarray
+
+
+@dataclass(slots=True)
+class Boxes:
+    """Detections of a whole batch, flat: row i lies in image ``image[i]``. May be empty.
+
+    xyxy_image: (N, 4) float32, pixels of the original photograph, x0 < x1 and y0 < y1.
+    score: (N,) float32 in [0, 1].
+    label: (N,) int64, 1-based index into the run's class list; 0 is background and never appears.
+    image: (N,) int64, ascending, 0 <= image[i] < B.
+    """
+
+    xyxy_image: np.ndarray
+    score: np.ndarray
+    label: np.ndarray
+    image: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def keep(self, rows: np.ndarray) -> Boxes:
+        """The rows picked by an index or a mask, order kept."""
+        return Boxes(self.xyxy_image[rows], self.score[rows], self.label[rows], self.image[rows])
+
+    @staticmethod
+    def none() -> Boxes:
+        """No box at all."""
+        return Boxes(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+    @staticmethod
+    def join(parts: Sequence[Boxes]) -> Boxes:
+        """The rows of all parts, sorted by image; within an image in the order given."""
+        if not parts:
+            return Boxes.none()
+        fields = ("xyxy_image", "score", "label", "image")
+        joined = Boxes(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
+        return joined.keep(np.argsort(joined.image, kind="stable"))
+
+
+@dataclass(slots=True)
+class Masks:
+    """One mask per box, as low-resolution logits that have not left the engine's device.
+
+    logits: decoder outputs, each (n, L, L) float32, 0 is the edge.
+    part, row: (N,) int64; box i's mask is ``logits[part[i]][row[i]]``.
+    quality: (N,) float32, the decoder's own guess of its IoU (SAM, arXiv:2304.02643, appendix A).
+    frames: one per image of the batch, None for an image without boxes.
+    """
+
+    logits: list[Tensor]
+    part: np.ndarray
+    row: np.ndarray
+    quality: np.ndarray
+    frames: list[Frame | None]
+
+
+@dataclass(slots=True)
+class PseudoLabels:
+    """The chain's result for a batch.
+
+    label_maps: one (H, W) uint8 per image, original size: 0 background, 1..C classes, 255 void.
+    labels, boxes: what led there.
+    quality: (N,) float32 per box, the mask's predicted IoU.
+    area: (N,) int64 per box, pixels of its outline; won: those that carry its label in the end.
+    """
+
+    names: list[str]
+    label_maps: list[np.ndarray]
+    labels: Labels
+    boxes: Boxes
+    quality: np.ndarray
+    area: np.ndarray
+    won: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.label_maps)

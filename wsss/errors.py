@@ -1,0 +1,54 @@
+"""The one exception a user is meant to see."""
+
+from __future__ import annotations
+
+
+class WsssError(Exception):
+    """Something the user can fix: *where: what was expected, what came*, then a hint.
+
+    Everything else may traceback. The command line prints this without a traceback and exits with 1.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
+
+
+class UsageError(WsssError):
+    """A flag or argument that cannot mean anything; exit code 2."""
+
+
+class SpecError(WsssError):
+    """A manifest, tensor spec or setting that contradicts itself."""
+
+
+class FeedError(WsssError):
+    """A tensor that does not fit the engine it was fed to."""
+
+
+class BundleError(WsssError):
+    """A bundle that is incomplete, damaged or of another format."""
+
+
+class WeightsError(WsssError):
+    """A checkpoint that is missing, damaged or of another architecture."""
+
+
+class ParityError(WsssError):
+    """A graph or engine that does not compute what its reference computes."""
+
+
+class ImageError(WsssError):
+    """A file that cannot be read as a photograph."""
+
+
+class ClassError(WsssError):
+    """A class list that does not exist, contradicts itself, or has names no caption can hold."""
+
+
+class StoreError(WsssError):
+    """A label store that cannot be read or written."""

@@ -1,0 +1,123 @@
+"""Coordinate frames: where a photograph lies on a model's canvas, and the way back for boxes and masks.
+
+Names carry the frame: ``xyxy_image`` is in pixels of the photograph (EXIF rotation applied), ``xyxy_model`` in pixels
+of the canvas. The photograph is resized and put top left; the rest of the canvas is padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .spec import Preprocess
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A photograph's place on a canvas. All sizes are (height, width) in pixels."""
+
+    image: tuple[int, int]
+    valid: tuple[int, int]
+    """Size after resizing: the part of the canvas that is photograph."""
+    canvas: tuple[int, int]
+
+    def xyxy_model_from_image(self, xyxy_image: Array) -> Array:
+        """Boxes (N, 4) float32 from the photograph's frame to the canvas's (SAM ``ResizeLongestSide.apply_boxes``)."""
+        return (np.asarray(xyxy_image, np.float64) * self._scale()).astype(np.float32)
+
+    def xyxy_image_from_model(self, xyxy_model: Array) -> Array:
+        """Boxes (N, 4) float32 from the canvas's frame to the photograph's."""
+        return (np.asarray(xyxy_model, np.float64) / self._scale()).astype(np.float32)
+
+    def xyxy_image_from_cxcywh(self, cxcywh: Array) -> Array:
+        """Boxes (N, 4) float32 in the photograph, clipped to it, from centre and size in 0..1 of the valid part.
+
+        Grounding-DINO's boxes are relative to the unpadded photograph (its valid ratios), so padding plays no part.
+        """
+        height, width = self.image
+        centre, size = np.asarray(cxcywh, np.float64)[:, :2], np.asarray(cxcywh, np.float64)[:, 2:]
+        corners = np.concatenate([centre - size / 2, centre + size / 2], axis=1)
+        corners = corners * [width, height, width, height]
+        return np.clip(corners, 0, [width, height, width, height]).astype(np.float32)
+
+    def mask_rows(self, side: int) -> Array:
+        """(H, side) float32: the linear map from the rows of low-resolution mask logits to the photograph's rows."""
+        return upsample_matrix(side, self.canvas[0], self.valid[0], self.image[0])
+
+    def mask_columns(self, side: int) -> Array:
+        """(W, side) float32: as ``mask_rows`` for columns; upsampled = rows @ logits @ columns.T."""
+        return upsample_matrix(side, self.canvas[1], self.valid[1], self.image[1])
+
+    def _scale(self) -> Array:
+        (height, width), (valid_height, valid_width) = self.image, self.valid
+        return np.array([valid_width / width, valid_height / height] * 2)
+
+
+def frame_for(preprocess: Preprocess, height: int, width: int) -> Frame:
+    """The frame of a photograph of this size: resized as the model wants it, on the smallest canvas that holds it.
+
+    A photograph that no canvas holds (canvases chosen smaller, or an aspect so extreme that the model's own rounding
+    overshoots) is shrunk further, onto the canvas that keeps it largest.
+    """
+    valid = resized(preprocess, height, width)
+    fitting = [canvas for canvas in preprocess.canvases if canvas[0] >= valid[0] and canvas[1] >= valid[1]]
+    if fitting:
+        return Frame((height, width), valid, min(fitting, key=lambda canvas: canvas[0] * canvas[1]))
+
+    def shrink(canvas: tuple[int, int]) -> float:
+        return min(canvas[0] / valid[0], canvas[1] / valid[1])
+
+    canvas = max(preprocess.canvases, key=shrink)
+    scale = shrink(canvas)
+    shrunk = (min(max(round(valid[0] * scale), 1), canvas[0]), min(max(round(valid[1] * scale), 1), canvas[1]))
+    return Frame((height, width), shrunk, canvas)
+
+
+def resized(preprocess: Preprocess, height: int, width: int) -> tuple[int, int]:
+    """(height, width) after the model's own resize, before padding.
+
+    ``longest``: SAM ``ResizeLongestSide.get_preprocess_shape``. ``short-longest``: ``get_size_with_aspect_ratio`` of
+    GroundingDINO ``datasets/transforms.py``.
+    """
+    if preprocess.resize == "squash":
+        return preprocess.canvases[0]
+    if preprocess.resize == "longest":
+        scale = preprocess.longest_px / max(height, width)
+        return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+    short, longest = float(preprocess.short_px), preprocess.longest_px
+    low, high = float(min(height, width)), float(max(height, width))
+    if high / low * short > longest:
+        short = round(longest * low / high)
+    short = max(int(short), 1)
+    if min(height, width) == short:
+        return height, width
+    if width < height:
+        return max(int(short * height / width), 1), short
+    return short, max(int(short * width / height), 1)
+
+
+def upsample_matrix(side: int, canvas: int, valid: int, image: int) -> Array:
+    """SAM's mask upsampling along one axis, as one matrix.
+
+    SAM resizes mask logits side -> canvas, crops the padding, and resizes valid -> image, both bilinear with
+    ``align_corners=False`` (``Sam.postprocess_masks``). Each step is linear along each axis, hence so is the chain.
+
+    Returns:
+        (image, side) float32; each row sums to 1. Composed in float64.
+    """
+    return (bilinear_matrix(valid, image) @ bilinear_matrix(side, canvas)[:valid]).astype(np.float32)
+
+
+def bilinear_matrix(source: int, target: int) -> Array:
+    """(target, source) float64: ``torch.nn.functional.interpolate`` bilinear, half-pixel centres, no antialiasing."""
+    centre = np.maximum((np.arange(target) + 0.5) * (source / target) - 0.5, 0)
+    low = np.minimum(centre.astype(np.int64), source - 1)
+    high = np.minimum(low + 1, source - 1)
+    share = centre - low
+    matrix = np.zeros((target, source))
+    np.add.at(matrix, (np.arange(target), low), 1 - share)
+    np.add.at(matrix, (np.arange(target), high), share)
+    return matrix
