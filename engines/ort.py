@@ -116,10 +116,18 @@ class OrtEngine:
             (self._inputs, self._session.get_inputs()),
             (self._outputs, self._session.get_outputs()),
         ):
-            want = {name: np.dtype(spec.dtype) for name, spec in told.items()}
-            have = {node.name: np.dtype(_DTYPES.get(node.type, np.void)) for node in found}
-            if want != have:
-                raise BundleError(
-                    f"{path}: the manifest says {want}, the graph has {have}",
-                    hint="the manifest and the graph come from different exports; export the model again",
-                )
+            have = {node.name: node for node in found}
+            if told.keys() == have.keys() and all(_agree(spec, have[name]) for name, spec in told.items()):
+                continue
+            graph = ", ".join(f"{node.name} {node.type}{node.shape}" for node in found)
+            raise BundleError(
+                f"{path}: the manifest says {', '.join(map(str, told.values()))}; the graph has {graph}",
+                hint="the manifest and the graph come from different exports; export the model again",
+            )
+
+
+def _agree(spec: TensorSpec, node: onnxruntime.NodeArg) -> bool:
+    """Same dtype and rank, same fixed axes; a free axis of the contract must not be a number in the graph."""
+    if np.dtype(_DTYPES.get(node.type, np.void)) != np.dtype(spec.dtype) or len(node.shape) != len(spec.shape):
+        return False
+    return all(not isinstance(has, int) or has == wants for wants, has in zip(spec.shape, node.shape, strict=True))

@@ -75,7 +75,7 @@ def prepare(variant: str, weights_name: str, options: Options) -> Prepared:
             ``mini`` also ``mini``, the trained weights in the package. A tag whose weights were trained with QuickGELU
             (``openai``) turns its variant into the ``-quickgelu`` one; for a file, the ``open_clip_config.json`` beside
             it does, else name that variant.
-        options: ``batch`` is the range of images a call; ``sizes`` cannot be changed.
+        options: ``batch`` is the range of images, and of prompts, a call; ``sizes`` cannot be changed.
 
     Raises:
         UsageError: no such variant, or a size that is not the model's.
@@ -107,7 +107,7 @@ def prepare(variant: str, weights_name: str, options: Options) -> Prepared:
         variant=loaded.variant,
         graphs=(
             partial(image_graph, model, recipe, options.batch or image_batch(model)),
-            partial(text_graph, model, tokenizer, TEXT_BATCH),
+            partial(text_graph, model, tokenizer, options.batch or TEXT_BATCH),
         ),
         preprocess=Preprocess(
             resize="squash",
@@ -143,7 +143,7 @@ class ImageTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, S, S, 3) uint8 to (B, D) float32."""
         planes = pixels.to(torch.float32).permute(0, 3, 1, 2)  # (B, 3, S, S); TensorRT takes uint8 into a Cast only
-        embedding: Tensor = self.model.encode_image((planes - self.mean) / self.std, normalize=True)  # type: ignore[operator]
+        embedding: Tensor = self.model.encode_image((planes - self.mean) / self.std, normalize=True)
         return embedding
 
 
@@ -156,7 +156,7 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, C) int64 to (B, D) float32."""
-        embedding: Tensor = self.model.encode_text(tokens, normalize=True)  # type: ignore[operator]
+        embedding: Tensor = self.model.encode_text(tokens, normalize=True)
         return embedding
 
 

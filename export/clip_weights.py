@@ -6,6 +6,7 @@ or from the ``open_clip_config.json`` beside the file; shapes alone would load O
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -283,10 +284,8 @@ def _download(tag: Mapping[str, Any], variant: str) -> Path:
 
 def _reach(address: str) -> None:
     """Raises OSError at once where there is no network; the hub's own client retries for a minute."""
-    try:
+    with contextlib.suppress(urllib.error.HTTPError):  # a refusal is an answer
         urllib.request.urlopen(address, timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # it answered
 
 
 def _hub_files(file: str) -> tuple[str, ...]:

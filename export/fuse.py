@@ -135,8 +135,8 @@ def sample_masks(preprocess: Preprocess, logits_side: int, most: int, picked: in
     coarse = torch.from_numpy(rng.normal(-0.3, 1, (min(picked + 2, most), 1, 6, 6))).float()
     fields = F.interpolate(coarse, (logits_side, logits_side), mode="bicubic", align_corners=False)[:, 0]
     noise = torch.from_numpy(rng.normal(0, 0.5, fields.shape)).float()
-    side = preprocess.longest_px
-    height, width = (int(length) | 1 for length in rng.integers(side // 4, side // 2, 2))
+    side = preprocess.longest_px // (2 if picked <= 16 else 8)  # many masks of a large photograph need gigabytes
+    height, width = (int(length) | 1 for length in rng.integers(side // 2, side, 2))
     frame = frame_for(preprocess, height, width)
     return {
         "logits": (8 * fields + noise).numpy(),

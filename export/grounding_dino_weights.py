@@ -14,7 +14,17 @@ from torch import Tensor
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
 from ..errors import WeightsError
-from .weights import Download, cache_folder, download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record
+from .weights import (
+    Download,
+    cache_folder,
+    download,
+    find_weights,
+    load_exactly,
+    random_seed,
+    read_checkpoint,
+    spread,
+    weights_record,
+)
 
 OFFICIAL: Mapping[str, Mapping[str, object]] = {
     "swin_t": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},

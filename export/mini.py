@@ -150,11 +150,11 @@ def build_sam_mini() -> Sam:
 
 # ---- CLIP ----
 
-CLIP_MINI_WORDS = (
+CLIP_MINI_WORDS = (  # noqa: SIM905
     "a an the of in on and with photo picture clean origami ground faint stripes plain gradient noisy background"
     " red green blue yellow purple orange white pink teal grey brown dark black coloured striped checkered dotted"
     " disc triangle ring star hexagon crescent cross arrow drop box diamond heart polygon blob bar squiggle"
-).split()  # noqa: SIM905
+).split()
 """Every word of the drawn scenes' prompts. Order and spelling fix the token ids, so a change needs new weights."""
 
 CLIP_MINI_CONTEXT = 16

@@ -44,8 +44,11 @@ BATCHES = {
 }
 """Images per encoder call."""
 BOXES = AxisRange(1, 16, 64)
+"""Boxes per decoder call."""
 IMAGES = 16
 """Embeddings a decoder call can choose from, at most (more if the encoder's batch is larger)."""
+MASKS = AxisRange(1, 16, 256)
+"""Masks fused in one image; more than a decoder call gives, because a photograph may need several."""
 
 _URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 # The hex digits in the file names are MD5; these sha256 are recorded by micro-sam (models/pretrained) among others.
@@ -77,7 +80,7 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
     return prepared_from(sam, variant=variant, weights=record, batch=options.batch or BATCHES[variant])
 
 
-def prepared_from(sam: Sam, *, variant: str, weights: Mapping[str, str], batch: AxisRange) -> Prepared:
+def prepared_from(sam: Sam, *, variant: str, weights: Mapping[str, str], batch: AxisRange, boxes: AxisRange = BOXES) -> Prepared:
     """The graphs, preprocessing and settings of a loaded SAM of any size; ``weights`` is the manifest's record."""
     side, logits_side = sam.image_encoder.img_size, 4 * sam.prompt_encoder.image_embedding_size[0]
     preprocess = Preprocess(
@@ -93,8 +96,8 @@ def prepared_from(sam: Sam, *, variant: str, weights: Mapping[str, str], batch: 
         variant=variant,
         graphs=(
             partial(encoder_graph, sam, batch),
-            partial(decoder_graph, sam, AxisRange(1, max(batch.opt, IMAGES // 2), max(batch.max, IMAGES))),
-            partial(fuse.fuse_graph, preprocess, logits_side=logits_side, masks=BOXES),
+            partial(decoder_graph, sam, AxisRange(1, max(batch.opt, IMAGES // 2), max(batch.max, IMAGES)), boxes),
+            partial(fuse.fuse_graph, preprocess, logits_side=logits_side, masks=MASKS),
         ),
         preprocess=preprocess,
         settings={"logits_side": logits_side},
@@ -214,7 +217,7 @@ def encoder_graph(sam: Sam, batch: AxisRange) -> Graph:
     )
 
 
-def decoder_graph(sam: Sam, images: AxisRange) -> Graph:
+def decoder_graph(sam: Sam, images: AxisRange, boxes: AxisRange) -> Graph:
     """Graph ``decoder``: see `Decoder`. Reference: the official prompt encoder and mask decoder, one box at a time."""
     side, channels, grid = sam.image_encoder.img_size, sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size[0]
 
@@ -240,7 +243,7 @@ def decoder_graph(sam: Sam, images: AxisRange) -> Graph:
             TensorSpec("image", ("boxes",), "int64"),
         ),
         outputs=(TensorSpec("logits", ("boxes", 4 * grid, 4 * grid), "float32"), TensorSpec("quality", ("boxes",), "float32")),
-        axes={"images": images, "boxes": BOXES},
+        axes={"images": images, "boxes": boxes},
         row_axis="boxes",
         sample=partial(sample_boxes, side, (channels, grid, grid), images.max),
         reference=reference,
@@ -289,7 +292,7 @@ def take_boxes(feeds: Feeds, rows: Sequence[int]) -> Feeds:
 
 
 def _three(values: Tensor) -> tuple[float, float, float]:
-    red, green, blue = (round(float(value), 6) for value in values.flatten())
+    red, green, blue = (round(float(value), 4) for value in values.flatten())
     return red, green, blue
 
 

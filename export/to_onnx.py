@@ -47,7 +47,13 @@ class WeightFile:
                 file.write(data)
         offset, length = self._at[key]
         return ir.ExternalTensor(
-            self._path.name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name or "", base_dir=self._path.parent
+            self._path.name,
+            offset,
+            length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape),
+            name=tensor.name or "",
+            base_dir=self._path.parent,
         )
 
 

@@ -56,7 +56,10 @@ def _gate_rows(graph: Graph, engine: Engine, sizes: list[int], where: str) -> li
                 alone[row] = mine if batch == 1 else {name: np.array(value) for name, value in engine(one).items()}
             key = (row, mine[graph.ties].tobytes() if graph.ties else b"")
             if key not in known:
-                known[key] = graph.reference(one, mine)
+                try:
+                    known[key] = graph.reference(one, mine)
+                except ParityError as error:  # a choice that was no near tie
+                    raise ParityError(f"{where}: row {row} of batch {batch}: {error.message}") from None
             rows += _compare(graph.tolerance, mine, known[key], batch=batch, row=row, against="reference", where=where)
             same_choice = graph.ties is None or np.array_equal(mine[graph.ties], alone[row][graph.ties])
             if same_choice and batch > 1:

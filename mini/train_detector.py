@@ -112,7 +112,8 @@ def start_run(device: torch.device, seed: int) -> Run:
     prepare(model)
     model = model.to(device).train()
     dense = DenseHeads(model.config.d_model, levels=2).to(device)
-    plain, decayed = [], []
+    plain: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     for _, parameter in [*model.named_parameters(), *dense.named_parameters()]:
         (decayed if parameter.ndim >= 2 else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]

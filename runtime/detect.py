@@ -111,6 +111,11 @@ class Detector:
         self._nms, self._nms_across = nms, nms_across
         self._budget = int(settings["max_tokens"])
         self._cls, self._sep, self._phrases = embed_phrases(model, text, classes)
+        for name, phrases in zip(classes.names, self._phrases, strict=True):
+            if not all(phrase.words for phrase in phrases):
+                raise WsssError(
+                    f"--classes: {name!r} holds nothing that the detector's tokenizer can read", hint="write it in plain words"
+                )
         longest = max(len(phrase) for phrases in self._phrases for phrase in phrases)
         if longest + 2 > self._budget:
             raise WsssError(

@@ -7,6 +7,8 @@ An image without masks is background everywhere, said explicitly.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..batch import Boxes, Images, Labels, Masks, PseudoLabels, Tensor
@@ -15,7 +17,7 @@ from ..frame import Frame
 from ..spec import Model
 
 TILE_BYTES = 64 << 20
-"""Upsampled logits of one call. Larger photographs are fused in bands of rows, with the same result."""
+"""Upsampled logits of one call. Larger photographs are fused in tiles, with the same result."""
 
 
 class Fuser:
@@ -33,7 +35,10 @@ class Fuser:
         self.margin = margin
 
     def __call__(self, images: Images, labels: Labels, boxes: Boxes, masks: Masks) -> PseudoLabels:
-        """Label maps at original size, and how many pixels each mask outlined and won."""
+        """Label maps at original size, and how many pixels each mask outlined and won.
+
+        An image with more masks than one call of the engine takes keeps its best, by score x predicted IoU.
+        """
         area, won = np.zeros(len(boxes), np.int64), np.zeros(len(boxes), np.int64)
         maps = []
         for number, photo in enumerate(images):
@@ -46,26 +51,33 @@ class Fuser:
         return PseudoLabels([photo.name for photo in images], maps, labels, boxes, masks.quality, area, won)
 
     def _fuse(self, frame: Frame, rows: np.ndarray, boxes: Boxes, masks: Masks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        logits, pick = _logits_of(masks, rows)
+        score = (boxes.score[rows] * np.clip(masks.quality[rows], 1e-3, 1)).astype(np.float32)
+        best = np.sort(np.argsort(-score, kind="stable")[: self._engine.axes["picked"].max])
+        logits, pick = _logits_of(masks, rows[best])
         feeds: dict[str, Tensor] = {
             "logits": logits,
             "pick": pick,
-            "score": (boxes.score[rows] * np.clip(masks.quality[rows], 1e-3, 1)).astype(np.float32),
-            "label": boxes.label[rows],
-            "columns": frame.mask_columns(self._side),
+            "score": score[best],
+            "label": boxes.label[rows[best]],
             "margin": np.array([self.margin], np.float32),
         }
-        matrix = frame.mask_rows(self._side)
-        height, width = frame.image
-        band = max(1, TILE_BYTES // (4 * width * len(rows)))
-        label_map = np.empty((height, width), np.uint8)
+        down, across = frame.mask_rows(self._side), frame.mask_columns(self._side)
+        label_map = np.empty(frame.image, np.uint8)
         area, won = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-        for top in range(0, height, band):
-            out = self._engine({**feeds, "rows": matrix[top : top + band]})
-            label_map[top : top + band] = np.asarray(out["label_map"])
-            area += np.asarray(out["area"])
-            won += np.asarray(out["won"])
+        for tile in self._tiles(frame.image, len(best)):
+            out = self._engine({**feeds, "rows": down[tile[0]], "columns": across[tile[1]]})
+            label_map[tile] = np.asarray(out["label_map"])
+            area[best] += np.asarray(out["area"])
+            won[best] += np.asarray(out["won"])
         return label_map, area, won
+
+    def _tiles(self, size: tuple[int, int], masks: int) -> Iterator[tuple[slice, slice]]:
+        axes = self._engine.axes
+        width = min(size[1], axes["width"].max)
+        height = min(max(1, TILE_BYTES // (4 * width * masks)), axes["height"].max)
+        for top in range(0, size[0], height):
+            for left in range(0, size[1], width):
+                yield slice(top, top + height), slice(left, left + width)
 
 
 def _logits_of(masks: Masks, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:

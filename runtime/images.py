@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..batch import Photograph
 from ..errors import ImageError
@@ -20,14 +19,19 @@ from ..frame import Frame
 SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 FORMATS = tuple(sorted(set(SUFFIXES.values())))
 """The only decoders that untrusted files may reach."""
+MOST_PIXELS = 89_478_485
+"""The limit at which Pillow begins to warn of decompression bombs: 256 MB as RGB."""
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def find_images(folder: Path) -> list[str]:
+def find_images(folder: Path, *, leave_out: Path | None = None) -> list[str]:
     """Names of the images below ``folder`` (or of the one file), sorted; hidden files and folders are left out.
 
+    Args:
+        leave_out: a folder that is not entered: the label store, whose labels are no photographs.
+
     Raises:
-        ImageError: no such folder, or no image in it.
+        ImageError: no such folder, no image in it, or a sub-folder that cannot be read.
     """
     if folder.is_file():
         return [folder.name]
@@ -35,7 +39,10 @@ def find_images(folder: Path) -> list[str]:
         raise ImageError(
             f"{folder}: expected a folder of images, found nothing", hint="wsss label IMAGES takes a folder or an image"
         )
-    names = sorted(_walk(folder, ""))
+    try:
+        names = sorted(_walk(folder, "", leave_out.resolve() if leave_out else None))
+    except OSError as error:
+        raise ImageError(f"{error.filename}: cannot be read: {error.strerror}") from None
     if not names:
         raise ImageError(
             f"{folder}: no images in it", hint=f"files ending in {' '.join(SUFFIXES)} are taken, also in sub-folders"
@@ -43,21 +50,31 @@ def find_images(folder: Path) -> list[str]:
     return names
 
 
-def _walk(folder: Path, prefix: str) -> Iterator[str]:
+def _walk(folder: Path, prefix: str, leave_out: Path | None) -> Iterator[str]:
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
+            if Path(entry.path).resolve() == leave_out:
+                continue
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", leave_out)
         elif Path(entry.name).suffix.lower() in SUFFIXES:
             yield prefix + entry.name
 
 
 def label_names(names: list[str]) -> dict[str, str]:
     """Where each image's label goes: ``a/dog.jpg`` to ``a/dog.png``; where two images would meet, ``a/dog.jpg.png``."""
-    stems = Counter(str(PurePosixPath(name).with_suffix(".png")).lower() for name in names)
     plain = {name: str(PurePosixPath(name).with_suffix(".png")) for name in names}
-    return {name: plain[name] if stems[plain[name].lower()] == 1 else f"{name}.png" for name in names}
+    count = Counter(target.lower() for target in plain.values())
+    long = {name for name in names if count[plain[name].lower()] > 1}
+    # `a.jpg.png` is the label of a.jpg beside a.webp, and would be that of a photograph a.jpg.png too.
+    while True:
+        taken = {f"{name}.png".lower() for name in long}
+        met = {name for name in names if plain[name].lower() in taken} - long
+        if not met:
+            break
+        long |= met
+    return {name: f"{name}.png" if name in long else plain[name] for name in names}
 
 
 def read_photograph(folder: Path, name: str) -> Photograph:
@@ -75,12 +92,14 @@ def read_photograph(folder: Path, name: str) -> Photograph:
     except OSError as error:
         raise ImageError(f"{name}: cannot be read: {error.strerror}") from None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                pixels = _rgb(image)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:  # Pillow itself refuses twice as many only
+                raise ValueError(f"{image.width} x {image.height} pixels, at most {MOST_PIXELS:,} are decoded")
+            pixels = _rgb(image)
+    except UnidentifiedImageError:  # its own words hold a memory address
+        raise ImageError(f"{name}: not a readable image: none of {', '.join(FORMATS)}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name}: not a readable image: {error or type(error).__name__}".replace(repr(io.BytesIO), "")) from None
+        raise ImageError(f"{name}: not a readable image: {error or type(error).__name__}") from None
     return Photograph(name=name, pixels=pixels, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 

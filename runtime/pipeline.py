@@ -14,7 +14,7 @@ import numpy as np
 from ..batch import Boxes, Images, Labels, Masks, Photograph, PseudoLabels
 from ..classes import ClassList, parse_classes
 from ..engines.opening import open_graph, resolve
-from ..errors import WsssError
+from ..errors import UsageError, WsssError
 from ..spec import Model, open_bundle
 from .detect import Detector
 from .fuse import Fuser
@@ -51,7 +51,7 @@ class Rules:
         for name in ("tag_threshold", "box_threshold", "nms", "nms_across", "margin"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise WsssError(f"--{name.replace('_', '-')}: expected a number in 0..1, got {value}")
+                raise UsageError(f"--{name.replace('_', '-')}: expected a number in 0..1, got {value}")
 
 
 class Timed(Generic[P, R]):
@@ -158,9 +158,14 @@ class Labeler:
 
         Raises:
             ImageError: a file that is no readable image.
+            WsssError: an array of another shape, or an image without an entry in ``labels`` or ``boxes``.
         """
         many = [images] if isinstance(images, (str, Path, np.ndarray)) else images
-        return self.pseudo_label([_photograph(image, number) for number, image in enumerate(many)])
+        photos = [_photograph(image, number) for number, image in enumerate(many)]
+        for photo in photos:
+            if reason := self.missing(photo.name):
+                raise WsssError(reason)
+        return self.pseudo_label(photos)
 
     def missing(self, name: str) -> str | None:
         """Why this image cannot be labelled (``--labels`` or ``--boxes`` have no entry for it), or None."""
@@ -204,6 +209,6 @@ def _open_detector(model: Model, opener: Callable[..., Any], classes: ClassList,
 def _photograph(image: str | Path | np.ndarray, number: int) -> Photograph:
     if not isinstance(image, np.ndarray):
         return read_photograph(Path(image), Path(image).name)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise WsssError(f"image {number}: expected (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}")
     return Photograph(name=f"{number}", pixels=image)

@@ -58,7 +58,7 @@ def label_folder(
     Raises:
         ImageError: no images. StoreError: the store cannot be written or belongs to other settings.
     """
-    names = find_images(folder)
+    names = find_images(folder, leave_out=out)
     targets = label_names(names)
     start = time.perf_counter()
     with LabelStore(out, labeler.classes, labeler.settings) as store:

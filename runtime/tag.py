@@ -60,11 +60,12 @@ class Tagger:
 
     def _probability(self, embedding: np.ndarray) -> np.ndarray:
         logits = self._scale * (embedding.astype(np.float32) @ self._prompts.T)  # (V, C + negatives)
-        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-        classes, others = exp[:, : self._classes], exp[:, self._classes :].sum(axis=1, keepdims=True)
-        if self._rule == "background":
-            return classes / np.maximum(classes + others, np.finfo(np.float32).tiny)
-        return classes / (classes.sum(axis=1, keepdims=True) + others)
+        if self._rule == "softmax":
+            exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+            return exp[:, : self._classes] / exp.sum(axis=1, keepdims=True)
+        # One shift for all classes would lose, below exp(-103), a class beside a much surer one.
+        others = np.logaddexp.reduce(logits[:, self._classes :], axis=1, keepdims=True)  # (V, 1)
+        return np.exp(-np.logaddexp(0, others - logits[:, : self._classes]))
 
     def _views(self, pixels: np.ndarray) -> list[np.ndarray]:
         side = self._preprocess.canvases[0]
@@ -81,10 +82,13 @@ def view_windows(height: int, width: int, levels: tuple[int, ...]) -> list[tuple
     for level in levels:
         for i in range(level):
             for j in range(level):
-                y0, y1 = (round(height * start / (level + 1)) for start in (i, i + 2))
-                x0, x1 = (round(width * start / (level + 1)) for start in (j, j + 2))
-                windows.append((y0, max(y1, y0 + 1), x0, max(x1, x0 + 1)) if level > 1 else (0, height, 0, width))
+                windows.append((*_span(height, i, level), *_span(width, j, level)))
     return windows
+
+
+def _span(length: int, number: int, level: int) -> tuple[int, int]:
+    start = min(round(length * number / (level + 1)), length - 1)
+    return start, length if level == 1 else max(round(length * (number + 2) / (level + 1)), start + 1)
 
 
 def embed_prompts(model: Model, text: Engine, prompts: list[tuple[str, ...]]) -> np.ndarray:

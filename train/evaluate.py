@@ -11,13 +11,16 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
     Args:
         truth: label map, uint8 of any shape; 255 is left out.
         predicted: label map of the same shape; 255 (void) counts as a miss, in the last column.
-        classes: number of labels with background.
+        classes: number of labels with background; another label is a ValueError.
 
     Returns:
         (classes, classes + 1) int64; rows are the truth.
     """
     if truth.shape != predicted.shape:
         raise ValueError(f"truth is {truth.shape}, predicted {predicted.shape}")
+    for label_map in (truth, predicted):
+        if ((label_map >= classes) & (label_map != 255)).any():
+            raise ValueError(f"label {label_map[label_map != 255].max()}, there are {classes} classes")
     counted = truth != 255
     column = np.where(predicted[counted] == 255, classes, predicted[counted]).astype(np.int64)
     cells = truth[counted].astype(np.int64) * (classes + 1) + column
@@ -33,8 +36,10 @@ def class_iou(matrix: np.ndarray) -> np.ndarray:
 
 
 def mean_iou(matrix: np.ndarray) -> float:
-    """Mean of ``class_iou`` over the classes that occur, background included (PASCAL VOC)."""
-    return float(np.nanmean(class_iou(matrix)))
+    """Mean of ``class_iou`` over the classes that occur, background included (PASCAL VOC); NaN when none does."""
+    iou = class_iou(matrix)
+    seen = ~np.isnan(iou)
+    return float(iou[seen].mean()) if seen.any() else float("nan")
 
 
 def label_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:

@@ -45,8 +45,14 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     commands: dict[str, Any] = getattr(context.command, "commands", {})
-    flags = {name: {str(param.name) for param in command.params} for name, command in commands.items()}
-    context.default_map = read_defaults(Path(FILE), flags)
+    params = {name: {param.opts[0].lstrip("-"): param for param in command.params} for name, command in commands.items()}
+    flags = {name: {flag: str(param.name) for flag, param in told.items()} for name, told in params.items()}
+    context.default_map = defaults = read_defaults(Path(FILE), flags)
+    for name, values in defaults.items():
+        for param in params[name].values():
+            value = values.get(str(param.name))
+            if getattr(param, "multiple", False) and isinstance(value, str):  # one --weights; click would take its letters
+                values[str(param.name)] = [value]
 
 
 @app.command()
@@ -166,7 +172,7 @@ def label(
     from .runtime.run import label_folder
 
     assert images is not None and classes is not None and out is not None
-    find_images(Path(images))  # said before the engines are loaded, which takes a while
+    find_images(Path(images), leave_out=Path(out))  # said before the engines are loaded, which takes a while
     rules = Rules(
         tag_threshold=tag_threshold, box_threshold=box_threshold, nms=nms, nms_across=nms_across, margin=margin, gate=gate
     )

@@ -21,11 +21,11 @@ from .errors import UsageError
 FILE = "wsss.toml"
 
 
-def read_defaults(path: Path, commands: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
+def read_defaults(path: Path, commands: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Any]]:
     """Flag values by command and parameter name, as click's ``default_map`` wants them; empty when there is no file.
 
     Args:
-        commands: the parameter names of every command.
+        commands: for every command its flags as typed, without the dashes, and their parameter names.
 
     Raises:
         UsageError: not TOML, or a table or key that no command or flag has; names it and the nearest right one.
@@ -40,12 +40,15 @@ def read_defaults(path: Path, commands: Mapping[str, set[str]]) -> dict[str, dic
     for command, values in told.items():
         if command not in commands or not isinstance(values, dict):
             raise UsageError(f"{path}: expected tables named after commands ({', '.join(sorted(commands))}), got {command!r}")
-        named = {key.replace("-", "_"): value for key, value in values.items()}
-        for key in named.keys() - commands[command]:
-            near = get_close_matches(key, commands[command], 1)
-            raise UsageError(
-                f"{path}: [{command}] has no flag {key!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"its flags: {', '.join(sorted(commands[command]))}",
-            )
-        defaults[command] = named
+        flags = commands[command]
+        defaults[command] = {}
+        for key, value in values.items():
+            typed = key.replace("_", "-")
+            if typed not in flags:
+                near = get_close_matches(typed, flags, 1)
+                raise UsageError(
+                    f"{path}: [{command}] has no flag {key!r}",
+                    hint=f"did you mean {near[0]!r}?" if near else f"its flags: {', '.join(sorted(flags))}",
+                )
+            defaults[command][flags[typed]] = value
     return defaults

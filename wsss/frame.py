@@ -112,11 +112,16 @@ def upsample_matrix(side: int, canvas: int, valid: int, image: int) -> Array:
 
 
 def bilinear_matrix(source: int, target: int) -> Array:
-    """(target, source) float64: ``torch.nn.functional.interpolate`` bilinear, half-pixel centres, no antialiasing."""
-    centre = np.maximum((np.arange(target) + 0.5) * (source / target) - 0.5, 0)
+    """(target, source) float64: ``torch.nn.functional.interpolate`` bilinear, half-pixel centres, no antialiasing.
+
+    torch computes where a target pixel falls in float32. Done here in float64, mask logits of +-20 came out up to 9e-4
+    apart (59 pixels of a 4000 x 3000 mask flipped); with its rounding they agree to 6e-6.
+    """
+    scale, half = np.float32(source) / np.float32(target), np.float32(0.5)
+    centre = np.maximum(scale * (np.arange(target, dtype=np.float32) + half) - half, np.float32(0))
     low = np.minimum(centre.astype(np.int64), source - 1)
     high = np.minimum(low + 1, source - 1)
-    share = centre - low
+    share = centre.astype(np.float64) - low
     matrix = np.zeros((target, source))
     np.add.at(matrix, (np.arange(target), low), 1 - share)
     np.add.at(matrix, (np.arange(target), high), share)

@@ -48,22 +48,25 @@ class LabelStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / "run.json").exists():
-                _check_same(folder, json.loads((folder / "run.json").read_text(encoding="utf-8")), json.loads(json.dumps(run)))
-            elif any(folder.iterdir()):
+                was = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+                if not isinstance(was, dict):
+                    raise ValueError(f"expected an object, got {type(was).__name__}")
+                _check_same(folder, was, json.loads(json.dumps(run)))
+            elif any(not path.name.endswith(".tmp") for path in folder.iterdir()):  # a crash may leave a temporary
                 raise StoreError(
                     f"--out {folder}: the folder is not empty and holds no label store", hint="give a new or empty folder"
                 )
+            write_atomically(folder / "run.json", _json(run))  # first: from here on the folder is known as a store
             (folder / "labels").mkdir(exist_ok=True)
             write_atomically(folder / "classes.json", _json({0: "background", **dict(enumerate(classes.names, 1)), 255: "void"}))
-            write_atomically(folder / "run.json", _json(run))
             self.done = {record["path"]: record for record in read_records(folder)}
             self._rewrite()
-            self._lines = self._manifest.open("a", encoding="utf-8")
+            self._lines = self._manifest.open("ab")
         except OSError as error:
             raise StoreError(
                 f"--out {folder}: cannot be written: {error.strerror}", hint="give a folder you may write to"
             ) from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise StoreError(f"{folder / 'run.json'}: damaged: {error}", hint="give a new --out") from None
 
     def __enter__(self) -> LabelStore:
@@ -79,14 +82,14 @@ class LabelStore:
             self._lines.close()
             self.done = {path: record for path, record in self.done.items() if path not in gone}
             self._rewrite()
-            self._lines = self._manifest.open("a", encoding="utf-8")
+            self._lines = self._manifest.open("ab")
 
     def write(self, record: Record, label_map: np.ndarray | None) -> None:
         """Publishes one image: its label map (H, W) uint8 if it has one, then its line."""
         try:
             if label_map is not None:
                 write_label(self.folder / "labels" / record["label"], label_map)
-            self._lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._lines.write(_line(record))
             self._lines.flush()
             os.fsync(self._lines.fileno())
         except OSError as error:
@@ -97,8 +100,7 @@ class LabelStore:
         self.done[record["path"]] = record
 
     def _rewrite(self) -> None:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.done.values())
-        write_atomically(self._manifest, lines.encode())
+        write_atomically(self._manifest, b"".join(map(_line, self.done.values())))
 
 
 def read_records(folder: Path) -> Iterator[Record]:
@@ -128,6 +130,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The settings of a store. Raises StoreError when ``folder`` is none."""
     try:
         run: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(run, dict):
+            raise ValueError(f"run.json holds {type(run).__name__}")
     except (OSError, ValueError) as error:
         raise StoreError(f"{folder}: expected a label store (with run.json): {error}", hint="wsss label makes one") from None
     return run
@@ -181,6 +185,11 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _line(record: Record) -> bytes:
+    # File names that are no Unicode come as lone surrogates (PEP 383); json.loads reads them back from bytes.
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def _json(value: object) -> bytes:

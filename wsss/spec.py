@@ -193,6 +193,11 @@ class Bundle:
         manifest = read_manifest(folder)
         for file, expected in manifest.files.items():
             check_file(folder, file, expected)
+        used = {graph.file for graph in manifest.graphs.values()} | ({manifest.tokenizer} if manifest.tokenizer else set())
+        for file in sorted(used - manifest.files.keys()):
+            raise BundleError(
+                f"{folder / 'manifest.json'}: uses {file!r} without its sha256 in `files`", hint="export the model again"
+            )
         return Model(folder, manifest)
 
 
@@ -213,7 +218,7 @@ def check_file(folder: Path, name: str, expected: str) -> None:
     """Raises BundleError unless ``folder/name`` is a plain file of its own with the sha256 ``expected``."""
     path = folder / name
     again = "export the model again"
-    if Path(name).name != name or path.is_symlink():
+    if name in ("", "..") or Path(name).name != name or path.is_symlink():
         raise BundleError(f"{folder / 'manifest.json'}: names {name!r}, expected a plain file of its own folder", hint=again)
     if not path.is_file():
         raise BundleError(f"{path}: named by the manifest but missing", hint=again)
@@ -260,7 +265,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path}: expected manifest format {FORMAT}, got {came}", hint=again)
     try:
         return _manifest_from_json(told)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
         raise BundleError(f"{path}: not a valid manifest: {type(error).__name__} {error}", hint=again) from None
 
 
@@ -269,7 +274,10 @@ def _manifest_from_json(told: dict[str, Any]) -> Manifest:
     pre["canvases"] = tuple((int(h), int(w)) for h, w in pre["canvases"])
     pre["mean"], pre["std"] = tuple(pre["mean"]), tuple(pre["std"])
     graphs = {name: _graph_from_json(graph) for name, graph in told["graphs"].items()}
-    return Manifest(**{**told, "preprocess": Preprocess(**pre), "graphs": graphs})
+    strings = [told.get("tokenizer") or "", *(graph.file for graph in graphs.values()), *dict(told["files"]).values()]
+    if not isinstance(told["files"], dict) or not all(isinstance(each, str) for each in strings):
+        raise TypeError("files, graphs and tokenizer must be named by strings")
+    return Manifest(**{**told, "preprocess": Preprocess(**pre), "graphs": graphs, "settings": dict(told["settings"])})
 
 
 def _graph_from_json(told: dict[str, Any]) -> GraphSpec:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from segment_anything.modeling import Sam
-
 from wsss.engines.ort import OrtEngine
 from wsss.export import fuse
 from wsss.export.to_onnx import WeightFile, export_onnx
+
 from wsss.frame import frame_for
 from wsss.spec import AxisRange, Preprocess
 
@@ -37,19 +35,20 @@ class Canvas:
 
 
 @pytest.mark.parametrize(
-    ("height", "width"), [(375, 500), (500, 333), (1, 7), (333, 1), (1024, 1024), (1023, 1025), (2001, 1501), (77, 1311), (256, 256)]
+    ("height", "width"),
+    [(375, 500), (500, 333), (1, 7), (333, 1), (1024, 1024), (1023, 1025), (2001, 1501), (77, 1311), (256, 256), (4001, 3)],
 )
 def test_two_matrices_are_sams_two_resizes(height: int, width: int) -> None:
     logits = torch.from_numpy(np.random.default_rng(height).uniform(-20, 20, (1, 1, LOGITS, LOGITS))).float()
     frame = frame_for(PREPROCESS, height, width)
     want = Sam.postprocess_masks(Canvas(), logits, frame.valid, (height, width))[0, 0].numpy()
     got = frame.mask_rows(LOGITS) @ logits[0, 0].numpy() @ frame.mask_columns(LOGITS).T
-    # White noise of +-20 is the worst case: torch rounds the source index to float32, 3e-5 of a pixel at 1024.
-    assert np.abs(got - want).max() <= 1e-3
-    assert np.abs(got - want).mean() <= 1e-5
+    assert np.abs(got - want).max() <= 1e-4  # white noise of +-20, the worst case for an interpolation
 
 
-def voted(z: list[list[float]], score: list[float], label: list[int], margin: float = 0.1) -> tuple[list[int], list[int], list[int]]:
+def voted(
+    z: list[list[float]], score: list[float], label: list[int], margin: float = 0.1
+) -> tuple[list[int], list[int], list[int]]:
     """`vote` on an image of one row; ``z`` is one list of logits a mask."""
     out = fuse.vote(torch.tensor(z)[:, None], torch.tensor(score), torch.tensor(label), torch.tensor([margin]))
     also = fuse.fused_by_sorting(np.array(z, np.float32)[:, None], np.array(score, np.float32), np.array(label), margin)
@@ -70,7 +69,12 @@ def voted(z: list[list[float]], score: list[float], label: list[int], margin: fl
         pytest.param([[4.0], [4.0]], [0.9, 0.9], [2, 1], 0.0, ([2], [1, 1], [1, 0]), id="a tie without margin: the first"),
         pytest.param([[4.0], [4.0]], [0.9, 0.9], [2, 2], 0.1, ([2], [1, 1], [1, 0]), id="a tie of one label: the first"),
         pytest.param(
-            [[4.0], [4.0], [4.0]], [0.9, 0.88, 0.3], [2, 2, 7], 0.1, ([2], [1, 1, 1], [1, 0, 0]), id="the rival is of another label"
+            [[4.0], [4.0], [4.0]],
+            [0.9, 0.88, 0.3],
+            [2, 2, 7],
+            0.1,
+            ([2], [1, 1, 1], [1, 0, 0]),
+            id="the rival is of another label",
         ),
         pytest.param([[4.0], [-4.0]], [0.5, 0.5], [1, 2], 1.0, ([1], [1, 0], [1, 0]), id="no rival, any margin"),
     ],
@@ -109,9 +113,3 @@ def test_chunks_of_rows_give_the_same_label_map(engine: OrtEngine, chunk: int) -
     assert np.array_equal(np.concatenate([np.asarray(part["label_map"]) for part in parts]), whole["label_map"])
     for count in ("area", "won"):
         assert np.array_equal(sum(np.asarray(part[count]) for part in parts), whole[count])
-
-
-def test_weights_of_the_fusing_graph_are_none(engine: OrtEngine, tmp_path: Path) -> None:
-    graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))
-    export_onnx(graph, tmp_path / "fuse.onnx", WeightFile(tmp_path / "weights.data"))
-    assert (tmp_path / "weights.data").stat().st_size == 0

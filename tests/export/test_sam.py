@@ -13,21 +13,21 @@ from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
-
 from wsss.engines.eager import EagerEngine
 from wsss.engines.ort import OrtEngine
-from wsss.errors import ParityError, UsageError, WeightsError
 from wsss.export import sam, verify
 from wsss.export.exporting import export_model, verify_model
 from wsss.export.family import Family, Graph, Options, Prepared
 from wsss.export.reference import open_eager
 from wsss.export.rewrites import SamBlock
 from wsss.export.weights import spread
+
+from wsss.errors import ParityError, UsageError, WeightsError
 from wsss.frame import Frame, frame_for
 from wsss.spec import AxisRange, Model
 
 SIDE, PATCH, CHANNELS = 64, 8, 32
-BATCH = AxisRange(1, 2, 3)
+BATCH, BOXES = AxisRange(1, 2, 3), AxisRange(1, 4, 7)
 
 
 def toy_sam() -> Sam:
@@ -60,7 +60,8 @@ def toy_sam() -> Sam:
 
 
 def prepare_toy(variant: str, weights: str, options: Options) -> Prepared:
-    return sam.prepared_from(toy_sam(), variant=variant, weights={"source": weights, "sha256": "0" * 64}, batch=BATCH)
+    record = {"source": weights, "sha256": "0" * 64}
+    return sam.prepared_from(toy_sam(), variant=variant, weights=record, batch=BATCH, boxes=BOXES)
 
 
 TOY = Family(name="sam", variants=("toy",), default="toy", prepare=prepare_toy, official="toy")
@@ -258,7 +259,9 @@ def test_an_official_file_loads_to_the_same_numbers(checkpoint: Path) -> None:
         (lambda state: state.update({"image_encoder.neck.0.weight": torch.zeros(1)}), "of another shape"),
     ],
 )
-def test_another_architecture_is_named(checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], says: str) -> None:
+def test_another_architecture_is_named(
+    checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], says: str
+) -> None:
     state = torch.load(checkpoint, weights_only=True)
     change(state)
     torch.save(state, tmp_path / "other.pth")

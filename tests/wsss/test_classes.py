@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from wsss.classes import MOST_CLASSES, ClassList, backgrounds_for, cleaned, palette, parse_classes
 from wsss.errors import ClassError, WsssError
 

@@ -1,0 +1,122 @@
+"""ONNX Runtime on a graph of two nodes: right numbers, tensors that feed the next engine, and files it must refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from wsss.engines.ort import OrtEngine, OrtTensor
+from wsss.errors import BundleError, FeedError, WsssError
+from wsss.spec import AxisRange, GraphSpec, TensorSpec
+
+X = np.array([[1, 2, 3], [4, 5, -6]], np.float32)
+
+
+@pytest.fixture
+def engine(onnx_file: Callable[..., Path], spec: GraphSpec) -> OrtEngine:
+    return OrtEngine(onnx_file(), spec, threads=1)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_values_by_name(engine: OrtEngine, rows: int) -> None:
+    out = engine({"x": X[:rows]})
+    assert list(out) == ["double", "total"]
+    assert np.array_equal(np.asarray(out["double"]), 2 * X[:rows])
+    assert np.array_equal(np.asarray(out["total"]), X[:rows].sum(axis=1))
+
+
+def test_an_output_feeds_the_next_engine_as_it_is(engine: OrtEngine) -> None:
+    first = engine({"x": X})["double"]
+    assert isinstance(first, OrtTensor)
+    assert (first.shape, first.dtype) == ((2, 3), np.float32)
+    assert np.array_equal(np.asarray(engine({"x": first})["double"]), 4 * X)
+    assert np.array_equal(np.asarray(first), 2 * X), "and lives on"
+
+
+def test_outputs_of_two_calls_are_apart(engine: OrtEngine) -> None:
+    first = engine({"x": X})["double"]
+    second = engine({"x": X + 1})["double"]
+    assert np.array_equal(np.asarray(first), 2 * X)
+    assert np.array_equal(np.asarray(second), 2 * X + 2)
+
+
+def test_asarray_converts_and_copies_on_request(engine: OrtEngine) -> None:
+    out = engine({"x": X})["double"]
+    assert np.asarray(out, np.float64).dtype == np.float64
+    copy = np.array(out, copy=True)
+    copy[:] = 0
+    assert np.array_equal(np.asarray(out), 2 * X)
+
+
+def test_a_view_with_gaps_is_fed_right(onnx_file: Callable[..., Path], spec: GraphSpec) -> None:
+    many = OrtEngine(onnx_file(), replace(spec, axes={"batch": AxisRange(1, 2, 100_000)}), threads=1)
+    turned = np.arange(300_000, dtype=np.float32).reshape(3, 100_000).T
+    for _ in range(5):
+        assert np.array_equal(np.asarray(many({"x": turned})["double"]), 2 * turned)
+
+
+@pytest.mark.parametrize(
+    ("feeds", "said"),
+    [
+        ({}, r"expected the inputs \['x'\], got \[\]"),
+        ({"y": X}, r"got \['y'\]"),
+        ({"x": X.astype(np.float64)}, "got float64"),
+        ({"x": X[:, :2]}, r"got float32\(2, 2\)"),
+        ({"x": np.zeros((5, 3), np.float32)}, "batch=5, the engine takes 1 to 4"),
+    ],
+)
+def test_wrong_feeds_are_refused_before_it_runs(engine: OrtEngine, feeds: dict[str, np.ndarray], said: str) -> None:
+    with pytest.raises(FeedError, match=said):
+        engine(feeds)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"inputs": (TensorSpec("y", ("batch", 3), "float32"),)}, id="input name"),
+        pytest.param({"inputs": (TensorSpec("x", ("batch", 3), "uint8"),)}, id="input dtype"),
+        pytest.param({"inputs": (TensorSpec("x", ("batch", 4), "float32"),)}, id="input side"),
+        pytest.param({"inputs": (TensorSpec("x", ("batch", 3, 1), "float32"),)}, id="input rank"),
+        pytest.param({"outputs": (TensorSpec("double", ("batch", 3), "float32"),)}, id="an output less"),
+        pytest.param(
+            {"outputs": (TensorSpec("double", ("batch", 5), "float32"), TensorSpec("total", ("batch",), "float32"))}, id="output side"
+        ),
+    ],
+)
+def test_a_manifest_of_another_graph_is_refused(
+    onnx_file: Callable[..., Path], spec: GraphSpec, change: dict[str, tuple[TensorSpec, ...]]
+) -> None:
+    with pytest.raises(BundleError, match=r"double\.onnx: the manifest says"):
+        OrtEngine(onnx_file(), replace(spec, **change))
+
+
+def test_a_graph_whose_free_axis_was_baked_in_is_refused(onnx_file: Callable[..., Path], spec: GraphSpec) -> None:
+    """An export traced with one batch size runs, and fails only at the second photograph."""
+    with pytest.raises(BundleError, match="the manifest says"):
+        OrtEngine(onnx_file(batch=1), spec)
+
+
+def test_a_truncated_file_is_named(onnx_file: Callable[..., Path], spec: GraphSpec) -> None:
+    path = onnx_file()
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(BundleError, match=r"double\.onnx: ONNX Runtime cannot load it") as caught:
+        OrtEngine(path, spec)
+    assert caught.value.hint == "export the model again"
+
+
+@pytest.mark.parametrize("data", [b"", b"no graph at all"])
+def test_what_is_no_graph_is_named(tmp_path: Path, spec: GraphSpec, data: bytes) -> None:
+    (tmp_path / "double.onnx").write_bytes(data)
+    with pytest.raises(BundleError, match=r"double\.onnx: ONNX Runtime cannot load it"):
+        OrtEngine(tmp_path / "double.onnx", spec)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA")
+def test_cuda_without_a_cuda_build_says_what_to_install(onnx_file: Callable[..., Path], spec: GraphSpec) -> None:
+    with pytest.raises(WsssError, match="no CUDA provider") as caught:
+        OrtEngine(onnx_file(), spec, device="cuda")
+    assert "pip install 'wsss[gpu]'" in caught.value.hint

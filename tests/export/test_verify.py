@@ -1,0 +1,152 @@
+"""The gate on engines whose fault is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+from torch import nn
+from wsss.export.family import Feeds, Graph, Tolerance
+from wsss.export.verify import gate, photograph
+
+from wsss.errors import ParityError
+from wsss.spec import AxisRange, Parity, TensorSpec
+
+Rule = Callable[[np.ndarray], np.ndarray]
+
+
+def double(x: np.ndarray) -> np.ndarray:
+    return 2 * x
+
+
+class Computes:
+    """An engine that is one function of ``x``; its output memory is reused, as the protocol allows."""
+
+    axes: Mapping[str, AxisRange] = {"batch": AxisRange(1, 2, 5)}
+    inputs: Mapping[str, TensorSpec] = {"x": TensorSpec("x", ("batch", 3), "float32")}
+    outputs: Mapping[str, TensorSpec] = {"y": TensorSpec("y", ("batch", 3), "float32")}
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.memory = np.zeros((5, 3), np.float32)
+        self.batches: list[int] = []
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> Feeds:
+        rows = len(feeds["x"])
+        self.batches.append(rows)
+        self.memory[:rows] = self.rule(feeds["x"])
+        return {"y": self.memory[:rows]}
+
+
+def make_graph(*, relative: float = 1e-6, absolute: float | None = None, labels: bool = False, whole: bool = False) -> Graph:
+    def sample(rows: int, seed: int) -> Feeds:
+        return {"x": np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)}
+
+    return Graph(
+        name="toy",
+        module=nn.Identity(),
+        inputs=tuple(Computes.inputs.values()),
+        outputs=tuple(Computes.outputs.values()),
+        axes=Computes.axes,
+        row_axis="batch",
+        whole=whole,
+        sample=sample,
+        reference=lambda feeds, _: {"y": double(feeds["x"])},
+        tolerance={"y": Tolerance(relative=relative, absolute=absolute, labels=labels, why="test")},
+    )
+
+
+def run(rule: Rule, graph: Graph | None = None) -> Parity:
+    return gate(graph or make_graph(), Computes(rule), engine_name="toy", reference_name="numpy", where="toy")
+
+
+def in_place(x: np.ndarray, change: Callable[[np.ndarray], None]) -> np.ndarray:
+    y = double(x)
+    change(y)
+    return y
+
+
+def test_a_right_engine_passes_at_one_two_and_the_largest_batch() -> None:
+    parity = run(double)
+    assert {(row.batch, row.against) for row in parity.rows} == {
+        (1, "reference"),
+        (2, "reference"),
+        (2, "alone"),
+        (5, "reference"),
+        (5, "alone"),
+    }
+    assert parity.worst("y").error == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (lambda x: 2 * x + 1e-3, "row 0 of batch 1, against reference"),
+        (lambda x: double(x)[::-1], "row 0 of batch 2, against reference"),
+        (lambda x: double(x) + (x.mean(0) - x) * (len(x) > 2), "of batch 5, against reference"),
+        (lambda x: in_place(x, lambda y: y.__setitem__((-1, -1), np.nan)), "row 0 of batch 1"),
+        (lambda x: in_place(x, lambda y: y.__setitem__((-1, -1), np.inf)), "row 0 of batch 1"),
+        (lambda x: np.where(np.arange(len(x))[:, None] == 4, 0, double(x)), "row 4 of batch 5"),
+        (np.zeros_like, "relative error 1, "),
+    ],
+    ids=["shifted", "rows reversed", "rows leak", "nan", "inf", "last row empty", "all zero"],
+)
+def test_a_wrong_engine_is_refused_with_output_row_and_distance(rule: Rule, says: str) -> None:
+    with pytest.raises(ParityError, match=r"toy: output 'y', row \d of batch \d") as error:
+        run(rule)
+    assert says in str(error.value)
+
+
+def test_a_leak_within_the_tolerance_of_the_reference_still_counts_against_the_row_alone() -> None:
+    loose = make_graph(relative=0.1)
+    with pytest.raises(ParityError, match="against alone"):
+        run(lambda x: double(x) * (0.91 if len(x) == 1 else 1.09), loose)
+
+
+def test_the_absolute_limit_sees_one_value_among_many() -> None:
+    def one_off(x: np.ndarray) -> np.ndarray:
+        return in_place(x, lambda y: y.__setitem__((0, 0), y[0, 0] + 0.01))
+
+    assert run(one_off, make_graph(relative=0.5))
+    with pytest.raises(ParityError, match=r"largest difference 0\.01"):
+        run(one_off, make_graph(relative=0.5, absolute=1e-3))
+
+
+def test_a_whole_graph_is_compared_as_one_and_labels_by_share() -> None:
+    def one_entry(x: np.ndarray) -> np.ndarray:
+        return in_place(x, lambda y: y.__setitem__((0, 0), 1e9))
+
+    parity = run(one_entry, make_graph(relative=0.34, labels=True, whole=True))
+    assert [(row.batch, row.row, round(row.error, 4)) for row in parity.rows] == [(1, 0, 0.3333), (2, 0, 0.1667), (5, 0, 0.0667)]
+    with pytest.raises(ParityError):
+        run(one_entry, make_graph(relative=0.1, labels=True, whole=True))
+    with pytest.raises(ParityError):
+        run(lambda x: double(x)[::-1], make_graph(whole=True))
+
+
+def test_a_choice_between_near_equals_is_no_error() -> None:
+    """The engine's own choice goes to the reference; comparison with the row alone is left out where it differs."""
+    chosen: list[int] = []
+
+    def reference(feeds: Feeds, found: Feeds) -> Feeds:
+        chosen.append(int(found["pick"][0, 0]))
+        return {"y": np.take_along_axis(feeds["x"], found["pick"], axis=1)}
+
+    class Picks(Computes):
+        def __call__(self, feeds: Mapping[str, np.ndarray]) -> Feeds:
+            pick = np.full((len(feeds["x"]), 1), len(feeds["x"]) % 3, np.int64)
+            return {"y": np.take_along_axis(feeds["x"], pick, axis=1), "pick": pick}
+
+    template = make_graph()
+    graph = Graph(**{**vars(template), "reference": reference, "ties": "pick"})
+    gate(graph, Picks(double), engine_name="toy", reference_name="numpy", where="toy")
+    assert set(chosen) == {1, 2}
+
+
+def test_photographs_are_all_different_and_not_grey() -> None:
+    rng = np.random.default_rng(0)
+    one, other = photograph(rng, 40, 60), photograph(rng, 40, 60)
+    assert one.shape == (40, 60, 3) and one.dtype == np.uint8
+    assert (one != other).mean() > 0.9
+    assert np.abs(one[..., 0].astype(int) - one[..., 2]).mean() > 10
