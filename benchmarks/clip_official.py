@@ -34,7 +34,7 @@ from wsss.runtime.images import on_canvas, read_photograph
 
 from wsss.classes import parse_classes
 from wsss.frame import frame_for
-from wsss.spec import Bundle, Model
+from wsss.spec import AxisRange, Bundle, Model
 
 RESULTS = Path(__file__).parent / "results" / "clip-official.json"
 
@@ -46,11 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variant", default=clip.FAMILY.default)
     parser.add_argument("--weights", default="random:0")
     parser.add_argument("--count", type=int, default=24, help="photographs, the first by name")
-    parser.add_argument("--batch", type=int, default=8, help="photographs a call")
+    parser.add_argument("--batch", type=int, default=8, help="photographs, and prompts, a call")
+    parser.add_argument("--most", type=int, default=0, help="largest batch of the export and its gate; 0 takes the variant's own")
     options = parser.parse_args(arguments)
     photographs = sorted(options.photographs.glob("*.jpg"))[: options.count]
     with tempfile.TemporaryDirectory() as folder:
-        row = measure(options.variant, options.weights, photographs, Path(folder), batch=options.batch)
+        row = measure(options.variant, options.weights, photographs, Path(folder), batch=options.batch, most=options.most)
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     rows = [old for old in rows if (old["variant"], old["weights"]) != (row["variant"], row["weights"])] + [row]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
@@ -58,18 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(row))
 
 
-def measure(variant: str, weights: str, photographs: Sequence[Path], bundle: Path, *, batch: int) -> dict[str, Any]:
+def measure(
+    variant: str, weights: str, photographs: Sequence[Path], bundle: Path, *, batch: int, most: int = 0
+) -> dict[str, Any]:
     """Exports one variant into ``bundle`` and compares it with open_clip.
 
     Args:
         photographs: image files; each batch mixes sizes as they come.
         batch: photographs, and prompts, a call; at most what the graph takes.
+        most: largest batch of the export and of its gate; 0 takes the variant's own.
 
     Returns:
         Worst cosine over photographs and over prompts, largest difference, gate errors, seconds, megabytes.
     """
     begun = time.monotonic()
-    manifest = export_model(clip.FAMILY, variant=variant, weights=weights, bundle=bundle, options=Options(), log=_say)
+    asked = Options(batch=AxisRange(1, min(8, most), most) if most else None)
+    manifest = export_model(clip.FAMILY, variant=variant, weights=weights, bundle=bundle, options=asked, log=_say)
     export_seconds = time.monotonic() - begun
     model = Bundle(bundle).model("clip")
     ours, theirs, seconds = {}, {}, {}

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 VARIANTS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "mini")
 TEMPLATES = ("a clean origami {}.",)
-"""Best single prompt of CLIP-ES (arXiv:2212.09506, section 4.4)."""
+"""The prompt of CLIP-ES (arXiv:2212.09506; generate_cams_voc12.py), for classes and backgrounds alike."""
 BACKGROUNDS = (
     *("ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea", "railway", "railroad"),
     *("keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley", "bridge", "sign"),
@@ -83,20 +83,7 @@ def prepare(variant: str, weights_name: str, options: Options) -> Prepared:
     """
     import open_clip
 
-    if variant == "mini":
-        loaded, tokenizer, settings = _mini(weights_name)
-    else:
-        loaded = clip_weights.load(variant, weights_name)
-        official = _official_tokenizer(loaded.variant)
-        tokenizer = tokenizer_from_open_clip(official, where=f"--variant {variant}")
-        settings = {
-            "context_length": official.context_length,
-            **special_ids(official),
-            "templates": list(TEMPLATES),
-            "backgrounds": list(BACKGROUNDS),
-            "views": list(VIEWS),
-            "threshold": THRESHOLD,
-        }
+    loaded, tokenizer, settings = _mini(weights_name) if variant == "mini" else _official(variant, weights_name)
     model = cast("open_clip.CLIP", loaded.model)
     height, width = _image_size(model)
     if options.sizes and set(options.sizes) != {(height, width)}:
@@ -226,6 +213,21 @@ def image_batch(model: open_clip.CLIP) -> AxisRange:
     if cost <= 30e9:
         return AxisRange(1, 16, 64)
     return AxisRange(1, 8, 16) if cost <= 100e9 else AxisRange(1, 4, 8)
+
+
+def _official(variant: str, weights_name: str) -> tuple[clip_weights.Loaded, Tokenizer, Mapping[str, Any]]:
+    """A model of open_clip, its tokenizer and its settings."""
+    loaded = clip_weights.load(variant, weights_name)
+    tokenizer = _official_tokenizer(loaded.variant)
+    settings = {
+        "context_length": tokenizer.context_length,
+        **special_ids(tokenizer),
+        "templates": list(TEMPLATES),
+        "backgrounds": list(BACKGROUNDS),
+        "views": list(VIEWS),
+        "threshold": THRESHOLD,
+    }
+    return loaded, tokenizer_from_open_clip(tokenizer, where=f"--variant {variant}"), settings
 
 
 def _mini(weights_name: str) -> tuple[clip_weights.Loaded, Tokenizer, Mapping[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import logging
 import math
 import urllib.error
 import urllib.request
@@ -110,6 +111,8 @@ def build(variant: str, *, quick_gelu: bool = False) -> nn.Module:
     Raises:
         WeightsError: a tower is defined on the Hugging Face hub and cannot be reached.
     """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip warns that weights are missing; they come later
     try:
         model = open_clip.create_model(variant, load_weights=False, pretrained_text=False, force_quick_gelu=quick_gelu)
     except OSError as error:  # transformers cannot fetch the configuration of a text tower
@@ -117,6 +120,8 @@ def build(variant: str, *, quick_gelu: bool = False) -> nn.Module:
             f"--variant {variant}: its text tower is described on the Hugging Face hub: {_first_line(error)}",
             hint="run once with a network, or take a variant of open_clip's own, for example ViT-B-16",
         ) from None
+    finally:
+        logging.disable(disabled)
     module: nn.Module = model.eval()
     return module
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GroundingDinoForObjectDetection
+from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 from transformers.models.grounding_dino import modeling_grounding_dino as official
 
 from .grounding_dino_layers import (
@@ -72,7 +72,7 @@ class ImageGraph(nn.Module):
         self.core = model.model
         self.box_heads = model.bbox_embed
         self.queries = model.config.num_queries
-        self.shapes = level_shapes(model, canvas)
+        self.shapes = level_shapes(model.config, canvas)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         table = torch.arange(model.config.max_text_len, dtype=torch.float32)[None, :, None]
@@ -196,12 +196,11 @@ def _refine_vision(layer: nn.Module, vision: Tensor, position: Tensor, reference
     return layer.final_layer_norm(vision + layer.fc2(layer.activation_fn(layer.fc1(vision))))
 
 
-def level_shapes(model: GroundingDinoForObjectDetection, canvas: tuple[int, int]) -> list[tuple[int, int]]:
+def level_shapes(config: GroundingDinoConfig, canvas: tuple[int, int]) -> list[tuple[int, int]]:
     """(height, width) in cells of each feature level: Swin's patches, halved (rounded up) from stage to stage."""
-    backbone = model.config.backbone_config
-    shapes = [tuple(-(-side // backbone.patch_size) for side in canvas)]
-    levels = model.config.num_feature_levels
-    while len(shapes) < max(backbone.out_indices) + levels - len(backbone.out_indices):
-        shapes.append(tuple((side + 1) // 2 for side in shapes[-1]))
-    first = min(backbone.out_indices) - 1
-    return [(height, width) for height, width in shapes[first : first + levels]]
+    backbone = config.backbone_config
+    shapes = [(-(-canvas[0] // backbone.patch_size), -(-canvas[1] // backbone.patch_size))]
+    first, levels = min(backbone.out_indices) - 1, config.num_feature_levels
+    while len(shapes) < first + levels:
+        shapes.append(((shapes[-1][0] + 1) // 2, (shapes[-1][1] + 1) // 2))
+    return shapes[first:]

@@ -50,7 +50,7 @@ SCENE_TRIES = 8
 """Seeds set aside for each scene of the pool, the first with what is wanted is taken."""
 BATCH_VIEWS = 128
 PEAK_RATE, WEIGHT_DECAY, WARMUP_STEPS = 2e-3, 0.05, 100
-EMA_DECAY = 0.999
+EMA_DECAY = 0.995
 DENSE_CELLS = 6
 """Side of the grid of the dense auxiliary: the third stage's output for 96 pixels."""
 CALIBRATION_SEED = 10**12

@@ -39,7 +39,7 @@ class Tagger:
         self._preprocess = model.manifest.preprocess
         self._image = image
         self._scale = float(settings["logit_scale"])
-        self._rule = settings["rule"]
+        self._rule = settings.get("rule", "softmax")
         self._levels = tuple(int(level) for level in settings["views"])
         self.threshold = float(settings["threshold"]) if threshold is None else threshold
         negatives = (*backgrounds_for(classes, tuple(settings["backgrounds"])), *classes.negatives)

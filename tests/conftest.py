@@ -20,9 +20,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from wsss.engines.fake import FakeEngine
+
 from wsss.batch import Photograph
 from wsss.classes import ClassList, class_list
-from wsss.engines.fake import FakeEngine
 from wsss.spec import AxisRange, DType, GraphSpec, Manifest, Model, Preprocess, TensorSpec, open_bundle, sha256_of, write_manifest
 
 Feeds = Mapping[str, np.ndarray]

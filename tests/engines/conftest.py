@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from wsss.spec import AxisRange, GraphSpec, TensorSpec
 
 

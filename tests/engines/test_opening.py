@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from wsss.engines.opening import open_graph, resolve
 from wsss.engines.ort import OrtEngine
+
 from wsss.errors import BundleError, UsageError, WsssError
 from wsss.spec import GraphSpec, Manifest, Model, Preprocess
 

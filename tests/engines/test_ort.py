@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from wsss.engines.ort import OrtEngine, OrtTensor
+
 from wsss.errors import BundleError, FeedError, WsssError
 from wsss.spec import AxisRange, GraphSpec, TensorSpec
 

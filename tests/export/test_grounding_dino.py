@@ -160,7 +160,7 @@ def test_level_shapes_are_those_of_the_official_feature_maps(model: transformers
     for canvas in ((96, 128), (70, 101)):
         with torch.no_grad():
             maps = model.model.backbone.conv_encoder.model(torch.zeros(1, 3, *canvas)).feature_maps
-        shapes = level_shapes(model, canvas)
+        shapes = level_shapes(model.config, canvas)
         assert shapes[:3] == [tuple(each.shape[2:]) for each in maps]
         assert shapes[3] == tuple((side + 1) // 2 for side in shapes[2])
 

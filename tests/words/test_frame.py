@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from wsss.frame import Frame, bilinear_matrix, frame_for, resized, upsample_matrix
 from wsss.spec import Preprocess
 

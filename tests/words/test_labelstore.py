@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
 from wsss import labelstore
 from wsss.classes import class_list, palette
 from wsss.errors import StoreError

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from wsss.errors import BundleError, SpecError
 from wsss.spec import (
     AxisRange,

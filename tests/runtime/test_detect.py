@@ -1,0 +1,299 @@
+"""Detection: captions laid out as the reference lays them out, scores by span, suppression, long class lists."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from wsss.runtime.detect import Caption, Detector, Phrase, box_iou, boxes_from_logits, join_phrases, split_phrases, suppress
+
+from wsss.batch import Boxes, Labels
+from wsss.classes import class_list
+from wsss.errors import WsssError
+from wsss.frame import Frame
+from wsss.spec import Model
+
+if TYPE_CHECKING:
+    from ..conftest import World
+
+CLS, SEP, DOT, MARK = 101, 102, 1012, 1029  # BERT's [CLS] [SEP] . ?
+
+
+def phrase(label: int, *ids: int) -> Phrase:
+    """A phrase whose features are its token ids, the dot included."""
+    return Phrase(label, np.array(ids, np.float32)[:, None], max(len(ids) - 1, 1))
+
+
+# ---- captions ----
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """A small WordPiece with BERT's ids of the special tokens."""
+    words = ["dog", "cat", "potted", "plant", "fire", "hydrant", "tv", "monitor", "taxi", "zebra", "##s", "##van", "mini", "hair", "##dr", "##ier"]
+    vocab = {"[UNK]": 100, "[CLS]": CLS, "[SEP]": SEP, ".": DOT, "?": MARK, **{word: 2000 + i for i, word in enumerate(words)}}
+    made = Tokenizer(WordPiece(vocab, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    return made
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["dog"],
+        ["dog", "cat"],
+        ["potted plant", "dog", "fire hydrant"],
+        ["minivan", "tv monitors", "hairdrier", "dogs"],
+        ["zebra", "kangaroo", "potted plants taxi"],
+        ["dog"] * 12,
+    ],
+)
+def test_captions_are_the_references(tokenizer: Tokenizer, classes: list[str]) -> None:
+    """Token by token: ids, sub-sentence mask and restarting positions as transformers makes them from the caption."""
+    torch = pytest.importorskip("torch")
+    dino = pytest.importorskip("transformers.models.grounding_dino.modeling_grounding_dino")
+    ids = [CLS, *tokenizer.encode(" . ".join(classes) + " .", add_special_tokens=False).ids, SEP]
+    mask, position = dino.generate_masks_with_special_tokens_and_transfer_map(
+        torch.tensor([ids]), torch.tensor(dino.SPECIAL_TOKENS)
+    )
+    parts = [phrase(n, *tokenizer.encode(name, add_special_tokens=False).ids, DOT) for n, name in enumerate(classes, 1)]
+    caption = join_phrases(phrase(0, CLS), parts, phrase(0, SEP))
+    assert caption.text[:, 0].tolist() == ids
+    assert np.array_equal(caption.phrase[:, None] == caption.phrase, mask[0].numpy())
+    assert np.array_equal(caption.position, position[0].numpy())
+    for label, start, stop in caption.spans:
+        assert tokenizer.decode(ids[start:stop]).replace(" ##", "") == tokenizer.decode(
+            tokenizer.encode(classes[label - 1]).ids
+        ).replace(" ##", "")
+        assert ids[stop] == DOT
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "groups"),
+    [
+        ([], 8, []),
+        ([6], 8, [[6]]),
+        ([2, 2, 2], 8, [[2, 2, 2]]),
+        ([2, 2, 2, 2], 8, [[2, 2, 2], [2]]),
+        ([3, 3, 3], 8, [[3, 3], [3]]),
+        ([6, 2, 6], 8, [[6], [2], [6]]),
+        ([3] * 100, 256, [[3] * 84, [3] * 16]),
+    ],
+)
+def test_phrases_split_within_the_budget(lengths: list[int], budget: int, groups: list[list[int]]) -> None:
+    phrases = [Phrase(number, np.zeros((length, 1), np.float32), length - 1) for number, length in enumerate(lengths, 1)]
+    split = split_phrases(phrases, budget)
+    assert [[len(each) for each in group] for group in split] == groups
+    assert [each.label for group in split for each in group] == list(range(1, len(lengths) + 1)), "in order, none lost"
+    for group in split:
+        assert len(join_phrases(phrase(0, CLS), group, phrase(0, SEP)).text) <= budget
+
+
+# ---- scores ----
+
+FRAME = Frame(image=(100, 200), valid=(50, 100), canvas=(64, 128))
+CAPTION = join_phrases(phrase(0, CLS), [phrase(3, 11, 12, DOT), phrase(5, 13, DOT), phrase(3, 14, DOT)], phrase(0, SEP))
+MIDDLE = [0.5, 0.5, 0.2, 0.4]  # (80, 30, 120, 70) of 200 x 100
+
+
+def logit(probability: float) -> float:
+    return float(np.log(probability / (1 - probability)))
+
+
+def detect(tokens: dict[int, float], box: list[float] = MIDDLE, threshold: float = 0.3, pad: int = 0) -> Boxes:
+    """One query with these probabilities at these tokens, 0.01 elsewhere, -inf on padding."""
+    logits = np.full((1, len(CAPTION.text) + pad), logit(0.01), np.float32)
+    logits[0, len(CAPTION.text) :] = -np.inf
+    for token, probability in tokens.items():
+        logits[0, token] = logit(probability)
+    return boxes_from_logits(logits, np.array([box], np.float32), CAPTION, FRAME, 4, threshold)
+
+
+def test_spans_leave_the_dot_and_the_special_tokens_out() -> None:
+    assert CAPTION.spans == ((3, 1, 3), (5, 4, 5), (3, 6, 7))
+    assert CAPTION.phrase.tolist() == [0, 1, 1, 1, 2, 2, 3, 3, 4]
+    assert CAPTION.position.tolist() == [0, 0, 1, 2, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("pad", [0, 5])
+@pytest.mark.parametrize(
+    ("tokens", "label", "score"),
+    [
+        ({}, None, 0),
+        ({0: 0.9, 3: 0.9, 5: 0.9, 7: 0.9, 8: 0.9}, None, 0),  # [CLS], dots and [SEP] name nothing
+        ({1: 0.9, 2: 0.5}, 3, 0.7),  # the mean over a phrase's tokens
+        ({1: 0.9}, 3, 0.455),
+        ({1: 0.5}, None, 0),  # a maximum would have passed
+        ({4: 0.4}, 5, 0.4),
+        ({1: 0.6, 2: 0.6, 4: 0.7}, 5, 0.7),  # the best class
+        ({6: 0.8}, 3, 0.8),  # by its other wording
+        ({1: 0.9, 2: 0.9, 6: 0.4}, 3, 0.9),  # wordings are not averaged
+    ],
+)
+def test_a_query_takes_the_class_whose_tokens_it_matches_best(
+    tokens: dict[int, float], label: int | None, score: float, pad: int
+) -> None:
+    found = detect(tokens, pad=pad)
+    assert found.label.tolist() == ([] if label is None else [label])
+    if label is not None:
+        assert found.score[0] == pytest.approx(score, abs=1e-5)
+        assert found.image.tolist() == [4]
+        assert np.allclose(found.xyxy_image, [[80, 30, 120, 70]], atol=1e-4)
+    assert [a.dtype for a in (found.xyxy_image, found.score, found.label, found.image)] == ["f4", "f4", "i8", "i8"]
+
+
+def test_the_threshold_itself_passes() -> None:
+    score = float(detect({4: 0.5}).score[0])
+    assert len(detect({4: 0.5}, threshold=score)) == 1
+    assert len(detect({4: 0.5}, threshold=np.nextafter(np.float32(score), np.float32(1)))) == 0
+
+
+@pytest.mark.parametrize(
+    ("box", "kept"),
+    [([0.5, 0.5, 0.004, 0.5], 0), ([0.5, 0.5, 0.006, 0.5], 1), ([1.2, 0.5, 0.3, 0.5], 0), ([0, 0, 0.1, 0.1], 1), ([0.5, 0.5, 0, 0], 0)],
+)
+def test_boxes_thinner_than_a_pixel_are_dropped(box: list[float], kept: int) -> None:
+    assert len(detect({4: 0.9}, box)) == kept
+
+
+# ---- suppression ----
+
+WIDE, SHIFTED, APART = [0, 0, 100, 100], [0, 0, 100, 90], [200, 0, 300, 100]  # IoU 0.9 and 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        pytest.param([], [], id="none"),
+        pytest.param([(WIDE, 0.5, 1, 0)], [0], id="one"),
+        pytest.param([(WIDE, 0.5, 1, 0), (SHIFTED, 0.9, 1, 0)], [1], id="same class: the better"),
+        pytest.param([(WIDE, 0.5, 1, 0), (APART, 0.9, 1, 0)], [1, 0], id="same class, apart: both, best first"),
+        pytest.param([(WIDE, 0.5, 1, 0), (SHIFTED, 0.9, 2, 0)], [1], id="two classes above `across`"),
+        pytest.param([(WIDE, 0.5, 1, 0), ([0, 0, 100, 70], 0.9, 2, 0)], [1, 0], id="two classes below `across`"),
+        pytest.param([(WIDE, 0.5, 1, 0), ([0, 0, 100, 70], 0.9, 1, 0)], [1], id="same class, same overlap"),
+        pytest.param([(WIDE, 0.5, 1, 0), ([0, 0, 100, 50], 0.9, 1, 0)], [1, 0], id="an IoU of the limit itself stays"),
+        pytest.param([(WIDE, 0.9, 1, 0), (WIDE, 0.8, 1, 1), (WIDE, 0.7, 1, 2)], [0, 1, 2], id="images never meet"),
+        pytest.param([(WIDE, 0.8, 1, 1), (WIDE, 0.9, 1, 0), (SHIFTED, 0.9, 1, 1)], [1, 2], id="sorted by image"),
+        pytest.param(
+            [(WIDE, 0.9, 1, 0), ([0, 0, 100, 60], 0.8, 1, 0), ([0, 0, 100, 36], 0.7, 1, 0)], [0, 2], id="the suppressed suppress nobody"
+        ),
+        pytest.param([(WIDE, 0.9, 1, 0), (WIDE, 0.9, 2, 0)], [0], id="a tie: the first"),
+    ],
+)
+def test_suppression(rows: list[tuple[list[float], float, int, int]], kept: list[int]) -> None:
+    xyxy, score, label, image = zip(*rows, strict=True) if rows else ([], [], [], [])
+    boxes = Boxes(
+        np.array(xyxy, np.float32).reshape(-1, 4), np.array(score, np.float32), np.array(label, np.int64), np.array(image, np.int64)
+    )
+    found = suppress(boxes, 0.5, 0.8)
+    want = boxes.keep(np.array(kept, np.int64))
+    for field in ("xyxy_image", "score", "label", "image"):
+        assert np.array_equal(getattr(found, field), getattr(want, field))
+
+
+def test_iou() -> None:
+    one = np.float32([0, 0, 10, 10])
+    many = np.float32([[0, 0, 10, 10], [0, 0, 10, 5], [10, 0, 20, 10], [5, 5, 15, 15], [20, 20, 30, 30]])
+    assert box_iou(one, many) == pytest.approx([1, 0.5, 0, 25 / 175, 0])
+    assert box_iou(one, np.zeros((0, 4), np.float32)).shape == (0,)
+
+
+# ---- the stage ----
+
+
+def detector(world: World, classes: object = None, **settings: object) -> Detector:
+    model = world.model("grounding-dino")
+    model = Model(model.folder, replace(model.manifest, settings={**model.manifest.settings, **settings}))
+    return Detector(
+        model,
+        world.engine("grounding-dino", "text"),
+        lambda canvas: world.engine("grounding-dino", f"image-{canvas[0]}x{canvas[1]}"),
+        classes or world.classes,  # type: ignore[arg-type]
+    )
+
+
+def tags(*present: list[int]) -> Labels:
+    """The 1-based classes of each image."""
+    score = np.zeros((len(present), 5), np.float32)
+    for row, labels in enumerate(present):
+        score[row, [label - 1 for label in labels]] = 1
+    return Labels(score, score > 0)
+
+
+def test_images_without_a_class_are_not_looked_at(world: World) -> None:
+    stage = detector(world)
+    photos = [world.photo(30, 40, red=(0, 0, 20, 20))] * 2
+    assert len(stage([], tags())) == 0
+    assert len(stage(photos, tags([], []))) == 0
+    assert not any(world.rows("grounding-dino", f"image-{h}x{w}") for h, w in ((32, 48), (48, 32)))
+    found = stage(photos, tags([], [1]))
+    assert (found.label.tolist(), found.image.tolist()) == ([1], [1])
+    assert world.rows("grounding-dino", "image-32x48") == [1]
+
+
+def test_only_the_classes_asked_for_are_found(world: World) -> None:
+    photo = world.photo(32, 48, red=(0, 0, 20, 20), green=(20, 4, 48, 32))
+    found = detector(world)([photo, photo, photo], tags([1, 2, 3], [2], [3]))
+    assert list(zip(found.image.tolist(), found.label.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 2)]
+    assert np.allclose(found.xyxy_image[2], [20, 4, 48, 32], atol=1e-3)
+
+
+def test_images_of_different_canvases_keep_their_order(world: World) -> None:
+    lying, upright = world.photo(60, 90, red=(9, 6, 60, 30)), world.photo(90, 60, blue=(30, 60, 60, 90))
+    found = detector(world)([upright, lying, upright, lying, upright], tags([3], [1], [3], [1], [3]))
+    assert found.image.tolist() == [0, 1, 2, 3, 4]
+    assert found.label.tolist() == [3, 1, 3, 1, 3]
+    assert np.allclose(found.xyxy_image, [[30, 60, 60, 90], [9, 6, 60, 30]] * 2 + [[30, 60, 60, 90]], atol=3)
+    assert world.rows("grounding-dino", "image-48x32") == [2, 1]
+    assert world.rows("grounding-dino", "image-32x48") == [2]
+
+
+def test_text_is_embedded_once_per_phrase_and_run(world: World) -> None:
+    stage = detector(world)
+    assert world.rows("grounding-dino", "text") == [2, 2, 1], "[CLS], [SEP] and three phrases"
+    stage([world.photo(32, 48, red=(0, 0, 9, 9))] * 5, tags(*[[1, 2, 3]] * 5))
+    assert len(world.rows("grounding-dino", "text")) == 3
+
+
+def test_a_list_beyond_the_budget_is_split_and_merged(world: World) -> None:
+    """Eight tokens hold three phrases; five classes take two passes, and every phrase is said exactly once an image."""
+    classes = class_list(["red", "grass", "sky", "photo", "blue"])
+    photo = world.photo(32, 48, red=(0, 0, 20, 20), blue=(24, 4, 48, 32))
+    stage = detector(world, classes)
+    engine = world.engine("grounding-dino", "image-32x48")
+    captions: list[np.ndarray] = []
+    answer = engine._script
+    engine._script = lambda feeds: (captions.extend(feeds["text"]), answer(feeds))[1]
+    found = stage([photo, photo], tags([1, 2, 3, 4, 5], [5]))
+    assert list(zip(found.image.tolist(), found.label.tolist(), strict=True)) == [(0, 1), (0, 5), (1, 5)]
+    assert all(len(caption) <= 8 for caption in captions)
+    said = [token for caption in captions for token in caption.argmax(axis=1)[caption.any(axis=1)].tolist()]
+    assert sorted(said) == sorted([*(1, 4, 10, 5, 3), 3, *[6, 7] * 3, *[8] * 6])
+    assert len(captions) == 3
+
+
+def test_a_name_longer_than_a_caption_is_refused(world: World) -> None:
+    with pytest.raises(WsssError, match="--classes: a name takes 7 tokens, a caption holds 6"):
+        detector(world, class_list(["red", "red green blue grass photo sky"]))
+
+
+def test_a_name_of_nothing_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its score would be the mean of no token, NaN, and win every query."""
+    silent = Tokenizer(WordPiece({"[UNK]": 0, "red": 1}, unk_token="[UNK]"))
+    silent.normalizer, silent.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    monkeypatch.setattr("wsss.runtime.detect.open_tokenizer", lambda model: silent)
+    with pytest.raises(WsssError, match="holds nothing that the detector's tokenizer can read"):
+        detector(world, class_list(["red", "\u200b"]))
+
+
+def test_caption_of_one_phrase_is_padded_to_the_engines_least(world: World) -> None:
+    detector(world)([world.photo(32, 48, red=(0, 0, 9, 9))], tags([1]))
+    assert world.engine("grounding-dino", "image-32x48").calls[0]["text"] == (1, 4, 16)
+    assert isinstance(CAPTION, Caption)

@@ -1,0 +1,207 @@
+"""Photographs as users have them: turned, grey, transparent, 16-bit, broken; and the folders they are in."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from wsss.runtime import images
+from wsss.runtime.images import find_images, label_names, on_canvas, read_photograph
+
+from wsss.errors import ImageError
+from wsss.frame import Frame
+
+RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8)
+
+
+def png(folder: Path, image: Image.Image, name: str = "x.png", **how: object) -> np.ndarray:
+    """Saves an image and gives the pixels that are read back."""
+    image.save(folder / name, **how)  # type: ignore[arg-type]
+    pixels = read_photograph(folder, name).pixels
+    assert (pixels.dtype, pixels.ndim, pixels.shape[2]) == (np.uint8, 3, 3)
+    return pixels
+
+
+def test_pixels_size_and_hash(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+    photo = read_photograph(tmp_path, "x.png")
+    data = (tmp_path / "x.png").read_bytes()
+    assert np.array_equal(photo.pixels, RGB)
+    assert (photo.name, photo.shape, photo.size_bytes) == ("x.png", (6, 9), len(data))
+    assert photo.sha256 == __import__("hashlib").sha256(data).hexdigest()
+    assert np.array_equal(read_photograph(tmp_path / "x.png", "x.png").pixels, RGB), "one image instead of a folder"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = png(tmp_path, Image.fromarray(RGB), "x.tif", exif=exif)
+    with Image.open(tmp_path / "x.tif") as image:
+        assert np.array_equal(pixels, np.array(ImageOps.exif_transpose(image)))
+    assert pixels.shape == ((6, 9, 3) if orientation <= 4 else (9, 6, 3))
+
+
+def test_grey_becomes_three_equal_channels(tmp_path: Path) -> None:
+    pixels = png(tmp_path, Image.fromarray(RGB[:, :, 0]))
+    assert np.array_equal(pixels, np.repeat(RGB[:, :, :1], 3, axis=2))
+
+
+def test_black_and_white(tmp_path: Path) -> None:
+    assert set(np.unique(png(tmp_path, Image.fromarray(RGB[:, :, 0]).convert("1")))) <= {0, 255}
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparency_lies_over_white(tmp_path: Path, mode: str) -> None:
+    image = Image.new(mode, (2, 1))  # black, fully transparent
+    image.putpixel((1, 0), (40, 255) if mode == "LA" else (40, 40, 40, 255))
+    assert png(tmp_path, image).tolist() == [[[255] * 3, [40] * 3]]
+
+
+def test_half_transparency_is_blended(tmp_path: Path) -> None:
+    assert np.allclose(png(tmp_path, Image.new("RGBA", (1, 1), (0, 100, 200, 128))), [[[127, 177, 227]]], atol=1)
+
+
+def test_a_palette_with_a_transparent_entry(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    assert png(tmp_path, image).tolist() == [[[10, 20, 30], [40, 50, 60]]]
+    assert png(tmp_path, image, transparency=0).tolist() == [[[255, 255, 255], [40, 50, 60]]]
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    ink = Image.new("CMYK", (3, 2), (0, 255, 255, 0))
+    assert png(tmp_path, ink, "x.tif").tolist() == [[[255, 0, 0]] * 3] * 2
+    assert np.allclose(png(tmp_path, ink, "x.jpg", quality=95), [255, 0, 0], atol=12)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_keeps_its_high_byte(tmp_path: Path, suffix: str) -> None:
+    wide = np.array([[0, 255, 256, 0x1234, 0xFFFF]], np.uint16)
+    pixels = png(tmp_path, Image.fromarray(wide), f"x.{suffix}")
+    assert pixels[0, :, 0].tolist() == [0, 0, 1, 0x12, 255]
+
+
+def test_16_bit_colour(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" + struct.pack(">6H", 0x1234, 0xFF00, 0x00FF, 0, 0x8000, 0xFFFF)
+    data = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    assert read_photograph(tmp_path, "x.png").pixels.tolist() == [[[0x12, 0xFF, 0], [0, 0x80, 0xFF]]]
+
+
+def test_of_an_animation_the_first_frame(tmp_path: Path) -> None:
+    frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    pixels = png(tmp_path, frames[0], "x.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert np.array_equal(pixels, RGB)
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.kron(RGB, np.ones((8, 8, 1), np.uint8))).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def gif() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(RGB).save(buffer, "GIF")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        pytest.param(b"", "none of BMP, JPEG, PNG, TIFF, WEBP", id="zero bytes"),
+        pytest.param(b"dear diary", "none of BMP, JPEG, PNG, TIFF, WEBP", id="text"),
+        pytest.param(gif(), "none of BMP, JPEG, PNG, TIFF, WEBP", id="a format that is not taken"),
+        pytest.param(jpeg()[:-300], "truncated", id="truncated"),
+        pytest.param(jpeg()[:40], "x.jpg: not a readable image", id="truncated in its header"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, data: bytes, said: str) -> None:
+    (tmp_path / "x.jpg").write_bytes(data)
+    with pytest.raises(ImageError, match=r"^x\.jpg: not a readable image") as caught:
+        read_photograph(tmp_path, "x.jpg")
+    assert said in caught.value.message
+    assert "0x" not in caught.value.message, "no address: two runs say the same"
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice: bool) -> None:
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+    monkeypatch.setattr(images, "MOST_PIXELS", 54)
+    read_photograph(tmp_path, "x.png")
+    monkeypatch.setattr(images, "MOST_PIXELS", 53)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 if twice else 53)
+    with pytest.raises(ImageError, match=r"x\.png: .*(9 x 6 pixels, at most 53|decompression bomb)"):
+        read_photograph(tmp_path, "x.png")
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"^gone\.jpg: cannot be read: No such file"):
+        read_photograph(tmp_path, "gone.jpg")
+
+
+# ---- folders ----
+
+
+def test_finds_images_below_a_folder_in_order(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.jpeg", "sub/deep/c.png", "sub/d.webp", "e.tiff", "f.bmp", ".hidden.jpg", ".cache/g.jpg", "notes.txt", "h.gif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == ["a.jpeg", "b.JPG", "e.tiff", "f.bmp", "sub/d.webp", "sub/deep/c.png"]
+    assert find_images(tmp_path, leave_out=tmp_path / "sub") == ["a.jpeg", "b.JPG", "e.tiff", "f.bmp"]
+    assert find_images(tmp_path / "notes.txt") == ["notes.txt"], "one file is taken as it is"
+
+
+def test_an_empty_folder_and_none_at_all(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").touch()
+    with pytest.raises(ImageError, match="no images in it") as caught:
+        find_images(tmp_path)
+    assert ".jpg" in caught.value.hint
+    with pytest.raises(ImageError, match="expected a folder of images, found nothing"):
+        find_images(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        ([], []),
+        (["dog.jpg", "a/dog.jpg"], ["dog.png", "a/dog.png"]),
+        (["dog.v2.jpg"], ["dog.v2.png"]),
+        (["dog.jpg", "dog.png", "cat.png"], ["dog.jpg.png", "dog.png.png", "cat.png"]),
+        (["dog.jpg", "Dog.webp"], ["dog.jpg.png", "Dog.webp.png"]),  # one file where case is not told apart
+        (["a.jpg", "a.webp", "a.jpg.png"], ["a.jpg.png", "a.webp.png", "a.jpg.png.png"]),
+        (["a.jpg", "a.webp", "a.jpg.bmp", "a.jpg.bmp.tif"], ["a.jpg.png", "a.webp.png", "a.jpg.bmp.png", "a.jpg.bmp.tif.png"]),
+    ],
+)
+def test_labels_never_meet(names: list[str], labels: list[str]) -> None:
+    assert label_names(names) == dict(zip(names, labels, strict=True))
+    assert len({label.lower() for label in labels}) == len(labels)
+
+
+# ---- canvases ----
+
+
+def test_on_canvas_pads_right_and_bottom_with_black() -> None:
+    canvas = on_canvas(RGB, Frame((6, 9), (6, 9), (8, 12)), "bilinear")
+    assert np.array_equal(canvas[:6, :9], RGB)
+    assert canvas.sum() == RGB.sum()
+    assert canvas.shape == (8, 12, 3)
+    assert on_canvas(RGB, Frame((6, 9), (6, 9), (6, 9)), "bilinear") is RGB
+
+
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
+def test_on_canvas_resizes_as_pil(filter: str) -> None:
+    resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[filter]
+    want = np.array(Image.fromarray(RGB).resize((4, 3), resample))
+    assert np.array_equal(on_canvas(RGB, Frame((6, 9), (3, 4), (5, 5)), filter)[:3, :4], want)

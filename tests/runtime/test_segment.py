@@ -1,0 +1,88 @@
+"""Outlines: boxes of several images share decoder calls, and an image without a box is never encoded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from wsss.runtime.segment import Outliner, calls_by_image
+
+from wsss.batch import Boxes
+
+if TYPE_CHECKING:
+    from ..conftest import World
+
+
+@pytest.mark.parametrize(
+    ("image", "most", "calls"),
+    [
+        ([], 4, []),
+        ([0], 4, [[0]]),
+        ([0, 0, 1, 2], 4, [[0, 1, 2, 3]]),
+        ([0, 0, 0, 1, 1], 4, [[0, 1, 2], [3, 4]]),  # image 1 fits in a call of its own
+        ([0, 0, 0, 0, 0, 1, 1, 1], 4, [[0, 1, 2, 3], [4, 5, 6, 7]]),  # image 0 fits nowhere, its rest joins image 1
+        ([7] * 9, 4, [[0, 1, 2, 3], [4, 5, 6, 7], [8]]),
+        ([0, 1, 2], 1, [[0], [1], [2]]),
+    ],
+)
+def test_an_images_boxes_stay_together_where_they_fit(image: list[int], most: int, calls: list[list[int]]) -> None:
+    assert [call.tolist() for call in calls_by_image(np.array(image, np.int64), most)] == calls
+
+
+def outliner(world: World) -> Outliner:
+    return Outliner(world.model("sam"), world.engine("sam", "encoder"), world.engine("sam", "decoder"))
+
+
+def boxes(*rows: tuple[int, tuple[int, int, int, int]]) -> Boxes:
+    """(image, xyxy) each."""
+    count = len(rows)
+    xyxy = np.array([box for _, box in rows], np.float32).reshape(-1, 4)
+    return Boxes(xyxy, np.ones(count, np.float32), np.ones(count, np.int64), np.array([image for image, _ in rows], np.int64))
+
+
+def test_without_boxes_nothing_runs(world: World) -> None:
+    for photos in ([], [world.photo(30, 30)] * 3):
+        masks = outliner(world)(photos, Boxes.none())
+        assert masks.logits == []
+        assert masks.frames == [None] * len(photos)
+        assert len(masks.quality) == len(masks.part) == len(masks.row) == 0
+    assert world.rows("sam", "encoder") == world.rows("sam", "decoder") == []
+
+
+def test_boxes_of_several_images_share_a_call(world: World) -> None:
+    photos = [
+        world.photo(64, 64, red=(0, 0, 32, 32)),
+        world.photo(64, 64),
+        world.photo(32, 64, green=(32, 0, 64, 32), blue=(0, 0, 16, 16)),
+    ]
+    masks = outliner(world)(photos, boxes((0, (0, 0, 32, 32)), (2, (32, 0, 64, 32)), (2, (0, 0, 16, 16))))
+    assert world.rows("sam", "encoder") == [2], "the image in the middle has no box"
+    assert [call["boxes"] for call in world.engine("sam", "decoder").calls] == [(3, 4)]
+    assert masks.part.tolist() == [0, 0, 0]
+    assert masks.row.tolist() == [0, 1, 2]
+    assert masks.quality.tolist() == pytest.approx([0.9] * 3)
+    frame = masks.frames[2]
+    assert masks.frames[1] is None
+    assert frame is not None
+    assert (frame.valid, frame.canvas) == ((16, 32), (32, 32))
+    inside = [np.argwhere(np.asarray(masks.logits[0])[row] > 0) for row in range(3)]
+    assert [(each.min(axis=0).tolist(), each.max(axis=0).tolist()) for each in inside] == [
+        ([0, 0], [15, 15]),
+        ([0, 16], [15, 31]),
+        ([0, 0], [7, 7]),
+    ]
+
+
+def test_many_images_and_boxes_are_split_at_the_engines_ranges(world: World) -> None:
+    """Two images a decoder call, four boxes a decoder call: 2 + 2 + 1 images, 6 + 2 + 1 boxes."""
+    photos = [world.photo(32, 32, red=(4 * i, 0, 4 * i + 8, 8)) for i in range(5)]
+    rows = [(0, (0, 0, 8, 8))] * 5 + [(i, (4 * i, 0, 4 * i + 8, 8)) for i in (1, 2, 3, 4)]
+    masks = outliner(world)(photos, boxes(*rows))
+    assert world.rows("sam", "encoder") == [2, 2, 1]
+    assert [call["boxes"][0] for call in world.engine("sam", "decoder").calls] == [4, 2, 2, 1]
+    for number, (image, (x0, y0, x1, y1)) in enumerate(rows):
+        logits = np.asarray(masks.logits[masks.part[number]])[masks.row[number]]
+        want = np.full((32, 32), -4, np.float32)
+        want[y0:y1, x0:x1] = 4
+        assert np.array_equal(logits, want), (number, image)
