@@ -31,6 +31,8 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+
+from wsss.classes import parse_classes
 from wsss.engines.ort import OrtEngine
 from wsss.export import grounding_dino
 from wsss.export.exporting import export_model, tool_versions
@@ -38,10 +40,8 @@ from wsss.export.family import Feeds, Options
 from wsss.export.grounding_dino_graphs import level_shapes
 from wsss.export.grounding_dino_weights import OFFICIAL, bert_tokenizer
 from wsss.export.weights import spread
-from wsss.runtime.images import on_canvas, read_photograph
-
-from wsss.classes import parse_classes
 from wsss.frame import frame_for, resized
+from wsss.runtime.images import on_canvas, read_photograph
 from wsss.spec import AxisRange, Bundle, Model, Preprocess
 
 RESULTS = Path(__file__).parent / "results" / "grounding-dino-padding.json"

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from ..spec import AxisRange, Preprocess, TensorSpec
 from . import mini
 from .family import Family, Feeds, Graph, Options, Prepared, Tolerance
 from .grounding_dino_graphs import MEAN, STD, ImageGraph, TextGraph
+from .grounding_dino_layers import inverse_sigmoid
 from .grounding_dino_weights import OFFICIAL, bert_tokenizer, load
 from .verify import photograph
 
@@ -311,7 +313,9 @@ def official_detections(model: GroundingDinoForObjectDetection, feeds: Feeds, fo
         model.model.encoder_output_class_embed.register_forward_hook(force_queries),
     ]
     try:
-        out = model(pixel_values=pixels, pixel_mask=mask, input_ids=tokens, attention_mask=(tokens != PAD).long())
+        # The one number in which transformers departs from the official code; see inverse_sigmoid.
+        with mock.patch("torch.special.logit", lambda values, eps: inverse_sigmoid(values)):
+            out = model(pixel_values=pixels, pixel_mask=mask, input_ids=tokens, attention_mask=(tokens != PAD).long())
     finally:
         for hook in hooks:
             hook.remove()

@@ -21,6 +21,7 @@ from .grounding_dino_layers import (
     inverse_sigmoid,
     multihead_attention,
     sine_positions,
+    swin_features,
 )
 
 MEAN = (123.675, 116.28, 103.53)
@@ -143,7 +144,7 @@ class ImageGraph(nn.Module):
             torch.arange(width, device=pixels.device)[None, None, :] < size[:, 1, None, None]
         )
         values = (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std * inside[:, None]
-        maps = list(self.core.backbone.conv_encoder.model(values).feature_maps)
+        maps = swin_features(self.core.backbone.conv_encoder.model, values)
         features = [project(each) for project, each in zip(self.core.input_proj_vision, maps, strict=False)]
         for project in self.core.input_proj_vision[len(maps) :]:
             features.append(project(maps[-1] if len(features) == len(maps) else features[-1]))
@@ -160,8 +161,8 @@ class ImageGraph(nn.Module):
         sides = torch.cat([vision.new_full((h * w, 2), 0.05 * 2.0**level) for level, (h, w) in enumerate(self.shapes)])
         proposals = torch.cat([levels.centres, sides[None].expand_as(levels.centres)], -1)  # (B, N, 4)
         usable = ((proposals > 0.01) & (proposals < 0.99)).all(-1) & levels.valid
-        # The clamp changes no usable proposal; it keeps the logarithm of the others finite.
-        proposals = inverse_sigmoid(proposals, 1e-3).masked_fill(~usable[..., None], BEYOND)
+        # Finite also for cells outside the photo; a usable proposal lies between 0.01 and 0.99 and is not clamped.
+        proposals = inverse_sigmoid(proposals).masked_fill(~usable[..., None], BEYOND)
         cells = self.core.enc_output_norm(self.core.enc_output(vision * usable[..., None]))
         scores = (cells @ text.transpose(1, 2)).masked_fill(~is_token[:, None, :], float("-inf")).amax(-1)  # (B, N)
         query = scores.topk(self.queries, dim=1).indices

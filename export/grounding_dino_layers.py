@@ -23,10 +23,13 @@ def additive_mask(seen: Tensor) -> Tensor:
     return (~seen).float() * MASKED
 
 
-def inverse_sigmoid(values: Tensor, margin: float = 1e-5) -> Tensor:
-    """Logits of values in 0..1, kept ``margin`` from both ends: ``torch.special.logit``, which ONNX has no op for."""
-    values = values.clamp(margin, 1 - margin)
-    return torch.log(values / (1 - values))
+def inverse_sigmoid(values: Tensor) -> Tensor:
+    """Logits of values in 0..1, finite at both ends: GroundingDINO's ``util/misc.py``, with its margin of 1e-3.
+
+    transformers took ``torch.special.logit(eps=1e-5)`` instead, which differs for boxes as wide or high as the photo:
+    where a side lies beyond 0.999, its boxes and scores are not those that the official weights were trained to give.
+    """
+    return torch.log(values.clamp(min=1e-3) / (1 - values).clamp(min=1e-3))
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,73 @@ def deformable_attention(layer: nn.Module, queries: Tensor, vision: Tensor, refe
 def _sampled(values: Tensor, shape: tuple[int, int], places: Tensor, weights: Tensor) -> Tensor:
     """Weighted bilinear samples of one level: (B, Q, heads * d) from values (B, h * w, heads * d), places
     (B, Q, heads, P, 2) in 0..1 and weights (B, Q, heads, P)."""
-    heads = places.shape[2]
-    image = values.unflatten(2, (heads, -1)).permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, shape)  # (B heads, d, h, w)
-    grid = (2 * places - 1).transpose(1, 2).flatten(0, 1)  # (B heads, Q, P, 2)
+    batch, queries, heads, points = weights.shape
+    width = values.shape[2] // heads
+    # Shapes are spelled out: dividing a merged axis again makes tracing prove each time that it divides.
+    image = values.reshape(batch, -1, heads, width).permute(0, 2, 3, 1).reshape(batch * heads, width, *shape)
+    grid = (2 * places - 1).transpose(1, 2).reshape(batch * heads, queries, points, 2)
     samples = functional.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    summed = (samples * weights.transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)  # (B heads, d, Q)
-    return summed.unflatten(0, (-1, heads)).permute(0, 3, 1, 2).flatten(2)
+    summed = (samples * weights.transpose(1, 2).reshape(batch * heads, 1, queries, points)).sum(-1)  # (B heads, d, Q)
+    return summed.reshape(batch, heads * width, queries).transpose(1, 2)
+
+
+# ---- Swin ----
+
+
+def swin_features(backbone: nn.Module, pixels: Tensor) -> list[Tensor]:
+    """The feature maps of transformers' ``SwinBackbone``: a list of (B, C, h, w), finest first.
+
+    Forced by its merging of batch and windows, which tracing with a free batch must divide again in every layer, and by
+    masks repeated for every row of the batch: here windows are an axis of their own.
+
+    Args:
+        pixels: (B, 3, H, W) float32, normalised.
+    """
+    swin = backbone.swin
+    pad = swin.embeddings.patch_embeddings.maybe_pad(pixels, pixels.shape[2], pixels.shape[3])
+    cells = swin.embeddings.norm(swin.embeddings.patch_embeddings.projection(pad).permute(0, 2, 3, 1))  # (B, h, w, C)
+    maps = []
+    for number, stage in enumerate(swin.encoder.layers, start=1):
+        for block in stage.blocks:
+            cells = _swin_block(block, cells)
+        if f"stage{number}" in backbone.out_features:
+            maps.append(backbone.hidden_states_norms[f"stage{number}"](cells).permute(0, 3, 1, 2))
+        if stage.downsample is not None:
+            merge = stage.downsample
+            even = merge.maybe_pad(cells, cells.shape[1], cells.shape[2])
+            quarters = [even[:, row::2, column::2] for column in range(2) for row in range(2)]
+            cells = merge.reduction(merge.norm(torch.cat(quarters, -1)))
+    return maps
+
+
+def _swin_block(block: nn.Module, cells: Tensor) -> Tensor:
+    """One ``SwinLayer`` on (B, h, w, C), whose windows never shrink (``always_partition``)."""
+    batch, height, width, channels = cells.shape
+    side, shift = block.window_size, block.shift_size
+    padded, _ = block.maybe_pad(block.layernorm_before(cells), height, width)
+    whole_height, whole_width = padded.shape[1:3]
+    if shift:
+        padded = padded.roll((-shift, -shift), (1, 2))
+    rows, columns = whole_height // side, whole_width // side
+    windows = padded.reshape(batch, rows, side, columns, side, channels).transpose(2, 3)
+    windows = windows.reshape(batch, rows * columns, side * side, channels)
+    mask = block.get_attn_mask(whole_height, whole_width, cells.dtype, cells.device)  # (windows, side^2, side^2) or None
+    windows = _swin_attention(block.attention, windows, mask).reshape(batch, rows, columns, side, side, channels)
+    merged = windows.transpose(2, 3).reshape(batch, whole_height, whole_width, channels)
+    if shift:
+        merged = merged.roll((shift, shift), (1, 2))
+    cells = cells + merged[:, :height, :width]
+    return cells + block.mlp(block.layernorm_after(cells))
+
+
+def _swin_attention(attention: nn.Module, windows: Tensor, mask: Tensor | None) -> Tensor:
+    """``SwinAttention`` on (B, windows, side^2, C)."""
+
+    def heads(values: Tensor) -> Tensor:  # (B, windows, heads, side^2, d)
+        return values.unflatten(-1, (attention.num_attention_heads, attention.head_dim)).transpose(2, 3)
+
+    queries, keys = heads(attention.q_proj(windows) * attention.scaling), heads(attention.k_proj(windows))
+    scores = queries @ keys.transpose(3, 4) + attention.relative_position_bias()[None]
+    if mask is not None:
+        scores = scores + mask[None, :, None]
+    return attention.o_proj((scores.softmax(-1) @ heads(attention.v_proj(windows))).transpose(2, 3).flatten(3))

@@ -22,8 +22,8 @@ GROUNDING_DINO_WORDS = (
     " light line lime object of on orange oval person pink plain plant polygon potted purple red ring round shape sheep"
     " small sofa spotted square squiggle star striped table teal the thin thing three train tree triangle two violet"
     " white with yellow arrow"
-).split()
-"""Whole words of the mini tokenizer, in the order of their ids; any other word falls into letters."""
+)
+"""Whole words of the mini tokenizer, apart by spaces, in the order of their ids; any other word falls into letters."""
 
 GROUNDING_DINO_VOCABULARY = 1100
 """More than 1,029, because transformers hard-codes the ids of [CLS], [SEP], the dot and the question mark."""
@@ -38,9 +38,8 @@ def grounding_dino_mini_tokenizer() -> tokenizers.Tokenizer:
     """
     fixed = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
     characters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    tokens = [*characters, *(f"##{character}" for character in characters), *"!'(),-/:;&", *GROUNDING_DINO_WORDS]
-    tokens = list(dict.fromkeys(token for token in tokens if len(token) == 1 or not token.isspace()))
-    vocabulary = dict(fixed) | {token: 104 + place for place, token in enumerate(tokens)}
+    tokens = [*characters, *(f"##{character}" for character in characters), *"!'(),-/:;&", *GROUNDING_DINO_WORDS.split()]
+    vocabulary = fixed | {token: 104 + place for place, token in enumerate(dict.fromkeys(tokens))}
     taken = set(vocabulary.values())
     vocabulary |= {f"[unused{place}]": place for place in range(GROUNDING_DINO_VOCABULARY) if place not in taken}
 
@@ -103,20 +102,19 @@ def build_grounding_dino_mini() -> transformers.GroundingDinoForObjectDetection:
 # ---- SAM ----
 
 
-def build_sam_mini() -> Sam:
-    """SAM with 0.7 M parameters and random weights: side 240 px, patch 10, an embedding of (64, 24, 24).
+def build_sam_mini(side_px: int = 240, patch_px: int = 10) -> Sam:
+    """SAM with 0.8 M parameters and random weights; the embedding is (64, side / patch, side / patch).
 
     Everything else is as in the official ``build_sam.py``: pixel mean and std (RGB, 0-255), windowed attention
     with one global block, relative positions, one single-mask and three multi-mask tokens. Low-resolution
-    mask logits are (96, 96), a quarter of the patch as in the full-size models. Only the single mask is trained.
+    mask logits have four cells per patch, as in the full-size models. Only the single mask is trained.
     """
     from functools import partial
 
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
     from torch import nn
 
-    side_px, patch_px, channels = 240, 10, 64
-    grid = side_px // patch_px
+    channels, grid = 64, side_px // patch_px
     return Sam(
         image_encoder=ImageEncoderViT(
             img_size=side_px,

@@ -168,7 +168,7 @@ def layer_loss(logits: Tensor, boxes: Tensor, captions: Captions, batch: Pool, c
     if matched:
         found, truth = torch.cat(matched), torch.cat(wanted)
         overlap = generalized_box_iou(box_convert(found, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy"))
-        loss = loss + 5 * (found - truth).abs().sum() / count + 2 * (1 - overlap.diagonal()).mean()
+        loss = loss + 5 * (found - truth).abs().sum() / count + 5 * (1 - overlap.diagonal()).mean()
     return loss
 
 

@@ -35,25 +35,29 @@ POOL_SCENES = 8000
 BATCH = 8
 WARM_SHARE, WARM_BATCH = 0.10, 16
 """Share of the run in which the backbone alone learns the dense task, and its batch."""
-SMALL_SHARE, SMALL_SCALE = 0.5, 0.75
+SMALL_SHARE, SMALL_SCALE = 0.45, 0.75
 """Share of the run in which scenes are shrunk, and to what: two updates for the price of one."""
 LEARNING_RATE, WEIGHT_DECAY, RISE_STEPS = 1e-3, 0.02, 150
 EMA_DECAY = 0.998
 CHECKPOINT_SECONDS = 240.0
 
 
+def rounded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as it is shipped: float16, each tensor its own; integer buffers keep their type."""
+    return {name: (value.half() if value.is_floating_point() else value).contiguous().clone() for name, value in state.items()}
+
+
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """Writes a state dict as float16 safetensors, atomically; integer buffers keep their type."""
-    half = {name: (value.half() if value.is_floating_point() else value).contiguous().clone() for name, value in state.items()}
+    """Writes a rounded state dict as safetensors, atomically."""
     partial = path.with_suffix(".partial")
-    safetensors.torch.save_file(half, partial, metadata={"format": "pt"})
+    safetensors.torch.save_file(rounded(state), partial, metadata={"format": "pt"})
     os.replace(partial, path)
 
 
-def load_weights(path: Path) -> transformers.GroundingDinoForObjectDetection:
-    """The mini detector with weights from a file, in float32 and evaluation mode."""
+def model_from(state: dict[str, Tensor]) -> transformers.GroundingDinoForObjectDetection:
+    """The mini detector with the weights of a rounded state dict, in float32 and evaluation mode."""
     model = build_grounding_dino_mini()
-    model.load_state_dict({name: value.float() for name, value in safetensors.torch.load_file(path).items()})
+    model.load_state_dict({name: value.float() for name, value in state.items()})
     return model.eval()
 
 
@@ -162,7 +166,7 @@ def train(out: Path, *, minutes: float | None, steps: int | None, seed: int, sce
     runs equal.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = out.with_suffix(".checkpoint.pt")
+    checkpoint = out.with_suffix(".progress.pt")
     run = start_run(device, seed)
     if checkpoint.exists():
         run.load(checkpoint)
@@ -186,13 +190,12 @@ def train(out: Path, *, minutes: float | None, steps: int | None, seed: int, sce
             _log(f"step {run.step}  {run.seconds / 60:.1f} min  {progress:.1%}  loss {np.mean(losses[-50:]):.4f}")
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             run.save(checkpoint)
-            save_weights(run.average, out)
             saved = time.monotonic()
             if progress > WARM_SHARE:
-                _log(f"step {run.step}  {evaluate(load_weights(out).to(device), 40)}")
-    run.save(checkpoint)
+                _log(f"step {run.step}  {evaluate(model_from(rounded(run.average)).to(device), 40)}")
     save_weights(run.average, out)
-    return evaluate(load_weights(out).to(device), 100)
+    checkpoint.unlink(missing_ok=True)  # done: another run starts anew
+    return evaluate(model_from(rounded(run.average)).to(device), 100)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -209,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
     if options.evaluate:
-        quality = evaluate(load_weights(options.out).to(device), 100)
+        quality = evaluate(model_from(safetensors.torch.load_file(options.out)).to(device), 100)
     else:
         budget = options.minutes if options.minutes or options.steps else 60.0
         quality = train(options.out, minutes=budget, steps=options.steps, seed=options.seed, scenes=options.scenes, device=device)

@@ -13,9 +13,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count as counted
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
+
 from wsss.export.mini import build_sam_mini
 from wsss.mini.scenes import CLASSES, JPEG_QUALITY, Scene, draw_scene
 
@@ -34,6 +33,10 @@ FAR_WEIGHT = 0.1
 IMAGES_PER_STEP = 4
 LEARNING_RATE = 1.3e-3
 WARM_UP_SHARE = 0.03
+COARSE_PX = (240, 10)
+"""Input side and patch of the first stage: 24 x 24 tokens learn twice as fast as the final 32 x 32."""
+COARSE_SHARE = 0.6
+FINE_RATE_SHARE = 0.6
 EMA_DECAY = 0.998
 REPORT_STEPS = 100
 CHECKPOINT_SECONDS = 180.0
@@ -92,16 +95,15 @@ def boxes_in_model_frame(xyxy_image: np.ndarray, size: tuple[int, int], side_px:
     return scaled.astype(np.float32)
 
 
-def batches(sam: Sam, *, seed: int, start: int) -> Iterator[Batch]:
-    """Endless training batches; batch ``start`` is the same whether or not the earlier ones were drawn."""
-    for step in counted(start):
-        rng = np.random.default_rng([seed, step])
-        scenes: list[Scene] = []
-        while len(scenes) < IMAGES_PER_STEP:
-            scene = draw_scene(int(rng.integers(2**62)))
-            if len(scene.labels) > int(rng.random() < 0.6):  # fewer with one object: the encoder is the costly part
-                scenes.append(scene)
-        yield _batch(sam, scenes, rng)
+def batch_of_step(sam: Sam, *, seed: int, step: int) -> Batch:
+    """The training batch of one step, whether or not the earlier ones were drawn."""
+    rng = np.random.default_rng([seed, step])
+    scenes: list[Scene] = []
+    while len(scenes) < IMAGES_PER_STEP:
+        scene = draw_scene(int(rng.integers(2**62)))
+        if len(scene.labels) > int(rng.random() < 0.6):  # fewer with one object: the encoder is the costly part
+            scenes.append(scene)
+    return _batch(sam, scenes, rng)
 
 
 def _batch(sam: Sam, scenes: list[Scene], rng: np.random.Generator) -> Batch:
@@ -188,10 +190,13 @@ def near_boxes(xyxy_model: Tensor, side_px: int, cells: int) -> Tensor:
 
 
 def learning_rate(progress: float) -> float:
-    """Linear warm-up, then a cosine down to nearly zero; ``progress`` runs from 0 to 1."""
-    if progress < WARM_UP_SHARE:
-        return LEARNING_RATE * (progress / WARM_UP_SHARE + 0.01)
-    return LEARNING_RATE * (0.002 + 0.998 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    """In each of the two stages a linear warm-up, then a cosine down to nearly zero; ``progress`` runs from 0 to 1."""
+    peak, done = LEARNING_RATE, progress / COARSE_SHARE
+    if progress >= COARSE_SHARE:
+        peak, done = LEARNING_RATE * FINE_RATE_SHARE, (progress - COARSE_SHARE) / (1 - COARSE_SHARE)
+    if done < WARM_UP_SHARE:
+        return peak * (done / WARM_UP_SHARE + 0.01)
+    return peak * (0.002 + 0.998 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
 def _optimizer(*modules: nn.Module) -> torch.optim.AdamW:
@@ -216,30 +221,44 @@ class Run:
     optimizer: torch.optim.AdamW
     average: dict[str, Tensor]
     step: int = 0
+    stage_step: int = 0
+    """Steps since this stage began: the average starts anew with it."""
     seconds: float = 0.0
 
     @classmethod
-    def begin(cls, device: torch.device) -> Run:
-        """Fresh weights from torch's global seed, on this device."""
-        sam = build_sam_mini().to(device)
-        _initialise(sam)
-        channels = sam.mask_decoder.transformer_dim
-        dense = nn.Conv2d(channels, 16 * (len(CLASSES) + 1), kernel_size=1).to(device)
+    def begin(cls, sam: Sam, dense: nn.Conv2d, *, step: int = 0, seconds: float = 0.0) -> Run:
+        """A stage's start: these weights, a new optimizer."""
         average = {name: value.detach().clone() for name, value in sam.state_dict().items()}
-        return cls(sam=sam, dense=dense, optimizer=_optimizer(sam, dense), average=average)
+        return cls(sam=sam, dense=dense, optimizer=_optimizer(sam, dense), average=average, step=step, seconds=seconds)
 
-    def restore(self, path: Path) -> None:
-        """Continues from a checkpoint."""
+    @property
+    def is_coarse(self) -> bool:
+        """Whether this is the first stage."""
+        return bool(self.sam.image_encoder.img_size == COARSE_PX[0])
+
+    def refined(self) -> Run:
+        """The second stage, from the averaged weights of the first."""
+        self.sam.load_state_dict(self.average)
+        fine = on_final_grid(self.sam).to(self.sam.pixel_mean.device)
+        return Run.begin(fine, self.dense, step=self.step, seconds=self.seconds)
+
+    def restored(self, path: Path) -> Run:
+        """The run of a checkpoint, in the stage it was in."""
         saved = torch.load(path, map_location=self.sam.pixel_mean.device, weights_only=True)
-        self.sam.load_state_dict(saved["model"])
-        self.dense.load_state_dict(saved["dense"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.average, self.step, self.seconds = saved["average"], saved["step"], saved["seconds"]
+        positions = "image_encoder.pos_embed"
+        run = self if saved["average"][positions].shape == self.average[positions].shape else self.refined()
+        run.sam.load_state_dict(saved["model"])
+        run.dense.load_state_dict(saved["dense"])
+        run.optimizer.load_state_dict(saved["optimizer"])
+        run.average, run.step, run.seconds = saved["average"], saved["step"], saved["seconds"]
+        run.stage_step = saved["stage_step"]
+        return run
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint; the file is whole at any moment."""
         path.parent.mkdir(parents=True, exist_ok=True)
         state: dict[str, object] = {"average": self.average, "step": self.step, "seconds": self.seconds}
+        state["stage_step"] = self.stage_step
         part = path.with_name(path.name + ".part")
         for name, part_of_run in (("model", self.sam), ("dense", self.dense), ("optimizer", self.optimizer)):
             state[name] = part_of_run.state_dict()
@@ -263,7 +282,8 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.sam.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        decay = min(EMA_DECAY, self.step / (self.step + 10))
+        self.stage_step += 1
+        decay = min(EMA_DECAY, self.stage_step / (self.stage_step + 10))
         with torch.no_grad():
             for name, value in self.sam.state_dict().items():
                 self.average[name].lerp_(value, 1 - decay)
@@ -273,19 +293,18 @@ class Run:
 def train(out: Path, *, minutes: float, steps: int | None, seed: int) -> Sam:
     """Trains until the steps, or without them the minutes, are used up; writes ``out`` and returns what it holds."""
     torch.manual_seed(seed)
-    run = Run.begin(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    run = _fresh_run(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     progress_file = out.with_suffix(".progress.pt")
     if progress_file.exists():
-        run.restore(progress_file)
+        run = run.restored(progress_file)
         print(f"continues at step {run.step}, after {run.seconds / 60:.1f} min", file=sys.stderr)
 
     begun, last_saved = time.monotonic() - run.seconds, run.seconds
     recent: deque[tuple[float, float, float]] = deque(maxlen=REPORT_STEPS)
-    for batch in batches(run.sam, seed=seed, start=run.step):
-        progress = run.step / steps if steps else run.seconds / 60 / minutes
-        if progress >= 1:
-            break
-        recent.append(run.advance(batch, progress))
+    while (progress := run.step / steps if steps else run.seconds / 60 / minutes) < 1:
+        if run.is_coarse and progress >= COARSE_SHARE:
+            run = run.refined()
+        recent.append(run.advance(batch_of_step(run.sam, seed=seed, step=run.step), progress))
         run.seconds = time.monotonic() - begun
         if run.step % REPORT_STEPS == 0:
             loss, dense, iou = np.mean(recent, axis=0)
@@ -303,11 +322,37 @@ def train(out: Path, *, minutes: float, steps: int | None, seed: int) -> Sam:
     return load_sam_mini(out)
 
 
-def _initialise(sam: Sam) -> None:
-    """Position tables start small instead of zero, and the Fourier frequencies as float16 can hold them."""
+def _fresh_run(device: torch.device) -> Run:
+    """Random weights on the coarse grid; the Fourier frequencies are such as float16 can hold."""
+    sam = build_sam_mini(*COARSE_PX)
     torch.nn.init.trunc_normal_(sam.image_encoder.pos_embed, std=0.02)
     frequencies = sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
     frequencies.copy_(frequencies.half().float())
+    dense = nn.Conv2d(sam.mask_decoder.transformer_dim, 16 * (len(CLASSES) + 1), kernel_size=1)
+    return Run.begin(sam.to(device), dense.to(device))
+
+
+def on_final_grid(coarse: Sam) -> Sam:
+    """The same weights in ``build_sam_mini()``'s side and patch, its kernels and position tables resampled.
+
+    As FlexiViT does (arXiv 2212.08013, section 3), with plain bilinear kernels scaled to keep the sum of the patch.
+    """
+    fine = build_sam_mini()
+    state = {name: value.detach().cpu() for name, value in coarse.state_dict().items()}
+    for name, wanted in fine.state_dict().items():
+        value = state[name]
+        if value.shape == wanted.shape:
+            continue
+        if name == "image_encoder.pos_embed":  # (1, g, g, C)
+            maps = F.interpolate(value.permute(0, 3, 1, 2), wanted.shape[1:3], mode="bicubic")
+            state[name] = maps.permute(0, 2, 3, 1)
+        elif name == "image_encoder.patch_embed.proj.weight":  # (C, 3, p, p)
+            kernels = F.interpolate(value, wanted.shape[2:], mode="bilinear", antialias=True)
+            state[name] = kernels * (value[0, 0].numel() / wanted[0, 0].numel())
+        else:  # relative positions along one axis, (2 g - 1, channels of a head)
+            state[name] = F.interpolate(value.T[None], wanted.shape[0], mode="linear")[0].T
+    fine.load_state_dict(state)
+    return fine
 
 
 def load_sam_mini(path: Path) -> Sam:

@@ -20,10 +20,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from wsss.engines.fake import FakeEngine
 
 from wsss.batch import Photograph
 from wsss.classes import ClassList, class_list
+from wsss.engines.fake import FakeEngine
 from wsss.spec import AxisRange, DType, GraphSpec, Manifest, Model, Preprocess, TensorSpec, open_bundle, sha256_of, write_manifest
 
 Feeds = Mapping[str, np.ndarray]
@@ -106,7 +106,9 @@ def fuse(feeds: Feeds) -> Feeds:
 
 
 PIXELS = tensors(pixels=(("batch", VIEW, VIEW, 3), "uint8"))
-SCRIPTS: dict[tuple[str, str], tuple[Callable[[Feeds], Feeds], tuple[TensorSpec, ...], tuple[TensorSpec, ...], dict[str, AxisRange]]] = {
+SCRIPTS: dict[
+    tuple[str, str], tuple[Callable[[Feeds], Feeds], tuple[TensorSpec, ...], tuple[TensorSpec, ...], dict[str, AxisRange]]
+] = {
     ("clip", "image"): (see_view, PIXELS, tensors(embedding=(("batch", 4), "float32")), {"batch": AxisRange(1, 2, 3)}),
     ("clip", "text"): (
         read_sentence,
@@ -144,7 +146,12 @@ SCRIPTS: dict[tuple[str, str], tuple[Callable[[Feeds], Feeds], tuple[TensorSpec,
             margin=((1,), "float32"),
         ),
         tensors(label_map=(("height", "width"), "uint8"), area=(("picked",), "int64"), won=(("picked",), "int64")),
-        {"masks": AxisRange(1, 2, 8), "picked": AxisRange(1, 2, 8), "height": AxisRange(1, 8, 4096), "width": AxisRange(1, 8, 4096)},
+        {
+            "masks": AxisRange(1, 2, 8),
+            "picked": AxisRange(1, 2, 8),
+            "height": AxisRange(1, 8, 4096),
+            "width": AxisRange(1, 8, 4096),
+        },
     ),
 }
 CANVASES = ((32, 48), (48, 32))

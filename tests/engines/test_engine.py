@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 import pytest
-from wsss.engines.engine import check_feeds
 
+from wsss.engines.engine import check_feeds
 from wsss.errors import FeedError
 from wsss.spec import AxisRange, TensorSpec
 

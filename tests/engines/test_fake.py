@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 import pytest
-from wsss.engines.fake import FakeEngine, Script
 
+from wsss.engines.fake import FakeEngine, Script
 from wsss.errors import FeedError
 from wsss.spec import GraphSpec
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from wsss.engines.opening import open_graph, resolve
 from wsss.engines.ort import OrtEngine
-
 from wsss.errors import BundleError, UsageError, WsssError
 from wsss.spec import GraphSpec, Manifest, Model, Preprocess
 

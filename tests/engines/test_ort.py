@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from wsss.engines.ort import OrtEngine, OrtTensor
 
+from wsss.engines.ort import OrtEngine, OrtTensor
 from wsss.errors import BundleError, FeedError, WsssError
 from wsss.spec import AxisRange, GraphSpec, TensorSpec
 
@@ -84,7 +84,8 @@ def test_wrong_feeds_are_refused_before_it_runs(engine: OrtEngine, feeds: dict[s
         pytest.param({"inputs": (TensorSpec("x", ("batch", 3, 1), "float32"),)}, id="input rank"),
         pytest.param({"outputs": (TensorSpec("double", ("batch", 3), "float32"),)}, id="an output less"),
         pytest.param(
-            {"outputs": (TensorSpec("double", ("batch", 5), "float32"), TensorSpec("total", ("batch",), "float32"))}, id="output side"
+            {"outputs": (TensorSpec("double", ("batch", 5), "float32"), TensorSpec("total", ("batch",), "float32"))},
+            id="output side",
         ),
     ],
 )

@@ -15,14 +15,14 @@ open_clip = pytest.importorskip("open_clip", reason="needs open_clip: pip instal
 
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
+
+from wsss.batch import Tensor  # noqa: E402
 from wsss.benchmarks.clip_official import measure  # noqa: E402
 from wsss.engines.eager import EagerEngine  # noqa: E402
+from wsss.errors import ParityError, UsageError, WeightsError  # noqa: E402
 from wsss.export import clip, clip_weights, exporting  # noqa: E402
 from wsss.export.family import Feeds, Graph, Options, Prepared  # noqa: E402
 from wsss.export.verify import gate  # noqa: E402
-
-from wsss.batch import Tensor  # noqa: E402
-from wsss.errors import ParityError, UsageError, WeightsError  # noqa: E402
 from wsss.spec import AxisRange, TensorSpec  # noqa: E402
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}

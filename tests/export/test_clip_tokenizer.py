@@ -13,10 +13,9 @@ from wsss.classes import parse_classes
 
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip: pip install 'wsss[export]'")
 
+from wsss.errors import WeightsError  # noqa: E402
 from wsss.export.clip import BACKGROUNDS, TEMPLATES  # noqa: E402
 from wsss.export.clip_tokenizer import special_ids, tokenizer_from_open_clip  # noqa: E402
-
-from wsss.errors import WeightsError  # noqa: E402
 
 TRICKY = [
     "",

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from wsss.export import exporting
-from wsss.export.family import Family, Graph, Options, Prepared, Tolerance
 
 from wsss.errors import BundleError, ParityError, WeightsError
+from wsss.export import exporting
+from wsss.export.family import Family, Graph, Options, Prepared, Tolerance
 from wsss.spec import AxisRange, Manifest, Preprocess, TensorSpec, open_bundle
 
 PREPROCESS = Preprocess(
@@ -54,7 +54,7 @@ def make_family(*, factor: float = 3.0, truth: float = 3.0) -> Family:
             weights={"source": weights, "sha256": weights * 8},
         )
 
-    return Family(name="toy", variants=("one",), default="one", prepare=prepare, official="one")
+    return Family(name="toy", variants=("one",), default="one", prepare=prepare, official=lambda variant: variant)
 
 
 def export(bundle: Path, family: Family, weights: str = "abcdefgh") -> Manifest:

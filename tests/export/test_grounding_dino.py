@@ -14,15 +14,15 @@ torch = pytest.importorskip("torch", reason="needs torch: pip install 'wsss[expo
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'wsss[export]'")
 
 import safetensors.torch  # noqa: E402
+
 from wsss.engines.ort import OrtEngine  # noqa: E402
+from wsss.errors import ParityError, UsageError, WeightsError  # noqa: E402
 from wsss.export import grounding_dino, grounding_dino_weights  # noqa: E402
 from wsss.export.family import Feeds, Graph, Options, Prepared, family  # noqa: E402
 from wsss.export.grounding_dino_graphs import TextGraph, level_shapes  # noqa: E402
 from wsss.export.mini import grounding_dino_mini_tokenizer  # noqa: E402
 from wsss.export.to_onnx import OPSET, WeightFile, export_onnx  # noqa: E402
 from wsss.export.verify import gate  # noqa: E402
-
-from wsss.errors import ParityError, UsageError, WeightsError  # noqa: E402
 from wsss.spec import AxisRange  # noqa: E402
 
 CANVAS = (96, 128)
@@ -267,16 +267,12 @@ def test_a_hub_folder_loads_and_must_agree_with_the_variant(
         load_toy(tmp_path, window=5)
 
 
-def test_a_folder_saved_by_transformers_now_loads(
-    model: transformers.GroundingDinoForObjectDetection, tmp_path: Path
-) -> None:
+def test_a_folder_saved_by_transformers_now_loads(model: transformers.GroundingDinoForObjectDetection, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert_same(load_toy(tmp_path), model)
 
 
-def test_wrong_and_damaged_checkpoints_are_named(
-    model: transformers.GroundingDinoForObjectDetection, tmp_path: Path
-) -> None:
+def test_wrong_and_damaged_checkpoints_are_named(model: transformers.GroundingDinoForObjectDetection, tmp_path: Path) -> None:
     state = hub_names(dict(model.state_dict()))
     path = tmp_path / "other.safetensors"
     safetensors.torch.save_file({name: value for name, value in state.items() if "level_embed" not in name}, path)

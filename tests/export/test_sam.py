@@ -13,16 +13,16 @@ from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
+
 from wsss.engines.eager import EagerEngine
 from wsss.engines.ort import OrtEngine
+from wsss.errors import ParityError, UsageError, WeightsError
 from wsss.export import sam, verify
 from wsss.export.exporting import export_model, verify_model
 from wsss.export.family import Family, Graph, Options, Prepared
 from wsss.export.reference import open_eager
 from wsss.export.rewrites import SamBlock
 from wsss.export.weights import spread
-
-from wsss.errors import ParityError, UsageError, WeightsError
 from wsss.frame import Frame, frame_for
 from wsss.spec import AxisRange, Model
 
@@ -64,7 +64,7 @@ def prepare_toy(variant: str, weights: str, options: Options) -> Prepared:
     return sam.prepared_from(toy_sam(), variant=variant, weights=record, batch=BATCH, boxes=BOXES)
 
 
-TOY = Family(name="sam", variants=("toy",), default="toy", prepare=prepare_toy, official="toy")
+TOY = Family(name="sam", variants=("toy",), default="toy", prepare=prepare_toy, official=lambda variant: variant)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_an_official_file_loads_to_the_same_numbers(checkpoint: Path) -> None:
     ours, record = sam.load("mini", str(checkpoint))
     seeded = sam.load("mini", "random:3")[0]
     assert record["source"] == str(checkpoint)
-    photograph = torch.rand(3, 256, 200) * 255
+    photograph = torch.rand(3, 240, 200) * 255
     with torch.inference_mode():
         images = [each.image_encoder(each.preprocess(photograph)[None]) for each in (ours, seeded)]
     assert torch.equal(*images)
@@ -290,3 +290,20 @@ def test_what_sam_does_not_take_is_said() -> None:
         sam.prepare("vit_x", "random:0", Options())
     with pytest.raises(UsageError, match="takes no sizes"):
         sam.prepare("mini", "random:0", Options(sizes=((512, 512),)))
+
+
+# ---- full size ----
+
+
+@pytest.mark.slow
+def test_full_size_vit_b_on_real_photographs(tmp_path: Path, photographs: list[Path]) -> None:
+    """Export with the gate, then the whole chain against SamPredictor; minutes. More photographs: the benchmark itself."""
+    from wsss.benchmarks import sam_official
+
+    full = sam_official.find_model(tmp_path, "vit_b", "random:0")
+    voc = photographs[0].parents[1]
+    names = [path.stem for path in photographs if (voc / "Annotations" / f"{path.stem}.xml").is_file()][:2]
+    predictor = SamPredictor(sam.load("vit_b", "random:0")[0])
+    for name, row in sam_official.measure(full, predictor, voc, names):
+        assert row["worst_iou"] >= 0.999, (name, row)
+        assert 0.001 < row["mean_mask_share"] < 0.999, (name, row)

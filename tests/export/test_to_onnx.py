@@ -11,10 +11,10 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
-from wsss.export.family import Feeds, Graph, Tolerance
-from wsss.export.to_onnx import ALIGNMENT, OPSET, WeightFile, export_onnx
 
 from wsss.errors import WsssError
+from wsss.export.family import Feeds, Graph, Tolerance
+from wsss.export.to_onnx import ALIGNMENT, OPSET, WeightFile, export_onnx
 from wsss.spec import AxisRange, TensorSpec
 
 

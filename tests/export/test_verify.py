@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 from torch import nn
-from wsss.export.family import Feeds, Graph, Tolerance
-from wsss.export.verify import gate, photograph
 
 from wsss.errors import ParityError
+from wsss.export.family import Feeds, Graph, Tolerance
+from wsss.export.verify import gate, photograph
 from wsss.spec import AxisRange, Parity, TensorSpec
 
 Rule = Callable[[np.ndarray], np.ndarray]

@@ -11,12 +11,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
-from wsss.runtime.detect import Caption, Detector, Phrase, box_iou, boxes_from_logits, join_phrases, split_phrases, suppress
 
 from wsss.batch import Boxes, Labels
 from wsss.classes import class_list
 from wsss.errors import WsssError
 from wsss.frame import Frame
+from wsss.runtime.detect import Caption, Detector, Phrase, box_iou, boxes_from_logits, join_phrases, split_phrases, suppress
 from wsss.spec import Model
 
 if TYPE_CHECKING:
@@ -36,7 +36,24 @@ def phrase(label: int, *ids: int) -> Phrase:
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     """A small WordPiece with BERT's ids of the special tokens."""
-    words = ["dog", "cat", "potted", "plant", "fire", "hydrant", "tv", "monitor", "taxi", "zebra", "##s", "##van", "mini", "hair", "##dr", "##ier"]
+    words = [
+        "dog",
+        "cat",
+        "potted",
+        "plant",
+        "fire",
+        "hydrant",
+        "tv",
+        "monitor",
+        "taxi",
+        "zebra",
+        "##s",
+        "##van",
+        "mini",
+        "hair",
+        "##dr",
+        "##ier",
+    ]
     vocab = {"[UNK]": 100, "[CLS]": CLS, "[SEP]": SEP, ".": DOT, "?": MARK, **{word: 2000 + i for i, word in enumerate(words)}}
     made = Tokenizer(WordPiece(vocab, unk_token="[UNK]"))
     made.normalizer, made.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
@@ -157,7 +174,13 @@ def test_the_threshold_itself_passes() -> None:
 
 @pytest.mark.parametrize(
     ("box", "kept"),
-    [([0.5, 0.5, 0.004, 0.5], 0), ([0.5, 0.5, 0.006, 0.5], 1), ([1.2, 0.5, 0.3, 0.5], 0), ([0, 0, 0.1, 0.1], 1), ([0.5, 0.5, 0, 0], 0)],
+    [
+        ([0.5, 0.5, 0.004, 0.5], 0),
+        ([0.5, 0.5, 0.006, 0.5], 1),
+        ([1.2, 0.5, 0.3, 0.5], 0),
+        ([0, 0, 0.1, 0.1], 1),
+        ([0.5, 0.5, 0, 0], 0),
+    ],
 )
 def test_boxes_thinner_than_a_pixel_are_dropped(box: list[float], kept: int) -> None:
     assert len(detect({4: 0.9}, box)) == kept
@@ -182,7 +205,9 @@ WIDE, SHIFTED, APART = [0, 0, 100, 100], [0, 0, 100, 90], [200, 0, 300, 100]  # 
         pytest.param([(WIDE, 0.9, 1, 0), (WIDE, 0.8, 1, 1), (WIDE, 0.7, 1, 2)], [0, 1, 2], id="images never meet"),
         pytest.param([(WIDE, 0.8, 1, 1), (WIDE, 0.9, 1, 0), (SHIFTED, 0.9, 1, 1)], [1, 2], id="sorted by image"),
         pytest.param(
-            [(WIDE, 0.9, 1, 0), ([0, 0, 100, 60], 0.8, 1, 0), ([0, 0, 100, 36], 0.7, 1, 0)], [0, 2], id="the suppressed suppress nobody"
+            [(WIDE, 0.9, 1, 0), ([0, 0, 100, 60], 0.8, 1, 0), ([0, 0, 100, 36], 0.7, 1, 0)],
+            [0, 2],
+            id="the suppressed suppress nobody",
         ),
         pytest.param([(WIDE, 0.9, 1, 0), (WIDE, 0.9, 2, 0)], [0], id="a tie: the first"),
     ],
@@ -190,7 +215,10 @@ WIDE, SHIFTED, APART = [0, 0, 100, 100], [0, 0, 100, 90], [200, 0, 300, 100]  # 
 def test_suppression(rows: list[tuple[list[float], float, int, int]], kept: list[int]) -> None:
     xyxy, score, label, image = zip(*rows, strict=True) if rows else ([], [], [], [])
     boxes = Boxes(
-        np.array(xyxy, np.float32).reshape(-1, 4), np.array(score, np.float32), np.array(label, np.int64), np.array(image, np.int64)
+        np.array(xyxy, np.float32).reshape(-1, 4),
+        np.array(score, np.float32),
+        np.array(label, np.int64),
+        np.array(image, np.int64),
     )
     found = suppress(boxes, 0.5, 0.8)
     want = boxes.keep(np.array(kept, np.int64))

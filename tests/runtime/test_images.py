@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from wsss.runtime import images
-from wsss.runtime.images import find_images, label_names, on_canvas, read_photograph
 
 from wsss.errors import ImageError
 from wsss.frame import Frame
+from wsss.runtime import images
+from wsss.runtime.images import find_images, label_names, on_canvas, read_photograph
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8)
 
@@ -93,7 +93,9 @@ def test_16_bit_colour(tmp_path: Path) -> None:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     row = b"\0" + struct.pack(">6H", 0x1234, 0xFF00, 0x00FF, 0, 0x8000, 0xFFFF)
-    data = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    data = (
+        chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    )
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
     assert read_photograph(tmp_path, "x.png").pixels.tolist() == [[[0x12, 0xFF, 0], [0, 0x80, 0xFF]]]
 
@@ -155,7 +157,18 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
 
 
 def test_finds_images_below_a_folder_in_order(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a.jpeg", "sub/deep/c.png", "sub/d.webp", "e.tiff", "f.bmp", ".hidden.jpg", ".cache/g.jpg", "notes.txt", "h.gif"):
+    for name in (
+        "b.JPG",
+        "a.jpeg",
+        "sub/deep/c.png",
+        "sub/d.webp",
+        "e.tiff",
+        "f.bmp",
+        ".hidden.jpg",
+        ".cache/g.jpg",
+        "notes.txt",
+        "h.gif",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert find_images(tmp_path) == ["a.jpeg", "b.JPG", "e.tiff", "f.bmp", "sub/d.webp", "sub/deep/c.png"]

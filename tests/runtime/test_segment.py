@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from wsss.runtime.segment import Outliner, calls_by_image
 
 from wsss.batch import Boxes
+from wsss.runtime.segment import Outliner, calls_by_image
 
 if TYPE_CHECKING:
     from ..conftest import World

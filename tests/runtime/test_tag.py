@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from wsss.engines.fake import FakeEngine
-from wsss.runtime.tag import Tagger, embed_prompts, view_windows
 
 from wsss.classes import ClassList, class_list
+from wsss.engines.fake import FakeEngine
+from wsss.runtime.tag import Tagger, embed_prompts, view_windows
 from wsss.spec import AxisRange, GraphSpec, Model
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ def with_settings(model: Model, **settings: object) -> Model:
 
 def tagger(world: World, classes: ClassList | None = None, threshold: float | None = None, **settings: object) -> Tagger:
     model = with_settings(world.model("clip"), **settings)
-    return Tagger(model, world.engine("clip", "image"), world.engine("clip", "text"), classes or world.classes, threshold=threshold)
+    return Tagger(
+        model, world.engine("clip", "image"), world.engine("clip", "text"), classes or world.classes, threshold=threshold
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from wsss.train.evaluate import class_iou, confusion_matrix, label_scores, mean_iou
 
 

@@ -35,7 +35,9 @@ DINO = preprocess("short-longest", 1333, 800, ((800, 1344), (1344, 800), (1024, 
 def test_bilinear_matrix_is_torchs_interpolate(source: int, target: int) -> None:
     torch = pytest.importorskip("torch")
     line = np.random.default_rng(0).normal(size=source).astype(np.float32)
-    want = torch.nn.functional.interpolate(torch.from_numpy(line)[None, None, None], (1, target), mode="bilinear")[0, 0, 0].numpy()
+    want = torch.nn.functional.interpolate(torch.from_numpy(line)[None, None, None], (1, target), mode="bilinear")[
+        0, 0, 0
+    ].numpy()
     assert np.abs(bilinear_matrix(source, target) @ line - want).max() <= 1e-6
 
 

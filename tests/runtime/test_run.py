@@ -1,0 +1,221 @@
+"""A run over a folder: resumed, repaired, never stopped by a bad image, the same bytes whatever the batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wsss.errors import ImageError, StoreError
+from wsss.labelstore import read_label, read_records
+from wsss.runtime.pipeline import Labeler, Rules
+from wsss.runtime.run import Summary, label_folder
+
+if TYPE_CHECKING:
+    from ..conftest import World
+
+NAMES = ["black.png", "green.png", "red.png", "sub/three.png", "two.png"]
+
+
+def run(world: World, photos: Path, out: Path, **how: Any) -> Summary:
+    """Labels the folder with engines opened anew; ``how`` goes to `label_folder`."""
+    world.engines.clear()
+    return label_folder(Labeler.open(world.bundle, classes=world.classes, rules=how.pop("rules", None)), photos, out, **how)
+
+
+def labels(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted((out / "labels").rglob("*")) if path.is_file()}
+
+
+def records(out: Path) -> dict[str, dict[str, Any]]:
+    return {record["path"]: record for record in read_records(out)}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def test_an_empty_folder_makes_no_store(world: World, tmp_path: Path, out: Path) -> None:
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ImageError, match="no images in it"):
+        run(world, tmp_path / "none", out)
+    assert not out.exists()
+
+
+def test_every_image_gets_a_label_of_its_size_and_a_line(world: World, photos: Path, out: Path) -> None:
+    summary = run(world, photos, out)
+    assert (summary.images, summary.labelled, summary.skipped, summary.failed, summary.boxes) == (5, 5, 0, 0, 7)
+    assert list(summary.stage_seconds) == ["tag", "detect", "segment", "fuse"]
+    assert 0 < sum(summary.stage_seconds.values()) <= summary.seconds
+    assert list(labels(out)) == [f"labels/{name}" for name in NAMES]
+    for name in NAMES:
+        with Image.open(photos / name) as photo:
+            assert read_label(out / "labels" / name).shape == (photo.height, photo.width)
+    assert not read_label(out / "labels" / "black.png").any()
+    assert np.unique(read_label(out / "labels" / "sub" / "three.png")).tolist() == [0, 1, 2, 3]
+
+
+def test_a_line_tells_all_of_an_image(world: World, photos: Path, out: Path) -> None:
+    run(world, photos, out)
+    record = records(out)["two.png"]
+    data = (photos / "two.png").read_bytes()
+    label_map = read_label(out / "labels" / "two.png")
+    assert record["label"] == "two.png"
+    assert (record["bytes"], record["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    assert (record["height"], record["width"]) == (40, 60)
+    assert list(record["classes"]) == ["red", "blue"]
+    assert all(0.5 < score <= 1 for score in record["classes"].values())
+    assert [box["label"] for box in record["boxes"]] == ["red", "blue"]
+    assert np.allclose([box["xyxy"] for box in record["boxes"]], [[0, 0, 20, 20], [30, 10, 60, 40]], atol=1.5)
+    for box, value in zip(record["boxes"], (1, 3), strict=True):
+        assert (box["score"], box["quality"]) == (pytest.approx(0.982, abs=1e-3), 0.9)
+        assert box["won_px"] == (label_map == value).sum() <= box["area_px"]
+    assert record["void_px"] == (label_map == 255).sum()
+    assert list(record["seconds"]) == ["tag", "detect", "segment", "fuse"]
+    assert records(out)["black.png"]["boxes"] == []
+
+
+@pytest.mark.parametrize("batch", [2, 3, 100])
+def test_the_same_bytes_whatever_the_batch(world: World, photos: Path, tmp_path: Path, batch: int) -> None:
+    run(world, photos, tmp_path / "alone", batch=1)
+    run(world, photos, tmp_path / "batched", batch=batch)
+    assert labels(tmp_path / "alone") == labels(tmp_path / "batched")
+
+    def timeless(out: Path) -> list[dict[str, Any]]:
+        return [{key: value for key, value in record.items() if key != "seconds"} for record in read_records(out)]
+
+    assert timeless(tmp_path / "alone") == timeless(tmp_path / "batched")
+
+
+def test_one_image_instead_of_a_folder(world: World, photos: Path, out: Path) -> None:
+    assert run(world, photos / "red.png", out).labelled == 1
+    assert run(world, photos / "red.png", out).skipped == 1
+    assert list(labels(out)) == ["labels/red.png"]
+
+
+# ---- again ----
+
+
+def test_a_second_run_does_nothing(world: World, photos: Path, out: Path) -> None:
+    run(world, photos, out)
+    before = {path: path.stat().st_mtime_ns for path in (out / "labels").rglob("*.png")}
+    told = (out / "manifest.jsonl").read_bytes()
+    summary = run(world, photos, out)
+    assert (summary.skipped, summary.labelled, summary.failed) == (5, 0, 0)
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "labels").rglob("*.png")}
+    assert told == (out / "manifest.jsonl").read_bytes()
+    assert world.rows("clip", "image") == []
+
+
+def test_a_stopped_run_goes_on(world: World, photos: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(world, photos, whole)
+
+    def stop(summary: Summary) -> None:
+        if summary.labelled == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(world, photos, stopped, batch=1, progress=stop)
+    assert len(labels(stopped)) == 3
+    summary = run(world, photos, stopped)
+    assert (summary.skipped, summary.labelled) == (3, 2)
+    assert labels(stopped) == labels(whole)
+    assert list(records(stopped)) == list(records(whole))
+
+
+def test_new_and_changed_images_are_done_and_no_others(world: World, photos: Path, out: Path) -> None:
+    run(world, photos, out)
+    world.save(photos / "new.png", 20, 20)
+    world.save(photos / "red.png", 48, 64, green=(8, 8, 32, 40))
+    summary = run(world, photos, out)
+    assert (summary.images, summary.skipped, summary.labelled) == (6, 4, 2)
+    assert np.unique(read_label(out / "labels" / "red.png")).tolist() == [0, 2]
+    assert len(records(out)) == 6
+    assert list(records(out)["red.png"]["classes"]) == ["green"]
+
+
+@pytest.mark.parametrize("lost", ["label", "line"])
+def test_a_lost_label_or_line_is_made_again(world: World, photos: Path, out: Path, lost: str) -> None:
+    run(world, photos, out)
+    before = labels(out)
+    if lost == "label":
+        (out / "labels" / "red.png").unlink()
+    else:
+        lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+        (out / "manifest.jsonl").write_text("".join(line for line in lines if '"red.png"' not in line))
+    assert run(world, photos, out).labelled == 1
+    assert labels(out) == before
+    assert len(list(read_records(out))) == 5
+
+
+def test_other_settings_are_refused_before_any_image(world: World, photos: Path, out: Path) -> None:
+    run(world, photos, out)
+    with pytest.raises(StoreError, match="was made with rules"):
+        run(world, photos, out, rules=Rules(margin=0.2))
+
+
+def test_a_store_inside_the_folder_is_not_labelled(world: World, photos: Path) -> None:
+    out = photos / "store"
+    assert run(world, photos, out).images == 5
+    summary = run(world, photos, out)
+    assert (summary.images, summary.skipped) == (5, 5)
+
+
+# ---- bad images ----
+
+
+def test_a_bad_image_is_named_and_the_run_goes_on(world: World, photos: Path, out: Path) -> None:
+    (photos / "bad.jpg").write_text("no image")
+    (photos / "cut.png").write_bytes((photos / "red.png").read_bytes()[:60])
+    said: list[str] = []
+    summary = run(world, photos, out, batch=2, warn=said.append)
+    assert (summary.images, summary.labelled, summary.failed) == (7, 5, 2)
+    assert [line.split(":")[1].strip() for line in said] == ["bad.jpg", "cut.png"]
+    record = records(out)["bad.jpg"]
+    assert record["error"].startswith("bad.jpg: not a readable image")
+    assert record["bytes"] == 8
+    assert not (out / "labels" / "bad.png").exists()
+    assert len(labels(out)) == 5
+
+
+def test_a_batch_of_bad_images_only(world: World, tmp_path: Path, out: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_text("no")
+    summary = run(world, tmp_path / "in", out, warn=lambda _: None)
+    assert (summary.failed, summary.labelled, summary.boxes) == (1, 0, 0)
+
+
+def test_a_failed_image_is_tried_again_when_asked_or_changed(world: World, photos: Path, out: Path) -> None:
+    quiet = {"warn": lambda _: None}
+    (photos / "bad.jpg").write_text("no image")
+    run(world, photos, out, **quiet)
+    assert run(world, photos, out, **quiet).skipped == 6
+    again = run(world, photos, out, retry_failed=True, **quiet)
+    assert (again.skipped, again.failed) == (5, 1)
+    assert len(list(read_records(out))) == 6
+    Image.new("RGB", (8, 8)).save(photos / "bad.jpg")
+    mended = run(world, photos, out, **quiet)
+    assert (mended.skipped, mended.labelled, mended.failed) == (5, 1, 0)
+    assert "error" not in records(out)["bad.jpg"]
+
+
+def test_an_image_without_given_labels_fails_by_name(world: World, photos: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text(json.dumps({name: ["red"] for name in NAMES if name != "two.png"}))
+    labeler = Labeler.open(world.bundle, classes=world.classes, labels=tmp_path / "labels.json")
+    said: list[str] = []
+    summary = label_folder(labeler, photos, out, warn=said.append)
+    assert (summary.labelled, summary.failed) == (4, 1)
+    assert said == [f"failed: two.png: has no entry in {tmp_path / 'labels.json'}"]
+
+
+def test_progress_counts_up_after_each_batch(world: World, photos: Path, out: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    run(world, photos, out, batch=2, progress=lambda summary: seen.append((summary.labelled, summary.images)))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
