@@ -69,9 +69,7 @@ class BertAdapter(nn.Module):
         return {"last_hidden_state": self.encoder(hidden, attention_mask=mask).last_hidden_state}
 
 
-def official_model(
-    backbone: Mapping[str, Any], bert: transformers.BertConfig, tokenizer: Any, **changes: object
-) -> nn.Module:
+def official_model(backbone: Mapping[str, Any], bert: transformers.BertConfig, tokenizer: Any, **changes: object) -> nn.Module:
     """groundingdino-py's model in its Swin-T configuration, randomly initialised, without reaching for the network.
 
     Args:

@@ -39,7 +39,11 @@ def main() -> None:
     labeler = Labeler.open(arguments.bundle, classes=arguments.classes, rules=rules)
     with tempfile.TemporaryDirectory() as store:
         summary = label_folder(
-            labeler, arguments.images, Path(store), batch=arguments.batch, progress=lambda s: print(s, file=sys.stderr, flush=True)
+            labeler,
+            arguments.images,
+            Path(store),
+            batch=arguments.batch,
+            progress=lambda s: print(s, file=sys.stderr, flush=True),
         )
     told = {
         "wsss": __version__,
@@ -53,7 +57,9 @@ def main() -> None:
         "failed": summary.failed,
         "boxes": summary.boxes,
         "seconds": round(summary.seconds, 1),
-        "seconds_per_image": {stage: round(taken / max(summary.labelled, 1), 3) for stage, taken in summary.stage_seconds.items()},
+        "seconds_per_image": {
+            stage: round(taken / max(summary.labelled, 1), 3) for stage, taken in summary.stage_seconds.items()
+        },
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,9 @@ Settings in the manifest:
 ``views``
     Levels of a grid: level k looks at k x k windows, evenly spaced, each covering 2 / (k + 1) of both sides. A class is in an
     image if any view shows it: the official centre crop would lose what lies at the border.
-``threshold``
-    A class is present where its probability, in a softmax over all classes and backgrounds, reaches this in any view.
+``rule``, ``threshold``
+    How a view scores a class, see `runtime.tag`: ``softmax`` over all classes and backgrounds, or ``background``, alone
+    against the backgrounds. A class is present where its score reaches the threshold in any view.
 """
 
 from __future__ import annotations
@@ -56,7 +57,6 @@ BACKGROUNDS = (
 VIEWS = (1, 2)
 THRESHOLD = 0.3
 """Below one half, so that two classes sharing a view both pass. Not calibrated: official weights are not to be had here."""
-MINI_WEIGHTS = Path(__file__).parents[1] / "mini" / "weights" / "clip.safetensors"
 MINI_TEMPLATES, MINI_VIEWS = ("a clean origami {}.", "a photo of a {}.", "{}"), (1, 2, 3)
 """What mini/train_clip.py trains and measures with."""
 TEXT_BATCH = AxisRange(1, 32, 64)
@@ -225,6 +225,7 @@ def _official(variant: str, weights_name: str) -> tuple[clip_weights.Loaded, Tok
         "templates": list(TEMPLATES),
         "backgrounds": list(BACKGROUNDS),
         "views": list(VIEWS),
+        "rule": "softmax",
         "threshold": THRESHOLD,
     }
     return loaded, tokenizer_from_open_clip(tokenizer, where=f"--variant {variant}"), settings
@@ -236,20 +237,17 @@ def _mini(weights_name: str) -> tuple[clip_weights.Loaded, Tokenizer, Mapping[st
     from .mini import build_clip_mini, clip_mini_tokenizer
 
     tokenizer = clip_mini_tokenizer()
-    path = MINI_WEIGHTS if weights_name == "mini" else Path(weights_name).expanduser()
     seed = checkpoints.random_seed(weights_name)
+    path: Path | None = None
     if seed is not None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = build_clip_mini().eval()
         clip_weights.spread(model, seed)
-    elif path.is_file():
+    else:
+        path = checkpoints.find_weights(weights_name, {}, model="clip")
         model = build_clip_mini().eval()
         clip_weights.load_checkpoint(model, path, variant="mini")
-    else:
-        raise WeightsError(
-            f"--weights {weights_name}: the mini CLIP's weights are not at {path}", hint="make mini, or --weights random:0"
-        )
     settings = {
         "context_length": len(tokenizer.encode("").ids),
         "pad": 0,
@@ -258,20 +256,22 @@ def _mini(weights_name: str) -> tuple[clip_weights.Loaded, Tokenizer, Mapping[st
         "templates": list(MINI_TEMPLATES),
         "backgrounds": list(DRAWN_BACKGROUNDS),
         "views": list(MINI_VIEWS),
-        "threshold": THRESHOLD if seed is not None else _measured_threshold(path),
+        **({"rule": "softmax", "threshold": THRESHOLD} if path is None else _measured_rule(path)),
     }
-    record = checkpoints.weights_record(weights_name, None if seed is not None else path, model)
+    record = checkpoints.weights_record(weights_name, path, model)
     recipe = clip_weights.recipe_of("ViT-B-16", {})  # mean, std and filter of CLIP
     return clip_weights.Loaded(model=model, variant="mini", recipe=recipe, record=record), tokenizer, settings
 
 
-def _measured_threshold(path: Path) -> float:
-    """The softmax threshold that mini/train_clip.py chose and left in its weights file."""
-    if path.suffix != ".safetensors":
-        return THRESHOLD
-    with safetensors.safe_open(path, framework="numpy") as file:
-        told = json.loads((file.metadata() or {}).get("results", "{}"))
-    return float(told.get("softmax_threshold", THRESHOLD))
+def _measured_rule(path: Path) -> dict[str, str | float]:
+    """The better of the two rules of `runtime.tag` and its threshold, as mini/train_clip.py measured and left them."""
+    told: dict[str, float] = {}
+    if path.suffix == ".safetensors":
+        with safetensors.safe_open(path, framework="numpy") as file:
+            told = json.loads((file.metadata() or {}).get("results", "{}"))
+    if told.get("pair_macro_f1", 0.0) > told.get("softmax_macro_f1", 0.0):
+        return {"rule": "background", "threshold": float(told["pair_threshold"])}
+    return {"rule": "softmax", "threshold": float(told.get("softmax_threshold", THRESHOLD))}
 
 
 def _official_tokenizer(variant: str) -> Any:

@@ -28,7 +28,7 @@ from ..spec import AxisRange, Preprocess, TensorSpec
 from . import mini
 from .family import Family, Feeds, Graph, Options, Prepared, Tolerance
 from .grounding_dino_graphs import MEAN, STD, ImageGraph, TextGraph
-from .grounding_dino_layers import inverse_sigmoid
+from .grounding_dino_layers import OFFICIAL_MARGIN, TRANSFORMERS_MARGIN, inverse_sigmoid
 from .grounding_dino_weights import OFFICIAL, bert_tokenizer, load
 from .verify import photograph
 
@@ -42,12 +42,14 @@ MAX_TOKENS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """How photographs reach a variant, and how many at once."""
+    """How photographs reach a variant, how many at once, and how its weights were trained to refine boxes."""
 
     canvases: tuple[tuple[int, int], ...]
     short_px: int
     longest_px: int
     batch: AxisRange
+    margin: float
+    """Of ``inverse_sigmoid``."""
     source: str
 
 
@@ -56,6 +58,7 @@ FULL = Frame(
     short_px=800,
     longest_px=1333,
     batch=AxisRange(1, 4, 8),
+    margin=OFFICIAL_MARGIN,
     source="GroundingDINO, groundingdino/util/inference.py, load_image",
 )
 MINI = Frame(
@@ -63,6 +66,7 @@ MINI = Frame(
     short_px=160,
     longest_px=240,
     batch=AxisRange(1, 8, 16),
+    margin=TRANSFORMERS_MARGIN,
     source="mini/train_detector.py: the official rule, five times less",
 )
 
@@ -112,7 +116,7 @@ def assemble(
     canvases = tuple(sorted(options.sizes or frame.canvases, key=lambda canvas: canvas[0] * canvas[1]))
     batch = options.batch or frame.batch
     graphs: list[Callable[[], Graph]] = [partial(text_graph, model)]
-    graphs += [partial(image_graph, model, canvas, batch) for canvas in canvases]
+    graphs += [partial(image_graph, model, canvas, batch, frame.margin) for canvas in canvases]
     return Prepared(
         variant=variant,
         graphs=graphs,
@@ -211,13 +215,15 @@ def official_text_features(model: GroundingDinoForObjectDetection, tokens: Tenso
 # ---- the image graphs ----
 
 
-def image_graph(model: GroundingDinoForObjectDetection, canvas: tuple[int, int], batch: AxisRange) -> Graph:
+def image_graph(
+    model: GroundingDinoForObjectDetection, canvas: tuple[int, int], batch: AxisRange, margin: float = OFFICIAL_MARGIN
+) -> Graph:
     """The graph of one canvas."""
     height, width = canvas
     queries, channels = model.config.num_queries, model.config.d_model
     return Graph(
         name=f"image-{height}x{width}",
-        module=ImageGraph(model, canvas),
+        module=ImageGraph(model, canvas, margin),
         inputs=(
             TensorSpec("pixels", ("batch", height, width, 3), "uint8"),
             TensorSpec("size", ("batch", 2), "int64"),
@@ -233,7 +239,7 @@ def image_graph(model: GroundingDinoForObjectDetection, canvas: tuple[int, int],
         axes={"batch": batch, "tokens": AxisRange(4, 32, MAX_TOKENS)},
         row_axis="batch",
         sample=partial(_sample_photos, model, canvas),
-        reference=partial(official_detections, model),
+        reference=partial(official_detections, model, margin),
         tolerance={"logits": LOGITS_TOLERANCE, "boxes": BOXES_TOLERANCE},
         ties="query",
     )
@@ -286,10 +292,13 @@ def _features(graph: TextGraph, tokens: list[int]) -> np.ndarray:
 
 
 @torch.no_grad()
-def official_detections(model: GroundingDinoForObjectDetection, feeds: Feeds, found: Feeds) -> Feeds:
+def official_detections(model: GroundingDinoForObjectDetection, margin: float, feeds: Feeds, found: Feeds) -> Feeds:
     """What the official forward pass gives for one photo, starting its queries where the graph did.
 
     The caption is rebuilt with any words, for its structure alone, and the fed features replace BERT's.
+
+    Args:
+        margin: of ``inverse_sigmoid``, in place of transformers'.
 
     Raises:
         ParityError: the graph's queries are not the official top of the scores, near ties aside.
@@ -313,8 +322,7 @@ def official_detections(model: GroundingDinoForObjectDetection, feeds: Feeds, fo
         model.model.encoder_output_class_embed.register_forward_hook(force_queries),
     ]
     try:
-        # The one number in which transformers departs from the official code; see inverse_sigmoid.
-        with mock.patch("torch.special.logit", lambda values, eps: inverse_sigmoid(values)):
+        with mock.patch("torch.special.logit", lambda values, eps: inverse_sigmoid(values, margin)):
             out = model(pixel_values=pixels, pixel_mask=mask, input_ids=tokens, attention_mask=(tokens != PAD).long())
     finally:
         for hook in hooks:

@@ -14,8 +14,10 @@ from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 from transformers.models.grounding_dino import modeling_grounding_dino as official
 
 from .grounding_dino_layers import (
+    OFFICIAL_MARGIN,
     Levels,
     additive_mask,
+    box_positions,
     deformable_attention,
     fusion_attention,
     inverse_sigmoid,
@@ -66,10 +68,12 @@ class ImageGraph(nn.Module):
     Args:
         model: official model; its layers are used, not copied.
         canvas: (height, width) of the pixels.
+        margin: of ``inverse_sigmoid``, as the weights were trained with.
     """
 
-    def __init__(self, model: GroundingDinoForObjectDetection, canvas: tuple[int, int]) -> None:
+    def __init__(self, model: GroundingDinoForObjectDetection, canvas: tuple[int, int], margin: float = OFFICIAL_MARGIN) -> None:
         super().__init__()
+        self.margin = margin
         self.core = model.model
         self.box_heads = model.bbox_embed
         self.queries = model.config.num_queries
@@ -123,10 +127,10 @@ class ImageGraph(nn.Module):
         for layer, head in zip(self.core.decoder.layers, self.core.decoder.bbox_embed, strict=True):
             before = boxes
             hidden = self._decode(layer, hidden, boxes, vision, text, token_mask, levels)
-            boxes = (head(hidden) + inverse_sigmoid(boxes)).sigmoid()
+            boxes = (head(hidden) + inverse_sigmoid(boxes, self.margin)).sigmoid()
         # The last boxes come from the normed hidden state and the box that entered the last layer, as the reference's do.
         hidden = self.core.decoder.layer_norm(hidden)
-        boxes = (self.box_heads[-1](hidden) + inverse_sigmoid(before)).sigmoid()
+        boxes = (self.box_heads[-1](hidden) + inverse_sigmoid(before, self.margin)).sigmoid()
         logits = (hidden @ text.transpose(1, 2)).masked_fill(~is_token[:, None, :], float("-inf"))
         return logits, boxes, query
 
@@ -174,8 +178,7 @@ class ImageGraph(nn.Module):
         self, layer: nn.Module, hidden: Tensor, boxes: Tensor, vision: Tensor, text: Tensor, token_mask: Tensor, levels: Levels
     ) -> Tensor:
         reference = boxes[:, :, None] * torch.cat([levels.ratios, levels.ratios], -1)[:, None]  # (B, Q, L, 4)
-        place = official.encode_sinusoidal_position_embedding(reference[:, :, 0], self.core.config.d_model // 2)
-        place = self.core.decoder.reference_points_head(place)
+        place = self.core.decoder.reference_points_head(box_positions(reference[:, :, 0], self.core.config.d_model // 2))
         placed = hidden + place
         hidden = layer.self_attn_layer_norm(hidden + multihead_attention(layer.self_attn, placed, placed, hidden))
         seen = multihead_attention(layer.encoder_attn_text, hidden + place, text, text, token_mask)

@@ -23,13 +23,17 @@ def additive_mask(seen: Tensor) -> Tensor:
     return (~seen).float() * MASKED
 
 
-def inverse_sigmoid(values: Tensor) -> Tensor:
-    """Logits of values in 0..1, finite at both ends: GroundingDINO's ``util/misc.py``, with its margin of 1e-3.
+OFFICIAL_MARGIN, TRANSFORMERS_MARGIN = 1e-3, 1e-5
+"""Between which values and the ends 0 and 1 the two implementations take the logits of boxes."""
 
-    transformers took ``torch.special.logit(eps=1e-5)`` instead, which differs for boxes as wide or high as the photo:
-    where a side lies beyond 0.999, its boxes and scores are not those that the official weights were trained to give.
+
+def inverse_sigmoid(values: Tensor, margin: float = OFFICIAL_MARGIN) -> Tensor:
+    """Logits of values in 0..1, finite at both ends: ``inverse_sigmoid`` of GroundingDINO's ``util/misc.py``.
+
+    transformers took ``torch.special.logit(eps=1e-5)`` instead. For a box as wide or high as the photo (a side beyond
+    0.999) its boxes and scores are then not those that the official weights were trained to give.
     """
-    return torch.log(values.clamp(min=1e-3) / (1 - values).clamp(min=1e-3))
+    return torch.log(values.clamp(min=margin) / (1 - values).clamp(min=margin))
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,24 @@ def sine_positions(rows: Tensor, columns: Tensor, width: int, temperature: float
         width: values per coordinate.
         temperature: of the frequencies (20 in Grounding-DINO's configurations).
     """
-    channel = torch.arange(width, device=rows.device)
-    period = float(temperature) ** (2 * torch.div(channel, 2, rounding_mode="floor").float() / width)
-
-    def waves(position: Tensor) -> Tensor:
-        angle = position[..., None] * (2 * math.pi) / period
-        return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), -1).flatten(2)
-
-    across, down = _of_cells(waves(columns), waves(rows))
+    across, down = _of_cells(_waves(columns, width, temperature), _waves(rows, width, temperature))
     return torch.cat([down, across], -1)
+
+
+def box_positions(boxes: Tensor, width: int) -> Tensor:
+    """Sine positions of boxes (B, Q, 4) in 0..1: (B, Q, 4 * width) float32, in the order y, x, width, height.
+
+    As ``encode_sinusoidal_position_embedding`` (temperature 10,000), in a quarter of the nodes.
+    """
+    return _waves(boxes[..., [1, 0, 2, 3]], width, 10_000.0).flatten(2)
+
+
+def _waves(position: Tensor, width: int, temperature: float) -> Tensor:
+    """(..., width): sines and cosines by turns of (...) positions."""
+    channel = torch.arange(width, device=position.device)
+    period = temperature ** (2 * torch.div(channel, 2, rounding_mode="floor").float() / width)
+    angle = position[..., None] * (2 * math.pi) / period
+    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), -1).flatten(-2)
 
 
 def multihead_attention(layer: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -47,7 +47,6 @@ VOCABULARY = Download(
     "https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt",
     "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 )
-MINI_WEIGHTS = Path(__file__).resolve().parents[1] / "mini" / "weights" / "grounding-dino.safetensors"
 
 
 # ---- loading ----
@@ -69,9 +68,7 @@ def load(
     if seed is not None:
         model = seeded(build, seed)
         return model, weights_record(weights, None, model), None
-    path = MINI_WEIGHTS if weights == "mini" else find_weights(weights, KNOWN, model="grounding-dino")
-    if not path.exists():
-        raise WeightsError(f"--weights {weights}: expected {path}", hint="train them: make mini")
+    path = find_weights(weights, KNOWN, model="grounding-dino")
     with torch.random.fork_rng(devices=[]):
         model = build()
     what = f"Grounding-DINO {variant}"

@@ -102,7 +102,7 @@ def build_grounding_dino_mini() -> transformers.GroundingDinoForObjectDetection:
 # ---- SAM ----
 
 
-def build_sam_mini(side_px: int = 240, patch_px: int = 10) -> Sam:
+def build_sam_mini(side_px: int = 256, patch_px: int = 8) -> Sam:
     """SAM with 0.8 M parameters and random weights; the embedding is (64, side / patch, side / patch).
 
     Everything else is as in the official ``build_sam.py``: pixel mean and std (RGB, 0-255), windowed attention

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,7 +35,6 @@ BUILDERS: Mapping[str, Callable[[], Sam]] = {
     "vit_h": build_sam_vit_h,
     "mini": build_sam_mini,
 }
-MINI_WEIGHTS = Path(__file__).resolve().parents[1] / "mini" / "weights" / "sam.safetensors"
 BATCHES = {
     "vit_b": AxisRange(1, 4, 8),
     "vit_l": AxisRange(1, 2, 4),
@@ -116,8 +114,7 @@ def load(variant: str, weights: str) -> tuple[Sam, dict[str, str]]:
             sam = build().eval().requires_grad_(False)
         spread(sam, seed)
         return sam, weights_record(weights, None, sam)
-    inside = variant == "mini" and weights == "mini"
-    path = MINI_WEIGHTS if inside else find_weights(weights, DOWNLOADS, model="sam")
+    path = find_weights(weights, DOWNLOADS, model="sam")
     state = read_checkpoint(path)
     found = variant_of(state)
     if found not in (None, variant):
@@ -127,8 +124,7 @@ def load(variant: str, weights: str) -> tuple[Sam, dict[str, str]]:
     load_exactly(sam, state, path=path, what=f"SAM {variant}", assign=True)
     # Not in any checkpoint, and empty after building on the meta device.
     sam.pixel_mean, sam.pixel_std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    record = weights_record(weights, path, sam)
-    return sam, record | {"source": "mini"} if inside else record  # a folder `mini` here must not become the source
+    return sam, weights_record(weights, path, sam)
 
 
 def variant_of(state: Mapping[str, Tensor]) -> str | None:

@@ -35,6 +35,10 @@ class Download:
         return self.url.rsplit("/", 1)[-1]
 
 
+MINI_WEIGHTS = Path(__file__).resolve().parents[1] / "mini" / "weights"
+"""Trained weights of the small models. In the repository only: a wheel carries their exported bundle."""
+
+
 def random_seed(weights: str) -> int | None:
     """The seed in ``random:SEED``, None for anything else. Raises WeightsError when SEED is no whole number."""
     if not weights.startswith("random:"):
@@ -50,9 +54,18 @@ def random_seed(weights: str) -> int | None:
 def find_weights(weights: str, known: Mapping[str, Download], *, model: str) -> Path:
     """The local file or folder that ``--weights`` means; a known name is downloaded once and checked.
 
+    ``mini`` is the small model's file in this repository, also where a folder of that name lies in the working folder.
+
     Raises:
         WeightsError: no such file or name, no network, or a download whose hash is wrong. Names the file to bring.
     """
+    if weights == "mini":
+        trained = MINI_WEIGHTS / f"{model}.safetensors"
+        if not trained.is_file():
+            raise WeightsError(
+                f"--weights mini: expected {trained}", hint="take a checkout of wsss, or train them there: make mini"
+            )
+        return trained
     path = Path(weights).expanduser()
     if path.exists():
         return path
@@ -179,7 +192,8 @@ def weights_record(source: str, path: Path | None, module: nn.Module) -> dict[st
         path = next(
             path / n for n in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin") if (path / n).is_file()
         )
-    return {"source": str(path) if Path(source).exists() else source, "sha256": sha256_of(path)}
+    typed_path = source != "mini" and Path(source).expanduser().exists()
+    return {"source": str(path) if typed_path else source, "sha256": sha256_of(path)}
 
 
 @torch.no_grad()

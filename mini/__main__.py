@@ -32,7 +32,12 @@ def main() -> None:
             subprocess.run([*train, "--minutes", str(minutes), "--seed", str(arguments.seed)], check=True)
     for model in MINUTES:
         export_model(
-            family(model), variant="mini", weights="mini", bundle=HERE / "bundle", options=Options(), log=lambda line: print(line, file=sys.stderr)
+            family(model),
+            variant="mini",
+            weights="mini",
+            bundle=HERE / "bundle",
+            options=Options(),
+            log=lambda line: print(line, file=sys.stderr),
         )
 
 

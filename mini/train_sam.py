@@ -40,7 +40,7 @@ FINE_RATE_SHARE = 0.6
 EMA_DECAY = 0.998
 REPORT_STEPS = 100
 CHECKPOINT_SECONDS = 180.0
-DEFAULT_MINUTES = 60.0
+DEFAULT_MINUTES = 80.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ def test_answers_in_the_order_of_the_contract_and_counts(spec: GraphSpec) -> Non
 def test_refuses_like_the_others_and_does_not_count_it(spec: GraphSpec) -> None:
     engine = FakeEngine(spec, doubled)
     for wrong in (np.zeros((5, 3), np.float32), np.zeros((1, 3)), np.zeros((1, 4), np.float32)):
-        with pytest.raises(FeedError, match="^fake: "):
+        with pytest.raises(FeedError, match=r"^fake: "):
             engine({"x": wrong})
     assert engine.calls == []
 

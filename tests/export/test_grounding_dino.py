@@ -179,7 +179,7 @@ def test_a_caption_is_the_concatenation_of_its_phrases(model: transformers.Groun
         assert not features[~torch.from_numpy(mask)].any()
         for order in ([1, 2, 3], [3, 1], [2]):
             chosen = [0, *order, 4]
-            caption = torch.tensor([sum((phrases[row] for row in chosen), [])])
+            caption = torch.tensor([[token for row in chosen for token in phrases[row]]])
             official = grounding_dino.official_text_features(model, caption)[0]
             ours = torch.cat([features[row, : len(phrases[row])] for row in chosen])
             torch.testing.assert_close(ours, official, atol=1e-5, rtol=1e-5)

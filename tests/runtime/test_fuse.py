@@ -132,18 +132,23 @@ def test_more_masks_than_a_call_takes_keep_the_best(world: World, parts: int) ->
     assert crowded.area.sum() == want.area.sum()
 
 
-def test_masks_compete_by_score_times_quality(world: World) -> None:
+@pytest.mark.parametrize(
+    ("score", "quality", "winner"),
+    [
+        ([0.9, 0.6], [0.5, 0.95], 2),  # 0.45 against 0.57
+        ([0.9, 0.5], [0.6, 0.8], 1),  # 0.54 against 0.40
+    ],
+)
+def test_masks_compete_by_score_times_quality(world: World, score: list[float], quality: list[float], winner: int) -> None:
     """Never by order or class: the same two masks, either order."""
     logits = np.full((2, 32, 32), 4, np.float32)
     frames = [frame_for(world.model("sam").manifest.preprocess, 32, 32)]
     stage = Fuser(world.model("sam"), world.engine("sam", "fuse"))
-    for order in ([0, 1], [1, 0]):
-        score, quality, label = np.float32([0.9, 0.6])[order], np.float32([0.5, 0.95])[order], np.array([1, 2])[order]
-        boxes = Boxes(np.zeros((2, 4), np.float32), score, label, np.zeros(2, np.int64))
-        result = stage(
-            [world.photo(32, 32)], LABELS, boxes, Masks([logits], np.zeros(2, int), np.arange(2), quality, list(frames))
-        )
-        assert np.unique(result.label_maps[0]).tolist() == [2], "0.6 x 0.95 against 0.9 x 0.5"
+    for order in (np.array([0, 1]), np.array([1, 0])):
+        boxes = Boxes(np.zeros((2, 4), np.float32), np.float32(score), np.array([1, 2]), np.zeros(2, np.int64)).keep(order)
+        masks = Masks([logits], np.zeros(2, int), np.arange(2), np.float32(quality)[order], list(frames))
+        result = stage([world.photo(32, 32)], LABELS, boxes, masks)
+        assert np.unique(result.label_maps[0]).tolist() == [winner], order
 
 
 @pytest.mark.parametrize(("margin", "value"), [(0.0, 1), (0.05, 1), (0.2, 255)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zlib
@@ -33,7 +34,7 @@ def test_pixels_size_and_hash(tmp_path: Path) -> None:
     data = (tmp_path / "x.png").read_bytes()
     assert np.array_equal(photo.pixels, RGB)
     assert (photo.name, photo.shape, photo.size_bytes) == ("x.png", (6, 9), len(data))
-    assert photo.sha256 == __import__("hashlib").sha256(data).hexdigest()
+    assert photo.sha256 == hashlib.sha256(data).hexdigest()
     assert np.array_equal(read_photograph(tmp_path / "x.png", "x.png").pixels, RGB), "one image instead of a folder"
 
 
@@ -41,10 +42,14 @@ def test_pixels_size_and_hash(tmp_path: Path) -> None:
 def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels = png(tmp_path, Image.fromarray(RGB), "x.tif", exif=exif)
-    with Image.open(tmp_path / "x.tif") as image:
+    pixels = png(tmp_path, Image.fromarray(RGB), exif=exif)
+    with Image.open(tmp_path / "x.png") as image:
         assert np.array_equal(pixels, np.array(ImageOps.exif_transpose(image)))
+    turns = {1: RGB, 3: RGB[::-1, ::-1], 6: np.rot90(RGB, -1), 8: np.rot90(RGB)}  # as cameras are held
+    assert np.array_equal(pixels, turns.get(orientation, pixels))
     assert pixels.shape == ((6, 9, 3) if orientation <= 4 else (9, 6, 3))
+    for suffix in ("jpg", "webp", "tif"):
+        assert png(tmp_path, Image.fromarray(RGB), f"x.{suffix}", exif=exif).shape == pixels.shape, suffix
 
 
 def test_grey_becomes_three_equal_channels(tmp_path: Path) -> None:
@@ -93,9 +98,8 @@ def test_16_bit_colour(tmp_path: Path) -> None:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     row = b"\0" + struct.pack(">6H", 0x1234, 0xFF00, 0x00FF, 0, 0x8000, 0xFFFF)
-    data = (
-        chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
-    )
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
     assert read_photograph(tmp_path, "x.png").pixels.tolist() == [[[0x12, 0xFF, 0], [0, 0x80, 0xFF]]]
 
@@ -157,18 +161,8 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
 
 
 def test_finds_images_below_a_folder_in_order(tmp_path: Path) -> None:
-    for name in (
-        "b.JPG",
-        "a.jpeg",
-        "sub/deep/c.png",
-        "sub/d.webp",
-        "e.tiff",
-        "f.bmp",
-        ".hidden.jpg",
-        ".cache/g.jpg",
-        "notes.txt",
-        "h.gif",
-    ):
+    images = ("b.JPG", "a.jpeg", "sub/deep/c.png", "sub/d.webp", "e.tiff", "f.bmp")
+    for name in (*images, ".hidden.jpg", ".cache/g.jpg", "notes.txt", "h.gif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert find_images(tmp_path) == ["a.jpeg", "b.JPG", "e.tiff", "f.bmp", "sub/d.webp", "sub/deep/c.png"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,19 @@ def test_the_page_shows_every_image_and_names_the_failed(store: Path, photos: Pa
     assert "<b>&.png" not in page
     assert "http" not in page, "needs no network"
     assert f"rgb({','.join(map(str, palette()[1]))})" in page
+
+
+def test_doubtful_images_come_first(world: World, tmp_path: Path) -> None:
+    photos, scores = tmp_path / "photos", {"sure.png": 0.95, "unsure.png": 0.4, "middling.png": 0.7}
+    boxes = {}
+    for name, score in scores.items():
+        world.save(photos / name, 20, 20, red=(0, 0, 10, 10))
+        boxes[name] = [{"label": "red", "xyxy": [0, 0, 10, 10], "score": score}]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    labeler = Labeler.open(world.bundle, classes=world.classes, boxes=tmp_path / "boxes.json")
+    label_folder(labeler, photos, tmp_path / "store")
+    page = write_report(tmp_path / "store", photos, tmp_path / "page.html").read_text()
+    assert re.findall(r"<figcaption><b>(.*?)</b>", page) == ["unsure.png", "middling.png", "sure.png"]
 
 
 def test_limit(store: Path, photos: Path, tmp_path: Path) -> None:
@@ -98,4 +112,3 @@ def test_overlay_colours_labels_and_leaves_background_clear() -> None:
 @pytest.mark.parametrize(("size", "thumbnail"), [((10, 20), (20, 10)), ((400, 800), (64, 32)), ((1000, 10), (1, 64))])
 def test_thumbnails_never_grow(size: tuple[int, int], thumbnail: tuple[int, int]) -> None:
     assert shrink(np.zeros((*size, 3), np.uint8), 64).size == thumbnail
-    assert json.dumps(thumbnail)

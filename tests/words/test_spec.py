@@ -237,8 +237,8 @@ def test_a_graph_or_tokenizer_whose_hash_is_not_listed_is_refused(
 ) -> None:
     (bundle / "sam" / name).write_bytes(b"never hashed")
     edit(lambda told: told["graphs"]["encoder"].update(file=name))
-    with pytest.raises(BundleError, match="uses .* without its sha256"):
+    with pytest.raises(BundleError, match=r"uses .* without its sha256"):
         open_bundle(bundle).model("sam")
     edit(lambda told: (told["graphs"]["encoder"].update(file="encoder.onnx"), told.update(tokenizer=name)))
-    with pytest.raises(BundleError, match="uses .* without its sha256"):
+    with pytest.raises(BundleError, match=r"uses .* without its sha256"):
         open_bundle(bundle).model("sam")
