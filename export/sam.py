@@ -16,6 +16,7 @@ from segment_anything import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
+from ..batch import MOST_BOXES
 from ..errors import UsageError, WeightsError
 from ..spec import AxisRange, Preprocess, TensorSpec
 from . import fuse
@@ -46,7 +47,7 @@ BOXES = AxisRange(1, 16, 64)
 """Boxes per decoder call."""
 IMAGES = 16
 """Embeddings a decoder call can choose from, at most (more if the encoder's batch is larger)."""
-MASKS = AxisRange(1, 16, 256)
+MASKS = AxisRange(1, 16, MOST_BOXES)
 """Masks fused in one image; more than a decoder call gives, because a photograph may need several."""
 
 _URL = "https://dl.fbaipublicfiles.com/segment_anything/"

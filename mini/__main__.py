@@ -19,6 +19,10 @@ MINUTES = {"sam": 50, "grounding-dino": 90, "clip": 75}
 SCRIPTS = {"sam": "train_sam", "grounding-dino": "train_detector", "clip": "train_clip"}
 
 
+def _log(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wsss.mini", description=__doc__)
     parser.add_argument("--again", action="store_true", help="train even where weights are there")
@@ -37,7 +41,7 @@ def main() -> None:
             weights="mini",
             bundle=HERE / "bundle",
             options=Options(),
-            log=lambda line: print(line, file=sys.stderr),
+            log=_log,
         )
 
 

@@ -51,6 +51,7 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
     """Writes a rounded state dict as safetensors, atomically."""
     partial = path.with_suffix(".partial")
     safetensors.torch.save_file(rounded(state), partial, metadata={"format": "pt"})
+    partial.chmod(0o644)
     os.replace(partial, path)
 
 

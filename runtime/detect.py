@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..batch import Boxes, Images, Labels, Photograph
+from ..batch import MOST_BOXES, Boxes, Images, Labels, Photograph
 from ..classes import ClassList
 from ..engines.engine import Engine
 from ..errors import WsssError
@@ -192,7 +192,7 @@ def suppress(boxes: Boxes, same: float, across: float) -> Boxes:
     Grounding-DINO has none inside: its 900 queries repeat objects.
 
     Returns:
-        The boxes kept, by image, best first.
+        The boxes kept, by image, best first, at most ``MOST_BOXES`` an image.
     """
     order = np.lexsort((-boxes.score, boxes.image))
     boxes = boxes.keep(order)
@@ -204,7 +204,7 @@ def suppress(boxes: Boxes, same: float, across: float) -> Boxes:
         rivals = np.array(kept[first:], np.int64)
         overlap = box_iou(boxes.xyxy_image[row], boxes.xyxy_image[rivals])
         limit = np.where(boxes.label[rivals] == boxes.label[row], same, across)
-        if not (overlap > limit).any():
+        if len(rivals) < MOST_BOXES and not (overlap > limit).any():
             kept.append(row)
     return boxes.keep(np.array(kept, np.int64))
 

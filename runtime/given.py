@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..batch import Boxes, Images, Labels
+from ..batch import MOST_BOXES, Boxes, Images, Labels
 from ..classes import ClassList
 from ..errors import WsssError
 
@@ -100,6 +100,8 @@ class GivenBoxes:
             boxes = self._told[name]
         else:
             raise WsssError(f"has no entry in {self._path}")
+        if len(boxes) > MOST_BOXES:
+            raise WsssError(f"has {len(boxes)} boxes in {self._path}, an image may have {MOST_BOXES}")
         for each in boxes:
             check_box(each, f"{self._path}: {name}")
             _label(self._classes, each["label"], f"{self._path}: {name}")

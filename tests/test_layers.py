@@ -22,7 +22,7 @@ MAY = {
     "benchmarks": {"wsss", "engines", "export", "runtime", "train", "mini"},
 }
 # export reads the configurations and weights of the small models where they are trained; classes names their list.
-KNOWN = {("wsss/classes.py", "mini"), ("wsss/__init__.py", "runtime")}
+KNOWN = {("wsss/classes.py", "mini"), ("wsss/__init__.py", "runtime"), ("export/clip.py", "mini")}
 
 
 def modules() -> list[Path]:

@@ -13,6 +13,8 @@ from .frame import Frame
 
 VOID = 255
 """Label of a pixel nobody should learn from."""
+MOST_BOXES = 256
+"""Of one image: what the fusion graph takes. Beyond it the weakest detections are dropped."""
 
 
 class DeviceTensor(Protocol):
