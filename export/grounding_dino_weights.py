@@ -111,7 +111,7 @@ def _check_config(path: Path, own: GroundingDinoConfig, what: str) -> None:
 
 # ---- names ----
 
-_RENAMES = [
+_RENAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     # official .pth, outside in
     (r"^backbone\.0\.norm(\d)\.", lambda m: f"model.backbone.conv_encoder.model.hidden_states_norms.stage{int(m[1]) + 1}."),
     (r"^backbone\.0\.patch_embed\.proj\.", "SWIN.embeddings.patch_embeddings.projection."),

@@ -83,12 +83,22 @@ def export_onnx(graph: Graph, path: Path, weights: WeightFile) -> None:
     model = program.model
     _check_axes(graph.name, graph.inputs, model.graph.inputs)
     _free_output_names(model)
+    _store_weights(model, weights)
+    _strip(model)
+    ir.save(model, path)
+
+
+def _strip(model: ir.Model) -> None:
+    """Drops what computes nothing: stack traces with the paths of the machine that traced, and the types of inner values,
+    a third of a small graph's file, which every runtime infers again."""
     model.metadata_props.clear()
-    for node in model.graph.all_nodes():  # stack traces with the paths of the machine that traced
+    for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
-    _store_weights(model, weights)
-    ir.save(model, path)
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.type, value.shape = None, None
 
 
 def _check_axes(name: str, specs: tuple[TensorSpec, ...], inputs: object) -> None:

@@ -48,10 +48,10 @@ LEAST_VIEW_PX = 40
 """An object with fewer pixels in the 96 x 96 view is at most undecided."""
 POOL_SCENES, FIRST_SCENES, NEW_SCENES = 1000, 300, 1
 """Scenes held in memory, drawn before the first step, and drawn in each step for the oldest ones."""
-POOL_IMPOSTORS, FIRST_IMPOSTORS, NEW_IMPOSTORS = 1500, 500, 5
-"""The same for single distractors, most of them blobs in a class's colour or texture."""
-IMPOSTOR_SHARE, OBJECT_SHARE = 0.30, 0.25
-"""Share of views of one distractor, and of windows around one object; the others are windows as the tagger's."""
+POOL_SINGLES, FIRST_SINGLES, NEW_SINGLES = 2000, 600, 6
+"""The same for pictures of a single thing."""
+SINGLE_SHARE = 0.5
+"""Share of views that show a single thing; the others are windows of scenes as the tagger's."""
 SCENE_TRIES = 8
 """Seeds set aside for each scene of the pool, the first with what is wanted is taken."""
 BATCH_VIEWS = 64
@@ -294,16 +294,16 @@ class ScenePool:
 
     def __init__(self, seed: int, step: int) -> None:
         self._first = seed * SCENE_TRIES * 1_000_000
-        end, last = FIRST_SCENES + NEW_SCENES * step, FIRST_IMPOSTORS + NEW_IMPOSTORS * step
+        end, last = FIRST_SCENES + NEW_SCENES * step, FIRST_SINGLES + NEW_SINGLES * step
         self.photographs = deque(map(self._scene, range(max(0, end - POOL_SCENES), end)), maxlen=POOL_SCENES)
-        self.impostors = deque(map(self._impostor, range(max(0, last - POOL_IMPOSTORS), last)), maxlen=POOL_IMPOSTORS)
+        self.singles = deque(map(self._single, range(max(0, last - POOL_SINGLES), last)), maxlen=POOL_SINGLES)
 
     def advance(self, step: int) -> None:
         """Draws what this step adds."""
         start = FIRST_SCENES + NEW_SCENES * step
         self.photographs.extend(map(self._scene, range(start, start + NEW_SCENES)))
-        start = FIRST_IMPOSTORS + NEW_IMPOSTORS * step
-        self.impostors.extend(map(self._impostor, range(start, start + NEW_IMPOSTORS)))
+        start = FIRST_SINGLES + NEW_SINGLES * step
+        self.singles.extend(map(self._single, range(start, start + NEW_SINGLES)))
 
     def _scene(self, number: int) -> Photograph:
         """Every second scene shows a coloured blob: at first nearly all errors were blobs taken for a class by colour."""
@@ -313,32 +313,48 @@ class ScenePool:
                 break
         return as_photograph(scene, 75 + number % 21)
 
-    def _impostor(self, number: int) -> Photograph:
-        return as_photograph(draw_impostor(self._first + number), 75 + number % 21)
+    def _single(self, number: int) -> Photograph:
+        return as_photograph(draw_single(self._first + number), 75 + number % 21)
 
 
-def draw_impostor(seed: int, side_px: int = 128) -> Scene:
-    """One distractor large in a square, and no object: it has a class's colour or texture, and the wrong shape.
+def draw_single(seed: int) -> Scene:
+    """One thing large in a square: as often an object as a distractor, mostly a blob in a class's colour or texture.
 
-    Without these the tower stops at colours, which alone give F1 0.93, and sees no reason to look at outlines.
+    Both are drawn in the same way, so that outlines alone tell them apart. Without these pictures the tower stops at
+    colours and textures, which already give F1 0.93; with distractors only, it learns the look of such pictures.
     """
     rng = np.random.default_rng([3, seed])  # 0 to 2 are the streams of scenes.py
+    side_px = int(np.exp(rng.uniform(np.log(80), np.log(320))))
     pixels = drawing._ground(rng, str(rng.choice(GROUNDS)), side_px, side_px)
-    kind = str(rng.choice(DISTRACTORS)) if rng.random() < 0.15 else "coloured blob"
-    share = rng.uniform(0.3, 0.95)
-    item = drawing._distractor(rng, kind, side_px * share)
-    height, width = item.cover.shape
-    x, y = side_px / 2 + rng.uniform(-0.5, 0.5, 2) * (1.1 - share) * side_px
-    drawing._paste(pixels, item, int(x - width / 2), int(y - height / 2))
-    nothing = np.zeros((side_px, side_px), np.uint8)
+    instance = np.zeros((side_px, side_px), np.uint8)
+
+    def put(item: drawing._Item, reach: float) -> np.ndarray:
+        height, width = item.cover.shape
+        x, y = side_px / 2 + rng.uniform(-reach, reach, 2) * side_px
+        left, top = int(x - width / 2), int(y - height / 2)
+        drawing._paste(pixels, item, left, top)
+        window, inner = drawing._overlap(pixels.shape, item.cover.shape, left, top)
+        cover = np.zeros((side_px, side_px), dtype=bool)
+        cover[window] = item.cover[inner] >= 0.5
+        return cover
+
+    if rng.random() < 0.3:  # something behind it
+        put(drawing._distractor(rng, str(rng.choice(DISTRACTORS)), side_px * rng.uniform(0.3, 0.8)), 0.45)
+    share = rng.uniform(0.25, 0.95)
+    label = int(rng.integers(1, len(CLASSES) + 1)) if rng.random() < 0.5 else 0
+    if label:
+        instance[put(drawing._object(rng, label, side_px * share), 0.55 * (1 - share))] = 1
+    else:
+        kind = str(rng.choice(DISTRACTORS)) if rng.random() < 0.15 else "coloured blob"
+        put(drawing._distractor(rng, kind, side_px * share), 0.55 * (1 - share))
     return Scene(
         pixels=drawing._finish(rng, pixels),
-        label=nothing,
-        instance=nothing,
-        labels=np.zeros(0, np.int64),
-        xyxy_image=np.zeros((0, 4), np.float32),
+        label=instance * np.uint8(label),
+        instance=instance,
+        labels=np.full(1 if label else 0, label, np.int64),
+        xyxy_image=np.zeros((1 if label else 0, 4), np.float32),  # not asked for
         ground="",
-        distractors=(kind,),
+        distractors=(),
     )
 
 
@@ -352,18 +368,14 @@ def as_photograph(scene: Scene, quality: int = JPEG_QUALITY) -> Photograph:
 
 
 def draw_views(pool: ScenePool, rng: np.random.Generator, single_only: bool) -> Views:
-    """A batch of views: single distractors, windows around single objects, and (unless ``single_only``) the tagger's."""
+    """A batch of views: single things and, unless ``single_only``, windows of scenes as the tagger's."""
     pixels: list[np.ndarray] = []
     present, undecided, cells = [], [], []
-    for draw in rng.random(BATCH_VIEWS) * (IMPOSTOR_SHARE + OBJECT_SHARE if single_only else 1.0):
-        source = pool.impostors if draw < IMPOSTOR_SHARE else pool.photographs
+    for draw in rng.random(BATCH_VIEWS):
+        single = single_only or draw < SINGLE_SHARE
+        source = pool.singles if single else pool.photographs
         photograph = source[int(rng.integers(len(source)))]
-        around_object = draw < IMPOSTOR_SHARE + OBJECT_SHARE and len(photograph.scene.labels) > 0
-        window = (
-            _object_window(photograph.scene, rng)
-            if around_object
-            else _grid_window(photograph.scene, rng, whole=draw < IMPOSTOR_SHARE)
-        )
+        window = _window(photograph.scene, rng, level=1 if single else int(rng.choice(LEVELS, p=[0.15, 0.25, 0.6])))
         pixels.append(squash(photograph.image, window))
         shown, unclear, cell = _targets(photograph, window)
         present.append(shown)
@@ -377,19 +389,12 @@ def squash(image: Image.Image, window: tuple[float, float, float, float]) -> np.
     return np.asarray(image.resize((96, 96), Image.Resampling.BICUBIC, box=window))
 
 
-def _grid_window(scene: Scene, rng: np.random.Generator, whole: bool) -> tuple[float, float, float, float]:
+def _window(scene: Scene, rng: np.random.Generator, level: int) -> tuple[float, float, float, float]:
+    """A window of about the size that the tagger's have at this level, anywhere."""
     height, width = scene.label.shape
-    level = 1 if whole else int(rng.choice(LEVELS, p=[0.15, 0.25, 0.6]))
     share_x, share_y = np.minimum(2 / (level + 1) * rng.uniform(0.75, 1.1, 2), 1.0)
     x, y = rng.random() * (1 - share_x) * width, rng.random() * (1 - share_y) * height
     return x, y, x + share_x * width, y + share_y * height
-
-
-def _object_window(scene: Scene, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    height, width = scene.label.shape
-    x0, y0, x1, y1 = scene.xyxy_image[int(rng.integers(len(scene.xyxy_image)))].tolist()
-    left, top, right, bottom = rng.uniform(0.0, 0.7, 4) * [x1 - x0, y1 - y0, x1 - x0, y1 - y0]
-    return max(x0 - left, 0), max(y0 - top, 0), min(x1 + right, width), min(y1 + bottom, height)
 
 
 def _targets(photograph: Photograph, window: tuple[float, float, float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

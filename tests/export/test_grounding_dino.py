@@ -29,15 +29,22 @@ CANVAS = (96, 128)
 VOCABULARY = Path(os.environ.get("WSSS_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "vocab"
 
 
-def toy(window: int = 4) -> transformers.GroundingDinoForObjectDetection:
+def toy(
+    window: int = 4, depths: tuple[int, ...] = (1, 2, 1), encoder_layers: int = 2
+) -> transformers.GroundingDinoForObjectDetection:
     """Two layers of each kind at most; four levels and shifted windows, as in the official configurations."""
     backbone = transformers.SwinConfig(
-        embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 2, 4], window_size=window, drop_path_rate=0.0, out_indices=[2, 3, 4]
+        embed_dim=16,
+        depths=list(depths),
+        num_heads=[1, 2, 2][: len(depths)],
+        window_size=window,
+        drop_path_rate=0.0,
+        out_indices=[len(depths) - 1, len(depths)],
     )
     text = transformers.BertConfig(
         vocab_size=1100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
     )
-    sizes = {"encoder_layers": 2, "encoder_ffn_dim": 64, "decoder_layers": 2, "decoder_ffn_dim": 64}
+    sizes = {"encoder_layers": encoder_layers, "encoder_ffn_dim": 64, "decoder_layers": 2, "decoder_ffn_dim": 64}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = transformers.GroundingDinoConfig(
         backbone_config=backbone, text_config=text, d_model=64, num_queries=20, **sizes, **heads
@@ -147,13 +154,15 @@ def test_queries_that_are_no_near_tie_are_refused() -> None:
             grounding_dino.check_near_tie(scores, torch.tensor(wrong))
 
 
-def test_canvases_share_their_weights(model: transformers.GroundingDinoForObjectDetection, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_canvases_share_their_weights(tmp_path: Path) -> None:
+    small = grounding_dino_weights.seeded(lambda: toy(depths=(1, 1), encoder_layers=1), 0)
     sizes, store = [], WeightFile(tmp_path / "weights.data")
     for canvas in ((64, 64), (64, 96)):
-        graph = grounding_dino.image_graph(model, canvas, AxisRange(1, 2, 3))
+        graph = grounding_dino.image_graph(small, canvas, AxisRange(1, 2, 3))
         export_onnx(graph, tmp_path / f"{graph.name}.onnx", store)
         sizes.append((tmp_path / "weights.data").stat().st_size)
-    assert sizes[1] - sizes[0] < 0.05 * sizes[0]  # masks of shifted windows and cell indices
+    assert sizes[1] - sizes[0] < 0.05 * sizes[0]  # what differs: which pixels a cell's mask reads
 
 
 def test_level_shapes_are_those_of_the_official_feature_maps(model: transformers.GroundingDinoForObjectDetection) -> None:
@@ -161,8 +170,8 @@ def test_level_shapes_are_those_of_the_official_feature_maps(model: transformers
         with torch.no_grad():
             maps = model.model.backbone.conv_encoder.model(torch.zeros(1, 3, *canvas)).feature_maps
         shapes = level_shapes(model.config, canvas)
-        assert shapes[:3] == [tuple(each.shape[2:]) for each in maps]
-        assert shapes[3] == tuple((side + 1) // 2 for side in shapes[2])
+        assert shapes[:2] == [tuple(each.shape[2:]) for each in maps]
+        assert shapes[2:] == [tuple(-(-side // by) for side in shapes[1]) for by in (2, 4)]
 
 
 # ---- captions ----
@@ -207,8 +216,9 @@ def test_settings_are_complete_and_documented() -> None:
     assert (settings["max_tokens"], settings["queries"], settings["score_rule"]) == (256, 30, "mean")
     for name in settings:
         assert f"``{name}``" in (grounding_dino.__doc__ or "")
-    assert prepared.preprocess.canvases == ((192, 192), (160, 240), (240, 160))
-    assert (prepared.preprocess.short_px, prepared.preprocess.longest_px) == (160, 240)
+    frame = grounding_dino.MINI
+    assert sorted(prepared.preprocess.canvases) == sorted(frame.canvases)
+    assert (prepared.preprocess.short_px, prepared.preprocess.longest_px) == (frame.short_px, frame.longest_px)
     assert family("grounding-dino") is grounding_dino.FAMILY
 
 
