@@ -220,6 +220,8 @@ def measure(model: Model, checkpoint: Path, paths: Sequence[Path], kept: Path, *
         ours = {key: np.array(value) for key, value in image(feeds).items()}
         seconds = (time.monotonic() - begun) / len(group)
         for row, path in enumerate(group):
+            if path.name in done:
+                continue
             mine = {key: value[row] for key, value in ours.items()}
             one = {key: value[row : row + 1] for key, value in feeds.items()}
             figures = compare(official, one, ". ".join(captions[row]) + ".", mine)
