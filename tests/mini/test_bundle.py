@@ -19,7 +19,7 @@ PHOTOGRAPHS = [Photograph(name=f"{number}.png", pixels=scene.pixels) for number,
 
 
 def test_size_and_proof() -> None:
-    assert sum(path.stat().st_size for path in MINI.rglob("*") if path.is_file()) <= 12e6
+    assert sum(path.stat().st_size for path in MINI.rglob("*") if path.is_file()) <= 12 * 2**20
     bundle = open_bundle(MINI)
     assert bundle.models() == sorted(MODELS)
     for name in MODELS:
