@@ -112,9 +112,9 @@ h1 {{ font-size: 1.3rem; margin: 0; }} p {{ margin: .3rem 0 .8rem; opacity: .75;
 .key {{ display: inline-block; margin: 0 .9rem .3rem 0; white-space: nowrap; }}
 .key i {{ display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .35em; vertical-align: -1px; }}
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 410px), 1fr)); gap: 1rem; margin-top: 1rem; }}
-figure {{ margin: 0; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }}
+figure {{ align-self: start; margin: 0; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }}
 .pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: 2px; align-items: center; }}
-.pair img {{ width: 100%; display: block; }}
+.pair img {{ width: 100%; max-height: 20rem; object-fit: contain; display: block; }}
 figcaption {{ padding: .5rem .7rem .7rem; font-size: .85rem; overflow-wrap: anywhere; }}
 </style>
 <h1>{title}</h1><p>{facts}</p><div>{legend}</div><ul>{failed}</ul><main>{cards}</main></html>

@@ -27,6 +27,8 @@ class Summary:
 
     images: int = 0
     skipped: int = 0
+    failed_before: int = 0
+    """Of the skipped ones, those that a former run could not label; ``retry_failed`` tries them again."""
     labelled: int = 0
     failed: int = 0
     boxes: int = 0
@@ -64,7 +66,8 @@ def label_folder(
     with LabelStore(out, labeler.classes, labeler.settings) as store:
         todo = [name for name in names if not _is_done(store, folder, name, targets[name], retry_failed)]
         store.forget(todo)
-        summary = Summary(images=len(names), skipped=len(names) - len(todo))
+        failed_before = sum("error" in store.done.get(name, {}) for name in names)
+        summary = Summary(images=len(names), skipped=len(names) - len(todo), failed_before=failed_before)
         labeler.take_seconds()
         for loaded in _batches(folder, todo, batch):
             good: list[Photograph] = []

@@ -309,8 +309,10 @@ def _print_summary(summary: Summary, out: str, json_output: bool) -> None:
         typer.echo(json.dumps({"store": out, **dataclasses.asdict(summary)}))
         return
     rate = summary.labelled / summary.seconds if summary.seconds else 0.0
+    before = f" ({summary.failed_before} of them failed: --retry-failed)" if summary.failed_before else ""
     typer.echo(
-        f"{out}: {summary.labelled} labelled ({summary.boxes} boxes), {summary.skipped} already done, {summary.failed} failed, "
+        f"{out}: {summary.labelled} labelled ({summary.boxes} boxes), {summary.skipped} already done{before}, "
+        f"{summary.failed} failed, "
         f"{_clock(summary.seconds)}, {rate:.1f} images/s"
     )
 
