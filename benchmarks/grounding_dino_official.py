@@ -11,7 +11,7 @@ because in a batch with different captions its own results are wrong. Two questi
   feature cell that they start from, which padding does not move.
 
 Each photograph's figures are kept in ``DIR/rows.jsonl`` and not measured again; the summary goes to
-``benchmarks/results/grounding-dino-padding.json``.
+``benchmarks/results/grounding-dino-official.json``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from wsss.frame import frame_for, resized
 from wsss.runtime.images import on_canvas, read_photograph
 from wsss.spec import AxisRange, Bundle, Model, Preprocess
 
-RESULTS = Path(__file__).parent / "results" / "grounding-dino-padding.json"
+RESULTS = Path(__file__).parent / "results" / "grounding-dino-official.json"
 BEST = 100
 """Queries of the highest scores, looked at by themselves: the ones that can become boxes."""
 
@@ -327,7 +327,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], model: Model) -> dict[str, Any]
     return {
         "variant": model.manifest.variant,
         "canvas": model.manifest.preprocess.canvases[0],
-        "weights": dict(model.manifest.weights),
+        "weights": {**model.manifest.weights, "source": Path(model.manifest.weights["source"]).name},
         "photographs": len(rows),
         "parity": {name: max(row["parity"][name] for row in rows) for name in ("logits", "boxes", "largest_logit")},
         "padding_mean": padding,
