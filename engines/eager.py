@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..batch import Tensor
-from ..spec import AxisRange, GraphSpec, TensorSpec
-from .engine import check_feeds
+from ..spec import GraphSpec
+from .engine import check_feeds, contract
 
 
 class EagerEngine:
@@ -25,27 +25,13 @@ class EagerEngine:
     def __init__(self, module: nn.Module, spec: GraphSpec, *, device: str = "cpu") -> None:
         self._module = module.eval().to(device)
         self._device = device
-        self._inputs = {tensor.name: tensor for tensor in spec.inputs}
-        self._outputs = {tensor.name: tensor for tensor in spec.outputs}
-        self._axes = dict(spec.axes)
-
-    @property
-    def inputs(self) -> Mapping[str, TensorSpec]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> Mapping[str, TensorSpec]:
-        return self._outputs
-
-    @property
-    def axes(self) -> Mapping[str, AxisRange]:
-        return self._axes
+        self.inputs, self.outputs, self.axes = contract(spec)
 
     @torch.inference_mode()
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_feeds("eager", self._inputs, self._axes, feeds)
+        check_feeds("eager", self.inputs, self.axes, feeds)
         # Copied: a torch tensor must not share memory with an array the caller may write to.
-        tensors = [torch.from_numpy(np.array(feeds[name])).to(self._device) for name in self._inputs]
+        tensors = [torch.from_numpy(np.array(feeds[name])).to(self._device) for name in self.inputs]
         answer = self._module(*tensors)
         outputs = (answer,) if isinstance(answer, torch.Tensor) else tuple(answer)
-        return {name: value.cpu().numpy() for name, value in zip(self._outputs, outputs, strict=True)}
+        return {name: value.cpu().numpy() for name, value in zip(self.outputs, outputs, strict=True)}

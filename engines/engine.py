@@ -9,7 +9,7 @@ import numpy as np
 
 from ..batch import Tensor
 from ..errors import FeedError
-from ..spec import AxisRange, TensorSpec
+from ..spec import AxisRange, GraphSpec, TensorSpec
 
 
 class Engine(Protocol):
@@ -39,6 +39,11 @@ class Engine(Protocol):
             FeedError: a name, dtype or shape does not fit; says which tensor, what was expected and what came.
         """
         ...
+
+
+def contract(spec: GraphSpec) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec], Mapping[str, AxisRange]]:
+    """What every engine says of itself: its inputs and outputs by name, and the range of every free axis."""
+    return {each.name: each for each in spec.inputs}, {each.name: each for each in spec.outputs}, dict(spec.axes)
 
 
 def check_feeds(where: str, inputs: Mapping[str, TensorSpec], axes: Mapping[str, AxisRange], feeds: Mapping[str, Tensor]) -> None:

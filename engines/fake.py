@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ..batch import Tensor
-from ..spec import AxisRange, GraphSpec, TensorSpec
-from .engine import check_feeds
+from ..spec import GraphSpec
+from .engine import check_feeds, contract
 
 Script = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
@@ -24,39 +24,25 @@ class FakeEngine:
     """
 
     def __init__(self, spec: GraphSpec, script: Script, *, seconds: float = 0.0) -> None:
-        self._inputs = {tensor.name: tensor for tensor in spec.inputs}
-        self._outputs = {tensor.name: tensor for tensor in spec.outputs}
-        self._axes = dict(spec.axes)
+        self.inputs, self.outputs, self.axes = contract(spec)
         self._script, self._seconds = script, seconds
         self.calls: list[dict[str, tuple[int, ...]]] = []
         """Shape of every input of every call so far."""
 
-    @property
-    def inputs(self) -> Mapping[str, TensorSpec]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> Mapping[str, TensorSpec]:
-        return self._outputs
-
-    @property
-    def axes(self) -> Mapping[str, AxisRange]:
-        return self._axes
-
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_feeds("fake", self._inputs, self._axes, feeds)
+        check_feeds("fake", self.inputs, self.axes, feeds)
         self.calls.append({name: tuple(tensor.shape) for name, tensor in feeds.items()})
         if self._seconds:
             time.sleep(self._seconds)
         answers = dict(self._script({name: np.asarray(tensor) for name, tensor in feeds.items()}))
         free = {
             axis: length
-            for spec in self._inputs.values()
+            for spec in self.inputs.values()
             for axis, length in zip(spec.shape, feeds[spec.name].shape, strict=True)
             if isinstance(axis, str)
         }
-        check_feeds("fake (its script's answer)", self._outputs, {}, answers)
-        for spec in self._outputs.values():
+        check_feeds("fake (its script's answer)", self.outputs, {}, answers)
+        for spec in self.outputs.values():
             for axis, length in zip(spec.shape, answers[spec.name].shape, strict=True):
                 assert not isinstance(axis, str) or free.get(axis, length) == length, f"script: {spec} has {axis}={length}"
-        return {name: answers[name] for name in self._outputs}
+        return {name: answers[name] for name in self.outputs}

@@ -11,8 +11,8 @@ import onnxruntime
 
 from ..batch import Tensor
 from ..errors import BundleError, WsssError
-from ..spec import AxisRange, GraphSpec, TensorSpec
-from .engine import check_feeds
+from ..spec import GraphSpec, TensorSpec
+from .engine import check_feeds, contract
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -79,32 +79,18 @@ class OrtEngine:
             )
         self._where = f"{path.parent.name}/{path.stem}"
         self._device = device
-        self._inputs = {tensor.name: tensor for tensor in spec.inputs}
-        self._outputs = {tensor.name: tensor for tensor in spec.outputs}
-        self._axes = dict(spec.axes)
+        self.inputs, self.outputs, self.axes = contract(spec)
         self._check_contract(path)
 
-    @property
-    def inputs(self) -> Mapping[str, TensorSpec]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> Mapping[str, TensorSpec]:
-        return self._outputs
-
-    @property
-    def axes(self) -> Mapping[str, AxisRange]:
-        return self._axes
-
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_feeds(self._where, self._inputs, self._axes, feeds)
+        check_feeds(self._where, self.inputs, self.axes, feeds)
         binding = self._session.io_binding()
         for name, tensor in feeds.items():
             binding.bind_ortvalue_input(name, self._value(tensor))
-        for name in self._outputs:
+        for name in self.outputs:
             binding.bind_output(name, self._device)
         self._session.run_with_iobinding(binding)
-        return {name: OrtTensor(value) for name, value in zip(self._outputs, binding.get_outputs(), strict=True)}
+        return {name: OrtTensor(value) for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
 
     def _value(self, tensor: Tensor) -> onnxruntime.OrtValue:
         if isinstance(tensor, OrtTensor):
@@ -113,8 +99,8 @@ class OrtEngine:
 
     def _check_contract(self, path: Path) -> None:
         for told, found in (
-            (self._inputs, self._session.get_inputs()),
-            (self._outputs, self._session.get_outputs()),
+            (self.inputs, self._session.get_inputs()),
+            (self.outputs, self._session.get_outputs()),
         ):
             have = {node.name: node for node in found}
             if told.keys() == have.keys() and all(_agree(spec, have[name]) for name, spec in told.items()):
