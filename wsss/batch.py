@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -42,7 +43,11 @@ class Photograph:
     """Path relative to the folder of the run, with forward slashes; identifies the image everywhere."""
     pixels: np.ndarray
     size_bytes: int = 0
+    mtime_ns: int = 0
     sha256: str = ""
+    """Of the file it came from."""
+    ahead: dict[str, tuple[Future[None], np.ndarray]] = field(default_factory=dict)
+    """Inputs that a stage, by its name, finds in the making, and what tells when; it makes its own where there is none."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -127,6 +132,7 @@ class PseudoLabels:
     labels, boxes: what led there.
     quality: (N,) float32 per box, the mask's predicted IoU.
     area: (N,) int64 per box, pixels of its outline; won: those that carry its label in the end.
+    confidence: one (H, W) uint8 per image, 255 is certain; None where the chain has no such map.
     """
 
     names: list[str]
@@ -136,6 +142,7 @@ class PseudoLabels:
     quality: np.ndarray
     area: np.ndarray
     won: np.ndarray
+    confidence: list[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.label_maps)

@@ -52,3 +52,7 @@ class ClassError(WsssError):
 
 class StoreError(WsssError):
     """A label store that cannot be read or written."""
+
+
+class OutOfMemory(WsssError):
+    """An engine's call that its device has no memory for; a smaller one may fit."""

@@ -1,149 +1,309 @@
-"""The label store: the folder that a run writes and a trainer reads. This module alone knows its format.
+"""The label store: the folder that a run writes and a trainer reads. With `manifest`, this alone knows its format.
 
-    labels/<image>.png   8-bit palette, original size: 0 background, 1..C classes, 255 void
-    manifest.jsonl       one line a finished image, or its error
-    classes.json         names by label value
-    run.json             every setting that decided the labels
+    labels/<image>.png     8-bit palette, original size: 0 background, 1..C classes, 255 void
+    confidence/<image>.png 8-bit grey, 255 is certain; only where a segmenter made the labels
+    manifest.jsonl         one line a finished image, or its error; sorted by path
+    manifest-I-of-N.jsonl  the same of shard I, until the last of the shards folds it into manifest.jsonl
+    classes.json           names by label value
+    run.json               every setting that decided the labels
+    history.jsonl          one line a run: when, how many images, how many seconds
+
+All but the history follows from the images, the classes and the settings: a run that was killed and continued leaves the
+same bytes as one that was not.
 
 An image is published in two steps, each whole or not at all: its PNG (temporary file, fsync, rename), then its line.
-A line without its PNG cannot happen; a PNG without its line is done again.
+A line without its PNG cannot happen; a PNG without its line is done again. Lines are appended; where that breaks their
+order (a new image between old ones), they are sorted when the run ends, or by the next one.
 """
 
 from __future__ import annotations
 
+import errno
+import io
+import itertools
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from .classes import ClassList, palette
-from .errors import StoreError
+from .errors import ImageError, StoreError
+from .manifest import Line, cut_torn_line, merged, sections_of, side_by_side
+from .storelock import lock
 
 Record = dict[str, Any]
-"""A line of the manifest: path, label, bytes, sha256, and either the results or ``error``."""
+"""A line of the manifest: path, label, bytes, mtime_ns, sha256, and either the results or ``error``."""
+Shard = tuple[int, int]
+"""(I, N): the I-th of N runs that share a store, counted from 0."""
+_COUNT = itertools.count()
+
+
+class Wanted(Protocol):
+    """An image that a run is asked for, as far as the store cares: its path, and its label's below ``labels/``."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+
+
+W = TypeVar("W", bound=Wanted)
+
+
+@dataclass(kw_only=True)
+class Selection:
+    """How many images are wanted, how many of them have a line already, and how many of those lines are failures."""
+
+    images: int = 0
+    done: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LabelFolder:
+    """Where label maps are published; several processes may hold one. ``temporary`` is on the same file system."""
+
+    folder: Path
+    temporary: Path
+
+    def write(self, name: str, label_map: np.ndarray) -> None:
+        """Publishes a label map (H, W) uint8 whole or not at all. ``sync`` makes its name outlast a power cut.
+
+        Raises:
+            ImageError: the file system takes no such name. StoreError: it cannot be written.
+        """
+        self._publish(self.folder / name, name, partial(_save, label_map))
+
+    def write_confidence(self, name: str, confidence: np.ndarray) -> None:
+        """Publishes the confidence (H, W) uint8 of a label map, 255 is certain, as ``confidence/<name>`` beside ``labels/``.
+
+        Raises:
+            As ``write``.
+        """
+        picture = Image.fromarray(confidence)
+        self._publish(self.folder.parent / "confidence" / name, name, partial(picture.save, format="PNG"))
+
+    def _publish(self, path: Path, name: str, save: Callable[[BinaryIO], None]) -> None:
+        try:
+            make_folder(path.parent)
+            with _temporary(path, self.temporary) as file:
+                save(file)
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ):
+                raise ImageError(f"{name}: a label cannot have this name: {error.strerror}") from None
+            raise _cannot_write(self.folder.parent, f"the label {name}", error) from None
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Waits until the labels of these names would outlast a power cut. Raises OSError."""
+        for parent in sorted({(self.folder / name).parent for name in names}):
+            _sync(parent)
 
 
 class LabelStore:
-    """A label store open for writing.
+    """A label store open for writing, locked against other runs.
 
     Args:
         folder: made when absent; an existing store of the same settings is continued.
         classes: the run's class list.
         settings: what decides the labels; a store never mixes two of them.
+        shard: this run is one of several that write the store at the same time, each its own images.
 
     Raises:
-        StoreError: not writable, not a store, or a store of other settings or classes.
+        StoreError: not writable, not a store, a store of other settings or classes, or in use by another run.
     """
 
-    def __init__(self, folder: Path, classes: ClassList, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, classes: ClassList, settings: Mapping[str, Any], *, shard: Shard | None = None) -> None:
+        part = "" if shard is None else f"-{shard[0]}-of-{shard[1]}"
         self.folder = folder
-        self._manifest = folder / "manifest.jsonl"
-        run = {"format": 1, "classes": list(classes.names), **settings}
+        self.labels = LabelFolder(folder / "labels", folder / f".tmp{part}")
+        self._shard = shard
+        self._manifest = folder / f"manifest{part}.jsonl"
+        run = json.loads(json.dumps({"format": 1, "classes": list(classes.names), **settings}))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if (folder / "run.json").exists():
-                was = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-                if not isinstance(was, dict):
-                    raise ValueError(f"expected an object, got {type(was).__name__}")
-                _check_same(folder, was, json.loads(json.dumps(run)))
-            elif any(not path.name.endswith(".tmp") for path in folder.iterdir()):  # a crash may leave a temporary
-                raise StoreError(
-                    f"--out {folder}: the folder is not empty and holds no label store", hint="give a new or empty folder"
-                )
-            write_atomically(folder / "run.json", _json(run))  # first: from here on the folder is known as a store
-            (folder / "labels").mkdir(exist_ok=True)
-            write_atomically(folder / "classes.json", _json({0: "background", **dict(enumerate(classes.names, 1)), 255: "void"}))
-            self.done = {record["path"]: record for record in read_records(folder)}
-            self._rewrite()
-            self._lines = self._manifest.open("ab")
+            with ExitStack() as stack:
+                self._open(run, classes, part, stack)
+                self._stack = stack.pop_all()
         except OSError as error:
             raise StoreError(
                 f"--out {folder}: cannot be written: {error.strerror}", hint="give a folder you may write to"
             ) from None
-        except ValueError as error:
-            raise StoreError(f"{folder / 'run.json'}: damaged: {error}", hint="give a new --out") from None
+
+    def _open(self, run: dict[str, Any], classes: ClassList, part: str, stack: ExitStack) -> None:
+        _check_folder(self.folder)
+        make_folder(self.folder)
+        self._lock = stack.enter_context(lock(self.folder / ".lock", shared=self._shard is not None))
+        if part:
+            stack.enter_context(lock(self.folder / f".lock{part}"))
+        if (self.folder / "run.json").exists():
+            _check_same(self.folder, _parse_run(self.folder), run)
+        shutil.rmtree(self.labels.temporary, ignore_errors=True)  # what a killed run was in the middle of
+        stack.callback(shutil.rmtree, self.labels.temporary, ignore_errors=True)
+        make_folder(self.labels.temporary)
+        names = {0: "background", **dict(enumerate(classes.names, 1)), 255: "void"}
+        for path, value in ((self.folder / "run.json", run), (self.folder / "classes.json", names)):
+            if not path.exists():  # run.json first: from here on the folder is known as a store
+                write_atomically(path, _json(value), self.labels.temporary)
+        make_folder(self.labels.folder)
+        self._lines = _open_lines(self._manifest)
+        stack.callback(lambda: os.close(self._lines))
 
     def __enter__(self) -> LabelStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lines.close()
+        self.close()
 
-    def forget(self, paths: Iterable[str]) -> None:
-        """Drops the lines of images that will be done again."""
-        gone = set(paths) & self.done.keys()
-        if gone:
-            self._lines.close()
-            self.done = {path: record for path, record in self.done.items() if path not in gone}
-            self._rewrite()
-            self._lines = self._manifest.open("ab")
+    def close(self) -> None:
+        """Sorts the lines where that is needed, unless other shards are still at work, and lets the store go."""
+        with self._stack:
+            if self._lock.alone():
+                with suppress(OSError, StoreError):  # nothing is lost: the next run sorts them
+                    self._fold()
+
+    def select(self, images: Iterable[W], is_current: Callable[[W, Record], bool]) -> Selection:
+        """Drops the lines of images that must be done again, and counts.
+
+        Args:
+            images: sorted by name. Lines of other images stay.
+            is_current: does this line still tell the truth about this image?
+
+        Raises:
+            StoreError: the manifest is damaged or cannot be written.
+        """
+        told = Selection()
+
+        def kept() -> Iterator[Line]:
+            for image, line in side_by_side(images, self._merged()):
+                told.images += image is not None
+                if line is None:
+                    continue
+                if image is None:
+                    if self._shard is None:
+                        yield line
+                    continue
+                record = json.loads(line.data)
+                if is_current(image, record):
+                    told.done += 1
+                    told.failed += "error" in record
+                    yield line
+                elif record["label"] != image.label:
+                    (self.labels.folder / record["label"]).unlink(missing_ok=True)
+
+        with self._writing("the manifest"):
+            self._rewrite(self._manifest, kept())
+            if self._shard is None:
+                self._remove_parts()
+        return told
+
+    def missing(self, images: Iterable[W]) -> Iterator[W]:
+        """Those of the images, sorted by name, that have no line yet; lines written from now on do not count."""
+        lines = merged(sections_of(self._manifest))
+        return (image for image, line in side_by_side(images, lines) if image is not None and line is None)
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Publishes the lines of images whose labels are written.
+
+        Raises:
+            StoreError: the disk is full or broken. None of the lines, or whole ones only, are in the manifest.
+        """
+        with self._writing(f"the line of {records[0]['path']}"):
+            self.labels.sync(record["label"] for record in records if "error" not in record)
+            size = os.fstat(self._lines).st_size
+            try:
+                _write_all(self._lines, b"".join(map(_line, records)))
+                os.fsync(self._lines)
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(self._lines, size)
+                raise
 
     def write(self, record: Record, label_map: np.ndarray | None) -> None:
-        """Publishes one image: its label map (H, W) uint8 if it has one, then its line."""
-        try:
-            if label_map is not None:
-                write_label(self.folder / "labels" / record["label"], label_map)
-            self._lines.write(_line(record))
-            self._lines.flush()
-            os.fsync(self._lines.fileno())
-        except OSError as error:
-            raise StoreError(
-                f"{self.folder}: cannot write the label of {record['path']}: {error.strerror}",
-                hint="what was written so far is whole; make room and run the same command again",
-            ) from None
-        self.done[record["path"]] = record
+        """Publishes one image: its label map (H, W) uint8 if it has one, then its line. Raises as its two steps do."""
+        if label_map is not None:
+            self.labels.write(record["label"], label_map)
+        self.append([record])
 
-    def _rewrite(self) -> None:
-        write_atomically(self._manifest, b"".join(map(_line, self.done.values())))
+    def add_history(self, told: Mapping[str, Any]) -> None:
+        """Notes what a run did. Raises StoreError."""
+        with self._writing("the history"):
+            handle = _open_lines(self.folder / "history.jsonl")
+            try:
+                _write_all(handle, _line(dict(told)))
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def _merged(self) -> Iterator[Line]:
+        return merged([section for file in _manifests(self.folder) for section in sections_of(file)])
+
+    def _fold(self) -> None:
+        files = _manifests(self.folder)
+        if len(files) > 1 or any(len(sections_of(file)) > 1 for file in files):
+            self._rewrite(self.folder / "manifest.jsonl", self._merged())
+            self._remove_parts()
+
+    def _rewrite(self, manifest: Path, lines: Iterable[Line]) -> None:
+        with _temporary(manifest, self.labels.temporary) as file:
+            file.writelines(line.data for line in lines)
+        _sync(self.folder)
+        stale, self._lines = self._lines, _open_lines(self._manifest)
+        os.close(stale)
+
+    def _remove_parts(self) -> None:
+        for path in _manifests(self.folder):
+            if path.name != "manifest.jsonl":
+                path.unlink()
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _cannot_write(self.folder, what, error) from None
 
 
 def read_records(folder: Path) -> Iterator[Record]:
-    """The manifest's lines in order; a last line cut by a crash is left out.
+    """The lines of a store by path, one an image, also while a run writes it; a line cut by a crash is left out.
 
     Raises:
         StoreError: a damaged line before the last.
     """
-    path = folder / "manifest.jsonl"
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                record["path"], record["label"]
-            except (ValueError, KeyError, TypeError):
-                if file.read(1):
-                    raise StoreError(
-                        f"{path}: line {number} is damaged", hint="delete that line: its image is done again"
-                    ) from None
-                return
-            yield record
+    sections = [section for file in _manifests(folder) for section in sections_of(file)]
+    return (json.loads(line.data) for line in merged(sections))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """The settings of a store. Raises StoreError when ``folder`` is none."""
     try:
-        run: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if not isinstance(run, dict):
-            raise ValueError(f"run.json holds {type(run).__name__}")
-    except (OSError, ValueError) as error:
+        return _parse_run(folder)
+    except (OSError, StoreError) as error:
         raise StoreError(f"{folder}: expected a label store (with run.json): {error}", hint="wsss label makes one") from None
-    return run
+
+
+def read_history(folder: Path) -> list[Record]:
+    """What each run of a store noted, the first one first; empty when there is nothing to read."""
+    try:
+        lines = (folder / "history.jsonl").read_bytes().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    except (OSError, ValueError):
+        return []
 
 
 def write_label(path: Path, label_map: np.ndarray) -> None:
-    """Writes a label map (H, W) uint8 as an 8-bit palette PNG with VOC's colours, atomically."""
-    image = Image.fromarray(label_map, mode="P")
-    image.putpalette(palette().tobytes())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(path) as temporary:
-        image.save(temporary, format="PNG")
+    """Writes a label map (H, W) uint8 as an 8-bit palette PNG with VOC's colours, atomically. Raises OSError."""
+    make_folder(path.parent)
+    with _temporary(path) as file:
+        _save(label_map, file)
+    _sync(path.parent)
 
 
 def read_label(path: Path) -> np.ndarray:
@@ -157,34 +317,88 @@ def read_label(path: Path) -> np.ndarray:
         raise StoreError(f"{path}: not a readable label: {error}") from None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: temporary file beside it, fsync, rename, fsync of the folder."""
-    with _temporary(path) as temporary, temporary.open("wb") as file:
+def write_atomically(path: Path, data: bytes, temporary: Path | None = None) -> None:
+    """Writes a file whole or not at all: temporary file, fsync, rename, fsync of the folder. Raises OSError.
+
+    Args:
+        temporary: a folder on the same file system; None takes the file's own.
+    """
+    with _temporary(path, temporary) as file:
         file.write(data)
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        _sync(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     _sync(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, where missing, to outlast a power cut. Raises OSError."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another thread or shard was faster, or it is a file
+        if not folder.is_dir():
+            raise
+    _sync(folder.parent)
+
+
+@contextmanager
+def _temporary(path: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
+    """A new file that takes the place of ``path`` when the block ends well, and is gone when it does not."""
+    temporary = (folder or path.parent) / f".{os.getpid()}-{next(_COUNT)}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _save(label_map: np.ndarray, file: BinaryIO) -> None:
+    image = Image.fromarray(label_map)  # mode L; with a palette it becomes P
+    image.putpalette(_palette())
+    buffer = io.BytesIO()  # Pillow would write a file in many small pieces
+    image.save(buffer, format="PNG")
+    file.write(buffer.getbuffer())
+
+
+@lru_cache(maxsize=1)
+def _palette() -> bytes:
+    return palette().tobytes()
+
+
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _open_lines(path: Path) -> int:
+    new = not path.exists()
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    cut_torn_line(handle)
+    if new:
+        _sync(path.parent)
+    return handle
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
+def _manifests(folder: Path) -> list[Path]:
+    """manifest.jsonl, if there is one, then those of shards, whose lines are newer."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if re.fullmatch(r"manifest(-\d+-of-\d+)?\.jsonl", path.name)]
+    return sorted(found, key=lambda path: (path.name != "manifest.jsonl", path.name))
 
 
 def _line(record: Record) -> bytes:
@@ -194,6 +408,23 @@ def _line(record: Record) -> bytes:
 
 def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir() or (folder / "run.json").exists():
+        return
+    if any(not path.name.startswith((".tmp", ".lock")) for path in folder.iterdir()):  # a crash may leave these
+        raise StoreError(f"--out {folder}: the folder is not empty and holds no label store", hint="give a new or empty folder")
+
+
+def _parse_run(folder: Path) -> dict[str, Any]:
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(f"{folder / 'run.json'}: damaged: {error}", hint="give a new --out") from None
+    if not isinstance(run, dict):
+        raise StoreError(f"{folder / 'run.json'}: damaged: it holds {type(run).__name__}", hint="give a new --out")
+    return run
 
 
 def _check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
@@ -208,3 +439,10 @@ def _check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
 def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _cannot_write(folder: Path, what: str, error: OSError) -> StoreError:
+    return StoreError(
+        f"{folder}: cannot write {what}: {error.strerror or error}",
+        hint="what was written so far is whole; make room and run the same command again",
+    )

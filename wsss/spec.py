@@ -20,7 +20,10 @@ from .errors import BundleError, SpecError
 
 FORMAT = 1
 DType = Literal["float32", "float16", "uint8", "int64", "bool"]
-Resize = Literal["squash", "longest", "short-longest"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Flavour = Literal["trt", "trt-rtx"]
+"""TensorRT, and TensorRT for RTX: the same API in two libraries."""
+Resize = Literal["squash", "longest", "short-longest", "none"]
 MODELS = ("clip", "grounding-dino", "sam")
 """Models of the labelling chain, in data-flow order; each is a folder of a bundle."""
 
@@ -62,7 +65,7 @@ class Preprocess:
 
     resize: Resize
     """squash: to the canvas, aspect lost. longest: longest side to ``longest_px``. short-longest: short side to
-    ``short_px`` unless the longest would pass ``longest_px``."""
+    ``short_px`` unless the longest would pass ``longest_px``. none: as it is; one too large for every canvas in tiles."""
     longest_px: int
     short_px: int = 0
     filter: Literal["bilinear", "bicubic"]
@@ -107,6 +110,32 @@ class Parity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanSpec:
+    """A TensorRT engine built from one graph: its file, and everything it is bound to. Another of any of these is refused."""
+
+    file: str
+    sha256: str
+    flavour: Flavour
+    graph_sha256: str
+    """Of the ONNX file it was built from."""
+    weights_sha256: str
+    """Of the weights beside it."""
+    precision: Precision
+    axes: Mapping[str, AxisRange]
+    """The optimisation profile: range of every free axis, within the graph's."""
+    builder: str
+    """Version of the library that built it, the only one that may run it."""
+    target: str
+    """The GPU it was built on, or the compute capabilities it was built for ahead of time."""
+    driver: str | None = None
+    """CUDA driver it was built with; None when built ahead of time."""
+    seconds: float
+    """Building took this long."""
+    parity: Parity | None = None
+    """The gate's verdict on this engine, run on a GPU; without it the engine is not used."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GraphSpec:
     """One graph of a model: its file, its contract and its proof."""
 
@@ -115,7 +144,13 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
     axes: Mapping[str, AxisRange]
     opset: int
+    precision: Precision = "fp32"
+    """Of the arithmetic, outside of ``islands``."""
+    islands: Mapping[str, int] = field(default_factory=dict)
+    """Why nodes of a half-precision graph stay FP32, and how many for each reason."""
     parity: Parity | None = None
+    plans: Mapping[str, PlanSpec] = field(default_factory=dict)
+    """TensorRT engines of this graph by flavour."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +159,8 @@ class Manifest:
 
     family: str
     variant: str
-    precision: Literal["fp32", "fp16"] = "fp32"
+    precision: Precision = "fp32"
+    """Asked for; each graph says what stays FP32 (`GraphSpec.islands`)."""
     preprocess: Preprocess
     graphs: Mapping[str, GraphSpec]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -214,10 +250,9 @@ def open_bundle(folder: Path) -> Bundle:
     return bundle
 
 
-def check_file(folder: Path, name: str, expected: str) -> None:
-    """Raises BundleError unless ``folder/name`` is a plain file of its own with the sha256 ``expected``."""
+def check_file(folder: Path, name: str, expected: str, *, again: str = "export the model again") -> None:
+    """Raises BundleError, with the hint ``again``, unless ``folder/name`` is a plain file with the sha256 ``expected``."""
     path = folder / name
-    again = "export the model again"
     if name in ("", "..") or Path(name).name != name or path.is_symlink():
         raise BundleError(f"{folder / 'manifest.json'}: names {name!r}, expected a plain file of its own folder", hint=again)
     if not path.is_file():
@@ -281,17 +316,29 @@ def _manifest_from_json(told: dict[str, Any]) -> Manifest:
 
 
 def _graph_from_json(told: dict[str, Any]) -> GraphSpec:
-    parity = told.get("parity")
-    if parity is not None:
-        parity = Parity(**{**parity, "rows": tuple(ParityRow(**row) for row in parity["rows"])})
     return GraphSpec(
         file=told["file"],
         inputs=tuple(_tensors_from_json(told["inputs"])),
         outputs=tuple(_tensors_from_json(told["outputs"])),
         axes={name: AxisRange(**axis) for name, axis in told["axes"].items()},
         opset=told["opset"],
-        parity=parity,
+        precision=told.get("precision", "fp32"),
+        islands=dict(told.get("islands", {})),
+        parity=_parity_from_json(told.get("parity")),
+        plans={name: _plan_from_json(plan) for name, plan in told.get("plans", {}).items()},
     )
+
+
+def _plan_from_json(told: dict[str, Any]) -> PlanSpec:
+    axes = {name: AxisRange(**axis) for name, axis in told["axes"].items()}
+    plan = PlanSpec(**{**told, "axes": axes, "parity": _parity_from_json(told.get("parity"))})
+    if not all(isinstance(each, str) for each in (plan.file, plan.sha256, plan.graph_sha256, plan.weights_sha256)):
+        raise TypeError("plans must be named by strings")
+    return plan
+
+
+def _parity_from_json(told: dict[str, Any] | None) -> Parity | None:
+    return None if told is None else Parity(**{**told, "rows": tuple(ParityRow(**row) for row in told["rows"])})
 
 
 def _tensors_from_json(told: list[dict[str, Any]]) -> Iterator[TensorSpec]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def store(folder: Path) -> Iterator[LabelStore]:
 
 
 def test_a_new_store_says_what_it_is(store: LabelStore, folder: Path) -> None:
-    assert files(folder) == ["classes.json", "manifest.jsonl", "run.json"]
+    assert files(folder) == [".lock", "classes.json", "manifest.jsonl", "run.json"]
     assert json.loads((folder / "classes.json").read_text()) == {"0": "background", "1": "dog", "2": "cat", "255": "void"}
     assert read_run(folder) == {"format": 1, "classes": ["dog", "cat"], **SETTINGS}
     assert list(read_records(folder)) == []
@@ -88,20 +89,20 @@ def test_a_failed_image_has_a_line_and_no_label(store: LabelStore, folder: Path)
     assert files(folder / "labels") == []
 
 
-@pytest.mark.parametrize("step", ["save", "_sync", "replace"])
+@pytest.mark.parametrize("step", ["save", "fsync", "replace"])
 def test_a_save_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, os.strerror(28))
 
     with LabelStore(folder, CLASSES, SETTINGS) as store:
         store.write(record("good"), LABEL_MAP)
-        owner = {"save": Image.Image, "_sync": labelstore, "replace": Path}[step]
+        owner = {"save": Image.Image, "fsync": labelstore.os, "replace": Path}[step]
         with monkeypatch.context() as broken:
             broken.setattr(owner, step, full)
-            with pytest.raises(StoreError, match=r"cannot write the label of bad\.jpg: No space left") as caught:
+            with pytest.raises(StoreError, match=r"cannot write the label bad\.png: No space left") as caught:
                 store.write(record("bad"), LABEL_MAP)
         assert "make room" in caught.value.hint
-        assert list(store.done) == ["good.jpg"]
+        assert [line["path"] for line in read_records(folder)] == ["good.jpg"]
     assert files(folder / "labels") == ["good.png"]
     assert list(read_records(folder)) == [record("good")]
 
@@ -110,28 +111,62 @@ def test_write_atomically_keeps_the_old_file_when_it_fails(tmp_path: Path, monke
     path = tmp_path / "page.html"
     write_atomically(path, b"old")
     with monkeypatch.context() as broken:
-        broken.setattr(labelstore, "_sync", lambda path: (_ for _ in ()).throw(OSError("gone")))
+        broken.setattr(labelstore.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("gone")))
         with pytest.raises(OSError, match="gone"):
             write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert files(tmp_path) == ["page.html"]
 
 
+@dataclass(frozen=True)
+class Photo:
+    name: str
+    label: str
+
+
+def photos(*names: str) -> list[Photo]:
+    return [Photo(f"{name}.jpg", f"{name}.png") for name in names]
+
+
 def test_a_store_is_continued(folder: Path) -> None:
     with LabelStore(folder, CLASSES, SETTINGS) as store:
         store.write(record("one"), LABEL_MAP)
     with LabelStore(folder, CLASSES, SETTINGS) as store:
-        assert store.done == {"one.jpg": record("one")}
-        store.write(record("two"), LABEL_MAP)
-        store.forget(["one.jpg", "never.jpg"])
-        store.write(record("three"), LABEL_MAP)
-    assert [line["path"] for line in read_records(folder)] == ["two.jpg", "three.jpg"]
+        wanted = photos("one", "three", "two")
+        told = store.select(wanted, lambda photo, line: line == record("one"))
+        assert (told.images, told.done, told.failed) == (3, 1, 0)
+        assert [photo.name for photo in store.missing(wanted)] == ["three.jpg", "two.jpg"]
+        store.append([record("three"), record("two")])
+    assert [line["path"] for line in read_records(folder)] == ["one.jpg", "three.jpg", "two.jpg"]
+
+
+def test_lines_that_are_no_longer_true_are_dropped_and_others_stay(folder: Path) -> None:
+    with LabelStore(folder, CLASSES, SETTINGS) as store:
+        for name in ("a", "b", "c", "d"):
+            store.write(record(name), LABEL_MAP)
+        moved = [Photo("b.jpg", "b.png"), Photo("c.jpg", "c.jpg.png")]
+        told = store.select(moved, lambda photo, line: photo.label == line["label"])
+        assert (told.images, told.done) == (2, 1)
+        assert [line["path"] for line in read_records(folder)] == ["a.jpg", "b.jpg", "d.jpg"]
+    assert files(folder / "labels") == ["a.png", "b.png", "d.png"], "the label of a name that changed is gone"
+
+
+def test_a_line_out_of_order_is_sorted_when_the_store_is_closed(folder: Path) -> None:
+    with LabelStore(folder, CLASSES, SETTINGS) as store:
+        for name in ("b", "d", "a", "c"):
+            store.write(record(name), LABEL_MAP)
+        assert [line["path"] for line in read_records(folder)] == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"], "and read sorted before"
+    lines = (folder / "manifest.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["path"] for line in lines] == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
 
 
 def test_an_image_done_twice_has_one_line_the_last(folder: Path) -> None:
     with LabelStore(folder, CLASSES, SETTINGS) as store:
         store.write(record("one"), LABEL_MAP)
         store.write({**record("one"), "bytes": 2}, LABEL_MAP)
+    with LabelStore(folder, CLASSES, SETTINGS):
+        pass
+    assert len((folder / "manifest.jsonl").read_bytes().splitlines()) == 1
     with LabelStore(folder, CLASSES, SETTINGS):
         assert [line["bytes"] for line in read_records(folder)] == [2]
 
@@ -141,6 +176,7 @@ def test_a_last_line_cut_at_any_byte_is_done_again(folder: Path) -> None:
         store.write(record("one"), LABEL_MAP)
         store.write(record("two"), LABEL_MAP)
     manifest = folder / "manifest.jsonl"
+    assert files(folder) == ["classes.json", "labels/one.png", "labels/two.png", "manifest.jsonl", "run.json"]
     whole = manifest.read_bytes()
     first = whole.index(b"\n") + 1
     for cut in range(first, len(whole) - 1):
@@ -213,15 +249,15 @@ def test_a_crash_while_the_store_is_made_is_healed_by_the_next_run(folder: Path,
 
     class Killed(BaseException): ...
 
-    for step in range(3):
+    for step in range(2):
         here = folder / str(step)
         left = iter(range(step))
 
-        def dies(path: Path, data: bytes, left: Iterator[int] = left) -> None:
+        def dies(path: Path, data: bytes, temporary: Path | None = None, left: Iterator[int] = left) -> None:
             if next(left, None) is None:
-                (path.parent / ".k1ll3d.tmp").write_bytes(data[:5])
+                (path.parent / ".tmp" / ".k1ll3d.tmp").write_bytes(data[:5])
                 raise Killed
-            write_atomically(path, data)
+            write_atomically(path, data, temporary)
 
         with monkeypatch.context() as broken, pytest.raises(Killed):
             broken.setattr(labelstore, "write_atomically", dies)
@@ -236,6 +272,6 @@ def test_a_name_that_is_no_unicode_is_kept(folder: Path) -> None:
     with LabelStore(folder, CLASSES, SETTINGS) as store:
         store.write(record(name), LABEL_MAP)
     with LabelStore(folder, CLASSES, SETTINGS) as store:
-        assert list(store.done) == [f"{name}.jpg"]
+        assert [photo.name for photo in store.missing(photos(name))] == []
     assert [line["label"] for line in read_records(folder)] == [f"{name}.png"]
     assert read_label(folder / "labels" / f"{name}.png").shape == (2, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from ..classes import palette
+from .classes import palette
 
 
 def overlay(pixels: np.ndarray, label_map: np.ndarray, *, strength: float = 0.55) -> np.ndarray:
