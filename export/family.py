@@ -6,15 +6,16 @@ way (tracing, sharing weights, the parity gate, the manifest) is the same for al
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
 
 from ..errors import UsageError
-from ..spec import AxisRange, GraphSpec, Preprocess, TensorSpec
+from ..spec import AxisRange, GraphSpec, Precision, Preprocess, TensorSpec
 
 Feeds = dict[str, np.ndarray]
 """Host arrays by tensor name."""
@@ -28,6 +29,29 @@ class Options:
     """Range of the free row axis (images, phrases, boxes); None takes the family's own."""
     sizes: tuple[tuple[int, int], ...] = ()
     """(height, width) canvases; empty takes the family's own."""
+    precision: Precision = "fp32"
+    """Of the graphs' arithmetic."""
+    measured: bool = False
+    """In half precision, the precision doctor finds which nodes stay FP32, instead of those that the modules mark."""
+
+
+Measure = Callable[[Feeds, Feeds, str], tuple[float, float]]
+"""(outputs, their reference, name of one) to an error without unit and the largest difference in the output's unit."""
+
+
+def relative_error(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
+    """Norm of the difference over the norm of the reference; largest absolute difference."""
+    # Infinities are legitimate where the reference has the same (logits of padded tokens).
+    equal = got[name] == want[name]
+    mine, its = (np.where(equal, 0, each).astype(np.float64) for each in (got[name], want[name]))
+    scale = float(np.linalg.norm(np.where(np.isfinite(want[name]), want[name], 0).astype(np.float64)))
+    return float(np.linalg.norm(mine - its)) / max(scale, 1e-12), float(np.abs(mine - its).max(initial=0.0))
+
+
+def share_differing(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
+    """For outputs that name things (a label map) or count them: the share of entries that differ; the largest difference."""
+    difference = np.abs(got[name].astype(np.float64) - want[name].astype(np.float64))
+    return float((difference > 0).mean()), float(difference.max(initial=0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,24 +59,34 @@ class Tolerance:
     """How far an output may lie from its reference, per row."""
 
     relative: float
-    """Norm of the difference over the norm of the reference."""
+    """Most of the measure's error."""
     absolute: float | None = None
-    """Largest absolute difference, in the output's unit; None does not look."""
-    labels: bool = False
-    """The output names things (a label map): ``relative`` is the share of entries that may differ."""
+    """Largest difference, in the output's unit; None does not look."""
+    measure: Measure = relative_error
+    """What the error is."""
     why: str
     """Where the number comes from."""
 
     def __str__(self) -> str:
-        if self.labels:
-            return f"share of differing entries <= {self.relative:g}: {self.why}"
         absolute = "" if self.absolute is None else f", absolute <= {self.absolute:g}"
-        return f"relative <= {self.relative:g}{absolute}: {self.why}"
+        return f"{self.measure.__name__.replace('_', ' ')} <= {self.relative:g}{absolute}: {self.why}"
 
 
 def take_rows(feeds: Feeds, rows: Sequence[int]) -> Feeds:
     """The given rows of feeds whose every tensor leads with the row axis."""
     return {name: array[list(rows)] for name, array in feeds.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InHalf:
+    """A graph's contract in half precision, where it differs."""
+
+    io: frozenset[str] = frozenset()
+    """Floating-point inputs and outputs that are float16: what travels between engines. The others stay float32."""
+    tolerance: Mapping[str, Tolerance]
+    """Per output, against the same FP32 reference."""
+    reference: Callable[[Feeds, Feeds], Feeds] | None = None
+    """Another way to the reference, where ties are wider in half; None takes the graph's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +113,8 @@ class Graph:
     ties: str | None = None
     """An int64 output holding choices between near-equal values (top-k). The reference takes the graph's choice, after
     checking that it was a near tie, so that ranks swapped by rounding do not count as errors."""
+    half: InHalf | None = None
+    """What changes when the graph is lowered to half precision; None: it computes in float32 always."""
     whole: bool = False
     """The entries of ``row_axis`` depend on each other (masks competing for pixels): the gate compares whole calls, each
     with feeds of its own, instead of rows."""
@@ -86,6 +122,30 @@ class Graph:
     def spec(self, file: str, opset: int) -> GraphSpec:
         """The contract as the manifest stores it."""
         return GraphSpec(file=file, inputs=self.inputs, outputs=self.outputs, axes=dict(self.axes), opset=opset)
+
+    def halved(self) -> Graph:
+        """The same graph with its half-precision contract: float16 where `InHalf` says so, its tolerance, the FP32 reference."""
+        if self.half is None:
+            return self
+        half, sample, reference = self.half, self.sample, self.half.reference or self.reference
+
+        def rounded(feeds: Feeds) -> Feeds:
+            return {name: value.astype(np.float16) if name in half.io else value for name, value in feeds.items()}
+
+        def widened(feeds: Feeds) -> Feeds:
+            return {name: value.astype(np.float32) if name in half.io else value for name, value in feeds.items()}
+
+        def narrow(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+            return tuple(replace(spec, dtype="float16") if spec.name in half.io else spec for spec in specs)
+
+        return replace(
+            self,
+            inputs=narrow(self.inputs),
+            outputs=narrow(self.outputs),
+            sample=lambda rows, seed: rounded(sample(rows, seed)),
+            reference=lambda feeds, found: reference(widened(feeds), widened(found)),
+            tolerance=half.tolerance,
+        )
 
 
 class SavesTokenizer(Protocol):
@@ -123,10 +183,9 @@ class Family:
 
 
 def family(name: str) -> Family:
-    """A family by name. Raises UsageError naming those there are."""
-    from . import clip, grounding_dino, sam
-
-    table = {each.name: each for each in (clip.FAMILY, grounding_dino.FAMILY, sam.FAMILY)}
-    if name not in table:
-        raise UsageError(f"--model: expected one of {', '.join(table)} or all, got {name!r}")
-    return table[name]
+    """A family by name; only what that one needs is imported. Raises UsageError naming those there are."""
+    modules = {"clip": "clip", "grounding-dino": "grounding_dino", "sam": "sam", "segmenter": "segmenter"}
+    if name not in modules:
+        raise UsageError(f"--model: expected one of {', '.join(modules)} or all, got {name!r}")
+    found: Family = importlib.import_module(f"wsss.export.{modules[name]}").FAMILY
+    return found

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..frame import frame_for
 from ..spec import AxisRange, Preprocess, TensorSpec
-from .family import Feeds, Graph, Tolerance
+from .family import Feeds, Graph, InHalf, Tolerance, share_differing
+from .precision import Fp32
 
 VOID = 255
 PIXELS = AxisRange(1, 500, 16_384)
@@ -26,11 +27,22 @@ class Fuse(nn.Module):
     A photograph may be fused in chunks of rows: ``label_map`` is the same to the bit, ``area`` and ``won`` add up.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.decide = Fp32(_upsample_and_vote, why="decides pixels at the zero crossing")
+
     def forward(
         self, logits: Tensor, pick: Tensor, score: Tensor, label: Tensor, rows: Tensor, columns: Tensor, margin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z = rows @ logits[pick] @ columns.transpose(0, 1)  # (N, H, W)
-        return vote(z, score, label, margin)
+        fused: tuple[Tensor, Tensor, Tensor] = self.decide(logits, pick, score, label, rows, columns, margin)
+        return fused
+
+
+def _upsample_and_vote(
+    logits: Tensor, pick: Tensor, score: Tensor, label: Tensor, rows: Tensor, columns: Tensor, margin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = rows @ logits[pick] @ columns.transpose(0, 1)  # (N, H, W)
+    return vote(z, score, label, margin)
 
 
 def vote(z: Tensor, score: Tensor, label: Tensor, margin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,6 +85,7 @@ def fuse_graph(preprocess: Preprocess, *, logits_side: int, masks: AxisRange) ->
     def sample(picked: int, seed: int) -> Feeds:
         return sample_masks(preprocess, logits_side, masks.max, picked, seed)
 
+    label_map = Tolerance(relative=1e-4, measure=share_differing, why="pixels at the zero crossing or exactly at the margin")
     counts = Tolerance(relative=1e-3, why="pixels at the zero crossing fall to either side by rounding")
     return Graph(
         name="fuse",
@@ -96,11 +109,9 @@ def fuse_graph(preprocess: Preprocess, *, logits_side: int, masks: AxisRange) ->
         whole=True,
         sample=sample,
         reference=reference,
-        tolerance={
-            "label_map": Tolerance(relative=1e-4, labels=True, why="pixels at the zero crossing or exactly at the margin"),
-            "area": counts,
-            "won": counts,
-        },
+        tolerance={"label_map": label_map, "area": counts, "won": counts},
+        # The masks come as float16 from the decoder; what they decide is computed in float32, like the reference.
+        half=InHalf(io=frozenset({"logits"}), tolerance={"label_map": label_map, "area": counts, "won": counts}),
     )
 
 
@@ -136,7 +147,8 @@ def sample_masks(preprocess: Preprocess, logits_side: int, most: int, picked: in
     fields = F.interpolate(coarse, (logits_side, logits_side), mode="bicubic", align_corners=False)[:, 0]
     noise = torch.from_numpy(rng.normal(0, 0.5, fields.shape)).float()
     side = preprocess.longest_px // (2 if picked <= 16 else 8)  # many masks of a large photograph need gigabytes
-    height, width = (int(length) | 1 for length in rng.integers(side // 2, side, 2))
+    # Half as high as wide: no higher than the one tile that a TensorRT engine takes (`wsss.export.to_engine.TILE`).
+    height, width = (int(length) | 1 for length in rng.integers((side // 4, side // 2), (side // 2, side)))
     frame = frame_for(preprocess, height, width)
     return {
         "logits": (8 * fields + noise).numpy(),

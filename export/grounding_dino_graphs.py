@@ -16,15 +16,19 @@ from transformers.models.grounding_dino import modeling_grounding_dino as offici
 from .grounding_dino_layers import (
     OFFICIAL_MARGIN,
     Levels,
+    Sampling,
     additive_mask,
     box_positions,
     deformable_attention,
     fusion_attention,
     inverse_sigmoid,
     multihead_attention,
+    sampler,
     sine_positions,
     swin_features,
 )
+from .precision import Fp32
+from .rewrites import Normalise
 
 MEAN = (123.675, 116.28, 103.53)
 """ImageNet RGB mean, 0-255 scale: (0.485, 0.456, 0.406) * 255 (GroundingDINO, groundingdino/util/inference.py)."""
@@ -69,17 +73,29 @@ class ImageGraph(nn.Module):
         model: official model; its layers are used, not copied.
         canvas: (height, width) of the pixels.
         margin: of ``inverse_sigmoid``, as the weights were trained with.
+        sampling: how deformable attention reads between cells, see `grounding_dino_layers.sampler`.
     """
 
-    def __init__(self, model: GroundingDinoForObjectDetection, canvas: tuple[int, int], margin: float = OFFICIAL_MARGIN) -> None:
+    def __init__(
+        self,
+        model: GroundingDinoForObjectDetection,
+        canvas: tuple[int, int],
+        margin: float = OFFICIAL_MARGIN,
+        sampling: Sampling = "grid-sample",
+    ) -> None:
         super().__init__()
         self.margin = margin
         self.core = model.model
         self.box_heads = model.bbox_embed
         self.queries = model.config.num_queries
         self.shapes = level_shapes(model.config, canvas)
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self.normalise = Fp32(Normalise(MEAN, STD), why="half would lose part of a pixel's step")
+        self.geometry = Fp32(self._geometry, why="coordinates and the sines of their multiples")
+        self.choose = Fp32(self._choose, why="top-k of near-equal scores, and logits of coordinates")
+        self.refine = Fp32(self._refine, why="box heads: the logit of a coordinate cancels near both ends")
+        self.place = Fp32(self._place, why="coordinates and the sines of their multiples")
+        self.sample = sampler(sampling)
+        self.score = Fp32(self._score, why="what is compared with a threshold leaves in float32")
         table = torch.arange(model.config.max_text_len, dtype=torch.float32)[None, :, None]
         width = model.config.d_model
         self.register_buffer("places", official.encode_sinusoidal_position_embedding(table, width)[0], persistent=False)
@@ -107,61 +123,59 @@ class ImageGraph(nn.Module):
             boxes: (B, Q, 4) float32, centre x, centre y, width, height in 0..1 of the photo, not of the canvas.
             query: (B, Q) int64, the encoder cell each query starts from, best first.
         """
-        levels = self._levels(size)
+        levels, places = self.geometry(size)
         is_token = phrase >= 0
         # ---- encode ----
-        vision, vision_position = self._pyramid(pixels, size, levels)
-        reference = levels.centres[:, :, None] * levels.ratios[:, None]  # (B, N, L, 2)
+        vision, vision_position = self._pyramid(pixels, size), places
         text_position = self.places[position]
         same_phrase = additive_mask(phrase[:, :, None] == phrase[:, None, :])[:, None]  # (B, 1, T, T)
         for layer in self.core.encoder.layers:
             vision, text = fusion_attention(layer.fusion_layer, vision, text, levels.valid, is_token)
             text = _enhance_text(layer.text_enhancer_layer, text, text_position, same_phrase)
-            vision = _refine_vision(layer.deformable_layer, vision, vision_position, reference, levels)
+            vision = self._refine_vision(layer.deformable_layer, vision, vision_position, levels)
         # ---- choose queries ----
-        query, boxes = self._choose(vision, text, is_token, levels)
+        query, boxes = self.choose(vision, text, is_token, levels)
         # ---- decode ----
         hidden = self.core.query_position_embeddings.weight[None].expand(boxes.shape[0], -1, -1)
         token_mask = additive_mask(is_token)[:, None, None, :]  # (B, 1, 1, T)
-        boxes = boxes.sigmoid()
         for layer, head in zip(self.core.decoder.layers, self.core.decoder.bbox_embed, strict=True):
             before = boxes
             hidden = self._decode(layer, hidden, boxes, vision, text, token_mask, levels)
-            boxes = (head(hidden) + inverse_sigmoid(boxes, self.margin)).sigmoid()
+            boxes = self.refine(head, hidden, boxes)
         # The last boxes come from the normed hidden state and the box that entered the last layer, as the reference's do.
         hidden = self.core.decoder.layer_norm(hidden)
-        boxes = (self.box_heads[-1](hidden) + inverse_sigmoid(before, self.margin)).sigmoid()
-        logits = (hidden @ text.transpose(1, 2)).masked_fill(~is_token[:, None, :], float("-inf"))
-        return logits, boxes, query
+        return self.score(hidden, text, is_token), self.refine(self.box_heads[-1], hidden, before), query
 
-    def _levels(self, size: Tensor) -> Levels:
+    def _geometry(self, size: Tensor) -> tuple[Levels, Tensor]:
+        """The cells that each photo covers, and (B, N, D) what their positions add to their features."""
         rows, columns = [], []
         for level in range(len(self.shapes)):
             rows.append(self.get_buffer(f"row{level}") < size[:, 0:1])  # (B, h)
             columns.append(self.get_buffer(f"column{level}") < size[:, 1:2])  # (B, w)
-        return Levels.from_valid(self.shapes, rows, columns)
-
-    def _pyramid(self, pixels: Tensor, size: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-        """(B, N, D) features of all levels' cells, and (B, N, D) what their positions add."""
-        height, width = pixels.shape[1:3]
-        inside = (torch.arange(height, device=pixels.device)[None, :, None] < size[:, 0, None, None]) & (
-            torch.arange(width, device=pixels.device)[None, None, :] < size[:, 1, None, None]
-        )
-        values = (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std * inside[:, None]
-        maps = swin_features(self.core.backbone.conv_encoder.model, values)
-        features = [project(each) for project, each in zip(self.core.input_proj_vision, maps, strict=False)]
-        for project in self.core.input_proj_vision[len(maps) :]:
-            features.append(project(maps[-1] if len(features) == len(maps) else features[-1]))
-        assert [tuple(each.shape[2:]) for each in features] == self.shapes
+        levels = Levels.from_valid(self.shapes, rows, columns)
         sine = self.core.backbone.position_embedding
         places = [
             sine_positions(rows, columns, sine.embedding_dim, sine.temperature) + self.core.level_embed[level]
             for level, (rows, columns) in enumerate(levels.steps())
         ]
-        return torch.cat([each.flatten(2).transpose(1, 2) for each in features], 1), torch.cat(places, 1)
+        return levels, torch.cat(places, 1)
+
+    def _pyramid(self, pixels: Tensor, size: Tensor) -> Tensor:
+        """(B, N, D) features of all levels' cells."""
+        height, width = pixels.shape[1:3]
+        inside = (torch.arange(height, device=pixels.device)[None, :, None] < size[:, 0, None, None]) & (
+            torch.arange(width, device=pixels.device)[None, None, :] < size[:, 1, None, None]
+        )
+        values = torch.where(inside[..., None], self.normalise(pixels), 0.0).permute(0, 3, 1, 2)
+        maps = swin_features(self.core.backbone.conv_encoder.model, values)
+        features = [project(each) for project, each in zip(self.core.input_proj_vision, maps, strict=False)]
+        for project in self.core.input_proj_vision[len(maps) :]:
+            features.append(project(maps[-1] if len(features) == len(maps) else features[-1]))
+        assert [tuple(each.shape[2:]) for each in features] == self.shapes
+        return torch.cat([each.flatten(2).transpose(1, 2) for each in features], 1)
 
     def _choose(self, vision: Tensor, text: Tensor, is_token: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-        """(B, Q) the best cells, and (B, Q, 4) their proposed boxes before the sigmoid."""
+        """(B, Q) the best cells, and (B, Q, 4) their proposed boxes."""
         sides = torch.cat([vision.new_full((h * w, 2), 0.05 * 2.0**level) for level, (h, w) in enumerate(self.shapes)])
         proposals = torch.cat([levels.centres, sides[None].expand_as(levels.centres)], -1)  # (B, N, 4)
         usable = ((proposals > 0.01) & (proposals < 0.99)).all(-1) & levels.valid
@@ -172,18 +186,36 @@ class ImageGraph(nn.Module):
         query = scores.topk(self.queries, dim=1).indices
         chosen = query[..., None]
         cells = cells.gather(1, chosen.expand(-1, -1, cells.shape[-1]))
-        return query, self.core.encoder_output_bbox_embed(cells) + proposals.gather(1, chosen.expand(-1, -1, 4))
+        boxes = self.core.encoder_output_bbox_embed(cells) + proposals.gather(1, chosen.expand(-1, -1, 4))
+        return query, boxes.sigmoid()
+
+    def _refine(self, head: nn.Module, hidden: Tensor, boxes: Tensor) -> Tensor:
+        """(B, Q, 4) boxes moved by what a head reads from the hidden state."""
+        return (head(hidden) + inverse_sigmoid(boxes, self.margin)).sigmoid()
+
+    def _place(self, boxes: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+        """(B, Q, L, 4) boxes in 0..1 of the canvas, and (B, Q, 2 D) the sines of their coordinates on the first level."""
+        reference = boxes[:, :, None] * torch.cat([levels.ratios, levels.ratios], -1)[:, None]
+        return reference, box_positions(reference[:, :, 0], self.core.config.d_model // 2)
+
+    def _score(self, hidden: Tensor, text: Tensor, is_token: Tensor) -> Tensor:
+        return (hidden @ text.transpose(1, 2)).masked_fill(~is_token[:, None, :], float("-inf"))
+
+    def _refine_vision(self, layer: nn.Module, vision: Tensor, position: Tensor, levels: Levels) -> Tensor:
+        seen = deformable_attention(layer.self_attn, vision + position, vision, levels.reference, levels, self.sample)
+        vision = layer.self_attn_layer_norm(vision + seen)
+        return layer.final_layer_norm(vision + layer.fc2(layer.activation_fn(layer.fc1(vision))))
 
     def _decode(
         self, layer: nn.Module, hidden: Tensor, boxes: Tensor, vision: Tensor, text: Tensor, token_mask: Tensor, levels: Levels
     ) -> Tensor:
-        reference = boxes[:, :, None] * torch.cat([levels.ratios, levels.ratios], -1)[:, None]  # (B, Q, L, 4)
-        place = self.core.decoder.reference_points_head(box_positions(reference[:, :, 0], self.core.config.d_model // 2))
+        reference, waves = self.place(boxes, levels)
+        place = self.core.decoder.reference_points_head(waves)
         placed = hidden + place
         hidden = layer.self_attn_layer_norm(hidden + multihead_attention(layer.self_attn, placed, placed, hidden))
         seen = multihead_attention(layer.encoder_attn_text, hidden + place, text, text, token_mask)
         hidden = layer.encoder_attn_text_layer_norm(hidden + seen)
-        seen = deformable_attention(layer.encoder_attn, hidden + place, vision, reference, levels)
+        seen = deformable_attention(layer.encoder_attn, hidden + place, vision, reference, levels, self.sample)
         hidden = layer.encoder_attn_layer_norm(hidden + seen)
         return layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
 
@@ -192,12 +224,6 @@ def _enhance_text(layer: nn.Module, text: Tensor, position: Tensor, mask: Tensor
     placed = text + position
     text = layer.layer_norm_before(text + multihead_attention(layer.self_attn, placed, placed, text, mask))
     return layer.layer_norm_after(text + layer.fc2(layer.activation(layer.fc1(text))))
-
-
-def _refine_vision(layer: nn.Module, vision: Tensor, position: Tensor, reference: Tensor, levels: Levels) -> Tensor:
-    seen = deformable_attention(layer.self_attn, vision + position, vision, reference, levels)
-    vision = layer.self_attn_layer_norm(vision + seen)
-    return layer.final_layer_norm(vision + layer.fc2(layer.activation_fn(layer.fc1(vision))))
 
 
 def level_shapes(config: GroundingDinoConfig, canvas: tuple[int, int]) -> list[tuple[int, int]]:

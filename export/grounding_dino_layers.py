@@ -6,12 +6,15 @@ They take the official layer and use its weights; the parity gate compares them 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from .precision import Fp32
 
 MASKED = -1e4
 """Added to what attention must not see. ``exp`` of it is exactly 0 beside any score within 9,000 of it, in float32 and
@@ -55,6 +58,8 @@ class Levels:
     """(B, N, 2) float32, x and y of each cell's centre in 0..1 of the photo (beyond 1 outside it)."""
     ratios: Tensor
     """(B, L, 2) float32, share of the canvas that the photo covers, across and down."""
+    reference: Tensor
+    """(B, N, L, 2) float32, x and y of each cell's centre in 0..1 of each level's canvas."""
 
     @staticmethod
     def from_valid(shapes: Sequence[tuple[int, int]], rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Levels:
@@ -67,7 +72,8 @@ class Levels:
             x = (torch.arange(width, device=valid.device) + 0.5) / counts[:, level, 0:1]  # (B, w)
             y = (torch.arange(height, device=valid.device) + 0.5) / counts[:, level, 1:2]  # (B, h)
             centres.append(torch.cat(_of_cells(x[..., None], y[..., None]), -1))
-        return Levels(shapes, counts, valid, torch.cat(centres, 1), counts / cells)
+        points, ratios = torch.cat(centres, 1), counts / cells
+        return Levels(shapes, counts, valid, points, ratios, points[:, :, None] * ratios[:, None])
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
         """A level's rows (B, h) and columns (B, w) numbered from 1 and divided by how many the photo covers."""
@@ -158,37 +164,70 @@ def fusion_attention(layer: nn.Module, vision: Tensor, text: Tensor, cells: Tens
     )
 
 
-def deformable_attention(layer: nn.Module, queries: Tensor, vision: Tensor, reference: Tensor, levels: Levels) -> Tensor:
+def deformable_attention(
+    layer: nn.Module, queries: Tensor, vision: Tensor, reference: Tensor, levels: Levels, sample: Sampler
+) -> Tensor:
     """Multi-scale deformable attention (arXiv 2010.04159, equation 3).
 
-    Forced by level shapes given as tensors and a data-dependent check of them; also keeps one level's samples in memory
-    at a time instead of all of them stacked.
+    Forced by level shapes given as tensors and a data-dependent check of them.
 
     Args:
         layer: a ``GroundingDinoMultiscaleDeformableAttention``.
         queries: (B, Q, D), positions added.
         vision: (B, N, D) the cells' features.
         reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes (centre, sides), in 0..1 of the canvas.
+        sample: reads between the cells, from `sampler`.
 
     Returns:
         (B, Q, D).
     """
     heads, points, count = layer.n_heads, layer.n_points, len(levels.shapes)
-    values = layer.value_proj(vision) * levels.valid[..., None]
+    values = torch.where(levels.valid[..., None], layer.value_proj(vision), 0.0)
     offsets = layer.sampling_offsets(queries).unflatten(-1, (heads, count, points, 2))  # (B, Q, heads, L, P, 2)
     weights = layer.attention_weights(queries).unflatten(-1, (heads, count * points)).softmax(-1)
     weights = weights.unflatten(-1, (count, points))
+    attended: Tensor = layer.output_proj(sample(values, offsets, reference, weights, levels.shapes))
+    return attended
+
+
+Sampling = Literal["grid-sample", "gather"]
+Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[tuple[int, int]]], Tensor]
+"""(values (B, N, heads * d), offsets (B, Q, heads, L, P, 2) in cells, reference (B, Q, L, 2 or 4), weights
+(B, Q, heads, L, P), level shapes) to the weighted bilinear samples (B, Q, heads * d); 0 outside a level."""
+
+
+def sampler(sampling: Sampling) -> Sampler:
+    """How deformable attention reads between cells.
+
+    ``grid-sample`` is one GridSample a level. It stays FP32 as a whole: TensorRT takes pixels and places of one type only
+    ("`input` and `grid` must be of same type"), and places in half lie up to 0.04 cells off.
+    ``gather`` is one gather of four corners and one product for all levels, values in half, places in FP32. It moves four
+    times the memory, and is there for runtimes whose GridSample is wrong (TensorRT#4813).
+    """
+    if sampling == "grid-sample":
+        return Fp32(_grid_sampled, why="coordinates need more than 11 bits, and GridSample has one type for all")
+    return GatherSampler()
+
+
+def _places(offsets: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """(B, Q, heads, L, P, 2) where to read, x and y in 0..1 of each level."""
     if reference.shape[-1] == 2:
-        cells = offsets.new_tensor([[width, height] for height, width in levels.shapes])
-        places = reference[:, :, None, :, None] + offsets / cells[:, None]
-    else:
-        places = reference[:, :, None, :, None, :2] + offsets / points * reference[:, :, None, :, None, 2:] * 0.5
-    parts = values.split([height * width for height, width in levels.shapes], 1)
-    attended = torch.zeros_like(queries)
-    for level, (part, shape) in enumerate(zip(parts, levels.shapes, strict=True)):
+        cells = offsets.new_tensor([[width, height] for height, width in shapes])
+        return reference[:, :, None, :, None] + offsets / cells[:, None]
+    points = offsets.shape[-2]
+    return reference[:, :, None, :, None, :2] + offsets / points * reference[:, :, None, :, None, 2:] * 0.5
+
+
+def _grid_sampled(
+    values: Tensor, offsets: Tensor, reference: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]
+) -> Tensor:
+    places = _places(offsets, reference, shapes)
+    parts = values.split([height * width for height, width in shapes], 1)
+    # One level's samples in memory at a time, not all of them stacked.
+    attended = values.new_zeros(())
+    for level, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
         attended = attended + _sampled(part, shape, places[:, :, :, level], weights[:, :, :, level])
-    output: Tensor = layer.output_proj(attended)
-    return output
+    return attended
 
 
 def _sampled(values: Tensor, shape: tuple[int, int], places: Tensor, weights: Tensor) -> Tensor:
@@ -202,6 +241,48 @@ def _sampled(values: Tensor, shape: tuple[int, int], places: Tensor, weights: Te
     samples = functional.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     summed = (samples * weights.transpose(1, 2).reshape(batch * heads, 1, queries, points)).sum(-1)  # (B heads, d, Q)
     return summed.reshape(batch, heads * width, queries).transpose(1, 2)
+
+
+class GatherSampler(nn.Module):
+    """Bilinear samples without GridSample, see `sampler`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.corners = Fp32(_corners, why="coordinates need more than 11 bits")
+
+    def forward(
+        self, values: Tensor, offsets: Tensor, reference: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        batch, queries, heads, _, _ = weights.shape
+        width = values.shape[2] // heads
+        index, share = self.corners(offsets, reference, weights, shapes)  # (B, heads, Q, K) each, K = 4 L P
+        by_head = values.reshape(batch, -1, heads, width).transpose(1, 2)  # (B, heads, N, d)
+        flat = index.reshape(batch, heads, -1, 1).expand(-1, -1, -1, width)
+        read = by_head.gather(2, flat).reshape(batch, heads, queries, -1, width)  # (B, heads, Q, K, d)
+        summed = (share[:, :, :, None] @ read).reshape(batch, heads, queries, width)
+        return summed.transpose(1, 2).reshape(batch, queries, heads * width)
+
+
+def _corners(offsets: Tensor, reference: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """The four cells around each place: their numbers among all cells, and their share of the attended value, 0 outside."""
+    sides = offsets.new_tensor([[width, height] for height, width in shapes])  # (L, 2)
+    ends = [height * width for height, width in shapes]
+    starts = torch.tensor([sum(ends[:level]) for level in range(len(ends))], device=offsets.device)  # (L,)
+    at = _places(offsets, reference, shapes) * sides[:, None] - 0.5  # (B, Q, heads, L, P, 2), in cells
+    low = at.floor()
+    rest = at - low
+    index, share = [], []
+    for right in (0, 1):
+        for below in (0, 1):
+            corner = low + low.new_tensor([right, below])
+            inside = ((corner >= 0) & (corner < sides[:, None])).all(-1)
+            x, y = torch.minimum(corner.clamp(min=0), sides[:, None] - 1).long().unbind(-1)
+            across = rest[..., 0] if right else 1 - rest[..., 0]
+            down = rest[..., 1] if below else 1 - rest[..., 1]
+            index.append(starts[:, None] + y * sides[:, :1].long() + x)
+            share.append(torch.where(inside, across * down * weights, 0.0))
+    both = [torch.stack(each, -1).transpose(1, 2).flatten(3) for each in (index, share)]
+    return both[0], both[1]
 
 
 # ---- Swin ----

@@ -7,10 +7,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import tokenizers
-import transformers
 
 if TYPE_CHECKING:
     import open_clip
+    import transformers
     from segment_anything.modeling import Sam
 
 
@@ -61,6 +61,8 @@ def build_grounding_dino_mini() -> transformers.GroundingDinoForObjectDetection:
     smallest feature map is 9 cells wide; a Swin layer whose map is not wider than its window would change for good),
     width 96, 2 + 2 layers, 30 queries, BERT of two layers. No dropout: the scenes never repeat often enough to need it.
     """
+    import transformers
+
     backbone = transformers.SwinConfig(
         embed_dim=32,
         depths=[2, 2, 3],

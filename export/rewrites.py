@@ -2,9 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
+
+
+class Normalise(nn.Module):
+    """Pixels (B, H, W, 3) uint8 RGB to (B, H, W, 3) float32, zero mean and unit deviation; half loses a step of 255 here."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels.to(torch.float32) - self.mean) / self.std  # TensorRT takes uint8 into a Cast only
+
+
+class ChannelNorm(nn.Module):
+    """segment_anything's ``LayerNorm2d`` (over the channels of (B, C, H, W)) as a LayerNormalization.
+
+    Forced by half precision: the official five operations square in the tensor's own type, which overflows float16 beyond
+    256. The ONNX operator keeps its statistics in float32 (stash_type 1) whatever comes in, and is one kernel.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+def with_channel_norms(layers: nn.Sequential) -> nn.Sequential:
+    """The same layers, each ``LayerNorm2d`` replaced by `ChannelNorm`."""
+    return nn.Sequential(*(ChannelNorm(layer) if isinstance(layer, LayerNorm2d) else layer for layer in layers))
 
 
 class SamBlock(nn.Module):

@@ -20,9 +20,10 @@ from ..batch import MOST_BOXES
 from ..errors import UsageError, WeightsError
 from ..spec import AxisRange, Preprocess, TensorSpec
 from . import fuse
-from .family import Family, Feeds, Graph, Options, Prepared, Tolerance, take_rows
+from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
 from .mini import build_sam_mini
-from .rewrites import SamBlock
+from .precision import Fp32
+from .rewrites import Normalise, SamBlock, with_channel_norms
 from .verify import photograph
 from .weights import Download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record
 
@@ -144,20 +145,35 @@ class Encoder(nn.Module):
     def __init__(self, sam: Sam) -> None:
         super().__init__()
         vit = sam.image_encoder
-        self.patch_embed, self.pos_embed, self.neck = vit.patch_embed, vit.pos_embed, vit.neck
+        self.patch_embed, self.pos_embed, self.neck = vit.patch_embed, vit.pos_embed, with_channel_norms(vit.neck)
         self.blocks = nn.ModuleList(SamBlock(block, vit.pos_embed.shape[1]) for block in vit.blocks)
-        self.register_buffer("mean", sam.pixel_mean.flatten())
-        self.register_buffer("std", sam.pixel_std.flatten())
+        mean, std = sam.pixel_mean.flatten().tolist(), sam.pixel_std.flatten().tolist()
+        self.normalise = Fp32(Normalise(mean, std), why="half would lose part of a pixel's step")
         self.register_buffer("step", torch.arange(vit.img_size))
 
     def forward(self, pixels: Tensor, size: Tensor) -> Tensor:
         inside = (self.step < size[:, :1])[:, :, None] & (self.step < size[:, 1:])[:, None, :]  # (B, S, S)
-        normal = (pixels.float() - self.mean) / self.std
-        x = torch.where(inside[..., None], normal, 0.0).permute(0, 3, 1, 2)
+        x = torch.where(inside[..., None], self.normalise(pixels), 0.0).permute(0, 3, 1, 2)
         x = self.patch_embed(x) + self.pos_embed  # (B, G, G, C)
         for block in self.blocks:
             x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
+
+
+class CornerWaves(nn.Module):
+    """Random Fourier features of box corners: (N, 4) pixels of the model's input to (N, 2, D), as ``PositionEmbeddingRandom``."""
+
+    frequencies: Tensor
+
+    def __init__(self, frequencies: Tensor, side_px: int) -> None:
+        super().__init__()
+        self.side_px = side_px
+        self.register_buffer("frequencies", frequencies)
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        centred = 2 * ((boxes.reshape(-1, 2, 2) + 0.5) / self.side_px) - 1
+        angle = 2 * math.pi * (centred @ self.frequencies)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 class Decoder(nn.Module):
@@ -170,19 +186,17 @@ class Decoder(nn.Module):
     def __init__(self, sam: Sam) -> None:
         super().__init__()
         prompt, decoder = sam.prompt_encoder, sam.mask_decoder
-        self.side = sam.image_encoder.img_size
-        self.transformer, self.upscale = decoder.transformer, decoder.output_upscaling
+        self.transformer, self.upscale = decoder.transformer, with_channel_norms(decoder.output_upscaling)
         self.weigh, self.judge = decoder.output_hypernetworks_mlps[0], decoder.iou_prediction_head
-        self.register_buffer("frequencies", prompt.pe_layer.positional_encoding_gaussian_matrix)
+        waves = CornerWaves(prompt.pe_layer.positional_encoding_gaussian_matrix, sam.image_encoder.img_size)
+        self.waves = Fp32(waves, why="phases of many turns: half has no digits left behind the point")
         self.register_buffer("corners", torch.cat([prompt.point_embeddings[2].weight, prompt.point_embeddings[3].weight]))
         self.register_buffer("tokens", torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]))
         self.register_buffer("no_mask", prompt.no_mask_embed.weight.reshape(1, -1, 1, 1))
         self.register_buffer("places", prompt.get_dense_pe())  # (1, D, G, G)
 
     def forward(self, embedding: Tensor, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        centred = 2 * ((boxes.reshape(-1, 2, 2) + 0.5) / self.side) - 1
-        angle = 2 * math.pi * (centred @ self.frequencies)
-        prompt = torch.cat([angle.sin(), angle.cos()], dim=-1) + self.corners  # (N, 2, D)
+        prompt = self.waves(boxes) + self.corners  # (N, 2, D)
         tokens = torch.cat([self.tokens.expand(boxes.shape[0], -1, -1), prompt], dim=1)
         source = embedding[image] + self.no_mask
         hidden, keys = self.transformer(source, self.places, tokens)  # (N, tokens, D), (N, G^2, D)
@@ -213,6 +227,12 @@ def encoder_graph(sam: Sam, batch: AxisRange) -> Graph:
         sample=partial(sample_photographs, side),
         reference=reference,
         tolerance={"embedding": Tolerance(relative=1e-4, why="float32 sums in another order through up to 32 blocks")},
+        half=InHalf(
+            io=frozenset({"embedding"}),
+            tolerance={
+                "embedding": Tolerance(relative=5e-3, why="rounding to 11 bits through up to 32 blocks; masks move by < 0.1 %")
+            },
+        ),
     )
 
 
@@ -251,6 +271,15 @@ def decoder_graph(sam: Sam, images: AxisRange, boxes: AxisRange) -> Graph:
             "logits": Tolerance(relative=1e-4, why=why),
             "quality": Tolerance(relative=math.inf, absolute=1e-5, why=f"{why}; one number, which may lie at 0"),
         },
+        half=InHalf(
+            io=frozenset({"embedding", "logits"}),
+            tolerance={
+                "logits": Tolerance(
+                    relative=1e-2, why="rounding to 11 bits through two layers of attention; masks move by < 0.5 %"
+                ),
+                "quality": Tolerance(relative=math.inf, absolute=1e-2, why="predicted IoU, ranks masks"),
+            },
+        ),
     )
 
 

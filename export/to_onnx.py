@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ import onnx_ir as ir
 import torch
 
 from ..errors import WsssError
-from ..spec import TensorSpec
+from ..spec import Precision, TensorSpec
 from .family import Graph
+from .precision import islands, lower, name_nodes
 
 OPSET = 18
 """Newest opset whose GridSample every TensorRT reads right (TensorRT#4646); torch's default of 20 does not."""
@@ -57,14 +60,10 @@ class WeightFile:
         )
 
 
-def export_onnx(graph: Graph, path: Path, weights: WeightFile) -> None:
-    """Writes ``graph`` to ``path``, its weights into ``weights``.
-
-    Raises:
-        WsssError: an axis that should be free was fixed by tracing.
-    """
+def trace(graph: Graph) -> ir.Model:
+    """The float32 graph as torch.onnx traces it, its nodes named apart. Raises WsssError: an axis was fixed by tracing."""
     feeds = graph.sample(min(TRACED_ROWS, graph.axes[graph.row_axis].max), 0)
-    arguments = tuple(torch.from_numpy(feeds[spec.name]) for spec in graph.inputs)
+    arguments = tuple(_float32(torch.from_numpy(feeds[spec.name].copy())) for spec in graph.inputs)
     dims = {axis: torch.export.Dim(axis) for axis in graph.axes}
     shapes = tuple({place: dims[axis] for place, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in graph.inputs)
     with warnings.catch_warnings(), torch.no_grad():
@@ -83,9 +82,48 @@ def export_onnx(graph: Graph, path: Path, weights: WeightFile) -> None:
     model = program.model
     _check_axes(graph.name, graph.inputs, model.graph.inputs)
     _free_output_names(model)
+    name_nodes(model)
+    return model
+
+
+Chooser = Callable[[ir.Model, Graph], Mapping[str, str]]
+"""(traced float32 model, its graph) to names of the nodes that stay FP32, with the reasons."""
+
+
+def marked(model: ir.Model, graph: Graph) -> Mapping[str, str]:
+    """The nodes that the graph's modules mark as FP32, see `precision.Fp32`."""
+    return islands(model, graph.module)
+
+
+def export_onnx(
+    graph: Graph, path: Path, weights: WeightFile, *, precision: Precision = "fp32", choose: Chooser = marked
+) -> dict[str, int]:
+    """Writes ``graph`` to ``path``, its weights into ``weights``.
+
+    Args:
+        precision: of the arithmetic; in half precision, pass the graph with its half-precision contract (`Graph.halved`).
+        choose: says what stays FP32 in half precision.
+
+    Returns:
+        Why nodes of a half-precision graph stay FP32, and how many for each reason.
+
+    Raises:
+        WsssError: an axis that should be free was fixed by tracing.
+    """
+    model = trace(graph)
+    kept: Mapping[str, str] = {}
+    if precision != "fp32":
+        kept = choose(model, graph)
+        specs = (*graph.inputs, *graph.outputs)
+        lower(model, precision, kept.keys(), {spec.name: spec.dtype for spec in specs})
     _store_weights(model, weights)
     _strip(model)
     ir.save(model, path)
+    return dict(Counter(kept.values()))
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def _strip(model: ir.Model) -> None:

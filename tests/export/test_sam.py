@@ -159,7 +159,7 @@ class Swapped(nn.Module):
 
 
 def wrong_mean(encoder: sam.Encoder) -> nn.Module:
-    encoder.mean = encoder.mean + 1
+    encoder.normalise.inner.mean += 1
     return encoder
 
 

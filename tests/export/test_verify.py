@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from wsss.errors import ParityError
-from wsss.export.family import Feeds, Graph, Tolerance
+from wsss.export.family import Feeds, Graph, Measure, Tolerance, relative_error, share_differing
 from wsss.export.verify import gate, photograph
 from wsss.spec import AxisRange, Parity, TensorSpec
 
@@ -39,7 +39,9 @@ class Computes:
         return {"y": self.memory[:rows]}
 
 
-def make_graph(*, relative: float = 1e-6, absolute: float | None = None, labels: bool = False, whole: bool = False) -> Graph:
+def make_graph(
+    *, relative: float = 1e-6, absolute: float | None = None, measure: Measure = relative_error, whole: bool = False
+) -> Graph:
     def sample(rows: int, seed: int) -> Feeds:
         return {"x": np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)}
 
@@ -53,7 +55,7 @@ def make_graph(*, relative: float = 1e-6, absolute: float | None = None, labels:
         whole=whole,
         sample=sample,
         reference=lambda feeds, _: {"y": double(feeds["x"])},
-        tolerance={"y": Tolerance(relative=relative, absolute=absolute, labels=labels, why="test")},
+        tolerance={"y": Tolerance(relative=relative, absolute=absolute, measure=measure, why="test")},
     )
 
 
@@ -88,7 +90,7 @@ def test_a_right_engine_passes_at_one_two_and_the_largest_batch() -> None:
         (lambda x: in_place(x, lambda y: y.__setitem__((-1, -1), np.nan)), "row 0 of batch 1"),
         (lambda x: in_place(x, lambda y: y.__setitem__((-1, -1), np.inf)), "row 0 of batch 1"),
         (lambda x: np.where(np.arange(len(x))[:, None] == 4, 0, double(x)), "row 4 of batch 5"),
-        (np.zeros_like, "relative error 1, "),
+        (np.zeros_like, "error 1, "),
     ],
     ids=["shifted", "rows reversed", "rows leak", "nan", "inf", "last row empty", "all zero"],
 )
@@ -117,10 +119,10 @@ def test_a_whole_graph_is_compared_as_one_and_labels_by_share() -> None:
     def one_entry(x: np.ndarray) -> np.ndarray:
         return in_place(x, lambda y: y.__setitem__((0, 0), 1e9))
 
-    parity = run(one_entry, make_graph(relative=0.34, labels=True, whole=True))
+    parity = run(one_entry, make_graph(relative=0.34, measure=share_differing, whole=True))
     assert [(row.batch, row.row, round(row.error, 4)) for row in parity.rows] == [(1, 0, 0.3333), (2, 0, 0.1667), (5, 0, 0.0667)]
     with pytest.raises(ParityError):
-        run(one_entry, make_graph(relative=0.1, labels=True, whole=True))
+        run(one_entry, make_graph(relative=0.1, measure=share_differing, whole=True))
     with pytest.raises(ParityError):
         run(lambda x: double(x)[::-1], make_graph(whole=True))
 

@@ -1,0 +1,141 @@
+"""The segmenter's way out: a run of `wsss train` to graphs that compute what the trained module computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from wsss.errors import UsageError, WeightsError
+from wsss.export import segmenter
+from wsss.export.exporting import export_model
+from wsss.export.family import Options, family
+from wsss.export.to_engine import BuildOptions, build_plans
+from wsss.export.verify import photograph
+from wsss.spec import AxisRange, Bundle, Model
+from wsss.train.checkpoint import BEST, RunRecord, write_record, write_tensors
+from wsss.train.model import Segmenter, build_segmenter
+
+SMALL = {"batch": AxisRange(1, 2, 4), "sizes": ((64, 96),)}
+
+
+def exported(variant: str, weights: str, bundle: Path, options: Options) -> Model:
+    export_model(segmenter.FAMILY, variant=variant, weights=weights, bundle=bundle, options=options, log=lambda line: None)
+    return Bundle(bundle).model("segmenter")
+
+
+def saved_run(folder: Path, architecture: str, encoder: str, segmenter: Segmenter) -> Path:
+    """A run's folder as the trainer leaves it."""
+    record = RunRecord(
+        architecture=architecture,
+        encoder=encoder,
+        options={},
+        classes=("cat", "dog"),
+        mean=(120.0, 110.0, 100.0),
+        std=(60.0, 55.0, 50.0),
+        crop=90,
+        multiple_of=segmenter.multiple_of,
+        steps=1,
+        preset="mini",
+        source="a test",
+        init={},
+        store="",
+        images=1,
+        tools={},
+    )
+    write_record(folder, record)
+    write_tensors(folder / BEST, segmenter.network.state_dict(), {"step": 1, "miou": 0.5})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(5)
+    return saved_run(tmp_path_factory.mktemp("run"), "unet", "resnet18", build_segmenter("unet", "resnet18", {}, 3).eval())
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SegFormer that has learnt to tell dark, middle and bright: random ones hardly prefer any label, and any rounding
+    changes their minds."""
+    torch.manual_seed(5)
+    segmenter = build_segmenter("segformer", "b0", {}, 3).train()
+    optimizer = torch.optim.AdamW(segmenter.parameters(), lr=3e-4)
+    rng = np.random.default_rng(0)
+    losses = []
+    for _ in range(60):
+        pixels = torch.from_numpy(np.stack([photograph(rng, 64, 96) for _ in range(4)])).permute(0, 3, 1, 2).float()
+        brightness = functional.avg_pool2d(pixels.mean(1, keepdim=True), 9, 1, 4)[:, 0]
+        label = (brightness > 100).long() + (brightness > 150).long()
+        loss = functional.cross_entropy(segmenter((pixels - 110) / 55), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert np.mean(losses[-20:]) < 0.8, "it has learnt nothing"
+    return saved_run(tmp_path_factory.mktemp("taught"), "segformer", "b0", segmenter.eval())
+
+
+@pytest.mark.parametrize("variant", ["deeplabv3plus/resnet50", "segformer/b0"])
+def test_random_weights_export_and_pass_the_gate_row_by_row(variant: str, tmp_path: Path) -> None:
+    model = exported(variant, "random:1", tmp_path, Options(**SMALL))
+    parity = model.graph("image-64x96").parity
+    assert parity is not None and {row.batch for row in parity.rows} == {1, 2, 4}
+    assert parity.worst("label_map").error <= 1e-4
+    assert len(model.manifest.settings["classes"]) == 20
+
+
+def test_half_precision_agrees_and_tensorrt_builds_it(taught: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'wsss[trt-rtx]'")
+    model = exported("trained", str(taught), tmp_path, Options(precision="fp16", **SMALL))
+    parity = model.graph("image-64x96").parity
+    assert parity is not None and 0 < parity.worst("confidence").error <= 1e-2
+    built = build_plans(model, BuildOptions(flavour="trt-rtx"), lambda line: None)
+    assert built.graph("image-64x96").plans["trt-rtx"].axes["batch"] == AxisRange(1, 2, 4)
+
+
+def test_a_run_brings_its_classes_and_preprocessing(run: Path, tmp_path: Path) -> None:
+    model = exported("trained", str(run), tmp_path, Options(batch=AxisRange(1, 1, 2)))
+    manifest = model.manifest
+    assert (manifest.variant, list(manifest.graphs)) == ("unet/resnet18", ["image-96x96"])  # the crop, rounded up to 32
+    assert manifest.settings == {"classes": ["cat", "dog"], "overlap_px": 24}
+    assert manifest.preprocess.mean == (120.0, 110.0, 100.0) and manifest.preprocess.resize == "none"
+
+
+def test_another_best_or_record_changes_the_hash(run: Path) -> None:
+    before = segmenter.prepare("trained", str(run), Options()).weights["sha256"]
+    record = run / "segmenter.json"
+    told = json.loads(record.read_text())
+    record.write_text(json.dumps({**told, "mean": [1.0, 2.0, 3.0]}))
+    try:
+        assert segmenter.prepare("trained", str(run), Options()).weights["sha256"] != before
+    finally:
+        record.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize(
+    ("variant", "weights", "sizes", "said"),
+    [
+        ("vit_b", "RUN", (), "a run says what it is"),
+        ("trained", "RUN", ((100, 96),), "--size 100x96: unet takes sides that are multiples of 32"),
+        ("unet", "random:0", (), "expected ARCHITECTURE/ENCODER, got 'unet'"),
+        ("unet/nonet", "random:0", (), "cannot be built"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    run: Path, variant: str, weights: str, sizes: tuple[tuple[int, int], ...], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        segmenter.prepare(variant, weights.replace("RUN", str(run)), Options(sizes=sizes))
+
+
+def test_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"expected the folder of a training \(with segmenter.json\)"):
+        segmenter.prepare("trained", str(tmp_path), Options())
+    with pytest.raises(WeightsError, match="one that you trained") as caught:
+        family("segmenter").official("trained")
+    assert "--weights RUN" in str(caught.value.hint)

@@ -1,0 +1,185 @@
+"""Every graph that ships, in FP16, through NVIDIA's own compiler: TensorRT-RTX builds without a GPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'wsss[trt-rtx]'")
+
+from wsss.errors import BundleError, WsssError
+from wsss.export import fuse, to_engine
+from wsss.export.exporting import export_model, standing_model
+from wsss.export.family import Options, family
+from wsss.export.to_engine import BuildOptions, build_plans, profile_of
+from wsss.spec import AxisRange, Bundle, Model, Preprocess, open_bundle, sha256_of
+
+HALF = Options(batch=AxisRange(1, 2, 8), precision="fp16")
+RTX = BuildOptions(flavour="trt-rtx")
+
+
+def silent(line: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The small models in FP16 as `wsss export --model all --precision fp16` makes them, for one canvas."""
+    folder = tmp_path_factory.mktemp("half")
+    for name in ("clip", "grounding-dino", "sam"):
+        options = replace(HALF, sizes=((144, 256),)) if name == "grounding-dino" else HALF
+        export_model(family(name), variant="mini", weights="mini", bundle=folder, options=options, log=silent)
+    return open_bundle(folder)
+
+
+@pytest.fixture(scope="module")
+def built(bundle: Bundle) -> dict[str, Model]:
+    return {name: build_plans(bundle.model(name), RTX, silent) for name in bundle.models()}
+
+
+def test_every_half_graph_agrees_with_its_fp32_reference(bundle: Bundle) -> None:
+    for name in bundle.models():
+        for graph in bundle.model(name).manifest.graphs.values():
+            assert graph.precision == "fp16"
+            assert graph.parity is not None
+            largest = next(axis.max for axis in graph.axes.values())
+            assert {row.batch for row in graph.parity.rows} >= {1, 2} and max(row.batch for row in graph.parity.rows) >= min(
+                8, largest
+            )
+
+
+def test_what_travels_between_engines_is_half_and_what_is_read_is_not(bundle: Bundle) -> None:
+    told = {
+        f"{name}/{graph}.{tensor.name}": tensor.dtype
+        for name in bundle.models()
+        for graph, spec in bundle.model(name).manifest.graphs.items()
+        for tensor in (*spec.inputs, *spec.outputs)
+    }
+    half = {name for name, dtype in told.items() if dtype == "float16"}
+    assert half == {
+        *("grounding-dino/text.features", "grounding-dino/image-144x256.text", "sam/encoder.embedding"),
+        *("sam/decoder.embedding", "sam/decoder.logits", "sam/fuse.logits"),
+    }
+    assert told["sam/encoder.pixels"] == told["clip/image.pixels"] == "uint8"
+    assert told["grounding-dino/image-144x256.boxes"] == told["sam/decoder.quality"] == "float32"
+
+
+def test_tensorrt_compiles_every_graph_with_its_contract(built: dict[str, Model]) -> None:
+    graphs = [(model, name, spec) for model in built.values() for name, spec in model.manifest.graphs.items()]
+    assert len(graphs) == 7
+    for model, name, spec in graphs:
+        plan = spec.plans["trt-rtx"]
+        path = model.folder / plan.file
+        assert path.stat().st_size > 10_000, name
+        assert sha256_of(path) == plan.sha256
+        assert dict(plan.axes) == profile_of(spec)
+        assert plan.parity is None and plan.precision == "fp16"
+        if "batch" in plan.axes:
+            assert plan.axes["batch"] == AxisRange(1, 2, 8)
+
+
+def test_the_manifest_on_disk_knows_the_plans(built: dict[str, Model], bundle: Bundle) -> None:
+    for name, model in built.items():
+        again = bundle.model(name)
+        assert again.manifest.graphs == model.manifest.graphs
+        assert again.manifest.identity() == replace(model.manifest, graphs={}).identity()  # engines change no identity
+
+
+def test_what_stands_is_not_built_again(built: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(to_engine, "_build", lambda *_: pytest.fail("built again"))
+    lines: list[str] = []
+    build_plans(built["clip"], RTX, lines.append)
+    assert lines == ["clip: image: trt-rtx engine is up to date", "clip: text: trt-rtx engine is up to date"]
+
+
+def test_a_damaged_plan_is_built_again(built: dict[str, Model]) -> None:
+    model = built["clip"]
+    path = model.folder / model.graph("text").plans["trt-rtx"].file
+    path.write_bytes(path.read_bytes()[:-7])
+    lines: list[str] = []
+    again = build_plans(model, RTX, lines.append)
+    assert "up to date" in lines[0] and "built in" in lines[1]
+    assert sha256_of(path) == again.graph("text").plans["trt-rtx"].sha256
+
+
+def test_a_contract_that_tensorrt_reads_otherwise_is_refused(built: dict[str, Model]) -> None:
+    model = built["clip"]
+    spec = model.graph("image")
+    wrong = replace(spec, outputs=(replace(spec.outputs[0], dtype="float16"),), plans={})
+    told = Model(model.folder, replace(model.manifest, graphs={"image": wrong}))
+    with pytest.raises(BundleError, match=r"clip: image: the manifest says embedding float16.*TensorRT read"):
+        build_plans(told, RTX, silent)
+
+
+def test_a_graph_that_tensorrt_cannot_read_is_named(built: dict[str, Model], tmp_path: Path) -> None:
+    model = built["clip"]
+    (tmp_path / "image.onnx").write_bytes(b"no graph")
+    spec = replace(model.graph("image"), plans={})
+    with pytest.raises(WsssError, match=r"clip: image: TensorRT \S+ cannot read image.onnx"):
+        build_plans(Model(tmp_path, replace(model.manifest, graphs={"image": spec})), RTX, silent)
+
+
+def test_an_unknown_compute_capability_lists_the_known(built: dict[str, Model]) -> None:
+    with pytest.raises(WsssError, match="builds for .*sm89.*, not for sm90"):
+        build_plans(built["clip"], replace(RTX, capabilities=("sm90",)), silent)
+
+
+def test_building_for_one_gpu_generation_says_so(built: dict[str, Model]) -> None:
+    model = Model(built["clip"].folder, replace(built["clip"].manifest, graphs={"text": built["clip"].graph("text")}))
+    assert build_plans(model, replace(RTX, capabilities=("sm89",)), silent).graph("text").plans["trt-rtx"].target == "sm89"
+
+
+def test_ctrl_c_ends_a_build_and_leaves_nothing_half_done(built: dict[str, Model]) -> None:
+    model = built["grounding-dino"]
+    name = "image-144x256"
+    spec = model.graph(name)
+    plan = model.folder / spec.plans["trt-rtx"].file
+    plan.unlink()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        build_plans(Model(model.folder, replace(model.manifest, graphs={name: spec})), RTX, silent)
+    assert not plan.exists() and not list(model.folder.glob(".*plan*"))
+
+
+@pytest.mark.parametrize("longest", [256, 1024])
+@pytest.mark.parametrize("masks", [1, 2, 16, 256])
+def test_the_gates_masks_fit_the_tile_of_an_engine(longest: int, masks: int) -> None:
+    preprocess = Preprocess(
+        resize="longest",
+        longest_px=longest,
+        filter="bilinear",
+        canvases=((longest, longest),),
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        source="test",
+    )
+    feeds = fuse.sample_masks(preprocess, longest // 4, 256, masks, 5)
+    assert len(feeds["rows"]) <= to_engine.TILE["height"].max and len(feeds["columns"]) <= to_engine.TILE["width"].max
+
+
+def test_the_full_tensorrt_needs_the_gpu_it_builds_for(built: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(to_engine, "tensorrt_module", lambda flavour: to_engine)
+    monkeypatch.setattr(to_engine, "find_gpus", tuple)
+    with pytest.raises(WsssError, match="asked for GPU 0, there are 0") as caught:
+        build_plans(built["clip"], BuildOptions(flavour="trt"), silent)
+    assert "--engine trt-rtx" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("typed", "stands"),
+    [
+        ({}, True),
+        ({"variant": "mini", "weights": "mini"}, True),
+        ({"variant": "ViT-B-16"}, False),
+        ({"weights": "random:0"}, False),
+        ({"options": Options(precision="fp32")}, False),
+        ({"options": replace(HALF, batch=AxisRange(1, 2, 16))}, False),
+    ],
+)
+def test_graphs_that_agree_with_what_was_typed_stand(bundle: Bundle, typed: dict[str, object], stands: bool) -> None:
+    flags: dict[str, object] = {"variant": None, "weights": None, "options": Options(precision="fp16"), **typed}
+    assert (standing_model(bundle.folder, "clip", **flags) is not None) == stands  # type: ignore[arg-type]
