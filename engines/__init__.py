@@ -1,1 +1,1 @@
-"""Loaded models behind one protocol: `ort` (ONNX Runtime), `eager` (PyTorch, the reference), `fake` (scripted)."""
+"""Loaded models behind one protocol: `ort` (ONNX Runtime), `trt` (TensorRT), `eager` (PyTorch, the reference), `fake`."""

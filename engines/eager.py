@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..batch import Tensor
+from ..errors import OutOfMemory
 from ..spec import GraphSpec
 from .engine import check_feeds, contract
 
@@ -32,6 +33,14 @@ class EagerEngine:
         check_feeds("eager", self.inputs, self.axes, feeds)
         # Copied: a torch tensor must not share memory with an array the caller may write to.
         tensors = [torch.from_numpy(np.array(feeds[name])).to(self._device) for name in self.inputs]
-        answer = self._module(*tensors)
+        # The module computes in float32 also where a half-precision graph's contract has float16 at its borders.
+        whole = [each.float() if each.dtype == torch.float16 else each for each in tensors]
+        try:
+            answer = self._module(*whole)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"eager: {error}") from None
         outputs = (answer,) if isinstance(answer, torch.Tensor) else tuple(answer)
-        return {name: value.cpu().numpy() for name, value in zip(self.outputs, outputs, strict=True)}
+        return {
+            name: value.cpu().numpy().astype(spec.dtype, copy=False)
+            for (name, spec), value in zip(self.outputs.items(), outputs, strict=True)
+        }

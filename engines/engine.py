@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ..batch import Tensor
+from ..batch import DeviceTensor, Tensor
 from ..errors import FeedError
 from ..spec import AxisRange, GraphSpec, TensorSpec
 
@@ -29,16 +29,38 @@ class Engine(Protocol):
 
         Args:
             feeds: one tensor per name in ``inputs``, of its dtype and shape; on the host, or an output of an
-                engine of the same kind.
+                engine of the same kind. TensorRT also reads, where it is, all that has ``__cuda_array_interface__``.
 
         Returns:
-            One tensor per name in ``outputs``. The memory is the engine's and the next call may overwrite it; clone
-            what must live longer.
+            One tensor per name in ``outputs``. The memory is the engine's and the next call may overwrite it: what must
+            live longer goes through `outliving`.
 
         Raises:
             FeedError: a name, dtype or shape does not fit; says which tensor, what was expected and what came.
+            OutOfMemory: the device has no memory for this call; a smaller one may fit.
         """
         ...
+
+
+@runtime_checkable
+class Reused(Protocol):
+    """A tensor in memory that its engine's next call overwrites."""
+
+    def clone(self) -> DeviceTensor: ...
+
+
+def outliving(tensor: Tensor) -> Tensor:
+    """An engine's output for longer than until its next call: a copy on its device where that would overwrite it."""
+    return tensor.clone() if isinstance(tensor, Reused) else tensor
+
+
+class Shaped(Protocol):
+    """What a feed is checked by."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[np.generic]: ...
 
 
 def contract(spec: GraphSpec) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec], Mapping[str, AxisRange]]:
@@ -46,7 +68,7 @@ def contract(spec: GraphSpec) -> tuple[Mapping[str, TensorSpec], Mapping[str, Te
     return {each.name: each for each in spec.inputs}, {each.name: each for each in spec.outputs}, dict(spec.axes)
 
 
-def check_feeds(where: str, inputs: Mapping[str, TensorSpec], axes: Mapping[str, AxisRange], feeds: Mapping[str, Tensor]) -> None:
+def check_feeds(where: str, inputs: Mapping[str, TensorSpec], axes: Mapping[str, AxisRange], feeds: Mapping[str, Shaped]) -> None:
     """Raises FeedError unless ``feeds`` fit ``inputs``: same names, dtypes, fixed axes, and one length per free axis."""
     if feeds.keys() != inputs.keys():
         raise FeedError(f"{where}: expected the inputs {sorted(inputs)}, got {sorted(feeds)}")

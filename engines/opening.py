@@ -1,47 +1,116 @@
-"""From a name typed after ``--engine`` to loaded engines."""
+"""From names typed after ``--engine`` and ``--device`` to loaded engines."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, cast
 
 from ..errors import UsageError, WsssError
-from ..spec import Model
+from ..spec import Flavour, Model
 from .engine import Engine
+from .plan import Gpu, checked_plan, find_gpus
 
-EngineName = Literal["auto", "ort", "eager"]
-ENGINES: tuple[EngineName, ...] = ("auto", "ort", "eager")
+EngineName = Literal["ort", "trt", "trt-rtx", "eager"]
+ENGINES = ("auto", "ort", "trt", "trt-rtx", "eager")
+FLAVOURS: tuple[Flavour, ...] = ("trt", "trt-rtx")
 
 
-def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu") -> Engine:
+def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", unverified: bool = False) -> Engine:
     """Loads one graph of a model.
 
     Args:
         model: from ``Bundle.model``, files already checked.
         graph: a name in its manifest.
-        engine: ``auto`` takes the best that works on this machine.
-        device: ``cpu`` or ``cuda``; ``eager`` and ``ort`` take it.
+        engine, device: from `choose`, or typed.
+        unverified: TensorRT: take an engine whose gate has not run.
 
     Raises:
-        UsageError: an engine of another name.
-        WsssError: the engine's package is missing; the message holds the line that installs it.
+        UsageError: an engine or device of another name.
+        BundleError: TensorRT: the model has no engine that may run here; says why and how to build it.
+        WsssError: the engine's package or a GPU is missing; the message holds the line that helps.
     """
-    name = resolve(engine)
+    name, place = choose(engine, device, [model])
+    if name in FLAVOURS:
+        gpu = _gpu(place, name)
+        path, spec = checked_plan(model, graph, name, gpu, unverified=unverified)
+        from .trt import TrtEngine
+
+        return TrtEngine(path, spec, flavour=name, device=gpu.index)
     if name == "ort":
         from .ort import OrtEngine
 
-        return OrtEngine(model.path(graph), model.graph(graph), device=device)
+        return OrtEngine(model.path(graph), model.graph(graph), device=place)
     # PyTorch modules are rebuilt from weights, which only `export` can do; it stands above this folder, hence by name.
     try:
         reference = importlib.import_module("wsss.export.reference")
     except ModuleNotFoundError as error:
         raise WsssError(f"--engine eager: needs {error.name}", hint="pip install 'wsss[export]'") from None
-    return cast(Callable[..., Engine], reference.open_eager)(model, graph, device=device)
+    return cast(Callable[..., Engine], reference.open_eager)(model, graph, device=place)
 
 
-def resolve(engine: str) -> EngineName:
-    """The engine that ``engine`` stands for: ``auto`` becomes a name. Raises UsageError for an unknown one."""
+def choose(engine: str, device: str, models: Iterable[Model]) -> tuple[EngineName, str]:
+    """What ``auto`` stands for on this machine.
+
+    Args:
+        engine: ``auto`` takes TensorRT where every graph of the models has an engine that may run here, else ONNX Runtime.
+        device: ``auto`` takes the first GPU where the engine can use it, else the CPU; ``cpu``, ``cuda``, ``cuda:1``.
+
+    Returns:
+        The engine's name, and ``cpu`` or ``cuda:N``.
+
+    Raises:
+        UsageError: another name, or an engine that has no such device.
+    """
     if engine not in ENGINES:
         raise UsageError(f"--engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
-    return "ort" if engine == "auto" else cast(EngineName, engine)
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
+        raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N, got {device!r}")
+    if engine in FLAVOURS and kind == "cpu":
+        raise UsageError(f"--device cpu: --engine {engine} runs on a GPU", hint="--engine ort runs on the CPU")
+    place = f"cuda:{number or 0}"
+    if engine == "auto":
+        best = None if kind == "cpu" else _best_flavour(models, int(number or 0))
+        if best is not None:
+            return best, place
+        engine = "ort"
+    if engine in FLAVOURS or kind == "cuda":
+        return cast(EngineName, engine), place
+    return cast(EngineName, engine), place if kind == "auto" and engine == "ort" and _ort_has_cuda() else "cpu"
+
+
+def _best_flavour(models: Iterable[Model], index: int) -> Flavour | None:
+    """The flavour of which every graph has a plan that may run on this GPU."""
+    try:
+        models = list(models)
+    except WsssError:  # a damaged model that this run may not need; one that it needs is refused when it is opened
+        return None
+    for flavour in FLAVOURS:
+        if not all(flavour in graph.plans for model in models for graph in model.manifest.graphs.values()):
+            continue
+        try:
+            gpus = find_gpus()
+            for model in models:
+                for graph in model.manifest.graphs:
+                    checked_plan(model, graph, flavour, gpus[index])
+        except (WsssError, IndexError):
+            continue
+        return flavour
+    return None
+
+
+def _gpu(place: str, flavour: Flavour) -> Gpu:
+    index, gpus = int(place.partition(":")[2]), find_gpus()
+    if index >= len(gpus):
+        raise WsssError(
+            f"--engine {flavour}: needs an NVIDIA GPU; asked for number {index}, there are {len(gpus)} with a working driver",
+            hint="wsss doctor says what this machine can run; --engine ort runs on the CPU",
+        )
+    return gpus[index]
+
+
+def _ort_has_cuda() -> bool:
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import onnxruntime
 
 from ..batch import Tensor
-from ..errors import BundleError, WsssError
+from ..errors import BundleError, OutOfMemory, WsssError
 from ..spec import GraphSpec, TensorSpec
 from .engine import check_feeds, contract
+from .machine import ONE_ONNXRUNTIME
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -21,6 +22,9 @@ _DTYPES = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
+
+_OUT_OF_MEMORY = ("Failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
+"""What onnxruntime says when its arena, CUDA or the C++ library has none left."""
 
 
 class OrtTensor:
@@ -50,7 +54,7 @@ class OrtEngine:
     Args:
         path: the ``.onnx`` file; external weights beside it.
         spec: the graph's contract from its manifest; the file is checked against it.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads on the CPU, 0 for all cores.
 
     Raises:
@@ -59,43 +63,54 @@ class OrtEngine:
     """
 
     def __init__(self, path: Path, spec: GraphSpec, *, device: str = "cpu", threads: int = 0) -> None:
-        if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        kind, _, number = device.partition(":")
+        if kind == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise WsssError(
                 f"--engine ort on cuda: this onnxruntime {onnxruntime.__version__} has no CUDA provider",
-                hint="pip uninstall -y onnxruntime && pip install 'wsss[gpu]', or run on the CPU",
+                hint=f"{ONE_ONNXRUNTIME}   (or run on the CPU)",
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+        self._device, self._number = kind, int(number or 0)
+        provider = ("CUDAExecutionProvider", {"device_id": self._number}) if kind == "cuda" else "CPUExecutionProvider"
+        # onnxruntime 1.32 dies of a segmentation fault in this pass on float16 graphs; it only speeds up float32 convolutions.
+        disabled = [] if spec.precision == "fp32" else ["NchwcTransformer"]
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider], disabled_optimizers=disabled)
         except Exception as error:  # onnxruntime raises its own classes for each way a file can be broken
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {error}", hint="export the model again") from None
-        if device not in {p.removesuffix("ExecutionProvider").lower() for p in self._session.get_providers()}:
+        if kind not in {p.removesuffix("ExecutionProvider").lower() for p in self._session.get_providers()}:
             raise WsssError(
                 f"{path}: asked for {device}, ONNX Runtime fell back to {self._session.get_providers()}",
                 hint="check that the CUDA and cuDNN libraries that this onnxruntime-gpu needs are installed",
             )
         self._where = f"{path.parent.name}/{path.stem}"
-        self._device = device
         self.inputs, self.outputs, self.axes = contract(spec)
         self._check_contract(path)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         check_feeds(self._where, self.inputs, self.axes, feeds)
+        try:
+            return self._run(feeds)
+        except Exception as error:  # onnxruntime's own classes do not tell
+            if any(sign in str(error) for sign in _OUT_OF_MEMORY):
+                raise OutOfMemory(f"{self._where}: the {self._device} has no memory for this call") from None
+            raise
+
+    def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         binding = self._session.io_binding()
         for name, tensor in feeds.items():
             binding.bind_ortvalue_input(name, self._value(tensor))
         for name in self.outputs:
-            binding.bind_output(name, self._device)
+            binding.bind_output(name, self._device, self._number)
         self._session.run_with_iobinding(binding)
         return {name: OrtTensor(value) for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
 
     def _value(self, tensor: Tensor) -> onnxruntime.OrtValue:
         if isinstance(tensor, OrtTensor):
             return tensor.value
-        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor), self._device, 0)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor), self._device, self._number)
 
     def _check_contract(self, path: Path) -> None:
         for told, found in (

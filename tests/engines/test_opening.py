@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from wsss.engines.opening import open_graph, resolve
+from wsss.engines import opening
+from wsss.engines.opening import choose, open_graph
 from wsss.engines.ort import OrtEngine
 from wsss.errors import BundleError, UsageError, WsssError
 from wsss.spec import GraphSpec, Manifest, Model, Preprocess
@@ -28,15 +29,43 @@ def model(onnx_file: Callable[..., Path], spec: GraphSpec) -> Model:
     return Model(onnx_file().parent, manifest)
 
 
-@pytest.mark.parametrize(("typed", "engine"), [("auto", "ort"), ("ort", "ort"), ("eager", "eager")])
-def test_names(typed: str, engine: str) -> None:
-    assert resolve(typed) == engine
+@pytest.mark.parametrize(
+    ("engine", "device", "chosen"),
+    [
+        ("auto", "auto", ("ort", "cpu")),
+        ("ort", "cpu", ("ort", "cpu")),
+        ("eager", "auto", ("eager", "cpu")),
+        ("ort", "cuda", ("ort", "cuda:0")),
+        ("trt", "cuda:1", ("trt", "cuda:1")),
+        ("trt-rtx", "auto", ("trt-rtx", "cuda:0")),
+    ],
+)
+def test_names(model: Model, engine: str, device: str, chosen: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "_ort_has_cuda", lambda: False)
+    assert choose(engine, device, [model]) == chosen
+
+
+def test_onnx_runtime_takes_the_gpu_it_can_use(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "_ort_has_cuda", lambda: True)
+    assert choose("auto", "auto", [model]) == ("ort", "cuda:0")
+    assert choose("auto", "cpu", [model]) == ("ort", "cpu")
 
 
 @pytest.mark.parametrize("typed", ["", "ORT", "onnx", "tensorflow"])
-def test_an_unknown_name_lists_the_known_ones(typed: str) -> None:
-    with pytest.raises(UsageError, match=f"--engine: expected one of auto, ort, eager.*, got '{typed}'"):
-        resolve(typed)
+def test_an_unknown_engine_lists_the_known_ones(typed: str) -> None:
+    with pytest.raises(UsageError, match=f"--engine: expected one of auto, ort, trt, trt-rtx, eager, got '{typed}'"):
+        choose(typed, "auto", [])
+
+
+@pytest.mark.parametrize("typed", ["", "gpu", "cpu:1", "cuda:x", "auto:0"])
+def test_an_unknown_device_lists_the_known_ones(typed: str) -> None:
+    with pytest.raises(UsageError, match=f"--device: expected auto, cpu, cuda or cuda:N, got '{typed}'"):
+        choose("ort", typed, [])
+
+
+def test_tensorrt_does_not_run_on_the_cpu() -> None:
+    with pytest.raises(UsageError, match="--device cpu: --engine trt runs on a GPU"):
+        choose("trt", "cpu", [])
 
 
 @pytest.mark.parametrize("engine", ["auto", "ort"])

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from wsss.engines.ort import OrtEngine, OrtTensor
-from wsss.errors import BundleError, FeedError, WsssError
+from wsss.errors import BundleError, FeedError, OutOfMemory, WsssError
 from wsss.spec import AxisRange, GraphSpec, TensorSpec
 
 X = np.array([[1, 2, 3], [4, 5, -6]], np.float32)
@@ -121,4 +121,25 @@ def test_what_is_no_graph_is_named(tmp_path: Path, spec: GraphSpec, data: bytes)
 def test_cuda_without_a_cuda_build_says_what_to_install(onnx_file: Callable[..., Path], spec: GraphSpec) -> None:
     with pytest.raises(WsssError, match="no CUDA provider") as caught:
         OrtEngine(onnx_file(), spec, device="cuda")
-    assert "pip install 'wsss[gpu]'" in caught.value.hint
+    assert "pip install --no-deps 'onnxruntime-gpu" in caught.value.hint
+
+
+def test_a_call_without_memory_says_so(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    helper, types = onnx.helper, onnx.TensorProto
+    graph = helper.make_graph(
+        [helper.make_node("Expand", ["x", "shape"], ["wide"]), helper.make_node("ReduceSum", ["wide"], ["y"], keepdims=0)],
+        "wide",
+        [helper.make_tensor_value_info("x", types.FLOAT, [1]), helper.make_tensor_value_info("shape", types.INT64, [1])],
+        [helper.make_tensor_value_info("y", types.FLOAT, [])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "wide.onnx")
+    inputs = (TensorSpec("x", (1,), "float32"), TensorSpec("shape", (1,), "int64"))
+    spec = GraphSpec(file="wide.onnx", inputs=inputs, outputs=(TensorSpec("y", (), "float32"),), axes={}, opset=18)
+    engine = OrtEngine(tmp_path / "wide.onnx", spec, threads=1)
+    ones = np.ones(1, np.float32)
+    assert np.asarray(engine({"x": ones, "shape": np.array([7])})["y"]) == 7
+    with pytest.raises(OutOfMemory, match="wide: the cpu has no memory for this call"):
+        engine({"x": ones, "shape": np.array([1 << 45])})
+    with pytest.raises(Exception, match="must be >= 0"):  # another failure is not called so
+        engine({"x": ones, "shape": np.array([-2])})

@@ -1,0 +1,319 @@
+"""TensorRT's objects for one plan, and how they run: enqueued, or captured once as a CUDA graph and replayed.
+
+Enqueuing a network costs the host one launch a kernel, a replay one launch in all. A CUDA graph holds the addresses and
+shapes it was captured with, so it is kept under exactly these: an input at another address is another graph, never a
+stale pointer. It also holds the state of its execution context, so a captured context is never touched again
+(TensorRT's developer guide, "CUDA Graphs"); all contexts share one activation memory, since one stream runs them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import BundleError, OutOfMemory, WsssError
+from ..spec import Flavour
+from .buffers import Block, Cuda, Event, Stream, no_garbage_collection
+from .kernel_cache import cache_beside, load_kernels, save_kernels
+
+log = logging.getLogger(__name__)
+
+Shape = tuple[int, ...]
+Inputs = tuple[tuple[Shape, int], ...]
+"""(shape, address) of every input, in the order of the engine's names."""
+
+MOST_GRAPHS = 16
+"""CUDA graphs of one engine. Each costs a context: what TensorRT keeps beside weights and activations."""
+CREDIT = 8
+"""How many newcomers a graph withstands after it was used."""
+MOST_SEEN = 256
+"""Inputs that came once are remembered this long."""
+
+
+@dataclass(slots=True)
+class Captured:
+    """A graph (None where there cannot be one), its context, the shapes of its outputs, how many newcomers it withstands."""
+
+    executable: Any
+    context: Any
+    shapes: dict[str, Shape]
+    credit: int = CREDIT
+
+
+class Contexts:
+    """A deserialised plan that computes in one stream.
+
+    Args:
+        trt: ``tensorrt`` or ``tensorrt_rtx``.
+        inputs, outputs: names.
+        cuda_graphs: replay what came before with the same shapes at the same addresses.
+
+    Raises:
+        BundleError: TensorRT does not take the plan; says what it says.
+        OutOfMemory: the GPU has no room for weights or activations.
+    """
+
+    def __init__(
+        self,
+        trt: ModuleType,
+        cuda: Cuda,
+        stream: Stream,
+        plan: Path,
+        *,
+        flavour: Flavour,
+        where: str,
+        inputs: Iterable[str],
+        outputs: Iterable[str],
+        cuda_graphs: bool,
+    ) -> None:
+        self._trt, self._cuda, self._stream, self._where = trt, cuda, stream, where
+        self._inputs, self._outputs = tuple(inputs), tuple(outputs)
+        self.cuda_graphs = cuda_graphs
+        """Whether graphs are captured; turns False where TensorRT or CUDA does not allow it."""
+        self.graphs: OrderedDict[Inputs, Captured] = OrderedDict()
+        """Captured so far; the one used last stands last."""
+        self._retired: list[tuple[Event, Captured]] = []
+        self._seen: OrderedDict[Inputs, int] = OrderedDict()
+        self._addresses: Mapping[str, int] = {}
+        self._cache_file = cache_beside(plan)
+        self._logger = _logger(trt)
+        self.engine: Any = None
+        self._cache: Any = None
+        self._configs: dict[bool, Any] = {}
+        self._activations: Block | None = None
+        self._context: Any = None
+        self._runtime = trt.Runtime(self._logger)
+        try:
+            self.engine = self._deserialized(plan)
+            if flavour == "trt-rtx":
+                self._configure()
+            self._activations = Block(cuda, self.engine.device_memory_size_v2)
+            self._context = self._new_context(fixed=False)
+        except BaseException:
+            self._release()
+            raise
+
+    def output_shapes(self, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The shapes of the outputs for shapes of the inputs. Raises WsssError where values, not shapes, decide them."""
+        self._set_shapes(self._context, inputs)
+        return self._shapes(self._context)
+
+    def bind_outputs(self, addresses: Mapping[str, int]) -> None:
+        """Where all runs write, by output name."""
+        self._addresses = addresses
+        self._bind(self._context, addresses)
+
+    def run(self, inputs: Inputs) -> dict[str, Shape]:
+        """Queues one run and returns the shapes of its outputs.
+
+        The first run of some inputs is enqueued, as TensorRT needs before a capture. The second, enqueued too, is captured
+        afterwards. From the third on the graph is replayed.
+        """
+        self._sweep()
+        if (graph := self.graphs.get(inputs)) is not None:
+            self.graphs.move_to_end(inputs)
+            graph.credit = CREDIT
+            self._cuda.call("cudaGraphLaunch", graph.executable, self._stream.handle)
+            return graph.shapes
+        if not self._is_worth_a_graph(inputs):
+            return self._enqueue(self._context, inputs)
+        context = self._new_context(fixed=True)
+        self._bind(context, self._addresses)
+        shapes = self._enqueue(context, inputs)
+        captured = Captured(self._capture(context), context, shapes)
+        if captured.executable is None:
+            self._retire(captured)
+        else:
+            self.graphs[inputs] = captured
+        return shapes
+
+    def close(self) -> None:
+        """Waits for the stream, then releases contexts, engine and runtime in this order, as TensorRT asks."""
+        if self._runtime is None:
+            return
+        self._stream.finish()
+        if self._cache is not None:
+            save_kernels(self._cache_file, self._cache)
+        self._release()
+
+    def _release(self) -> None:
+        while self.graphs:
+            self._destroy(self.graphs.popitem()[1])
+        while self._retired:
+            self._destroy(self._retired.pop()[1])
+        self._context = None
+        self._configs, self._cache = {}, None
+        self.engine = None
+        self._runtime = None
+        if self._activations is not None:
+            self._activations.free()
+            self._activations = None
+
+    # ---- graphs ----
+
+    def _is_worth_a_graph(self, inputs: Inputs) -> bool:
+        """What came twice is; when there are as many as may be, the one unused for longest goes once its credit is spent.
+
+        Without credit, a folder of photographs in more sizes than there is room for would capture at every call.
+        """
+        if not self.cuda_graphs:
+            return False
+        seen = self._seen.pop(inputs, 0) + 1
+        self._seen[inputs] = seen
+        if len(self._seen) > MOST_SEEN:
+            self._seen.popitem(last=False)
+        if seen < 2:
+            return False
+        if len(self.graphs) >= MOST_GRAPHS:
+            oldest = next(iter(self.graphs))
+            self.graphs[oldest].credit -= 1
+            if self.graphs[oldest].credit > 0:
+                return False
+            self._retire(self.graphs.pop(oldest))
+        del self._seen[inputs]
+        return True
+
+    def _capture(self, context: Any) -> Any:
+        """The graph of a context that has just been enqueued, or None where there cannot be one."""
+        call, handle = self._cuda.call, self._stream.handle
+        if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(int(handle)):
+            return self._do_without_graphs("TensorRT-RTX allocates while this engine runs")
+        # Thread-local: what other threads do does not matter, but memory that TensorRT would allocate in between, and a
+        # replay would find freed, ends the capture.
+        mode = self._cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        graph = None
+        try:
+            with no_garbage_collection():
+                call("cudaStreamBeginCapture", handle, mode)
+                try:
+                    queued = context.execute_async_v3(int(handle))
+                finally:
+                    graph = call("cudaStreamEndCapture", handle)
+            if queued:
+                return call("cudaGraphInstantiate", graph, 0)
+            return self._do_without_graphs("TensorRT refused the capture")
+        except WsssError as error:
+            return self._do_without_graphs(error.message)
+        finally:
+            if graph is not None:
+                call("cudaGraphDestroy", graph)
+
+    def _do_without_graphs(self, reason: str) -> None:
+        self.cuda_graphs = False
+        said = self._logger.said()
+        log.warning("%s: runs without CUDA graphs: %s", self._where, f"{reason}: {said}" if said else reason)
+
+    def _retire(self, captured: Captured) -> None:
+        """Its last run may still be queued: it is destroyed in a later call, when that is done."""
+        done = Event(self._cuda)
+        done.record(self._stream)
+        self._retired.append((done, captured))
+
+    def _sweep(self) -> None:
+        while self._retired and self._retired[0][0].passed():
+            self._destroy(self._retired.pop(0)[1])
+
+    def _destroy(self, captured: Captured) -> None:
+        if captured.executable is not None:
+            self._cuda.call("cudaGraphExecDestroy", captured.executable)
+
+    # ---- contexts ----
+
+    def _new_context(self, *, fixed: bool) -> Any:
+        """A context for one set of shapes, or for any.
+
+        TensorRT-RTX compiles kernels for the shapes it meets. For any shape it does so in the background and meanwhile
+        runs general ones; a graph must not hold these, so for fixed shapes it compiles first.
+        """
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self.engine.create_execution_context(self._configs.get(fixed, strategy))
+        if context is None:
+            raise self._error("no execution context")
+        assert self._activations is not None
+        context.set_device_memory(self._activations.address, self._activations.size_bytes)
+        return context
+
+    def _configure(self) -> None:
+        """TensorRT-RTX's settings for both kinds of context, around one cache of compiled kernels."""
+        strategies = self._trt.DynamicShapesKernelSpecializationStrategy
+        for fixed, strategy in ((False, strategies.LAZY), (True, strategies.EAGER)):
+            config = self.engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            config.dynamic_shapes_kernel_specialization_strategy = strategy
+            if self._cache is None:
+                self._cache = config.create_runtime_cache()
+                load_kernels(self._cache_file, self._cache)
+            config.set_runtime_cache(self._cache)
+            self._configs[fixed] = config
+
+    def _enqueue(self, context: Any, inputs: Inputs) -> dict[str, Shape]:
+        named = dict(zip(self._inputs, inputs, strict=True))
+        self._set_shapes(context, {name: shape for name, (shape, _) in named.items()})
+        self._bind(context, {name: address for name, (_, address) in named.items()})
+        shapes = self._shapes(context)
+        if not context.execute_async_v3(int(self._stream.handle)):
+            raise self._error("the run failed")
+        return shapes
+
+    def _set_shapes(self, context: Any, inputs: Mapping[str, Shape]) -> None:
+        for name, shape in inputs.items():
+            if not context.set_input_shape(name, shape):
+                raise self._error(f"{name!r} of shape {shape} refused")
+
+    def _bind(self, context: Any, addresses: Mapping[str, int]) -> None:
+        for name, address in addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise self._error(f"the address of {name!r} refused")
+
+    def _shapes(self, context: Any) -> dict[str, Shape]:
+        shapes = {name: tuple(context.get_tensor_shape(name)) for name in self._outputs}
+        for name, shape in shapes.items():
+            if min(shape, default=0) < 0:
+                raise self._error(f"the shape of {name!r} depends on values: {shape}")
+        return shapes
+
+    def _deserialized(self, plan: Path) -> Any:
+        try:
+            data = plan.read_bytes()
+        except OSError as error:
+            raise BundleError(f"{plan}: cannot be read: {error.strerror}", hint="build the engine again") from None
+        engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            refusal = self._error("not loaded")
+            if isinstance(refusal, OutOfMemory):
+                raise refusal
+            raise BundleError(f"{plan}: refused: {refusal.message}", hint="build the engine again")
+        return engine
+
+    def _error(self, what: str) -> WsssError:
+        said = self._logger.said()
+        if "out of memory" in said.lower() or "OutOfMemory" in said:
+            return OutOfMemory(f"{self._where}: {what}: {said}", hint="a smaller --batch, or a GPU that nothing else uses")
+        return WsssError(f"{self._where}: TensorRT {self._trt.__version__}: {what}: {said or 'no reason given'}")
+
+
+def _logger(trt: ModuleType) -> Any:
+    """TensorRT's log: errors are kept for our messages, warnings go to ours. Must outlive all that it is given to."""
+
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self._errors.append(message.split("\n")[0])
+            elif severity <= trt.ILogger.WARNING:
+                log.info("TensorRT: %s", message)
+
+        def said(self) -> str:
+            """The errors since it was last asked."""
+            errors, self._errors = self._errors, []
+            return "; ".join(errors[-3:])
+
+    return Logger()

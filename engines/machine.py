@@ -1,0 +1,363 @@
+"""What this machine has and can do: GPUs, driver, libraries, and for each engine whether it builds and runs here.
+
+Facts only, and never an exception: what cannot be found out is None, empty, or a sentence in ``troubles``. torch is not
+imported, only looked at. `Machine` is what ``wsss doctor --json`` prints and what every benchmark stores beside its figures.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import importlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+from ..errors import WsssError
+from ..spec import Flavour
+from .plan import MODULES, find_gpus
+
+PACKAGES = (
+    *("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "torch", "torchvision", "transformers"),
+    *("open_clip_torch", "segment-anything", "onnx", "onnxscript", "numpy", "pillow"),
+)
+"""Distributions whose versions decide what a run computes, or how fast."""
+ONE_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-deps 'onnxruntime-gpu>=1.24'"
+"""The two packages unpack into one folder: whichever came last wins, and removing either breaks the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuFacts:
+    """An NVIDIA GPU of this machine."""
+
+    index: int
+    name: str
+    capability: str
+    """Compute capability, ``9.0``; empty when unknown."""
+    memory_mib: int
+    power_limit_w: float | None = None
+
+    @property
+    def target(self) -> str:
+        """As TensorRT-RTX writes compute capabilities: ``sm90``."""
+        return f"sm{self.capability.replace('.', '')}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """A TensorRT library that is installed."""
+
+    version: str
+    capabilities: tuple[str, ...] = ()
+    """TensorRT-RTX: compute capabilities that it knows by name, ``sm89``."""
+    trouble: str = ""
+    """Why it cannot be loaded; empty when it can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ability:
+    """What one engine can do on this machine."""
+
+    engine: str
+    """As typed after ``--engine``."""
+    device: str
+    builds: bool
+    """TensorRT: engines can be built here. ONNX Runtime and PyTorch have nothing to build."""
+    runs: bool
+    why: str = ""
+    """What is missing; empty when all works."""
+    fix: str = ""
+    """The command that helps; empty where none does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Everything known of this machine. ``abilities`` follows from the rest (`abilities_of`)."""
+
+    system: str
+    processor: str
+    cores: int
+    """That this process may use."""
+    memory_mib: int
+    python: str
+    gpus: tuple[GpuFacts, ...] = ()
+    driver: str | None = None
+    """Of NVIDIA, ``580.159.03``; None without one."""
+    cuda: str | None = None
+    """Newest CUDA that the driver serves."""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Versions of what is installed of `PACKAGES`."""
+    torch_cuda: str | None = None
+    """The CUDA that torch was built for; None for a CPU build, or without torch."""
+    providers: tuple[str, ...] = ()
+    """ONNX Runtime's execution providers."""
+    tensorrt: Mapping[Flavour, Library] = field(default_factory=dict)
+    """The TensorRT libraries that are installed."""
+    extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Packages that each extra of wsss still lacks; empty when it is complete."""
+    troubles: tuple[str, ...] = ()
+    """What is wrong though nothing is missing, each with the way out."""
+    abilities: tuple[Ability, ...] = ()
+
+
+@lru_cache(maxsize=1)
+def machine() -> Machine:
+    """This machine, looked at once."""
+    packages = {name: version for name in PACKAGES if (version := version_of(name))}
+    smi = _nvidia_smi()
+    gpus, cuda = _gpus(smi)
+    providers, troubles = _onnxruntime(packages)
+    facts = {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "memory_mib": _memory_mib(),
+        "python": platform.python_version(),
+        "gpus": gpus,
+        "driver": smi[0]["driver_version"] if smi else None,
+        "cuda": cuda,
+        "packages": packages,
+        "torch_cuda": _torch_cuda(),
+        "providers": providers,
+        "tensorrt": {flavour: found for flavour in MODULES if (found := _tensorrt(flavour))},
+        "extras": missing_extras(_requirements()),
+        "troubles": troubles,
+    }
+    return Machine(**facts, abilities=abilities_of(Machine(**facts)))  # type: ignore[arg-type]
+
+
+def abilities_of(known: Machine) -> tuple[Ability, ...]:
+    """What each engine can do on a machine, the best one first."""
+    return (
+        _ability_of_tensorrt(known, "trt"),
+        _ability_of_tensorrt(known, "trt-rtx"),
+        _ability_of_ort_on_cuda(known),
+        Ability(engine="ort", device="cpu", builds=False, runs="CPUExecutionProvider" in known.providers)
+        if known.providers
+        else Ability(
+            engine="ort",
+            device="cpu",
+            builds=False,
+            runs=False,
+            why="onnxruntime is missing or cannot be loaded",
+            fix="pip install --force-reinstall onnxruntime",
+        ),
+        _ability_of_eager(known, "cuda"),
+        _ability_of_eager(known, "cpu"),
+    )
+
+
+def _ability_of_tensorrt(known: Machine, flavour: Flavour) -> Ability:
+    library, ahead = known.tensorrt.get(flavour), flavour == "trt-rtx"
+    why, fix, builds = "", "", False
+    if library is None:
+        why, fix = f"{MODULES[flavour]} is not installed", f"pip install 'wsss[{flavour}]'"
+    elif library.trouble:
+        why, fix = f"{MODULES[flavour]} cannot be loaded: {library.trouble}", f"pip install --force-reinstall 'wsss[{flavour}]'"
+    elif "cuda-bindings" not in known.packages:
+        why, fix, builds = "cuda-bindings is not installed", f"pip install 'wsss[{flavour}]'", ahead
+    elif not known.gpus:
+        why, builds = _without_gpu(known), ahead
+    elif ahead and known.gpus[0].target not in library.capabilities:
+        knows = ", ".join(library.capabilities)
+        why = f"TensorRT-RTX {library.version} knows {knows}, this GPU is {known.gpus[0].target}"
+        fix, builds = "pip install 'wsss[trt]', or wsss label --engine ort", True
+    else:
+        builds = True
+    return Ability(engine=flavour, device="cuda", builds=builds, runs=not why, why=why, fix=fix)
+
+
+def _ability_of_ort_on_cuda(known: Machine) -> Ability:
+    why = fix = ""
+    if not known.gpus:
+        why = _without_gpu(known)
+    elif "CUDAExecutionProvider" not in known.providers:
+        why, fix = "this onnxruntime has no CUDA provider", ONE_ONNXRUNTIME
+    return Ability(engine="ort", device="cuda", builds=False, runs=not why, why=why, fix=fix)
+
+
+def _ability_of_eager(known: Machine, device: str) -> Ability:
+    why = fix = ""
+    lacks = known.extras.get("export", () if "torch" in known.packages else ("torch",))
+    if lacks:
+        why, fix = f"needs {', '.join(lacks)}", "pip install 'wsss[export]'"
+    elif device == "cuda" and not known.gpus:
+        why = _without_gpu(known)
+    elif device == "cuda" and known.torch_cuda is None:
+        why, fix = "this torch was built for the CPU", "pip install --force-reinstall torch torchvision"
+    return Ability(engine="eager", device=device, builds=False, runs=not why, why=why, fix=fix)
+
+
+def _without_gpu(known: Machine) -> str:
+    return "no NVIDIA GPU" if known.driver or known.cuda else "no NVIDIA GPU with a working driver"
+
+
+# ---- GPUs ----
+
+_ASKED = ("index", "name", "compute_cap", "memory.total", "power.limit", "driver_version")
+
+
+def _nvidia_smi() -> list[dict[str, str]]:
+    """What the driver's own tool says of each GPU; empty without it."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    asked = [tool, f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = csv.reader(said.splitlines(), skipinitialspace=True)
+    return [dict(zip(_ASKED, row, strict=True)) for row in rows if len(row) == len(_ASKED)]
+
+
+def _gpus(smi: list[dict[str, str]]) -> tuple[tuple[GpuFacts, ...], str | None]:
+    """The GPUs as CUDA sees them, else as the driver's tool does; and the newest CUDA that the driver serves."""
+    powers = [_number(row["power.limit"]) for row in smi]
+    try:
+        seen = find_gpus()
+    except (WsssError, ImportError, OSError):  # without cuda-bindings, or with a broken one
+        memory = [int(_number(row["memory.total"]) or 0) for row in smi]
+        told = zip(smi, memory, powers, strict=True)
+        return tuple(
+            GpuFacts(index=n, name=row["name"], capability=row["compute_cap"], memory_mib=mib, power_limit_w=power)
+            for n, (row, mib, power) in enumerate(told)
+        ), _cuda_of_driver()
+    return tuple(
+        GpuFacts(
+            index=gpu.index,
+            name=gpu.name,
+            capability=gpu.capability,
+            memory_mib=gpu.memory_bytes >> 20,
+            # $CUDA_VISIBLE_DEVICES hides GPUs from CUDA and not from the tool: then nobody knows which is which.
+            power_limit_w=powers[gpu.index] if len(powers) == len(seen) else None,
+        )
+        for gpu in seen
+    ), seen[0].driver if seen else _cuda_of_driver()
+
+
+def _cuda_of_driver() -> str | None:
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int()
+        if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # "[N/A]"
+        return None
+
+
+# ---- libraries ----
+
+
+def version_of(distribution: str) -> str | None:
+    """Version of an installed distribution, None when it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _tensorrt(flavour: Flavour) -> Library | None:
+    name = MODULES[flavour]
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # a CUDA library that is missing or of another version: each loader raises its own
+        return Library(version=version_of(name) or "unknown", trouble=f"{error}".strip().split("\n")[0])
+    known = getattr(module, "ComputeCapability", None) if flavour == "trt-rtx" else None
+    names = known.__members__ if known is not None else ()
+    capabilities = tuple(each.lower() for each in names if re.fullmatch(r"SM\d+", each))
+    return Library(version=str(module.__version__), capabilities=capabilities)
+
+
+def _onnxruntime(packages: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """ONNX Runtime's providers, and what is wrong with it."""
+    troubles = []
+    if "onnxruntime" in packages and "onnxruntime-gpu" in packages:
+        troubles.append(f"onnxruntime and onnxruntime-gpu are both installed and overwrite each other: {ONE_ONNXRUNTIME}")
+    if importlib.util.find_spec("onnxruntime") is None:
+        return (), tuple(troubles)
+    try:
+        runtime = importlib.import_module("onnxruntime")
+        providers = tuple(runtime.get_available_providers())
+    except Exception as error:  # half of a package, after one of the two was removed
+        fix = "pip install --force-reinstall onnxruntime"
+        return (), (*troubles, f"onnxruntime cannot be loaded: {f'{error}'.strip().split(chr(10))[0]}: {fix}")
+    return providers, tuple(troubles)
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA that torch was built for, read from its version file: importing torch takes seconds."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return None
+    try:
+        text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    told = re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return told.group(1) if told else None
+
+
+def _requirements() -> list[str]:
+    """What wsss says it needs; empty in a checkout that was never installed."""
+    try:
+        return metadata.requires("wsss") or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def missing_extras(requirements: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """What each extra still lacks.
+
+    Args:
+        requirements: lines of a package's metadata, ``torch>=2.10; extra == "export"``.
+
+    Returns:
+        Names of missing distributions by extra, in the order given; empty for a complete extra.
+    """
+    told: dict[str, list[str]] = {}
+    for line in requirements:
+        name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)['\"]", line)
+        if name is None or extra is None or name.group() == "wsss":  # an extra made of others
+            continue
+        lacks = told.setdefault(extra.group(1), [])
+        if version_of(name.group()) is None:
+            lacks.append(name.group())
+    return {extra: tuple(lacks) for extra, lacks in told.items()}
+
+
+# ---- the machine itself ----
+
+
+def _processor() -> str:
+    try:
+        told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        told = None
+    return told.group(1).strip() if told else platform.processor() or platform.machine()
+
+
+def _memory_mib() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    except (AttributeError, OSError, ValueError):
+        return 0

@@ -1,0 +1,127 @@
+"""Which TensorRT engine may be used: one whose every tie (graph, weights, library, GPU, driver) holds and whose gate has passed.
+
+A plan is native code made for one library version and one GPU, or a set of them. It is checked here before TensorRT reads a
+byte of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+from ..errors import BundleError, WsssError
+from ..spec import Flavour, GraphSpec, Model, PlanSpec, check_file
+
+MODULES: dict[Flavour, str] = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A CUDA device of this machine."""
+
+    index: int
+    name: str
+    capability: str
+    """Compute capability, for example ``8.9``."""
+    driver: str
+    """Newest CUDA version that the driver serves, for example ``13.0``."""
+    memory_bytes: int
+
+
+def find_gpus() -> tuple[Gpu, ...]:
+    """The CUDA devices here; none without a driver. Raises WsssError when cuda-bindings is missing."""
+    try:
+        from cuda.bindings import runtime
+    except ModuleNotFoundError:
+        raise WsssError("TensorRT engines need cuda-bindings", hint="pip install 'wsss[trt-rtx]'") from None
+    _, version = runtime.cudaDriverGetVersion()
+    status, count = runtime.cudaGetDeviceCount()
+    if status != runtime.cudaError_t.cudaSuccess:
+        return ()
+    found = []
+    for index in range(count):
+        status, told = runtime.cudaGetDeviceProperties(index)
+        if status != runtime.cudaError_t.cudaSuccess:
+            continue
+        name = told.name.decode() if isinstance(told.name, bytes) else str(told.name)
+        driver = f"{version // 1000}.{version % 1000 // 10}"
+        found.append(Gpu(index, name.rstrip("\0"), f"{told.major}.{told.minor}", driver, int(told.totalGlobalMem)))
+    return tuple(found)
+
+
+def tensorrt_module(flavour: Flavour) -> ModuleType:
+    """The library of a flavour. Raises WsssError with the line that installs it."""
+    try:
+        return importlib.import_module(MODULES[flavour])
+    except ModuleNotFoundError:
+        raise WsssError(
+            f"--engine {flavour}: needs the package {MODULES[flavour]}", hint=f"pip install 'wsss[{flavour}]'"
+        ) from None
+    except ImportError as error:  # a library of CUDA that cannot be loaded
+        raise WsssError(f"--engine {flavour}: {MODULES[flavour]} cannot be loaded: {error}") from None
+
+
+def best_flavour() -> Flavour | None:
+    """The TensorRT whose engines this machine can build and run: the full one before TensorRT-RTX; None without a GPU."""
+    installed = [flavour for flavour, name in MODULES.items() if importlib.util.find_spec(name) is not None]
+    if not installed or importlib.util.find_spec("cuda") is None or not find_gpus():
+        return None
+    return installed[0]
+
+
+def checked_plan(model: Model, graph: str, flavour: Flavour, gpu: Gpu, *, unverified: bool = False) -> tuple[Path, GraphSpec]:
+    """The plan of a graph that may run on ``gpu``, and the graph's contract narrowed to the plan's profile.
+
+    Args:
+        model: from ``Bundle.model``: the graph and weights are those of the manifest.
+        unverified: take a plan whose gate has not run.
+
+    Raises:
+        BundleError: there is none, or it is bound to something else; says to what, and the command that builds it again.
+    """
+    spec = model.graph(graph)
+    rebuild = f"wsss export --model {model.manifest.family} --engine {flavour} --bundle {model.folder.parent}"
+    plan = spec.plans.get(flavour)
+    where = f"{model.folder.name}/{graph}"
+    if plan is None:
+        raise BundleError(f"{where}: has no {flavour} engine", hint=f"build it: {rebuild}")
+    check_file(model.folder, plan.file, plan.sha256, again=rebuild)
+    for reason in reasons_against(model, spec, plan, gpu, tensorrt_module(flavour).__version__):
+        raise BundleError(f"{where}: its {flavour} engine {reason}", hint=f"build it again: {rebuild}")
+    if plan.parity is None and not unverified:
+        raise BundleError(
+            f"{where}: its {flavour} engine was never compared with PyTorch",
+            hint=f"on this machine: wsss verify {model.folder.parent}   (or --unverified, which the label store records)",
+        )
+    return model.folder / plan.file, replace(spec, axes=dict(plan.axes))
+
+
+def reasons_against(model: Model, spec: GraphSpec, plan: PlanSpec, gpu: Gpu | None, version: str) -> list[str]:
+    """Why a plan may not be used here, each as the end of a sentence; without ``gpu`` the GPU is not looked at."""
+    reasons = []
+    for name, expected, got in (
+        ("the graph", model.manifest.files.get(spec.file), plan.graph_sha256),
+        ("the weights", weights_sha256(model), plan.weights_sha256),
+    ):
+        if expected != got:
+            reasons.append(f"was built from another state of {name} ({got[:12]}..., now {str(expected)[:12]}...)")
+    if plan.precision != spec.precision:
+        reasons.append(f"was built in {plan.precision}, the graph is {spec.precision}")
+    if plan.builder != version:
+        reasons.append(f"was built by version {plan.builder}, installed is {version}")
+    if gpu is not None:
+        if plan.driver is None and f"sm{gpu.capability.replace('.', '')}" not in plan.target.split():
+            reasons.append(f"was built for {plan.target}, this is {gpu.name} (sm{gpu.capability.replace('.', '')})")
+        if plan.driver is not None and plan.target != gpu.name:
+            reasons.append(f"was built on {plan.target}, this is {gpu.name}")
+        if plan.driver is not None and plan.driver != gpu.driver:
+            reasons.append(f"was built with the driver of CUDA {plan.driver}, this is {gpu.driver}")
+    return reasons
+
+
+def weights_sha256(model: Model) -> str:
+    """The hash of the weights that a model's graphs share; empty when they have none of their own."""
+    return model.manifest.files.get("weights.data", "")

@@ -1,0 +1,146 @@
+"""Which TensorRT engines are refused, and what the user is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from wsss.engines import opening, plan
+from wsss.engines.plan import Gpu, checked_plan
+from wsss.errors import BundleError, WsssError
+from wsss.spec import AxisRange, GraphSpec, Manifest, Model, Parity, PlanSpec, Preprocess, sha256_of
+
+HERE = Gpu(0, "NVIDIA Test 4090", "8.9", "13.0", 24 << 30)
+PARITY = Parity(engine="trt-rtx", reference="torch", tolerance={}, rows=())
+
+
+@pytest.fixture
+def model(onnx_file: Callable[..., Path], spec: GraphSpec, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """A model with a plan built ahead of time, for this GPU among others, whose gate has passed."""
+    monkeypatch.setattr(plan, "tensorrt_module", lambda flavour: SimpleNamespace(__version__="1.7.1"))
+    graph = onnx_file()
+    (graph.parent / "double.trt-rtx.plan").write_bytes(b"native code" * 100)
+    (graph.parent / "weights.data").write_bytes(b"weights")
+    files = {name: sha256_of(graph.parent / name) for name in (graph.name, "weights.data")}
+    spec = replace(spec, file=graph.name)
+    built = PlanSpec(
+        file="double.trt-rtx.plan",
+        sha256=sha256_of(graph.parent / "double.trt-rtx.plan"),
+        flavour="trt-rtx",
+        graph_sha256=files[graph.name],
+        weights_sha256=files["weights.data"],
+        precision="fp32",
+        axes={axis: AxisRange(1, 1, 2) for axis in spec.axes},
+        builder="1.7.1",
+        target="sm86 sm89",
+        seconds=1.0,
+        parity=PARITY,
+    )
+    preprocess = Preprocess(
+        resize="squash", longest_px=3, filter="bilinear", canvases=((3, 3),), mean=(0, 0, 0), std=(1, 1, 1), source="test"
+    )
+    graphs = {"double": replace(spec, plans={"trt-rtx": built})}
+    manifest = Manifest(family="sam", variant="test", preprocess=preprocess, graphs=graphs, weights={}, tools={}, files=files)
+    return Model(graph.parent, manifest)
+
+
+def changed(model: Model, **changes: object) -> Model:
+    """The model whose plan says something else."""
+    spec = model.graph("double")
+    other = replace(spec.plans["trt-rtx"], **changes)  # type: ignore[arg-type]
+    return Model(model.folder, replace(model.manifest, graphs={"double": replace(spec, plans={"trt-rtx": other})}))
+
+
+def test_a_plan_that_fits_is_taken_with_its_own_profile(model: Model) -> None:
+    path, spec = checked_plan(model, "double", "trt-rtx", HERE)
+    assert path == model.folder / "double.trt-rtx.plan"
+    assert set(spec.axes.values()) == {AxisRange(1, 1, 2)}
+
+
+REBUILD = "wsss export --model sam --engine trt-rtx --bundle "
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"graph_sha256": "0" * 64}, "another state of the graph"),
+        ({"weights_sha256": "0" * 64}, "another state of the weights"),
+        ({"precision": "fp16"}, "was built in fp16, the graph is fp32"),
+        ({"builder": "1.6.0"}, "built by version 1.6.0, installed is 1.7.1"),
+        ({"target": "sm80 sm86"}, r"was built for sm80 sm86, this is NVIDIA Test 4090 \(sm89\)"),
+        ({"target": "NVIDIA H200", "driver": "13.0"}, "was built on NVIDIA H200, this is NVIDIA Test 4090"),
+        ({"target": "NVIDIA Test 4090", "driver": "12.8"}, "with the driver of CUDA 12.8, this is 13.0"),
+    ],
+)
+def test_a_plan_bound_to_something_else_is_refused(model: Model, changes: dict[str, object], said: str) -> None:
+    with pytest.raises(BundleError, match=said) as caught:
+        checked_plan(changed(model, **changes), "double", "trt-rtx", HERE)
+    assert REBUILD + str(model.folder.parent) in str(caught.value.hint)
+
+
+def test_a_plan_built_here_is_taken(model: Model) -> None:
+    checked_plan(changed(model, target=HERE.name, driver=HERE.driver), "double", "trt-rtx", HERE)
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: bytes([data[0] ^ 1]) + data[1:], lambda data: b""])
+def test_a_plan_truncated_or_with_a_flipped_bit_is_refused(model: Model, spoil: Callable[[bytes], bytes]) -> None:
+    path = model.folder / "double.trt-rtx.plan"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(BundleError, match="changed or truncated") as caught:
+        checked_plan(model, "double", "trt-rtx", HERE)
+    assert REBUILD in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["../double.trt-rtx.plan", "gone.plan", ""])
+def test_a_plan_that_is_missing_or_elsewhere_is_refused(model: Model, name: str) -> None:
+    with pytest.raises(BundleError, match=r"missing|plain file"):
+        checked_plan(changed(model, file=name), "double", "trt-rtx", HERE)
+
+
+def test_a_plan_without_a_gate_is_refused_unless_typed(model: Model) -> None:
+    bare = changed(model, parity=None)
+    with pytest.raises(BundleError, match="never compared with PyTorch") as caught:
+        checked_plan(bare, "double", "trt-rtx", HERE)
+    assert "wsss verify" in str(caught.value.hint) and "--unverified" in str(caught.value.hint)
+    checked_plan(bare, "double", "trt-rtx", HERE, unverified=True)
+
+
+def test_no_plan_says_how_to_build_one(model: Model) -> None:
+    with pytest.raises(BundleError, match="has no trt engine") as caught:
+        checked_plan(model, "double", "trt", HERE)
+    assert "--engine trt --bundle" in str(caught.value.hint)
+
+
+def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(plan.MODULES, "trt", "a_library_that_is_not_there")
+    with pytest.raises(WsssError, match="needs the package") as caught:
+        plan.tensorrt_module("trt")
+    assert caught.value.hint == "pip install 'wsss[trt]'"
+
+
+# ---- --engine auto ----
+
+
+@pytest.mark.parametrize(("gpus", "chosen"), [((), "ort"), ((HERE,), "trt-rtx")])
+def test_auto_takes_tensorrt_where_every_engine_may_run(
+    model: Model, gpus: tuple[Gpu, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "find_gpus", lambda: gpus)
+    assert opening.choose("auto", "auto", [model])[0] == chosen
+    assert opening.choose("auto", "cpu", [model]) == ("ort", "cpu")
+
+
+def test_auto_leaves_an_unproven_engine_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "find_gpus", lambda: (HERE,))
+    assert opening.choose("auto", "auto", [model, changed(model, parity=None)])[0] == "ort"
+
+
+def test_without_a_gpu_tensorrt_says_what_to_do(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "find_gpus", tuple)
+    with pytest.raises(WsssError, match="needs an NVIDIA GPU; asked for number 1, there are 0") as caught:
+        opening.open_graph(model, "double", "trt-rtx", device="cuda:1")
+    assert "wsss doctor" in str(caught.value.hint)
