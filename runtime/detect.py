@@ -7,7 +7,7 @@ is scored from the tokens of its own phrases, never by matching words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ from ..engines.engine import Engine
 from ..errors import WsssError
 from ..frame import Frame, frame_for
 from ..spec import Model
-from .images import on_canvas
+from .images import made_ahead, on_canvas, stacked
 from .text import open_tokenizer
 
 
@@ -27,7 +27,8 @@ from .text import open_tokenizer
 class Phrase:
     """One sub-sentence of a caption, embedded: its word pieces and the dot that ends it.
 
-    features: (T, D) float32. label: 1-based class; 0 for [CLS] and [SEP]. words: how many tokens name the class.
+    features: (T, D) float32 or float16, as the engines exchange them. label: 1-based class; 0 for [CLS] and [SEP].
+    words: how many tokens name the class.
     """
 
     label: int
@@ -42,7 +43,7 @@ class Phrase:
 class Caption:
     """A caption as the image graph takes it: T tokens of [CLS] phrase . phrase . [SEP].
 
-    text: (T, D) float32. phrase, position: (T,) int64, sub-sentence number and place in it.
+    text: (T, D) float32 or float16. phrase, position: (T,) int64, sub-sentence number and place in it.
     spans: for each phrase its class and its first and last-but-one token, the dot left out.
     """
 
@@ -109,6 +110,7 @@ class Detector:
         self._engine_of = lru_cache(maxsize=None)(image)
         self.threshold = float(settings["box_threshold"]) if threshold is None else threshold
         self._nms, self._nms_across = nms, nms_across
+        self._pixels = self._valid = 0
         self._budget = int(settings["max_tokens"])
         self._cls, self._sep, self._phrases = embed_phrases(model, text, classes)
         for name, phrases in zip(classes.names, self._phrases, strict=True):
@@ -125,10 +127,13 @@ class Detector:
 
     def __call__(self, images: Images, labels: Labels) -> Boxes:
         """Boxes of the classes in ``labels.present``; an image without one is not looked at."""
+        inputs: dict[int, np.ndarray] = {}  # of the images that are looked at, once for all of an image's captions
         jobs: dict[tuple[int, int], list[tuple[int, Frame, Caption]]] = {}
         for number, photo in enumerate(images):
             present = [phrase for label in np.flatnonzero(labels.present[number]) for phrase in self._phrases[label]]
-            frame = frame_for(self._preprocess, *photo.shape)
+            frame = self.frame_of(photo)
+            if present:
+                inputs[number] = made_ahead(photo, "detect", self)
             for group in split_phrases(present, self._budget):
                 jobs.setdefault(frame.canvas, []).append((number, frame, join_phrases(self._cls, group, self._sep)))
         found: list[Boxes] = []
@@ -136,13 +141,29 @@ class Detector:
             engine = self._engine_of(canvas)
             step = engine.axes["batch"].max
             for start in range(0, len(rows), step):
-                found += self._run(engine, images, rows[start : start + step])
+                found += self._run(engine, inputs, rows[start : start + step])
         return suppress(Boxes.join(found), self._nms, self._nms_across)
 
-    def _run(self, engine: Engine, images: Sequence[Photograph], rows: list[tuple[int, Frame, Caption]]) -> list[Boxes]:
+    def padding(self) -> float:
+        """Share of all canvases so far that was no photograph, in 0..1."""
+        return 1 - self._valid / self._pixels if self._pixels else 0.0
+
+    def frame_of(self, photo: Photograph) -> Frame:
+        """Where a photograph lies on which canvas."""
+        return frame_for(self._preprocess, *photo.shape)
+
+    def room(self, photo: Photograph) -> tuple[int, ...]:
+        """(H, W, 3), of its canvas."""
+        return (*self.frame_of(photo).canvas, 3)
+
+    def prepare(self, photo: Photograph, out: np.ndarray) -> np.ndarray:
+        """A photograph as an image engine takes it: (H, W, 3) uint8."""
+        return on_canvas(photo.pixels, self.frame_of(photo), self._preprocess.filter, out)
+
+    def _run(self, engine: Engine, inputs: Mapping[int, np.ndarray], rows: list[tuple[int, Frame, Caption]]) -> list[Boxes]:
         tokens = max(engine.axes["tokens"].min, *(len(caption.text) for _, _, caption in rows))
         width = rows[0][2].text.shape[1]
-        text = np.zeros((len(rows), tokens, width), np.float32)
+        text = np.zeros((len(rows), tokens, width), rows[0][2].text.dtype)
         phrase = np.full((len(rows), tokens), -1, np.int64)
         position = np.zeros((len(rows), tokens), np.int64)
         for row, (_, _, caption) in enumerate(rows):
@@ -150,13 +171,15 @@ class Detector:
             text[row, :count], phrase[row, :count], position[row, :count] = caption.text, caption.phrase, caption.position
         out = engine(
             {
-                "pixels": np.stack([on_canvas(images[n].pixels, frame, self._preprocess.filter) for n, frame, _ in rows]),
+                "pixels": stacked([inputs[number] for number, _, _ in rows]),
                 "size": np.array([frame.valid for _, frame, _ in rows], np.int64),
                 "text": text,
                 "phrase": phrase,
                 "position": position,
             }
         )
+        self._pixels += sum(frame.canvas[0] * frame.canvas[1] for _, frame, _ in rows)
+        self._valid += sum(frame.valid[0] * frame.valid[1] for _, frame, _ in rows)
         logits, boxes = np.asarray(out["logits"]), np.asarray(out["boxes"])
         return [
             boxes_from_logits(logits[row], boxes[row], caption, frame, number, self.threshold)

@@ -85,5 +85,6 @@ def _logits_of(masks: Masks, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
     if len(parts) == 1:
         return masks.logits[parts[0]], masks.row[rows]
     # More boxes in one image than a decoder call takes: the only case in which logits pass through the host.
-    gathered = [np.asarray(masks.logits[part])[row] for part, row in zip(masks.part[rows], masks.row[rows], strict=True)]
+    hosted = {part: np.asarray(masks.logits[part]) for part in parts}
+    gathered = [hosted[part][row] for part, row in zip(masks.part[rows], masks.row[rows], strict=True)]
     return np.stack(gathered), np.arange(len(rows))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -106,6 +108,22 @@ class GivenBoxes:
             check_box(each, f"{self._path}: {name}")
             _label(self._classes, each["label"], f"{self._path}: {name}")
         return boxes
+
+
+def given_hash(path: Path) -> str:
+    """SHA-256 of what ``--labels`` or ``--boxes`` names: a file, or the XML files of a folder with their names.
+
+    Raises:
+        WsssError: it cannot be read.
+    """
+    total = hashlib.sha256()
+    try:
+        for each in sorted(path.rglob("*.xml")) if path.is_dir() else [path]:
+            name = os.fsencode(each.relative_to(path)) if path.is_dir() else b""
+            total.update(b"%d %s%d " % (len(name), name, each.stat().st_size) + each.read_bytes())
+    except OSError as error:
+        raise WsssError(f"{path}: cannot be read: {error.strerror}") from None
+    return total.hexdigest()
 
 
 def read_voc_xml(path: Path) -> list[dict[str, Any]]:

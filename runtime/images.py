@@ -1,130 +1,198 @@
-"""Finding and decoding photographs."""
+"""Finding photographs, naming their labels, and putting them on the models' canvases."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
+import unicodedata
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..batch import Photograph
 from ..errors import ImageError
 from ..frame import Frame
+from ..photographs import SUFFIXES
 
-SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
-FORMATS = tuple(sorted(set(SUFFIXES.values())))
-"""The only decoders that untrusted files may reach."""
-MOST_PIXELS = 89_478_485
-"""The limit at which Pillow begins to warn of decompression bombs: 256 MB as RGB."""
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_LONGEST_NAME = 255
+"""Bytes of a file's name on most file systems."""
 
 
-def find_images(folder: Path, *, leave_out: Path | None = None) -> list[str]:
-    """Names of the images below ``folder`` (or of the one file), sorted; hidden files and folders are left out.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An image of a folder: its path in it, with forward slashes, and its label's path below ``labels/``."""
+
+    name: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of images, or one image.
 
     Args:
+        path: the folder or file.
         leave_out: a folder that is not entered: the label store, whose labels are no photographs.
-
-    Raises:
-        ImageError: no such folder, no image in it, or a sub-folder that cannot be read.
+        shard: (I, N): of N shares of the images, the I-th; each image is in one, whatever else is in the folder.
+        warn: told of links to folders, which are not followed.
     """
-    if folder.is_file():
-        return [folder.name]
-    if not folder.is_dir():
+
+    path: Path
+    leave_out: Path | None = None
+    shard: tuple[int, int] | None = None
+    warn: Callable[[str], None] = lambda message: None
+
+    def __iter__(self) -> Iterator[Found]:
+        """The images by name (order of code points), hidden files and folders left out.
+
+        One folder's names are in memory at a time, those above it too. Labels are named folder by folder.
+
+        Raises:
+            ImageError: no such folder, or a sub-folder that cannot be read.
+        """
+        if self.path.is_file():
+            return iter([Found(self.path.name, label_names([self.path.name])[self.path.name])])
+        if not self.path.is_dir():
+            raise ImageError(
+                f"{self.path}: expected a folder of images, found nothing", hint="wsss label IMAGES takes a folder or an image"
+            )
+        return (found for found in self._walk("", False) if self._is_ours(found.name))
+
+    def _is_ours(self, name: str) -> bool:
+        return self.shard is None or zlib.crc32(os.fsencode(name)) % self.shard[1] == self.shard[0]
+
+    def _walk(self, prefix: str, twin: bool) -> Iterator[Found]:
+        files, folders = self._list(prefix)
+        labels = label_names(files, taken=folders, twin=prefix if twin else None)
+        alike = Counter(map(_folded, folders))
+        # With its slash, a folder sorts where its images do: all names come out in order.
+        for name in sorted([*files, *(f"{folder}/" for folder in folders)]):
+            if name.endswith("/"):
+                yield from self._walk(prefix + name, twin or alike[_folded(name[:-1])] > 1)
+            else:
+                yield Found(prefix + name, prefix + labels[name])
+
+    def _list(self, prefix: str) -> tuple[list[str], list[str]]:
+        files: list[str] = []
+        folders: list[str] = []
+        try:
+            with os.scandir(self.path / prefix) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        if self.leave_out is None or Path(entry.path).resolve() != self.leave_out.resolve():
+                            folders.append(entry.name)
+                    elif Path(entry.name).suffix.lower() in SUFFIXES:
+                        files.append(entry.name)
+                    elif entry.is_symlink() and Path(entry.path).is_dir():
+                        self.warn(f"left out: {prefix}{entry.name}: a link to a folder; label that folder itself")
+        except OSError as error:
+            raise ImageError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        return files, folders
+
+
+def check_images(folder: Folder) -> None:
+    """Raises ImageError unless there is an image in the folder."""
+    if next(iter(folder), None) is None:
         raise ImageError(
-            f"{folder}: expected a folder of images, found nothing", hint="wsss label IMAGES takes a folder or an image"
+            f"{folder.path}: no images in it", hint=f"files ending in {' '.join(SUFFIXES)} are taken, also in sub-folders"
         )
-    try:
-        names = sorted(_walk(folder, "", leave_out.resolve() if leave_out else None))
-    except OSError as error:
-        raise ImageError(f"{error.filename}: cannot be read: {error.strerror}") from None
-    if not names:
-        raise ImageError(
-            f"{folder}: no images in it", hint=f"files ending in {' '.join(SUFFIXES)} are taken, also in sub-folders"
-        )
-    return names
 
 
-def _walk(folder: Path, prefix: str, leave_out: Path | None) -> Iterator[str]:
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            if Path(entry.path).resolve() == leave_out:
-                continue
-            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", leave_out)
-        elif Path(entry.name).suffix.lower() in SUFFIXES:
-            yield prefix + entry.name
+def label_names(names: list[str], *, taken: Iterable[str] = (), twin: str | None = None) -> dict[str, str]:
+    """How the label of each image of one folder is called.
 
+    ``dog.jpg`` to ``dog.png``; where two would meet, also on a file system that does not tell case, ``dog.jpg.png``; where
+    that does not help, or is too long a name, with a few letters of a hash.
 
-def label_names(names: list[str]) -> dict[str, str]:
-    """Where each image's label goes: ``a/dog.jpg`` to ``a/dog.png``; where two images would meet, ``a/dog.jpg.png``."""
+    Args:
+        names: the images. taken: names of the folders beside them.
+        twin: the path of their folder if it has a twin that differs by case only.
+    """
     plain = {name: str(PurePosixPath(name).with_suffix(".png")) for name in names}
-    count = Counter(target.lower() for target in plain.values())
-    long = {name for name in names if count[plain[name].lower()] > 1}
+    count = Counter([*map(_folded, plain.values()), *map(_folded, taken)])
+    long = {name for name in names if count[_folded(plain[name])] > 1}
     # `a.jpg.png` is the label of a.jpg beside a.webp, and would be that of a photograph a.jpg.png too.
     while True:
-        taken = {f"{name}.png".lower() for name in long}
-        met = {name for name in names if plain[name].lower() in taken} - long
+        theirs = {_folded(f"{name}.png") for name in long}
+        met = {name for name in names if _folded(plain[name]) in theirs} - long
         if not met:
             break
         long |= met
-    return {name: f"{name}.png" if name in long else plain[name] for name in names}
+    labels = {name: f"{name}.png" if name in long else plain[name] for name in names}
+    count = Counter([*map(_folded, labels.values()), *map(_folded, taken)])
+    for name, label in labels.items():
+        if count[_folded(label)] > 1 or len(os.fsencode(label)) > _LONGEST_NAME or twin is not None:
+            labels[name] = _hashed(name, (twin or "") + name)
+    return labels
 
 
-def read_photograph(folder: Path, name: str) -> Photograph:
-    """Decodes one image.
-
-    EXIF rotation is applied; grey, palette, CMYK and 16-bit images become 8-bit RGB; transparency is laid over white;
-    of an animation the first frame counts.
-
-    Raises:
-        ImageError: unreadable, of a format not in ``FORMATS``, truncated, or a decompression bomb.
-    """
-    path = folder / name if folder.is_dir() else folder
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read: {error.strerror}") from None
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:  # Pillow itself refuses twice as many only
-                raise ValueError(f"{image.width} x {image.height} pixels, at most {MOST_PIXELS:,} are decoded")
-            pixels = _rgb(image)
-    except UnidentifiedImageError:  # its own words hold a memory address
-        raise ImageError(f"{name}: not a readable image: none of {', '.join(FORMATS)}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name}: not a readable image: {error or type(error).__name__}") from None
-    return Photograph(name=name, pixels=pixels, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    turned = ImageOps.exif_transpose(image)
-    if turned.mode in ("I;16", "I;16B", "I;16L", "I"):
-        wide = np.asarray(turned).astype(np.int64)
-        return np.repeat(np.clip(wide >> 8, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
-    if turned.has_transparency_data:
-        turned = turned.convert("RGBA")
-        white = Image.new("RGBA", turned.size, "white")
-        turned = Image.alpha_composite(white, turned)
-    return np.array(turned.convert("RGB"))
+def _hashed(name: str, whole: str) -> str:
+    end = f".{hashlib.sha256(os.fsencode(whole)).hexdigest()[:12]}.png"
+    stem = os.fsencode(name)[: _LONGEST_NAME - len(end)]
+    return stem.decode("utf-8", "ignore" if len(os.fsencode(name)) > len(stem) else "surrogateescape") + end
 
 
-def on_canvas(pixels: np.ndarray, frame: Frame, filter: str) -> np.ndarray:
+@runtime_checkable
+class Prepares(Protocol):
+    """A stage that looks at pixels: what it takes of a photograph can be made ahead."""
+
+    def room(self, photo: Photograph) -> tuple[int, ...]:
+        """Shape of what ``prepare`` makes."""
+        ...
+
+    def prepare(self, photo: Photograph, out: np.ndarray) -> np.ndarray:
+        """The stage's input of this photograph, uint8, written into ``out``, which is black."""
+        ...
+
+
+def made_ahead(photo: Photograph, name: str, stage: Prepares) -> np.ndarray:
+    """A stage's input of this photograph: the one prepared ahead if there is one, once, otherwise made now."""
+    if name not in photo.ahead:
+        return stage.prepare(photo, np.zeros(stage.room(photo), np.uint8))
+    made, out = photo.ahead.pop(name)
+    made.result()
+    return out
+
+
+def stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """``np.stack``, without a copy where the parts lie side by side in one array, as a batch prepared ahead does."""
+    first = parts[0]
+    if all(
+        part.base is first.base is not None
+        and part.flags.c_contiguous
+        and part.ctypes.data == first.ctypes.data + number * first.nbytes
+        and part.shape == first.shape
+        for number, part in enumerate(parts)
+    ):
+        return np.lib.stride_tricks.as_strided(first, (len(parts), *first.shape), (first.nbytes, *first.strides), writeable=False)
+    return np.stack(parts)
+
+
+def on_canvas(pixels: np.ndarray | Image.Image, frame: Frame, filter: str, out: np.ndarray | None = None) -> np.ndarray:
     """A photograph resized into its frame, top left on a black canvas: (H, W, 3) uint8.
 
     PIL's antialiased resize, as the references of CLIP, Grounding-DINO and SAM use on their images.
+
+    Args:
+        out: the canvas, black; None makes one.
     """
     height, width = frame.valid
-    if (height, width) != pixels.shape[:2]:
-        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), _FILTERS[filter]))
-    if frame.valid == frame.canvas:
-        return pixels
-    canvas = np.zeros((*frame.canvas, 3), np.uint8)
-    canvas[:height, :width] = pixels
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    if (width, height) != image.size:
+        pixels = image.resize((width, height), _FILTERS[filter])
+    canvas = np.zeros((*frame.canvas, 3), np.uint8) if out is None else out
+    canvas[:height, :width] = np.asarray(pixels)
     return canvas

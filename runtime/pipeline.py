@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -13,18 +13,23 @@ import numpy as np
 
 from ..batch import Boxes, Images, Labels, Masks, Photograph, PseudoLabels
 from ..classes import ClassList, parse_classes
-from ..engines.opening import open_graph, resolve
+from ..engines.engine import Engine
+from ..engines.opening import choose, open_graph
 from ..errors import UsageError, WsssError
+from ..photographs import read_photograph
 from ..spec import Model, open_bundle
 from .detect import Detector
+from .device import Device, cut_to_fit
 from .fuse import Fuser
-from .given import GivenBoxes, GivenLabels
-from .images import read_photograph
+from .given import GivenBoxes, GivenLabels, given_hash
 from .segment import Outliner
+from .segmenter import SegmenterStage, classes_of, no_boxes, no_masks
 from .tag import Tagger
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Q = ParamSpec("Q")
+S = TypeVar("S")
 
 MINI = Path(__file__).resolve().parent.parent / "mini" / "bundle"
 """The bundle shipped with the package, called ``mini``: small models of the same classes, trained on drawn scenes."""
@@ -55,18 +60,24 @@ class Rules:
 
 
 class Timed(Generic[P, R]):
-    """A stage with a stopwatch: ``seconds`` is what its calls took since it was last reset."""
+    """A stage with a stopwatch: ``seconds`` is what its calls took since it was last reset, waits for the device left out."""
 
-    def __init__(self, stage: Callable[P, R]) -> None:
-        self.stage = stage
+    def __init__(self, stage: Callable[P, R], device: Device | None = None) -> None:
+        self.stage, self._device = stage, device or Device()
         self.seconds = 0.0
+        self._counting = threading.Lock()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        start = time.perf_counter()
+        return self.part(self.stage, *args, **kwargs)
+
+    def part(self, part: Callable[Q, S], *args: Q.args, **kwargs: Q.kwargs) -> S:
+        """Calls a part of the stage on the same stopwatch; parts may run in several threads."""
+        start = time.perf_counter() - self._device.waited()
         try:
-            return self.stage(*args, **kwargs)
+            return cut_to_fit(part, *args, **kwargs)
         finally:
-            self.seconds += time.perf_counter() - start
+            with self._counting:
+                self.seconds += time.perf_counter() - self._device.waited() - start
 
 
 class Labeler:
@@ -81,12 +92,14 @@ class Labeler:
         segment: Callable[[Images, Boxes], Masks],
         fuse: Callable[[Images, Labels, Boxes, Masks], PseudoLabels],
         settings: dict[str, Any] | None = None,
+        device: Device | None = None,
     ) -> None:
         self.classes = classes
-        self.tag = Timed(tag)
-        self.detect = Timed(detect)
-        self.segment = Timed(segment)
-        self.fuse = Timed(fuse)
+        self.device = device or Device()
+        self.tag = Timed(tag, self.device)
+        self.detect = Timed(detect, self.device)
+        self.segment = Timed(segment, self.device)
+        self.fuse = Timed(fuse, self.device)
         self.settings = settings or {}
         """All that decides the result: rules, engines and their hashes. A label store keeps it."""
 
@@ -95,9 +108,11 @@ class Labeler:
         cls,
         bundle: str | Path = "mini",
         *,
-        classes: str | ClassList,
+        classes: str | ClassList | None = None,
+        model: str = "chain",
         engine: str = "auto",
-        device: str = "cpu",
+        device: str = "auto",
+        unverified: bool = False,
         labels: str | Path | None = None,
         boxes: str | Path | None = None,
         rules: Rules | None = None,
@@ -106,9 +121,11 @@ class Labeler:
 
         Args:
             bundle: a folder made by ``wsss export``, or ``mini``.
-            classes: ``voc``, ``coco``, a file, names separated by commas, or a ClassList.
-            engine: ``auto``, ``ort``, ``eager``.
-            device: ``cpu`` or ``cuda``.
+            classes: ``voc``, ``coco``, a file, names separated by commas, or a ClassList. A segmenter brings its own.
+            model: ``chain`` (CLIP, Grounding-DINO, SAM) or ``segmenter``, the trained one of the bundle.
+            engine: ``auto``, ``ort``, ``trt``, ``trt-rtx``, ``eager``.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            unverified: take TensorRT engines whose gate has not run; the settings record it.
             labels: JSON of image names to class names; takes the place of CLIP.
             boxes: VOC XML folder, JSON file or manifest; takes the place of CLIP and Grounding-DINO.
 
@@ -116,15 +133,40 @@ class Labeler:
             WsssError: the bundle lacks a model, a file is damaged, a class list or flag makes no sense.
         """
         rules = rules or Rules()
-        known = classes if isinstance(classes, ClassList) else parse_classes(classes)
+        if model not in ("chain", "segmenter"):
+            raise UsageError(f"--model: expected chain or segmenter, got {model!r}")
+        if classes is None and model == "chain":
+            raise UsageError("--classes is missing: the chain finds what it is told to look for", hint="--classes voc")
+        typed = classes if classes is None or isinstance(classes, ClassList) else parse_classes(classes)
         folder = open_bundle(MINI if str(bundle) == "mini" else Path(bundle))
-        opener = partial(open_graph, engine=engine, device=device)
-        settings: dict[str, Any] = {"engine": resolve(engine), "rules": vars(rules) | {}, "models": {}}
+        chosen, where = choose(engine, device, (folder.model(name) for name in folder.models()))
+        settings: dict[str, Any] = {"engine": chosen, "rules": vars(rules) | {}, "models": {}}
+        if unverified:
+            settings["unverified"] = True
+        place = Device(at_once=1 if where == "cpu" else 2)
 
-        def model(name: str) -> Model:
+        def opener(of: Model, graph: str) -> Engine:
+            name = f"{of.manifest.family}/{graph}"
+            return place.engine(open_graph(of, graph, chosen, device=where, unverified=unverified), name)
+
+        def take(name: str) -> Model:
             opened = folder.model(name)
             settings["models"][name] = opened.manifest.identity()
+            for graph, spec in opened.manifest.graphs.items():
+                if plan := spec.plans.get(chosen):
+                    settings.setdefault("plans", {})[f"{name}/{graph}"] = plan.sha256
             return opened
+
+        if model == "segmenter":
+            if labels or boxes:
+                raise UsageError("--labels and --boxes go with the chain, --model segmenter needs neither")
+            segmenter = take("segmenter")
+            known = classes_of(segmenter, typed)
+            stage = SegmenterStage(segmenter, lambda canvas: opener(segmenter, f"image-{canvas[0]}x{canvas[1]}"))
+            nothing = _Everything(known, False)
+            return cls(known, tag=nothing, detect=no_boxes, segment=no_masks, fuse=stage, settings=settings, device=place)
+        assert typed is not None
+        known = typed
 
         given_labels = GivenLabels(Path(labels), known) if labels else None
         tag: Callable[[Images], Labels]
@@ -136,15 +178,28 @@ class Labeler:
             if given_labels:
                 tag = given_labels
             elif rules.gate:
-                clip = model("clip")
-                tag = Tagger(clip, opener(clip, "image"), opener(clip, "text"), known, threshold=rules.tag_threshold)
+                clip = take("clip")
+                graphs = opener(clip, "image"), opener(clip, "text")
+                tag = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold)
             else:
                 tag = _Everything(known, True)
-            detect = _open_detector(model("grounding-dino"), opener, known, rules)
-        sam = model("sam")
+            dino = take("grounding-dino")
+            detect = cut_to_fit(
+                Detector,
+                dino,
+                opener(dino, "text"),
+                lambda canvas: opener(dino, f"image-{canvas[0]}x{canvas[1]}"),
+                known,
+                threshold=rules.box_threshold,
+                nms=rules.nms,
+                nms_across=rules.nms_across,
+            )
+        sam = take("sam")
         segment = Outliner(sam, opener(sam, "encoder"), opener(sam, "decoder"))
         fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin)
-        return cls(known, tag=tag, detect=detect, segment=segment, fuse=fuse, settings=settings)
+        if told := {name: given_hash(Path(path)) for name, path in (("labels", labels), ("boxes", boxes)) if path}:
+            settings["given"] = told
+        return cls(known, tag=tag, detect=detect, segment=segment, fuse=fuse, settings=settings, device=place)
 
     def pseudo_label(self, images: Images) -> PseudoLabels:
         """Label maps for B photographs: (H, W) uint8 each, 0 background, 255 void."""
@@ -174,6 +229,16 @@ class Labeler:
                 return reason
         return None
 
+    def canvas(self, photo: Photograph) -> tuple[int, int] | None:
+        """The detector's canvas for this photograph; those of one canvas share its calls. None without a detector."""
+        detector = self.detect.stage
+        return detector.frame_of(photo).canvas if isinstance(detector, Detector) else None
+
+    def padding(self) -> float | None:
+        """Share of the detector's canvases so far that was no photograph; None without a detector."""
+        detector = self.detect.stage
+        return detector.padding() if isinstance(detector, Detector) else None
+
     def take_seconds(self) -> dict[str, float]:
         """Seconds that each stage took since the last call."""
         stages: dict[str, Timed[Any, Any]] = {"tag": self.tag, "detect": self.detect, "segment": self.segment, "fuse": self.fuse}
@@ -192,18 +257,6 @@ class _Everything:
     def __call__(self, images: Images) -> Labels:
         present = np.full((len(images), self._classes), self._present)
         return Labels(present.astype(np.float32), present)
-
-
-def _open_detector(model: Model, opener: Callable[..., Any], classes: ClassList, rules: Rules) -> Detector:
-    return Detector(
-        model,
-        opener(model, "text"),
-        lambda canvas: opener(model, f"image-{canvas[0]}x{canvas[1]}"),
-        classes,
-        threshold=rules.box_threshold,
-        nms=rules.nms,
-        nms_across=rules.nms_across,
-    )
 
 
 def _photograph(image: str | Path | np.ndarray, number: int) -> Photograph:

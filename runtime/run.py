@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Protocol
 
-from ..batch import Photograph, PseudoLabels
+from ..classes import ClassList
 from ..errors import ImageError
-from ..labelstore import LabelStore, Record
-from .images import find_images, label_names, read_photograph
+from ..labelstore import LabelFolder, LabelStore, Record, Shard
+from ..photographs import path_of, read_file
+from .images import Folder, Found, check_images
 from .pipeline import Labeler
-
-DECODERS = 2
-"""Threads that decode ahead of the chain; Pillow releases the interpreter lock while it decodes."""
+from .stream import Receipt, Stream, Task
 
 
 @dataclass(kw_only=True)
@@ -34,135 +35,174 @@ class Summary:
     boxes: int = 0
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    """Stages overlap: their sum may exceed ``seconds``."""
+    engine_seconds: float = 0.0
+    """How long the engines computed, all devices together."""
+    padding: float | None = None
+    """Share of the detector's canvases that was no photograph."""
+    stopped: bool = False
+    """Ended before its time, as asked."""
 
 
 Progress = Callable[[Summary], None]
+Warn = Callable[[str], None]
+
+
+class Crew(Protocol):
+    """Whoever labels: a labeler in this process, or several in others."""
+
+    @property
+    def classes(self) -> ClassList: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def work(
+        self, tasks: Iterable[Task | None], folder: Path, labels: LabelFolder, stop: threading.Event, warn: Warn
+    ) -> Generator[list[Receipt], None, None]:
+        """The receipts of all tasks, nearly in order; once ``stop`` is set, of those in hand."""
+        ...
+
+    def report(self, summary: Summary) -> None:
+        """Fills in the seconds and the padding."""
+        ...
+
+
+class Alone:
+    """A labeler in this process."""
+
+    def __init__(self, labeler: Labeler, *, batch: int) -> None:
+        self._labeler, self._batch = labeler, batch
+        self._before = labeler.device.seconds
+        labeler.take_seconds()
+
+    @property
+    def classes(self) -> ClassList:
+        return self._labeler.classes
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._labeler.settings
+
+    def work(
+        self, tasks: Iterable[Task | None], folder: Path, labels: LabelFolder, stop: threading.Event, warn: Warn
+    ) -> Generator[list[Receipt], None, None]:
+        self._labeler.device.warn = warn
+        return Stream(self._labeler, folder, labels, batch=self._batch, stop=stop).run(tasks)
+
+    def report(self, summary: Summary) -> None:
+        for stage, seconds in self._labeler.take_seconds().items():
+            summary.stage_seconds[stage] = summary.stage_seconds.get(stage, 0.0) + seconds
+        summary.engine_seconds = self._labeler.device.seconds - self._before
+        summary.padding = self._labeler.padding()
 
 
 def label_folder(
-    labeler: Labeler,
+    labeler: Labeler | Crew,
     folder: Path,
     out: Path,
     *,
     batch: int = 8,
     retry_failed: bool = False,
+    shard: Shard | None = None,
+    stop: threading.Event | None = None,
     progress: Progress | None = None,
-    warn: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
+    warn: Warn = lambda message: print(message, file=sys.stderr),
 ) -> Summary:
     """Labels every image below ``folder`` into the store ``out``; images already there, unchanged, are skipped.
 
+    Neither the images' names nor their results are held in memory, so that a folder may have any number of them.
+
     Args:
-        batch: images decoded and labelled together.
-        retry_failed: try the images again that a former run could not read.
-        progress: told after each batch.
-        warn: told of each image that fails; the run goes on.
+        labeler: one, or a crew of several on devices of their own.
+        batch: images that a labeler is given together.
+        retry_failed: try the images again that a former run could not label.
+        shard: (I, N): only the I-th of N shares of the images, counted from 0; N runs may write one store at a time.
+        stop: when set, the run finishes the batches in hand and returns.
+        progress: told after each batch that is in the store.
+        warn: told of each image that fails, and the like; the run goes on.
 
     Raises:
         ImageError: no images. StoreError: the store cannot be written or belongs to other settings.
     """
-    names = find_images(folder, leave_out=out)
-    targets = label_names(names)
+    crew = Alone(labeler, batch=batch) if isinstance(labeler, Labeler) else labeler
+    images = Folder(folder, out, shard)
+    check_images(Folder(folder, out))
     start = time.perf_counter()
-    with LabelStore(out, labeler.classes, labeler.settings) as store:
-        todo = [name for name in names if not _is_done(store, folder, name, targets[name], retry_failed)]
-        store.forget(todo)
-        failed_before = sum("error" in store.done.get(name, {}) for name in names)
-        summary = Summary(images=len(names), skipped=len(names) - len(todo), failed_before=failed_before)
-        labeler.take_seconds()
-        for loaded in _batches(folder, todo, batch):
-            good: list[Photograph] = []
-            for name, photo in loaded:
-                reason = str(photo) if isinstance(photo, ImageError) else labeler.missing(name)
-                if isinstance(photo, Photograph) and reason is None:
-                    good.append(photo)
-                    continue
-                warn(f"failed: {reason}")
-                store.write(_failure(folder, name, targets[name], str(reason)), None)
-                summary.failed += 1
-            if good:
-                result = labeler.pseudo_label(good)
-                seconds = labeler.take_seconds()
-                for row, photo in enumerate(good):
-                    store.write(_record(labeler, photo, targets[photo.name], result, row, seconds), result.label_maps[row])
-                for stage, taken in seconds.items():
-                    summary.stage_seconds[stage] = summary.stage_seconds.get(stage, 0.0) + taken
-                summary.labelled += len(good)
-                summary.boxes += len(result.boxes)
-            summary.seconds = time.perf_counter() - start
-            if progress:
-                progress(summary)
-    summary.seconds = time.perf_counter() - start
+    stop = stop or threading.Event()
+    with LabelStore(out, crew.classes, crew.settings, shard=shard) as store:
+        current = _Check(store.labels, folder, retry_failed)
+        told = store.select(dataclasses.replace(images, warn=warn), current)
+        summary = Summary(images=told.images, skipped=told.done, failed_before=told.failed)
+        tasks = (Task(number, found.name, found.label) for number, found in enumerate(store.missing(images)))
+        with closing(crew.work(tasks, folder, store.labels, stop, warn)) as receipts:
+            for records in _in_order(receipts):
+                store.append(records)
+                _count(summary, records, warn)
+                crew.report(summary)
+                summary.seconds = time.perf_counter() - start
+                if progress:
+                    progress(summary)
+        summary.seconds = time.perf_counter() - start
+        summary.stopped = stop.is_set() and summary.skipped + summary.labelled + summary.failed < summary.images
+        if summary.labelled or summary.failed:
+            store.add_history({"ended": datetime.now(UTC).isoformat(timespec="seconds"), **dataclasses.asdict(summary)})
     return summary
 
 
-def _is_done(store: LabelStore, folder: Path, name: str, target: str, retry_failed: bool) -> bool:
-    record = store.done.get(name)
-    if record is None or (retry_failed and "error" in record) or record["label"] != target:
-        return False
-    if "error" not in record and not (store.folder / "labels" / target).is_file():
-        return False
-    size, sha256 = _fingerprint(folder, name)
-    return bool(record["bytes"] == size and record["sha256"] == sha256)
+@dataclass(frozen=True)
+class _Check:
+    """Does a line still tell the truth about an image? Its content decides; size and time of change answer sooner."""
 
+    labels: LabelFolder
+    folder: Path
+    retry_failed: bool
 
-def _fingerprint(folder: Path, name: str) -> tuple[int, str]:
-    path = folder / name if folder.is_dir() else folder
-    try:
-        with path.open("rb") as file:
-            return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return 0, ""
-
-
-def _batches(folder: Path, names: list[str], batch: int) -> Iterator[list[tuple[str, Photograph | ImageError]]]:
-    def read(name: str) -> Photograph | ImageError:
+    def __call__(self, image: Found, record: Record) -> bool:
+        if (self.retry_failed and "error" in record) or record["label"] != image.label:
+            return False
+        if "error" not in record and not (self.labels.folder / image.label).is_file():
+            return False
         try:
-            return read_photograph(folder, name)
-        except ImageError as error:
-            return error
-
-    with ThreadPoolExecutor(DECODERS) as pool:
-        waiting: deque[tuple[str, Future[Photograph | ImageError]]] = deque()
-        upcoming = iter(names)
-        while True:
-            while len(waiting) < 2 * batch and (name := next(upcoming, None)) is not None:
-                waiting.append((name, pool.submit(read, name)))
-            if not waiting:
-                return
-            taken = [waiting.popleft() for _ in range(min(batch, len(waiting)))]
-            yield [(name, future.result()) for name, future in taken]
+            status = path_of(self.folder, image.name).stat()
+            if record["sha256"] and status.st_size != record["bytes"]:
+                return False
+            if record["sha256"] and status.st_mtime_ns == record.get("mtime_ns"):
+                return True
+            file = read_file(self.folder, image.name)
+        except (OSError, ImageError):
+            return not record["sha256"]  # it could not be read then, and cannot now
+        return bool(record["sha256"] == file.sha256)
 
 
-def _failure(folder: Path, name: str, target: str, reason: str) -> Record:
-    size, sha256 = _fingerprint(folder, name)
-    return {"path": name, "label": target, "bytes": size, "sha256": sha256, "error": reason}
+def _in_order(receipts: Iterable[list[Receipt]]) -> Iterator[list[Record]]:
+    """Lines in the order of the tasks, so that the manifest is the same however the work was shared.
+
+    Lines wait for those before them; where a run is stopped some never come, and the rest is given at the end.
+    """
+    waiting: dict[int, Record] = {}
+    upcoming = 0
+    for group in receipts:
+        waiting |= dict(group)
+        ready = []
+        while (record := waiting.pop(upcoming, None)) is not None:
+            ready.append(record)
+            upcoming += 1
+        if ready:
+            yield ready
+    if waiting:
+        yield [waiting[number] for number in sorted(waiting)]
 
 
-def _record(
-    labeler: Labeler, photo: Photograph, target: str, result: PseudoLabels, row: int, seconds: dict[str, float]
-) -> Record:
-    names, share = labeler.classes.names, len(result)
-    boxes = [
-        {
-            "label": names[result.boxes.label[i] - 1],
-            "score": round(float(result.boxes.score[i]), 4),
-            "xyxy": [round(float(edge), 2) for edge in result.boxes.xyxy_image[i]],
-            "quality": round(float(result.quality[i]), 4),
-            "area_px": int(result.area[i]),
-            "won_px": int(result.won[i]),
-        }
-        for i in (result.boxes.image == row).nonzero()[0]
-    ]
-    present = result.labels.present[row].nonzero()[0]
-    return {
-        "path": photo.name,
-        "label": target,
-        "bytes": photo.size_bytes,
-        "sha256": photo.sha256,
-        "height": photo.shape[0],
-        "width": photo.shape[1],
-        "classes": {names[c]: round(float(result.labels.score[row, c]), 4) for c in present},
-        "boxes": boxes,
-        "void_px": int((result.label_maps[row] == 255).sum()),
-        "seconds": {stage: round(taken / share, 4) for stage, taken in seconds.items()},
-    }
+def _count(summary: Summary, records: list[Record], warn: Warn) -> None:
+    for record in records:
+        if "error" in record:
+            summary.failed += 1
+            warn(f"failed: {printable(record['error'])}")
+        else:
+            summary.labelled += 1
+            summary.boxes += len(record["boxes"])
+
+
+def printable(text: str) -> str:
+    """The text on one line: what a terminal would obey (line breaks, escape sequences) is written out."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in text)

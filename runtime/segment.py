@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from ..batch import Boxes, Images, Masks, Tensor
-from ..engines.engine import Engine
+from ..batch import Boxes, Images, Masks, Photograph, Tensor
+from ..engines.engine import Engine, outliving
 from ..frame import Frame, frame_for
 from ..spec import Model
-from .images import on_canvas
+from .images import made_ahead, on_canvas, stacked
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Images as the encoder sees them, on its device.
+
+    groups: numbers of the images of each encoder call. embeddings: what it gave, one row an image.
+    frames: one per image of the batch, None for an image without boxes.
+    """
+
+    groups: list[np.ndarray]
+    embeddings: list[Tensor]
+    frames: list[Frame | None]
 
 
 class Outliner:
@@ -25,27 +40,42 @@ class Outliner:
 
     def __call__(self, images: Images, boxes: Boxes) -> Masks:
         """One mask per box; an image without a box is not encoded."""
+        return self.decode(self.encode(images, boxes), boxes)
+
+    def encode(self, images: Images, boxes: Boxes) -> Embedded:
+        """The images that have boxes, embedded."""
         wanted = np.unique(boxes.image)
         frames: list[Frame | None] = [None] * len(images)
         for number in wanted:
             frames[number] = frame_for(self._preprocess, *images[number].shape)
-        masks = Masks(
-            [], np.zeros(len(boxes), np.int64), np.zeros(len(boxes), np.int64), np.zeros(len(boxes), np.float32), frames
-        )
         step = min(self._encoder.axes["batch"].max, self._decoder.axes["images"].max)
-        for start in range(0, len(wanted), step):
-            group = wanted[start : start + step]
-            self._decode(self._encode(images, group, frames), group, boxes, masks)
+        groups = [wanted[start : start + step] for start in range(0, len(wanted), step)]
+        return Embedded(groups, [outliving(self._encode(images, group, frames)) for group in groups], frames)
+
+    def decode(self, embedded: Embedded, boxes: Boxes) -> Masks:
+        """One mask per box of embedded images."""
+        count = len(boxes)
+        masks = Masks([], np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.float32), embedded.frames)
+        for group, embedding in zip(embedded.groups, embedded.embeddings, strict=True):
+            self._decode(embedding, group, boxes, masks)
         return masks
+
+    def room(self, photo: Photograph) -> tuple[int, ...]:
+        """(S, S, 3)."""
+        return (*frame_for(self._preprocess, *photo.shape).canvas, 3)
+
+    def prepare(self, photo: Photograph, out: np.ndarray) -> np.ndarray:
+        """A photograph as the encoder takes it: (S, S, 3) uint8."""
+        return on_canvas(photo.pixels, frame_for(self._preprocess, *photo.shape), self._preprocess.filter, out)
 
     def _encode(self, images: Images, group: np.ndarray, frames: list[Frame | None]) -> Tensor:
         pixels, sizes = [], []
         for number in group:
             frame = frames[number]
             assert frame is not None
-            pixels.append(on_canvas(images[number].pixels, frame, self._preprocess.filter))
+            pixels.append(made_ahead(images[number], "segment", self))
             sizes.append(frame.valid)
-        return self._encoder({"pixels": np.stack(pixels), "size": np.array(sizes, np.int64)})["embedding"]
+        return self._encoder({"pixels": stacked(pixels), "size": np.array(sizes, np.int64)})["embedding"]
 
     def _decode(self, embedding: Tensor, group: np.ndarray, boxes: Boxes, masks: Masks) -> None:
         rows = np.flatnonzero(np.isin(boxes.image, group))
@@ -60,7 +90,7 @@ class Outliner:
             )
             masks.part[chosen], masks.row[chosen] = len(masks.logits), np.arange(len(chosen))
             masks.quality[chosen] = np.asarray(out["quality"])
-            masks.logits.append(out["logits"])
+            masks.logits.append(outliving(out["logits"]))
 
     @staticmethod
     def _to_model(boxes: Boxes, row: int, frames: list[Frame | None]) -> np.ndarray:

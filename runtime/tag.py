@@ -14,13 +14,14 @@ Two rules, named in the bundle, since a threshold belongs to one of them:
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 
-from ..batch import Images, Labels
+from ..batch import Images, Labels, Photograph
 from ..classes import ClassList, backgrounds_for
 from ..engines.engine import Engine
 from ..frame import Frame
 from ..spec import Model
-from .images import on_canvas
+from .images import made_ahead, on_canvas, stacked
 from .text import open_tokenizer
 
 
@@ -48,12 +49,12 @@ class Tagger:
 
     def __call__(self, images: Images) -> Labels:
         """Scores of B images: (B, C) float32, the best view's softmax probability of each class."""
-        views = [(number, view) for number, photo in enumerate(images) for view in self._views(photo.pixels)]
+        views = [(number, view) for number, photo in enumerate(images) for view in made_ahead(photo, "tag", self)]
         score = np.zeros((len(images), self._classes), np.float32)
         step = self._image.axes["batch"].max
         for start in range(0, len(views), step):
             chunk = views[start : start + step]
-            out = self._image({"pixels": np.stack([view for _, view in chunk])})
+            out = self._image({"pixels": stacked([view for _, view in chunk])})
             probability = self._probability(np.asarray(out["embedding"]))
             np.maximum.at(score, [number for number, _ in chunk], probability)
         return Labels(score, score >= self.threshold)
@@ -67,13 +68,17 @@ class Tagger:
         others = np.logaddexp.reduce(logits[:, self._classes :], axis=1, keepdims=True)  # (V, 1)
         return np.exp(-np.logaddexp(0, others - logits[:, : self._classes]))
 
-    def _views(self, pixels: np.ndarray) -> list[np.ndarray]:
+    def room(self, photo: Photograph) -> tuple[int, ...]:
+        """(V, S, S, 3)."""
+        return (sum(level * level for level in self._levels), *self._preprocess.canvases[0], 3)
+
+    def prepare(self, photo: Photograph, out: np.ndarray) -> np.ndarray:
+        """The views of a photograph as the engine takes them: (V, S, S, 3) uint8."""
         side = self._preprocess.canvases[0]
-        views = []
-        for y0, y1, x0, x1 in view_windows(pixels.shape[0], pixels.shape[1], self._levels):
-            frame = Frame((y1 - y0, x1 - x0), side, side)
-            views.append(on_canvas(np.ascontiguousarray(pixels[y0:y1, x0:x1]), frame, self._preprocess.filter))
-        return views
+        image = Image.fromarray(photo.pixels)
+        for view, (y0, y1, x0, x1) in zip(out, view_windows(*photo.shape, self._levels), strict=True):
+            on_canvas(image.crop((x0, y0, x1, y1)), Frame((y1 - y0, x1 - x0), side, side), self._preprocess.filter, view)
+        return out
 
 
 def view_windows(height: int, width: int, levels: tuple[int, ...]) -> list[tuple[int, int, int, int]]:

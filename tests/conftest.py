@@ -239,7 +239,9 @@ class World:
     def model(self, name: str) -> Model:
         return open_bundle(self.bundle).model(name)
 
-    def open_graph(self, model: Model, graph: str, engine: str = "ort", *, device: str = "cpu") -> FakeEngine:
+    def open_graph(
+        self, model: Model, graph: str, engine: str = "ort", *, device: str = "cpu", unverified: bool = False
+    ) -> FakeEngine:
         """In place of `wsss.engines.opening.open_graph`."""
         key = model.manifest.family, graph
         return self.engines.setdefault(key, FakeEngine(model.graph(graph), SCRIPTS[key][0]))

@@ -13,7 +13,7 @@ import pytest
 from wsss.batch import Labels
 from wsss.classes import class_list
 from wsss.errors import WsssError
-from wsss.runtime.given import GivenBoxes, GivenLabels, read_voc_xml
+from wsss.runtime.given import GivenBoxes, GivenLabels, given_hash, read_voc_xml
 
 if TYPE_CHECKING:
     from ..conftest import World
@@ -187,3 +187,21 @@ def test_no_boxes_there(tmp_path: Path) -> None:
 def test_a_bad_annotation_is_named(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(WsssError, match=rf"x\.xml: {said}"):
         read_voc_xml(written(tmp_path / "x.xml", text))
+
+
+def test_the_hash_of_what_is_given_tells_every_change(tmp_path: Path) -> None:
+    (tmp_path / "xml" / "sub").mkdir(parents=True)
+    (tmp_path / "xml" / "a.xml").write_text("<a/>")
+    (tmp_path / "xml" / "sub" / "b.xml").write_text("<b/>")
+    (tmp_path / "xml" / "notes.txt").write_text("not looked at")
+    seen = [given_hash(tmp_path / "xml")]
+    (tmp_path / "xml" / "notes.txt").write_text("still not")
+    assert given_hash(tmp_path / "xml") == seen[0]
+    (tmp_path / "xml" / "sub" / "b.xml").write_text("<c/>")
+    seen.append(given_hash(tmp_path / "xml"))
+    (tmp_path / "xml" / "a.xml").rename(tmp_path / "xml" / "aa.xml")
+    seen.append(given_hash(tmp_path / "xml"))
+    seen.append(given_hash(tmp_path / "xml" / "aa.xml"))
+    assert len(set(seen)) == 4
+    with pytest.raises(WsssError, match="cannot be read: No such file"):
+        given_hash(tmp_path / "none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from wsss import photographs
 from wsss.errors import ImageError
 from wsss.frame import Frame
-from wsss.runtime import images
-from wsss.runtime.images import find_images, label_names, on_canvas, read_photograph
+from wsss.photographs import read_photograph
+from wsss.runtime.images import Folder, check_images, label_names, on_canvas
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8)
 
@@ -144,9 +146,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, data: bytes, said: str) ->
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice: bool) -> None:
     Image.fromarray(RGB).save(tmp_path / "x.png")
-    monkeypatch.setattr(images, "MOST_PIXELS", 54)
+    monkeypatch.setattr(photographs, "MOST_PIXELS", 54)
     read_photograph(tmp_path, "x.png")
-    monkeypatch.setattr(images, "MOST_PIXELS", 53)
+    monkeypatch.setattr(photographs, "MOST_PIXELS", 53)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 if twice else 53)
     with pytest.raises(ImageError, match=r"x\.png: .*(9 x 6 pixels, at most 53|decompression bomb)"):
         read_photograph(tmp_path, "x.png")
@@ -165,18 +167,57 @@ def test_finds_images_below_a_folder_in_order(tmp_path: Path) -> None:
     for name in (*images, ".hidden.jpg", ".cache/g.jpg", "notes.txt", "h.gif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert find_images(tmp_path) == ["a.jpeg", "b.JPG", "e.tiff", "f.bmp", "sub/d.webp", "sub/deep/c.png"]
-    assert find_images(tmp_path, leave_out=tmp_path / "sub") == ["a.jpeg", "b.JPG", "e.tiff", "f.bmp"]
-    assert find_images(tmp_path / "notes.txt") == ["notes.txt"], "one file is taken as it is"
+    assert [each.name for each in Folder(tmp_path)] == ["a.jpeg", "b.JPG", "e.tiff", "f.bmp", "sub/d.webp", "sub/deep/c.png"]
+    assert [each.name for each in Folder(tmp_path, tmp_path / "sub")] == ["a.jpeg", "b.JPG", "e.tiff", "f.bmp"]
+    assert [each.name for each in Folder(tmp_path / "notes.txt")] == ["notes.txt"], "one file is taken as it is"
+
+
+def test_names_come_in_the_order_of_their_code_points(tmp_path: Path) -> None:
+    names = ["a-b.jpg", "a.jpg", "a/z.jpg", "a0.jpg", "ab/c.jpg", "ä.jpg", "B.jpg", "a.jpg.d/x.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [each.name for each in Folder(tmp_path)] == sorted(names)
+
+
+def test_shards_share_the_images_and_an_image_stays_in_its_share(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.jpg").touch()
+    shares = [{each.name for each in Folder(tmp_path, shard=(number, 3))} for number in range(3)]
+    assert set.union(*shares) == {f"{number}.jpg" for number in range(40)}
+    assert sum(map(len, shares)) == 40
+    assert min(map(len, shares)) > 5
+    (tmp_path / "0new.jpg").touch()
+    for number in range(3):
+        assert {each.name for each in Folder(tmp_path, shard=(number, 3))} - {"0new.jpg"} == shares[number]
+
+
+def test_links_to_folders_are_not_followed_and_said(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jpg").touch()
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    said: list[str] = []
+    assert [each.name for each in Folder(tmp_path, warn=said.append)] == ["a/x.jpg"]
+    assert said == ["left out: a/up: a link to a folder; label that folder itself"]
+
+
+def test_labels_of_folders_that_differ_by_case_only_do_not_meet(tmp_path: Path) -> None:
+    for name in ("Dog/a.jpg", "dog/a.jpg", "dog.png/x.jpg", "dog.jpg", "cat/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    labels = {each.name: each.label for each in Folder(tmp_path)}
+    assert labels["cat/a.jpg"] == "cat/a.png"
+    assert labels["dog.jpg"] == "dog.jpg.png", "dog.png is a folder"
+    assert len({label.lower() for label in labels.values()}) == 5
 
 
 def test_an_empty_folder_and_none_at_all(tmp_path: Path) -> None:
     (tmp_path / "text.txt").touch()
     with pytest.raises(ImageError, match="no images in it") as caught:
-        find_images(tmp_path)
+        check_images(Folder(tmp_path))
     assert ".jpg" in caught.value.hint
     with pytest.raises(ImageError, match="expected a folder of images, found nothing"):
-        find_images(tmp_path / "none")
+        check_images(Folder(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +237,13 @@ def test_labels_never_meet(names: list[str], labels: list[str]) -> None:
     assert len({label.lower() for label in labels}) == len(labels)
 
 
+@pytest.mark.parametrize("names", [["a.jpg", "A.jpg"], ["é.jpg", "e\u0301.jpg"], ["x" * 251 + ".jpg", "x" * 251 + ".bmp"]])
+def test_labels_that_only_some_file_systems_tell_apart_get_a_hash(names: list[str]) -> None:
+    labels = label_names(names)
+    assert len({unicodedata.normalize("NFC", label).casefold() for label in labels.values()}) == 2
+    assert all(label.endswith(".png") and len(label.encode()) <= 255 for label in labels.values())
+
+
 # ---- canvases ----
 
 
@@ -204,7 +252,7 @@ def test_on_canvas_pads_right_and_bottom_with_black() -> None:
     assert np.array_equal(canvas[:6, :9], RGB)
     assert canvas.sum() == RGB.sum()
     assert canvas.shape == (8, 12, 3)
-    assert on_canvas(RGB, Frame((6, 9), (6, 9), (6, 9)), "bilinear") is RGB
+    assert np.array_equal(on_canvas(RGB, Frame((6, 9), (6, 9), (6, 9)), "bilinear"), RGB)
 
 
 @pytest.mark.parametrize("filter", ["bilinear", "bicubic"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from wsss.batch import Boxes
+from wsss.batch import Boxes, Tensor
+from wsss.engines.fake import FakeEngine
 from wsss.runtime.segment import Outliner, calls_by_image
 
 if TYPE_CHECKING:
@@ -86,3 +89,39 @@ def test_many_images_and_boxes_are_split_at_the_engines_ranges(world: World) -> 
         want = np.full((32, 32), -4, np.float32)
         want[y0:y1, x0:x1] = 4
         assert np.array_equal(logits, want), (number, image)
+
+
+class Reusing:
+    """An engine whose every call overwrites what the last one gave, as TensorRT's does."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+        self._last: dict[str, Borrowed] = {}
+        self.inputs, self.outputs, self.axes = engine.inputs, engine.outputs, engine.axes
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for tensor in self._last.values():
+            tensor.array.fill(-99)
+        self._last = {name: Borrowed(np.array(value)) for name, value in self._engine(feeds).items()}
+        return dict(self._last)
+
+
+class Borrowed:
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return self.array
+
+    def clone(self) -> Borrowed:
+        return Borrowed(self.array.copy())
+
+
+def test_masks_outlive_the_calls_of_an_engine_that_reuses_its_memory(world: World) -> None:
+    photos = [world.photo(32, 32, red=(4 * i, 0, 4 * i + 8, 8)) for i in range(5)]
+    found = boxes(*((i, (4 * i, 0, 4 * i + 8, 8)) for i in range(5)))
+    decoder = Reusing(world.engine("sam", "decoder"))
+    masks = Outliner(world.model("sam"), Reusing(world.engine("sam", "encoder")), decoder)(photos, found)
+    assert len(masks.logits) == 3
+    for part, expected in zip(masks.logits, outliner(world)(photos, found).logits, strict=True):
+        assert np.array_equal(np.asarray(part), np.asarray(expected))

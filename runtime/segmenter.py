@@ -1,0 +1,148 @@
+"""The trained segmenter in the place of the chain: one graph from photographs to label maps.
+
+It takes the seat of the last stage, with nothing to do for the others, so that runs, stores and reports are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from ..batch import Boxes, Images, Labels, Masks, PseudoLabels
+from ..classes import ClassList, class_list
+from ..engines.engine import Engine
+from ..errors import UsageError
+from ..spec import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A part of a photograph on a canvas, and the part of that which counts.
+
+    All (y0, y1, x0, x1) in pixels of the photograph: ``seen`` goes on the canvas, top left; ``owned`` lies within it.
+    """
+
+    image: int
+    seen: tuple[int, int, int, int]
+    owned: tuple[int, int, int, int]
+
+
+class SegmenterStage:
+    """Label maps from the segmenter.
+
+    Args:
+        model: the bundle's ``segmenter``.
+        engine_of: opens the engine of a canvas, asked once for each that is needed.
+    """
+
+    def __init__(self, model: Model, engine_of: Callable[[tuple[int, int]], Engine]) -> None:
+        self._canvases = model.manifest.preprocess.canvases
+        self._overlap = int(model.manifest.settings["overlap_px"])
+        self._classes = len(model.manifest.settings["classes"])
+        self._engine_of = engine_of
+        self._engines: dict[tuple[int, int], Engine] = {}
+
+    def __call__(self, images: Images, labels: Labels, boxes: Boxes, masks: Masks) -> PseudoLabels:
+        """Label maps at original size, the confidence of every pixel, and each class's mean confidence as its score."""
+        maps = [np.empty(photo.shape, np.uint8) for photo in images]
+        confidence = [np.empty(photo.shape, np.uint8) for photo in images]
+        jobs: dict[tuple[int, int], list[Tile]] = {}
+        for number, photo in enumerate(images):
+            canvas = canvas_for(self._canvases, photo.shape)
+            jobs.setdefault(canvas, []).extend(tiles(number, photo.shape, canvas, self._overlap))
+        for canvas, wanted in jobs.items():
+            engine = self._engines.get(canvas)
+            if engine is None:
+                engine = self._engines[canvas] = self._engine_of(canvas)
+            step = engine.axes["batch"].max
+            for start in range(0, len(wanted), step):
+                self._run(engine, canvas, images, wanted[start : start + step], maps, confidence)
+        labels = scores(maps, confidence, self._classes)
+        nothing = np.zeros(0, np.int64)
+        names = [photo.name for photo in images]
+        return PseudoLabels(names, maps, labels, Boxes.none(), np.zeros(0, np.float32), nothing, nothing, confidence)
+
+    @staticmethod
+    def _run(
+        engine: Engine,
+        canvas: tuple[int, int],
+        images: Images,
+        wanted: Sequence[Tile],
+        maps: list[np.ndarray],
+        confidence: list[np.ndarray],
+    ) -> None:
+        pixels = np.zeros((len(wanted), *canvas, 3), np.uint8)
+        size = np.zeros((len(wanted), 2), np.int64)
+        for row, tile in enumerate(wanted):
+            y0, y1, x0, x1 = tile.seen
+            size[row] = y1 - y0, x1 - x0
+            pixels[row, : y1 - y0, : x1 - x0] = images[tile.image].pixels[y0:y1, x0:x1]
+        out = engine({"pixels": pixels, "size": size})
+        for found, target in ((np.asarray(out["label_map"]), maps), (np.asarray(out["confidence"]), confidence)):
+            for row, tile in enumerate(wanted):
+                y0, y1, x0, x1 = tile.owned
+                top, left = tile.seen[0], tile.seen[2]
+                target[tile.image][y0:y1, x0:x1] = found[row, y0 - top : y1 - top, x0 - left : x1 - left]
+
+
+def canvas_for(canvases: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest canvas that holds a photograph of (height, width), else the largest one, for its tiles."""
+    fitting = [canvas for canvas in canvases if canvas[0] >= size[0] and canvas[1] >= size[1]]
+    by_area = sorted(fitting or canvases, key=lambda canvas: canvas[0] * canvas[1])
+    return by_area[0] if fitting else by_area[-1]
+
+
+def tiles(image: int, size: tuple[int, int], canvas: tuple[int, int], overlap: int) -> Iterator[Tile]:
+    """Tiles that cover a photograph of (height, width), evenly spaced, each pixel owned by exactly one.
+
+    Neighbours share at least ``overlap`` pixels and meet in the middle of what they share.
+    """
+    for seen_y, owned_y in spans(size[0], canvas[0], overlap):
+        for seen_x, owned_x in spans(size[1], canvas[1], overlap):
+            yield Tile(image, (*seen_y, *seen_x), (*owned_y, *owned_x))
+
+
+def spans(length: int, window: int, overlap: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """(seen, owned) spans of windows along one axis."""
+    if length <= window:
+        return [((0, length), (0, length))]
+    count = -(-(length - overlap) // (window - overlap))
+    starts = [round(number * (length - window) / (count - 1)) for number in range(count)]
+    edges = [0, *((before + after + window) // 2 for before, after in pairwise(starts)), length]
+    return [((start, start + window), (edges[number], edges[number + 1])) for number, start in enumerate(starts)]
+
+
+def scores(maps: Sequence[np.ndarray], confidence: Sequence[np.ndarray], classes: int) -> Labels:
+    """A class is present where any pixel has its label; its score is their mean confidence."""
+    score = np.zeros((len(maps), classes), np.float32)
+    present = np.zeros(score.shape, np.bool_)
+    for row, (label_map, sure) in enumerate(zip(maps, confidence, strict=True)):
+        pixels = np.bincount(label_map.ravel(), minlength=classes + 1)[1:]
+        total = np.bincount(label_map.ravel(), sure.ravel(), classes + 1)[1:]
+        score[row], present[row] = total / 255 / np.maximum(pixels, 1), pixels > 0
+    return Labels(score, present)
+
+
+def no_boxes(images: Images, labels: Labels) -> Boxes:
+    """The detector's seat: a segmenter needs none."""
+    return Boxes.none()
+
+
+def no_masks(images: Images, boxes: Boxes) -> Masks:
+    """The outliner's seat: a segmenter needs none."""
+    nothing = np.zeros(0, np.int64)
+    return Masks([], nothing, nothing, np.zeros(0, np.float32), [None] * len(images))
+
+
+def classes_of(model: Model, typed: ClassList | None) -> ClassList:
+    """The class list that the segmenter was trained on. Raises UsageError when another was typed."""
+    names = tuple(model.manifest.settings["classes"])
+    if typed is not None and typed.names != names:
+        raise UsageError(
+            f"--classes: the segmenter in {model.folder} knows {', '.join(names)}; got {', '.join(typed.names)}",
+            hint="leave --classes out: a trained segmenter brings its own list",
+        )
+    return typed or class_list(names)

@@ -1,0 +1,183 @@
+"""Engines that take turns, and calls cut smaller when memory runs out: the labels stay the same."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from wsss.batch import Tensor
+from wsss.engines.engine import Engine
+from wsss.engines.fake import FakeEngine
+from wsss.errors import OutOfMemory
+from wsss.labelstore import read_records
+from wsss.runtime.device import CutSmaller, Device, Turns, cut_to_fit
+from wsss.runtime.pipeline import Labeler
+from wsss.runtime.run import label_folder
+from wsss.spec import AxisRange, GraphSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from ..conftest import World
+
+SPEC = GraphSpec(
+    file="x.onnx",
+    inputs=(TensorSpec("x", ("batch", 2), "float32"),),
+    outputs=(TensorSpec("y", ("batch",), "float32"),),
+    axes={"batch": AxisRange(1, 4, 16)},
+    opset=18,
+)
+
+
+class Small:
+    """An engine whose memory holds ``most`` rows of a call's first input."""
+
+    def __init__(self, engine: Engine, most: int) -> None:
+        self._engine, self.most = engine, most
+        self.inputs, self.outputs, self.axes = engine.inputs, engine.outputs, engine.axes
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if next(iter(feeds.values())).shape[0] > self.most:
+            raise OutOfMemory("no room")
+        return self._engine(feeds)
+
+
+def engine(seconds: float = 0.0) -> FakeEngine:
+    return FakeEngine(SPEC, lambda feeds: {"y": feeds["x"].sum(axis=1)}, seconds=seconds)
+
+
+def test_calls_are_halved_until_they_fit_and_stay_so() -> None:
+    device, said = Device(), list[str]()
+    device.warn = said.append
+    guarded = device.engine(Small(engine(), 3), "sam/encoder")
+    rows = np.arange(40, dtype=np.float32).reshape(20, 2)
+
+    def stage() -> list[int]:
+        step = guarded.axes["batch"].max
+        return [len(guarded({"x": rows[start : start + step]})["y"]) for start in range(0, len(rows), step)]  # type: ignore[arg-type]
+
+    assert cut_to_fit(stage) == [2] * 10
+    assert cut_to_fit(stage) == [2] * 10
+    assert said == [
+        "sam/encoder: out of memory with batch = 16; going on with 8",
+        "sam/encoder: out of memory with batch = 8; going on with 4",
+        "sam/encoder: out of memory with batch = 4; going on with 2",
+    ]
+    assert guarded.axes["batch"] == AxisRange(1, 2, 2)
+    assert device.seconds > 0
+
+
+def test_the_smallest_call_that_does_not_fit_is_an_error() -> None:
+    guarded = Device().engine(Small(engine(), 0), "x")
+    with pytest.raises(CutSmaller):
+        guarded({"x": np.zeros((2, 2), np.float32)})
+    with pytest.raises(OutOfMemory):
+        guarded({"x": np.zeros((1, 2), np.float32)})
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_turns_are_given_in_the_order_of_asking(at_once: int) -> None:
+    turns, order, inside, most = Turns(at_once), list[int](), 0, 0
+    lock = threading.Lock()
+
+    def take(number: int) -> None:
+        nonlocal inside, most
+        with turns:
+            with lock:
+                order.append(number)
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.005)
+            with lock:
+                inside -= 1
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
+    with turns:
+        others = [turns for _ in range(at_once - 1)]
+        for other in others:
+            other.__enter__()
+        for thread in threads:
+            thread.start()
+            time.sleep(0.02)
+        assert order == [], "all turns are taken"
+        for other in others:
+            other.__exit__()
+    for thread in threads:
+        thread.join()
+    assert sorted(order[:at_once]) == list(range(at_once))
+    assert (sorted(order), most) == (list(range(6)), at_once)
+    if at_once == 1:
+        assert order == list(range(6))
+
+
+def test_waiting_for_a_turn_is_not_the_stage_s_time() -> None:
+    device = Device(at_once=1)
+    slow, quick = device.engine(engine(seconds=0.1), "slow"), device.engine(engine(), "quick")
+    feeds = {"x": np.zeros((1, 2), np.float32)}
+    thread = threading.Thread(target=slow, args=(feeds,))
+    thread.start()
+    time.sleep(0.03)
+    quick(feeds)
+    thread.join()
+    assert 0.03 < device.waited() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("graph", "most"),
+    [("clip/image", 1), ("grounding-dino/image-32x48", 1), ("sam/encoder", 1), ("sam/decoder", 1), ("grounding-dino/text", 1)],
+)
+def test_a_run_goes_on_with_smaller_calls(
+    world: World, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str, most: int
+) -> None:
+    label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "whole")
+    said: list[str] = []
+    tight(world, monkeypatch, graph, most)
+    label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "tight", warn=said.append)
+    assert contents(tmp_path / "tight") == contents(tmp_path / "whole")
+    assert graph == "grounding-dino/text" or any(line.startswith(f"{graph}: out of memory") for line in said), said
+
+
+def test_an_image_that_never_fits_fails_alone(
+    world: World, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tight(world, monkeypatch, "grounding-dino/image-48x32", 0)  # the canvas of one photograph, upright
+    summary = label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "store", warn=lambda _: None)
+    assert (summary.labelled, summary.failed) == (4, 1)
+    failed = [record for record in read_records(tmp_path / "store") if "error" in record]
+    assert [record["path"] for record in failed] == ["sub/three.png"]
+    assert "no room" in failed[0]["error"]
+
+
+def test_a_batch_is_tried_in_halves(world: World, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fusing cannot cut its masks: two photographs of one mask each fit one by one only, those of several masks never."""
+    label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "whole")
+    tight(world, monkeypatch, "sam/fuse", 1)
+    said: list[str] = []
+    opened = Labeler.open(world.bundle, classes=world.classes)
+    summary = label_folder(opened, photos, tmp_path / "tight", warn=said.append)
+    assert (summary.labelled, summary.failed) == (3, 2)
+    assert any("trying them in halves" in line for line in said), (said, summary)
+    whole, found = contents(tmp_path / "whole"), contents(tmp_path / "tight")
+    labels = {name for name in found if name.startswith("labels/")}
+    assert labels
+    assert all(found[name] == whole[name] for name in labels)
+
+
+def tight(world: World, monkeypatch: pytest.MonkeyPatch, graph: str, most: int) -> None:
+    """From now on this graph has memory for that many rows."""
+    world.engines.clear()
+    opened = world.open_graph
+
+    def open_graph(model, name, *given, **how):  # type: ignore[no-untyped-def]
+        fake = opened(model, name, *given, **how)
+        return Small(fake, most) if f"{model.manifest.family}/{name}" == graph else fake
+
+    monkeypatch.setattr("wsss.runtime.pipeline.open_graph", open_graph)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "history.jsonl"}
