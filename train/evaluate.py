@@ -1,4 +1,8 @@
-"""Scores of label maps and labels by the field's protocol. numpy only: the base install runs it."""
+"""Scores of label maps and labels by the field's protocol. numpy only: the base install runs it.
+
+Everything about pixels comes from ONE confusion matrix of all images, never from a mean over images (VOC 2012 devkit,
+VOCevalseg.m). Folders of files are scored by `evaluate_run`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
     Args:
         truth: label map, uint8 of any shape; 255 is left out.
         predicted: label map of the same shape; 255 (void) counts as a miss, in the last column.
-        classes: number of labels with background; another label is a ValueError.
+        classes: number of labels with background, at most 255; another label is a ValueError.
 
     Returns:
         (classes, classes + 1) int64; rows are the truth.
@@ -19,27 +23,54 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
     if truth.shape != predicted.shape:
         raise ValueError(f"truth is {truth.shape}, predicted {predicted.shape}")
     for label_map in (truth, predicted):
-        if ((label_map >= classes) & (label_map != 255)).any():
-            raise ValueError(f"label {label_map[label_map != 255].max()}, there are {classes} classes")
-    counted = truth != 255
-    column = np.where(predicted[counted] == 255, classes, predicted[counted]).astype(np.int64)
-    cells = truth[counted].astype(np.int64) * (classes + 1) + column
-    return np.bincount(cells, minlength=classes * (classes + 1)).reshape(classes, classes + 1)
+        label = highest_label(label_map)
+        if label >= classes:
+            raise ValueError(f"label {label}, there are {classes} classes")
+    # Rows and columns of 256 for every label, so that no pixel has to be picked out or renamed; what is not asked for is cut off.
+    cells = (truth.astype(np.uint16) << 8) | predicted
+    counts = np.bincount(cells.ravel(), minlength=1 << 16).reshape(256, 256)
+    return np.concatenate([counts[:classes, :classes], counts[:classes, 255:]], axis=1)
+
+
+def highest_label(label_map: np.ndarray) -> int:
+    """The highest label of a uint8 map other than 255 (void); 0 for a map of void alone or without pixels."""
+    there = np.bincount(label_map.ravel(), minlength=256)[:255].nonzero()[0]
+    return int(there[-1]) if len(there) else 0
 
 
 def class_iou(matrix: np.ndarray) -> np.ndarray:
     """IoU of each class, (classes,) float64, from ONE confusion matrix of all images; NaN for a class never seen."""
     hit = np.diag(matrix).astype(np.float64)
-    union = matrix.sum(axis=1) + matrix[:, : len(matrix)].sum(axis=0) - hit
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(hit / np.where(union == 0, np.nan, union))
+    return _share(hit, matrix.sum(axis=1) + matrix[:, : len(matrix)].sum(axis=0) - hit)
 
 
 def mean_iou(matrix: np.ndarray) -> float:
     """Mean of ``class_iou`` over the classes that occur, background included (PASCAL VOC); NaN when none does."""
-    iou = class_iou(matrix)
-    seen = ~np.isnan(iou)
-    return float(iou[seen].mean()) if seen.any() else float("nan")
+    return mean_of_seen(class_iou(matrix))
+
+
+def class_precision(matrix: np.ndarray) -> np.ndarray:
+    """Of the pixels given to a class, the share that is right: (classes,) float64.
+
+    0 for a class that is only in the truth, NaN for one that is in neither, so that its mean is over the classes of mIoU.
+    """
+    return _of_seen(np.diag(matrix), matrix[:, : len(matrix)].sum(axis=0), matrix)
+
+
+def class_recall(matrix: np.ndarray) -> np.ndarray:
+    """Of a class's true pixels, the share that was found: (classes,) float64; 0 and NaN as in `class_precision`."""
+    return _of_seen(np.diag(matrix), matrix.sum(axis=1), matrix)
+
+
+def pixel_accuracy(matrix: np.ndarray) -> float:
+    """Share of the counted pixels that got their label, void being wrong; NaN when no pixel counts."""
+    return float(_share(np.trace(matrix), matrix.sum()))
+
+
+def mean_of_seen(values: np.ndarray) -> float:
+    """Mean of what is not NaN; NaN when all are."""
+    seen = ~np.isnan(values)
+    return float(values[seen].mean()) if seen.any() else float("nan")
 
 
 def label_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
@@ -62,3 +93,36 @@ def label_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
         "f1": float(2 * hit.sum() / max(said.sum() + there.sum(), 1)),
         "macro_f1": macro,
     }
+
+
+def average_precision(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """Average precision of image labels, the sum over thresholds of precision times the step in recall.
+
+    Not interpolated (as scikit-learn's ``average_precision_score``; VOC's devkit of 2007 interpolates at 11 points). Images
+    of one score enter together, so that their order decides nothing.
+
+    Args:
+        truth: (B, C) bool. score: (B, C) float.
+
+    Returns:
+        (C,) float64; NaN for a class that is in no image.
+    """
+    result = np.full(truth.shape[1], np.nan)
+    for column in np.flatnonzero(truth.any(axis=0)):
+        order = np.argsort(-score[:, column], kind="stable")
+        ranked = score[order, column]
+        last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # of each group of equal scores
+        hit = np.cumsum(truth[order, column])[last]
+        result[column] = np.sum(np.diff(hit, prepend=0) / hit[-1] * (hit / (last + 1)))
+    return result
+
+
+def _of_seen(hit: np.ndarray, whole: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    share = np.nan_to_num(_share(hit, whole))
+    share[np.isnan(class_iou(matrix))] = np.nan
+    return share
+
+
+def _share(part: np.ndarray | np.int64, whole: np.ndarray | np.int64) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(part / np.where(whole == 0, np.nan, whole))

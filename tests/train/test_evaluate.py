@@ -7,7 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from wsss.train.evaluate import class_iou, confusion_matrix, label_scores, mean_iou
+from wsss.train.evaluate import (
+    average_precision,
+    class_iou,
+    class_precision,
+    class_recall,
+    confusion_matrix,
+    label_scores,
+    mean_iou,
+    mean_of_seen,
+    pixel_accuracy,
+)
 
 
 def matrix(truth: list[int], predicted: list[int], classes: int = 3) -> np.ndarray:
@@ -66,6 +76,64 @@ def test_iou_of_each_class_and_their_mean(truth: list[int], predicted: list[int]
     found = class_iou(matrix(truth, predicted))
     assert [None if math.isnan(each) else each for each in found] == pytest.approx(iou)
     assert mean_iou(matrix(truth, predicted)) == pytest.approx(mean)
+
+
+def test_255_labels_fill_the_matrix() -> None:
+    every = np.arange(256, dtype=np.uint8)
+    assert np.array_equal(confusion_matrix(every, every, 255), np.eye(255, 256))
+    assert np.array_equal(confusion_matrix(every[:255], np.full(255, 255, np.uint8), 255).nonzero(), [range(255), [255] * 255])
+
+
+@pytest.mark.parametrize(
+    ("truth", "predicted", "precision", "recall", "accuracy"),
+    [
+        ([0, 0], [0, 0], [1, None, None], [1, None, None], 1),
+        ([0, 0, 1, 1], [0, 1, 1, 1], [1, 2 / 3, None], [1 / 2, 1, None], 3 / 4),
+        ([0, 1], [0, 0], [1 / 2, 0, None], [1, 0, None], 1 / 2),  # never said: 0, not left out of the mean
+        ([0, 0], [0, 2], [1, None, 0], [1 / 2, None, 0], 1 / 2),  # never there
+        ([0, 0, 1], [255, 0, 1], [1, 1, None], [1 / 2, 1, None], 2 / 3),  # void is a miss and no false find
+        ([255, 1], [0, 1], [None, 1, None], [None, 1, None], 1),
+        ([255], [1], [None] * 3, [None] * 3, None),
+    ],
+)
+def test_precision_recall_and_accuracy(
+    truth: list[int],
+    predicted: list[int],
+    precision: list[float | None],
+    recall: list[float | None],
+    accuracy: float | None,
+) -> None:
+    counts = matrix(truth, predicted)
+    for found, want in ((class_precision(counts), precision), (class_recall(counts), recall)):
+        assert [None if math.isnan(each) else each for each in found] == pytest.approx(want)
+    assert (None if math.isnan(pixel_accuracy(counts)) else pixel_accuracy(counts)) == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize(
+    ("truth", "score", "want"),
+    [
+        ([0, 0], [0.9, 0.1], math.nan),  # in no image
+        ([1, 1], [0.9, 0.1], 1),
+        ([1, 0, 1], [0.9, 0.8, 0.7], (1 + 2 / 3) / 2),
+        ([0, 1], [0.9, 0.1], 1 / 2),
+        ([1, 0], [0.0, 0.0], 1 / 2),  # a tie has no order that could help
+        ([0, 1], [0.0, 0.0], 1 / 2),
+        ([1, 0, 0, 1], [0.9, 0.5, 0.5, 0.5], 1 / 2 + 1 / 2 * 2 / 4),
+    ],
+)
+def test_average_precision(truth: list[int], score: list[float], want: float) -> None:
+    found = average_precision(np.array(truth, bool)[:, None], np.array(score)[:, None])
+    assert found == pytest.approx([want], nan_ok=True)
+
+
+def test_each_class_has_its_own_average_precision() -> None:
+    truth = np.array([[1, 0, 0], [0, 1, 0]], bool)
+    assert average_precision(truth, np.array([[0.9, 0.9, 0], [0.1, 0.1, 0]])) == pytest.approx([1, 1 / 2, math.nan], nan_ok=True)
+
+
+def test_the_mean_is_of_what_is_seen() -> None:
+    assert mean_of_seen(np.array([1.0, math.nan, 0.5])) == 0.75
+    assert math.isnan(mean_of_seen(np.array([math.nan])))
 
 
 @pytest.mark.filterwarnings("error")

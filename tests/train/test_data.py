@@ -1,0 +1,177 @@
+"""Batches follow from (seed, position): any number of processes and any restart see the same images, changed the same way."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wsss.errors import StoreError
+from wsss.train.args import DataArgs
+from wsss.train.data import (
+    Batch,
+    Crops,
+    Order,
+    Positions,
+    augmentation,
+    batches,
+    class_weights,
+    normalised,
+    repeat_factors,
+    resized,
+    step_seed,
+)
+from wsss.train.survey import Item, look_through
+
+Scenes = tuple[Path, Path]
+ARGS = DataArgs(crop=32, batch=4, jitter=(0.2, 0.2, 0.2, 0.1))
+
+
+def crops_of(scenes: Scenes, args: DataArgs = ARGS, seed: int = 1) -> Crops:
+    items = look_through(*scenes).items
+    return Crops(*scenes, items, args, seed=seed, order=Order(len(items), seed))
+
+
+def positions(args: DataArgs, first: int = 0, rank: int = 0, world: int = 1, steps: int = 3) -> Positions:
+    return Positions(args, first=first, steps=steps, rank=rank, world=world)
+
+
+def same(first: Batch, second: Batch) -> bool:
+    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("pixels", "label", "confidence", "item"))
+
+
+# ---- which image comes when ----
+
+
+def test_every_item_comes_once_an_epoch_in_an_order_of_its_own() -> None:
+    order = Order(10, seed=3)
+    epochs = [[order[epoch * 10 + row] for row in range(10)] for epoch in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert [Order(10, seed=3)[position] for position in (25, 4)] == [epochs[2][5], epochs[0][4]], "without those before"
+    assert [Order(10, seed=4)[row] for row in range(10)] != epochs[0]
+
+
+def test_weighted_draws_follow_their_weights() -> None:
+    order = Order(3, seed=0, weights=np.array([1.0, 2.0, 1.0]))
+    count = np.bincount([order[position] for position in range(6000)])
+    assert count / 6000 == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+    assert Order(3, seed=0, weights=np.array([1.0, 2.0, 1.0]))[5000] == order[5000]
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+def test_any_division_of_a_step_sees_the_same_images(world: int, accumulate: int) -> None:
+    args = DataArgs(crop=32, batch=4, accumulate=accumulate)
+    passes = [list(positions(args, rank=rank, world=world)) for rank in range(world)]
+    for step in range(3):
+        seen = [row for rank in passes for part in rank[step * accumulate : (step + 1) * accumulate] for row in part]
+        assert sorted(seen) == list(range(step * 4, step * 4 + 4))
+    assert list(positions(args, first=2)) == list(positions(args))[2 * accumulate :]
+
+
+def test_seeds_of_steps_differ() -> None:
+    told = {step_seed(*each) for each in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))}
+    assert len(told) == 5
+
+
+# ---- how it is changed ----
+
+
+def test_a_crop_follows_from_its_position(scenes: Scenes) -> None:
+    crops, again = crops_of(scenes), crops_of(scenes)
+    torch.manual_seed(1)
+    first = crops[5]
+    torch.manual_seed(2)
+    crops[6]
+    second = again[5]
+    assert isinstance(first, Batch) and isinstance(second, Batch)
+    assert same(first, second)
+    other = crops_of(scenes, seed=2)[5]
+    assert isinstance(other, Batch) and not torch.equal(first.pixels, other.pixels)
+
+
+def test_reading_leaves_the_random_stream_alone(scenes: Scenes) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    crops_of(scenes)[0]
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_processes_change_nothing(scenes: Scenes, workers: int) -> None:
+    loaded = list(batches(crops_of(scenes), positions(ARGS), workers=workers, pin=False))
+    assert len(loaded) == 3
+    crops = crops_of(scenes)
+    for batch, rows in zip(loaded, positions(ARGS), strict=True):
+        assert batch.pixels.shape == (4, 3, 32, 32) and batch.pixels.dtype == torch.float32
+        assert batch.label.shape == (4, 32, 32) and batch.label.dtype == torch.uint8
+        assert batch.confidence.shape == (4, 13)
+        for row, position in enumerate(rows):
+            single = crops[position]
+            assert isinstance(single, Batch)
+            assert torch.equal(batch.pixels[row], single.pixels[0])
+
+
+def test_labels_move_with_their_pixels() -> None:
+    """Left half black and 0, right half white and 8: through scale, crop and flip every pixel keeps its label."""
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    label = np.zeros((40, 60), np.uint8)
+    pixels[:, 30:], label[:, 30:] = 255, 8
+    args = DataArgs(crop=32, batch=1, scale=(0.5, 2.0))
+    augment = augmentation(args)
+    flipped = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        image, mask = augment(*resized(pixels, label, 0.5 + seed / 13))
+        known = mask != 255
+        assert set(mask.unique().tolist()) <= {0, 8, 255}, "no class between two others"
+        assert image.shape == (3, 32, 32) and mask.shape == (32, 32)
+        assert ((image[0] > 127) == (mask == 8))[known].float().mean() > 0.95, "but for the blurred seam"
+        assert (image[:, ~known] == torch.tensor([[124], [116], [104]])).all(), "the mean colour round a small image"
+        row = mask[16][known[16]]
+        flipped += int(len(row) and row[0] > row[-1])
+    assert 3 < flipped < 17
+
+
+def test_normalising_is_the_published_arithmetic() -> None:
+    image = torch.tensor([0, 128, 255], dtype=torch.uint8)[:, None, None]
+    value = normalised(image, DataArgs())
+    expected = [(0 / 255 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (255 / 255 - 0.406) / 0.225]
+    assert value.flatten().tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_changes_on_the_way_is_named(scenes: Scenes, workers: int) -> None:
+    crops = crops_of(scenes)
+    Image.new("RGB", (56, 48)).save(scenes[1] / "scene-02.png")
+    with pytest.raises(StoreError, match=r"scene-02\.png: the image has changed since it was labelled\n") as caught:
+        list(islice(batches(crops, positions(ARGS), workers=workers, pin=False), 3))
+    assert caught.value.hint == "label it again"
+
+
+# ---- rare classes ----
+
+
+def item(*pixels: int) -> Item:
+    return Item(path="", label="", sha256="", confidence=(1.0,) * len(pixels), pixels=pixels)
+
+
+def test_class_weights_are_enets() -> None:
+    weights = class_weights([item(60, 20, 0), item(0, 20, 0)])
+    share = np.array([0.6, 0.4])
+    raw = 1 / np.log(1.02 + share)
+    assert weights == pytest.approx([*(raw / (raw * share).sum()), 0], rel=1e-5)
+    assert (weights[:2] * share).sum() == pytest.approx(1)
+
+
+def test_repeat_factors_are_those_of_lvis() -> None:
+    items = [item(9, 1, 0)] * 15 + [item(9, 1, 1)] + [item(9, 0, 0)] * 4
+    factors = repeat_factors(items, 0.2)
+    assert factors[:15] == pytest.approx([1.0] * 15)
+    assert factors[15] == pytest.approx(2.0), "class 2 is in 1 of 20 images: sqrt(0.2 / 0.05)"
+    assert factors[16:] == pytest.approx([1.0] * 4), "nothing in it"

@@ -1,0 +1,347 @@
+"""Whole trainings: what they leave behind, that they refuse what cannot work, and that they end the same however they went.
+
+Trainings that are killed or compared run in processes of their own, forked from a server that has imported the trainer once.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from wsss.classes import class_list
+from wsss.errors import UsageError, WeightsError, WsssError
+from wsss.labelstore import read_label, write_label
+from wsss.train import curve
+from wsss.train.args import Config, config_from, typed
+from wsss.train.checkpoint import load_run, read_tensors
+from wsss.train.distributed import joined
+from wsss.train.loop import Result, train
+from wsss.train.model import Segmenter
+
+from .conftest import TINY
+
+Scenes = tuple[Path, Path]
+
+
+def settings(*assignments: str) -> Config:
+    return config_from(TINY, *(typed(each) for each in assignments))
+
+
+def run(scenes: Scenes, out: Path, *assignments: str, log: Callable[[str], None] = lambda line: None) -> Result:
+    return train(*scenes, out, settings(*assignments), log=log)
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {int(point["step"]): point["loss"] for point in curve.read_curve(out) if "loss" in point}
+
+
+def tensors(out: Path, name: str = "last.safetensors") -> dict[str, Tensor]:
+    return read_tensors(out / name)[0]
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+# ---- it works ----
+
+
+def test_a_training_leaves_all_that_is_needed(scenes: Scenes, tmp_path: Path) -> None:
+    out, said = tmp_path / "run", list[str]()
+    result = run(scenes, out, log=said.append)
+    assert (result.images, result.steps) == (6, 6) and result.miou is not None
+    assert any("6 images to train on, 2 to validate, 12 classes" in line for line in said) and "random weights" in said
+    assert {path.name for path in out.iterdir()} == {
+        *("config.json", "segmenter.json", "survey.json", "best.safetensors", "last.safetensors"),
+        *("curve.jsonl", "curve.png", "report.html"),
+    }
+    assert json.loads((out / "config.json").read_text())["data"]["crop"] == 32
+    assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
+    assert [point["step"] for point in curve.read_curve(out) if "miou" in point] == [4, 6]
+    page = (out / "report.html").read_text()
+    assert page.count("<figure>") == 2 and "http" not in page.replace("http-equiv", "")
+
+    segmenter, record = load_run(out)
+    assert record.classes == class_list(json.loads((scenes[0] / "run.json").read_text())["classes"]).names
+    assert (record.architecture, record.crop, record.multiple_of, record.images, record.init["source"]) == (
+        "unet",
+        32,
+        32,
+        6,
+        "none",
+    )
+    assert not segmenter.training and segmenter(torch.zeros(1, 3, 32, 64)).shape == (1, 13, 32, 64)
+    assert_equal(segmenter.network.state_dict(), tensors(out, "best.safetensors"))
+    averaged, _ = load_run(out, "last")
+    last = tensors(out)
+    assert_equal(
+        averaged.network.state_dict(), {k.removeprefix("average."): v for k, v in last.items() if k.startswith("average.")}
+    )
+
+
+def test_it_learns(scenes: Scenes, tmp_path: Path) -> None:
+    run(scenes, tmp_path / "run", "optimizer.steps=25", "optimizer.average=0", "validation_steps=100")
+    course = list(losses(tmp_path / "run").values())
+    assert sum(course[-5:]) < 0.6 * sum(course[:5])
+
+
+def test_a_finished_run_is_left_as_it_is(scenes: Scenes, tmp_path: Path) -> None:
+    said: list[str] = []
+    run(scenes, tmp_path / "run")
+    before = (tmp_path / "run" / "last.safetensors").read_bytes()
+    result = run(scenes, tmp_path / "run", log=said.append)
+    assert result.steps == 6 and f"{tmp_path / 'run'} is finished" in said
+    assert (tmp_path / "run" / "last.safetensors").read_bytes() == before
+
+
+def test_accumulation_changes_the_memory_alone(scenes: Scenes, tmp_path: Path) -> None:
+    told = ["model.batch_norm=frozen", "optimizer.steps=4"]
+    run(scenes, tmp_path / "whole", *told)
+    run(scenes, tmp_path / "parts", *told, "data.accumulate=4")
+    assert list(losses(tmp_path / "parts").values()) == pytest.approx(list(losses(tmp_path / "whole").values()), abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_stays_near_full(scenes: Scenes, tmp_path: Path, precision: str) -> None:
+    told = ["optimizer.steps=3", "validation_steps=9"]
+    run(scenes, tmp_path / "full", *told)
+    run(scenes, tmp_path / precision, *told, f"optimizer.precision={precision}")
+    full, mixed = (list(losses(tmp_path / name).values()) for name in ("full", precision))
+    assert mixed == pytest.approx(full, rel=0.05) and mixed != full
+    assert all(value.dtype != torch.bfloat16 for value in tensors(tmp_path / precision).values())
+
+
+def test_an_initial_run_hands_on_its_weights(scenes: Scenes, tmp_path: Path) -> None:
+    run(scenes, tmp_path / "first")
+    said: list[str] = []
+    run(
+        scenes,
+        tmp_path / "second",
+        f"model.init={tmp_path / 'first'}",
+        "optimizer.steps=1",
+        "optimizer.rate=1e-9",
+        log=said.append,
+    )
+    first, second = tensors(tmp_path / "first", "best.safetensors"), tensors(tmp_path / "second", "best.safetensors")
+    parameters = dict(load_run(tmp_path / "first")[0].network.named_parameters())
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in parameters)
+    assert any(line.startswith(f"weights of {tmp_path / 'first'}: ") for line in said)
+
+
+# ---- it ends the same ----
+
+
+def process(scenes: Scenes, out: Path, config: Config) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["wsss.train.loop"])
+    child = context.Process(target=train, args=(*scenes, out, config), daemon=True)
+    child.start()
+    return child
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "the training does not come on"
+        time.sleep(0.005)
+
+
+def test_killed_at_random_steps_it_ends_with_the_same_weights(scenes: Scenes, tmp_path: Path) -> None:
+    """Five times killed, anywhere in a step, a validation or the writing of a checkpoint; dropout and average included."""
+    segformer = {  # drop path, dropout and batch statistics
+        "architecture": "segformer",
+        "encoder": "b0",
+        "options": {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 16, 32], "num_attention_heads": [1, 2, 2, 4]},
+    }
+    optimizer = {**TINY["optimizer"], "steps": 14, "kind": "adamw", "rate": 0.002}
+    machine = {**TINY["machine"], "checkpoint_seconds": 0}
+    data = {**TINY["data"], "balance": "sampling"}
+    config = config_from({**TINY, "model": segformer, "optimizer": optimizer, "machine": machine, "data": data})
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    straight = process(scenes, unbroken, config)
+    chance = random.Random(0)
+    reached = []
+    for step in (2, 4, 7, 9, 12):
+        child = process(scenes, killed, config)
+        wait_for(lambda step=step: max(losses(killed), default=0) >= step)  # type: ignore[misc]
+        time.sleep(chance.uniform(0, 0.2))
+        assert child.pid is not None
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        reached.append(max(losses(killed)))
+    assert reached[-1] < 14, "the last kill came before the end"
+    last = process(scenes, killed, config)
+    for child in (straight, last):
+        child.join(120)
+        assert child.exitcode == 0
+    assert_equal(tensors(killed), tensors(unbroken))
+    assert_equal(tensors(killed, "best.safetensors"), tensors(unbroken, "best.safetensors"))
+    assert losses(killed) == losses(unbroken)
+
+
+def test_a_checkpoint_is_more_than_the_weights(scenes: Scenes, tmp_path: Path) -> None:
+    """What the test above would miss if nothing depended on it: moments, average and step are in the file."""
+    run(scenes, tmp_path / "run", "optimizer.kind=adamw", "optimizer.steps=3")
+    names = {name.partition(".")[0] for name in tensors(tmp_path / "run")}
+    assert names == {"network", "average", "optimizer"}
+    assert {name.split(".")[1] for name in tensors(tmp_path / "run") if name.startswith("optimizer.")} == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
+
+
+# ---- it refuses ----
+
+
+def test_other_settings_do_not_continue_a_run(scenes: Scenes, tmp_path: Path) -> None:
+    run(scenes, tmp_path / "run", "optimizer.steps=1")
+    with pytest.raises(WsssError, match=r"was begun with optimizer\.rate = 0\.01, this run has 0\.5") as caught:
+        run(scenes, tmp_path / "run", "optimizer.steps=1", "optimizer.rate=0.5")
+    assert "new --out" in caught.value.hint
+    run(scenes, tmp_path / "run", "optimizer.steps=1", "machine.log_steps=3")
+
+
+def test_a_store_that_changed_does_not_continue_a_run(scenes: Scenes, tmp_path: Path) -> None:
+    run(scenes, tmp_path / "run", "optimizer.steps=1")
+    path = scenes[0] / "labels" / "scene-00.png"
+    write_label(path, (read_label(path) == 255).astype("uint8") * 255)
+    with pytest.raises(WsssError, match="images or labels have changed since this run began"):
+        run(scenes, tmp_path / "run", "optimizer.steps=1")
+
+
+def test_a_checkpoint_of_other_classes(scenes: Scenes, tmp_path: Path) -> None:
+    run(scenes, tmp_path / "run", "optimizer.steps=1")
+    told = json.loads((scenes[0] / "run.json").read_text())
+    told["classes"][0] = "violet disc"
+    (scenes[0] / "run.json").write_text(json.dumps(told))
+    with pytest.raises(
+        WeightsError, match=r"its checkpoint tells 12 classes apart \(red disc, .* the store has 12 \(violet disc"
+    ):
+        run(scenes, tmp_path / "run", "optimizer.steps=1")
+    init = f"model.init={tmp_path / 'run'}"
+    with pytest.raises(WeightsError, match=r"was trained for 12 classes \(red disc.*, the store has 12 \(violet disc") as caught:
+        run(scenes, tmp_path / "other", init)
+    assert "new_head" in caught.value.hint
+    run(scenes, tmp_path / "other", init, "model.new_head=true", "optimizer.steps=1")
+    _, record = load_run(tmp_path / "other")
+    assert sorted(record.init["random"]) == ["segmentation_head.0.bias", "segmentation_head.0.weight"]
+
+
+def test_a_folder_that_is_no_run(scenes: Scenes, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "main.tex").touch()
+    with pytest.raises(WsssError, match="the folder is not empty and holds no training"):
+        run(scenes, tmp_path / "thesis")
+    with pytest.raises(WsssError, match=r"--out .*main\.tex: cannot be written: "):
+        run(scenes, tmp_path / "thesis" / "main.tex")
+    with pytest.raises(WeightsError, match=r"expected the folder of a training \(with segmenter\.json\)"):
+        load_run(tmp_path / "thesis")
+
+
+def test_a_damaged_checkpoint_is_named(scenes: Scenes, tmp_path: Path) -> None:
+    run(scenes, tmp_path / "run", "optimizer.steps=1")
+    path = tmp_path / "run" / "best.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=r"best\.safetensors: damaged"):
+        load_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "said", "hint"),
+    [
+        (["data.crop=40"], "data.crop: unet takes multiples of 32, got 40", "--crop 32"),
+        (["data.crop=20"], "data.crop: unet takes multiples of 32, got 20", "--crop 32"),
+        (["data.accumulate=3"], "data.batch: 4 images do not divide into 1 processes x 3 forward passes", "--batch 3"),
+        (["data.batch=1"], "one image a forward pass is too few for batch statistics", "--batch 2"),
+        (["model.batch_norm=sync"], "model.batch_norm = sync needs GPUs", "frozen"),
+    ],
+)
+def test_what_does_not_divide(scenes: Scenes, tmp_path: Path, assignments: list[str], said: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        run(scenes, tmp_path / "run", *assignments)
+    assert said in caught.value.message and hint in caught.value.hint
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, at: int, change: Callable[[Any], Any]) -> None:
+    """Changes what the network gives in one forward pass of the training."""
+    honest, calls = Segmenter.outputs, [0]
+
+    def outputs(self: Segmenter, pixels: Tensor) -> Any:
+        calls[0] += self.training
+        return change(honest(self, pixels)) if self.training and calls[0] == at else honest(self, pixels)
+
+    monkeypatch.setattr(Segmenter, "outputs", outputs)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_no_number_stops_with_the_batchs_files(
+    scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def change(logits: Tensor) -> Tensor:
+        if kind == "gradient":
+            logits.register_hook(lambda gradient: gradient * float("nan"))
+            return logits
+        return logits * float("nan")
+
+    with monkeypatch.context() as patch:
+        spoil(patch, 4, change)
+        with pytest.raises(
+            WsssError, match=rf"step 4: the {kind}.* nan, in the batch of\n  scene-\d\d\.png\n  scene-\d\d\.png"
+        ) as caught:
+            run(scenes, tmp_path / "run", "machine.checkpoint_seconds=0")
+    assert caught.value.message.count("scene-") == 4
+    assert all(value.isfinite().all() for value in tensors(tmp_path / "run").values())
+    run(scenes, tmp_path / "run")  # the cause is gone: it goes on, and ends as if nothing had been
+    run(scenes, tmp_path / "straight")
+    assert_equal(tensors(tmp_path / "run"), tensors(tmp_path / "straight"))
+
+
+def test_too_little_memory_says_what_needs_less(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        spoil(patch, 2, lambda logits: torch.empty(2**58, dtype=torch.uint8))  # the allocator's own refusal
+        with pytest.raises(WsssError, match="too little memory for 4 images of 32 x 32 pixels") as caught:
+            run(scenes, tmp_path / "cpu")
+    assert "data.accumulate=2" in caught.value.hint and "--crop" in caught.value.hint
+
+    def no_gpu_memory(logits: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    spoil(monkeypatch, 1, no_gpu_memory)
+    with pytest.raises(WsssError, match="too little memory.*20.00 GiB"):
+        run(scenes, tmp_path / "gpu")
+
+
+def test_gpus_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(WsssError, match="torchrun started 4 processes on this machine, it has 3 GPUs") as caught,
+        joined(settings("machine.device=auto").machine),
+    ):
+        pass
+    assert "--nproc-per-node 3" in caught.value.hint and "(now 0,1,2)" in caught.value.hint
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(WsssError, match="--device cuda: PyTorch finds no GPU"), joined(settings("machine.device=cuda").machine):
+        pass
+    monkeypatch.setenv("RANK", "first")
+    with (
+        pytest.raises(UsageError, match="RANK in the environment: expected torchrun's number, got 'first'"),
+        joined(settings().machine),
+    ):
+        pass

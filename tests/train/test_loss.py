@@ -1,0 +1,215 @@
+"""Losses against their papers' formulas, written out pixel by pixel; void; and that a batch may be divided anyhow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wsss.train.args import LossArgs
+from wsss.train.loss import PixelLoss
+from wsss.train.mask_loss import MaskLoss, _matched
+
+CLASSES = 4
+
+
+def example(rows: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, CLASSES, 8, 12, generator=rng) * 2
+    label = torch.randint(0, CLASSES, (rows, 8, 12), generator=rng, dtype=torch.uint8)
+    label[0, :6] = 255
+    label[1, 0, 0] = 255
+    return logits, label, torch.rand(rows, CLASSES, generator=rng)
+
+
+def value(criterion: Any, outputs: Any, label: Tensor, confidence: Tensor) -> Tensor:
+    result: Tensor = criterion(outputs, label, confidence, criterion.weights(label, confidence))
+    return result
+
+
+def by_hand(args: LossArgs, class_weights: list[float] | None = None) -> float:
+    """The mean over known pixels, in float64 and in words."""
+    logits, label, confidence = (each.double().numpy() for each in example())
+    total = weights = 0.0
+    for b, y, x in np.argwhere(label != 255):
+        k = int(label[b, y, x])
+        p = np.exp(logits[b, :, y, x] - logits[b, :, y, x].max())
+        p /= p.sum()
+        if args.kind == "cross-entropy":
+            loss = -np.log(p[k])
+        elif args.kind == "bootstrapped":
+            target = args.bootstrap * np.eye(CLASSES)[k] + (1 - args.bootstrap) * p
+            loss = -(target * np.log(p)).sum()
+        else:
+            log_target = np.where(np.arange(CLASSES) == k, 0.0, -4.0)
+            loss = args.symmetric[0] * -np.log(p[k]) + args.symmetric[1] * -(p * log_target).sum()
+        weight = max(confidence[b, k], args.confidence_floor) if args.confidence else 1.0
+        weight *= class_weights[k] if class_weights else 1.0
+        total, weights = total + weight * loss, weights + weight
+    return total / weights
+
+
+@pytest.mark.parametrize("confidence", [False, True])
+@pytest.mark.parametrize("kind", ["cross-entropy", "bootstrapped", "symmetric"])
+def test_a_loss_is_its_papers_formula(kind: Any, confidence: bool) -> None:
+    args = LossArgs(kind=kind, confidence=confidence, confidence_floor=0.3, bootstrap=0.7, symmetric=(0.5, 1.5))
+    assert float(value(PixelLoss(args), *example())) == pytest.approx(by_hand(args), rel=1e-5)
+
+
+def test_class_weights_are_those_of_cross_entropy() -> None:
+    weights = [0.5, 2.0, 0.0, 1.0]
+    args = LossArgs(confidence=False)
+    logits, label, confidence = example()
+    ours = value(PixelLoss(args, torch.tensor(weights)), logits, label, confidence)
+    assert float(ours) == pytest.approx(by_hand(args, weights), rel=1e-5)
+    torch.testing.assert_close(ours, F.cross_entropy(logits, label.long(), torch.tensor(weights), ignore_index=255))
+
+
+@pytest.mark.parametrize("kind", ["cross-entropy", "bootstrapped", "symmetric"])
+def test_nothing_is_learned_from_void(kind: Any) -> None:
+    logits, label, confidence = example()
+    logits.requires_grad_()
+    torch.autograd.backward(value(PixelLoss(LossArgs(kind=kind)), logits, label, confidence))
+    assert logits.grad is not None
+    void = (label == 255)[:, None].expand_as(logits)
+    assert not logits.grad[void].any()
+    assert logits.grad[~void].all()
+
+
+def test_a_batch_of_void_alone_is_zero_and_no_nan() -> None:
+    logits, label, confidence = example()
+    assert float(value(PixelLoss(LossArgs()), logits, torch.full_like(label, 255), confidence)) == 0
+
+
+def test_a_sure_wrong_label_pulls_less_under_the_robust_losses() -> None:
+    """Gradient on a pixel that the network is sure of and the label contradicts, at the same scale."""
+    logits = torch.tensor([8.0, 0, 0, 0]).view(1, 4, 1, 1).requires_grad_()
+    label, sure = torch.ones(1, 1, 1, dtype=torch.uint8), torch.ones(1, 4)
+    pull = {}
+    for kind, options in (("cross-entropy", {}), ("bootstrapped", {}), ("symmetric", {"symmetric": (0.1, 1.0)})):
+        args = LossArgs(kind=kind, **options)  # type: ignore[arg-type]
+        (gradient,) = torch.autograd.grad(value(PixelLoss(args), logits, label, sure), logits)
+        pull[kind] = float(gradient.abs().max())
+    assert pull["bootstrapped"] < 0.85 * pull["cross-entropy"]
+    assert pull["symmetric"] < 0.15 * pull["cross-entropy"]
+
+
+def divided(criterion: Any, outputs_of: Any, label: Tensor, confidence: Tensor) -> Tensor:
+    """The loss of a batch whose rows came in passes of one and two."""
+    parts = [slice(0, 1), slice(1, 3)]
+    divisors = torch.stack([criterion.weights(label[part], confidence[part]) for part in parts]).sum(0)
+    return torch.stack([criterion(outputs_of(part), label[part], confidence[part], divisors) for part in parts]).sum()
+
+
+def test_a_batch_may_be_divided_anyhow() -> None:
+    logits, label, confidence = example()
+    criterion = PixelLoss(LossArgs(kind="symmetric"), torch.tensor([0.5, 2.0, 1.0, 1.0]))
+    parts = divided(criterion, lambda part: logits[part], label, confidence)
+    torch.testing.assert_close(parts, value(criterion, logits, label, confidence))
+    mean_of_means = torch.stack([value(criterion, logits[p], label[p], confidence[p]) for p in (slice(0, 1), slice(1, 3))]).mean()
+    assert abs(float(mean_of_means - parts)) > 1e-3, "the example tells the two apart"
+
+
+# ---- masks ----
+
+QUERIES = 6
+
+
+def masks_of(label: Tensor, sure: float = 12.0) -> tuple[Tensor, Tensor]:
+    """The right answer: query k says class k where there is one, the others nothing."""
+    small = label[:, 2::4, 2::4]
+    class_logits = torch.full((len(label), QUERIES, CLASSES + 1), -sure)
+    mask_logits = torch.full((len(label), QUERIES, *small.shape[1:]), -sure)
+    for b in range(len(label)):
+        present = [k for k in range(CLASSES) if (small[b] == k).any()]
+        for q in range(QUERIES):
+            class_logits[b, q, q if q in present else CLASSES] = sure
+        for k in present:
+            mask_logits[b, k][small[b] == k] = sure
+    return class_logits, mask_logits
+
+
+def scene() -> tuple[Tensor, Tensor]:
+    label = torch.zeros(3, 32, 48, dtype=torch.uint8)
+    label[0, 8:20, 8:30] = 2
+    label[1, :16], label[1, 16:, 24:] = 3, 1
+    label[1, 12:20] = 255
+    label[2, 4:28, 4:44] = 1
+    return label, torch.rand(3, CLASSES, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_right_masks_cost_nothing() -> None:
+    label, confidence = scene()
+    criterion = MaskLoss(LossArgs(kind="masks"), QUERIES)
+    assert float(value(criterion, (masks_of(label),), label, confidence)) < 1e-3
+    wrong = masks_of(label.roll(8, dims=2))
+    assert float(value(criterion, (wrong,), label, confidence)) > 1
+
+
+def test_the_order_of_queries_does_not_matter() -> None:
+    label, confidence = scene()
+    criterion = MaskLoss(LossArgs(kind="masks"), QUERIES)
+    class_logits, mask_logits = (each + torch.randn(each.shape) for each in masks_of(label, 2.0))
+    order = torch.randperm(QUERIES)
+    torch.testing.assert_close(
+        value(criterion, ((class_logits[:, order], mask_logits[:, order]),), label, confidence),
+        value(criterion, ((class_logits, mask_logits),), label, confidence),
+    )
+
+
+def test_masks_learn_nothing_from_void() -> None:
+    label, confidence = scene()
+    class_logits, mask_logits = masks_of(label, 1.0)
+    mask_logits.requires_grad_()
+    torch.autograd.backward(value(MaskLoss(LossArgs(kind="masks"), QUERIES), ((class_logits, mask_logits),), label, confidence))
+    assert mask_logits.grad is not None
+    void = label[:, 2::4, 2::4] == 255
+    assert void.any() and not mask_logits.grad.transpose(1, 0)[:, void].any()
+    assert mask_logits.grad.any()
+
+
+def test_confidence_weighs_the_pixels_of_masks() -> None:
+    label, _ = scene()
+    class_logits, mask_logits = masks_of(label, 1.0)
+    criterion, pulls = MaskLoss(LossArgs(kind="masks", confidence_floor=0.0), QUERIES), {}
+    for sure in (1.0, 0.1):
+        confidence = torch.ones(3, CLASSES)
+        confidence[0, 2] = sure
+        mask_logits.grad = None
+        mask_logits.requires_grad_()
+        torch.autograd.backward(value(criterion, ((class_logits, mask_logits),), label, confidence))
+        assert mask_logits.grad is not None
+        object_pixels = label[0, 2::4, 2::4] == 2
+        pulls[sure] = float(
+            mask_logits.grad[0, 2][object_pixels].abs().mean() / mask_logits.grad[0, 2][~object_pixels].abs().mean()
+        )
+    assert pulls[0.1] < 0.35 * pulls[1.0]
+
+
+def test_masks_of_a_divided_batch() -> None:
+    label, confidence = scene()
+    class_logits, mask_logits = (each + torch.randn(each.shape) for each in masks_of(label, 2.0))
+    criterion = MaskLoss(LossArgs(kind="masks"), QUERIES)
+    parts = divided(criterion, lambda part: ((class_logits[part], mask_logits[part]),), label, confidence)
+    torch.testing.assert_close(parts, value(criterion, ((class_logits, mask_logits),), label, confidence))
+
+
+def test_matching_is_one_to_one_and_finds_the_masks() -> None:
+    label, _ = scene()
+    class_logits, mask_logits = masks_of(label)
+    small = label[1, 2::4, 2::4].flatten()
+    classes = torch.tensor([0, 1, 3])
+    masks = (small[None] == classes[:, None]).float()
+    query, mask = _matched(class_logits[1], mask_logits[1].flatten(1), classes, masks)
+    assert dict(zip(mask.tolist(), query.tolist(), strict=True)) == {0: 0, 1: 1, 2: 3}
+
+
+def test_an_image_of_void_alone_has_queries_of_nothing() -> None:
+    label, confidence = scene()
+    void = torch.full_like(label, 255)
+    outputs = masks_of(void)
+    assert float(value(MaskLoss(LossArgs(kind="masks"), QUERIES), (outputs,), void, confidence)) < 1e-3

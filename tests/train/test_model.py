@@ -1,0 +1,165 @@
+"""Every architecture behind the same interface, built offline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from wsss.errors import UsageError
+from wsss.train.args import LossArgs, ModelArgs, OptimizerArgs
+from wsss.train.model import SEGFORMER, SWIN, Segmenter, build_from, build_segmenter, criterion_for
+from wsss.train.optimizer import optimizer_for, rate_at, set_rate
+
+TINY_SWIN = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "deeplabv2": ("resnet18", {}),
+    "deeplabv3plus": ("resnet18", {"decoder_channels": 16}),
+    "upernet": ("resnet18", {"decoder_channels": 16}),
+    "unet": ("mobilenet_v2", {"decoder_channels": [16, 16, 8, 8, 8]}),
+    "smp-segformer": ("mit_b0", {"decoder_segmentation_channels": 16}),
+    "segformer": ("b0", {"depths": [1, 1, 1, 1], "decoder_hidden_size": 16}),
+    "mask2former": (
+        "swin-tiny",
+        {
+            "backbone": TINY_SWIN,
+            "hidden_dim": 32,
+            "feature_size": 32,
+            "mask_feature_size": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 3,
+            "num_queries": 10,
+            "dim_feedforward": 32,
+            "encoder_feedforward_dim": 32,
+            "num_attention_heads": 2,
+        },
+    ),
+}
+"""Small enough for a second each."""
+
+
+def small(architecture: str, classes: int = 5) -> Segmenter:
+    torch.manual_seed(0)
+    return build_segmenter(architecture, *SHAPES[architecture], classes)
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_logits_come_at_the_size_of_the_input(architecture: str) -> None:
+    segmenter = small(architecture).eval()
+    pixels = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        logits = segmenter(pixels)
+        alone = segmenter(pixels[1:])
+    assert logits.shape == (2, 5, 64, 96) and logits.dtype == torch.float32
+    torch.testing.assert_close(logits[1:], alone, rtol=1e-3, atol=1e-4)
+    assert 64 % segmenter.multiple_of == 0
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_every_parameter_learns(architecture: str) -> None:
+    """Its own loss reaches all of the network, and following it makes the loss smaller."""
+    segmenter = small(architecture).train()
+    pixels = torch.randn(2, 3, 64, 64)
+    label = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    label[:, 16:48, 16:48], label[:, :8] = 3, 255
+    confidence = torch.ones(2, 5)
+    kind = "masks" if architecture == "mask2former" else "cross-entropy"
+    criterion = criterion_for(segmenter, LossArgs(kind=kind), None)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(segmenter.parameters(), lr=1e-3)
+    losses = []
+    for step in range(5):
+        torch.manual_seed(1)
+        loss = criterion(segmenter.outputs(pixels), label, confidence, criterion.weights(label, confidence))
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        if step == 0:
+            without = [name for name, parameter in segmenter.named_parameters() if parameter.grad is None]
+            assert not [name for name in without if ".swin.layernorm." not in name], "which transformers builds and never calls"
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+def test_the_random_weights_follow_from_the_seed() -> None:
+    args = ModelArgs(architecture="unet", encoder="mobilenet_v2", options=SHAPES["unet"][1])
+    torch.manual_seed(5)
+    stream = torch.rand(1)
+    torch.manual_seed(5)
+    first, second, other = (build_from(args, 5, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert torch.equal(torch.rand(1), stream), "the caller's random stream is where it was"
+
+
+def test_masks_are_probabilities() -> None:
+    """The shares of MaskFormer's semantic inference, and their order."""
+    segmenter = small("mask2former").eval()
+    with torch.inference_mode():
+        pixels = torch.randn(1, 3, 64, 64)
+        logits = segmenter(pixels)
+        answer = segmenter.network(pixel_values=pixels)
+    masks = torch.nn.functional.interpolate(answer.masks_queries_logits, (64, 64), mode="bilinear").sigmoid()
+    shares = torch.einsum("bqc,bqhw->bchw", answer.class_queries_logits.softmax(-1)[..., :-1], masks)
+    torch.testing.assert_close(logits.softmax(1), shares / shares.sum(1, keepdim=True))
+
+
+def test_the_official_sizes() -> None:
+    """Millions of parameters of SegFormer's table 1 (encoders) and of Mask2Former's models."""
+    with torch.device("meta"):
+        millions = {
+            name: sum(p.numel() for p in build_segmenter("segformer", name, {}, 150).encoder_parameters()) / 1e6
+            for name in SEGFORMER
+        }
+        swin = {
+            name: sum(p.numel() for p in build_segmenter("mask2former", name, {}, 150).encoder_parameters()) / 1e6
+            for name in ("swin-tiny", "swin-large")
+        }
+    assert millions == pytest.approx({"b0": 3.4, "b1": 13.1, "b2": 24.2, "b3": 44.0, "b4": 60.8, "b5": 81.4}, abs=1.1)
+    assert swin == pytest.approx({"swin-tiny": 27.5, "swin-large": 195.0}, rel=0.02)
+    assert set(SWIN) == {"swin-tiny", "swin-small", "swin-base", "swin-large"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "encoder", "options"),
+    [("unet", "resnet19", {}), ("segformer", "b7", {}), ("mask2former", "swin-giant", {}), ("unet", "resnet18", {"no_such": 1})],
+)
+def test_what_cannot_be_built_is_named(architecture: str, encoder: str, options: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match=rf"{architecture} with encoder '{encoder}'.*cannot be built") as caught:
+        build_segmenter(architecture, encoder, options, 5)
+    assert "resnet101" in caught.value.hint
+
+
+# ---- how fast each part learns ----
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "expected"),
+    [
+        ("poly", (0, 50, 75, 99), (1.0, 0.5**0.9, 0.25**0.9, 0.01**0.9)),
+        ("cosine", (0, 50, 75), (1.0, 0.5, 0.5 * (1 - 0.5**0.5))),
+    ],
+)
+def test_schedules(schedule: Any, steps: tuple[int, ...], expected: tuple[float, ...]) -> None:
+    args = OptimizerArgs(rate=2e-3, steps=100, schedule=schedule, power=0.9)
+    assert [rate_at(step, args) for step in steps] == pytest.approx([2e-3 * value for value in expected])
+
+
+def test_the_warm_up_rises_to_the_schedule() -> None:
+    args = OptimizerArgs(rate=1.0, steps=1000, schedule="poly", power=1.0, warm_up=9)
+    assert [rate_at(step, args) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5 * 0.996, 0.991])
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_groups_by_rate_and_decay(kind: Any) -> None:
+    segmenter = small("deeplabv2")
+    optimizer = optimizer_for(segmenter, OptimizerArgs(kind=kind, head_factor=10, weight_decay=0.01))
+    set_rate(optimizer, 0.5)
+    told = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    named = dict(segmenter.network.named_parameters())
+    assert len(told) == len(named)
+    vector = 0.0 if kind == "adamw" else 0.01
+    assert told[id(named["encoder.conv1.weight"])] == (0.5, 0.01)
+    assert told[id(named["encoder.bn1.weight"])] == (0.5, vector)
+    assert told[id(named["branches.0.weight"])] == (5.0, 0.01)
+    assert told[id(named["branches.0.bias"])] == (5.0, vector)

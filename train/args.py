@@ -1,0 +1,328 @@
+"""Every setting of a training, grouped by who reads it. No torch: the command line shows these before it loads anything.
+
+A configuration is a preset (`wsss.train.presets`), changed by a TOML file, changed by what is typed:
+
+    [data]
+    crop = 321            # on the command line: --crop 321, or --set data.crop=321
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UsageError
+
+Value = str | int | float | bool | list[int] | list[float]
+Tables = Mapping[str, Any]
+"""A configuration as TOML gives it: ``{"seed": 0, "data": {"crop": 321}}``; only what is told."""
+
+Architecture = Literal["deeplabv2", "deeplabv3plus", "upernet", "unet", "smp-segformer", "segformer", "mask2former"]
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+"""RGB on the 0-255 scale, as torchvision's ImageNet models were trained (torchvision/transforms/_presets.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """Which network, and what it starts from."""
+
+    architecture: Architecture = "deeplabv3plus"
+    """segmentation-models-pytorch: deeplabv3plus, upernet, unet, smp-segformer. transformers: segformer, mask2former.
+    deeplabv2 is here: a segmentation-models-pytorch encoder under the paper's head."""
+    encoder: str = "resnet101"
+    """Any encoder name of segmentation-models-pytorch; b0 to b5 for segformer; swin-tiny, -small, -base, -large for
+    mask2former."""
+    options: Mapping[str, Value] = field(default_factory=dict)
+    """Further arguments of the architecture's constructor, for example ``encoder_output_stride = 8``."""
+    init: str = "none"
+    """``none`` (random, from the seed), ``hub:NAME`` (downloaded: a weight set of segmentation-models-pytorch such as
+    imagenet, or a model name for transformers), a weights file, or the folder of another run."""
+    new_head: bool = False
+    """Let the layers that tell classes apart start at random where the given weights have other classes."""
+    batch_norm: Literal["train", "frozen", "sync"] = "train"
+    """train: statistics of each process's batch. frozen: those of the initial weights, scale and shift learn on.
+    sync: statistics over all processes (torch's SyncBatchNorm; GPUs only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArgs:
+    """What the network sees in a step."""
+
+    crop: int = 512
+    """Side of the square training crop, pixels."""
+    batch: int = 16
+    """Images of one optimizer step, over all processes and forward passes together."""
+    accumulate: int = 1
+    """Forward passes that make up one step on each process."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Smallest and largest factor by which an image is resized before the crop, drawn uniformly."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Colour jitter of brightness, contrast, saturation and hue, as torchvision's ColorJitter takes them."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """RGB on the 0-255 scale, subtracted."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """RGB on the 0-255 scale, divided by."""
+    balance: Literal["none", "weights", "sampling"] = "none"
+    """Rare classes. weights: 1 / log(1.02 + share of pixels) in the loss (ENet, arXiv:1606.02147, section 5.2). sampling:
+    images of rare classes come more often, by the repeat factors of LVIS (arXiv:1908.03195, appendix B.1)."""
+    sampling_threshold: float = 0.05
+    """Share of images below which ``sampling`` repeats a class."""
+    validation_share: float = 0.05
+    """Share of the store's images kept out of the training, to choose the best weights; picked by a hash of their path."""
+    validation_limit: int = 500
+    """At most so many images are used for that."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.crop", self.crop, 16)
+        _at_least("data.batch", self.batch, 1)
+        _at_least("data.accumulate", self.accumulate, 1)
+        _at_least("data.validation_limit", self.validation_limit, 1)
+        _within("data.flip", self.flip, 0, 1)
+        _within("data.sampling_threshold", self.sampling_threshold, 0, 1)
+        _within("data.validation_share", self.validation_share, 0, 0.9)
+        low, high = self.scale
+        if not 0 < low <= high <= 8:
+            raise UsageError(f"data.scale: expected [smallest, largest] with 0 < smallest <= largest <= 8, got {[low, high]}")
+        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise UsageError(f"data.jitter: expected four numbers from 0, the hue's at most 0.5, got {list(self.jitter)}")
+        if min(self.std) <= 0:
+            raise UsageError(f"data.std: expected positive numbers, got {list(self.std)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossArgs:
+    """What is minimised; `wsss.train.loss` cites each paper."""
+
+    kind: Literal["cross-entropy", "bootstrapped", "symmetric", "masks"] = "cross-entropy"
+    """masks: the set loss of mask2former, and of no other architecture."""
+    confidence: bool = True
+    """Weigh every pixel by how sure the label store is of its class in that image."""
+    confidence_floor: float = 0.1
+    """Least such weight."""
+    bootstrap: float = 0.8
+    """bootstrapped: weight of the label, the rest is the network's own answer."""
+    symmetric: tuple[float, float] = (1.0, 1.0)
+    """symmetric: weights of the cross-entropy and of the reverse cross-entropy."""
+
+    def __post_init__(self) -> None:
+        _within("loss.confidence_floor", self.confidence_floor, 0.0, 1)
+        _within("loss.bootstrap", self.bootstrap, 0, 1)
+        if min(self.symmetric) < 0 or max(self.symmetric) == 0:
+            raise UsageError(f"loss.symmetric: expected two numbers from 0, one above it, got {list(self.symmetric)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArgs:
+    """How the weights move, and for how long."""
+
+    kind: Literal["sgd", "adamw"] = "sgd"
+    steps: int = 20_000
+    """Updates of the weights."""
+    rate: float = 1e-3
+    """Peak learning rate of the encoder."""
+    head_factor: float = 10.0
+    """The rate of all other layers is so many times the encoder's."""
+    momentum: float = 0.9
+    """SGD's momentum; AdamW's first beta."""
+    weight_decay: float = 1e-4
+    """On matrices and kernels; biases and norms have none under adamw."""
+    schedule: Literal["poly", "cosine"] = "poly"
+    power: float = 0.9
+    """poly: rate x (1 - step / steps) ^ power (ParseNet, arXiv:1506.04579)."""
+    warm_up: int = 0
+    """Steps over which the rate first rises linearly from nearly zero."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+    average: float = 0.0
+    """Decay of the running average of the weights, which is then what is kept, for example 0.999; 0: no average."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward pass (autocast); weights, loss and optimizer stay float32. fp16 scales the loss."""
+
+    def __post_init__(self) -> None:
+        _at_least("optimizer.steps", self.steps, 1)
+        _at_least("optimizer.warm_up", self.warm_up, 0)
+        _within("optimizer.rate", self.rate, 1e-12, 1e3)
+        _within("optimizer.head_factor", self.head_factor, 1e-6, 1e6)
+        _within("optimizer.momentum", self.momentum, 0, 0.9999)
+        _within("optimizer.weight_decay", self.weight_decay, 0, 10)
+        _within("optimizer.power", self.power, 0, 10)
+        _within("optimizer.clip_norm", self.clip_norm, 0, 1e6)
+        _within("optimizer.average", self.average, 0, 0.999999)
+        if self.warm_up >= self.steps:
+            raise UsageError(
+                f"optimizer.warm_up is {self.warm_up} of only {self.steps} steps", hint="a smaller warm_up, or more --steps"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineArgs:
+    """What changes the speed, not the result: a run may be continued with others of these."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 2
+    """Processes that load images, for each process that trains; 0 loads in the training process."""
+    channels_last: bool = True
+    """Memory order of images and kernels: faster convolutions on most machines."""
+    compile: bool = False
+    """torch.compile: a slow start, then faster steps."""
+    checkpoint_seconds: float = 180.0
+    """Time between checkpoints; 0 writes one every step."""
+    log_steps: int = 20
+    """Steps between two points of the curve."""
+    tensorboard: bool = False
+    """Also write the curve for TensorBoard (``pip install tensorboard``)."""
+
+    def __post_init__(self) -> None:
+        _at_least("machine.workers", self.workers, 0)
+        _at_least("machine.log_steps", self.log_steps, 1)
+        _within("machine.checkpoint_seconds", self.checkpoint_seconds, 0, 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All of it. ``config.json`` of a run holds exactly this."""
+
+    preset: str = ""
+    source: str = ""
+    """Where the preset's numbers come from."""
+    seed: int = 0
+    """Decides the random weights, the order of the images, their augmentation and dropout."""
+    validation_steps: int = 1000
+    """Steps between two validations."""
+    model: ModelArgs = field(default_factory=ModelArgs)
+    data: DataArgs = field(default_factory=DataArgs)
+    loss: LossArgs = field(default_factory=LossArgs)
+    optimizer: OptimizerArgs = field(default_factory=OptimizerArgs)
+    machine: MachineArgs = field(default_factory=MachineArgs)
+
+    def __post_init__(self) -> None:
+        _at_least("seed", self.seed, 0)
+        _at_least("validation_steps", self.validation_steps, 1)
+        is_masks = self.model.architecture == "mask2former"
+        if is_masks != (self.loss.kind == "masks"):
+            kinds = "masks" if is_masks else "cross-entropy, bootstrapped or symmetric"
+            raise UsageError(
+                f"loss.kind: {self.model.architecture} is trained by {kinds}, got {self.loss.kind}",
+                hint=f"--set loss.kind={'masks' if is_masks else 'cross-entropy'}",
+            )
+        if is_masks and self.data.balance == "weights":
+            raise UsageError(
+                "data.balance = weights: mask2former's loss has no class weights", hint="--set data.balance=sampling"
+            )
+
+
+def deciding(config: Config) -> dict[str, Any]:
+    """The part of a configuration that decides the weights: all but ``machine``. JSON values only."""
+    told: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    del told["machine"]
+    return told
+
+
+def config_from(*layers: Tables) -> Config:
+    """The configuration that these layers make together; a later one wins, key by key.
+
+    Raises:
+        UsageError: an unknown table or key (names the nearest right one), a value of the wrong type, a contradiction.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merged(merged, layer)
+    built: Config = _built(Config, merged, "")
+    return built
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The tables of ``--config``. Raises UsageError when it is no TOML file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"--config {path}: not a TOML file: {error}") from None
+
+
+def typed(assignment: str) -> dict[str, Any]:
+    """``data.crop=321`` as tables. Values are TOML; what is no TOML value is a word.
+
+    Raises:
+        UsageError: no ``=`` in it.
+    """
+    key, equals, text = assignment.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {assignment}: expected TABLE.KEY=VALUE", hint="for example --set data.crop=321")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    tables: Any = value
+    for part in reversed(key.strip().split(".")):
+        tables = {part: tables}
+    return dict(tables)
+
+
+def _merged(below: Tables, above: Tables) -> dict[str, Any]:
+    both = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], Mapping) and isinstance(above[key], Mapping):
+            both[key] = _merged(below[key], above[key])
+    return both
+
+
+def _built(kind: type[Any], told: Tables, prefix: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = [each.name for each in dataclasses.fields(kind)]
+    for key in told:
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            raise UsageError(
+                f"there is no setting {prefix}{key}",
+                hint=f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(prefix + name for name in known)}",
+            )
+    return kind(**{key: _value(value, hints[key], prefix + key) for key, value in told.items()})
+
+
+def _value(value: Any, hint: Any, key: str) -> Any:
+    """``value`` as the field's type; ints pass for floats, lists for tuples."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{key}: expected a table [{key}], got {value!r}")
+        return _built(typing.cast(type[Any], hint), value, f"{key}.")
+    if origin is Literal:
+        if value not in inner:
+            raise UsageError(f"{key}: expected one of {', '.join(inner)}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(inner):
+            raise UsageError(f"{key}: expected {len(inner)} numbers as [a, b], got {value!r}")
+        return tuple(_value(each, part, key) for each, part in zip(value, inner, strict=True))
+    if origin is not None:  # Mapping[str, Value]
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{key}: expected a table [{key}], got {value!r}")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise UsageError(f"{key}: expected {_KINDS[hint]}, got {value!r}")
+    return value
+
+
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"{key}: expected at least {least}, got {value}")
+
+
+def _within(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UsageError(f"{key}: expected {low:g} to {high:g}, got {value:g}")

@@ -1,0 +1,223 @@
+"""Labelled images as training batches.
+
+Which image comes when, and how it is changed, follows from (seed, position) alone; position counts the images since the
+beginning of the run. Hence a resumed run sees what the unbroken one would have seen, and two processes with half the batch
+each see what one process sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from ..batch import VOID
+from ..errors import StoreError, WsssError
+from ..labelstore import read_label
+from ..photographs import read_photograph
+from .args import DataArgs
+from .survey import Item
+
+# First part of the seed sequences, so that no two purposes share a stream.
+_ORDER, _AUGMENT, _STEP = 0, 1, 2
+_BLOCK = 4096
+"""Weighted draws are made so many at a time."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """Crops of one forward pass."""
+
+    pixels: Tensor
+    """(B, 3, crop, crop) float32, RGB, normalised."""
+    label: Tensor
+    """(B, crop, crop) uint8, 255 is not learned from."""
+    confidence: Tensor
+    """(B, C + 1) float32 in [0, 1]: how sure the store is of each label value in each image."""
+    item: Tensor
+    """(B,) int64, which item of the training set each row is."""
+
+    def to(self, device: torch.device, memory_format: torch.memory_format) -> Batch:
+        """On another device."""
+        return Batch(
+            pixels=self.pixels.to(device, memory_format=memory_format, non_blocking=True),
+            label=self.label.to(device, non_blocking=True),
+            confidence=self.confidence.to(device, non_blocking=True),
+            item=self.item,
+        )
+
+
+def step_seed(seed: int, step: int, accumulated: int, rank: int) -> int:
+    """What the network's own chance (dropout, drop path) starts from in one forward pass."""
+    return _seed(_STEP, seed, step, accumulated, rank)
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+class Order:
+    """Which item stands at each position.
+
+    Args:
+        count: items. weights: (count,) draws with replacement in proportion to these; without them every item comes once
+            an epoch, in an order of its own.
+    """
+
+    def __init__(self, count: int, seed: int, weights: np.ndarray | None = None) -> None:
+        self._count, self._seed = count, seed
+        self._share = None if weights is None else weights / weights.sum()
+        self._block: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __getitem__(self, position: int) -> int:
+        number, row = divmod(position, self._count if self._share is None else _BLOCK)
+        if number != self._block[0]:
+            rng = np.random.default_rng([_ORDER, self._seed, number])
+            drawn = rng.permutation(self._count) if self._share is None else rng.choice(self._count, _BLOCK, p=self._share)
+            self._block = number, drawn
+        return int(self._block[1][row])
+
+
+class Positions:
+    """The positions of one process's forward passes, from ``first`` step to the last: a batch sampler.
+
+    A step's images lie [forward pass][process][row], so that any number of processes shares the same steps.
+    """
+
+    def __init__(self, args: DataArgs, *, first: int, steps: int, rank: int, world: int) -> None:
+        self._args, self._first, self._steps, self._rank, self._world = args, first, steps, rank, world
+        self.rows = args.batch // (world * args.accumulate)
+
+    def __len__(self) -> int:
+        return (self._steps - self._first) * self._args.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self._first, self._steps):
+            for part in range(self._args.accumulate):
+                start = step * self._args.batch + (part * self._world + self._rank) * self.rows
+                yield list(range(start, start + self.rows))
+
+
+class Crops(Dataset[Batch | WsssError]):
+    """Augmented crops by position; a picture that cannot be read comes back as its error, since loaders lose their words."""
+
+    def __init__(self, store: Path, images: Path, items: Sequence[Item], args: DataArgs, *, seed: int, order: Order) -> None:
+        self._store, self._images, self._items = store, images, items
+        self._args, self._seed, self._order = args, seed, order
+        self._augment = augmentation(args)
+
+    def __getitem__(self, position: int) -> Batch | WsssError:
+        row = self._order[position]
+        item = self._items[row]
+        try:
+            pixels, label = read_pair(self._store, self._images, item)
+        except WsssError as error:
+            return error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed(_AUGMENT, self._seed, position))
+            scale = float(torch.empty(1).uniform_(*self._args.scale))
+            image, mask = self._augment(*resized(pixels, label, scale))
+        return Batch(
+            pixels=normalised(image, self._args)[None],
+            label=mask[None],
+            confidence=torch.tensor([item.confidence]),
+            item=torch.tensor([row]),
+        )
+
+
+def read_pair(store: Path, images: Path, item: Item) -> tuple[np.ndarray, np.ndarray]:
+    """A photograph (H, W, 3) uint8 RGB and its label map (H, W) uint8. Raises StoreError if it is not what was surveyed."""
+    photo = read_photograph(images, item.path)
+    if photo.sha256 != item.sha256:
+        raise StoreError(f"{images / item.path}: the image has changed since it was labelled", hint="label it again")
+    label = read_label(store / "labels" / item.label)
+    if label.shape != photo.shape:
+        raise StoreError(f"{item.path}: the image is {photo.shape} pixels, its label {label.shape}", hint="label it again")
+    return photo.pixels, label
+
+
+def resized(pixels: np.ndarray, label: np.ndarray, scale: float) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """Image (3, h, w) and label (h, w) uint8, scaled: bilinear with antialias, and nearest."""
+    image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+    mask = tv_tensors.Mask(torch.from_numpy(label))
+    size = [max(1, round(side * scale)) for side in label.shape]
+    return (
+        tv_tensors.Image(v2.functional.resize(image, size, antialias=True)),
+        tv_tensors.Mask(v2.functional.resize(mask[None], size, v2.InterpolationMode.NEAREST_EXACT)[0]),
+    )
+
+
+def augmentation(args: DataArgs) -> v2.Transform:
+    """Crop (padded with the mean colour and void), flip and colour jitter."""
+    fill = {tv_tensors.Image: [round(value) for value in args.mean], tv_tensors.Mask: VOID}
+    steps = [v2.RandomCrop(args.crop, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip(args.flip)]
+    if any(args.jitter):
+        steps.append(v2.ColorJitter(*args.jitter))
+    return v2.Compose(steps)
+
+
+def normalised(image: Tensor, args: DataArgs) -> Tensor:
+    """(..., 3, H, W) uint8 to float32."""
+    mean, std = (torch.tensor(value)[:, None, None] for value in (args.mean, args.std))
+    return (image.as_subclass(Tensor).float() - mean) / std
+
+
+def together(rows: Sequence[Batch | WsssError]) -> Batch | WsssError:
+    """One batch of many rows, or the first error among them."""
+    good = []
+    for row in rows:
+        if isinstance(row, WsssError):
+            return row
+        good.append(row)
+    return Batch(
+        pixels=torch.cat([row.pixels for row in good]),
+        label=torch.cat([row.label.as_subclass(Tensor) for row in good]),
+        confidence=torch.cat([row.confidence for row in good]),
+        item=torch.cat([row.item for row in good]),
+    )
+
+
+def batches(crops: Crops, positions: Positions, *, workers: int, pin: bool) -> Iterator[Batch]:
+    """The forward passes of a run, in order. Raises the error of an image that cannot be read."""
+    loader = DataLoader(
+        crops, batch_sampler=positions, collate_fn=together, num_workers=workers, pin_memory=pin, worker_init_fn=_one_thread
+    )
+    for loaded in loader:
+        if isinstance(loaded, WsssError):
+            raise loaded
+        yield loaded
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)  # workers share the cores
+
+
+def class_weights(items: Sequence[Item]) -> np.ndarray:
+    """(C + 1) float32 loss weights against class imbalance: 1 / log(1.02 + share of pixels), scaled to a mean of 1 over pixels.
+
+    ENet, arXiv:1606.02147, section 5.2. A class without a pixel has weight 0.
+    """
+    pixels = np.sum([item.pixels for item in items], axis=0, dtype=np.float64)
+    share = pixels / max(pixels.sum(), 1)
+    weights = np.where(pixels > 0, 1 / np.log(1.02 + share), 0)
+    scaled: np.ndarray = (weights / max((weights * share).sum(), 1e-9)).astype(np.float32)
+    return scaled
+
+
+def repeat_factors(items: Sequence[Item], threshold: float) -> np.ndarray:
+    """(N,) float64 how often each image should come: the largest max(1, sqrt(threshold / f)) of its classes.
+
+    f is the share of images with that class. LVIS, arXiv:1908.03195, appendix B.1.
+    """
+    present = np.array([item.pixels for item in items])[:, 1:] > 0  # (N, C)
+    frequency = present.mean(axis=0)
+    factor = np.maximum(1, np.sqrt(threshold / np.maximum(frequency, 1e-9)))
+    factors: np.ndarray = np.where(present, factor, 1).max(axis=1, initial=1)
+    return factors

@@ -1,0 +1,79 @@
+"""The processes of a training: one, or as many as ``torchrun`` started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import UsageError, WsssError
+from .args import MachineArgs
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among its fellows."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of every process's ``value``, on all of them; changed in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def wait(self) -> None:
+        """Returns when every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined(args: MachineArgs) -> Iterator[World]:
+    """The world for the duration of a training.
+
+    Raises:
+        WsssError: no GPU where one is asked for, or fewer GPUs than processes. UsageError: torchrun's variables are broken.
+    """
+    rank, size, local = _told("RANK", 0), _told("WORLD_SIZE", 1), _told("LOCAL_RANK", 0)
+    here = _told("LOCAL_WORLD_SIZE", size)
+    gpus = torch.cuda.device_count()
+    kind = args.device if args.device != "auto" else ("cuda" if gpus else "cpu")
+    if kind == "cuda" and not gpus:
+        raise WsssError("--device cuda: PyTorch finds no GPU", hint="--device cpu, or install a driver and a CUDA build of torch")
+    if kind == "cuda" and here > gpus:
+        raise WsssError(
+            f"torchrun started {here} processes on this machine, it has {gpus} GPU{'s' if gpus > 1 else ''}",
+            hint=f"torchrun --nproc-per-node {gpus}; a GPU that is missing may be hidden by CUDA_VISIBLE_DEVICES "
+            f"(now {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
+        )
+    device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(rank=0, size=1, device=device)
+        return
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield World(rank=rank, size=size, device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _told(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UsageError(f"{name} in the environment: expected torchrun's number, got {text!r}", hint=f"unset {name}")
+    return int(text)

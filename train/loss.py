@@ -1,0 +1,92 @@
+"""What is minimised, pixel by pixel.
+
+A loss is a sum over the pixels divided by what they weigh. The divisor is told from outside: it is added up over all forward
+passes of a step and over all processes first, so that a step's gradient does not depend on how its batch was divided, as a
+mean of means would (void is not spread evenly).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..batch import VOID
+from .args import LossArgs
+
+Outputs: TypeAlias = Tensor | tuple[tuple[Tensor, Tensor], ...]
+"""What a network gives in training: logits (B, C, H, W), or the masks of a set predictor (see `mask_loss`)."""
+
+LOG_ZERO = -4.0
+"""Stands for log 0 in the reverse cross-entropy (arXiv:1908.06112, section 4.1, A = -4)."""
+
+
+class Criterion(Protocol):
+    """A loss that is divided by numbers known from the labels alone."""
+
+    def weights(self, label: Tensor, confidence: Tensor) -> Tensor:
+        """(K,) float32: what this batch contributes to each divisor."""
+        ...
+
+    def __call__(self, outputs: Outputs, label: Tensor, confidence: Tensor, divisors: Tensor) -> Tensor:
+        """The batch's share of the loss, a scalar.
+
+        Args:
+            outputs: of the network in training.
+            label: (B, H, W) uint8, 255 is not learned from.
+            confidence: (B, C) float32 in [0, 1], background first.
+            divisors: (K,) sums of ``weights`` over the whole step.
+        """
+        ...
+
+
+class PixelLoss(nn.Module):
+    """Cross-entropy over pixels and its kin for noisy labels, weighed by class and by the store's confidence.
+
+    - ``cross-entropy``: -log p(y).
+    - ``bootstrapped``: the label is mixed with the network's own probabilities, Reed et al., arXiv:1412.6596, section 3.1
+      (soft): -sum_k [b t_k + (1 - b) p_k] log p_k.
+    - ``symmetric``: a CE + b RCE, where RCE = -sum_k p_k log t_k swaps the two and log 0 is `LOG_ZERO`, Wang et al.,
+      arXiv:1908.06112, equation 7. RCE is bounded, so a wrong label cannot dominate.
+
+    Args:
+        class_weights: (C,) float32 or None.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(self, args: LossArgs, class_weights: Tensor | None = None) -> None:
+        super().__init__()
+        self.args = args
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def pixel_weights(self, label: Tensor, confidence: Tensor) -> Tensor:
+        """(B, H, W) float32, 0 where the label is void."""
+        known = label != VOID
+        y = torch.where(known, label, 0).long()
+        weight = known.float()
+        if self.args.confidence:
+            sure = confidence.clamp(min=self.args.confidence_floor)  # (B, C)
+            weight = weight * sure.gather(1, y.flatten(1)).view_as(weight)
+        if self.class_weights is not None:
+            weight = weight * self.class_weights[y]
+        return weight
+
+    def weights(self, label: Tensor, confidence: Tensor) -> Tensor:
+        return self.pixel_weights(label, confidence).sum()[None]
+
+    def forward(self, outputs: Outputs, label: Tensor, confidence: Tensor, divisors: Tensor) -> Tensor:
+        assert isinstance(outputs, Tensor)
+        y = torch.where(label != VOID, label, 0).long()
+        log_p = F.log_softmax(outputs.float(), dim=1)  # (B, C, H, W)
+        log_p_y = log_p.gather(1, y[:, None])[:, 0]
+        loss = -log_p_y  # (B, H, W)
+        if self.args.kind == "bootstrapped":
+            own = -(log_p.exp() * log_p).sum(dim=1)
+            loss = self.args.bootstrap * loss + (1 - self.args.bootstrap) * own
+        elif self.args.kind == "symmetric":
+            forward, reverse = self.args.symmetric
+            loss = forward * loss - reverse * LOG_ZERO * (1 - log_p_y.exp())  # sum of p_k over k != y
+        return (loss * self.pixel_weights(label, confidence)).sum() / divisors[0].clamp(min=1e-6)

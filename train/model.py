@@ -1,0 +1,240 @@
+"""Segmenters behind one interface: pixels in, logits of every class at the same size out.
+
+Networks come from segmentation-models-pytorch and transformers, and are built without a download; what weights they start
+from is `wsss.train.weights`' business.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .args import LossArgs, ModelArgs, Value
+from .loss import Criterion, Outputs, PixelLoss
+
+SMP = {"deeplabv3plus": "DeepLabV3Plus", "upernet": "UPerNet", "unet": "Unet", "smp-segformer": "Segformer"}
+
+SEGFORMER: Mapping[str, Mapping[str, Value]] = {
+    name: {"hidden_sizes": widths, "depths": list(depths), "decoder_hidden_size": 256 if name in ("b0", "b1") else 768}
+    for name, widths, depths in (
+        ("b0", [32, 64, 160, 256], (2, 2, 2, 2)),
+        ("b1", [64, 128, 320, 512], (2, 2, 2, 2)),
+        ("b2", [64, 128, 320, 512], (3, 4, 6, 3)),
+        ("b3", [64, 128, 320, 512], (3, 4, 18, 3)),
+        ("b4", [64, 128, 320, 512], (3, 8, 27, 3)),
+        ("b5", [64, 128, 320, 512], (3, 6, 40, 3)),
+    )
+}
+"""SegFormer, arXiv:2105.15203, table 6."""
+
+SWIN: Mapping[str, Mapping[str, Value]] = {
+    "swin-tiny": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},
+    "swin-small": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},
+    "swin-base": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
+    "swin-large": {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 12},
+}
+"""Swin, arXiv:2103.14030, section 3.3; windows as Mask2Former's configurations have them."""
+
+
+class Segmenter(nn.Module):
+    """A network that tells C labels apart, background first.
+
+    Args:
+        network: what learns; its state dict is the checkpoint.
+        classes: labels with background, C.
+        multiple_of: sides of ``pixels`` must be multiples of it.
+        outputs_of: the network's answer in training, as its loss takes it.
+        logits_of: from that answer and (height, width) to (B, C, H, W) float logits.
+        queries: masks that a set predictor gives for each image; 0 for a network that labels pixels.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        classes: int,
+        multiple_of: int,
+        outputs_of: Callable[[nn.Module, Tensor], Outputs],
+        logits_of: Callable[[Outputs, tuple[int, int]], Tensor],
+        queries: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.classes, self.multiple_of, self.queries = classes, multiple_of, queries
+        self._outputs_of, self._logits_of = outputs_of, logits_of
+
+    def outputs(self, pixels: Tensor) -> Outputs:
+        """What the loss takes, for (B, 3, H, W) float pixels."""
+        return self._outputs_of(self.network, pixels)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits of every label at every pixel.
+
+        Args:
+            pixels: (B, 3, H, W) float, RGB, normalised; H and W multiples of ``multiple_of``.
+
+        Returns:
+            (B, C, H, W); their softmax is the probability of each label.
+        """
+        return self._logits_of(self.outputs(pixels), (pixels.shape[-2], pixels.shape[-1]))
+
+    def encoder_parameters(self) -> set[nn.Parameter]:
+        """Those that learn at the plain rate; all others learn ``head_factor`` times faster."""
+        for path in ("encoder", "segformer", "model.pixel_level_module.encoder"):
+            try:
+                return set(self.network.get_submodule(path).parameters())
+            except AttributeError:
+                continue
+        raise AssertionError("every network has an encoder")
+
+
+def build_segmenter(architecture: str, encoder: str, options: Mapping[str, Any], classes: int) -> Segmenter:
+    """A segmenter of random weights. Needs no network.
+
+    Args:
+        options: further arguments of the architecture's constructor.
+        classes: labels with background.
+
+    Raises:
+        UsageError: no such encoder, or an option that the architecture does not take.
+    """
+    build = {"deeplabv2": _deeplabv2, "segformer": _segformer, "mask2former": _mask2former}.get(architecture, _smp)
+    try:
+        return build(architecture, encoder, dict(options), classes)
+    except (TypeError, KeyError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise UsageError(
+            f"{architecture} with encoder {encoder!r} and options {dict(options)} cannot be built: {error}",
+            hint="model.encoder: a name of segmentation-models-pytorch such as resnet101, b0 to b5 for segformer, "
+            "swin-tiny to swin-large for mask2former",
+        ) from None
+
+
+def build_from(args: ModelArgs, classes: int, seed: int) -> Segmenter:
+    """The segmenter that a run begins with, its random weights from the seed. The caller's random stream stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_segmenter(args.architecture, args.encoder, args.options, classes)
+
+
+def criterion_for(segmenter: Segmenter, args: LossArgs, class_weights: Tensor | None) -> Criterion:
+    """The loss that fits the network."""
+    if segmenter.queries:
+        from .mask_loss import MaskLoss
+
+        return MaskLoss(args, segmenter.queries)
+    return PixelLoss(args, class_weights)
+
+
+def _call(network: nn.Module, pixels: Tensor) -> Outputs:
+    return network(pixels)
+
+
+def _upsampled(outputs: Outputs, size: tuple[int, int]) -> Tensor:
+    assert isinstance(outputs, Tensor)
+    return outputs if outputs.shape[-2:] == size else F.interpolate(outputs, size, mode="bilinear", align_corners=False)
+
+
+def _at_input_size(answer: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Outputs]:
+    """The network's coarse logits, upsampled to the pixels they came from: the loss is taken there."""
+    return lambda network, pixels: _upsampled(answer(network, pixels), (pixels.shape[-2], pixels.shape[-1]))
+
+
+def _check_known(constructor: Callable[..., object], options: Mapping[str, object]) -> None:
+    """Raises TypeError for an option that ``**kwargs`` would swallow without effect."""
+    known = [
+        name for name, parameter in inspect.signature(constructor).parameters.items() if parameter.kind != parameter.VAR_KEYWORD
+    ]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"no option {unknown[0]!r}; there are {', '.join(known[1:])}")
+
+
+# ---- segmentation-models-pytorch ----
+
+
+def _smp(architecture: str, encoder: str, options: dict[str, Any], classes: int) -> Segmenter:
+    import segmentation_models_pytorch as smp
+
+    kind = getattr(smp, SMP[architecture])
+    _check_known(kind.__init__, options)
+    network = kind(encoder_name=encoder, encoder_weights=None, classes=classes, **options)
+    return Segmenter(network, classes=classes, multiple_of=32, outputs_of=_call, logits_of=_upsampled)
+
+
+class DeepLabV2(nn.Module):
+    """An encoder whose last stages are dilated instead of strided, and four parallel dilated convolutions, added up.
+
+    ASPP-L of arXiv:1606.00915, section 3.2 and figure 4. Logits come at an eighth of the input's size.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int, rates: tuple[int, ...] = (6, 12, 18, 24)) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.branches = nn.ModuleList(nn.Conv2d(width, classes, 3, padding=rate, dilation=rate) for rate in rates)
+        for branch in self.branches:
+            nn.init.normal_(branch.weight, std=0.01)
+            nn.init.zeros_(branch.bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.encoder(pixels)[-1]  # (B, width, H / 8, W / 8)
+        return torch.stack([branch(features) for branch in self.branches]).sum(dim=0)
+
+
+def _deeplabv2(_: str, encoder: str, options: dict[str, Any], classes: int) -> Segmenter:
+    from segmentation_models_pytorch.encoders import get_encoder
+
+    trunk = get_encoder(encoder, weights=None, output_stride=8)
+    network = DeepLabV2(trunk, trunk.out_channels[-1], classes, **options)
+    answer = _at_input_size(lambda network, pixels: network(pixels))
+    return Segmenter(network, classes=classes, multiple_of=1, outputs_of=answer, logits_of=_upsampled)
+
+
+# ---- transformers ----
+
+
+def _segformer(_: str, encoder: str, options: dict[str, Any], classes: int) -> Segmenter:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    _check_known(SegformerConfig.__init__, options)
+    network = SegformerForSemanticSegmentation(SegformerConfig(num_labels=classes, **{**SEGFORMER[encoder], **options}))
+    answer = _at_input_size(lambda network, pixels: network(pixel_values=pixels).logits)
+    return Segmenter(network, classes=classes, multiple_of=32, outputs_of=answer, logits_of=_upsampled)
+
+
+def _mask2former(_: str, encoder: str, options: dict[str, Any], classes: int) -> Segmenter:
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    swin_options = {**SWIN[encoder], **options.pop("backbone", {})}
+    _check_known(SwinConfig.__init__, swin_options)
+    _check_known(Mask2FormerConfig.__init__, options)
+    swin = SwinConfig(**swin_options, drop_path_rate=0.3, out_features=stages)
+    network = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, num_labels=classes, **options))
+    queries = network.config.num_queries
+    return Segmenter(
+        network, classes=classes, multiple_of=32, outputs_of=_mask_outputs, logits_of=_logits_of_masks, queries=queries
+    )
+
+
+def _mask_outputs(network: nn.Module, pixels: Tensor) -> Outputs:
+    """Class logits (B, Q, C + 1) and mask logits (B, Q, h, w) after every decoder layer; only the last when not training."""
+    answer = network(pixel_values=pixels, output_auxiliary_logits=network.training)
+    last = answer.class_queries_logits, answer.masks_queries_logits
+    if not network.training:
+        return (last,)
+    return (*((each["class_queries_logits"], each["masks_queries_logits"]) for each in answer.auxiliary_logits), last)
+
+
+def _logits_of_masks(outputs: Outputs, size: tuple[int, int]) -> Tensor:
+    """Semantic inference of MaskFormer (arXiv:2107.06278, section 3.4), as a logarithm so that softmax gives the shares."""
+    assert isinstance(outputs, tuple)
+    class_logits, mask_logits = outputs[-1]
+    masks = F.interpolate(mask_logits, size, mode="bilinear", align_corners=False).sigmoid()
+    classes = class_logits.softmax(dim=-1)[..., :-1]
+    return torch.einsum("bqc,bqhw->bchw", classes, masks).clamp(min=1e-6).log()

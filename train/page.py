@@ -1,0 +1,90 @@
+"""One self-contained HTML page of a finished training: its course, and what the segmenter now says of single images."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..classes import palette
+from ..labelstore import write_atomically
+from ..overlay import overlay, shrink
+from .checkpoint import RunRecord
+
+PAGE = "report.html"
+THUMBNAIL_PX = 320
+Shown = tuple[str, np.ndarray, np.ndarray, np.ndarray]
+"""Name, pixels (H, W, 3), store's label (H, W) and prediction (H, W), all uint8."""
+
+
+def write_page(folder: Path, record: RunRecord, facts: list[tuple[str, str]], curve: Path, shown: Iterable[Shown]) -> Path:
+    """Writes ``report.html`` and returns its path. Needs no network connection to be read.
+
+    Args:
+        facts: name and value of what is told at the top.
+        curve: a PNG file. shown: images beside the store's label and the segmenter's.
+    """
+    path = folder / PAGE
+    text = _PAGE.format(
+        title=html.escape(folder.name),
+        facts="".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts),
+        curve=base64.b64encode(curve.read_bytes()).decode(),
+        legend=_legend(record.classes),
+        cards="".join(_card(*each) for each in shown),
+    )
+    write_atomically(path, text.encode())
+    return path
+
+
+def _card(name: str, pixels: np.ndarray, label: np.ndarray, predicted: np.ndarray) -> str:
+    pictures = pixels, overlay(pixels, label), overlay(pixels, predicted)
+    known = label != 255
+    agree = float((label == predicted)[known].mean()) if known.any() else float("nan")
+    images = "".join(f'<img loading="lazy" alt="" src="{_data_url(shrink(each, THUMBNAIL_PX))}">' for each in pictures)
+    return (
+        f'<figure><div class="row">{images}</div><figcaption><b>{html.escape(name)}</b> '
+        f"agrees with the store on {agree:.1%} of the pixels</figcaption></figure>"
+    )
+
+
+def _legend(classes: tuple[str, ...]) -> str:
+    colours = palette()
+    return "".join(
+        f'<span class="key"><i style="background:rgb({",".join(map(str, colours[label]))})"></i>{html.escape(name)}</span>'
+        for label, name in enumerate(classes, 1)
+    )
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title} - wsss train</title>
+<style>
+:root {{ color-scheme: light dark; --line: #8884; }}
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1400px; padding: 1.2rem; }}
+h1 {{ font-size: 1.3rem; margin: 0 0 .6rem; }}
+dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 0 1rem; overflow-wrap: anywhere; }}
+dt {{ opacity: .7; }} dd {{ margin: 0; }}
+.curve {{ background: white; border-radius: 8px; max-width: 100%; }}
+.key {{ display: inline-block; margin: 0 .9rem .3rem 0; white-space: nowrap; }}
+.key i {{ display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .35em; vertical-align: -1px; }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 620px), 1fr)); gap: 1rem; margin-top: 1rem; }}
+figure {{ align-self: start; margin: 0; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }}
+.row {{ display: grid; grid-template-columns: 1fr 1fr 1fr; gap: 2px; align-items: center; }}
+.row img {{ width: 100%; max-height: 20rem; object-fit: contain; display: block; }}
+figcaption {{ padding: .5rem .7rem .7rem; font-size: .85rem; overflow-wrap: anywhere; }}
+</style>
+<h1>{title}</h1><dl>{facts}</dl>
+<img class="curve" alt="loss, learning rate and validation by step" src="data:image/png;base64,{curve}">
+<p>Photograph, the store's label, the segmenter's.</p><div>{legend}</div><main>{cards}</main></html>
+"""

@@ -1,0 +1,164 @@
+"""Schedules of the field, each with its source, written as a ``--config`` file would be. No torch."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+from ..errors import UsageError
+
+_DEEPLABV2 = """
+[model]
+architecture = "deeplabv2"
+encoder = "resnet101"
+init = "hub:imagenet"
+batch_norm = "frozen"
+
+[data]
+crop = 321
+batch = 10
+scale = [0.5, 1.5]
+
+[optimizer]
+kind = "sgd"
+rate = 2.5e-4
+head_factor = 10
+momentum = 0.9
+weight_decay = 5e-4
+schedule = "poly"
+power = 0.9
+"""
+
+_TEXT = {
+    "deeplabv2-voc": f"""
+source = '''DeepLab, arXiv:1606.00915, section 4.1; numbers of github.com/kazuto1011/deeplab-pytorch 3a634f2, \
+configs/voc12.yaml. Not as there: ImageNet weights for its COCO ones, no second loss on smaller copies of the image'''
+{_DEEPLABV2}
+steps = 20_000
+""",
+    "deeplabv2-coco": f"""
+source = '''github.com/kazuto1011/deeplab-pytorch 3a634f2, configs/cocostuff164k.yaml. Not as there: ImageNet weights for \
+its COCO ones, no second loss on smaller copies of the image'''
+validation_steps = 5000
+{_DEEPLABV2}
+steps = 100_000
+""",
+    "deeplabv3plus-voc": """
+source = '''DeepLabV3+, arXiv:1802.02611, section 4; numbers of github.com/VainF/DeepLabV3Plus-Pytorch 0f3ca89, main.py. \
+Not as there: crop 512 for 513, a multiple of the stride; the usual momentum of the statistics'''
+
+[model]
+architecture = "deeplabv3plus"
+encoder = "resnet101"
+init = "hub:imagenet"
+
+[data]
+crop = 512
+batch = 16
+scale = [0.5, 2.0]
+
+[optimizer]
+kind = "sgd"
+steps = 30_000
+rate = 1e-3
+head_factor = 10
+momentum = 0.9
+weight_decay = 4e-5
+schedule = "poly"
+power = 0.9
+""",
+    "segformer": """
+source = '''SegFormer, arXiv:2105.15203, section 4.1, the ADE20K schedule; colour jitter as mmsegmentation's \
+PhotoMetricDistortion (brightness 32/255, contrast and saturation 0.5, hue 18/180). Not as there: 40,000 steps for 160,000'''
+
+[model]
+architecture = "segformer"
+encoder = "b2"
+init = "hub:nvidia/mit-b2"
+
+[data]
+crop = 512
+batch = 16
+scale = [0.5, 2.0]
+jitter = [0.125, 0.5, 0.5, 0.1]
+
+[optimizer]
+kind = "adamw"
+steps = 40_000
+warm_up = 1500
+rate = 6e-5
+head_factor = 10
+weight_decay = 0.01
+schedule = "poly"
+power = 1.0
+""",
+    "mask2former": """
+source = '''Mask2Former, arXiv:2112.01527, section 4 (semantic segmentation on ADE20K): AdamW 1e-4 with the backbone at a \
+tenth, decay 0.05, clipped at 0.01. Not as there: 40,000 steps for 160,000, and it starts from the COCO panoptic weights'''
+
+[model]
+architecture = "mask2former"
+encoder = "swin-tiny"
+init = "hub:facebook/mask2former-swin-tiny-coco-panoptic"
+new_head = true
+
+[data]
+crop = 512
+batch = 16
+scale = [0.5, 2.0]
+jitter = [0.125, 0.5, 0.5, 0.1]
+
+[loss]
+kind = "masks"
+
+[optimizer]
+kind = "adamw"
+steps = 40_000
+rate = 1e-5
+head_factor = 10
+weight_decay = 0.05
+clip_norm = 0.01
+schedule = "poly"
+power = 0.9
+""",
+    "mini": """
+source = "chosen here for the drawn scenes of wsss.mini, random weights and a CPU (benchmarks/stage_two.py)"
+validation_steps = 200
+
+[model]
+architecture = "deeplabv3plus"
+encoder = "resnet18"
+options = { decoder_channels = 128 }
+
+[data]
+crop = 160
+batch = 8
+scale = [0.4, 1.2]
+jitter = [0.1, 0.1, 0.1, 0.0]
+
+[optimizer]
+kind = "adamw"
+steps = 2400
+warm_up = 50
+rate = 2e-3
+head_factor = 1
+weight_decay = 0.02
+clip_norm = 1.0
+schedule = "cosine"
+average = 0.99
+precision = "bf16"
+
+[machine]
+workers = 1
+""",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {name: {"preset": name, **tomllib.loads(text)} for name, text in _TEXT.items()}
+"""Tables for `wsss.train.args.config_from`, by name."""
+
+
+def preset(name: str) -> dict[str, Any]:
+    """A preset's tables. Raises UsageError, which lists them, when there is no such preset."""
+    if name not in PRESETS:
+        raise UsageError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]

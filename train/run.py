@@ -1,0 +1,228 @@
+"""The state of a training, and the one thing that changes it: a step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..errors import UsageError, WsssError
+from .args import Config
+from .checkpoint import Progress, restore_last, save_last
+from .data import Batch, step_seed
+from .distributed import World
+from .loss import Criterion
+from .model import Segmenter
+from .optimizer import optimizer_for, rate_at, set_rate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHOWN = 16
+"""Of a batch's files, so many are named."""
+
+
+class Pass(nn.Module):
+    """One forward pass up to the loss: what DistributedDataParallel wraps."""
+
+    def __init__(self, segmenter: Segmenter, criterion: Criterion, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.segmenter, self.criterion, self.dtype = segmenter, criterion, dtype
+
+    def forward(self, batch: Batch, divisors: Tensor) -> Tensor:
+        with autocast(batch.pixels.device, self.dtype):
+            outputs = self.segmenter.outputs(batch.pixels)
+        return self.criterion(outputs, batch.label, batch.confidence, divisors)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision, or none for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Weights, their running average, optimizer, and how far they have come."""
+
+    config: Config
+    world: World
+    segmenter: Segmenter
+    average: Segmenter | None
+    """The running average of the weights, in evaluation mode."""
+    through: nn.Module
+    """`Pass`, or its distributed wrapper."""
+    criterion: Criterion
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+
+    @classmethod
+    def begin(cls, segmenter: Segmenter, criterion: Criterion, config: Config, world: World) -> Run:
+        """Step 0 of a training that starts from these weights, on the world's device.
+
+        Raises:
+            UsageError: synchronised statistics without GPUs.
+        """
+        segmenter = segmenter.to(world.device, memory_format=memory_format(config))
+        if config.model.batch_norm == "sync":
+            if world.device.type != "cuda":
+                raise UsageError("model.batch_norm = sync needs GPUs", hint="--set model.batch_norm=frozen, or train")
+            if world.size > 1:
+                segmenter = nn.SyncBatchNorm.convert_sync_batchnorm(segmenter)
+        average = copy.deepcopy(segmenter).eval().requires_grad_(False) if config.optimizer.average else None
+        if isinstance(criterion, nn.Module):
+            criterion.to(world.device)
+        optimizer = optimizer_for(segmenter, config.optimizer)
+        if config.machine.compile:
+            segmenter.network.compile()
+        through: nn.Module = Pass(segmenter, criterion, DTYPES[config.optimizer.precision])
+        if world.size > 1:
+            for parameter in _unreached(segmenter, world.device):
+                parameter.requires_grad_(False)
+            # a batch of void alone leaves a set predictor's masks without a gradient
+            through = DistributedDataParallel(through, find_unused_parameters=bool(segmenter.queries))
+        return cls(
+            config=config,
+            world=world,
+            segmenter=segmenter,
+            average=average,
+            through=through,
+            criterion=criterion,
+            optimizer=optimizer,
+            scaler=torch.amp.GradScaler(world.device.type, enabled=config.optimizer.precision == "fp16"),
+            progress=Progress(),
+        )
+
+    @property
+    def kept(self) -> Segmenter:
+        """The weights that count: the average where there is one."""
+        return self.average or self.segmenter
+
+    def restore(self, folder: Path) -> None:
+        """Goes back to the folder's last checkpoint."""
+        network = self.average.network if self.average else None
+        self.progress = restore_last(folder, self.segmenter.network, network, self.optimizer)
+        if self.progress.scaler:
+            self.scaler.load_state_dict(self.progress.scaler)
+
+    def save(self, folder: Path) -> None:
+        """Writes the checkpoint that `restore` goes back to."""
+        self.progress.scaler = self.scaler.state_dict()
+        network = self.average.network if self.average else None
+        save_last(folder, self.segmenter.network, network, self.optimizer, self.progress)
+
+    def advance(self, parts: Sequence[Batch], files: Callable[[list[int]], list[str]]) -> float:
+        """One step of the optimizer and of the average.
+
+        Args:
+            parts: the step's forward passes on this process, on its device.
+            files: names of items, for the message when something goes wrong.
+
+        Returns:
+            The loss of the whole step, over all processes.
+
+        Raises:
+            WsssError: the loss or the gradient is not a number; names the batch's files. The weights are as before.
+        """
+        args, step = self.config.optimizer, self.progress.step
+        set_rate(self.optimizer, rate_at(step, args))
+        self.set_training()
+        divisors = self.world.total(sum_of([self.criterion.weights(part.label, part.confidence) for part in parts]))
+        total = torch.zeros((), device=self.world.device)
+        for number, part in enumerate(parts):
+            torch.manual_seed(step_seed(self.config.seed, step, number, self.world.rank))
+            # gradients are exchanged once a step; DDP divides them by the number of processes, hence the factor
+            waits = isinstance(self.through, DistributedDataParallel) and number < len(parts) - 1
+            with self.through.no_sync() if waits else nullcontext():
+                loss = self.through(part, divisors)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise self._lost(f"the loss is {value}", files([int(row) for row in part.item]))
+                torch.autograd.backward(self.scaler.scale(loss * self.world.size))
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.segmenter.parameters(), args.clip_norm or math.inf)
+        if not self.scaler.is_enabled() and not math.isfinite(float(norm)):  # the scaler leaves such a step out itself
+            rows = [int(row) for part in parts for row in part.item]
+            raise self._lost(f"the gradient's norm is {float(norm)}", files(rows))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self._average()
+        return float(self.world.total(total))
+
+    def set_training(self) -> None:
+        """Training mode; frozen batch norms stay in evaluation mode."""
+        self.segmenter.train()
+        if self.config.model.batch_norm == "frozen":
+            for module in self.segmenter.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.average is None:
+            return
+        step = self.progress.step
+        decay = min(self.config.optimizer.average, (1 + step) / (10 + step))  # short at first: early weights are bad
+        for kept, value in zip(self.average.state_dict().values(), self.segmenter.state_dict().values(), strict=True):
+            if kept.is_floating_point():
+                kept.lerp_(value, 1 - decay)
+            else:
+                kept.copy_(value)
+
+    def _lost(self, what: str, names: list[str]) -> WsssError:
+        more = f"\n  and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        return WsssError(
+            f"step {self.progress.step + 1}: {what}, in the batch of\n  " + "\n  ".join(names[:SHOWN]) + more,
+            hint="a smaller optimizer.rate, a longer optimizer.warm_up, or --set optimizer.precision=fp32; the last checkpoint "
+            "is whole, and the same command goes on from there",
+        )
+
+
+def _unreached(segmenter: Segmenter, device: torch.device) -> list[nn.Parameter]:
+    """Parameters that no output depends on (some encoders carry a last stage that is never called): DDP would wait for them."""
+    segmenter.eval()  # batch statistics stay as they are
+    outputs = segmenter(torch.zeros(1, 3, 64, 64, device=device))
+    parameters = [parameter for parameter in segmenter.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
+    return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+
+
+def memory_format(config: Config) -> torch.memory_format:
+    """The order of images and kernels in memory."""
+    return torch.channels_last if config.machine.channels_last else torch.contiguous_format
+
+
+def sum_of(values: Sequence[Tensor]) -> Tensor:
+    """The sum of equal-shaped tensors."""
+    return torch.stack(list(values)).sum(dim=0)
+
+
+def check_divisible(config: Config, multiple_of: int, world: World) -> None:
+    """Raises UsageError when crop or batch do not divide as they must."""
+    crop, batch, parts = config.data.crop, config.data.batch, world.size * config.data.accumulate
+    if crop % multiple_of:
+        lower = crop // multiple_of * multiple_of
+        raise UsageError(
+            f"data.crop: {config.model.architecture} takes multiples of {multiple_of}, got {crop}",
+            hint=f"--crop {lower}" if lower else f"--crop {multiple_of}",
+        )
+    if batch % parts:
+        raise UsageError(
+            f"data.batch: {batch} images do not divide into {world.size} processes x {config.data.accumulate} forward passes",
+            hint=f"--batch {max(batch // parts, 1) * parts}",
+        )
+    norms = config.model.batch_norm == "train" and config.model.architecture != "segformer"
+    if norms and batch // parts == 1 and config.model.architecture != "mask2former":
+        raise UsageError(
+            "data.batch: one image a forward pass is too few for batch statistics",
+            hint=f"--batch {2 * parts}, fewer data.accumulate, or --set model.batch_norm=frozen",
+        )

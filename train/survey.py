@@ -1,0 +1,170 @@
+"""A look through a label store before training: is every image there, unchanged, and labelled within the list? No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..batch import VOID
+from ..errors import StoreError
+from ..labelstore import Record, read_label, read_records, read_run, write_atomically
+
+SHOWN = 3
+"""Of many bad images, so many are named."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One labelled image of a store."""
+
+    path: str
+    """Below the folder of images."""
+    label: str
+    """Below the store's ``labels``."""
+    sha256: str
+    """Of the image file, when it was labelled."""
+    confidence: tuple[float, ...]
+    """(C + 1) in [0, 1]: how sure the store is of background and of each class in this image."""
+    pixels: tuple[int, ...]
+    """(C + 1) pixels of background and of each class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What a store has to train on."""
+
+    classes: tuple[str, ...]
+    items: tuple[Item, ...]
+    """In the order of their paths."""
+    failed: int
+    """Images that could not be labelled, and are left out."""
+    digest: str
+    """Of class list, images, labels and confidence: two surveys of the same digest train the same weights."""
+
+    def split(self, share: float, limit: int) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+        """Training and validation items: the ``share`` of lowest path hash validates, at most ``limit`` and never all."""
+        by_hash = sorted(self.items, key=lambda item: hashlib.sha256(item.path.encode("utf-8", "surrogatepass")).digest())
+        count = min(round(len(by_hash) * share), limit, len(by_hash) - 1)
+        held_out = {item.path for item in by_hash[:count]}
+        return (
+            tuple(item for item in self.items if item.path not in held_out),
+            tuple(item for item in self.items if item.path in held_out),
+        )
+
+
+def look_through(store: Path, images: Path, progress: Callable[[int, int], None] = lambda done, of: None) -> Survey:
+    """Checks every image and label of a store and counts its pixels.
+
+    Args:
+        progress: told how many of how many images are done.
+
+    Raises:
+        StoreError: nothing labelled; or images missing or changed since, labels missing, of another size than their image,
+            or outside the class list. Counts them and names the first.
+    """
+    classes: list[str] = read_run(store)["classes"]
+    records = sorted(read_records(store), key=lambda record: record["path"])
+    labelled = [record for record in records if "error" not in record]
+    if not labelled:
+        said = f"none of its {len(records)} images could be labelled" if records else "no image in it yet"
+        raise StoreError(f"{store}: {said}", hint="wsss label fills a store; wsss report shows what went wrong")
+
+    items: list[Item] = []
+    problems: list[str] = []
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        looked = pool.map(lambda record: _look_at(store, images, record, classes), labelled)
+        for done, (record, found) in enumerate(zip(labelled, looked, strict=True), 1):
+            if isinstance(found, str):
+                problems.append(f"{record['path']}: {found}")
+            else:
+                item, label_digest = found
+                items.append(item)
+                digest.update(json.dumps([item.path, item.sha256, label_digest, item.confidence]).encode())
+            progress(done, len(labelled))
+    if problems:
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise StoreError(
+            f"{store}: {len(problems)} of {len(labelled)} images cannot be trained on:\n  "
+            + "\n  ".join(problems[:SHOWN])
+            + more,
+            hint=f"give --images the folder that was labelled (now {images}); wsss label does changed images again",
+        )
+    failed = len(records) - len(labelled)
+    return Survey(classes=tuple(classes), items=tuple(items), failed=failed, digest=digest.hexdigest())
+
+
+def _look_at(store: Path, images: Path, record: Record, classes: Sequence[str]) -> tuple[Item, str] | str:
+    """The item and its label file's digest, or what is wrong with it."""
+    try:
+        with (images / record["path"]).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"the image cannot be read: {error.strerror}"
+    if sha256 != record["sha256"]:
+        return "the image has changed since it was labelled"
+    try:
+        label_map = read_label(store / "labels" / record["label"])
+        label_digest = hashlib.sha256(label_map.tobytes()).hexdigest()
+    except StoreError as error:
+        return error.message
+    expected = record["height"], record["width"]
+    if label_map.shape != expected:
+        return f"the image is {expected[0]} x {expected[1]} pixels, its label {label_map.shape[0]} x {label_map.shape[1]}"
+    count = np.bincount(label_map.ravel(), minlength=256)
+    outside = [int(label) for label in np.flatnonzero(count) if len(classes) < label != VOID]
+    if outside:
+        return f"its label holds {outside[0]}, the store's list has {len(classes)} classes"
+    return Item(
+        path=record["path"],
+        label=record["label"],
+        sha256=sha256,
+        confidence=tuple(class_confidence(record, classes)),
+        pixels=tuple(count[: len(classes) + 1].tolist()),
+    ), label_digest
+
+
+def class_confidence(record: Record, classes: Sequence[str]) -> list[float]:
+    """How sure the store is of each label value in one image, as far as its manifest tells.
+
+    Returns:
+        (C + 1) values in [0, 1]. A class: the mean of box score x mask quality over its boxes, by the pixels that each
+        one won. Background: one minus the CLIP score of the surest class that was tagged but has no pixel, since that
+        object then lies in the background. A class without a box, or a manifest without boxes, says nothing: 1.
+    """
+    sure, won = np.zeros(len(classes)), np.zeros(len(classes))
+    for box in record.get("boxes", []):
+        if box["label"] in classes:
+            at = classes.index(box["label"])
+            sure[at] += box["score"] * box["quality"] * box["won_px"]
+            won[at] += box["won_px"]
+    scores = np.where(won > 0, sure / np.maximum(won, 1), 1.0)
+    lost = (
+        [score for name, score in record.get("classes", {}).items() if name not in classes or not won[classes.index(name)]]
+        if record.get("boxes") is not None
+        else []
+    )
+    values = [1 - max(lost, default=0.0), *scores.tolist()]
+    return [round(min(max(value, 0.0), 1.0), 6) for value in values]
+
+
+def write_survey(path: Path, survey: Survey) -> None:
+    """Leaves a survey for the other processes of a training."""
+    write_atomically(path, json.dumps(dataclasses.asdict(survey)).encode("utf-8", "surrogatepass"))
+
+
+def read_survey(path: Path) -> Survey:
+    """What `write_survey` left."""
+    told = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+    items = tuple(
+        Item(**{**item, "confidence": tuple(item["confidence"]), "pixels": tuple(item["pixels"])}) for item in told["items"]
+    )
+    return Survey(classes=tuple(told["classes"]), items=items, failed=told["failed"], digest=told["digest"])

@@ -1,0 +1,56 @@
+"""How well a segmenter does on images that were kept out of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .args import Config, DataArgs
+from .data import normalised, read_pair
+from .distributed import World
+from .evaluate import confusion_matrix, mean_iou
+from .model import Segmenter
+from .run import DTYPES, autocast
+from .survey import Item
+
+
+@torch.inference_mode()
+def validate(segmenter: Segmenter, store: Path, images: Path, items: Sequence[Item], config: Config, world: World) -> float:
+    """mIoU with background over whole images at their own size, against the store's labels, as one confusion matrix.
+
+    Each process takes its share of the items; all return the same.
+    """
+    segmenter.eval()
+    labels = segmenter.classes
+    matrix = np.zeros((labels, labels + 1), np.int64)
+    for _, label, predicted in predictions(segmenter, store, images, items[world.rank :: world.size], config, world.device):
+        matrix += confusion_matrix(label, predicted, labels)
+    total = world.total(torch.from_numpy(matrix).to(world.device))
+    return mean_iou(total.cpu().numpy())
+
+
+def predictions(
+    segmenter: Segmenter, store: Path, images: Path, items: Sequence[Item], config: Config, device: torch.device
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pixels (H, W, 3), label (H, W) and predicted label (H, W) of each item, all uint8."""
+    dtype = DTYPES[config.optimizer.precision]
+    for item in items:
+        pixels, label = read_pair(store, images, item)
+        with autocast(device, dtype):
+            logits = whole_image_logits(segmenter, pixels, config.data, device)
+        yield pixels, label, logits.argmax(dim=0).to(torch.uint8).cpu().numpy()
+
+
+def whole_image_logits(segmenter: Segmenter, pixels: np.ndarray, args: DataArgs, device: torch.device) -> Tensor:
+    """(C, H, W) logits of one photograph (H, W, 3) uint8, padded to the right and below with the mean colour."""
+    image = normalised(torch.from_numpy(pixels).permute(2, 0, 1), args).to(device)
+    height, width = image.shape[1:]
+    right, below = -width % segmenter.multiple_of, -height % segmenter.multiple_of
+    padded = F.pad(image, (0, right, 0, below))  # normalised: zero is the mean
+    logits: Tensor = segmenter(padded[None])[0, :, :height, :width]
+    return logits

@@ -1,0 +1,242 @@
+"""What a segmenter starts from: nothing, a file, a published model, another run. What was loaded is always recorded.
+
+A source either fills the whole network, or its whole encoder; half of one is a mistake and refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import UsageError, WeightsError
+from ..spec import sha256_of
+from .args import Config
+from .model import Segmenter
+
+Weights = Mapping[str, Tensor]
+SHOWN = 4
+"""Of many tensors, so many are named."""
+_STRIPPED = ("", "module.", "model.", "network.", "backbone.", "encoder.")
+_ADDED = ("", "encoder.", "encoder.model.", "segformer.", "segformer.encoder.", "model.pixel_level_module.encoder.")
+"""How a file's names may differ from the network's: a prefix off, another one on."""
+_WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict")
+_TRANSFORMERS = ("segformer", "mask2former")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Initial:
+    """Where a network's first weights came from."""
+
+    source: str
+    """``none``, or what was given."""
+    sha256: str = ""
+    """Of the file, if it was one."""
+    loaded: int = 0
+    """Tensors of the network that were filled."""
+    random: tuple[str, ...] = ()
+    """Tensors of the network that stayed random, where not all did."""
+    unused: tuple[str, ...] = ()
+    """Tensors of the source that the network has no place for."""
+
+    def __str__(self) -> str:
+        if self.source == "none":
+            return "random weights"
+        left = f", {len(self.random)} stay random (from {self.random[0]})" if self.random else ""
+        unused = f", {len(self.unused)} of the source unused (from {self.unused[0]})" if self.unused else ""
+        return f"weights of {self.source}: {self.loaded} tensors loaded{left}{unused}"
+
+
+def load_initial(segmenter: Segmenter, config: Config, classes: tuple[str, ...]) -> Initial:
+    """Fills a random segmenter as ``model.init`` says, and tells what happened.
+
+    Raises:
+        WeightsError: the source is missing or unreadable, fills neither the network nor its encoder, or has other classes.
+        UsageError: published weights that were trained with another normalisation than ``data.mean`` and ``data.std``.
+    """
+    args, init = config.model, config.model.init
+    if init == "none":
+        return Initial(source=init)
+    name = init.removeprefix("hub:")
+    sha256 = ""
+    if args.architecture in _TRANSFORMERS and (init.startswith("hub:") or (Path(init) / "config.json").is_file()):
+        weights = _from_transformers(segmenter, name)
+    elif init.startswith("hub:"):
+        weights = _from_smp(config, name)
+    elif Path(init).is_dir():
+        weights, sha256 = _from_run(Path(init), config, classes)
+    else:
+        weights, sha256 = read_weights(Path(init)), sha256_of(Path(init))
+    report = fill(segmenter, weights, init, new_head=args.new_head)
+    return dataclasses.replace(report, sha256=sha256)
+
+
+def fill(segmenter: Segmenter, weights: Weights, source: str, *, new_head: bool) -> Initial:
+    """Copies weights into the network by name and shape.
+
+    Raises:
+        WeightsError: neither the whole network nor its whole encoder is in them; or layers of other classes, unless
+            ``new_head``.
+    """
+    target: dict[str, Tensor] = segmenter.network.state_dict()
+    given = _renamed(weights, target)
+    loaded = [name for name, value in given.items() if name in target and target[name].shape == value.shape]
+    other_shape = [name for name, value in given.items() if name in target and target[name].shape != value.shape]
+    labels = segmenter.classes, segmenter.classes + 1  # a set predictor has one more, for nothing
+    is_classes = all(target[name].shape[0] in labels and target[name].shape[1:] == given[name].shape[1:] for name in other_shape)
+    if other_shape and not (new_head and is_classes):
+        name = other_shape[0]
+        raise WeightsError(
+            f"{source}: {name} is {tuple(given[name].shape)}, {segmenter.classes} labels need {tuple(target[name].shape)}",
+            hint="--set model.new_head=true starts the layers that tell classes apart at random"
+            if is_classes
+            else "these are weights of another architecture or encoder",
+        )
+    random = [name for name in _names(segmenter) if name not in loaded]
+    encoder = _encoder_names(segmenter)
+    beyond = [name for name in _names(segmenter) if name not in encoder]
+    is_head_missing = new_head and all(name in beyond and target[name].shape[0] in labels for name in random)
+    if random and random != beyond and not is_head_missing:
+        raise WeightsError(
+            f"{source}: fills {len(loaded)} of the network's {len(loaded) + len(random)} tensors, which is neither all of it "
+            f"nor its encoder; missing {_some(random)}; it holds {_some(list(weights))}",
+            hint="give weights of this architecture, or of its encoder",
+        )
+    segmenter.network.load_state_dict({name: given[name] for name in loaded}, strict=False)
+    unused = tuple(name for name in given if name not in target)
+    return Initial(source=source, loaded=len(loaded), random=tuple(random), unused=unused)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or PyTorch file, without running pickled code. Raises WeightsError."""
+    if not path.is_file():
+        raise WeightsError(f"--init {path}: no such file", hint="none, hub:NAME, a weights file, or the folder of a run")
+    try:
+        told: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        torch.serialization.pickle.UnpicklingError,
+    ) as error:
+        raise WeightsError(f"--init {path}: not a readable weights file: {_first_line(error)}") from None
+    for wrapper in _WRAPPERS:
+        if isinstance(told, Mapping) and isinstance(told.get(wrapper), Mapping):
+            told = told[wrapper]
+    tensors = {name: value for name, value in told.items() if isinstance(value, Tensor)} if isinstance(told, Mapping) else {}
+    if not tensors:
+        raise WeightsError(f"--init {path}: no tensors in it")
+    return tensors
+
+
+def _from_smp(config: Config, name: str) -> Weights:
+    """An encoder's published weights, through segmentation-models-pytorch's own download."""
+    from segmentation_models_pytorch.encoders import get_encoder, get_preprocessing_params
+
+    encoder = config.model.encoder
+    try:
+        expects = get_preprocessing_params(encoder, name)
+        weights: Weights = get_encoder(encoder, weights=name).state_dict()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise WeightsError(
+            f"hub:{name}: the weights of {encoder} cannot be had: {_first_line(error)}",
+            hint="needs the web; offline give --init a file of the encoder's weights, or none",
+        ) from None
+    for key, given in (("mean", config.data.mean), ("std", config.data.std)):
+        wanted = [255 * value for value in expects[key] or ()]
+        if wanted and max(abs(a - b) for a, b in zip(wanted, given, strict=True)) > 1:
+            raise UsageError(
+                f"data.{key}: {encoder} with {name} was trained with {[round(value, 2) for value in wanted]}, got {list(given)}",
+                hint=f"--set data.{key}={[round(value, 2) for value in wanted]}",
+            )
+    return {f"encoder.{key}": value for key, value in weights.items()}
+
+
+def _from_transformers(segmenter: Segmenter, name: str) -> Weights:
+    """A model of the hub, or a folder in its format, with only those tensors that it really holds."""
+    from transformers.utils import logging
+
+    kind = type(segmenter.network)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of missing tensors: ours says it in a line, and refuses where it must
+    try:
+        model, found = kind.from_pretrained(
+            name, config=segmenter.network.config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(
+            f"hub:{name}: cannot be had: {_first_line(error)}",
+            hint="needs the web; offline give --init a folder with its config.json and model.safetensors, or none",
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    weights: dict[str, Tensor] = dict(model.state_dict())
+    for key in found["missing_keys"]:
+        weights.pop(key, None)
+    for key, shape, _ in found["mismatched_keys"]:
+        weights[key] = torch.empty(shape, device="meta")
+    weights |= {key: torch.empty(0, device="meta") for key in sorted(found["unexpected_keys"])}
+    return weights
+
+
+def _from_run(folder: Path, config: Config, classes: tuple[str, ...]) -> tuple[Weights, str]:
+    """The best weights of another run, if its network and classes are these."""
+    from .checkpoint import read_record, weights_file, weights_of
+
+    record = read_record(folder)
+    was = f"{record.architecture} {record.encoder}"
+    if (record.architecture, record.encoder) != (config.model.architecture, config.model.encoder):
+        raise WeightsError(
+            f"--init {folder}: a {was}, this run trains a {config.model.architecture} {config.model.encoder}",
+            hint=f"--set model.architecture={record.architecture} --set model.encoder={record.encoder}",
+        )
+    if record.classes != classes and not config.model.new_head:
+        raise WeightsError(
+            f"--init {folder}: was trained for {len(record.classes)} classes ({_some(record.classes)}), "
+            f"the store has {len(classes)} ({_some(classes)})",
+            hint="--set model.new_head=true starts the layers that tell classes apart at random",
+        )
+    weights = weights_of(folder)
+    if record.classes != classes:  # of the same number, maybe: none of them may stay
+        labels = len(record.classes) + 1, len(record.classes) + 2
+        weights = {name: value for name, value in weights.items() if value.ndim == 0 or value.shape[0] not in labels}
+    return weights, sha256_of(weights_file(folder))
+
+
+def _renamed(weights: Weights, target: Weights) -> Weights:
+    """``weights`` under the network's names: the change of prefix that brings most of them home."""
+
+    def changed(strip: str, add: str) -> dict[str, Tensor]:
+        return {add + name.removeprefix(strip): value for name, value in weights.items()}
+
+    options = [changed(strip, add) for strip in _STRIPPED for add in _ADDED]
+    return max(options, key=lambda option: sum(name in target and target[name].shape == option[name].shape for name in option))
+
+
+def _names(segmenter: Segmenter) -> list[str]:
+    """Tensors that weights must fill; a norm's count of batches decides nothing."""
+    return [name for name in segmenter.network.state_dict() if not name.endswith("num_batches_tracked")]
+
+
+def _encoder_names(segmenter: Segmenter) -> set[str]:
+    encoder = segmenter.encoder_parameters()
+    prefixes = {name.rpartition(".")[0] for name, value in segmenter.network.named_parameters() if value in encoder}
+    return {name for name in _names(segmenter) if name.rpartition(".")[0] in prefixes}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _some(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
