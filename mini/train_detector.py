@@ -1,6 +1,6 @@
 """Trains the mini Grounding-DINO on drawn scenes, on a CPU core or a GPU.
 
-    python -m wsss.mini.train_detector --out mini/weights/grounding-dino.safetensors --minutes 75
+    python -m wsss.mini.train_detector --out mini/weights/grounding-dino.safetensors --minutes 150
 
 A pool of scenes is drawn once and kept at the detector's resolution; each batch takes scenes of one bucket, mirrored and
 transposed at random, with a caption of its own per row. First the backbone alone learns a dense task (class and box of
@@ -31,11 +31,11 @@ from .detector_data import Pool, draw_pool, drawn_batch, drawn_caption, encoded_
 from .detector_loss import DenseHeads, detection_loss, prepare, projected_features
 from .detector_quality import Quality, evaluate
 
-POOL_SCENES = 8000
+POOL_SCENES = 12_000
 BATCH = 8
-WARM_SHARE, WARM_BATCH = 0.10, 16
+WARM_SHARE, WARM_BATCH = 0.06, 16
 """Share of the run in which the backbone alone learns the dense task, and its batch."""
-SMALL_SHARE, SMALL_SCALE = 0.45, 0.75
+SMALL_SHARE, SMALL_SCALE = 0.25, 0.75
 """Share of the run in which scenes are shrunk, and to what: two updates for the price of one."""
 LEARNING_RATE, WEIGHT_DECAY, RISE_STEPS = 1e-3, 0.02, 150
 EMA_DECAY = 0.998

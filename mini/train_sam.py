@@ -35,12 +35,12 @@ LEARNING_RATE = 1.3e-3
 WARM_UP_SHARE = 0.03
 COARSE_PX = (240, 10)
 """Input side and patch of the first stage: 24 x 24 tokens learn twice as fast as the final 32 x 32."""
-COARSE_SHARE = 0.6
+COARSE_SHARE = 0.25
 FINE_RATE_SHARE = 0.6
 EMA_DECAY = 0.998
 REPORT_STEPS = 100
 CHECKPOINT_SECONDS = 180.0
-DEFAULT_MINUTES = 80.0
+DEFAULT_MINUTES = 140.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
