@@ -1,0 +1,60 @@
+"""``wsss doctor``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+from .common import JsonFlag
+
+if TYPE_CHECKING:
+    from ..engines.machine import Machine
+
+
+def doctor(json_output: JsonFlag = False) -> None:
+    """Say what this machine can build and run: GPU, driver, libraries, extras, and the command for what is missing."""
+    from ..engines.machine import machine
+
+    found = machine()
+    if json_output:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=1))
+        return
+    for line in lines_of(found):
+        typer.echo(line)
+
+
+def lines_of(found: Machine) -> Iterator[str]:
+    """The report, line by line."""
+    from ..engines.machine import ONE_ONNXRUNTIME
+
+    yield f"machine    {found.system}, {found.processor}, {found.cores} cores, {found.memory_mib >> 10} GB, Python {found.python}"
+    for gpu in found.gpus:
+        power = f", {gpu.power_limit_w:.0f} W" if gpu.power_limit_w else ""
+        yield f"GPU {gpu.index}      {gpu.name}, {gpu.target}, {gpu.memory_mib} MiB{power}"
+    if not found.gpus:
+        yield "GPU        none"
+    yield f"driver     {found.driver or 'none found'}, CUDA up to {found.cuda}" if found.cuda else "driver     none found"
+    yield f"packages   {', '.join(f'{name} {version}' for name, version in found.packages.items()) or 'none'}"
+    if "torch" in found.packages:
+        yield f"torch      built for {f'CUDA {found.torch_cuda}' if found.torch_cuda else 'the CPU'}"
+    yield f"providers  {', '.join(found.providers) or 'none'} (ONNX Runtime)"
+    for flavour, library in found.tensorrt.items():
+        knows = f", builds for {', '.join(library.capabilities)}" if library.capabilities else ""
+        yield f"{flavour:10} {library.version}{knows}"
+    for extra, lacks in found.extras.items():
+        if lacks:
+            fix = ONE_ONNXRUNTIME if extra == "gpu" else f"pip install 'wsss[{extra}]'"
+            yield f"extra      {extra}: lacks {', '.join(lacks)}   {fix}"
+    for trouble in found.troubles:
+        yield f"trouble    {trouble}"
+    yield ""
+    yield f"{'engine':9} {'on':5} {'builds':7} runs"
+    for each in found.abilities:
+        builds = "yes" if each.builds else "no" if each.engine.startswith("trt") else "-"
+        yield f"{each.engine:9} {each.device:5} {builds:7} {'yes' if each.runs else 'no':4} {each.why}".rstrip()
+        if each.fix:
+            yield f"{'':28} {each.fix}"

@@ -1,0 +1,123 @@
+"""``wsss export``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from ..errors import UsageError
+from .common import ask, by_model, choice, log, needs
+
+if TYPE_CHECKING:
+    from ..spec import Flavour
+
+
+def export(
+    model: Annotated[str | None, typer.Option(help="clip, grounding-dino, sam, all (of these three), or segmenter.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Architecture, for example vit_h, swin_b, ViT-L-14; default: the model's usual one.")
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(help="File, folder, known name or random:SEED; MODEL=... for several models. Default: the official ones."),
+    ] = None,
+    bundle: Annotated[str, typer.Option(help="Folder to export into.")] = "bundle",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32, fp16, or auto: fp16 where measured errors allow it. Default: fp16 for TensorRT, else fp32."),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="onnx, trt or trt-rtx (builds without a GPU too); auto: what this machine can run.")
+    ] = "auto",
+    batch: Annotated[
+        tuple[int, int, int] | None, typer.Option(metavar="MIN OPT MAX", help="Images (boxes, phrases) per call.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(metavar="HxW", help="Canvas of Grounding-DINO or the segmenter; may be repeated.")
+    ] = None,
+    workspace: Annotated[int, typer.Option(min=1, help="TensorRT: most scratch memory of a layer, MiB.")] = 8192,
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(metavar="SM", help="TensorRT-RTX: build for this GPU generation, sm89; may be repeated.")
+    ] = None,
+) -> None:
+    """Turn official checkpoints into ONNX graphs and TensorRT engines, each proven against the official implementation."""
+    from ..spec import MODELS, AxisRange, Precision
+
+    choice("--engine", engine, ("auto", "onnx", "trt", "trt-rtx"))
+    choice("--precision", precision or "fp32", ("fp32", "fp16", "auto"))
+    if model is None:
+        ask("--model", "wsss export --model sam")
+    choice("--model", model, (*MODELS, "all", "segmenter"))
+    names = MODELS if model == "all" else (model,)
+    with needs("export"):
+        from ..export.exporting import export_model, standing_model
+        from ..export.family import Options, family
+
+    flavour = _flavour(engine)
+    options = Options(
+        batch=AxisRange(*batch) if batch else None,
+        sizes=tuple(_size(each) for each in size or ()),
+        precision=cast(Precision, "fp16" if precision == "auto" else precision or ("fp16" if flavour else "fp32")),
+        measured=precision == "auto",
+    )
+    given = by_model(weights or [], names)
+    for name in names:
+        start = time.perf_counter()
+        chosen = family(name)
+        kind = variant or chosen.default
+        if flavour and standing_model(Path(bundle), name, variant=variant, weights=given.get(name), options=options):
+            log(f"{name}: the {options.precision} graphs in {bundle} stand, only engines are built")
+        else:
+            source = given.get(name) or chosen.official(kind)
+            manifest = export_model(chosen, variant=kind, weights=source, bundle=Path(bundle), options=options, log=log)
+            rows = [row for graph in manifest.graphs.values() if graph.parity for row in graph.parity.rows]
+            worst = max((row.error for row in rows), default=0.0)
+            typer.echo(
+                f"{Path(bundle) / name}: {kind}, {len(manifest.graphs)} graphs in {options.precision}, "
+                f"worst error against the official module {worst:.1e}, {time.perf_counter() - start:.0f} s"
+            )
+        if flavour:
+            _build_engines(Path(bundle), name, flavour, given.get(name), workspace, tuple(compute_capability or ()))
+
+
+def _flavour(engine: str) -> Flavour | None:
+    """The TensorRT that an ``--engine`` means, None for ONNX alone."""
+    if engine in ("trt", "trt-rtx"):
+        return cast("Flavour", engine)
+    if engine == "onnx":
+        return None
+    from ..engines.plan import best_flavour
+
+    flavour = best_flavour()
+    log(f"engine {flavour or 'onnx'}")
+    return flavour
+
+
+def _build_engines(
+    bundle: Path, name: str, flavour: Flavour, weights: str | None, workspace: int, capabilities: tuple[str, ...]
+) -> None:
+    from ..engines.plan import find_gpus
+    from ..export.exporting import verify_plans
+    from ..export.to_engine import BuildOptions, build_plans
+    from ..spec import open_bundle
+
+    options = BuildOptions(flavour=flavour, workspace_mib=workspace, capabilities=capabilities)
+    model = build_plans(open_bundle(bundle).model(name), options, log)
+    if not find_gpus():
+        log(
+            f"{name}: no GPU here to compare the engines with PyTorch on; on the machine that will use them: wsss verify {bundle}"
+        )
+    else:
+        verify_plans(model, flavour, weights, log)
+    total = sum(graph.plans[flavour].seconds for graph in model.manifest.graphs.values())
+    typer.echo(f"{bundle / name}: {len(model.manifest.graphs)} {flavour} engines, built in {total:.0f} s")
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise UsageError(f"--size: expected HxW in pixels, got {text!r}", hint="--size 800x1344")
+    return int(height), int(width)

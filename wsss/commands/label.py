@@ -1,0 +1,179 @@
+"""``wsss label``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError
+from .common import BundleFlag, JsonFlag, ask, choice, clock, end_progress, log, show_progress
+
+if TYPE_CHECKING:
+    from ..runtime.run import Summary
+
+
+def label(
+    images: Annotated[str | None, typer.Argument(help="Folder of images (sub-folders too), or one image.")] = None,
+    classes: Annotated[str | None, typer.Option(help='voc, coco, mini, a file, or names: "dog, potted plant".')] = None,
+    bundle: BundleFlag = "bundle",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="chain (CLIP, Grounding-DINO, SAM), or segmenter: the trained one of the bundle, with its own classes."
+        ),
+    ] = "chain",
+    out: Annotated[str | None, typer.Option(help="Label store to write or continue.")] = None,
+    engine: Annotated[str, typer.Option(help="auto, ort, trt, trt-rtx or eager.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    devices: Annotated[
+        str | None, typer.Option(help="Several, a worker process for each: 0,1 (GPUs), or cpu,cpu. Takes the place of --device.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images labelled together.")] = 8,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Use TensorRT engines that were not compared with PyTorch; the store records it.")
+    ] = False,
+    labels: Annotated[str | None, typer.Option(help="JSON of image names to class names; replaces CLIP.")] = None,
+    boxes: Annotated[
+        str | None, typer.Option(help="VOC XML folder, JSON file or manifest.jsonl; replaces CLIP and Grounding-DINO.")
+    ] = None,
+    gate: Annotated[bool, typer.Option(help="CLIP decides which classes the detector looks for.")] = True,
+    tag_threshold: Annotated[float | None, typer.Option(help="Least CLIP probability of a class; default: the bundle's.")] = None,
+    box_threshold: Annotated[
+        float | None, typer.Option(help="Least score of a box, a mean over its phrase's tokens; default: the bundle's.")
+    ] = None,
+    nms: Annotated[float, typer.Option(help="Boxes of one class with a larger IoU are one object.")] = 0.5,
+    nms_across: Annotated[float, typer.Option(help="Boxes of two classes with a larger IoU are one object.")] = 0.8,
+    margin: Annotated[float, typer.Option(help="Void where another class comes within this share of the winner.")] = 0.1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try the images again that failed before.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N, I from 0 to N - 1: label that share of the images; N runs may share a store.")
+    ] = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Label a folder of images. Run it again to go on where it stopped."""
+    example = "wsss label photos --classes voc --bundle bundle --out store"
+    choice("--model", model, ("chain", "segmenter"))
+    for flag, value in (("IMAGES", images), ("--classes", classes), ("--out", out)):
+        if value is None and not (flag == "--classes" and model == "segmenter"):
+            ask(flag, example)
+    share = parse_shard(shard)
+    from ..runtime.images import Folder, check_images
+    from ..runtime.pipeline import Labeler, Rules
+    from ..runtime.run import label_folder
+    from ..runtime.workers import Workers
+
+    assert images is not None and out is not None
+    check_images(Folder(Path(images), Path(out)))  # said before the engines are loaded, which takes a while
+    rules = Rules(
+        tag_threshold=tag_threshold, box_threshold=box_threshold, nms=nms, nms_across=nms_across, margin=margin, gate=gate
+    )
+    places = parse_devices(devices) if devices else [device]
+    openers = [
+        (
+            place,
+            partial(
+                Labeler.open,
+                bundle,
+                classes=classes,
+                model=model,
+                engine=engine,
+                device=place,
+                unverified=unverified,
+                labels=labels,
+                boxes=boxes,
+                rules=rules,
+            ),
+        )
+        for place in places
+    ]
+    try:
+        with contextlib.ExitStack() as stack:
+            crew: Labeler | Workers
+            crew = stack.enter_context(Workers(openers, batch=batch)) if len(openers) > 1 else openers[0][1]()
+            log(f"engine {crew.settings['engine']}, {len(crew.classes.names)} classes")
+            stop = stack.enter_context(stop_on_signals())
+            summary = label_folder(
+                crew,
+                Path(images),
+                Path(out),
+                batch=batch,
+                retry_failed=retry_failed,
+                shard=share,
+                stop=stop,
+                progress=show_progress,
+                warn=log,
+            )
+    except KeyboardInterrupt:
+        end_progress()
+        log(f"interrupted; what is in {out} is whole. The same command goes on.")
+        raise SystemExit(130) from None
+    end_progress()
+    _print_summary(summary, out, json_output)
+    if summary.stopped:
+        log(f"stopped; what is in {out} is whole. The same command goes on.")
+        raise SystemExit(130)
+    if summary.failed:
+        raise SystemExit(1)
+
+
+def parse_devices(text: str) -> list[str]:
+    """``0,1`` as cuda:0 and cuda:1; ``cpu`` and ``cuda:2`` as they are. Raises UsageError for anything else."""
+    found = [each.strip() for each in text.split(",")]
+    for each in found:
+        if not (each == "cpu" or each.removeprefix("cuda:").isdecimal()):
+            raise UsageError(
+                f"--devices: expected numbers of GPUs or cpu, got {each!r}", hint="--devices 0,1 or --devices cpu,cpu"
+            )
+    return [f"cuda:{each}" if each.isdecimal() else each for each in found]
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """``2/8`` as (2, 8). Raises UsageError unless 0 <= I < N."""
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UsageError(f"--shard: expected I/N with I from 0 to N - 1, got {text!r}", hint="--shard 0/4 is the first of four")
+    return int(number), int(count)
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Sets the event at the first Ctrl-C, or the SIGTERM of a scheduler; at the second one the process ends at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, _: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)  # what is in the store is whole at any moment
+        stop.set()
+        log("finishing the batches in hand; once more ends at once")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _print_summary(summary: Summary, out: str, json_output: bool) -> None:
+    if json_output:
+        typer.echo(json.dumps({"store": out, **dataclasses.asdict(summary)}))
+        return
+    rate = summary.labelled / summary.seconds if summary.seconds else 0.0
+    before = f" ({summary.failed_before} of them failed: --retry-failed)" if summary.failed_before else ""
+    typer.echo(
+        f"{out}: {summary.labelled} labelled ({summary.boxes} boxes), {summary.skipped} already done{before}, "
+        f"{summary.failed} failed, "
+        f"{clock(summary.seconds)}, {rate:.1f} images/s"
+    )
