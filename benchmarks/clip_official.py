@@ -33,7 +33,8 @@ from wsss.export import clip, clip_weights
 from wsss.export.exporting import export_model, tool_versions
 from wsss.export.family import Options
 from wsss.frame import frame_for
-from wsss.runtime.images import on_canvas, read_photograph
+from wsss.photographs import read_photograph
+from wsss.runtime.images import on_canvas
 from wsss.spec import AxisRange, Bundle, Model
 
 RESULTS = Path(__file__).parent / "results" / "clip-official.json"

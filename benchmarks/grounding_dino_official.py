@@ -41,7 +41,8 @@ from wsss.export.grounding_dino_graphs import level_shapes
 from wsss.export.grounding_dino_weights import OFFICIAL, bert_tokenizer
 from wsss.export.weights import spread
 from wsss.frame import frame_for, resized
-from wsss.runtime.images import on_canvas, read_photograph
+from wsss.photographs import read_photograph
+from wsss.runtime.images import on_canvas
 from wsss.spec import AxisRange, Bundle, Model, Preprocess
 
 RESULTS = Path(__file__).parent / "results" / "grounding-dino-official.json"

@@ -20,7 +20,7 @@ import numpy as np
 from .. import __version__
 from ..batch import Images
 from ..mini.scenes import CLASSES, Scene, draw_scene, write_scenes
-from ..runtime.images import read_photograph
+from ..photographs import read_photograph
 from ..runtime.pipeline import Labeler, Rules
 from ..train.evaluate import class_iou, confusion_matrix, label_scores, mean_iou
 
@@ -33,7 +33,7 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
     paths = write_scenes(folder, count, seed=SEED)
     images = [read_photograph(folder / "images", path.name) for path in paths]
     scenes = [draw_scene(SEED + number, split="held-out") for number in range(count)]
-    (folder / "boxes.json").write_text(json.dumps({p.name: _true_boxes(s) for p, s in zip(paths, scenes, strict=True)}))
+    (folder / "boxes.json").write_text(json.dumps({p.name: true_boxes(s) for p, s in zip(paths, scenes, strict=True)}))
     variants: dict[str, dict[str, Any]] = {
         "chain": {},
         "without the CLIP gate": {"rules": Rules(gate=False)},
@@ -72,7 +72,7 @@ def _score(labeler: Labeler, images: Images, scenes: list[Scene]) -> tuple[np.nd
     return matrix, label_scores(np.array(there), np.concatenate(said))
 
 
-def _true_boxes(scene: Scene) -> list[dict[str, Any]]:
+def true_boxes(scene: Scene) -> list[dict[str, Any]]:
     pairs = zip(scene.labels.tolist(), scene.xyxy_image.tolist(), strict=True)
     return [{"label": CLASSES[label - 1], "xyxy": xyxy, "score": 1.0} for label, xyxy in pairs]
 

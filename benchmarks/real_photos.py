@@ -13,7 +13,7 @@ import os
 import platform
 import resource
 import sys
-import tempfile
+import threading
 from pathlib import Path
 
 import onnxruntime
@@ -33,18 +33,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--tag-threshold", type=float, default=0.0, help="0 lets every class through (default)")
     parser.add_argument("--box-threshold", type=float, help="default: the bundle's")
+    parser.add_argument("--store", type=Path, default=Path("build/real-photos"), help="kept: a second run goes on in it")
+    parser.add_argument("--minutes", type=float, default=600.0, help="finish the batches in hand after these")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     rules = Rules(tag_threshold=arguments.tag_threshold, box_threshold=arguments.box_threshold)
     labeler = Labeler.open(arguments.bundle, classes=arguments.classes, rules=rules)
-    with tempfile.TemporaryDirectory() as store:
-        summary = label_folder(
-            labeler,
-            arguments.images,
-            Path(store),
-            batch=arguments.batch,
-            progress=lambda s: print(s, file=sys.stderr, flush=True),
-        )
+    stop = threading.Event()
+    clock = threading.Timer(60 * arguments.minutes, stop.set)
+    clock.daemon = True
+    clock.start()
+    label_folder(
+        labeler,
+        arguments.images,
+        arguments.store,
+        batch=arguments.batch,
+        stop=stop,
+        progress=lambda summary: print(summary, file=sys.stderr, flush=True),
+    )
+    runs = [json.loads(line) for line in (arguments.store / "history.jsonl").read_text().splitlines()]
+    labelled = sum(run["labelled"] for run in runs)
+    stages = {stage: sum(run["stage_seconds"].get(stage, 0.0) for run in runs) for stage in runs[0]["stage_seconds"]}
     told = {
         "wsss": __version__,
         "onnxruntime": onnxruntime.__version__,
@@ -52,14 +61,13 @@ def main() -> None:
         "models": labeler.settings["models"],
         "rules": labeler.settings["rules"],
         "batch": arguments.batch,
-        "images": summary.images,
-        "labelled": summary.labelled,
-        "failed": summary.failed,
-        "boxes": summary.boxes,
-        "seconds": round(summary.seconds, 1),
-        "seconds_per_image": {
-            stage: round(taken / max(summary.labelled, 1), 3) for stage, taken in summary.stage_seconds.items()
-        },
+        "images": runs[-1]["images"],
+        "labelled": labelled,
+        "failed": runs[-1]["failed"] + runs[-1]["failed_before"],
+        "boxes": sum(run["boxes"] for run in runs),
+        "runs": len(runs),
+        "seconds": round(sum(run["seconds"] for run in runs), 1),
+        "seconds_per_image": {stage: round(taken / max(labelled, 1), 3) for stage, taken in stages.items()},
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from wsss.engines.ort import OrtEngine
 from wsss.export import sam
 from wsss.export.exporting import export_model, tool_versions
 from wsss.export.family import Options
-from wsss.runtime.images import read_photograph
+from wsss.photographs import read_photograph
 from wsss.runtime.segment import Outliner
 from wsss.spec import AxisRange, Bundle, Model
 

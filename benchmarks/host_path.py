@@ -1,0 +1,217 @@
+"""What the host does for an image, engines aside: ``python -m wsss.benchmarks.host_path``.
+
+Figures of `results/host-path.json`:
+
+``cpu_ms``
+    Processor time an image of a whole run, all threads, with engines that answer at once: reading, hash, decoding, eight
+    resizes (five CLIP views, detector, SAM; every tensor copied into its batch), fusion's host part, PNG, fsync, manifest.
+``bare_ms``
+    The same photographs decoded, the same resizes, the label encoded: nothing else.
+``images_per_second``
+    On one core and on two, and how that scales.
+``engine_bound``
+    A small chain whose SAM encoder takes 20 ms a batch of 8: wall time over the engines' own.
+``memory_mib``
+    Peak of a run over 500 and over 5,000 images; and over 100,000 listed ones, stopped after the first.
+``decoders_ms``
+    Decoders of JPEG beside Pillow, and whether their pixels are the same; those that are not installed are left out.
+
+Each figure comes from a process of its own. On a machine that does other work, processor time is nearly undisturbed, the
+rates are not: ``load`` says how many processes wanted to run besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from .. import __version__
+from ..labelstore import write_label
+from ..photographs import read_photograph
+from ..runtime.run import Summary, label_folder
+from .fake_chain import FULL, SMALL, bare_inputs, open_fake
+
+RESULT = Path(__file__).parent / "results" / "host-path.json"
+VOC_SIZE, SMALL_SIZE = (375, 500), (72, 96)
+ENGINE_SECONDS = 0.02
+
+
+def write_photographs(folder: Path, count: int, size: tuple[int, int], *, different: int = 16) -> None:
+    """``count`` JPEGs of this size (height, width), quality 90, of photographs' smoothness and noise; copies are links."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    height, width = size
+    for number in range(count):
+        path = folder / f"{number // 1000:03}" / f"{number:06}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        if number >= different:
+            os.link(folder / "000" / f"{number % different:06}.jpg", path)
+            continue
+        coarse = Image.fromarray(random.integers(0, 256, (height // 8, width // 8, 3)).astype(np.uint8))
+        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int64)
+        noisy = smooth + random.integers(-12, 13, smooth.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def cpu(folder: Path) -> dict[str, float]:
+    """Milliseconds of processor time an image: of a run, and of its bare decoding, resizing and encoding."""
+    labeler = open_fake(FULL)
+    with tempfile.TemporaryDirectory() as out:
+        label_folder(labeler, folder / "000", Path(out) / "warm")
+        begun = time.process_time()
+        summary = label_folder(labeler, folder, Path(out) / "store")
+        run = (time.process_time() - begun) / summary.labelled
+        names = sorted((folder / "000").glob("*.jpg"))
+        label_map = labeler.pseudo_label([read_photograph(names[0].parent, names[0].name)]).label_maps[0]
+        begun = time.process_time()
+        for path in names:
+            bare_inputs(labeler, read_photograph(path.parent, path.name))
+            write_label(Path(out) / "label.png", label_map)
+        bare = (time.process_time() - begun) / len(names)
+    return {"cpu_ms": 1000 * run, "bare_ms": 1000 * bare, "ratio": run / bare}
+
+
+def rate(folder: Path) -> dict[str, float]:
+    """Images a second on the cores that this process may use."""
+    labeler = open_fake(FULL)
+    with tempfile.TemporaryDirectory() as out:
+        label_folder(labeler, folder / "000", Path(out) / "warm")
+        summary = label_folder(labeler, folder, Path(out) / "store")
+    return {"images_per_second": summary.labelled / summary.seconds}
+
+
+def engine_bound(folder: Path) -> dict[str, float]:
+    """Wall time of a run over what its engines took, start and end of the run included."""
+    labeler = open_fake(SMALL, encoder_seconds=ENGINE_SECONDS)
+    with tempfile.TemporaryDirectory() as out:
+        label_folder(labeler, folder / "000", Path(out) / "warm")
+        summary = label_folder(labeler, folder, Path(out) / "store")
+    pure = ENGINE_SECONDS * -(-summary.labelled // 8)
+    return {"wall_s": summary.seconds, "engine_s": pure, "ratio": summary.seconds / pure}
+
+
+def memory(folder: Path) -> dict[str, float]:
+    """Peak resident size in MiB."""
+    stop = threading.Event()
+
+    def first(summary: Summary) -> None:
+        if summary.images > 10_000:
+            stop.set()
+
+    with tempfile.TemporaryDirectory() as out:
+        summary = label_folder(open_fake(SMALL), folder, Path(out) / "store", stop=stop, progress=first)
+    # Not getrusage: its peak survives exec, and would be that of the process that started this one.
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert peak
+    return {"images": summary.images, "mib": int(peak[1]) / 1024}
+
+
+def decoders(folder: Path) -> dict[str, Any]:
+    """Milliseconds of processor time to RGB, by decoder, and whether each gives Pillow's pixels."""
+    path = folder / "000" / "000000.jpg"
+    data = path.read_bytes()
+
+    def pillow() -> np.ndarray:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.array(image.convert("RGB"))
+
+    def opencv() -> np.ndarray:
+        cv2 = import_module("cv2")
+        cv2.setNumThreads(1)
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+
+    def simplejpeg() -> np.ndarray:
+        return import_module("simplejpeg").decode_jpeg(data, "RGB")
+
+    told: dict[str, Any] = {}
+    every: tuple[Callable[[], np.ndarray], ...] = (pillow, opencv, simplejpeg)
+    for decode in every:
+        try:
+            same = bool(np.array_equal(decode(), pillow()))
+        except ModuleNotFoundError:
+            continue
+        times = []
+        for _ in range(30):
+            begun = time.thread_time()
+            decode()
+            times.append(time.thread_time() - begun)
+        told[decode.__name__] = {"ms": 1000 * float(np.median(times)), "same_pixels": same}
+    return told
+
+
+PARTS = {part.__name__: part for part in (cpu, rate, engine_bound, memory, decoders)}
+
+
+def measure(folder: Path, count: int) -> dict[str, Any]:
+    """All figures, each from a process of its own; photographs are written below ``folder``."""
+    for name, images, size in (
+        ("voc", count, VOC_SIZE),
+        ("small", 10 * count, SMALL_SIZE),
+        ("500", 500, SMALL_SIZE),
+        ("5000", 5_000, SMALL_SIZE),
+        ("100000", 100_000, SMALL_SIZE),
+    ):
+        write_photographs(folder / name, images, size)
+
+    def part(name: str, photographs: str, cores: int) -> dict[str, float]:
+        command = [sys.executable, "-m", "wsss.benchmarks.host_path", "--part", name, "--images", str(folder / photographs)]
+        command += ["--cores", str(cores)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return json.loads(done.stdout)
+
+    one, two = (part("rate", "voc", cores)["images_per_second"] for cores in (1, 2))
+    peaks = {name: round(part("memory", name, 2)["mib"], 1) for name in ("500", "5000", "100000")}
+    return {
+        "cpu": {name: round(value, 2) for name, value in part("cpu", "voc", 1).items()},
+        "images_per_second": {"one_core": round(one, 1), "two_cores": round(two, 1), "scaling": round(two / one, 2)},
+        "engine_bound": {name: round(value, 3) for name, value in part("engine_bound", "small", 2).items()},
+        "memory_mib": peaks,
+        "decoders_ms": part("decoders", "voc", 1),
+    }
+
+
+def main() -> None:
+    """Measures, prints and writes the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", type=int, default=320, help="VOC-size photographs")
+    parser.add_argument("--part", choices=PARTS, help="one figure only, as JSON")
+    parser.add_argument("--images", type=Path, help="with --part: the photographs")
+    parser.add_argument("--cores", type=int, default=1, help="with --part: how many it may use")
+    given = parser.parse_args()
+    if given.part:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
+        print(json.dumps(PARTS[given.part](given.images)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        told = {
+            "version": __version__,
+            "python": platform.python_version(),
+            "pillow": PIL.__version__,
+            "cores": os.cpu_count(),
+            "load": round(os.getloadavg()[0], 1),
+            "photographs": {"height": VOC_SIZE[0], "width": VOC_SIZE[1], "count": given.count},
+            **measure(Path(folder), given.count),
+        }
+    RESULT.write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps(told, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""A bench report as a picture: what each graph reached, beside what the machine allows. Drawn with Pillow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..errors import WsssError
+
+WIDTH_PX, LEFT_PX, RIGHT_PX, TOP_PX, BAR_PX, GAP_PX = 1400, 420, 190, 110, 22, 12
+INK, FAINT, REACHED, BOUND = (30, 30, 34), (120, 120, 128), (38, 104, 166), (214, 224, 236)
+
+
+def write_plot(path: Path, report: Mapping[str, Any]) -> None:
+    """Draws entries a second of each graph and batch size, on a logarithmic axis, over a paler bar for the bound.
+
+    Raises:
+        WsssError: the file cannot be written, or its name is of no picture.
+    """
+    rows = report["graphs"]
+    height = TOP_PX + len(rows) * (BAR_PX + GAP_PX) + 40
+    image = Image.new("RGB", (WIDTH_PX, height), "white")
+    draw = ImageDraw.Draw(image)
+    small, large = ImageFont.load_default(15), ImageFont.load_default(22)
+    host = report["machine"]
+    where = next((gpu["name"] for gpu in host["gpus"]), None) if report["device"] != "cpu" else None
+    draw.text((20, 18), f"{report['bundle']} in {report['engine']} on {where or host['processor']}", INK, large)
+    draw.text((20, 52), "entries a second (dark), and what the machine's best matrix product and copy allow (pale)", FAINT, small)
+
+    limits = [bound for row in rows if (bound := rate_of_bound(row))]
+    rates = [row["per_second"] for row in rows]
+    low = math.floor(math.log10(min(rates)))
+    high = max(math.ceil(math.log10(max([*rates, *limits]))), low + 1)
+
+    def x_of(rate: float) -> float:
+        share = (math.log10(rate) - low) / (high - low)
+        return LEFT_PX + share * (WIDTH_PX - LEFT_PX - RIGHT_PX)
+
+    for power in range(low, high + 1):
+        x = x_of(10.0**power)
+        draw.line([(x, TOP_PX - 6), (x, height - 34)], (225, 225, 230))
+        draw.text((x, height - 28), f"{10.0**power:g}", FAINT, small, anchor="ma")
+    for number, row in enumerate(rows):
+        top = TOP_PX + number * (BAR_PX + GAP_PX)
+        name = f"{row['model']}/{row['graph']}, {row['batch']} {row['unit']}"
+        draw.text((LEFT_PX - 12, top + BAR_PX / 2), name, INK, small, anchor="rm")
+        bound = rate_of_bound(row)
+        if bound:
+            draw.rectangle([LEFT_PX, top, x_of(bound), top + BAR_PX], BOUND)
+        draw.rectangle([LEFT_PX, top + 4, max(x_of(row["per_second"]), LEFT_PX + 1), top + BAR_PX - 4], REACHED)
+        share = f", {100 * row['share_of_bound']:.0f} %" if row["share_of_bound"] is not None else ""
+        at = x_of(max(bound or 0, row["per_second"])) + 8
+        draw.text((at, top + BAR_PX / 2), f"{row['per_second']:.4g}/s{share}", INK, small, anchor="lm")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    except (OSError, ValueError) as error:
+        raise WsssError(f"{path}: cannot be written: {error}", hint="--plot FILE.png") from None
+
+
+def rate_of_bound(row: Mapping[str, Any]) -> float | None:
+    """Entries a second that the machine allows; None where it is not known."""
+    return None if not row["share_of_bound"] else float(row["per_second"] / row["share_of_bound"])

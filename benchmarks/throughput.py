@@ -1,0 +1,322 @@
+"""The chain end to end, as ``wsss label`` runs it: files read, decoded, labelled and written, stages overlapping.
+
+`ChainResult`, and as JSON:
+
+``engine``, ``device``, ``batch``, ``models``
+    What ran: images labelled together; variant and precision of each model.
+``images``, ``failed``, ``boxes_an_image``, ``seconds``, ``per_second``
+    Timed images (those before, which warm everything up, are not among them), boxes found in each, time, images a second.
+``stages``
+    Of ``tag``, ``detect``, ``segment`` and ``fuse`` the ``seconds`` that it worked, and of each thread (segmenting and
+    fusing share one) the ``waiting``: time in which it had no input, no room for its result, or not its turn on the device.
+``engine_seconds``, ``engine_share``
+    Time in which an engine computed, and its share of all: what is missing from 1, the device stood idle.
+``padding``
+    Share of the detector's canvases that was no photograph; None without a detector.
+``gmacs_an_image``, ``share_of_bound``
+    Multiply-adds in 1e9 that the models spent on an image, and the rate over what the machine's best matrix product
+    allows. None where they were not counted.
+``reference``, ``agreement``, ``agreement_miou``
+    FP32 graphs of the same weights in ONNX Runtime on the CPU labelled the same images: share of pixels with the same
+    label, and mIoU with the reference for truth. None where there are no such graphs, or nothing else ran.
+``truth_miou``
+    mIoU against the truth of drawn scenes; None for photographs, and for models that were not trained on them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, ParamSpec, TypeVar, cast
+
+import numpy as np
+
+from ..batch import Boxes, Images, Labels
+from ..errors import BundleError, WsssError
+from ..frame import frame_for
+from ..labelstore import Record, read_label, read_records
+from ..mini.scenes import CLASSES, write_scenes
+from ..photographs import path_of
+from ..runtime.images import Folder
+from ..runtime.pipeline import MINI, Labeler, Timed
+from ..runtime.run import Summary, label_folder
+from ..runtime.tag import view_windows
+from ..spec import Bundle, open_bundle
+from ..train.evaluate import confusion_matrix, mean_iou
+from .ceiling import Ceiling
+from .feeds import feeds_for, load_of
+from .graph_work import work_of
+
+SEED = 4_000_000
+"""First of the drawn scenes; training and the other benchmarks draw others."""
+THREADS = (("tag",), ("detect",), ("segment", "fuse"))
+"""Stages by the thread they share (`wsss.runtime.stream`)."""
+CHAIN_MODELS = ("clip", "grounding-dino", "sam")
+TAGS = 3
+"""Classes that an image is said to hold where its boxes are drawn."""
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainResult:
+    """The chain on one machine; the fields are told at the top of this file."""
+
+    engine: str
+    device: str
+    batch: int
+    models: dict[str, str]
+    images: int
+    failed: int
+    boxes_an_image: float
+    seconds: float
+    per_second: float
+    stages: dict[str, dict[str, float]]
+    engine_seconds: float
+    engine_share: float
+    padding: float | None
+    gmacs_an_image: float | None
+    share_of_bound: float | None
+    reference: str | None = None
+    agreement: float | None = None
+    agreement_miou: float | None = None
+    truth_miou: float | None = None
+
+
+def measure_chain(
+    bundle: Path,
+    work: Path,
+    *,
+    engine: str,
+    device: str,
+    batch: int = 8,
+    images: Path | None = None,
+    classes: str = "mini",
+    count: int = 24,
+    repeat: int = 1,
+    boxes: int | None = None,
+    ceiling: Ceiling | None = None,
+    reference: Path | None = None,
+    unverified: bool = False,
+) -> ChainResult:
+    """Labels images with a bundle, once to warm up and once to be timed.
+
+    Args:
+        work: an empty folder for images and label stores.
+        engine, device: from `wsss.engines.opening.choose`.
+        images: a folder of photographs; None draws scenes of the mini models' world.
+        count: images, the first by name. repeat: each is labelled that many times, as files of their own.
+        boxes: this many drawn boxes in each image take the place of what the tagger and the detector, which run all the
+            same, find: the work of trained weights with untrained ones (`with_load`).
+        ceiling: of this machine, for the share of the bound.
+        reference: a bundle of FP32 graphs of the same weights.
+        unverified: TensorRT: take engines whose gate has not run.
+
+    Raises:
+        WsssError: a model or engine is missing, or there are no images.
+    """
+    names = gather_images(work, images, count, repeat)
+    labeler = Labeler.open(bundle, classes=classes, engine=engine, device=device, unverified=unverified)
+    if boxes is not None:
+        with_load(labeler, boxes)
+    # On a GPU all shapes come once before, or kernels would be chosen and graphs be captured while the clock runs.
+    warm = names if device != "cpu" else names[: 2 * batch]
+    _label(labeler, work, "warm", warm, batch)
+    summary = _label(labeler, work, "timed", names, batch)
+    records = list(read_records(work / "timed"))
+    gmacs = gmacs_an_image(open_bundle(bundle), records)
+    rate = summary.labelled / summary.seconds
+    bound = ceiling.bound_ms(gmacs * 1e9, 0) if ceiling and gmacs else None
+    told = ChainResult(
+        engine=engine,
+        device=device,
+        batch=batch,
+        models={name: _precision(open_bundle(bundle), name) for name in open_bundle(bundle).models()},
+        images=summary.labelled,
+        failed=summary.failed,
+        boxes_an_image=round(summary.boxes / max(summary.labelled, 1), 2),
+        seconds=round(summary.seconds, 3),
+        per_second=float(f"{rate:.4g}"),
+        stages=stages_of(summary),
+        engine_seconds=round(summary.engine_seconds, 3),
+        engine_share=round(summary.engine_seconds / summary.seconds, 3),
+        padding=None if summary.padding is None else round(summary.padding, 3),
+        gmacs_an_image=None if gmacs is None else float(f"{gmacs:.4g}"),
+        share_of_bound=None if bound is None else float(f"{rate * bound * 1e-3:.4g}"),
+    )
+    quality: dict[str, float | str] = {}
+    drawn = images is None and all(variant.startswith("mini ") for variant in told.models.values())
+    if drawn and boxes is None:
+        quality["truth_miou"] = round(_miou(work / "truth", work / "timed", len(CLASSES)), 4)
+    if reference is not None:
+        fp32 = Labeler.open(reference, classes=classes, engine="ort", device="cpu")
+        if boxes is not None:
+            with_load(fp32, boxes)
+        _label(fp32, work, "reference", names[:count], batch)
+        quality |= agreement(work / "reference", work / "timed", len(fp32.classes.names))
+        quality["reference"] = "the shipped FP32 models" if reference == MINI else str(reference)
+    return ChainResult(**{**vars(told), **quality})
+
+
+def gather_images(work: Path, images: Path | None, count: int, repeat: int) -> list[str]:
+    """Puts the images to be labelled into ``work/images``; returns their names, every first copy before the second.
+
+    Raises:
+        ImageError: ``images`` holds none.
+    """
+    folder = work / "images"
+    if images is None:
+        sources = write_scenes(work, count, seed=SEED)
+    else:
+        folder.mkdir(parents=True)
+        sources = []
+        for number, found in enumerate(itertools.islice(Folder(images), count)):
+            sources.append(folder / f"{number:06}{Path(found.name).suffix}")
+            shutil.copyfile(path_of(images, found.name), sources[-1])
+    names = [source.name for source in sources]
+    for copy in range(1, repeat):
+        for source in sources:
+            names.append(f"{source.stem}-{copy:03}{source.suffix}")
+            shutil.copyfile(source, folder / names[-1])
+    return names
+
+
+def reference_for(bundle: Path, engine: str, device: str) -> Path | None:
+    """The shipped FP32 graphs, where they have the weights of this bundle and would compute something else than it does."""
+    try:
+        mine, shipped = Bundle(bundle), Bundle(MINI)
+        pairs = [(mine.model(name).manifest, shipped.model(name).manifest) for name in CHAIN_MODELS]
+    except BundleError:
+        return None
+    same = all(one.weights["sha256"] == other.weights["sha256"] for one, other in pairs)
+    itself = (engine, device) == ("ort", "cpu") and all(one.precision == "fp32" for one, _ in pairs)
+    return MINI if same and not itself else None
+
+
+def stages_of(summary: Summary) -> dict[str, dict[str, float]]:
+    """Seconds at work of each stage, and the waiting of each thread."""
+    told = {stage: {"seconds": round(seconds, 3)} for stage, seconds in summary.stage_seconds.items()}
+    for stages in THREADS:
+        worked = sum(summary.stage_seconds.get(stage, 0.0) for stage in stages)
+        told.setdefault(stages[0], {"seconds": 0.0})["waiting"] = round(max(summary.seconds - worked, 0.0), 3)
+    return told
+
+
+def gmacs_an_image(bundle: Bundle, records: Sequence[Record]) -> float | None:
+    """Multiply-adds in 1e9 that the models spent on an image, from what the run found; None without onnx."""
+    there = bundle.models()
+
+    def of_one(name: str, graph: str, rows: int = 1) -> float:
+        model = bundle.model(name)
+        spec = model.graph(graph)
+        return work_of(model.path(graph), feeds_for(model, graph, load_of(spec, spec.axes, rows))).multiply_adds / rows
+
+    total = 0.0
+    try:
+        if "clip" in there:
+            levels = tuple(int(level) for level in bundle.model("clip").manifest.settings["views"])
+            total += len(records) * len(view_windows(1000, 1000, levels)) * of_one("clip", "image")
+        if "grounding-dino" in there:
+            preprocess = bundle.model("grounding-dino").manifest.preprocess
+            looked = [record for record in records if record.get("classes")]
+            sizes = [frame_for(preprocess, record["height"], record["width"]).canvas for record in looked]
+            total += sum(sizes.count(size) * of_one("grounding-dino", f"image-{size[0]}x{size[1]}") for size in set(sizes))
+        if "sam" in there:
+            total += sum(1 for record in records if record.get("boxes")) * of_one("sam", "encoder")
+            total += sum(len(record.get("boxes", ())) for record in records) * of_one("sam", "decoder", 8)
+    except (ImportError, WsssError):
+        return None
+    return total * 1e-9 / max(len(records), 1)
+
+
+def agreement(reference: Path, store: Path, classes: int) -> dict[str, float]:
+    """Share of pixels with the same label in two stores, and mIoU of the second with the first for truth."""
+    same = pixels = 0
+    for one, other in _pairs(reference / "labels", store):
+        same, pixels = same + int((one == other).sum()), pixels + one.size
+    return {"agreement": round(same / max(pixels, 1), 6), "agreement_miou": round(_miou(reference / "labels", store, classes), 5)}
+
+
+class Changed(Generic[P, R]):
+    """A stage that runs, and whose result is then changed; all else of it stays.
+
+    Args:
+        timed: the stage with its stopwatch.
+        change: (images, its result) to the result that takes its place.
+    """
+
+    def __init__(self, timed: Timed[P, R], change: Callable[[Images, R], R]) -> None:
+        self._timed, self._change = timed, change
+
+    @property
+    def stage(self) -> object:
+        """The stage itself."""
+        return self._timed.stage
+
+    @property
+    def seconds(self) -> float:
+        """What the stage took since it was last reset."""
+        return self._timed.seconds
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self._timed.seconds = value
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._change(cast(Images, args[0]), self._timed(*args, **kwargs))
+
+
+def with_load(labeler: Labeler, boxes: int) -> None:
+    """Gives a labeler the load of trained weights: `TAGS` classes and ``boxes`` boxes in each image, whatever it finds."""
+    classes = len(labeler.classes.names)
+
+    def tags(images: Images, labels: Labels) -> Labels:
+        return Labels(labels.score, np.tile(np.arange(classes) < TAGS, (len(images), 1)))
+
+    def drawn(images: Images, found: Boxes) -> Boxes:
+        return Boxes.join([drawn_boxes(number, *photo.shape, boxes, classes) for number, photo in enumerate(images)])
+
+    labeler.tag = cast("Timed[[Images], Labels]", Changed(labeler.tag, tags))
+    labeler.detect = cast("Timed[[Images, Labels], Boxes]", Changed(labeler.detect, drawn))
+
+
+def drawn_boxes(number: int, height: int, width: int, count: int, classes: int) -> Boxes:
+    """Boxes of 10 to 60 % of the sides of image ``number``, spread over it, the same for every image of a size."""
+    rng = np.random.default_rng([height, width])
+    extent = rng.uniform(0.1, 0.6, (count, 2)) * (width, height)
+    corner = rng.uniform(0, 1, extent.shape) * ((width, height) - extent)
+    xyxy = np.concatenate([corner, corner + extent], axis=1).astype(np.float32)
+    score = rng.uniform(0.4, 0.9, count).astype(np.float32)
+    return Boxes(xyxy, score, 1 + np.arange(count) % classes, np.full(count, number))
+
+
+def _label(labeler: Labeler, work: Path, store: str, names: Sequence[str], batch: int) -> Summary:
+    """Labels some of the images into a store of their own."""
+    folder = work / f"{store}-images"
+    folder.mkdir()
+    for name in names:
+        (folder / name).hardlink_to(work / "images" / name)
+    return label_folder(labeler, folder, work / store, batch=batch, warn=lambda message: None)
+
+
+def _pairs(truth: Path, store: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Label maps of images that lie in both; repeated images and failures have no partner."""
+    for record in read_records(store):
+        path = truth / str(record["label"])
+        if path.is_file() and "error" not in record:
+            yield read_label(path), read_label(store / "labels" / record["label"])
+
+
+def _miou(truth: Path, store: Path, classes: int) -> float:
+    matrix = np.zeros((classes + 1, classes + 2), np.int64)
+    for one, other in _pairs(truth, store):
+        matrix += confusion_matrix(one, other, classes + 1)
+    return mean_iou(matrix)
+
+
+def _precision(bundle: Bundle, name: str) -> str:
+    manifest = bundle.model(name).manifest
+    return f"{manifest.variant} {manifest.precision}"
