@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format types slow mini wheel clean
+.PHONY: demo test check format types slow gpu-check mini wheel clean
 
 # The main job on the models that come with wsss: the base install alone, without torch.
 demo: build/demo-venv/.installed
@@ -27,6 +27,11 @@ types: $(VENV)/.installed
 # Full-size models, minutes each on a CPU.
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# On a machine with an NVIDIA GPU: engines, parity and speed into benchmarks/results/gpu-NAME.json; goes on where it was cut.
+# Installs nothing and needs no network. ARGS="--full" adds the large models, ARGS="--bundle DIR" takes graphs made elsewhere.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m wsss.benchmarks.gpu_check --out benchmarks/results $(ARGS)
 
 # Trains the models of the bundle `mini` from nothing and exports them; resumes where it was stopped.
 mini: $(VENV)/.installed
