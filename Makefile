@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# setuptools warns at length of any editable installation.
+pip = PYTHONWARNINGS=ignore $(1)/python -m pip install
 
 .PHONY: demo test check format types slow gpu-check mini wheel clean
 
@@ -42,14 +44,14 @@ wheel: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(call pip,$(BIN)) --quiet --upgrade pip
+	$(call pip,$(BIN)) --quiet --editable '.[dev]'
 	touch $@
 
 build/demo-venv/.installed: pyproject.toml
 	test -x build/demo-venv/bin/python || $(PYTHON) -m venv build/demo-venv
-	build/demo-venv/bin/python -m pip install --quiet --upgrade pip
-	build/demo-venv/bin/python -m pip install --quiet --editable .
+	$(call pip,build/demo-venv/bin) --quiet --upgrade pip
+	$(call pip,build/demo-venv/bin) --quiet --editable .
 	touch $@
 
 clean:
