@@ -150,6 +150,7 @@ def standing_model(bundle: Path, name: str, *, variant: str | None, weights: str
         options.measured == any(file.endswith(REPORT) for file in manifest.files),
         options.batch is None or options.batch in batches,
         not options.sizes or set(options.sizes) == set(manifest.preprocess.canvases),
+        options.sampling in (None, manifest.settings.get("sampling", "grid-sample")),
     )
     return model if all(agrees) else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import nn
@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import UsageError
 from ..spec import AxisRange, GraphSpec, Precision, Preprocess, TensorSpec
 
+Sampling = Literal["grid-sample", "gather"]
 Feeds = dict[str, np.ndarray]
 """Host arrays by tensor name."""
 
@@ -31,6 +32,8 @@ class Options:
     """(height, width) canvases; empty takes the family's own."""
     precision: Precision = "fp32"
     """Of the graphs' arithmetic."""
+    sampling: Sampling | None = None
+    """How Grounding-DINO reads between feature cells, see `grounding_dino_layers.sampler`; None takes GridSample."""
     measured: bool = False
     """In half precision, the precision doctor finds which nodes stay FP32, instead of those that the modules mark."""
 

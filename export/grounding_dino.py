@@ -1,6 +1,6 @@
 """Grounding-DINO: a text graph, and an image graph for each canvas.
 
-The official classes are transformers'. Settings of the manifest (all read by the runtime):
+The official classes are transformers'. Settings of the manifest (read by the runtime):
 
 - ``cls``, ``sep``, ``dot``, ``pad``: token ids. A caption is [CLS], each phrase's pieces and a dot, [SEP].
 - ``max_tokens``: most tokens of a caption, with [CLS] and [SEP]; the reference cuts there silently.
@@ -8,6 +8,7 @@ The official classes are transformers'. Settings of the manifest (all read by th
   COCO evaluation (demo/test_ap_on_coco.py: a span-normalised map); ``predict()`` of the demo takes a maximum.
 - ``box_threshold``: least score, under that rule. 0.3 is upstream's number for the maximum (README.md).
 - ``queries``: boxes that each photo gives, before any threshold or suppression.
+- ``sampling``: how deformable attention reads between cells, for the record (`grounding_dino_layers.sampler`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 from ..errors import ParityError, UsageError
 from ..spec import AxisRange, Preprocess, TensorSpec
 from . import mini
-from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance
+from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Sampling, Tolerance
 from .grounding_dino_graphs import MEAN, STD, ImageGraph, TextGraph
 from .grounding_dino_layers import OFFICIAL_MARGIN, TRANSFORMERS_MARGIN, inverse_sigmoid
 from .grounding_dino_weights import OFFICIAL, bert_tokenizer, load
@@ -117,7 +118,7 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
         variant: ``swin_t``, ``swin_b`` or ``mini``.
         weights: an official ``.pth``, an ``IDEA-Research/grounding-dino-*`` folder, a known name, ``random:SEED``;
             ``mini`` for the shipped mini weights.
-        options: canvases and batch range.
+        options: canvases, batch range, and how deformable attention samples.
 
     Raises:
         UsageError: no such variant. WeightsError: the weights or the vocabulary cannot be had, or do not fit.
@@ -144,7 +145,8 @@ def assemble(
     canvases = tuple(sorted(options.sizes or frame.canvases, key=lambda canvas: canvas[0] * canvas[1]))
     batch = options.batch or frame.batch
     graphs: list[Callable[[], Graph]] = [partial(text_graph, model)]
-    graphs += [partial(image_graph, model, canvas, batch, frame.margin) for canvas in canvases]
+    sampling = options.sampling or "grid-sample"
+    graphs += [partial(image_graph, model, canvas, batch, frame.margin, sampling) for canvas in canvases]
     return Prepared(
         variant=variant,
         graphs=graphs,
@@ -167,6 +169,7 @@ def assemble(
             "score_rule": "mean",
             "box_threshold": frame.box_threshold,
             "queries": model.config.num_queries,
+            "sampling": sampling,
         },
         tokenizer=tokenizer,  # type: ignore[arg-type]
         weights=record,
@@ -245,14 +248,18 @@ def official_text_features(model: GroundingDinoForObjectDetection, tokens: Tenso
 
 
 def image_graph(
-    model: GroundingDinoForObjectDetection, canvas: tuple[int, int], batch: AxisRange, margin: float = OFFICIAL_MARGIN
+    model: GroundingDinoForObjectDetection,
+    canvas: tuple[int, int],
+    batch: AxisRange,
+    margin: float = OFFICIAL_MARGIN,
+    sampling: Sampling = "grid-sample",
 ) -> Graph:
     """The graph of one canvas."""
     height, width = canvas
     queries, channels = model.config.num_queries, model.config.d_model
     return Graph(
         name=f"image-{height}x{width}",
-        module=ImageGraph(model, canvas, margin),
+        module=ImageGraph(model, canvas, margin, sampling),
         inputs=(
             TensorSpec("pixels", ("batch", height, width, 3), "uint8"),
             TensorSpec("size", ("batch", 2), "int64"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .family import Sampling
 from .precision import Fp32
 
 MASKED = -1e4
@@ -190,7 +191,6 @@ def deformable_attention(
     return attended
 
 
-Sampling = Literal["grid-sample", "gather"]
 Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[tuple[int, int]]], Tensor]
 """(values (B, N, heads * d), offsets (B, Q, heads, L, P, 2) in cells, reference (B, Q, L, 2 or 4), weights
 (B, Q, heads, L, P), level shapes) to the weighted bilinear samples (B, Q, heads * d); 0 outside a level."""

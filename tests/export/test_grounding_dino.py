@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'wsss[export]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'wsss[export]'")
 
+import onnx  # noqa: E402
 import safetensors.torch  # noqa: E402
 
 from wsss.engines.ort import OrtEngine  # noqa: E402
@@ -99,6 +100,20 @@ class Spoiled:
 @pytest.mark.parametrize("name", ["text", "image-96x128"])
 def test_exported_graph_passes_the_gate(exported: dict[str, tuple[Graph, OrtEngine]], name: str) -> None:
     judged(*exported[name])
+
+
+def test_the_gather_form_passes_the_same_gate(model: transformers.GroundingDinoForObjectDetection, tmp_path: Path) -> None:
+    options = Options(sizes=(CANVAS,), batch=AxisRange(1, 2, 3), sampling="gather")
+    record = {"source": "random:0", "sha256": ""}
+    told = grounding_dino.assemble(
+        model, "toy", grounding_dino.MINI, options, tokenizer=grounding_dino_mini_tokenizer(), record=record
+    )
+    assert told.settings["sampling"] == "gather"
+    graph = told.graphs[1]()
+    path = tmp_path / f"{graph.name}.onnx"
+    export_onnx(graph, path, WeightFile(tmp_path / "weights.data"))
+    assert "GridSample" not in {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+    judged(graph, OrtEngine(path, graph.spec(path.name, OPSET), threads=1))
 
 
 def _swap_captions(feeds: Feeds) -> Feeds:

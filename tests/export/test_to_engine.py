@@ -178,6 +178,8 @@ def test_the_full_tensorrt_needs_the_gpu_it_builds_for(built: dict[str, Model], 
         ({"weights": "random:0"}, False),
         ({"options": Options(precision="fp32")}, False),
         ({"options": replace(HALF, batch=AxisRange(1, 2, 16))}, False),
+        ({"options": replace(HALF, sampling="grid-sample")}, True),
+        ({"options": replace(HALF, sampling="gather")}, False),
     ],
 )
 def test_graphs_that_agree_with_what_was_typed_stand(bundle: Bundle, typed: dict[str, object], stands: bool) -> None:

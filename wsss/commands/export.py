@@ -12,6 +12,7 @@ from ..errors import UsageError
 from .common import ask, by_model, choice, log, needs
 
 if TYPE_CHECKING:
+    from ..export.family import Sampling
     from ..spec import Flavour
 
 
@@ -38,6 +39,13 @@ def export(
     size: Annotated[
         list[str] | None, typer.Option(metavar="HxW", help="Canvas of Grounding-DINO or the segmenter; may be repeated.")
     ] = None,
+    sampling: Annotated[
+        str | None,
+        typer.Option(
+            help="How Grounding-DINO reads between feature cells: grid-sample (default), or gather, for a TensorRT whose "
+            "GridSample is wrong."
+        ),
+    ] = None,
     workspace: Annotated[int, typer.Option(min=1, help="TensorRT: most scratch memory of a layer, MiB.")] = 8192,
     compute_capability: Annotated[
         list[str] | None, typer.Option(metavar="SM", help="TensorRT-RTX: build for this GPU generation, sm89; may be repeated.")
@@ -48,6 +56,10 @@ def export(
 
     choice("--engine", engine, ("auto", "onnx", "trt", "trt-rtx"))
     choice("--precision", precision or "fp32", ("fp32", "fp16", "auto"))
+    if sampling is not None:
+        choice("--sampling", sampling, ("grid-sample", "gather"))
+        if model not in ("grounding-dino", "all"):
+            raise UsageError(f"--sampling: only grounding-dino samples, --model is {model}", hint="leave --sampling away")
     if model is None:
         ask("--model", "wsss export --model sam")
     choice("--model", model, (*MODELS, "all", "segmenter"))
@@ -61,6 +73,7 @@ def export(
         batch=AxisRange(*batch) if batch else None,
         sizes=tuple(_size(each) for each in size or ()),
         precision=cast(Precision, "fp16" if precision == "auto" else precision or ("fp16" if flavour else "fp32")),
+        sampling=cast("Sampling | None", sampling),
         measured=precision == "auto",
     )
     given = by_model(weights or [], names)
