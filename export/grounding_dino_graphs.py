@@ -13,10 +13,10 @@ from torch.nn import functional
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 from transformers.models.grounding_dino import modeling_grounding_dino as official
 
+from .family import Sampling
 from .grounding_dino_layers import (
     OFFICIAL_MARGIN,
     Levels,
-    Sampling,
     additive_mask,
     box_positions,
     deformable_attention,
