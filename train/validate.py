@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .args import Config, DataArgs
-from .data import normalised, read_pair
+from .data import normalised, read_pair, resized
 from .distributed import World
 from .evaluate import confusion_matrix, mean_iou
 from .model import Segmenter
@@ -54,3 +54,31 @@ def whole_image_logits(segmenter: Segmenter, pixels: np.ndarray, args: DataArgs,
     padded = F.pad(image, (0, right, 0, below))  # normalised: zero is the mean
     logits: Tensor = segmenter(padded[None])[0, :, :height, :width]
     return logits
+
+
+def averaged_probabilities(
+    segmenter: Segmenter,
+    pixels: np.ndarray,
+    args: DataArgs,
+    device: torch.device,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> Tensor:
+    """(C, H, W) float32 probabilities of one photograph (H, W, 3) uint8, the mean over test-time copies of it.
+
+    Args:
+        scales: factors by which the photograph is resized, as in training; logits go back to its own size, then softmax
+            (as mmsegmentation's ``aug_test``).
+        flip: each copy also mirrored.
+    """
+    size = pixels.shape[:2]
+    total = torch.zeros(segmenter.classes, *size, device=device)
+    blank = np.zeros(size, np.uint8)
+    for scale in scales:
+        copy = pixels if scale == 1 else resized(pixels, blank, scale)[0].permute(1, 2, 0).numpy()
+        for mirrored in (False, True) if flip else (False,):
+            logits = whole_image_logits(segmenter, copy[:, ::-1].copy() if mirrored else copy, args, device)
+            logits = logits.flip(-1) if mirrored else logits
+            total += F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0].softmax(dim=0)
+    return total / (len(scales) * (2 if flip else 1))
