@@ -123,37 +123,42 @@ def _look_at(store: Path, images: Path, record: Record, classes: Sequence[str]) 
     outside = [int(label) for label in np.flatnonzero(count) if len(classes) < label != VOID]
     if outside:
         return f"its label holds {outside[0]}, the store's list has {len(classes)} classes"
+    pixels: list[int] = count[: len(classes) + 1].tolist()
     return Item(
         path=record["path"],
         label=record["label"],
         sha256=sha256,
-        confidence=tuple(class_confidence(record, classes)),
-        pixels=tuple(count[: len(classes) + 1].tolist()),
+        confidence=tuple(class_confidence(record, classes, pixels)),
+        pixels=tuple(pixels),
     ), label_digest
 
 
-def class_confidence(record: Record, classes: Sequence[str]) -> list[float]:
+def class_confidence(record: Record, classes: Sequence[str], pixels: Sequence[int]) -> list[float]:
     """How sure the store is of each label value in one image, as far as its manifest tells.
+
+    Args:
+        pixels: (C + 1) of background and of each class in the label map.
 
     Returns:
         (C + 1) values in [0, 1]. A class: the mean of box score x mask quality over its boxes, by the pixels that each
-        one won. Background: one minus the CLIP score of the surest class that was tagged but has no pixel, since that
-        object then lies in the background. A class without a box, or a manifest without boxes, says nothing: 1.
+        one won; without a box but with pixels (a segmenter labelled it) its score. Background: one minus the score of the
+        surest class that was tagged but has no pixel, since that object then lies in the background. A manifest without
+        boxes says nothing: 1.
     """
+    if (boxes := record.get("boxes")) is None:
+        return [1.0] * (len(classes) + 1)
     sure, won = np.zeros(len(classes)), np.zeros(len(classes))
-    for box in record.get("boxes", []):
+    for box in boxes:
         if box["label"] in classes:
             at = classes.index(box["label"])
             sure[at] += box["score"] * box["quality"] * box["won_px"]
             won[at] += box["won_px"]
-    scores = np.where(won > 0, sure / np.maximum(won, 1), 1.0)
-    lost = (
-        [score for name, score in record.get("classes", {}).items() if name not in classes or not won[classes.index(name)]]
-        if record.get("boxes") is not None
-        else []
-    )
-    values = [1 - max(lost, default=0.0), *scores.tolist()]
-    return [round(min(max(value, 0.0), 1.0), 6) for value in values]
+    tags = record.get("classes", {})
+    tagged = [tags.get(name, 1.0) if pixels[number] else 1.0 for number, name in enumerate(classes, 1)]
+    scores = np.where(won > 0, sure / np.maximum(won, 1), tagged)
+    there = {name for number, name in enumerate(classes) if won[number] or pixels[number + 1]}
+    lost = max((score for name, score in tags.items() if name not in there), default=0.0)
+    return [round(min(max(value, 0.0), 1.0), 6) for value in (1 - lost, *scores.tolist())]
 
 
 def write_survey(path: Path, survey: Survey) -> None:

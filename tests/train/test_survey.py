@@ -117,19 +117,24 @@ def box(label: str, score: float, quality: float, won: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("record", "expected"),
+    ("record", "pixels", "expected"),
     [
-        ({}, [1, 1, 1]),
-        ({"boxes": [], "classes": {}}, [1, 1, 1]),
-        ({"boxes": [], "classes": {"dog": 0.75}}, [0.25, 1, 1]),
-        ({"boxes": [box("dog", 0.5, 0.8, 10)], "classes": {"dog": 0.9}}, [1, 0.4, 1]),
-        ({"boxes": [box("dog", 0.5, 0.8, 30), box("dog", 1, 1, 10)], "classes": {"dog": 0.9}}, [1, 0.55, 1]),
-        ({"boxes": [box("cat", 0.5, 0.5, 9), box("dog", 1, 1, 0)], "classes": {"dog": 0.6, "cat": 1}}, [0.4, 1, 0.25]),
-        ({"boxes": [box("cat", 1.0001, 1, 9)], "classes": {"cat": 1}}, [1, 1, 1]),
+        ({}, [9, 9, 0], [1, 1, 1]),
+        ({"classes": {"dog": 0.5}}, [9, 9, 0], [1, 1, 1]),
+        ({"boxes": [], "classes": {}}, [9, 0, 0], [1, 1, 1]),
+        ({"boxes": [], "classes": {"dog": 0.75}}, [9, 0, 0], [0.25, 1, 1]),
+        ({"boxes": [], "classes": {"dog": 0.75}}, [9, 9, 0], [1, 0.75, 1]),  # as a segmenter's store has it
+        ({"boxes": [], "classes": {"dog": 0.75, "cat": 0.6}}, [9, 9, 0], [0.4, 0.75, 1]),
+        ({"boxes": [box("dog", 0.5, 0.8, 10)], "classes": {"dog": 0.9}}, [9, 10, 0], [1, 0.4, 1]),
+        ({"boxes": [box("dog", 0.5, 0.8, 30), box("dog", 1, 1, 10)], "classes": {"dog": 0.9}}, [9, 40, 0], [1, 0.55, 1]),
+        ({"boxes": [box("cat", 0.5, 0.5, 9), box("dog", 1, 1, 0)], "classes": {"dog": 0.6, "cat": 1}}, [9, 0, 9], [0.4, 1, 0.25]),
+        ({"boxes": [box("cat", 1.0001, 1, 9)], "classes": {"cat": 1}}, [9, 0, 9], [1, 1, 1]),
     ],
 )
-def test_confidence_is_score_times_quality_by_pixels_won(record: dict[str, Any], expected: list[float]) -> None:
-    assert class_confidence(record, ["dog", "cat"]) == pytest.approx(expected)
+def test_confidence_is_score_times_quality_by_pixels_won(
+    record: dict[str, Any], pixels: list[int], expected: list[float]
+) -> None:
+    assert class_confidence(record, ["dog", "cat"], pixels) == pytest.approx(expected)
 
 
 def survey_of(count: int) -> Survey:
