@@ -86,7 +86,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _labels(result: Result) -> str:
     """Image labels as the chain found them, against those of the true label maps."""
-    rows = [("image labels", "on", "mAP", "F1", "mean F1 of classes", "precision", "recall")]
+    rows: list[tuple[str, ...]] = [("image labels", "on", "mAP", "F1", "mean F1 of classes", "precision", "recall")]
     for row in result.rows:
         if (labels := row.scores["labels"]) is not None and row.what == "pseudo-labels":
             keys = (labels["map"], labels["f1"], labels["macro_f1"], labels["precision"], labels["recall"])
