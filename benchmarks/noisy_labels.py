@@ -90,6 +90,8 @@ def measure(work: Path, *, images: int, held_out: int, steps: int, seeds: int) -
             scores.append(round(held_out_miou(run, config, work / "held-out", unseen), 4))
             print(f"{name:28} seed {seed}: mIoU {scores[-1]:.4f}", file=sys.stderr, flush=True)
         told[name] = {"miou": scores, "mean": round(float(np.mean(scores)), 4), "std": round(float(np.std(scores)), 4)}
+    pairs = zip(told["cross-entropy, confidence"]["miou"], told["cross-entropy"]["miou"], strict=True)
+    told["gain by confidence"] = [round(with_it - without, 4) for with_it, without in pairs]
     return told
 
 

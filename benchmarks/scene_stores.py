@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from PIL import Image
 
 from ..classes import named_list
-from ..labelstore import LabelStore, read_records
+from ..labelstore import LabelStore, read_records, write_atomically
 from ..mini.scenes import CLASSES, Scene, draw_scene
 from ..photographs import read_photograph
+from ..spec import sha256_of
 from ..train.args import Config
-from ..train.checkpoint import load_run
+from ..train.checkpoint import load_run, weights_file
 from ..train.evaluate import confusion_matrix, mean_iou
 from ..train.run import DTYPES, autocast
 from ..train.validate import whole_image_logits
@@ -77,7 +79,13 @@ def write_store(
 
 @torch.inference_mode()
 def held_out_miou(run: Path, config: Config, folder: Path, paths: list[Path]) -> float:
-    """mIoU with background of a run's best weights on scenes of ``wsss.mini.scenes.write_scenes``, as one confusion matrix."""
+    """mIoU with background of a run's best weights on scenes of ``wsss.mini.scenes.write_scenes``, as one confusion matrix.
+
+    Kept in the run's folder as long as weights and scenes are the same.
+    """
+    kept, key = run / "held-out.json", f"{sha256_of(weights_file(run))} on {len(paths)} scenes from {paths[0].stem}"
+    if kept.is_file() and (told := json.loads(kept.read_text()))["key"] == key:
+        return float(told["miou"])
     segmenter, _ = load_run(run)
     matrix = np.zeros((len(CLASSES) + 1, len(CLASSES) + 2), np.int64)
     cpu = torch.device("cpu")
@@ -87,4 +95,6 @@ def held_out_miou(run: Path, config: Config, folder: Path, paths: list[Path]) ->
         with autocast(cpu, DTYPES[config.optimizer.precision]):
             logits = whole_image_logits(segmenter, pixels, config.data, cpu)
         matrix += confusion_matrix(truth, logits.argmax(dim=0).to(torch.uint8).numpy(), len(CLASSES) + 1)
-    return mean_iou(matrix)
+    miou = mean_iou(matrix)
+    write_atomically(kept, (json.dumps({"key": key, "miou": miou}) + "\n").encode())
+    return miou
