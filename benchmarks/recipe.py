@@ -4,10 +4,11 @@
     python -m wsss.benchmarks.recipe coco --data COCO --train-list train.txt --val-list val.txt --bundle bundle --out runs/coco
     python -m wsss.benchmarks.recipe drawn --out runs/drawn      # the same on drawn scenes with the small models, a minute
 
-Labels the training images (the chain is told nothing but the class list), scores the pseudo-labels, trains a segmenter on
-them, predicts the images of val with it, scores those. Each step goes on where it was stopped; what is finished is not done
-again. True label maps are read for scores alone. To train on several GPUs, run ``torchrun ... wsss train OUT/labels --images
-OUT/photographs/trainaug --out OUT/segmenter --preset ...`` when the labels are done; the recipe goes on from there.
+Labels the training images, told nothing but the class list (or the true image labels too, by ``--labels``), scores the
+pseudo-labels, trains a segmenter on them, predicts the images of val with it, scores those. Each step goes on where it was
+stopped; what is finished is not done again. True label maps are read for scores alone. To train on several GPUs, run
+``torchrun ... wsss train OUT/labels --images OUT/photographs/trainaug --out OUT/segmenter --preset ...`` when the labels are
+done; the recipe goes on from there.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Recipe:
     engine: str = "auto"
     device: str = "auto"
     batch: int = 8
+    labels: Path | None = None
+    """True image labels, which take CLIP's place: the field's usual setting, another than the paper's."""
     scales: tuple[float, ...] = SCALES
     """Of the second scoring on val; the first one is the photograph alone."""
     flip: bool = True
@@ -87,7 +90,13 @@ def run(recipe: Recipe) -> Result:
     photographs = link_photographs(data.training, out / "photographs" / data.training.name)
     val = link_photographs(data.val, out / "photographs" / "val")
 
-    labeler = Labeler.open(recipe.bundle, classes=parse_classes(recipe.classes), engine=recipe.engine, device=recipe.device)
+    labeler = Labeler.open(
+        recipe.bundle,
+        classes=parse_classes(recipe.classes),
+        engine=recipe.engine,
+        device=recipe.device,
+        labels=recipe.labels,
+    )
     settings = labeler.settings
     failed = _label(recipe, labeler, photographs, out / "labels")
     del labeler  # its engines' memory is the trainer's now
@@ -105,6 +114,7 @@ def run(recipe: Recipe) -> Result:
         dataset=data.name,
         rows=tuple(rows),
         deviation=data.deviation(),
+        told="image labels" if recipe.labels else "nothing",
         network=f"{record.architecture} {record.encoder}",
         facts=(*_facts(recipe, settings), *_training_facts(trained, record)),
         crf=SAID if recipe.crf else None,
@@ -232,8 +242,8 @@ def draw_voc(folder: Path, *, train: int, aug: int, val: int, seed: int = 7_000_
 
     lists = folder / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True, exist_ok=True)
-    names = [path.stem for path in write_scenes(folder, train + aug, seed=seed, split="train")]
     names_val = [path.stem for path in write_scenes(folder, val, seed=seed + train + aug)]
+    names = [path.stem for path in write_scenes(folder, train + aug, seed=seed, split="train")]  # last: labels.json is theirs
     for link, target in (("JPEGImages", "images"), ("SegmentationClass", "truth"), ("SegmentationClassAug", "truth")):
         if not (folder / link).exists():
             (folder / link).symlink_to(target)
@@ -284,6 +294,7 @@ def _recipe(told: argparse.Namespace) -> Recipe:
         engine=told.engine,
         device=told.device,
         batch=told.batch,
+        labels=Path(told.labels) if told.labels else None,
         scales=tuple(told.scales),
         flip=told.flip,
         crf=told.crf,
@@ -299,6 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--engine", default="auto", help="auto, ort, trt, trt-rtx or eager")
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N, of the chain")
     shared.add_argument("--batch", type=int, default=8, help="images labelled together")
+    shared.add_argument("--labels", help="true image labels (JSON, as wsss label takes it) in CLIP's place; the table says so")
     shared.add_argument("--preset", help="schedule of the segmenter; default: deeplabv2-voc, deeplabv2-coco")
     shared.add_argument("--config", help="TOML file of training settings")
     shared.add_argument("--init", help="first weights of the segmenter: none, hub:NAME, a file; default: the preset's")

@@ -32,6 +32,8 @@ class Result:
     rows: tuple[Row, ...]
     deviation: str
     """Where the lists are not the field's; empty where they are."""
+    told: str
+    """What the chain knew of its images: ``nothing``, or ``image labels``."""
     network: str
     facts: tuple[tuple[str, str], ...]
     """What the field asks to be disclosed, name and value."""
@@ -67,7 +69,7 @@ def _beside(result: Result) -> str:
         notes.append("other lists, not comparable")
     ours = Rival(
         method="this run",
-        told="nothing",
+        told=result.told,
         network=result.network,
         voc_val=_points(plain) if result.dataset == "voc" else None,
         voc_test=None,
