@@ -7,7 +7,7 @@ import os
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
@@ -31,6 +31,19 @@ class Found:
 
     name: str
     label: str
+    stamp: Mapping[str, int | str] | None = None
+    """Size and etag, where the listing told them."""
+
+
+class Listing(Protocol):
+    """Images by name, order of code points; may be gone through again and again."""
+
+    @property
+    def path(self) -> object:
+        """What a user calls it."""
+        ...
+
+    def __iter__(self) -> Iterator[Found]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +76,7 @@ class Folder:
             raise ImageError(
                 f"{self.path}: expected a folder of images, found nothing", hint="wsss label IMAGES takes a folder or an image"
             )
-        return (found for found in self._walk("", False) if self._is_ours(found.name))
-
-    def _is_ours(self, name: str) -> bool:
-        return self.shard is None or zlib.crc32(os.fsencode(name)) % self.shard[1] == self.shard[0]
+        return (found for found in self._walk("", False) if is_of_shard(found.name, self.shard))
 
     def _walk(self, prefix: str, twin: bool) -> Iterator[Found]:
         files, folders = self._list(prefix)
@@ -99,11 +109,16 @@ class Folder:
         return files, folders
 
 
-def check_images(folder: Folder) -> None:
-    """Raises ImageError unless there is an image in the folder."""
-    if next(iter(folder), None) is None:
+def is_of_shard(name: str, shard: tuple[int, int] | None) -> bool:
+    """Is the image of this name one of shard (I, N)? Each is in one, whatever other images there are."""
+    return shard is None or zlib.crc32(os.fsencode(name)) % shard[1] == shard[0]
+
+
+def check_images(images: Listing) -> None:
+    """Raises ImageError unless there is an image among them."""
+    if next(iter(images), None) is None:
         raise ImageError(
-            f"{folder.path}: no images in it", hint=f"files ending in {' '.join(SUFFIXES)} are taken, also in sub-folders"
+            f"{images.path}: no images in it", hint=f"files ending in {' '.join(SUFFIXES)} are taken, also in sub-folders"
         )
 
 
@@ -133,6 +148,23 @@ def label_names(names: list[str], *, taken: Iterable[str] = (), twin: str | None
         if count[_folded(label)] > 1 or len(os.fsencode(label)) > _LONGEST_NAME or twin is not None:
             labels[name] = _hashed(name, (twin or "") + name)
     return labels
+
+
+def label_of(name: str) -> str:
+    """How the label of an image is called where the names beside it are too many to be looked at; no two meet.
+
+    ``a/dog.jpg`` to ``a/dog.png``, as in a folder; of any other format to ``a/dog.webp.png``. Labels of two images whose
+    names differ by case only need a file system that tells case.
+    """
+    *folders, last = name.split("/")
+    stem, suffix = PurePosixPath(last).stem, PurePosixPath(last).suffix
+    plain = suffix == ".jpg" and PurePosixPath(stem).suffix.lower() not in SUFFIXES and not stem.endswith("%")
+    label = f"{stem}.png" if plain else f"{last}.png" if suffix.lower() in SUFFIXES else f"{last}%.png"
+    if len(os.fsencode(label)) > _LONGEST_NAME:
+        label = _hashed(last, name)
+    # An empty name, or ``..``, is none for a folder; one that ends as labels do might be a label's.
+    safe = [f"{each}%" if each in ("", ".", "..") or each.endswith((".png", "%")) else each for each in folders]
+    return "/".join([*safe, label])
 
 
 def _folded(name: str) -> str:

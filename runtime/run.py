@@ -15,10 +15,14 @@ from typing import Any, Protocol
 
 from ..classes import ClassList
 from ..errors import ImageError
-from ..labelstore import LabelFolder, LabelStore, Record, Shard
-from ..photographs import path_of, read_file
-from .images import Folder, Found, check_images
+from ..labelstore import LabelStore, Record, Shard
+from ..photographs import Place, read_file, stamp_of
+from ..remote import RemoteFolder
+from ..remote_store import RemoteStore
+from ..storeformat import LabelWriter
+from .images import Found, check_images
 from .pipeline import Labeler
+from .sources import Source, listing
 from .stream import Receipt, Stream, Task
 
 
@@ -57,7 +61,7 @@ class Crew(Protocol):
     def settings(self) -> dict[str, Any]: ...
 
     def work(
-        self, tasks: Iterable[Task | None], folder: Path, labels: LabelFolder, stop: threading.Event, warn: Warn
+        self, tasks: Iterable[Task | None], folder: Path | Place, labels: LabelWriter, stop: threading.Event, warn: Warn
     ) -> Generator[list[Receipt], None, None]:
         """The receipts of all tasks, nearly in order; once ``stop`` is set, of those in hand."""
         ...
@@ -84,7 +88,7 @@ class Alone:
         return self._labeler.settings
 
     def work(
-        self, tasks: Iterable[Task | None], folder: Path, labels: LabelFolder, stop: threading.Event, warn: Warn
+        self, tasks: Iterable[Task | None], folder: Path | Place, labels: LabelWriter, stop: threading.Event, warn: Warn
     ) -> Generator[list[Receipt], None, None]:
         self._labeler.device.warn = warn
         return Stream(self._labeler, folder, labels, batch=self._batch, stop=stop).run(tasks)
@@ -96,10 +100,24 @@ class Alone:
         summary.padding = self._labeler.padding()
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """The images to label, listed as they are asked for. ``length_hint`` says about how many: folders change meanwhile."""
+
+    missing: Iterator[Found]
+    count: int
+
+    def __iter__(self) -> Iterator[Task]:
+        return (Task(number, found.name, found.label) for number, found in enumerate(self.missing))
+
+    def __length_hint__(self) -> int:
+        return self.count
+
+
 def label_folder(
     labeler: Labeler | Crew,
-    folder: Path,
-    out: Path,
+    folder: Path | Source,
+    out: Path | RemoteFolder,
     *,
     batch: int = 8,
     retry_failed: bool = False,
@@ -113,6 +131,7 @@ def label_folder(
     Neither the images' names nor their results are held in memory, so that a folder may have any number of them.
 
     Args:
+        folder, out: on this machine or not (`sources`, `remote`).
         labeler: one, or a crew of several on devices of their own.
         batch: images that a labeler is given together.
         retry_failed: try the images again that a former run could not label.
@@ -125,15 +144,14 @@ def label_folder(
         ImageError: no images. StoreError: the store cannot be written or belongs to other settings.
     """
     crew = Alone(labeler, batch=batch) if isinstance(labeler, Labeler) else labeler
-    images = Folder(folder, out, shard)
-    check_images(Folder(folder, out))
+    images = listing(folder, out, shard)
+    check_images(listing(folder, out))
     start = time.perf_counter()
     stop = stop or threading.Event()
-    with LabelStore(out, crew.classes, crew.settings, shard=shard) as store:
-        current = _Check(store.labels, folder, retry_failed)
-        told = store.select(dataclasses.replace(images, warn=warn), current)
+    with _store(out, crew, shard) as store:
+        told = store.select(listing(folder, out, shard, warn), _Check(store.has_label, folder, retry_failed))
         summary = Summary(images=told.images, skipped=told.done, failed_before=told.failed)
-        tasks = (Task(number, found.name, found.label) for number, found in enumerate(store.missing(images)))
+        tasks = Tasks(store.missing(images), told.images - told.done)
         with closing(crew.work(tasks, folder, store.labels, stop, warn)) as receipts:
             for records in _in_order(receipts):
                 store.append(records)
@@ -149,24 +167,30 @@ def label_folder(
     return summary
 
 
+def _store(out: Path | RemoteFolder, crew: Crew, shard: Shard | None) -> LabelStore | RemoteStore:
+    if isinstance(out, Path):
+        return LabelStore(out, crew.classes, crew.settings, shard=shard)
+    return RemoteStore(out, crew.classes, crew.settings, shard=shard)
+
+
 @dataclass(frozen=True)
 class _Check:
     """Does a line still tell the truth about an image? Its content decides; size and time of change answer sooner."""
 
-    labels: LabelFolder
-    folder: Path
+    has_label: Callable[[str], bool]
+    folder: Path | Source
     retry_failed: bool
 
     def __call__(self, image: Found, record: Record) -> bool:
         if (self.retry_failed and "error" in record) or record["label"] != image.label:
             return False
-        if "error" not in record and not (self.labels.folder / image.label).is_file():
+        if "error" not in record and not self.has_label(image.label):
             return False
         try:
-            status = path_of(self.folder, image.name).stat()
-            if record["sha256"] and status.st_size != record["bytes"]:
+            stamp = image.stamp or stamp_of(self.folder, image.name)
+            if record["sha256"] and stamp["bytes"] != record["bytes"]:
                 return False
-            if record["sha256"] and status.st_mtime_ns == record.get("mtime_ns"):
+            if record["sha256"] and stamp.items() <= record.items():
                 return True
             file = read_file(self.folder, image.name)
         except (OSError, ImageError):

@@ -22,8 +22,9 @@ import numpy as np
 
 from ..batch import VOID, Boxes, Labels, Masks, Photograph, PseudoLabels
 from ..errors import ImageError, OutOfMemory, WsssError
-from ..labelstore import LabelFolder, Record
-from ..photographs import ImageFile, count_pixels, decode, read_file
+from ..labelstore import Record
+from ..photographs import ImageFile, Place, count_pixels, decode, read_file
+from ..storeformat import LabelWriter
 from .images import Prepares
 from .pipeline import Labeler
 from .prefetch import Budget, Hands, behind
@@ -43,6 +44,8 @@ SWITCH_SECONDS = 0.001
 engine of 20 ms a batch would wait for its next call."""
 URGENCY = {"read": 0, "tag": 1, "detect": 2, "segment": 3}
 """Of work for a stage: what is nearer to its end goes first."""
+READERS = 16
+"""Threads that fetch photographs from where they are not on this machine: they wait, for the most part."""
 WRITERS = 8
 """Threads that encode and write labels: most of the time they wait for the disk."""
 NOTHING: Mapping[str, int | str] = {"bytes": 0, "mtime_ns": 0, "sha256": ""}
@@ -114,12 +117,13 @@ class Stream:
         stop: when set, no further batch is begun.
     """
 
-    def __init__(self, labeler: Labeler, folder: Path, labels: LabelFolder, *, batch: int, stop: threading.Event) -> None:
+    def __init__(self, labeler: Labeler, folder: Path | Place, labels: LabelWriter, *, batch: int, stop: threading.Event) -> None:
         self._labeler, self._folder, self._labels = labeler, folder, labels
         self._size, self._stop = batch, stop
         self._over = threading.Event()
         self._budget = Budget(PIXEL_BYTES)
         self._hands = Hands(cores())
+        self._readers = None if isinstance(folder, Path) else ThreadPoolExecutor(READERS, "read")
         self._writers = ThreadPoolExecutor(WRITERS, "write")
 
     def run(self, tasks: Iterable[Task | None]) -> Generator[list[Receipt], None, None]:
@@ -135,6 +139,8 @@ class Stream:
             stack.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(SWITCH_SECONDS)
             stack.callback(self._writers.shutdown)
+            if self._readers:
+                stack.callback(self._readers.shutdown, cancel_futures=True)
             stack.callback(self._hands.close)
             loaded = self._behind(self._load(tasks), 2 * self._size)
             tagged = self._behind(self._through(self._tag, self._batches(loaded)))
@@ -172,7 +178,7 @@ class Stream:
                 if task is None:
                     waiting = True
                 else:
-                    reading.append(self._hands.submit(URGENCY["read"], self._read, task))
+                    reading.append(self._begin(task))
             if not reading:
                 if ended:
                     return
@@ -189,15 +195,20 @@ class Stream:
                 loading.photo = self._hands.submit(URGENCY["read"], decode, loading.photo)
             yield loading
 
-    def _read(self, task: Task) -> Loading:
-        """A task's file, decoded at once unless it is large."""
+    def _begin(self, task: Task) -> Future[Loading]:
+        if self._readers:  # that only wait; decoding is for the others
+            return self._readers.submit(self._read, task, 0)
+        return self._hands.submit(URGENCY["read"], self._read, task, SMALL)
+
+    def _read(self, task: Task, small: int) -> Loading:
+        """A task's file, decoded at once if it has fewer pixels than ``small``."""
         told = NOTHING
         try:
             file = read_file(self._folder, task.name)
-            told = {"bytes": len(file.data), "mtime_ns": file.mtime_ns, "sha256": file.sha256}
+            told = _stamp(len(file.data), file)
             pixels = count_pixels(file)
             amount = pixels * (3 if pixels < LARGE else 10)
-            return Loading(task, decode(file) if pixels < SMALL else file, amount, told)
+            return Loading(task, decode(file) if pixels < small else file, amount, told)
         except ImageError as error:
             return Loading(task, _failed(task, error, told))
 
@@ -352,6 +363,12 @@ def _failed(task: Task, error: WsssError, file: Mapping[str, int | str]) -> Rece
     return Receipt(task.number, {"path": task.name, "label": task.label, **file, "error": error.message})
 
 
+def _stamp(size: int, file: ImageFile | Photograph) -> Mapping[str, int | str]:
+    """What a line says of a file that was read."""
+    change: dict[str, int | str] = {"etag": file.etag} if file.etag else {"mtime_ns": file.mtime_ns}
+    return {"bytes": size, **change, "sha256": file.sha256}
+
+
 def record_of(names: tuple[str, ...], photo: Photograph, label: str, result: PseudoLabels, row: int) -> Record:
     """The line of image ``row`` of a result. It tells nothing of the batch or the clock: it is the same in every run."""
     boxes = [
@@ -369,9 +386,7 @@ def record_of(names: tuple[str, ...], photo: Photograph, label: str, result: Pse
     return {
         "path": photo.name,
         "label": label,
-        "bytes": photo.size_bytes,
-        "mtime_ns": photo.mtime_ns,
-        "sha256": photo.sha256,
+        **_stamp(photo.size_bytes, photo),
         "height": photo.shape[0],
         "width": photo.shape[1],
         "classes": {names[c]: round(float(result.labels.score[row, c]), 4) for c in present},

@@ -22,7 +22,8 @@ from typing import Any
 
 from ..classes import ClassList
 from ..errors import StoreError, WsssError
-from ..labelstore import LabelFolder
+from ..photographs import Place
+from ..storeformat import LabelWriter
 from .pipeline import Labeler
 from .run import Alone, Summary, Warn
 from .stream import NOTHING, Receipt, Task
@@ -119,7 +120,7 @@ class Workers:
         summary.padding = sum(padding) / len(padding) if padding else None
 
     def work(
-        self, tasks: Iterable[Task | None], folder: Path, labels: LabelFolder, stop: threading.Event, warn: Warn
+        self, tasks: Iterable[Task | None], folder: Path | Place, labels: LabelWriter, stop: threading.Event, warn: Warn
     ) -> Generator[list[Receipt], None, None]:
         """The receipts of all tasks as they come; once ``stop`` is set, of those that were begun.
 

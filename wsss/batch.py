@@ -44,6 +44,7 @@ class Photograph:
     pixels: np.ndarray
     size_bytes: int = 0
     mtime_ns: int = 0
+    etag: str = ""
     sha256: str = ""
     """Of the file it came from."""
     ahead: dict[str, tuple[Future[None], np.ndarray]] = field(default_factory=dict)

@@ -30,7 +30,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -38,34 +38,24 @@ from PIL import Image
 from .classes import ClassList, palette
 from .errors import ImageError, StoreError
 from .manifest import Line, cut_torn_line, merged, sections_of, side_by_side
+from .storeformat import Record as Record
+from .storeformat import (
+    Selection,
+    W,
+    cannot_write,
+    check_same,
+    json_of,
+    line_of,
+    names_by_value,
+    parse_run,
+    run_of,
+    still_true,
+)
 from .storelock import lock
 
-Record = dict[str, Any]
-"""A line of the manifest: path, label, bytes, mtime_ns, sha256, and either the results or ``error``."""
 Shard = tuple[int, int]
 """(I, N): the I-th of N runs that share a store, counted from 0."""
 _COUNT = itertools.count()
-
-
-class Wanted(Protocol):
-    """An image that a run is asked for, as far as the store cares: its path, and its label's below ``labels/``."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def label(self) -> str: ...
-
-
-W = TypeVar("W", bound=Wanted)
-
-
-@dataclass(kw_only=True)
-class Selection:
-    """How many images are wanted, how many of them have a line already, and how many of those lines are failures."""
-
-    images: int = 0
-    done: int = 0
-    failed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +90,7 @@ class LabelFolder:
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ):
                 raise ImageError(f"{name}: a label cannot have this name: {error.strerror}") from None
-            raise _cannot_write(self.folder.parent, f"the label {name}", error) from None
+            raise cannot_write(self.folder.parent, f"the label {name}", error) from None
 
     def sync(self, names: Iterable[str]) -> None:
         """Waits until the labels of these names would outlast a power cut. Raises OSError."""
@@ -127,7 +117,7 @@ class LabelStore:
         self.labels = LabelFolder(folder / "labels", folder / f".tmp{part}")
         self._shard = shard
         self._manifest = folder / f"manifest{part}.jsonl"
-        run = json.loads(json.dumps({"format": 1, "classes": list(classes.names), **settings}))
+        run = run_of(classes, settings)
         try:
             with ExitStack() as stack:
                 self._open(run, classes, part, stack)
@@ -144,14 +134,13 @@ class LabelStore:
         if part:
             stack.enter_context(lock(self.folder / f".lock{part}"))
         if (self.folder / "run.json").exists():
-            _check_same(self.folder, _parse_run(self.folder), run)
+            check_same(self.folder, _parse_run(self.folder), run)
         shutil.rmtree(self.labels.temporary, ignore_errors=True)  # what a killed run was in the middle of
         stack.callback(shutil.rmtree, self.labels.temporary, ignore_errors=True)
         make_folder(self.labels.temporary)
-        names = {0: "background", **dict(enumerate(classes.names, 1)), 255: "void"}
-        for path, value in ((self.folder / "run.json", run), (self.folder / "classes.json", names)):
+        for path, value in ((self.folder / "run.json", run), (self.folder / "classes.json", names_by_value(classes))):
             if not path.exists():  # run.json first: from here on the folder is known as a store
-                write_atomically(path, _json(value), self.labels.temporary)
+                write_atomically(path, json_of(value), self.labels.temporary)
         make_folder(self.labels.folder)
         self._lines = _open_lines(self._manifest)
         stack.callback(lambda: os.close(self._lines))
@@ -169,6 +158,10 @@ class LabelStore:
                 with suppress(OSError, StoreError):  # nothing is lost: the next run sorts them
                     self._fold()
 
+    def has_label(self, name: str) -> bool:
+        """Is there a label map of this name?"""
+        return (self.labels.folder / name).is_file()
+
     def select(self, images: Iterable[W], is_current: Callable[[W, Record], bool]) -> Selection:
         """Drops the lines of images that must be done again, and counts.
 
@@ -181,25 +174,12 @@ class LabelStore:
         """
         told = Selection()
 
-        def kept() -> Iterator[Line]:
-            for image, line in side_by_side(images, self._merged()):
-                told.images += image is not None
-                if line is None:
-                    continue
-                if image is None:
-                    if self._shard is None:
-                        yield line
-                    continue
-                record = json.loads(line.data)
-                if is_current(image, record):
-                    told.done += 1
-                    told.failed += "error" in record
-                    yield line
-                elif record["label"] != image.label:
-                    (self.labels.folder / record["label"]).unlink(missing_ok=True)
+        def drop(label: str) -> None:
+            (self.labels.folder / label).unlink(missing_ok=True)
 
         with self._writing("the manifest"):
-            self._rewrite(self._manifest, kept())
+            lines = still_true(images, self._merged(), is_current, told, drop, others=self._shard is None)
+            self._rewrite(self._manifest, lines)
             if self._shard is None:
                 self._remove_parts()
         return told
@@ -219,7 +199,7 @@ class LabelStore:
             self.labels.sync(record["label"] for record in records if "error" not in record)
             size = os.fstat(self._lines).st_size
             try:
-                _write_all(self._lines, b"".join(map(_line, records)))
+                _write_all(self._lines, b"".join(map(line_of, records)))
                 os.fsync(self._lines)
             except OSError:
                 with suppress(OSError):
@@ -237,7 +217,7 @@ class LabelStore:
         with self._writing("the history"):
             handle = _open_lines(self.folder / "history.jsonl")
             try:
-                _write_all(handle, _line(dict(told)))
+                _write_all(handle, line_of(dict(told)))
                 os.fsync(handle)
             finally:
                 os.close(handle)
@@ -268,7 +248,7 @@ class LabelStore:
         try:
             yield
         except OSError as error:
-            raise _cannot_write(self.folder, what, error) from None
+            raise cannot_write(self.folder, what, error) from None
 
 
 def read_records(folder: Path) -> Iterator[Record]:
@@ -357,12 +337,17 @@ def _temporary(path: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
         raise
 
 
-def _save(label_map: np.ndarray, file: BinaryIO) -> None:
+def png_of(label_map: np.ndarray) -> memoryview:
+    """A label map (H, W) uint8 as an 8-bit palette PNG with VOC's colours."""
     image = Image.fromarray(label_map)  # mode L; with a palette it becomes P
     image.putpalette(_palette())
     buffer = io.BytesIO()  # Pillow would write a file in many small pieces
     image.save(buffer, format="PNG")
-    file.write(buffer.getbuffer())
+    return buffer.getbuffer()
+
+
+def _save(label_map: np.ndarray, file: BinaryIO) -> None:
+    file.write(png_of(label_map))
 
 
 @lru_cache(maxsize=1)
@@ -401,15 +386,6 @@ def _manifests(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.name != "manifest.jsonl", path.name))
 
 
-def _line(record: Record) -> bytes:
-    # File names that are no Unicode come as lone surrogates (PEP 383); json.loads reads them back from bytes.
-    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir() or (folder / "run.json").exists():
         return
@@ -418,31 +394,4 @@ def _check_folder(folder: Path) -> None:
 
 
 def _parse_run(folder: Path) -> dict[str, Any]:
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StoreError(f"{folder / 'run.json'}: damaged: {error}", hint="give a new --out") from None
-    if not isinstance(run, dict):
-        raise StoreError(f"{folder / 'run.json'}: damaged: it holds {type(run).__name__}", hint="give a new --out")
-    return run
-
-
-def _check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    for key in sorted(was.keys() | now.keys()):
-        if was.get(key) != now.get(key):
-            raise StoreError(
-                f"--out {folder}: was made with {key} = {_short(was.get(key))}, this run has {_short(now.get(key))}",
-                hint="give a new --out: a store never mixes settings",
-            )
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def _cannot_write(folder: Path, what: str, error: OSError) -> StoreError:
-    return StoreError(
-        f"{folder}: cannot write {what}: {error.strerror or error}",
-        hint="what was written so far is whole; make room and run the same command again",
-    )
+    return parse_run((folder / "run.json").read_bytes(), folder / "run.json")

@@ -1,4 +1,4 @@
-"""The lines of a label store's manifests: sorted, merged, mended. Only `labelstore` uses this.
+"""The lines of a label store's manifests: sorted, merged, mended. Only the label store uses this.
 
 A manifest is appended to. It is a row of *sections*, in each of which paths ascend: one section after an unbroken run, a
 second one where a later run put a new image between old ones. Merging the sections of all manifests gives each path once,
@@ -64,30 +64,31 @@ def sections_of(file: Path) -> list[Section]:
     last = ""
     with file.open("rb") as lines:
         for number, data in enumerate(lines, 1):
-            path = _path_of(data)
-            if path is None:
+            line = line_from(data)
+            if line is None:
                 if lines.read(1):
                     raise StoreError(f"{file}: line {number} is damaged", hint="delete that line: its image is done again")
                 break
-            if path <= last and stop > start:
+            if line.path <= last and stop > start:
                 found.append(Section(file, start, stop))
                 start = stop
-            last, stop = path, stop + len(data)
+            last, stop = line.path, stop + len(data)
     if stop > start:
         found.append(Section(file, start, stop))
     return found
 
 
-def _path_of(data: bytes) -> str | None:
+def line_from(data: bytes) -> Line | None:
+    """A line read from a manifest; None where it is damaged or has no line break."""
     try:
         record = json.loads(data)
         path, _ = record["path"], record["label"]
     except (ValueError, KeyError, TypeError):
         return None
-    return path if isinstance(path, str) and data.endswith(b"\n") else None
+    return Line(path, data) if isinstance(path, str) and data.endswith(b"\n") else None
 
 
-def merged(sections: Iterable[Section]) -> Iterator[Line]:
+def merged(sections: Iterable[Iterable[Line]]) -> Iterator[Line]:
     """The lines of all sections by path, one a path: that of the last section that has it."""
     waiting: Line | None = None
     for line in heapq.merge(*sections, key=lambda line: line.path):  # of equal paths, the first section's comes first

@@ -7,8 +7,10 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -32,16 +34,32 @@ class ImageFile:
 
     name: str
     data: bytes
-    mtime_ns: int
+    mtime_ns: int = 0
+    etag: str = ""
+    """In an object store, in place of the time of change."""
     sha256: str
 
 
-def read_file(folder: Path, name: str) -> ImageFile:
+class Place(Protocol):
+    """Where photographs are that are not one local folder. May be pickled; any number of threads and processes read from it."""
+
+    def read(self, name: str) -> ImageFile:
+        """The bytes of one image. Raises ImageError as `read_file` does."""
+        ...
+
+    def stamp(self, name: str) -> Mapping[str, int | str]:
+        """As `stamp_of`. Raises OSError or ImageError."""
+        ...
+
+
+def read_file(folder: Path | Place, name: str) -> ImageFile:
     """The bytes of one image of a folder, or of ``folder`` itself where that is a file.
 
     Raises:
         ImageError: it is not there, cannot be read, is no regular file (a pipe would never end), or is too long.
     """
+    if not isinstance(folder, Path):
+        return folder.read(name)
     path = path_of(folder, name)
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a pipe without a writer
@@ -57,6 +75,18 @@ def read_file(folder: Path, name: str) -> ImageFile:
     except ValueError as error:  # a name with a zero byte in it
         raise ImageError(f"{name!r}: cannot be read: {error}") from None
     return ImageFile(name=name, data=data, mtime_ns=status.st_mtime_ns, sha256=hashlib.sha256(data).hexdigest())
+
+
+def stamp_of(folder: Path | Place, name: str) -> Mapping[str, int | str]:
+    """What tells, without reading it, that an image is as it was: ``bytes`` and ``mtime_ns`` or ``etag``.
+
+    Raises:
+        OSError or ImageError: it is not there.
+    """
+    if not isinstance(folder, Path):
+        return folder.stamp(name)
+    status = path_of(folder, name).stat()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def path_of(folder: Path, name: str) -> Path:
@@ -100,7 +130,9 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
         raise ImageError(f"{name}: this machine lacks the memory to decode it") from None
     except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything: struct.error, IndexError, ...
         raise ImageError(f"{name}: not a readable image: {error or type(error).__name__}") from None
-    return Photograph(name=name, pixels=pixels, size_bytes=len(file.data), mtime_ns=file.mtime_ns, sha256=file.sha256)
+    return Photograph(
+        name=name, pixels=pixels, size_bytes=len(file.data), mtime_ns=file.mtime_ns, etag=file.etag, sha256=file.sha256
+    )
 
 
 def read_photograph(folder: Path, name: str) -> Photograph:

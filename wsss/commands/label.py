@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +22,13 @@ if TYPE_CHECKING:
 
 
 def label(
-    images: Annotated[str | None, typer.Argument(help="Folder of images (sub-folders too), or one image.")] = None,
+    images: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder of images (sub-folders too), one image, a list (LIST.txt: a path or URL a line), or s3://, gs:// and "
+            "the like (pip install 'wsss[remote]')."
+        ),
+    ] = None,
     classes: Annotated[str | None, typer.Option(help='voc, coco, mini, a file, or names: "dog, potted plant".')] = None,
     bundle: BundleFlag = "bundle",
     model: Annotated[
@@ -32,7 +37,9 @@ def label(
             help="chain (CLIP, Grounding-DINO, SAM), or segmenter: the trained one of the bundle, with its own classes."
         ),
     ] = "chain",
-    out: Annotated[str | None, typer.Option(help="Label store to write or continue.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Label store to write or continue: a folder, or s3://, gs:// and the like.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="auto, ort, trt, trt-rtx or eager.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     devices: Annotated[
@@ -67,13 +74,15 @@ def label(
         if value is None and not (flag == "--classes" and model == "segmenter"):
             ask(flag, example)
     share = parse_shard(shard)
-    from ..runtime.images import Folder, check_images
+    from ..runtime.images import check_images
     from ..runtime.pipeline import Labeler, Rules
     from ..runtime.run import label_folder
+    from ..runtime.sources import listing, source_of, store_of
     from ..runtime.workers import Workers
 
     assert images is not None and out is not None
-    check_images(Folder(Path(images), Path(out)))  # said before the engines are loaded, which takes a while
+    source, store = source_of(images), store_of(out)
+    check_images(listing(source, store))  # said before the engines are loaded, which takes a while
     rules = Rules(
         tag_threshold=tag_threshold, box_threshold=box_threshold, nms=nms, nms_across=nms_across, margin=margin, gate=gate
     )
@@ -104,8 +113,8 @@ def label(
             stop = stack.enter_context(stop_on_signals())
             summary = label_folder(
                 crew,
-                Path(images),
-                Path(out),
+                source,
+                store,
                 batch=batch,
                 retry_failed=retry_failed,
                 shard=share,
