@@ -24,6 +24,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -55,7 +56,7 @@ from .storelock import lock
 
 Shard = tuple[int, int]
 """(I, N): the I-th of N runs that share a store, counted from 0."""
-_COUNT = itertools.count()
+_COUNT = itertools.count(secrets.randbits(48))  # machines that share a store may have processes of one number
 
 
 @dataclass(frozen=True, slots=True)
