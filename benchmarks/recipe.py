@@ -98,9 +98,9 @@ def run(recipe: Recipe) -> Result:
         labels=recipe.labels,
     )
     settings = labeler.settings
-    failed = _label(recipe, labeler, photographs, out / "labels")
+    _label(recipe, labeler, photographs, out / "labels")
     del labeler  # its engines' memory is the trainer's now
-    rows = [row for split in data.scored for row in _scored(recipe, out / "labels", split, "pseudo-labels", failed)]
+    rows = [row for split in data.scored for row in _scored(recipe, out / "labels", split, "pseudo-labels")]
 
     trained = train(out / "labels", photographs, out / "segmenter", recipe.config, log=log, watch=lambda now: log(_step(now)))
     record = read_record(out / "segmenter")
@@ -108,8 +108,8 @@ def run(recipe: Recipe) -> Result:
         copies = f"{' '.join(f'{scale:g}' for scale in scales)}{' mirrored' if flip else ''}"
         store = out / f"val-{copies.replace(' ', '-')}"
         precision = recipe.config.optimizer.precision
-        lost = _label(recipe, trained_labeler(out / "segmenter", precision=precision, scales=scales, flip=flip), val, store)
-        rows += _scored(recipe, store, data.val, f"segmenter, scale {copies}", lost)
+        _label(recipe, trained_labeler(out / "segmenter", precision=precision, scales=scales, flip=flip), val, store)
+        rows += _scored(recipe, store, data.val, f"segmenter, scale {copies}")
     result = Result(
         dataset=data.name,
         rows=tuple(rows),
@@ -150,8 +150,8 @@ def _begin(recipe: Recipe) -> None:
         raise WsssError(f"{path}: damaged: {error}", hint="give a new --out") from None
 
 
-def _label(recipe: Recipe, labeler: Labeler, photographs: Path, store: Path) -> int:
-    """Fills a store, or goes on with it; how many images it could not label."""
+def _label(recipe: Recipe, labeler: Labeler, photographs: Path, store: Path) -> None:
+    """Fills a store, or goes on with it."""
     seen = [0.0]
 
     def progress(summary: Summary) -> None:
@@ -162,33 +162,32 @@ def _label(recipe: Recipe, labeler: Labeler, photographs: Path, store: Path) -> 
 
     summary = label_folder(labeler, photographs, store, batch=recipe.batch, progress=progress, warn=recipe.log)
     recipe.log(f"{store.name}: {summary.labelled} labelled, {summary.skipped} done before, {summary.failed} failed")
-    return summary.failed + summary.failed_before
 
 
-def _scored(recipe: Recipe, store: Path, split: Split, what: str, failed: int) -> Iterator[Row]:
+def _scored(recipe: Recipe, store: Path, split: Split, what: str) -> Iterator[Row]:
     """The scores of a store on a split, and again refined by a CRF where asked for."""
     for crf in (False, True) if recipe.crf else (False,):
-        scores = _scores(recipe, store, split, crf)
+        scores, missing = _scores(recipe, store, split, crf)
         recipe.log(f"{what} on {split.name}{', DenseCRF' if crf else ''}: mIoU {scores['miou']}")
         yield Row(
             what=f"{what}{', DenseCRF' if crf else ''}",
             split=split.name,
             images=len(split.images),
-            failed=failed,
+            missing=missing,
             crf=crf,
             scores=scores,
         )
 
 
-def _scores(recipe: Recipe, store: Path, split: Split, crf: bool) -> Scores:
-    """Scores of a store, kept beside it until labels, list or truth change."""
+def _scores(recipe: Recipe, store: Path, split: Split, crf: bool) -> tuple[Scores, int]:
+    """Scores of a store and how many images it lacks, kept beside it until labels, list or truth change."""
     kept = recipe.out / "scores" / f"{store.name}-{split.name}{'-crf' if crf else ''}.json"
     key = _key(store, split, crf)
     if kept.is_file():
         told = json.loads(kept.read_text(encoding="utf-8"))
         if told["key"] == key:
             scores: Scores = told["scores"]
-            return scores
+            return scores, told["missing"]
     found, true = find_label_maps(store), find_label_maps(split.truth)
     pairs = pair_up(found, true, split.list)
     photographs = [split.images[name] for name in pairs.names] if crf else None
@@ -196,8 +195,8 @@ def _scores(recipe: Recipe, store: Path, split: Split, crf: bool) -> Scores:
     counts = count_pairs(pairs, len(classes), photographs=photographs)
     scores = scores_from_counts(counts, classes, [found.scores.get(name, {}) for name in pairs.names])
     make_folder(kept.parent)
-    write_atomically(kept, (json.dumps({"key": key, "scores": scores}) + "\n").encode())
-    return scores
+    write_atomically(kept, (json.dumps({"key": key, "scores": scores, "missing": len(pairs.missing)}) + "\n").encode())
+    return scores, len(pairs.missing)
 
 
 def _key(store: Path, split: Split, crf: bool) -> str:

@@ -18,7 +18,7 @@ class Row:
     what: str
     split: str
     images: int
-    failed: int
+    missing: int
     """Images that could not be labelled; they count as wrong."""
     crf: bool
     scores: Scores
@@ -43,7 +43,7 @@ class Result:
 
 def as_text(result: Result) -> str:
     """The tables, for a terminal."""
-    heading = ("", "on", "images", "mIoU", "precision", "recall", "boundary IoU", "void %", "failed")
+    heading = ("", "on", "images", "mIoU", "precision", "recall", "boundary IoU", "void %", "missing")
     facts = (*result.facts, ("DenseCRF", result.crf or "not measured (--crf)"))
     width = max(len(name) for name, _ in facts)
     title = TITLES.get(result.dataset, result.dataset) + (f" (not the protocol: {result.deviation})" if result.deviation else "")
@@ -83,7 +83,7 @@ def _beside(result: Result) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     scores = row.scores
     values = (scores["miou"], scores["precision"], scores["recall"], scores["boundary_miou"], scores["void_share"])
-    return (row.what, row.split, str(row.images), *map(percent, values), str(row.failed))
+    return (row.what, row.split, str(row.images), *map(percent, values), str(row.missing))
 
 
 def _labels(result: Result) -> str:

@@ -137,6 +137,19 @@ def test_scores_are_kept_until_labels_or_truth_change(
     assert run(moved).rows[2] != first.rows[2] and len(asked) == 6, "val alone is counted again"
 
 
+def test_broken_photographs_count_as_wrong_and_are_told(data: Path, unbroken: tuple[Path, Result], tmp_path: Path) -> None:
+    for split in voc(data).training, voc(data).val:
+        list(split.images.values())[-1].write_bytes(b"no photograph")
+    result = run(of(data, tmp_path / "run"))
+    assert [row.missing for row in result.rows] == [0, 1, 1, 1]
+    for row, before in zip(result.rows, unbroken[1].rows, strict=True):
+        counted, counted_before = (np.array(each.scores["confusion"]).sum() for each in (row, before))
+        assert counted == counted_before, "its pixels are counted"
+    assert result.rows[0].scores == unbroken[1].rows[0].scores, "it is not in train"
+    assert (result.rows[1].scores["miou"] or 0) < (unbroken[1].rows[1].scores["miou"] or 0)
+    assert (result.rows[2].scores["void_share"] or 0) > 0
+
+
 def test_other_lists_need_another_folder(data: Path, unbroken: tuple[Path, Result]) -> None:
     listed = data / "ImageSets" / "Segmentation" / "val.txt"
     listed.write_text("\n".join(listed.read_text().split()[:2]))
