@@ -8,8 +8,11 @@ are tiny, so that batches of a few photographs are already fed in several calls.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -322,3 +325,74 @@ def wsss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
         return Answer(code, out, err)
 
     return run
+
+
+@dataclass
+class Bucket:
+    """A new bucket of a real S3 server on loopback, and boto3's own client, which shares no code with `wsss.remote`."""
+
+    name: str
+    client: Any
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.name}"
+
+    def put(self, key: str, data: bytes) -> None:
+        self.client.put_object(Bucket=self.name, Key=key, Body=data)
+
+    def get(self, key: str) -> bytes:
+        return self.client.get_object(Bucket=self.name, Key=key)["Body"].read()
+
+    def keys(self, prefix: str = "") -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+        return [each["Key"] for page in pages for each in page.get("Contents", ())]
+
+    def delete(self, key: str) -> None:
+        self.client.delete_object(Bucket=self.name, Key=key)
+
+    def upload(self, folder: Path, prefix: str) -> None:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.put(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
+
+    def contents(self, prefix: str) -> dict[str, bytes]:
+        """Every object below a folder, hidden ones too, but the history."""
+        found = {key.removeprefix(f"{prefix}/"): self.get(key) for key in self.keys(f"{prefix}/")}
+        found.pop("history.jsonl", None)
+        return found
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of a server that keeps its objects in memory."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed (pip install 'wsss[remote]')")
+    server = pytest.importorskip("moto.server", reason="moto's server is not installed (pip install 'moto[server]')")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    running.start()
+    yield f"http://127.0.0.1:{running.get_host_and_port()[1]}"
+    running.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
+    """A bucket of its own for each test; what runs in this environment, subprocesses too, finds it by its URL."""
+    import boto3
+
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    name = f"bucket-{zlib.crc32(request.node.nodeid.encode()):08x}"
+    client.create_bucket(Bucket=name)
+    return Bucket(name, client)

@@ -112,8 +112,7 @@ class RemoteFolder:
             found = _asked(lambda: fs.ls(where, detail=True))
         except FileNotFoundError:
             return [], []
-        names = [below + info["name"].rstrip("/").rpartition("/")[2] for info in found]
-        told = list(zip(names, found, strict=True))
+        told = sorted(((below + info["name"].rstrip("/").rpartition("/")[2], info) for info in found), key=lambda each: each[0])
         entries = [Entry(name, int(info["size"] or 0), _etag_of(info)) for name, info in told if info["type"] == "file"]
         return entries, [f"{name}/" for name, info in told if info["type"] == "directory" and name != below.rstrip("/")]
 
@@ -192,7 +191,7 @@ class Presence:
         fs, root = _opened(self._folder.url)
         name = self._below + name
         if not _is_s3(fs):
-            return name in self._names_of(name.rpartition("/")[0] + "/")
+            return name in self._names_of(name[: name.rfind("/") + 1])
         for page in reversed(self._pages):
             if page[0] < name and (page[1] is None or name <= page[1]):
                 return name in page[2]

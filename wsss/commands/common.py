@@ -11,6 +11,7 @@ import typer
 
 from ..config import FILE
 from ..errors import UsageError, WsssError
+from ..remote import is_url
 
 if TYPE_CHECKING:
     from ..runtime.run import Summary
@@ -42,6 +43,21 @@ def choice(flag: str, value: str | None, allowed: tuple[str, ...]) -> None:
     """Raises UsageError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise UsageError(f"{flag}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def on_this_machine(*given: tuple[str, str | None]) -> None:
+    """Raises UsageError, with the command that downloads, for flags that name something in an object store."""
+    for flag, value in given:
+        if value is None or not is_url(value):
+            continue
+        name = value.rstrip("/").rpartition("/")[2]
+        copy = {"s3": f"aws s3 sync {value} {name}", "gs": f"gcloud storage rsync --recursive {value} {name}"}
+        raise UsageError(
+            f"{flag} {value}: only wsss label reaches object stores; this command expects a path of this machine",
+            hint=f"copy it first: {copy[value[:2]]}"
+            if value[:2] in copy and flag != "--out"
+            else "give a folder of this machine",
+        )
 
 
 def by_model(given: list[str], names: tuple[str, ...]) -> dict[str, str]:

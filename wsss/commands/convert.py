@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .common import JsonFlag, ask, choice, end_progress, log, needs
+from .common import JsonFlag, ask, choice, end_progress, log, needs, on_this_machine
 
 _NEXT = {
     "yolo": "yolo segment train data={out}/data.yaml",
@@ -42,6 +42,7 @@ def convert(
     from ..runtime.formats import convert as convert_store
 
     choice("--to", to, FORMATS)
+    on_this_machine(("STORE", store), ("--images", images), ("--out", out))
     assert to is not None and images is not None and out is not None
     with needs("formats"):
         writer_of(to)

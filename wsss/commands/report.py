@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import end_progress
+from .common import end_progress, on_this_machine
 
 
 def report(
@@ -21,6 +21,7 @@ def report(
     thumbnail_px: Annotated[int, typer.Option(min=32, max=2048, help="Longest side of the gallery's pictures.")] = 384,
 ) -> None:
     """One HTML page to review a store with: summary, classes, every image under its label, doubtful ones first."""
+    on_this_machine(("STORE", store), ("--images", images), ("--out", out))
     from ..runtime.report import write_report
 
     page = Path(out) if out else Path(store) / "report.html"

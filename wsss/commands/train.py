@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonFlag, ask, clock, end_progress, log, needs
+from .common import JsonFlag, ask, clock, end_progress, log, needs, on_this_machine
 
 if TYPE_CHECKING:
     from ..train.loop import Status
@@ -46,6 +46,7 @@ def train(
     for flag, value in (("STORE", store), ("--images", images), ("--out", out)):
         if value is None:
             ask(flag, example)
+    on_this_machine(("STORE", store), ("--images", images), ("--out", out))
     assert store is not None and images is not None and out is not None
     flags: dict[str, Any] = {
         "model.init": init,
