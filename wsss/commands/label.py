@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
-from .common import BundleFlag, JsonFlag, ask, choice, clock, end_progress, log, show_progress
+from .common import BundleFlag, JsonFlag, ask, choice, clock, end_progress, log, needs, show_progress
 
 if TYPE_CHECKING:
-    from ..runtime.run import Summary
+    from ..runtime.run import Crew, Summary
 
 
 def label(
@@ -44,6 +44,13 @@ def label(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     devices: Annotated[
         str | None, typer.Option(help="Several, a worker process for each: 0,1 (GPUs), or cpu,cpu. Takes the place of --device.")
+    ] = None,
+    on: Annotated[str | None, typer.Option("--on", help="ray: on a Ray cluster (pip install 'wsss[ray]').")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster. Default: RAY_ADDRESS, or the one of this machine, or a new one on it.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Labelers on the cluster. Default: its GPUs, or its cores if it has none.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images labelled together.")] = 8,
     unverified: Annotated[
@@ -74,6 +81,7 @@ def label(
         if value is None and not (flag == "--classes" and model == "segmenter"):
             ask(flag, example)
     share = parse_shard(shard)
+    check_cluster(on, device, devices, ray_address, workers)
     from ..runtime.images import check_images
     from ..runtime.pipeline import Labeler, Rules
     from ..runtime.run import label_folder
@@ -107,8 +115,15 @@ def label(
     ]
     try:
         with contextlib.ExitStack() as stack:
-            crew: Labeler | Workers
-            crew = stack.enter_context(Workers(openers, batch=batch)) if len(openers) > 1 else openers[0][1]()
+            crew: Labeler | Crew
+            if on == "ray":
+                with needs("ray"):
+                    from ..runtime.on_ray import RayCrew
+                gpu = None if device == "auto" else device == "cuda"
+                how = RayCrew(openers[0][1], address=ray_address, workers=workers, gpu=gpu, batch=batch, log=log)
+                crew = stack.enter_context(how)
+            else:
+                crew = stack.enter_context(Workers(openers, batch=batch)) if len(openers) > 1 else openers[0][1]()
             log(f"engine {crew.settings['engine']}, {len(crew.classes.names)} classes")
             stop = stack.enter_context(stop_on_signals())
             summary = label_folder(
@@ -144,6 +159,22 @@ def parse_devices(text: str) -> list[str]:
                 f"--devices: expected numbers of GPUs or cpu, got {each!r}", hint="--devices 0,1 or --devices cpu,cpu"
             )
     return [f"cuda:{each}" if each.isdecimal() else each for each in found]
+
+
+def check_cluster(on: str | None, device: str, devices: str | None, ray_address: str | None, workers: int | None) -> None:
+    """Raises UsageError for flags that do not go together: where a labeler runs on a cluster, the cluster decides."""
+    if on is None:
+        for flag, value in (("--ray-address", ray_address), ("--workers", workers)):
+            if value is not None:
+                raise UsageError(f"{flag} is for --on ray", hint="several devices of this machine: --devices 0,1")
+        return
+    choice("--on", on, ("ray",))
+    if devices is not None:
+        raise UsageError("--devices is for this machine, --on ray for a cluster", hint="--on ray --workers 8")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(
+            f"--device {device}: on a cluster it is auto, cpu or cuda", hint="Ray gives each labeler a GPU of its own"
+        )
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:

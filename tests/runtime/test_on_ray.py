@@ -1,0 +1,153 @@
+"""A run on a Ray cluster of three nodes, all on this machine: the same store as a run without, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from wsss.errors import StoreError, WsssError
+from wsss.labelstore import read_records
+from wsss.runtime.pipeline import Labeler
+from wsss.runtime.run import Summary, label_folder
+
+if TYPE_CHECKING:
+    from ..conftest import World
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+ray = pytest.importorskip("ray", reason="needs ray: pip install 'wsss[ray]'")
+
+SCRIPTED = """
+import errno, importlib.util, os, signal, sys, time
+from pathlib import Path
+from wsss import labelstore
+from wsss.errors import WsssError
+from wsss.runtime import pipeline, stream
+
+spec = importlib.util.spec_from_file_location("scripted_world", {conftest!r})
+module = sys.modules["scripted_world"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+
+def open_labeler(bundle, *, dies_once="", dies_of="", margin=0.1, full=False, refuses="", slow=0):
+    if refuses:
+        raise WsssError(refuses, hint="do something")
+    world = module.World(bundle)
+    pipeline.open_graph = world.open_graph
+    decode = stream.decode
+    def decode_or_die(file, **how):
+        time.sleep(slow)
+        if file.name == dies_of or (file.name == dies_once and Path(bundle, "die").exists()):
+            Path(bundle, "die").unlink(missing_ok=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(file, **how)
+    stream.decode = decode_or_die
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if full:
+        labelstore._save = no_room
+    return pipeline.Labeler.open(bundle, classes=world.classes, rules=pipeline.Rules(margin=margin))
+"""
+Crew = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that labelers on the cluster import from."""
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "scripted_ray.py").write_text(SCRIPTED.format(conftest=str(Path(__file__).parents[1] / "conftest.py")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(modules: Path) -> Iterator[str]:
+    """The address of a cluster of three nodes with a core each."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{modules}:{Path(__file__).parents[2]}")
+        node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=node)
+        try:
+            for _ in range(2):
+                cluster.add_node(**node)
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+            yield cluster.address
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+@pytest.fixture
+def crew(cluster: str, modules: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Crew:
+    """``crew(...)``: three labelers with scripted engines, opened with these arguments."""
+    monkeypatch.syspath_prepend(modules)
+    import scripted_ray  # type: ignore[import-not-found]
+
+    return lambda patience=60.0, **how: RayCrew(
+        partial(scripted_ray.open_labeler, world.bundle, **how), batch=2, patience=patience
+    )
+
+
+@pytest.fixture
+def many(world: World, tmp_path: Path) -> Path:
+    for number in range(60):
+        world.save(tmp_path / "many" / f"{number:02}.png", 30, 40, red=(number % 9, 2, 20 + number % 5, 20))
+    (tmp_path / "many" / "10-bad.jpg").write_bytes(b"no")
+    (tmp_path / "many" / "20-gone.jpg").symlink_to("nowhere")
+    return tmp_path / "many"
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "history.jsonl"}
+
+
+def quiet(_: str) -> None: ...
+
+
+@pytest.fixture
+def whole(world: World, many: Path, tmp_path: Path) -> dict[str, bytes]:
+    label_folder(Labeler.open(world.bundle, classes=world.classes), many, tmp_path / "whole", warn=quiet)
+    return contents(tmp_path / "whole")
+
+
+def test_three_nodes_make_the_same_store(crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    with crew() as labelers:
+        summary = label_folder(labelers, many, tmp_path / "out", warn=quiet)
+    assert (summary.labelled, summary.failed, summary.images) == (60, 2, 62)
+    assert summary.engine_seconds > 0
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_killed_labeler_s_images_are_redone(
+    crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes], world: World
+) -> None:
+    (world.bundle / "die").touch()
+    said: list[str] = []
+    with crew(dies_once="30.png") as labelers:
+        summary = label_folder(labelers, many, tmp_path / "out", warn=said.append)
+    assert not (world.bundle / "die").exists()
+    assert (summary.labelled, summary.failed) == (60, 2)
+    assert any("died; another one goes on with its images" in line for line in said), said
+    paths = [record["path"] for record in read_records(tmp_path / "out")]
+    assert len(paths) == len(set(paths)) == 62
+    assert contents(tmp_path / "out") == whole
+
+
+def test_an_image_that_kills_labelers_fails_alone(crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    with crew(dies_of="23.png") as labelers:
+        summary = label_folder(labelers, many, tmp_path / "out", warn=quiet)
+    assert (summary.labelled, summary.failed) == (59, 3)
+    failed = {record["path"]: record["error"] for record in read_records(tmp_path / "out") if "error" in record}
+    assert failed["23.png"] == "23.png: 2 labelers died with it in hand"
+    labels = {name: data for name, data in contents(tmp_path / "out").items() if name.startswith("labels/")}
+    assert labels == {name: data for name, data in whole.items() if name.startswith("labels/") and name != "labels/23.png"}
