@@ -90,6 +90,8 @@ def cluster(modules: Path) -> Iterator[str]:
 @pytest.fixture
 def crew(cluster: str, modules: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Crew:
     """``crew(...)``: three labelers with scripted engines, opened with these arguments."""
+    from wsss.runtime.on_ray import RayCrew
+
     monkeypatch.syspath_prepend(modules)
     import scripted_ray  # type: ignore[import-not-found]
 
@@ -112,6 +114,14 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def quiet(_: str) -> None: ...
+
+
+@pytest.fixture
+def more(world: World, many: Path) -> Path:
+    """As many as labelers that take a twentieth of a second for each do not have in hand at once."""
+    for number in range(400):
+        world.save(many / "more" / f"{number:03}.png", 30, 40, blue=(3, 3, 30, 30))
+    return many
 
 
 @pytest.fixture
@@ -151,3 +161,52 @@ def test_an_image_that_kills_labelers_fails_alone(crew: Crew, many: Path, tmp_pa
     assert failed["23.png"] == "23.png: 2 labelers died with it in hand"
     labels = {name: data for name, data in contents(tmp_path / "out").items() if name.startswith("labels/")}
     assert labels == {name: data for name, data in whole.items() if name.startswith("labels/") and name != "labels/23.png"}
+
+
+def test_what_a_labeler_cannot_do_is_said(crew: Crew, many: Path, tmp_path: Path) -> None:
+    with pytest.raises(WsssError, match="no such bundle") as caught:
+        crew(refuses="no such bundle")
+    assert caught.value.hint == "do something"
+    with crew(full=True) as labelers, pytest.raises(StoreError, match="No space left"):
+        label_folder(labelers, many, tmp_path / "out", warn=quiet)
+
+
+def test_a_stopped_run_leaves_a_whole_store_and_goes_on(
+    crew: Crew, world: World, more: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    stop = threading.Event()
+    with crew(slow=0.05) as labelers:
+        summary = label_folder(labelers, more, tmp_path / "out", stop=stop, progress=lambda _: stop.set(), warn=quiet)
+    assert summary.stopped
+    assert 0 < summary.labelled < 400
+    assert len(list((tmp_path / "out" / "labels").rglob("*.png"))) == summary.labelled
+    label_folder(Labeler.open(world.bundle, classes=world.classes), more, tmp_path / "out", warn=quiet)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_run_whose_driver_is_killed_goes_on(
+    crew: Crew, cluster: str, world: World, more: Path, modules: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    script = f"""
+        import sys
+        from functools import partial
+        from pathlib import Path
+        import scripted_ray
+        from wsss.runtime.on_ray import RayCrew
+        from wsss.runtime.run import label_folder
+
+        with RayCrew(partial(scripted_ray.open_labeler, Path({str(world.bundle)!r}), slow=0.05), address={cluster!r}, batch=2) as crew:
+            label_folder(crew, Path({str(more)!r}), Path({str(tmp_path / "out")!r}), progress=lambda _: print("progress", flush=True))
+    """
+    env = {**os.environ, "PYTHONPATH": f"{modules}:{Path(__file__).parents[2]}"}
+    driver = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=env, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    with driver, driver.stdout:
+        assert driver.stdout.readline() == "progress\n"
+        driver.send_signal(signal.SIGKILL)
+    records = list(read_records(tmp_path / "out"))
+    assert 0 < len(records) < 400
+    with crew() as labelers:
+        summary = label_folder(labelers, more, tmp_path / "out", warn=quiet)
+    assert summary.skipped == len(records)
+    assert contents(tmp_path / "out") == whole
