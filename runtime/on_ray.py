@@ -181,14 +181,17 @@ class RayCrew:
                 slots = math.ceil(left / HAND) + self._workers
                 came, failure = 0, ""
                 try:
-                    for row in self._round(Slots(slots, reading), labelling):
-                        fresh, news = self._taken(row, desk, labels)
-                        for line in news:
-                            warn(line)
-                        dealing.heard()
-                        came += len(fresh)
-                        if fresh:
-                            yield fresh
+                    with contextlib.closing(self._round(Slots(slots, reading), labelling)) as received:
+                        for row in received:
+                            fresh, news, all_done = self._taken(row, desk, labels)
+                            for line in news:
+                                warn(line)
+                            dealing.heard()
+                            came += len(fresh)
+                            if fresh:
+                                yield fresh
+                            if all_done:  # not waiting for calls that a lost node has, and others have done
+                                break
                 except ray.exceptions.RayTaskError:
                     raise  # of ours: not what a new round would cure
                 except ray.exceptions.RayError as error:
@@ -210,7 +213,7 @@ class RayCrew:
             ray.kill(desk)
         dealing.check()
 
-    def _round(self, slots: Slots, labelling: Labelling) -> Iterator[Mapping[str, Any]]:
+    def _round(self, slots: Slots, labelling: Labelling) -> Generator[Mapping[str, Any], None, None]:
         """The rows of receipts of one pass of Ray Data."""
         with _context():
             readers = ray.data.read_datasource(
@@ -233,8 +236,8 @@ class RayCrew:
         for table in labelled.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from table.to_pylist()
 
-    def _taken(self, row: Mapping[str, Any], desk: Any, labels: LabelWriter) -> tuple[list[Receipt], list[str]]:
-        """Those receipts of a row that are news, and what is to be said."""
+    def _taken(self, row: Mapping[str, Any], desk: Any, labels: LabelWriter) -> tuple[list[Receipt], list[str], bool]:
+        """Those receipts of a row that are news, what is to be said, and whether they were the last."""
         if row["error"]:
             told = json.loads(row["error"])
             raise (StoreError if told["kind"] == "broken" else WsssError)(told["message"], hint=told["hint"])
@@ -242,8 +245,9 @@ class RayCrew:
         if row["life"] not in self._seconds:
             _check_shared(labels, receipts.values(), row["host"])
         self._seconds[row["life"]] = Summary(**json.loads(row["seconds"]))
-        fresh, news = ray.get(desk.done.remote(list(receipts)))
-        return [receipts[number] for number in fresh], [*news, *(f"{row['host']}: {said}" for said in json.loads(row["said"]))]
+        fresh, news, all_done = ray.get(desk.done.remote(list(receipts)))
+        news += [f"{row['host']}: {said}" for said in json.loads(row["said"])]
+        return [receipts[number] for number in fresh], news, all_done
 
 
 class _Dealing:

@@ -117,8 +117,12 @@ class Desk:
         self._lives.clear()
         self._holder.clear()
 
-    def done(self, numbers: Sequence[int]) -> tuple[list[int], list[str]]:
-        """Strikes out images whose receipts came. Gives those of them that were not done before, and the news since."""
+    def done(self, numbers: Sequence[int]) -> tuple[list[int], list[str], bool]:
+        """Strikes out images whose receipts came.
+
+        Returns:
+            Those of them that were not done before, the news since, and whether all is done.
+        """
         fresh = []
         for number in numbers:
             first = self._hand_of.pop(number, None)
@@ -132,7 +136,7 @@ class Desk:
             if not hand.left:
                 del self._hands[first]
         news, self._news = self._news, []
-        return fresh, news
+        return fresh, news, self._ended and not self._hands
 
     def open(self) -> tuple[int, bool]:
         """How many tasks are not done, and whether more may come."""

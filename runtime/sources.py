@@ -84,7 +84,7 @@ class FileList:
         """As `Source.found`: each once, whatever their order in the list."""
         try:
             with ExitStack() as stack:
-                lines = stack.enter_context(self.path.open(encoding="utf-8-sig", errors="surrogateescape"))
+                lines = stack.enter_context(self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n"))
                 names = (name for line in lines if (name := line.rstrip("\r\n")))
                 parts: list[Iterator[str]] = []
                 while some := sorted(islice(names, SORTED_AT_ONCE)):

@@ -58,6 +58,7 @@ def open_labeler(bundle, *, dies_once="", dies_of="", margin=0.1, full=False, re
     return pipeline.Labeler.open(bundle, classes=world.classes, rules=pipeline.Rules(margin=margin))
 """
 Crew = Callable[..., Any]
+NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +70,25 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(modules: Path) -> Iterator[str]:
-    """The address of a cluster of three nodes with a core each."""
+def cluster(modules: Path) -> Iterator[Any]:
+    """Three nodes with a core each."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{modules}:{Path(__file__).parents[2]}")
-        node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=node)
+        cluster = Cluster(initialize_head=True, head_node_args=NODE)
         try:
             for _ in range(2):
-                cluster.add_node(**node)
+                cluster.add_node(**NODE)
             ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-            yield cluster.address
+            yield cluster
         finally:
             ray.shutdown()
             cluster.shutdown()
 
 
 @pytest.fixture
-def crew(cluster: str, modules: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Crew:
+def crew(cluster: Any, modules: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Crew:
     """``crew(...)``: three labelers with scripted engines, opened with these arguments."""
     from wsss.runtime.on_ray import RayCrew
 
@@ -185,7 +185,7 @@ def test_a_stopped_run_leaves_a_whole_store_and_goes_on(
 
 
 def test_a_run_whose_driver_is_killed_goes_on(
-    crew: Crew, cluster: str, world: World, more: Path, modules: Path, tmp_path: Path, whole: dict[str, bytes]
+    crew: Crew, cluster: Any, world: World, more: Path, modules: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     script = f"""
         import sys
@@ -195,7 +195,7 @@ def test_a_run_whose_driver_is_killed_goes_on(
         from wsss.runtime.on_ray import RayCrew
         from wsss.runtime.run import label_folder
 
-        with RayCrew(partial(scripted_ray.open_labeler, Path({str(world.bundle)!r}), slow=0.05), address={cluster!r}, batch=2) as crew:
+        with RayCrew(partial(scripted_ray.open_labeler, Path({str(world.bundle)!r}), slow=0.05), address={cluster.address!r}, batch=2) as crew:
             label_folder(crew, Path({str(more)!r}), Path({str(tmp_path / "out")!r}), progress=lambda _: print("progress", flush=True))
     """
     env = {**os.environ, "PYTHONPATH": f"{modules}:{Path(__file__).parents[2]}"}
@@ -209,4 +209,21 @@ def test_a_run_whose_driver_is_killed_goes_on(
     with crew() as labelers:
         summary = label_folder(labelers, more, tmp_path / "out", warn=quiet)
     assert summary.skipped == len(records)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_node_that_is_lost_is_not_waited_for(
+    crew: Crew, cluster: Any, world: World, more: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    node = cluster.add_node(**NODE)
+    lost = threading.Event()
+
+    def lose(_: Summary) -> None:
+        if not lost.is_set():
+            lost.set()
+            cluster.remove_node(node, allow_graceful=False)
+
+    with crew(patience=3.0, slow=0.02) as labelers:
+        summary = label_folder(labelers, more, tmp_path / "out", progress=lose, warn=print)
+    assert (summary.labelled, summary.failed) == (460, 2)
     assert contents(tmp_path / "out") == whole

@@ -83,8 +83,10 @@ def test_each_image_is_in_one_hand_and_counts_once(desk: Desk) -> None:
     desk.hello("b", "b1", "host")
     assert desk.begin("a1", [0, 1]) == (False, [], {})
     assert desk.begin("b1", [0, 1, 2]) == (False, [0, 1], {})
-    assert desk.done([0, 1]) == ([0, 1], [])
-    assert desk.done([1, 2]) == ([2], [])
+    assert desk.done([0, 1]) == ([0, 1], [], False)
+    assert desk.done([1, 2]) == ([2], [], False), "more may come"
+    desk.end()
+    assert desk.done([]) == ([], [], True)
     assert desk.begin("b1", [0, 2]) == (False, [0, 2], {})
 
 
