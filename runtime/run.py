@@ -50,6 +50,8 @@ class Summary:
 
 Progress = Callable[[Summary], None]
 Warn = Callable[[str], None]
+Failed = Callable[[str, str], None]
+"""Told of an image that failed: its path, and why."""
 
 
 class Crew(Protocol):
@@ -125,6 +127,7 @@ def label_folder(
     stop: threading.Event | None = None,
     progress: Progress | None = None,
     warn: Warn = lambda message: print(message, file=sys.stderr),
+    failed: Failed | None = None,
 ) -> Summary:
     """Labels every image below ``folder`` into the store ``out``; images already there, unchanged, are skipped.
 
@@ -138,7 +141,8 @@ def label_folder(
         shard: (I, N): only the I-th of N shares of the images, counted from 0; N runs may write one store at a time.
         stop: when set, the run finishes the batches in hand and returns.
         progress: told after each batch that is in the store.
-        warn: told of each image that fails, and the like; the run goes on.
+        warn: told of what the run goes on in spite of.
+        failed: told of each image that fails; None warns.
 
     Raises:
         ImageError: no images. StoreError: the store cannot be written or belongs to other settings.
@@ -146,6 +150,7 @@ def label_folder(
     crew = Alone(labeler, batch=batch) if isinstance(labeler, Labeler) else labeler
     images = listing(folder, out, shard)
     check_images(listing(folder, out))
+    failed = failed or (lambda _, error: warn(f"failed: {printable(error)}"))
     start = time.perf_counter()
     stop = stop or threading.Event()
     with _store(out, crew, shard) as store:
@@ -155,7 +160,7 @@ def label_folder(
         with closing(crew.work(tasks, folder, store.labels, stop, warn)) as receipts:
             for records in _in_order(receipts):
                 store.append(records)
-                _count(summary, records, warn)
+                _count(summary, records, failed)
                 crew.report(summary)
                 summary.seconds = time.perf_counter() - start
                 if progress:
@@ -217,11 +222,11 @@ def _in_order(receipts: Iterable[list[Receipt]]) -> Iterator[list[Record]]:
         yield [waiting[number] for number in sorted(waiting)]
 
 
-def _count(summary: Summary, records: list[Record], warn: Warn) -> None:
+def _count(summary: Summary, records: list[Record], failed: Failed) -> None:
     for record in records:
         if "error" in record:
             summary.failed += 1
-            warn(f"failed: {printable(record['error'])}")
+            failed(record["path"], record["error"])
         else:
             summary.labelled += 1
             summary.boxes += len(record["boxes"])

@@ -45,7 +45,7 @@ def refused(answer: Answer, code: int, *said: str) -> None:
 
 
 def test_label_a_folder_and_again(label: Run, tmp_path: Path) -> None:
-    first = label()
+    first = label("--log-level", "info")
     assert first.code == 0
     assert re.fullmatch(r"store: 5 labelled \(7 boxes\), 0 already done, 0 failed, 0:\d\d, [\d.]+ images/s\n", first.out)
     assert "engine ort, 3 classes" in first.err
@@ -56,7 +56,9 @@ def test_label_a_folder_and_again(label: Run, tmp_path: Path) -> None:
 
 
 def test_json_goes_to_stdout_and_nothing_else(label: Run) -> None:
-    told = json.loads(label("--json").out)
+    lines = label("--json").out.splitlines()
+    assert [json.loads(line)["event"] for line in (lines[0], lines[-1])] == ["started", "finished"]
+    told = json.loads(lines[-1])
     assert told["store"] == "store"
     assert (told["images"], told["labelled"], told["boxes"]) == (5, 5, 7)
     assert set(told["stage_seconds"]) == {"tag", "detect", "segment", "fuse"}
@@ -142,7 +144,7 @@ def configured(world: World, more: str = "") -> str:
 
 def test_a_configured_folder_needs_no_flags(wsss: Run, world: World, photos: Path, tmp_path: Path) -> None:
     toml(tmp_path, configured(world, "gate = false\nbox-threshold = 0.4\nbatch = 2\njson = true\n"))
-    assert json.loads(wsss("label").out)["labelled"] == 5
+    assert json.loads(wsss("label").out.splitlines()[-1])["labelled"] == 5
     rules = read_run(tmp_path / "store")["rules"]
     assert (rules["gate"], rules["box_threshold"], rules["nms"]) == (False, 0.4, 0.5)
 

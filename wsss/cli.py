@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,7 @@ def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
+    logging.getLogger("wsss").setLevel(logging.INFO)
     commands: dict[str, Any] = getattr(context.command, "commands", {})
     params = {name: {param.opts[0].lstrip("-"): param for param in command.params} for name, command in commands.items()}
     flags = {name: {flag: str(param.name) for flag, param in told.items()} for name, told in params.items()}

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,6 +30,72 @@ def label(wsss: Run, world: World, photos: Path) -> Run:
     return run
 
 
+def events_of(answer: Answer) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in answer.out.splitlines()]
+
+
+def test_events_are_objects_a_line_and_end_with_the_summary(label: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsss.commands.events.SECONDS", 0.0)
+    (photos / "b\nad.jpg").write_bytes(b"no")
+    (photos / "loop").symlink_to(photos)
+    answer = label("--json", "--batch", "2")
+    told = events_of(answer)
+    kinds = [each["event"] for each in told]
+    assert (answer.code, kinds[0], kinds[-1], kinds.count("failed")) == (1, "started", "finished", 1)
+    assert (told[0]["store"], told[0]["engine"], told[0]["classes"]) == ("store", "ort", 3)
+    failed = told[kinds.index("failed")]
+    assert (failed["image"], "not a readable image" in failed["error"]) == ("b\nad.jpg", True)
+    assert "loop" in told[kinds.index("warning")]["message"]
+    progress = [each for each in told if each["event"] == "progress"]
+    assert len(progress) >= 2
+    assert [each["done"] for each in progress] == sorted(each["done"] for each in progress)
+    assert (progress[-1]["images"], progress[-1]["done"], progress[-1]["seconds_left"]) == (6, 6, 0)
+    assert (told[-1]["labelled"], told[-1]["failed"], told[-1]["stopped"]) == (5, 1, False)
+
+
+def test_progress_events_come_at_a_sane_rate(label: Run, world: World, photos: Path) -> None:
+    for extra in range(40):
+        world.save(photos / f"{extra:02}.png", 30, 40, red=(2, 2, 20, 20))
+    told = events_of(label("--json", "--batch", "1"))
+    assert sum(each["event"] == "progress" for each in told) <= 2 + told[-1]["seconds"]
+
+
+def test_an_error_is_an_event_too(label: Run, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "mine.txt").touch()
+    answer = label("--json")
+    assert answer.code == 1
+    last = events_of(answer)[-1]
+    assert last["event"] == "error"
+    assert "holds no label store" in last["message"]
+    assert last["hint"]
+
+
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [
+        ("debug", {"stages", "engine", "failed"}),
+        ("info", {"engine", "failed"}),
+        (None, {"failed"}),
+        ("warning", {"failed"}),
+        ("error", set()),
+    ],
+)
+def test_levels_of_logs(label: Run, photos: Path, level: str | None, shown: set[str]) -> None:
+    """Without a level: in a pipe, warnings only."""
+    (photos / "bad.jpg").write_bytes(b"no")
+    answer = label(*(["--log-level", level] if level else []))
+    lines = {"stages": "fuse 0.", "engine": "engine ort, 3 classes", "failed": "failed: bad.jpg: "}
+    assert {name for name, text in lines.items() if text in answer.err} == shown
+    assert "5 labelled" in answer.out
+
+
+def test_a_level_that_is_none(label: Run) -> None:
+    answer = label("--log-level", "loud")
+    assert answer.code == 2
+    assert "--log-level: expected one of debug, info, warning, error, got 'loud'" in answer.err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_what_is_in_hand(
     label: Run, world: World, photos: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, tmp_path: Path
@@ -45,7 +111,7 @@ def test_a_signal_stops_after_what_is_in_hand(
                 sent.append(1)
                 os.kill(os.getpid(), number)
 
-        patched.setattr("wsss.commands.label.show_progress", once)
+        patched.setattr("wsss.commands.events.show_progress", once)
         answer = label("--batch", "2")
     assert answer.code == 130
     assert "finishing the batches in hand; once more ends at once" in answer.err
@@ -77,10 +143,10 @@ with stop_on_signals() as stop:
 
 
 def test_shards_share_a_store(label: Run, tmp_path: Path) -> None:
-    told = [json.loads(label("--shard", f"{number}/3", "--json").out) for number in range(3)]
+    told = [events_of(label("--shard", f"{number}/3", "--json"))[-1] for number in range(3)]
     assert sum(each["labelled"] for each in told) == 5
     assert sorted(path.name for path in (tmp_path / "store").glob("manifest*")) == ["manifest.jsonl"]
-    assert json.loads(label("--json").out)["skipped"] == 5
+    assert events_of(label("--json"))[-1]["skipped"] == 5
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/3", "1/0", "/", ""])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -77,9 +78,21 @@ def by_model(given: list[str], names: tuple[str, ...]) -> dict[str, str]:
     return told
 
 
-def log(message: str) -> None:
-    """A line for the user, on stderr, in the place of the progress line if there is one."""
-    typer.echo(f"\r\x1b[K{message}" if sys.stderr.isatty() else message, err=True)
+class _Lines(logging.Handler):
+    """Logs as lines on stderr, in the place of the progress line if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        typer.echo(f"\r\x1b[K{message}" if sys.stderr.isatty() else message, err=True)
+
+
+def log(message: str, level: int = logging.INFO) -> None:
+    """A line for the user, on stderr, unless a level above its own was asked for (``--log-level``)."""
+    logger = logging.getLogger("wsss")
+    if not logger.handlers:
+        logger.addHandler(_Lines())
+        logger.propagate = False
+    logger.log(level, "%s", message)
 
 
 def show_progress(summary: Summary) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import logging
 import os
 import signal
 import threading
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UsageError
-from .common import BundleFlag, JsonFlag, ask, choice, clock, end_progress, log, needs, show_progress
+from ..errors import UsageError, WsssError
+from .common import BundleFlag, ask, choice, clock, end_progress, log, needs
+from .events import Events, set_level
 
 if TYPE_CHECKING:
     from ..runtime.run import Crew, Summary
@@ -72,9 +73,16 @@ def label(
     shard: Annotated[
         str | None, typer.Option(help="I/N, I from 0 to N - 1: label that share of the images; N runs may share a store.")
     ] = None,
-    json_output: JsonFlag = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print events as JSON, one a line; the last one is the summary.")
+    ] = False,
+    log_level: Annotated[
+        str | None, typer.Option(help="debug, info, warning or error. Default: info; warning where stderr is no terminal.")
+    ] = None,
 ) -> None:
     """Label a folder of images. Run it again to go on where it stopped."""
+    set_level(log_level)
+    events = Events(json_output)
     example = "wsss label photos --classes voc --bundle bundle --out store"
     choice("--model", model, ("chain", "segmenter"))
     for flag, value in (("IMAGES", images), ("--classes", classes), ("--out", out)):
@@ -124,7 +132,9 @@ def label(
                 crew = stack.enter_context(how)
             else:
                 crew = stack.enter_context(Workers(openers, batch=batch)) if len(openers) > 1 else openers[0][1]()
-            log(f"engine {crew.settings['engine']}, {len(crew.classes.names)} classes")
+            told = {"engine": crew.settings["engine"], "classes": len(crew.classes.names)}
+            log(f"engine {told['engine']}, {told['classes']} classes")
+            events.tell("started", images=images, store=out, **told)
             stop = stack.enter_context(stop_on_signals())
             summary = label_folder(
                 crew,
@@ -134,17 +144,21 @@ def label(
                 retry_failed=retry_failed,
                 shard=share,
                 stop=stop,
-                progress=show_progress,
-                warn=log,
+                progress=events.progress,
+                failed=events.failed,
+                warn=events.warn,
             )
+    except WsssError as error:
+        events.tell("error", message=error.message, hint=error.hint)
+        raise
     except KeyboardInterrupt:
         end_progress()
-        log(f"interrupted; what is in {out} is whole. The same command goes on.")
+        log(f"interrupted; what is in {out} is whole. The same command goes on.", logging.WARNING)
         raise SystemExit(130) from None
     end_progress()
-    _print_summary(summary, out, json_output)
+    _tell_summary(summary, out, events)
     if summary.stopped:
-        log(f"stopped; what is in {out} is whole. The same command goes on.")
+        log(f"stopped; what is in {out} is whole. The same command goes on.", logging.WARNING)
         raise SystemExit(130)
     if summary.failed:
         raise SystemExit(1)
@@ -196,7 +210,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
         if stop.is_set():
             os._exit(128 + number)  # what is in the store is whole at any moment
         stop.set()
-        log("finishing the batches in hand; once more ends at once")
+        log("finishing the batches in hand; once more ends at once", logging.WARNING)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -206,9 +220,12 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _print_summary(summary: Summary, out: str, json_output: bool) -> None:
-    if json_output:
-        typer.echo(json.dumps({"store": out, **dataclasses.asdict(summary)}))
+def _tell_summary(summary: Summary, out: str, events: Events) -> None:
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_seconds.items())
+    padding = "" if summary.padding is None else f"; {summary.padding:.0%} of the detector's canvases were padding"
+    log(f"{stages}; engines {summary.engine_seconds:.1f} s{padding}", logging.DEBUG)
+    if events.json_output:
+        events.tell("finished", store=out, **dataclasses.asdict(summary))
         return
     rate = summary.labelled / summary.seconds if summary.seconds else 0.0
     before = f" ({summary.failed_before} of them failed: --retry-failed)" if summary.failed_before else ""
