@@ -23,6 +23,7 @@ import logging
 import math
 import operator
 import os
+import socket
 import threading
 import time
 import uuid
@@ -317,22 +318,32 @@ def _open_first(opener: Opener, cwd: str) -> tuple[Any, ...]:
 
 
 def _connect(address: str | None, log: Callable[[str], None]) -> None:
-    if address is not None and address.startswith("ray://"):
+    asked = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if asked.startswith("ray://"):
         raise UsageError(
-            f"--ray-address {address}: wsss must run on a node of the cluster, not as a client of it",
+            f"--ray-address {asked}: wsss must run on a node of the cluster, not as a client of it",
             hint="ray job submit --address http://HEAD:8265 -- wsss label ... --on ray",
         )
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(address=address or "auto", **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if address is not None or "RAY_ADDRESS" in os.environ:
-            where = address or os.environ["RAY_ADDRESS"]
+        _check_listens(asked)
+        ray.init(address=asked, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        if asked != "auto":
             raise WsssError(
-                f"--ray-address {where}: no Ray cluster answers: {_last_line(error)}", hint="`ray status` on its head node"
+                f"--ray-address {asked}: no Ray cluster answers: {_last_line(error)}", hint="`ray status` on its head node"
             ) from None
         log("Ray: no cluster found; one is started on this machine")
-        ray.init(include_dashboard=False, **quiet)
+        ray.init(address="local", include_dashboard=False, **quiet)
+
+
+def _check_listens(address: str) -> None:
+    """Raises OSError or ValueError where nothing listens: Ray itself would ask for ever."""
+    if address not in ("auto", "local"):
+        host, _, port = address.rpartition(":")
+        if not port.isdecimal():
+            raise ValueError("expected HOST:PORT")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ class Reading:
     row_bytes: int
 
 
-class Slots(Datasource):  # type: ignore[misc]
+class Slots(Datasource):
     """So many readers, one after another; each asks the desk what to read when it is its turn."""
 
     def __init__(self, count: int, how: Reading) -> None:
@@ -334,7 +334,7 @@ class _Work:
                 self._waiting[self._count] = task.number, mine
                 self._count += 1
         self._inbox.put(tasks)
-        receipts = []
+        receipts = list[Receipt]()
         while len(receipts) < len(files) and (receipt := mine.get()) is not None:
             receipts.append(receipt)
         if self._error:
