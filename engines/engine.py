@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -74,7 +75,7 @@ def check_feeds(where: str, inputs: Mapping[str, TensorSpec], axes: Mapping[str,
         raise FeedError(f"{where}: expected the inputs {sorted(inputs)}, got {sorted(feeds)}")
     lengths: dict[str, tuple[int, str]] = {}
     for name, spec in inputs.items():
-        shape, dtype = tuple(feeds[name].shape), np.dtype(feeds[name].dtype).name
+        shape, dtype = tuple(feeds[name].shape), _name_of(feeds[name].dtype)
         if dtype != spec.dtype or len(shape) != len(spec.shape):
             raise FeedError(f"{where}: expected {spec}, got {dtype}{shape}")
         for axis, length in zip(spec.shape, shape, strict=True):
@@ -90,3 +91,8 @@ def check_feeds(where: str, inputs: Mapping[str, TensorSpec], axes: Mapping[str,
                     f"{where}: {name!r} has {axis}={length}, the engine takes {axes[axis].min} to {axes[axis].max}",
                     hint="feed in chunks, or export with a wider range",
                 )
+
+
+@lru_cache(maxsize=64)
+def _name_of(dtype: np.dtype[np.generic]) -> str:
+    return np.dtype(dtype).name  # numpy puts it together anew each time, which took longer than all other checks

@@ -46,6 +46,9 @@ URGENCY = {"read": 0, "tag": 1, "detect": 2, "segment": 3}
 """Of work for a stage: what is nearer to its end goes first."""
 READERS = 16
 """Threads that fetch photographs from where they are not on this machine: they wait, for the most part."""
+AHEAD = 2
+"""Batches that wait before a stage, so that the engines find the next one even where making it now and then took twice as
+long as usual."""
 WRITERS = 8
 """Threads that encode and write labels: most of the time they wait for the disk."""
 NOTHING: Mapping[str, int | str] = {"bytes": 0, "mtime_ns": 0, "sha256": ""}
@@ -150,7 +153,7 @@ class Stream:
             fused = self._behind(self._through(self._fuse, outlined))
             yield from stack.enter_context(closing(self._behind(self._write(fused))))
 
-    def _behind(self, source: Generator[T, None, None], depth: int = 1) -> Generator[T, None, None]:
+    def _behind(self, source: Generator[T, None, None], depth: int = AHEAD) -> Generator[T, None, None]:
         return behind(source, depth, on_close=self._abandon)
 
     def _abandon(self) -> None:

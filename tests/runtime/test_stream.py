@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from wsss import labelstore
 from wsss.errors import StoreError
 from wsss.labelstore import LabelFolder
 from wsss.runtime import stream
+from wsss.runtime.device import Turns
 from wsss.runtime.pipeline import Labeler
 from wsss.runtime.stream import Receipt, Stream, Task
 
@@ -29,8 +32,9 @@ def labels(tmp_path: Path) -> LabelFolder:
     return LabelFolder(tmp_path / "labels", tmp_path / ".tmp")
 
 
-def start(world: World, folder: Path, labels: LabelFolder, *, batch: int = 2) -> Stream:
+def start(world: World, folder: Path, labels: LabelFolder, *, batch: int = 2, at_once: int = 1) -> Stream:
     labeler = Labeler.open(world.bundle, classes=world.classes)
+    labeler.device.turn = Turns(at_once)
     return Stream(labeler, folder, labels, batch=batch, stop=threading.Event())
 
 
@@ -95,6 +99,27 @@ def test_a_full_disk_ends_a_stream_whose_tasks_are_late(
     with pytest.raises(StoreError, match="No space left"):
         list(start(world, folder, labels).run(endless()))
     assert threading.active_count() == before, "no thread is left behind"
+
+
+def test_two_batches_wait_before_the_encoder(world: World, folder: Path, labels: LabelFolder) -> None:
+    """While it computes, the detector goes on until two batches wait and one is in hand: one late batch costs nothing."""
+    going_on, detected = threading.Event(), list[int]()
+    encoder = world.engine("sam", "encoder")
+    script = encoder._script
+
+    def held(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        if not going_on.is_set():
+            deadline = time.monotonic() + 2
+            while time.monotonic() < deadline and len(detected) < 8:
+                detected[:] = [1] * sum(map(sum, (world.rows("grounding-dino", f"image-{c}") for c in ("32x48", "48x32"))))
+                time.sleep(0.01)
+            going_on.set()
+        return script(feeds)
+
+    encoder._script = held
+    receipts = [receipt for group in start(world, folder, labels, at_once=2).run(tasks_of(folder)) for receipt in group]
+    assert len(receipts) == 12
+    assert len(detected) == 8, "of two images each: one encoded, two waiting, one in the detector's hand"
 
 
 @pytest.mark.parametrize("small", [0, 10**9])
