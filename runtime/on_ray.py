@@ -42,7 +42,7 @@ from ..classes import ClassList
 from ..errors import StoreError, UsageError, WsssError
 from ..photographs import Place
 from ..storeformat import LabelWriter
-from .ray_desk import PATIENCE, Desk
+from .ray_desk import PATIENCE, SILENT, Desk
 from .ray_stages import NAMESPACE, Labelling, RayLabeler, Reading, Slots
 from .run import Summary, Warn
 from .stream import Receipt, Task
@@ -169,7 +169,11 @@ class RayCrew:
         name = f"desk-{uuid.uuid4().hex}"
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         how = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
-        desk = ray.remote(Desk).options(**how).remote(max(8, self._workers) * AHEAD, patience=self._patience)
+        desk = (
+            ray.remote(Desk)
+            .options(**how)
+            .remote(max(8, self._workers) * AHEAD, patience=self._patience, silent=min(SILENT, self._patience / 2))
+        )
         rows = self._batch * ROW_BATCHES * max(1, self._workers // 32)
         cores = None if self._gpu else self._cores
         labelling = Labelling(name, self._opener, self.settings, labels, os.getcwd(), self._batch, cores)

@@ -17,7 +17,8 @@ from typing import NamedTuple
 from .stream import Task
 
 SILENT = 30.0
-"""Seconds after which a labeler that does not ask whether to stop counts as dead."""
+"""Seconds after which the images of a labeler that does not ask whether to stop may go to others. They are not blamed: a
+node may be lost, or the network."""
 PATIENCE = 60.0
 """Seconds after which images that are out are dealt again to readers that would be idle; twice as many the next time."""
 
@@ -30,7 +31,7 @@ class Word(NamedTuple):
     leave: list[int]
     """Not these: they are done, or another labeler has them."""
     deaths: dict[int, int]
-    """So many labelers died with these in hand."""
+    """So many labelers died with these in hand, as is known when others are in their places."""
 
 
 @dataclass(slots=True)
@@ -199,7 +200,7 @@ class Desk:
             if number not in self._hand_of or (holder not in (None, life) and self._lives_on(holder)):
                 leave.append(number)
                 continue
-            if holder not in (None, life):
+            if holder in self._lives and self._lives[holder].dead:
                 self._deaths[number] += 1
             self._holder[number] = life
             if self._deaths[number]:

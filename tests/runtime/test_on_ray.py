@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,12 @@ from wsss.runtime.pipeline import Labeler
 from wsss.runtime.run import Summary, label_folder
 
 if TYPE_CHECKING:
-    from ..conftest import World
+    from ..conftest import Answer, World
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'wsss[ray]'")
+
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\.context")  # of Ray, about Ray's own defaults
 
 SCRIPTED = """
 import errno, importlib.util, os, signal, sys, time
@@ -101,6 +103,14 @@ def crew(cluster: Any, modules: Path, world: World, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
+def disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this process were in no cluster."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+
+@pytest.fixture
 def many(world: World, tmp_path: Path) -> Path:
     for number in range(60):
         world.save(tmp_path / "many" / f"{number:02}.png", 30, 40, red=(number % 9, 2, 20 + number % 5, 20))
@@ -130,15 +140,7 @@ def whole(world: World, many: Path, tmp_path: Path) -> dict[str, bytes]:
     return contents(tmp_path / "whole")
 
 
-def test_three_nodes_make_the_same_store(crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
-    with crew() as labelers:
-        summary = label_folder(labelers, many, tmp_path / "out", warn=quiet)
-    assert (summary.labelled, summary.failed, summary.images) == (60, 2, 62)
-    assert summary.engine_seconds > 0
-    assert contents(tmp_path / "out") == whole
-
-
-def test_a_killed_labeler_s_images_are_redone(
+def test_three_nodes_make_the_same_store_though_a_labeler_is_killed(
     crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes], world: World
 ) -> None:
     (world.bundle / "die").touch()
@@ -146,7 +148,8 @@ def test_a_killed_labeler_s_images_are_redone(
     with crew(dies_once="30.png") as labelers:
         summary = label_folder(labelers, many, tmp_path / "out", warn=said.append)
     assert not (world.bundle / "die").exists()
-    assert (summary.labelled, summary.failed) == (60, 2)
+    assert (summary.labelled, summary.failed, summary.images) == (60, 2, 62)
+    assert summary.engine_seconds > 0
     assert any("died; another one goes on with its images" in line for line in said), said
     paths = [record["path"] for record in read_records(tmp_path / "out")]
     assert len(paths) == len(set(paths)) == 62
@@ -171,32 +174,20 @@ def test_what_a_labeler_cannot_do_is_said(crew: Crew, many: Path, tmp_path: Path
         label_folder(labelers, many, tmp_path / "out", warn=quiet)
 
 
-def test_a_stopped_run_leaves_a_whole_store_and_goes_on(
-    crew: Crew, world: World, more: Path, tmp_path: Path, whole: dict[str, bytes]
-) -> None:
-    stop = threading.Event()
-    with crew(slow=0.05) as labelers:
-        summary = label_folder(labelers, more, tmp_path / "out", stop=stop, progress=lambda _: stop.set(), warn=quiet)
-    assert summary.stopped
-    assert 0 < summary.labelled < 400
-    assert len(list((tmp_path / "out" / "labels").rglob("*.png"))) == summary.labelled
-    label_folder(Labeler.open(world.bundle, classes=world.classes), more, tmp_path / "out", warn=quiet)
-    assert contents(tmp_path / "out") == whole
-
-
-def test_a_run_whose_driver_is_killed_goes_on(
+def test_a_run_whose_driver_is_killed_goes_on_and_may_be_stopped(
     crew: Crew, cluster: Any, world: World, more: Path, modules: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
+    out = tmp_path / "out"
     script = f"""
-        import sys
         from functools import partial
         from pathlib import Path
         import scripted_ray
         from wsss.runtime.on_ray import RayCrew
         from wsss.runtime.run import label_folder
 
-        with RayCrew(partial(scripted_ray.open_labeler, Path({str(world.bundle)!r}), slow=0.05), address={cluster.address!r}, batch=2) as crew:
-            label_folder(crew, Path({str(more)!r}), Path({str(tmp_path / "out")!r}), progress=lambda _: print("progress", flush=True))
+        opener = partial(scripted_ray.open_labeler, Path({str(world.bundle)!r}), slow=0.05)
+        with RayCrew(opener, address={cluster.address!r}, batch=2) as crew:
+            label_folder(crew, Path({str(more)!r}), Path({str(out)!r}), progress=lambda _: print("progress", flush=True))
     """
     env = {**os.environ, "PYTHONPATH": f"{modules}:{Path(__file__).parents[2]}"}
     driver = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=env, stdout=subprocess.PIPE, text=True)
@@ -204,16 +195,21 @@ def test_a_run_whose_driver_is_killed_goes_on(
     with driver, driver.stdout:
         assert driver.stdout.readline() == "progress\n"
         driver.send_signal(signal.SIGKILL)
-    records = list(read_records(tmp_path / "out"))
+    records = list(read_records(out))
     assert 0 < len(records) < 400
-    with crew() as labelers:
-        summary = label_folder(labelers, more, tmp_path / "out", warn=quiet)
+    stop = threading.Event()
+    with crew(slow=0.05) as labelers:
+        summary = label_folder(labelers, more, out, stop=stop, progress=lambda _: stop.set(), warn=quiet)
+    assert summary.stopped
     assert summary.skipped == len(records)
-    assert contents(tmp_path / "out") == whole
+    assert summary.labelled > 0
+    assert len(list(read_records(out))) == summary.skipped + summary.labelled + summary.failed < 462
+    label_folder(Labeler.open(world.bundle, classes=world.classes), more, out, warn=quiet)
+    assert contents(out) == whole
 
 
 def test_a_node_that_is_lost_is_not_waited_for(
-    crew: Crew, cluster: Any, world: World, more: Path, tmp_path: Path, whole: dict[str, bytes]
+    crew: Crew, cluster: Any, many: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     node = cluster.add_node(**NODE)
     lost = threading.Event()
@@ -223,7 +219,66 @@ def test_a_node_that_is_lost_is_not_waited_for(
             lost.set()
             cluster.remove_node(node, allow_graceful=False)
 
-    with crew(patience=3.0, slow=0.02) as labelers:
-        summary = label_folder(labelers, more, tmp_path / "out", progress=lose, warn=print)
-    assert (summary.labelled, summary.failed) == (460, 2)
+    with crew(patience=10.0, slow=0.2) as labelers:
+        summary = label_folder(labelers, many, tmp_path / "out", progress=lose, warn=quiet)
+    assert (summary.labelled, summary.failed) == (60, 2)
     assert contents(tmp_path / "out") == whole
+
+
+def test_the_command_asks_for_a_cluster(
+    wsss: Callable[..., Answer], photos: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wsss.runtime import on_ray
+
+    asked: list[dict[str, object]] = []
+
+    def refuse(opener: partial[Labeler], **how: object) -> None:
+        asked.append({**opener.keywords, **how})
+        raise WsssError("no cluster today")
+
+    monkeypatch.setattr(on_ray, "RayCrew", refuse)
+    words = ["label", photos, "--classes", "red, green, blue", "--bundle", world.bundle, "--out", tmp_path / "out", "--on", "ray"]
+    assert wsss(*words).code == 1
+    assert wsss(*words, "--ray-address", "head:6379", "--workers", "4", "--device", "cuda", "--batch", "3").code == 1
+    told = [[each[name] for name in ("address", "workers", "gpu", "batch", "device")] for each in asked]
+    assert told == [[None, None, None, 8, "auto"], ["head:6379", 4, True, 3, "cuda"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--workers", "2"], "--devices 0,1"),
+        (["--ray-address", "auto"], "--devices 0,1"),
+        (["--on", "ray", "--devices", "0,1"], "--on ray --workers 8"),
+        (["--on", "ray", "--device", "cuda:1"], "a GPU of its own"),
+        (["--on", "dask"], ""),
+        (["--on", "ray", "--ray-address", "ray://head:10001"], "ray job submit"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    wsss: Callable[..., Answer], photos: Path, world: World, tmp_path: Path, words: list[str], hint: str, disconnected: None
+) -> None:
+    answer = wsss("label", photos, "--classes", "red", "--bundle", world.bundle, "--out", tmp_path / "out", *words)
+    assert answer.code == 2
+    assert hint in answer.err
+
+
+def test_an_address_where_nothing_listens_is_said(
+    wsss: Callable[..., Answer], photos: Path, world: World, tmp_path: Path, disconnected: None
+) -> None:
+    words = ["label", photos, "--classes", "red", "--bundle", world.bundle, "--out", tmp_path / "out", "--on", "ray"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    answer = wsss(*words, "--ray-address", f"127.0.0.1:{port}")
+    assert (answer.code, "no Ray cluster answers" in answer.err) == (1, True)
+    assert "expected HOST:PORT" in wsss(*words, "--ray-address", "nowhere").err
+
+
+def test_without_ray_the_command_says_what_to_install(
+    wsss: Callable[..., Answer], photos: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "wsss.runtime.on_ray", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    answer = wsss("label", photos, "--classes", "red", "--bundle", world.bundle, "--out", tmp_path / "out", "--on", "ray")
+    assert answer.code == 1
+    assert "pip install 'wsss[ray]'" in answer.err
