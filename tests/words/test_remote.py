@@ -154,6 +154,26 @@ def test_only_one_creates_and_only_one_swaps(folder: RemoteFolder) -> None:
     assert folder.read("lock") == b"third"
 
 
+def test_a_server_that_knows_no_conditions_writes_nothing_over(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = remote._s3_put
+    monkeypatch.setattr(remote, "_s3_put", lambda fs, path, data, **_: put(fs, path, data))
+    RemoteFolder(bucket.url).create("lock", b"first")
+    with pytest.raises(FileExistsError):
+        RemoteFolder(bucket.url).create("lock", b"second")
+    assert bucket.get("lock") == b"first"
+
+
+def test_only_the_condition_decides_between_two_at_once(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sees_nothing(*_: object) -> None:
+        raise FileNotFoundError
+
+    RemoteFolder(bucket.url).create("lock", b"first")
+    monkeypatch.setattr(RemoteFolder, "entry", sees_nothing)
+    with pytest.raises(FileExistsError):
+        RemoteFolder(bucket.url).create("lock", b"second")
+    assert bucket.get("lock") == b"first"
+
+
 def test_it_can_be_sent_to_another_process(filled: RemoteFolder) -> None:
     filled.read("a.jpg")  # with its connections open
     assert pickle.loads(pickle.dumps(filled)).read("a.jpg") == b"a.jpg"

@@ -90,6 +90,18 @@ def test_of_shards_that_leave_at_the_same_time_one_is_the_last(folder: RemoteFol
     assert locks(folder) == []
 
 
+def test_a_shard_that_leaves_waits_for_one_that_looks_whether_it_is_the_last(folder: RemoteFolder) -> None:
+    with lock(folder, "-0-of-2") as held:
+        other = Lease(folder, ".lock/run", wait=False)
+        threading.Timer(0.2, other.release).start()
+        assert held.alone()
+    with lock(folder, "-0-of-2") as held:
+        other = Lease(folder, ".lock/run", wait=False)
+        assert not held.alone(), "it folds what this shard wrote too"
+        other.release()
+    assert locks(folder) == []
+
+
 def test_of_runs_that_come_at_the_same_time_one_begins(folder: RemoteFolder) -> None:
     if folder.url.startswith("memory"):
         pytest.skip("fsspec's memory file system looks and writes in two steps")
