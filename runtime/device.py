@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ..batch import Tensor
@@ -152,3 +155,25 @@ def cut_to_fit(stage: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
             return stage(*args, **kwargs)
         except CutSmaller:
             continue
+
+
+def free_bytes(root: Path = Path("/")) -> int:
+    """Memory of the host that this process may still take: what Linux says is available, within its control group's limit.
+
+    Files that the group's processes read count as used by it; they make room when it is asked for.
+
+    Args:
+        root: below it lie ``proc`` and ``sys``. Where neither tells, there is no limit.
+    """
+    told = [1 << 62]
+    group = root / "sys/fs/cgroup"
+    with suppress(OSError, ValueError, IndexError):
+        told.append(1024 * int((root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
+    for limit, used, stat in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        with suppress(OSError, ValueError):
+            files = [line.split()[1] for line in (group / stat).read_text().splitlines() if re.match("(in)?active_file ", line)]
+            told.append(int((group / limit).read_text()) - int((group / used).read_text()) + sum(map(int, files)))
+    return max(min(told), 0)

@@ -31,6 +31,8 @@ R = TypeVar("R")
 Q = ParamSpec("Q")
 S = TypeVar("S")
 
+USUAL_BATCH = 8
+"""Images labelled together where no engine says otherwise."""
 MINI = Path(__file__).resolve().parent.parent / "mini" / "bundle"
 """The bundle shipped with the package, called ``mini``: small models of the same classes, trained on drawn scenes."""
 
@@ -233,6 +235,11 @@ class Labeler:
         """The detector's canvas for this photograph; those of one canvas share its calls. None without a detector."""
         detector = self.detect.stage
         return detector.frame_of(photo).canvas if isinstance(detector, Detector) else None
+
+    def usual_batch(self) -> int:
+        """Images to label together: as many as SAM's encoder, the slowest engine as a rule, was built for (``opt``)."""
+        stage = self.segment.stage
+        return stage.usual_batch() if isinstance(stage, Outliner) else USUAL_BATCH
 
     def padding(self) -> float | None:
         """Share of the detector's canvases so far that was no photograph; None without a detector."""

@@ -76,8 +76,8 @@ class Crew(Protocol):
 class Alone:
     """A labeler in this process."""
 
-    def __init__(self, labeler: Labeler, *, batch: int) -> None:
-        self._labeler, self._batch = labeler, batch
+    def __init__(self, labeler: Labeler, *, batch: int | None) -> None:
+        self._labeler, self._batch = labeler, batch or labeler.usual_batch()
         self._before = labeler.device.seconds
         labeler.take_seconds()
 
@@ -121,7 +121,7 @@ def label_folder(
     folder: Path | Source,
     out: Path | RemoteFolder,
     *,
-    batch: int = 8,
+    batch: int | None = None,
     retry_failed: bool = False,
     shard: Shard | None = None,
     stop: threading.Event | None = None,
@@ -136,7 +136,7 @@ def label_folder(
     Args:
         folder, out: on this machine or not (`sources`, `remote`).
         labeler: one, or a crew of several on devices of their own.
-        batch: images that a labeler is given together.
+        batch: images that a labeler is given together; None takes what its engines were built for.
         retry_failed: try the images again that a former run could not label.
         shard: (I, N): only the I-th of N shares of the images, counted from 0; N runs may write one store at a time.
         stop: when set, the run finishes the batches in hand and returns.

@@ -60,6 +60,10 @@ class Outliner:
             self._decode(embedding, group, boxes, masks)
         return masks
 
+    def usual_batch(self) -> int:
+        """Images that a call of the encoder was built for."""
+        return self._encoder.axes["batch"].opt
+
     def room(self, photo: Photograph) -> tuple[int, ...]:
         """(S, S, 3)."""
         return (*frame_for(self._preprocess, *photo.shape).canvas, 3)

@@ -25,6 +25,7 @@ from ..errors import ImageError, OutOfMemory, WsssError
 from ..labelstore import Record
 from ..photographs import ImageFile, Place, count_pixels, decode, read_file
 from ..storeformat import LabelWriter
+from .device import free_bytes
 from .images import Prepares
 from .pipeline import Labeler
 from .prefetch import Budget, Hands, behind
@@ -33,7 +34,7 @@ from .segment import Embedded, Outliner
 T = TypeVar("T")
 
 PIXEL_BYTES = 3 << 29
-"""Decoded photographs in memory at once. A larger one is alone with it."""
+"""Decoded photographs in memory at once, or a quarter of what is free. A larger one is alone with it."""
 SMALL = 4_000_000
 """Pixels up to which a photograph is decoded as soon as it is read, before there is room for it in the budget."""
 LARGE = 16_000_000
@@ -124,7 +125,7 @@ class Stream:
         self._labeler, self._folder, self._labels = labeler, folder, labels
         self._size, self._stop = batch, stop
         self._over = threading.Event()
-        self._budget = Budget(PIXEL_BYTES)
+        self._budget = Budget(min(PIXEL_BYTES, free_bytes() // 4))
         self._hands = Hands(cores())
         self._readers = None if isinstance(folder, Path) else ThreadPoolExecutor(READERS, "read")
         self._writers = ThreadPoolExecutor(WRITERS, "write")

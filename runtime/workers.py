@@ -53,14 +53,13 @@ class Workers:
 
     Args:
         openers: one a worker, with the name of its device.
-        batch: images that a worker labels together.
+        batch: images that a worker labels together; None: as many as its engines were built for.
 
     Raises:
         WsssError: one of them cannot open its labeler, or their settings differ.
     """
 
-    def __init__(self, openers: Sequence[tuple[str, Opener]], *, batch: int = 8) -> None:
-        self._batch = batch
+    def __init__(self, openers: Sequence[tuple[str, Opener]], *, batch: int | None = None) -> None:
         self._workers: list[_Worker] = []
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads, and CUDA in a state of no use
         try:
@@ -71,9 +70,11 @@ class Workers:
                 process.start()
                 there.close()
                 self._workers.append(_Worker(name, process, here))
-            self.classes, self.settings = self._opened(self._workers[0])
+            self.classes, self.settings, self._batch = self._opened(self._workers[0])
             for worker in self._workers[1:]:
-                if self._opened(worker)[1] != self.settings:
+                _, settings, usual = self._opened(worker)
+                self._batch = max(self._batch, usual)
+                if settings != self.settings:
                     raise WsssError(
                         f"--devices: {worker.name} would label with other settings than {self._workers[0].name}",
                         hint="name the engine with --engine",
@@ -99,7 +100,7 @@ class Workers:
                 worker.process.join()
 
     @staticmethod
-    def _opened(worker: _Worker) -> tuple[ClassList, dict[str, Any]]:
+    def _opened(worker: _Worker) -> tuple[ClassList, dict[str, Any], int]:
         try:
             kind, *told = worker.pipe.recv()
         except (EOFError, OSError):
@@ -109,7 +110,7 @@ class Workers:
             ) from None
         if kind == "refused":
             raise WsssError(told[0], hint=told[1])
-        return told[0], told[1]
+        return told[0], told[1], told[2]
 
     def report(self, summary: Summary) -> None:
         """Adds up the workers' seconds; of their padding it takes the mean."""
@@ -227,7 +228,7 @@ def _share_of_cores(number: int, count: int) -> set[int]:
 # ---- in the worker ----
 
 
-def _serve(pipe: Connection, opener: Opener, batch: int, share: set[int]) -> None:
+def _serve(pipe: Connection, opener: Opener, batch: int | None, share: set[int]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the process that deals; it ends this one
         signal.signal(number, signal.SIG_IGN)
     if share:
@@ -243,7 +244,8 @@ def _serve(pipe: Connection, opener: Opener, batch: int, share: set[int]) -> Non
     except WsssError as error:
         say("refused", error.message, error.hint)
         return
-    say("ready", labeler.classes, labeler.settings)
+    batch = batch or labeler.usual_batch()
+    say("ready", labeler.classes, labeler.settings, batch)
     inbox: SimpleQueue[Any] = SimpleQueue()
     stop = threading.Event()
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,9 +16,10 @@ from wsss.engines.engine import Engine
 from wsss.engines.fake import FakeEngine
 from wsss.errors import OutOfMemory
 from wsss.labelstore import read_records
-from wsss.runtime.device import CutSmaller, Device, Turns, cut_to_fit
+from wsss.runtime.device import CutSmaller, Device, Turns, cut_to_fit, free_bytes
 from wsss.runtime.pipeline import Labeler
 from wsss.runtime.run import label_folder
+from wsss.runtime.stream import Stream
 from wsss.spec import AxisRange, GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -152,6 +153,22 @@ def test_an_image_that_never_fits_fails_alone(
     assert "no room" in failed[0]["error"]
 
 
+def test_the_batch_is_what_the_engines_were_built_for(
+    world: World, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder's ``opt`` is 2; a batch that is asked for wins."""
+    used: list[int] = []
+
+    def spy(*given: Any, batch: int, **how: Any) -> Stream:
+        used.append(batch)
+        return Stream(*given, batch=batch, **how)
+
+    monkeypatch.setattr("wsss.runtime.run.Stream", spy)
+    for batch in (None, 1):
+        label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / f"store-{batch}", batch=batch)
+    assert used == [2, 1]
+
+
 def test_a_batch_is_tried_in_halves(world: World, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fusing cannot cut its masks: two photographs of one mask each fit one by one only, those of several masks never."""
     label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "whole")
@@ -181,3 +198,26 @@ def tight(world: World, monkeypatch: pytest.MonkeyPatch, graph: str, most: int) 
 
 def contents(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "history.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 1 << 62),
+        ({"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    4000 kB\nCached: 1 kB\n"}, 4000 << 10),
+        (
+            {"proc/meminfo": "MemAvailable: 4000 kB\n", "memory.max": "max\n", "memory.current": "5\n", "memory.stat": ""},
+            4000 << 10,
+        ),
+        ({"memory.max": "3000\n", "memory.current": "1000\n", "memory.stat": "anon 500\n"}, 2000),
+        ({"memory.max": "3000\n", "memory.current": "2900\n", "memory.stat": "inactive_file 500\nactive_file 40\nfile 9\n"}, 640),
+        ({"memory/memory.limit_in_bytes": "3000", "memory/memory.usage_in_bytes": "3500", "memory/memory.stat": ""}, 0),
+        ({"proc/meminfo": "nonsense"}, 1 << 62),
+    ],
+)
+def test_free_memory_is_what_the_machine_and_the_container_leave(tmp_path: Path, files: dict[str, str], free: int) -> None:
+    for name, text in files.items():
+        path = tmp_path / (name if name.startswith("proc") else f"sys/fs/cgroup/{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert free_bytes(tmp_path) == free

@@ -122,12 +122,16 @@ def test_two_batches_wait_before_the_encoder(world: World, folder: Path, labels:
     assert len(detected) == 8, "of two images each: one encoded, two waiting, one in the detector's hand"
 
 
+@pytest.mark.parametrize("limit", ["PIXEL_BYTES", "free_bytes"])
 @pytest.mark.parametrize("small", [0, 10**9])
 def test_large_photographs_come_one_by_one(
-    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch, small: int
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch, small: int, limit: str
 ) -> None:
     """A budget smaller than any two photographs: everything is labelled all the same."""
-    monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 3)
+    if limit == "PIXEL_BYTES":
+        monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 3)
+    else:
+        monkeypatch.setattr(stream, "free_bytes", lambda: 4 * 1300 * 3)
     monkeypatch.setattr(stream, "SMALL", small)
     receipts = [receipt for group in start(world, folder, labels).run(tasks_of(folder)) for receipt in group]
     assert len(receipts) == 12

@@ -53,7 +53,9 @@ def label(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Labelers on the cluster. Default: its GPUs, or its cores if it has none.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images labelled together.")] = 8,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images labelled together. Default: what the engines were built for.")
+    ] = None,
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Use TensorRT engines that were not compared with PyTorch; the store records it.")
     ] = False,
@@ -128,7 +130,7 @@ def label(
                 with needs("ray"):
                     from ..runtime.on_ray import RayCrew
                 gpu = None if device == "auto" else device == "cuda"
-                how = RayCrew(openers[0][1], address=ray_address, workers=workers, gpu=gpu, batch=batch, log=log)
+                how = RayCrew(openers[0][1], address=ray_address, workers=workers, gpu=gpu, batch=batch or 8, log=log)
                 crew = stack.enter_context(how)
             else:
                 crew = stack.enter_context(Workers(openers, batch=batch)) if len(openers) > 1 else openers[0][1]()
