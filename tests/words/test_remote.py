@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import pickle
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -266,3 +267,8 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(WsssError, match=package.partition(".")[0]) as caught:
         RemoteFolder(url).scan()
     assert caught.value.hint == "pip install 'wsss[remote]'"
+
+
+def test_nothing_needs_fsspec_but_a_url() -> None:
+    code = "import sys; sys.modules['fsspec'] = None; import wsss.cli, wsss.runtime.run, wsss.runtime.workers"
+    subprocess.run([sys.executable, "-c", code], check=True)
