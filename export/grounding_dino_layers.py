@@ -123,6 +123,15 @@ def _waves(position: Tensor, width: int, temperature: float) -> Tensor:
     return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), -1).flatten(-2)
 
 
+Island = Callable[..., Tensor]
+"""(function, its arguments) to its result, as `call` does: what it is given stays FP32 in a half-precision graph."""
+
+
+def call(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """``function(*arguments)``; inside an `Fp32`, the island of functions that a forward pass calls in many places."""
+    return function(*arguments)
+
+
 def multihead_attention(layer: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
     """The official ``GroundingDinoMultiheadAttention`` without the tuple around its result.
 
@@ -134,7 +143,9 @@ def multihead_attention(layer: nn.Module, queries: Tensor, keys: Tensor, values:
     return attended
 
 
-def fusion_attention(layer: nn.Module, vision: Tensor, text: Tensor, cells: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def fusion_attention(
+    layer: nn.Module, vision: Tensor, text: Tensor, cells: Tensor, tokens: Tensor, of_text: Island, stream: Island
+) -> tuple[Tensor, Tensor]:
     """The official fusion layer: image cells look at tokens and tokens at cells, both added to their own.
 
     Forced by ``attn_weights.max()`` over the whole batch, which makes a row's rounding depend on its neighbours, and by
@@ -144,28 +155,34 @@ def fusion_attention(layer: nn.Module, vision: Tensor, text: Tensor, cells: Tens
         layer: a ``GroundingDinoFusionLayer``.
         vision: (B, N, D); text: (B, T, D).
         cells: (B, N) bool, cells of the photo; tokens: (B, T) bool, tokens that are no padding.
+        of_text, stream: call what is done to the tokens, and the norms and sums.
 
     Returns:
         vision and text of the same shapes.
     """
-    vision, text, attention = layer.layer_norm_vision(vision), layer.layer_norm_text(text), layer.attn
+    attention = layer.attn
+    vision, text = stream(layer.layer_norm_vision, vision), of_text(layer.layer_norm_text, text)
 
     def heads(values: Tensor) -> Tensor:
         return values.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)  # (B, heads, *, d)
 
-    scores = heads(attention.vision_proj(vision) * attention.scale) @ heads(attention.text_proj(text)).transpose(2, 3)
+    scores = heads(attention.vision_proj(vision) * attention.scale) @ heads(of_text(attention.text_proj, text)).transpose(2, 3)
     to_text = (scores + additive_mask(tokens)[:, None, None, :]).softmax(-1)  # (B, heads, N, T)
     to_vision = (scores.transpose(2, 3) + additive_mask(cells)[:, None, None, :]).softmax(-1)  # (B, heads, T, N)
-    seen_text = (to_text @ heads(attention.values_text_proj(text))).transpose(1, 2).flatten(2)
+    seen_text = (to_text @ heads(of_text(attention.values_text_proj, text))).transpose(1, 2).flatten(2)
     seen_vision = (to_vision @ heads(attention.values_vision_proj(vision))).transpose(1, 2).flatten(2)
     return (
-        vision + layer.vision_param * attention.out_vision_proj(seen_text),
-        text + layer.text_param * attention.out_text_proj(seen_vision),
+        stream(_added, vision, layer.vision_param, attention.out_vision_proj(seen_text)),
+        of_text(_added, text, layer.text_param, of_text(attention.out_text_proj, seen_vision)),
     )
 
 
+def _added(stream: Tensor, gain: Tensor, seen: Tensor) -> Tensor:
+    return stream + gain * seen
+
+
 def deformable_attention(
-    layer: nn.Module, queries: Tensor, vision: Tensor, reference: Tensor, levels: Levels, sample: Sampler
+    layer: nn.Module, queries: Tensor, vision: Tensor, reference: Tensor, levels: Levels, sample: Sampler, project: Island
 ) -> Tensor:
     """Multi-scale deformable attention (arXiv 2010.04159, equation 3).
 
@@ -177,6 +194,7 @@ def deformable_attention(
         vision: (B, N, D) the cells' features.
         reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes (centre, sides), in 0..1 of the canvas.
         sample: reads between the cells, from `sampler`.
+        project: calls the layer's last projection.
 
     Returns:
         (B, Q, D).
@@ -186,8 +204,7 @@ def deformable_attention(
     offsets = layer.sampling_offsets(queries).unflatten(-1, (heads, count, points, 2))  # (B, Q, heads, L, P, 2)
     weights = layer.attention_weights(queries).unflatten(-1, (heads, count * points)).softmax(-1)
     weights = weights.unflatten(-1, (count, points))
-    attended: Tensor = layer.output_proj(sample(values, offsets, reference, weights, levels.shapes))
-    return attended
+    return project(layer.output_proj, sample(values, offsets, reference, weights, levels.shapes))
 
 
 Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[tuple[int, int]]], Tensor]

@@ -118,6 +118,7 @@ def _build(trt: ModuleType, model: Model, spec: GraphSpec, options: BuildOptions
     _check_contract(trt, network, spec, where)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+    config.clear_flag(trt.BuilderFlag.TF32)  # its 10 bits of mantissa are those of half: FP32 islands would be for nothing
     if options.flavour == "trt-rtx":
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or TensorRT-RTX cannot be captured in a CUDA graph
     config.add_optimization_profile(_profile(builder, spec, axes))
