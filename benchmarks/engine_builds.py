@@ -21,7 +21,7 @@ from typing import Any
 from .gpu_steps import step_engines, step_graphs
 
 RESULTS = Path(__file__).parent / "results" / "engine-builds.json"
-MODELS = ("sam vit_b", "clip ViT-L-14-336", "grounding-dino swin_t", "sam vit_h")
+MODELS = ("sam vit_b", "clip ViT-B-16", "clip ViT-L-14-336", "grounding-dino swin_t", "sam vit_h")
 
 
 def main() -> None:

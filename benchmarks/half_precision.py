@@ -27,6 +27,7 @@ from ..errors import BundleError
 from ..export import grounding_dino
 from ..export.exporting import export_model, tool_versions
 from ..export.family import Feeds, Graph, Options, Prepared, family
+from ..export.work import float32_share
 from ..frame import frame_for
 from ..photographs import read_photograph
 from ..runtime.images import on_canvas
@@ -79,6 +80,8 @@ def measure_model(name: str, bundle: Path, weights: str, precision: Precision, v
             for number, photograph in enumerate(pair):
                 told["rows"][photograph] = _compare(graph, feeds, found, number)
                 print(f"{key} {photograph}: {told['rows'][photograph]}", file=sys.stderr, flush=True)
+            if "float32_share" not in told:
+                told["float32_share"] = round(float32_share(model.path(graph.name), graph.take(feeds, [0])), 4)
             _save(key, told, model, graph)
         del graph, engine
         gc.collect()

@@ -40,6 +40,13 @@ def count(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
     return {str(node.name): _work(node, *(found[name].tolist() for name in names)) for node, names in asked}
 
 
+def float32_share(source: ir.Model | Path, feeds: Mapping[str, np.ndarray]) -> float:
+    """Share of a half-precision graph's multiply-adds that it computes in FP32, for these feeds; one run of the graph."""
+    work, model = multiply_adds(source, feeds), open_copy(source)
+    wide = sum(work[str(node.name)] for node in model.graph if node.name in work and node.outputs[0].dtype == ir.DataType.FLOAT)
+    return wide / max(sum(work.values()), 1)
+
+
 def _work(node: ir.Node, first: list[int], second: list[int], out: list[int]) -> int:
     if node.op_type == "Conv":  # each output reads a kernel of (channels / group, *sides)
         return prod(out) * prod(second[1:])

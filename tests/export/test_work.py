@@ -6,8 +6,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from wsss.export.precision import lower
 from wsss.export.probes import clone, open_copy
-from wsss.export.work import multiply_adds
+from wsss.export.work import float32_share, multiply_adds
 
 TEXT = """<ir_version: 10, opset_import: ["": 18]>
 g (float[B, 4, H, 10] x, float[B, 3, 5] rows)
@@ -50,6 +51,14 @@ def test_free_axes_count_as_they_are_fed() -> None:
         for rows in (1, 4)
     )
     assert {name: four[name] / one[name] for name in one} == {"conv": 4, "up": 4, "matmul": 4, "gemm": 1}
+
+
+def test_what_stays_float32_is_told_apart_from_what_was_lowered() -> None:
+    source = open_copy(model())
+    lower(source, "fp16", {"matmul", "cheap"}, dict.fromkeys(("x", "rows", "conv", "up", "product", "g"), "float32"))
+    feeds = {"x": np.ones((1, 4, 8, 10), np.float32), "rows": np.ones((1, 3, 5), np.float32)}
+    conv, up, product, gemm = 6 * 20 * 18, 4 * 80 * 8, 3 * 5 * 7, 5 * 3 * 7
+    assert float32_share(source, feeds) == product / (conv + up + product + gemm)
 
 
 def test_a_copy_has_types_of_its_own() -> None:
