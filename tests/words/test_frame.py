@@ -55,7 +55,8 @@ def test_masks_upsample_as_sam_does(height: int, width: int) -> None:
     want = sam.postprocess_masks(Canvas(), torch.from_numpy(logits)[None, None], frame.valid, (height, width))[0, 0].numpy()
     got = frame.mask_rows(256) @ logits @ frame.mask_columns(256).T
     assert got.shape == (height, width)
-    assert np.abs(got - want).max() <= 1e-5
+    fused = torch.backends.cpu.get_cpu_capability() != "DEFAULT"  # see `bilinear_taps`
+    assert np.abs(got - want).max() <= (2e-6 if fused else 3e-5)
 
 
 def test_upsampling_keeps_a_constant() -> None:
