@@ -85,9 +85,9 @@ class LabelFolder:
 
     def _publish(self, path: Path, name: str, save: Callable[[BinaryIO], None]) -> None:
         try:
-            make_folder(path.parent)
-            with _temporary(path, self.temporary) as file:
+            with _temporary(path, self.temporary) as file:  # first, so that a store that was removed is not begun anew
                 save(file)
+                make_folder(path.parent)
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ):
                 raise ImageError(f"{name}: a label cannot have this name: {error.strerror}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -132,7 +133,10 @@ def _short(value: object) -> str:
 
 def cannot_write(folder: object, what: str, error: OSError) -> StoreError:
     """The error of a store that cannot be written, its hint the way on."""
+    gone = error.errno == errno.ENOENT
     return StoreError(
         f"{folder}: cannot write {what}: {error.strerror or error}",
-        hint="what was written so far is whole; make room and run the same command again",
+        hint="was it moved or unmounted? The same command goes on where it is back, or begins anew"
+        if gone
+        else "what was written so far is whole; make room and run the same command again",
     )

@@ -209,6 +209,15 @@ def test_a_disk_that_fails_at_any_step(label: Callable[..., Summary], tmp_path: 
     assert stopped > 4
 
 
+def test_a_store_that_vanishes_ends_the_run_and_is_not_begun_anew(label: Callable[..., Summary], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(StoreError, match="cannot write .*No such file") as caught:
+        label(out, progress=lambda _: out.rename(tmp_path / "elsewhere"))
+    assert "unmounted" in caught.value.hint
+    assert not out.exists()
+    assert label(out).labelled == 4
+
+
 def test_half_a_line_on_a_full_disk_is_taken_back(
     label: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
