@@ -48,8 +48,8 @@ from .run import Summary, Warn
 from .stream import Receipt, Task
 from .workers import Opener
 
-HAND = 1024
-"""Tasks of a slot. A slot costs this process 4 kB until the round ends: 400 MB for 100 million images."""
+HAND = 2048
+"""Tasks of a slot at most. A slot costs this process 4 kB until the round ends: 200 MB for 100 million images."""
 ROW_BATCHES = 4
 """Batches in a row of files. A row costs this process 8 ms, so that rows grow with the pool: beyond 32 labelers, as much
 longer as there are more of them."""
@@ -178,12 +178,13 @@ class RayCrew:
         cores = None if self._gpu else self._cores
         labelling = Labelling(name, self._opener, self.settings, labels, os.getcwd(), self._batch, cores)
         images = operator.length_hint(tasks, HAND * self._workers)
-        dealing = _Dealing(tasks, desk, stop, warn)
+        hand = min(HAND, max(2 * rows, images // (8 * self._workers)))  # a short run is shared out too
+        dealing = _Dealing(tasks, hand, desk, stop, warn)
         try:
             fruitless, number, left = 0, 0, images
             while True:
                 reading = Reading(name, number, folder, os.getcwd(), rows, self._row_bytes)
-                slots = math.ceil(left / HAND) + self._workers
+                slots = math.ceil(left / hand) + self._workers
                 came, failure = 0, ""
                 try:
                     with contextlib.closing(self._round(Slots(slots, reading), labelling)) as received:
@@ -258,8 +259,8 @@ class RayCrew:
 class _Dealing:
     """Lists the images for the desk in a thread of its own, and watches meanwhile."""
 
-    def __init__(self, tasks: Iterable[Task | None], desk: Any, stop: threading.Event, warn: Warn) -> None:
-        self._desk, self._stop, self._warn = desk, stop, warn
+    def __init__(self, tasks: Iterable[Task | None], hand: int, desk: Any, stop: threading.Event, warn: Warn) -> None:
+        self._hand, self._desk, self._stop, self._warn = hand, desk, stop, warn
         self._over = threading.Event()
         self._heard = time.monotonic()
         self._error: BaseException | None = None
@@ -287,7 +288,7 @@ class _Dealing:
     def _deal(self, tasks: Iterable[Task | None]) -> None:
         upcoming = (task for task in tasks if task is not None)
         try:
-            while not self._ends() and (hand := list(islice(upcoming, HAND))):
+            while not self._ends() and (hand := list(islice(upcoming, self._hand))):
                 while not ray.get(self._desk.put.remote(hand)):
                     if self._over.wait(0.1) or self._stop.is_set():
                         return
