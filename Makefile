@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # setuptools warns at length of any editable installation.
 pip = PYTHONWARNINGS=ignore $(1)/python -m pip install
 
-.PHONY: demo test check format types slow gpu-check mini wheel clean
+.PHONY: demo test check format types slow formats gpu-check mini wheel clean
 
 # The main job on the models that come with wsss: the base install alone, without torch.
 demo: build/demo-venv/.installed
@@ -30,6 +30,11 @@ types: $(VENV)/.installed
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
+# What `wsss convert` writes, read back by every consumer's own reader, in an environment of its own: two of them want an
+# older numpy and Pillow than the rest.
+formats: build/formats-venv/.installed
+	build/formats-venv/bin/python -m pytest -rs tests/runtime/test_formats.py
+
 # On a machine with an NVIDIA GPU: engines, parity and speed into benchmarks/results/gpu-NAME.json; goes on where it was cut.
 # Installs nothing and needs no network. ARGS="--full" adds the large models, ARGS="--bundle DIR" takes graphs made elsewhere.
 gpu-check:
@@ -52,6 +57,12 @@ build/demo-venv/.installed: pyproject.toml
 	test -x build/demo-venv/bin/python || $(PYTHON) -m venv build/demo-venv
 	$(call pip,build/demo-venv/bin) --quiet --upgrade pip
 	$(call pip,build/demo-venv/bin) --quiet --editable .
+	touch $@
+
+build/formats-venv/.installed: pyproject.toml
+	test -x build/formats-venv/bin/python || $(PYTHON) -m venv build/formats-venv
+	build/formats-venv/bin/python -m pip install --quiet --upgrade pip
+	build/formats-venv/bin/python -m pip install --quiet --editable '.[readers]'
 	touch $@
 
 clean:

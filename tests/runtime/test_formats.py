@@ -1,7 +1,7 @@
 """A store of awkward images becomes each format, and each format's own readers give every mask back.
 
-Readers that this environment lacks are skipped by name. All of them: ``pip install pytest pycocotools supervision
-datasets datumaro label-studio-sdk`` beside wsss, in an environment of its own, for the last two want an older numpy and Pillow.
+Readers that this environment lacks are skipped by name; ``make formats`` runs with all of them, in an environment of its own,
+for two of them want an older numpy and Pillow.
 """
 
 from __future__ import annotations
