@@ -19,31 +19,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import operator
 import os
-import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for reports over the network; read when ray is imported
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .. import __version__
 from ..classes import ClassList
-from ..errors import StoreError, UsageError, WsssError
+from ..errors import StoreError, WsssError
 from ..photographs import Place
 from ..storeformat import LabelWriter
+from .ray_cluster import connect, free, last_line, pipeline_settings
 from .ray_desk import PATIENCE, SILENT, Desk
-from .ray_stages import NAMESPACE, Labelling, RayLabeler, Reading, Slots
+from .ray_labelers import Labelling, RayLabeler
+from .ray_readers import NAMESPACE, Reading, Slots
 from .run import Summary, Warn
 from .stream import Receipt, Task
 from .workers import Opener
@@ -97,7 +96,7 @@ class RayCrew:
         """What each labeler took so far, by life."""
         self._connected = not ray.is_initialized()
         if self._connected:
-            _connect(address, log)
+            connect(address, log)
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             gpus = sum(int(node.get("GPU", 0)) for node in nodes)
@@ -130,14 +129,15 @@ class RayCrew:
     def _first_opened(self) -> tuple[ClassList, dict[str, Any]]:
         """What a labeler on the cluster is: this machine may have no GPU."""
         needed = {"num_gpus": 1 if self._gpu else 0, "num_cpus": 1}
-        asked = ray.remote(_open_first).options(**needed, max_retries=0).remote(self._opener, os.getcwd())
+        open_first = ray.remote(max_calls=int(self._gpu), max_retries=0)(_open_first)  # what held a GPU must end to leave it
+        asked = open_first.options(**needed).remote(self._opener, os.getcwd())
         while not ray.wait([asked], timeout=QUIET)[0]:
-            self._log(f"Ray: waiting for the first labeler, which needs {needed}; the cluster has {_free()} free")
+            self._log(f"Ray: waiting for the first labeler, which needs {needed}; the cluster has {free()} free")
         try:
             version, *told = ray.get(asked)
         except ray.exceptions.RayError as error:
             raise WsssError(
-                f"--on ray: a worker could not open a labeler: {_last_line(error)}",
+                f"--on ray: a worker could not open a labeler: {last_line(error)}",
                 hint=f"wsss {__version__} with its models must be installed on every node of the cluster",
             ) from None
         if version != __version__:
@@ -201,7 +201,7 @@ class RayCrew:
                 except ray.exceptions.RayTaskError:
                     raise  # of ours: not what a new round would cure
                 except ray.exceptions.RayError as error:
-                    failure = _last_line(error)
+                    failure = last_line(error)
                 left, more = ray.get(desk.open.remote())
                 if stop.is_set() or not (left or more):
                     break
@@ -221,7 +221,7 @@ class RayCrew:
 
     def _round(self, slots: Slots, labelling: Labelling) -> Generator[Mapping[str, Any], None, None]:
         """The rows of receipts of one pass of Ray Data."""
-        with _context():
+        with pipeline_settings():
             readers = ray.data.read_datasource(
                 slots, override_num_blocks=len(slots), num_cpus=0, concurrency=max(2, self._workers // 2)
             )
@@ -306,7 +306,7 @@ class _Dealing:
                 ray.get(self._desk.stop.remote())
             if time.monotonic() - self._heard > QUIET:
                 self.heard()
-                self._warn(f"Ray: nothing for {QUIET:.0f} seconds; the cluster has {_free()} free")
+                self._warn(f"Ray: nothing for {QUIET:.0f} seconds; the cluster has {free()} free")
 
     def _ends(self) -> bool:
         return self._over.is_set() or self._stop.is_set()
@@ -320,56 +320,6 @@ def _open_first(opener: Opener, cwd: str) -> tuple[Any, ...]:
     except WsssError as error:
         return __version__, error.message, error.hint
     return __version__, labeler.classes, labeler.settings
-
-
-def _connect(address: str | None, log: Callable[[str], None]) -> None:
-    asked = address or os.environ.get("RAY_ADDRESS") or "auto"
-    if asked.startswith("ray://"):
-        raise UsageError(
-            f"--ray-address {asked}: wsss must run on a node of the cluster, not as a client of it",
-            hint="ray job submit --address http://HEAD:8265 -- wsss label ... --on ray",
-        )
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        _check_listens(asked)
-        ray.init(address=asked, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
-        if asked != "auto":
-            raise WsssError(
-                f"--ray-address {asked}: no Ray cluster answers: {_last_line(error)}", hint="`ray status` on its head node"
-            ) from None
-        log("Ray: no cluster found; one is started on this machine")
-        ray.init(address="local", include_dashboard=False, **quiet)
-
-
-def _check_listens(address: str) -> None:
-    """Raises OSError or ValueError where nothing listens: Ray itself would ask for ever."""
-    if address not in ("auto", "local"):
-        host, _, port = address.rpartition(":")
-        if not port.isdecimal():
-            raise ValueError("expected HOST:PORT")
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-@contextlib.contextmanager
-def _context() -> Iterator[None]:
-    """The settings of Ray Data that a round's pipeline takes with it."""
-    context = DataContext.get_current()
-    wanted = {
-        "enable_progress_bars": False,
-        "target_max_block_size": 1,  # every row is a block: it is neither joined to others nor waits for them
-        "max_consecutive_actor_init_deaths": 10,
-        "execution_no_progress_timeout_s": -1,  # listing may take a while, or the cluster grow late: the user is told
-    }
-    before = {name: getattr(context, name) for name in wanted if hasattr(context, name)}
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    for name in before:
-        setattr(context, name, wanted[name])
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
 
 
 def _check_shared(labels: LabelWriter, receipts: Iterable[Receipt], host: str) -> None:
@@ -386,13 +336,3 @@ def _check_shared(labels: LabelWriter, receipts: Iterable[Receipt], host: str) -
         f"--out {folder.parent}: the labels that the labeler on {host} wrote are not there",
         hint="the store must be a folder that all nodes share, or in an object store (s3://...)",
     )
-
-
-def _free() -> str:
-    free = ray.available_resources()
-    return f"{free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} cores"
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__

@@ -1,6 +1,6 @@
 """Where a run on a cluster keeps its books: which images are out, with whom, and who died of what.
 
-One desk a run, an actor beside the driver; readers and labelers ask it (`ray_stages`), the driver tells it what is done
+One desk a run, an actor beside the driver; readers and labelers ask it, the driver tells it what is done
 (`on_ray`). It holds the tasks between the oldest image that is not done and ``spread`` images further, so that neither the
 desk, nor the driver, nor a manifest that waits for its next line grows with the folder. It knows nothing of Ray.
 """

@@ -80,8 +80,7 @@ def cluster(modules: Path) -> Iterator[Any]:
         patch.setenv("PYTHONPATH", f"{modules}:{Path(__file__).parents[2]}")
         cluster = Cluster(initialize_head=True, head_node_args=NODE)
         try:
-            for _ in range(2):
-                cluster.add_node(**NODE)
+            cluster.others = [cluster.add_node(**NODE) for _ in range(2)]
             ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
             yield cluster
         finally:
@@ -91,15 +90,17 @@ def cluster(modules: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def crew(cluster: Any, modules: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Crew:
-    """``crew(...)``: three labelers with scripted engines, opened with these arguments."""
+    """``crew(...)``: labelers with scripted engines, opened with these arguments."""
     from wsss.runtime.on_ray import RayCrew
 
     monkeypatch.syspath_prepend(modules)
     import scripted_ray  # type: ignore[import-not-found]
 
-    return lambda patience=60.0, **how: RayCrew(
-        partial(scripted_ray.open_labeler, world.bundle, **how), batch=2, patience=patience
-    )
+    def start(workers: int | None = None, *, patience: float = 60.0, **how: object) -> RayCrew:
+        opener = partial(scripted_ray.open_labeler, world.bundle, **how)
+        return RayCrew(opener, workers=workers, batch=2, patience=patience)
+
+    return start
 
 
 @pytest.fixture
@@ -114,6 +115,7 @@ def disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
 def many(world: World, tmp_path: Path) -> Path:
     for number in range(60):
         world.save(tmp_path / "many" / f"{number:02}.png", 30, 40, red=(number % 9, 2, 20 + number % 5, 20))
+    (tmp_path / "many" / "00.png").rename(tmp_path / "many" / os.fsdecode(b"00-\xff no Unicode.png"))
     (tmp_path / "many" / "10-bad.jpg").write_bytes(b"no")
     (tmp_path / "many" / "20-gone.jpg").symlink_to("nowhere")
     return tmp_path / "many"
@@ -157,7 +159,7 @@ def test_three_nodes_make_the_same_store_though_a_labeler_is_killed(
 
 
 def test_an_image_that_kills_labelers_fails_alone(crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
-    with crew(dies_of="23.png") as labelers:
+    with crew(2, dies_of="23.png") as labelers:
         summary = label_folder(labelers, many, tmp_path / "out", warn=quiet)
     assert (summary.labelled, summary.failed) == (59, 3)
     failed = {record["path"]: record["error"] for record in read_records(tmp_path / "out") if "error" in record}
@@ -168,9 +170,9 @@ def test_an_image_that_kills_labelers_fails_alone(crew: Crew, many: Path, tmp_pa
 
 def test_what_a_labeler_cannot_do_is_said(crew: Crew, many: Path, tmp_path: Path) -> None:
     with pytest.raises(WsssError, match="no such bundle") as caught:
-        crew(refuses="no such bundle")
+        crew(1, refuses="no such bundle")
     assert caught.value.hint == "do something"
-    with crew(full=True) as labelers, pytest.raises(StoreError, match="No space left"):
+    with crew(1, full=True) as labelers, pytest.raises(StoreError, match="No space left"):
         label_folder(labelers, many, tmp_path / "out", warn=quiet)
 
 
@@ -186,7 +188,7 @@ def test_a_run_whose_driver_is_killed_goes_on_and_may_be_stopped(
         from wsss.runtime.run import label_folder
 
         opener = partial(scripted_ray.open_labeler, Path({str(world.bundle)!r}), slow=0.05)
-        with RayCrew(opener, address={cluster.address!r}, batch=2) as crew:
+        with RayCrew(opener, address={cluster.address!r}, workers=2, batch=2) as crew:
             label_folder(crew, Path({str(more)!r}), Path({str(out)!r}), progress=lambda _: print("progress", flush=True))
     """
     env = {**os.environ, "PYTHONPATH": f"{modules}:{Path(__file__).parents[2]}"}
@@ -198,7 +200,7 @@ def test_a_run_whose_driver_is_killed_goes_on_and_may_be_stopped(
     records = list(read_records(out))
     assert 0 < len(records) < 400
     stop = threading.Event()
-    with crew(slow=0.05) as labelers:
+    with crew(2, slow=0.05) as labelers:
         summary = label_folder(labelers, more, out, stop=stop, progress=lambda _: stop.set(), warn=quiet)
     assert summary.stopped
     assert summary.skipped == len(records)
@@ -208,16 +210,15 @@ def test_a_run_whose_driver_is_killed_goes_on_and_may_be_stopped(
     assert contents(out) == whole
 
 
-def test_a_node_that_is_lost_is_not_waited_for(
+def test_a_node_that_is_lost_is_not_waited_for(  # the last one that needs all three
     crew: Crew, cluster: Any, many: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
-    node = cluster.add_node(**NODE)
     lost = threading.Event()
 
     def lose(_: Summary) -> None:
         if not lost.is_set():
             lost.set()
-            cluster.remove_node(node, allow_graceful=False)
+            cluster.remove_node(cluster.others[-1], allow_graceful=False)
 
     with crew(patience=10.0, slow=0.2) as labelers:
         summary = label_folder(labelers, many, tmp_path / "out", progress=lose, warn=quiet)
@@ -282,3 +283,30 @@ def test_without_ray_the_command_says_what_to_install(
     answer = wsss("label", photos, "--classes", "red", "--bundle", world.bundle, "--out", tmp_path / "out", "--on", "ray")
     assert answer.code == 1
     assert "pip install 'wsss[ray]'" in answer.err
+
+
+def test_a_gate_lets_many_through_together_or_one_alone() -> None:
+    from wsss.runtime.ray_labelers import Gate
+
+    gate, inside, seen = Gate(), list[str](), list[tuple[str, ...]]()
+    changing = threading.Lock()
+
+    def enter(name: str, way: Callable[[], Any]) -> None:
+        for _ in range(50):
+            with way():
+                with changing:
+                    inside.append(name)
+                    seen.append(tuple(inside))
+                threading.Event().wait(0.0005)
+                with changing:
+                    inside.remove(name)
+
+    threads = [threading.Thread(target=enter, args=(name, gate.shared)) for name in "abc"]
+    threads += [threading.Thread(target=enter, args=(name, gate.alone)) for name in "XY"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    assert all(len(names) == 1 for names in seen if {"X", "Y"} & set(names))
+    assert any(len(names) > 1 for names in seen)

@@ -1,8 +1,7 @@
-"""What runs on the nodes of a cluster: readers of files, and labelers. See `on_ray`.
+"""Labelers on the nodes of a cluster, in actors. See `on_ray`.
 
-Between them pass tables of one row, so that Ray neither joins nor divides them: a row of read files
-(``tasks``, ``told``, ``data``), then a row of receipts (``life``, ``host``, ``receipts``, ``seconds``, ``said``, ``error``). File
-names may be no Unicode: all but the bytes is JSON in ASCII.
+A row of receipts is a table of one row (``life``, ``host``, ``receipts``, ``seconds``, ``said``, ``error``), so that Ray
+neither joins nor divides it; JSON in ASCII, since file names may be no Unicode.
 """
 
 from __future__ import annotations
@@ -15,141 +14,26 @@ import socket
 import threading
 import time
 import uuid
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import Datasource, ReadTask
-from ray.data.block import BlockMetadata
 
 from ..errors import ImageError, StoreError, WsssError
-from ..photographs import ImageFile, Place, read_file
+from ..photographs import ImageFile
 from ..storeformat import LabelWriter
 from .ray_desk import Word
+from .ray_readers import desk_called, files_of, move_to
 from .run import Alone, Summary
 from .stream import NOTHING, Receipt, Task
 from .workers import DEATHS, Opener
 
-NAMESPACE = "wsss"
-"""Of the desks' names on the cluster."""
-READERS = 8
-"""Files that one reader has open at a time."""
-POLL = 0.2
-"""Seconds until a reader that was given nothing asks again."""
 BEAT = 2.0
 """Seconds between a labeler's signs of life."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How the readers of one round read.
-
-    Args:
-        desk: name of its actor.
-        round: number of the round.
-        rows: images in a row of files at most, and ``row_bytes`` bytes, unless one image alone is larger.
-        cwd: the driver's working folder; relative paths are meant from there, where a node has it.
-    """
-
-    desk: str
-    round: int
-    folder: Path | Place
-    cwd: str
-    rows: int
-    row_bytes: int
-
-
-class Slots(Datasource):
-    """So many readers, one after another; each asks the desk what to read when it is its turn."""
-
-    def __init__(self, count: int, how: Reading) -> None:
-        self._count, self._how = count, how
-
-    def __len__(self) -> int:
-        return self._count
-
-    def get_name(self) -> str:
-        """What Ray's messages call the stage."""
-        return "Photographs"
-
-    def estimate_inmemory_data_size(self) -> None:
-        """Unknown: the images are still being listed."""
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None
-    ) -> list[ReadTask]:
-        """One a slot."""
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(partial(_read_slot, self._how, number), unknown) for number in range(self._count)]
-
-
-def _read_slot(reading: Reading, number: int) -> Iterator[pa.Table]:
-    """A hand of tasks as rows of files. A file that cannot be read is a row's value, never an exception."""
-    _move_to(reading.cwd)
-    desk = desk_called(reading.desk)
-    while (tasks := ray.get(desk.take.remote((reading.round, number)))) is None:
-        time.sleep(POLL)
-    row: list[tuple[Task, dict[str, Any], bytes]] = []
-    for each in _read_ahead(reading.folder, tasks):
-        size = sum(len(data) for _, _, data in row)
-        if row and (len(row) == reading.rows or size + len(each[2]) > reading.row_bytes):
-            yield _row_of_files(row)
-            row = []
-        row.append(each)
-    if row:
-        yield _row_of_files(row)
-
-
-def _read_ahead(folder: Path | Place, tasks: Iterable[Task]) -> Iterator[tuple[Task, dict[str, Any], bytes]]:
-    upcoming = iter(tasks)
-    with ThreadPoolExecutor(READERS, "read") as threads:
-        ahead: deque[Future[tuple[Task, dict[str, Any], bytes]]] = deque()
-        while True:
-            while len(ahead) < READERS and (task := next(upcoming, None)) is not None:
-                ahead.append(threads.submit(_read, folder, task))
-            if not ahead:
-                return
-            yield ahead.popleft().result()
-
-
-def _read(folder: Path | Place, task: Task) -> tuple[Task, dict[str, Any], bytes]:
-    try:
-        file = read_file(folder, task.name)
-    except ImageError as error:
-        return task, {"error": error.message}, b""
-    told = {each.name: getattr(file, each.name) for each in dataclasses.fields(file) if each.name != "data"}
-    return task, told, file.data
-
-
-def _row_of_files(row: list[tuple[Task, dict[str, Any], bytes]]) -> pa.Table:
-    return pa.table(
-        {
-            "tasks": [json.dumps([task for task, _, _ in row])],
-            "told": [json.dumps([told for _, told, _ in row])],
-            "data": pa.array([[data for _, _, data in row]], pa.list_(pa.large_binary())),
-        }
-    )
-
-
-def desk_called(name: str) -> Any:
-    """The handle of a run's desk."""
-    return ray.get_actor(name, namespace=NAMESPACE)
-
-
-def _move_to(cwd: str) -> None:
-    if os.getcwd() != cwd:
-        with contextlib.suppress(OSError):  # a node without it: a relative path will not be found, and be named
-            os.chdir(cwd)
-
-
-# ---- labelers ----
 
 
 @dataclass(frozen=True)
@@ -186,7 +70,7 @@ class RayLabeler:
         self._refused = ""
         self._desk = desk_called(how.desk)
         seat = ray.get(self._desk.hello.remote(ray.get_runtime_context().get_actor_id(), self._life, self._host))
-        _move_to(how.cwd)
+        move_to(how.cwd)
         if how.cores:
             _sit(seat, how.cores)
         self._stop = threading.Event()
@@ -214,16 +98,12 @@ class RayLabeler:
         """A row of receipts for a row of files."""
         if self._work is None:
             return self._row([], self._refused)
-        tasks = [Task(*each) for each in json.loads(table["tasks"][0].as_py())]
-        word: Word = ray.get(self._desk.begin.remote(self._life, [task.number for task in tasks]))
+        files = files_of(table)
+        word: Word = ray.get(self._desk.begin.remote(self._life, [task.number for task, _ in files]))
         if word.stopped:
             return self._row([], "")
         left = set(word.leave)
-        mine = [
-            (task, _file_of(told, data))
-            for task, told, data in zip(tasks, json.loads(table["told"][0].as_py()), table["data"][0].values, strict=True)
-            if task.number not in left
-        ]
+        mine = [(task, file) for task, file in files if task.number not in left]
         try:
             if word.deaths:
                 return self._row(self._one_by_one(mine, word.deaths), "")
@@ -264,10 +144,6 @@ class RayLabeler:
                 "error": [error],
             }
         )
-
-
-def _file_of(told: Mapping[str, Any], data: pa.Scalar) -> ImageFile | ImageError:
-    return ImageError(told["error"]) if "error" in told else ImageFile(**told, data=data.as_py())
 
 
 def _sit(seat: int, cores: int) -> None:
