@@ -7,6 +7,7 @@ published models (``FULL``) or small ones with the same flow (``SMALL``).
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,8 +60,13 @@ FULL = Sizes(
 SMALL = Sizes(view_px=32, sam_px=64, mask_px=32, short_px=48, longest_px=80, canvases=((64, 64), (48, 80), (80, 48)), queries=30)
 
 
-def open_fake(sizes: Sizes = FULL, *, encoder_seconds: float = 0.0) -> Labeler:
-    """A labeler of VOC's classes whose engines answer at once; SAM's encoder, if asked, after ``encoder_seconds`` a call."""
+def open_fake(sizes: Sizes = FULL, *, encoder_seconds: float = 0.0, encoded: list[float] | None = None) -> Labeler:
+    """A labeler of VOC's classes whose engines answer at once.
+
+    Args:
+        encoder_seconds: how long SAM's encoder takes for a call.
+        encoded: gets the time (``perf_counter``) of the end of each of its calls.
+    """
     classes, device = parse_classes("voc"), Device()
     bundle = open_bundle(MINI)  # for its tokenizers and settings
     view, sam_px, mask = sizes.view_px, sizes.sam_px, sizes.mask_px
@@ -123,11 +129,17 @@ def open_fake(sizes: Sizes = FULL, *, encoder_seconds: float = 0.0) -> Labeler:
         {"phrases": AxisRange(1, 16, 64), "length": AxisRange(1, 8, 64)},
     )
     sam = _model(bundle.model("sam"), {"logits_side": mask}, longest_px=sam_px, canvases=((sam_px, sam_px),))
+
+    def encode(feeds: Feeds) -> Feeds:
+        if encoded is not None:
+            encoded.append(time.perf_counter())
+        return {"embedding": _ones(len(feeds["pixels"]), WIDTH)}
+
     encoder = engine(
         "encoder",
         {"pixels": _t("uint8", "batch", sam_px, sam_px, 3), "size": _t("int64", "batch", 2)},
         {"embedding": _t("float32", "batch", WIDTH)},
-        lambda feeds: {"embedding": _ones(len(feeds["pixels"]), WIDTH)},
+        encode,
         {"batch": AxisRange(1, 8, 8)},
         encoder_seconds,
     )
