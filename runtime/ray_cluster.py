@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,6 +63,7 @@ def pipeline_settings() -> Iterator[None]:
     }
     before = {name: getattr(context, name) for name in wanted if hasattr(context, name)}
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data")  # that a short run does not fill the pool
     for name in before:
         setattr(context, name, wanted[name])
     try:

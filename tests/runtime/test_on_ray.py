@@ -19,7 +19,7 @@ import pytest
 from wsss.errors import StoreError, WsssError
 from wsss.labelstore import read_records
 from wsss.runtime.pipeline import Labeler
-from wsss.runtime.run import Summary, label_folder
+from wsss.runtime.run import Summary, Tasks, label_folder
 
 if TYPE_CHECKING:
     from ..conftest import Answer, World
@@ -208,6 +208,18 @@ def test_a_run_whose_driver_is_killed_goes_on_and_may_be_stopped(
     assert len(list(read_records(out))) == summary.skipped + summary.labelled + summary.failed < 462
     label_folder(Labeler.open(world.bundle, classes=world.classes), more, out, warn=quiet)
     assert contents(out) == whole
+
+
+def test_a_new_round_takes_what_the_last_one_left(
+    crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tasks, "__length_hint__", lambda _: 0)  # so that there are slots for a few of them only
+    said: list[str] = []
+    with crew(1) as labelers:
+        summary = label_folder(labelers, many, tmp_path / "out", warn=said.append)
+    assert (summary.labelled, summary.failed) == (60, 2)
+    assert "Ray: a round ended; a new one begins with the 46 images that are out" in said
+    assert contents(tmp_path / "out") == whole
 
 
 def test_a_node_that_is_lost_is_not_waited_for(  # the last one that needs all three
