@@ -229,7 +229,7 @@ class RayCrew:
                 RayLabeler,
                 fn_constructor_kwargs={"how": labelling},
                 batch_format="pyarrow",
-                batch_size=None,
+                batch_size=1,
                 num_cpus=self._cores,
                 num_gpus=1 if self._gpu else 0,
                 compute=ActorPoolStrategy(

@@ -60,7 +60,7 @@ def open_labeler(bundle, *, dies_once="", dies_of="", margin=0.1, full=False, re
     return pipeline.Labeler.open(bundle, classes=world.classes, rules=pipeline.Rules(margin=margin))
 """
 Crew = Callable[..., Any]
-NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(modules: Path) -> Iterator[Any]:
-    """Three nodes with a core each."""
+    """Three nodes, each with a core, and a GPU as far as Ray is told."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
@@ -96,9 +96,9 @@ def crew(cluster: Any, modules: Path, world: World, monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(modules)
     import scripted_ray  # type: ignore[import-not-found]
 
-    def start(workers: int | None = None, *, patience: float = 60.0, **how: object) -> RayCrew:
+    def start(workers: int = 3, *, gpu: bool | None = False, patience: float = 60.0, **how: object) -> RayCrew:
         opener = partial(scripted_ray.open_labeler, world.bundle, **how)
-        return RayCrew(opener, workers=workers, batch=2, patience=patience)
+        return RayCrew(opener, workers=workers, gpu=gpu, batch=2, patience=patience)
 
     return start
 
@@ -188,7 +188,7 @@ def test_a_run_whose_driver_is_killed_goes_on_and_may_be_stopped(
         from wsss.runtime.run import label_folder
 
         opener = partial(scripted_ray.open_labeler, Path({str(world.bundle)!r}), slow=0.05)
-        with RayCrew(opener, address={cluster.address!r}, workers=2, batch=2) as crew:
+        with RayCrew(opener, address={cluster.address!r}, workers=2, gpu=False, batch=2) as crew:
             label_folder(crew, Path({str(more)!r}), Path({str(out)!r}), progress=lambda _: print("progress", flush=True))
     """
     env = {**os.environ, "PYTHONPATH": f"{modules}:{Path(__file__).parents[2]}"}
@@ -215,7 +215,7 @@ def test_a_new_round_takes_what_the_last_one_left(
 ) -> None:
     monkeypatch.setattr(Tasks, "__length_hint__", lambda _: 0)  # so that there are slots for a few of them only
     said: list[str] = []
-    with crew(1) as labelers:
+    with crew(1, gpu=None) as labelers:  # the cluster has GPUs: they get one each
         summary = label_folder(labelers, many, tmp_path / "out", warn=said.append)
     assert (summary.labelled, summary.failed) == (60, 2)
     assert "Ray: a round ended; a new one begins with the 46 images that are out" in said
