@@ -222,7 +222,8 @@ def test_a_new_round_takes_what_the_last_one_left(
     assert contents(tmp_path / "out") == whole
 
 
-def test_a_node_that_is_lost_is_not_waited_for(  # the last one that needs all three
+@pytest.mark.slow
+def test_a_node_that_is_lost_is_not_waited_for(  # the last one: it takes a node away
     crew: Crew, cluster: Any, many: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     lost = threading.Event()
