@@ -116,6 +116,12 @@ def test_the_gather_form_passes_the_same_gate(model: transformers.GroundingDinoF
     judged(graph, OrtEngine(path, graph.spec(path.name, OPSET), threads=1))
 
 
+def test_seeded_weights_give_logits_as_large_as_trained_ones_do(exported: dict[str, tuple[Graph, OrtEngine]]) -> None:
+    graph, engine = exported["image-96x128"]
+    logits = np.asarray(engine(graph.sample(3, 3))["logits"])
+    assert 0.5 < logits[np.isfinite(logits)].std() < 4  # untrained, a product of two normed vectors: 8
+
+
 def _swap_captions(feeds: Feeds) -> Feeds:
     order = np.roll(np.arange(len(feeds["phrase"])), 1)
     return {**feeds, **{name: np.asarray(feeds[name])[order] for name in ("text", "phrase", "position")}}
