@@ -7,7 +7,6 @@ published models (``FULL``) or small ones with the same flow (``SMALL``).
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -60,12 +59,15 @@ FULL = Sizes(
 SMALL = Sizes(view_px=32, sam_px=64, mask_px=32, short_px=48, longest_px=80, canvases=((64, 64), (48, 80), (80, 48)), queries=30)
 
 
-def open_fake(sizes: Sizes = FULL, *, encoder_seconds: float = 0.0, encoded: list[float] | None = None) -> Labeler:
+def open_fake(
+    sizes: Sizes = FULL, *, encoder_seconds: float = 0.0, queued: bool = False, ends: list[float] | None = None
+) -> Labeler:
     """A labeler of VOC's classes whose engines answer at once.
 
     Args:
         encoder_seconds: how long SAM's encoder takes for a call.
-        encoded: gets the time (``perf_counter``) of the end of each of its calls.
+        queued: its calls return at once, as TensorRT's do; otherwise they return when they are computed.
+        ends: gets the moment (``perf_counter``) at which each of its calls was computed.
     """
     classes, device = parse_classes("voc"), Device()
     bundle = open_bundle(MINI)  # for its tokenizers and settings
@@ -78,10 +80,13 @@ def open_fake(sizes: Sizes = FULL, *, encoder_seconds: float = 0.0, encoded: lis
         script: Script,
         axes: Mapping[str, AxisRange],
         seconds: float = 0.0,
+        ends: list[float] | None = None,
     ) -> Engine:
         named = [tuple(dataclasses.replace(spec, name=key) for key, spec in each.items()) for each in (inputs, outputs)]
         spec = GraphSpec(file=f"{name}.onnx", inputs=named[0], outputs=named[1], axes=axes, opset=18)
-        return device.engine(FakeEngine(spec, script, seconds=seconds), name)
+        fake = FakeEngine(spec, script, seconds=seconds, queued=queued)
+        fake.ends = fake.ends if ends is None else ends
+        return device.engine(fake, name)
 
     def detector(canvas: tuple[int, int]) -> Engine:
         return engine(
@@ -129,19 +134,14 @@ def open_fake(sizes: Sizes = FULL, *, encoder_seconds: float = 0.0, encoded: lis
         {"phrases": AxisRange(1, 16, 64), "length": AxisRange(1, 8, 64)},
     )
     sam = _model(bundle.model("sam"), {"logits_side": mask}, longest_px=sam_px, canvases=((sam_px, sam_px),))
-
-    def encode(feeds: Feeds) -> Feeds:
-        if encoded is not None:
-            encoded.append(time.perf_counter())
-        return {"embedding": _ones(len(feeds["pixels"]), WIDTH)}
-
     encoder = engine(
         "encoder",
         {"pixels": _t("uint8", "batch", sam_px, sam_px, 3), "size": _t("int64", "batch", 2)},
         {"embedding": _t("float32", "batch", WIDTH)},
-        encode,
+        lambda feeds: {"embedding": _ones(len(feeds["pixels"]), WIDTH)},
         {"batch": AxisRange(1, 8, 8)},
         encoder_seconds,
+        ends,
     )
     decoder = engine(
         "decoder",

@@ -11,7 +11,10 @@ Figures of `results/host-path.json`:
     On one core and on two, and how that scales.
 ``engine_bound``
     A small chain whose SAM encoder takes 20 ms a batch of 8: wall time of the whole run over the encoder's own; how much of
-    it passed before its first call and after its last; and the processor time of the run over both cores' wall time.
+    it passed before its first call and after its last; and the processor time of the run over both cores' wall time. Its
+    calls are queued, as TensorRT's are on a GPU.
+``engine_bound_blocking``
+    The same with an engine that holds its caller until it has computed, as ONNX Runtime's do.
 ``memory_mib``
     Peak of a run over 500 and over 5,000 images; and over 100,000 listed ones, stopped after the first.
 ``decoders_ms``
@@ -99,25 +102,30 @@ def rate(folder: Path) -> dict[str, float]:
     return {"images_per_second": summary.labelled / summary.seconds}
 
 
-def engine_bound(folder: Path) -> dict[str, float]:
+def engine_bound(folder: Path, *, queued: bool = True) -> dict[str, float]:
     """Wall time of a run over what its engines took, start and end of the run included."""
-    encoded: list[float] = []
-    labeler = open_fake(SMALL, encoder_seconds=ENGINE_SECONDS, encoded=encoded)
+    ends: list[float] = []
+    labeler = open_fake(SMALL, encoder_seconds=ENGINE_SECONDS, queued=queued, ends=ends)
     with tempfile.TemporaryDirectory() as out:
         label_folder(labeler, folder / "000", Path(out) / "warm")
-        encoded.clear()
+        ends.clear()
         begun, used = time.perf_counter(), time.process_time()
         label_folder(labeler, folder, Path(out) / "store")
         ended, used = time.perf_counter(), time.process_time() - used
-    pure = ENGINE_SECONDS * len(encoded)
+    pure = ENGINE_SECONDS * len(ends)
     return {
         "wall_s": ended - begun,
         "engine_s": pure,
         "ratio": (ended - begun) / pure,
-        "start_s": encoded[0] - ENGINE_SECONDS - begun,
-        "end_s": ended - encoded[-1],
+        "start_s": ends[0] - ENGINE_SECONDS - begun,
+        "end_s": ended - ends[-1],
         "host_load": used / (len(os.sched_getaffinity(0)) * (ended - begun)),
     }
+
+
+def engine_bound_blocking(folder: Path) -> dict[str, float]:
+    """The same with an engine that holds its caller."""
+    return engine_bound(folder, queued=False)
 
 
 def memory(folder: Path) -> dict[str, float]:
@@ -174,7 +182,7 @@ def decoders(folder: Path) -> dict[str, Any]:
     return told
 
 
-PARTS = {part.__name__: part for part in (cpu, rate, engine_bound, memory, decoders)}
+PARTS = {part.__name__: part for part in (cpu, rate, engine_bound, engine_bound_blocking, memory, decoders)}
 
 
 def measure(folder: Path, count: int) -> dict[str, Any]:
@@ -199,7 +207,10 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     return {
         "cpu": {name: round(value, 2) for name, value in part("cpu", "voc", 1).items()},
         "images_per_second": {"one_core": round(one, 1), "two_cores": round(two, 1), "scaling": round(two / one, 2)},
-        "engine_bound": {name: round(value, 3) for name, value in part("engine_bound", "small", 2).items()},
+        **{
+            bound: {name: round(value, 3) for name, value in part(bound, "small", 2).items()}
+            for bound in ("engine_bound", "engine_bound_blocking")
+        },
         "memory_mib": peaks,
         "decoders_ms": part("decoders", "voc", 1),
     }
