@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableSequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +55,7 @@ class FakeEngine:
         self._queueing, self._free_at = threading.Lock(), 0.0
         self.ends: list[float] = []
         """With ``seconds``: when each call was computed (``perf_counter``)."""
-        self.calls: list[dict[str, tuple[int, ...]]] = []
+        self.calls: MutableSequence[dict[str, tuple[int, ...]]] = []
         """Shape of every input of every call so far."""
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
