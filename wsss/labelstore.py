@@ -85,9 +85,9 @@ class LabelFolder:
 
     def _publish(self, path: Path, name: str, save: Callable[[BinaryIO], None]) -> None:
         try:
-            with _temporary(path, self.temporary) as file:  # first, so that a store that was removed is not begun anew
+            make_folder(path.parent, within=self.folder.parent)  # a store that was moved away is not begun anew
+            with _temporary(path, self.temporary) as file:
                 save(file)
-                make_folder(path.parent)
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ):
                 raise ImageError(f"{name}: a label cannot have this name: {error.strerror}") from None
@@ -309,11 +309,13 @@ def write_atomically(path: Path, data: bytes, temporary: Path | None = None) -> 
     _sync(path.parent)
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it, where missing, to outlast a power cut. Raises OSError."""
+def make_folder(folder: Path, within: Path | None = None) -> None:
+    """Makes a folder and those above it, where missing, to outlast a power cut; ``within`` must be there. Raises OSError."""
     if folder.is_dir():
         return
-    make_folder(folder.parent)
+    if folder == within:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    make_folder(folder.parent, within)
     try:
         folder.mkdir()
     except FileExistsError:  # another thread or shard was faster, or it is a file

@@ -275,3 +275,21 @@ def test_a_name_that_is_no_unicode_is_kept(folder: Path) -> None:
         assert [photo.name for photo in store.missing(photos(name))] == []
     assert [line["label"] for line in read_records(folder)] == [f"{name}.png"]
     assert read_label(folder / "labels" / f"{name}.png").shape == (2, 3)
+
+
+def test_a_store_that_is_moved_in_the_middle_of_a_write_is_not_begun_anew(
+    store: LabelStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = labelstore._save
+
+    def move_and_save(label_map: np.ndarray, file: Any) -> None:
+        folder.rename(folder.with_name("elsewhere"))
+        save(label_map, file)
+
+    with monkeypatch.context() as moving, pytest.raises(StoreError, match="No such file"):
+        moving.setattr(labelstore, "_save", move_and_save)
+        store.labels.write("a/b.png", LABEL_MAP)
+    with pytest.raises(StoreError, match="No such file"):
+        store.labels.write("a/c.png", LABEL_MAP)
+    assert not folder.exists()
+    folder.with_name("elsewhere").rename(folder)
