@@ -11,8 +11,9 @@ pip = PYTHONWARNINGS=ignore $(1)/python -m pip install
 demo: build/demo-venv/.installed
 	build/demo-venv/bin/wsss demo --out demo
 
+# A file to a process at a time: fixtures that export are made once. Two processes fit the memory of small machines.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed types
 	$(BIN)/ruff format --check .

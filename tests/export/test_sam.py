@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wsss.engines.eager import EagerEngine
 from wsss.engines.ort import OrtEngine
 from wsss.errors import ParityError, UsageError, WeightsError
-from wsss.export import sam, verify
+from wsss.export import exporting, sam, verify
 from wsss.export.exporting import export_model, verify_model
 from wsss.export.family import Family, Graph, Options, Prepared
 from wsss.export.reference import open_eager
@@ -96,12 +96,12 @@ def test_the_manifest_holds_what_the_runtime_needs(model: Model) -> None:
 
 
 def test_verify_runs_the_gate_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsss.export.exporting.family", lambda name: TOY)
+    monkeypatch.setattr(exporting, "family", lambda name: TOY)
     assert list(verify_model(model, None, print)) == ["encoder", "decoder", "fuse"]
 
 
 def test_the_eager_engine_is_rebuilt_from_the_weights(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsss.export.exporting.family", lambda name: TOY)
+    monkeypatch.setattr(exporting, "family", lambda name: TOY)
     feeds = sam.sample_photographs(SIDE, 2, 5)
     eager, ort = (each(feeds)["embedding"] for each in (open_eager(model, "encoder"), engine(model, "encoder")))
     np.testing.assert_allclose(np.asarray(ort), np.asarray(eager), atol=1e-4)
