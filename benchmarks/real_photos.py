@@ -19,6 +19,7 @@ from pathlib import Path
 import onnxruntime
 
 from .. import __version__
+from ..labelstore import read_records
 from ..runtime.pipeline import Labeler, Rules
 from ..runtime.run import label_folder
 
@@ -52,7 +53,8 @@ def main() -> None:
         progress=lambda summary: print(summary, file=sys.stderr, flush=True),
     )
     runs = [json.loads(line) for line in (arguments.store / "history.jsonl").read_text().splitlines()]
-    labelled = sum(run["labelled"] for run in runs)
+    records = [record for record in read_records(arguments.store) if "label" in record]
+    timed = sum(run["labelled"] for run in runs)  # a killed run's labels stay, its clock is lost
     stages = {stage: sum(run["stage_seconds"].get(stage, 0.0) for run in runs) for stage in runs[0]["stage_seconds"]}
     told = {
         "wsss": __version__,
@@ -62,12 +64,11 @@ def main() -> None:
         "rules": labeler.settings["rules"],
         "batch": arguments.batch,
         "images": runs[-1]["images"],
-        "labelled": labelled,
+        "labelled": len(records),
         "failed": runs[-1]["failed"] + runs[-1]["failed_before"],
-        "boxes": sum(run["boxes"] for run in runs),
-        "runs": len(runs),
-        "seconds": round(sum(run["seconds"] for run in runs), 1),
-        "seconds_per_image": {stage: round(taken / max(labelled, 1), 3) for stage, taken in stages.items()},
+        "boxes": sum(len(record["boxes"]) for record in records),
+        "images_timed": timed,
+        "seconds_per_image": {stage: round(taken / max(timed, 1), 3) for stage, taken in stages.items()},
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
