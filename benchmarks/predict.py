@@ -37,7 +37,7 @@ class TrainedStage:
     def __init__(self, run: Path, *, precision: str, scales: Sequence[float], flip: bool, device: torch.device) -> None:
         segmenter, self.record = load_run(run)
         self._segmenter = segmenter.to(device)
-        self._args = DataArgs(mean=self.record.mean, std=self.record.std)
+        self._args = DataArgs(mean=self.record.mean, std=self.record.std, shorter_px=self.record.shorter_px)
         self._dtype, self._device, self._scales, self._flip = DTYPES[precision], device, tuple(scales), flip
 
     @torch.inference_mode()

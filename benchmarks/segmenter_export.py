@@ -49,7 +49,15 @@ def measure(folder: Path, work: Path, name: str, *, steps: int, photographs: int
     config = config_from(
         {**preset("mini"), "model": {"architecture": architecture, "encoder": encoder}},
         {
-            "data": {"crop": 128, "scale": [0.25, 0.75], "balance": "weights", "validation_share": 0.0},
+            "data": {
+                "shorter_px": 0,
+                "crop": 128,
+                "largest_share": 1.0,
+                "batch": 8,
+                "scale": [0.25, 0.75],
+                "balance": "weights",
+                "validation_share": 0.0,
+            },
             "optimizer": {"steps": steps, "warm_up": 5, "rate": NETWORKS[name]},
         },
     )

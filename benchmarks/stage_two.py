@@ -79,7 +79,7 @@ def _log(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.stage_two", description=__doc__)
-    parser.add_argument("--images", type=int, default=600)
+    parser.add_argument("--images", type=int, default=1800)
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--steps", type=int, default=config_from(preset("mini")).optimizer.steps)
     parser.add_argument("--threads", type=int, default=2)

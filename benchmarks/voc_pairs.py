@@ -37,8 +37,8 @@ from .predict import trained_labeler
 
 RESULT = Path(__file__).parent / "results" / "voc-pairs-training.json"
 SETTINGS: dict[str, Any] = {
-    "model": {"options": {"decoder_channels": 128}},
-    "data": {"crop": 96, "batch": 8, "scale": [0.25, 0.5], "validation_share": 0.0},
+    "model": {"architecture": "deeplabv3plus", "encoder": "resnet18", "options": {"decoder_channels": 128}},
+    "data": {"shorter_px": 0, "crop": 96, "largest_share": 1.0, "batch": 8, "scale": [0.25, 0.5], "validation_share": 0.0},
     "optimizer": {"rate": 1e-3, "warm_up": 20},
     "machine": {"log_steps": 5},
 }

@@ -1,7 +1,7 @@
 """The trained segmenter: a run of ``wsss train`` as one graph for each canvas, label map and confidence computed inside.
 
-A photograph is not resized: it was trained on at its own scale. It goes on the smallest canvas that holds it, and a larger
-one is read in overlapping tiles. Settings of the manifest (all read by the runtime):
+A photograph keeps the scale it was trained on at: its own, or one shorter side for all. It goes on the smallest canvas that
+holds it, and a larger one is read in overlapping tiles. Settings of the manifest (all read by the runtime):
 
 - ``classes``: names by label value from 1; label 0 is background.
 - ``overlap_px``: how far neighbouring tiles reach into each other; a pixel is read from the tile whose edge is farther.
@@ -42,7 +42,8 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
         variant: ``trained`` for a run's folder, which says what it is; for ``random:SEED`` ARCHITECTURE/ENCODER, for
             example ``segformer/b0``.
         weights: the folder of a run (``wsss train --out``), or ``random:SEED``.
-        options: canvases (default: one square of the training crop) and the range of images a call.
+        options: canvases (default: one square of the training crop; where all photographs have the same shorter side, that
+            by one and a half of it, lying and standing) and the range of images a call.
 
     Raises:
         UsageError: an unknown architecture, or a canvas that the network cannot take.
@@ -58,8 +59,7 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
     else:
         segmenter, record = _random(variant, seed)
         told = weights_record(weights, None, segmenter)
-    side = -(-record.crop // record.multiple_of) * record.multiple_of
-    canvases = tuple(sorted(options.sizes or ((side, side),), key=lambda canvas: canvas[0] * canvas[1]))
+    canvases = tuple(sorted(options.sizes or _canvases(record), key=lambda canvas: canvas[0] * canvas[1]))
     for canvas in canvases:
         if any(length % record.multiple_of for length in canvas):
             raise UsageError(
@@ -69,8 +69,9 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
         variant=variant if seed is not None else f"{record.architecture}/{record.encoder}",
         graphs=[partial(image_graph, segmenter, record, canvas, options.batch or BATCH) for canvas in canvases],
         preprocess=Preprocess(
-            resize="none",
+            resize="shorter" if record.shorter_px else "none",
             longest_px=max(max(canvas) for canvas in canvases),
+            short_px=record.shorter_px,
             filter="bilinear",
             canvases=canvases,
             mean=record.mean,
@@ -80,6 +81,16 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
         settings={"classes": list(record.classes), "overlap_px": min(min(canvas) for canvas in canvases) // 4},
         weights=told,
     )
+
+
+def _canvases(record: RunRecord) -> tuple[tuple[int, int], ...]:
+    def rounded_up(px: int) -> int:
+        return -(-px // record.multiple_of) * record.multiple_of
+
+    if not record.shorter_px:
+        return ((rounded_up(record.crop),) * 2,)
+    short, long = rounded_up(record.shorter_px), rounded_up(-(-record.shorter_px * 3 // 2))  # cameras make 4:3 and 3:2
+    return (short, long), (long, short)
 
 
 def _record_of(folder: Path) -> dict[str, str]:

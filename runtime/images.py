@@ -222,9 +222,12 @@ def on_canvas(pixels: np.ndarray | Image.Image, frame: Frame, filter: str, out: 
         out: the canvas, black; None makes one.
     """
     height, width = frame.valid
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    if (width, height) != image.size:
-        pixels = image.resize((width, height), _FILTERS[filter])
     canvas = np.zeros((*frame.canvas, 3), np.uint8) if out is None else out
-    canvas[:height, :width] = np.asarray(pixels)
+    canvas[:height, :width] = resized_pixels(pixels, frame.valid, filter)
     return canvas
+
+
+def resized_pixels(pixels: np.ndarray | Image.Image, size: tuple[int, int], filter: str) -> np.ndarray:
+    """(h, w, 3) uint8 at this (height, width) by PIL's antialiased resize; the given pixels where they have it."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    return np.asarray(image.resize(size[::-1], _FILTERS[filter]) if size[::-1] != image.size else pixels)

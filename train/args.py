@@ -58,12 +58,19 @@ class DataArgs:
 
     crop: int = 512
     """Side of the square training crop, pixels."""
+    largest_share: float = 1.0
+    """A crop of which one label covers more than this share is drawn again, up to ten times (mmsegmentation's
+    ``cat_max_ratio``, 0.75 there): fewer crops of mere background."""
     batch: int = 16
     """Images of one optimizer step, over all processes and forward passes together."""
     accumulate: int = 1
     """Forward passes that make up one step on each process."""
+    shorter_px: int = 0
+    """Every image is first resized so that its shorter side has so many pixels and its longer one at most four times as many,
+    in training and ever after (mmsegmentation's ``Resize`` with ``keep_ratio``): the network meets objects of fewer sizes.
+    0: images stay at their own scale."""
     scale: tuple[float, float] = (0.5, 2.0)
-    """Smallest and largest factor by which an image is resized before the crop, drawn uniformly."""
+    """Smallest and largest factor by which an image is resized before the crop, drawn uniformly; on top of ``shorter_px``."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
@@ -86,8 +93,10 @@ class DataArgs:
         _at_least("data.crop", self.crop, 16)
         _at_least("data.batch", self.batch, 1)
         _at_least("data.accumulate", self.accumulate, 1)
+        _at_least("data.shorter_px", self.shorter_px, 0)
         _at_least("data.validation_limit", self.validation_limit, 1)
         _within("data.flip", self.flip, 0, 1)
+        _within("data.largest_share", self.largest_share, 0.1, 1)
         _within("data.sampling_threshold", self.sampling_threshold, 0, 1)
         _within("data.validation_share", self.validation_share, 0, 0.9)
         low, high = self.scale

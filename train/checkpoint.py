@@ -60,6 +60,8 @@ class RunRecord:
     """Trained on, validation aside."""
     tools: Mapping[str, str]
     """Versions of what trained it."""
+    shorter_px: int = 0
+    """Shorter side to which every image is resized first; 0: none is, as in runs that do not tell."""
     format: int = FORMAT
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -20,6 +21,7 @@ from torchvision.transforms import v2
 
 from ..batch import VOID
 from ..errors import StoreError, WsssError
+from ..frame import scaled, shorter_factor
 from ..labelstore import read_label
 from ..photographs import read_photograph
 from .args import DataArgs
@@ -29,6 +31,7 @@ from .survey import Item
 _ORDER, _AUGMENT, _STEP = 0, 1, 2
 _BLOCK = 4096
 """Weighted draws are made so many at a time."""
+_CROPS_TRIED = 10
 
 
 @dataclass(slots=True, kw_only=True)
@@ -123,7 +126,9 @@ class Crops(Dataset[Batch | WsssError]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(_AUGMENT, self._seed, position))
             scale = float(torch.empty(1).uniform_(*self._args.scale))
-            image, mask = self._augment(*resized(pixels, label, scale))
+            size = working_size(label.shape, self._args, scale)
+            cut = random_crop(resized(pixels, size), resized_label(label, size), self._args)
+            image, mask = self._augment(*cut)
         return Batch(
             pixels=normalised(image, self._args)[None],
             label=mask[None],
@@ -143,24 +148,48 @@ def read_pair(store: Path, images: Path, item: Item) -> tuple[np.ndarray, np.nda
     return photo.pixels, label
 
 
-def resized(pixels: np.ndarray, label: np.ndarray, scale: float) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """Image (3, h, w) and label (h, w) uint8, scaled: bilinear with antialias, and nearest."""
-    image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
-    mask = tv_tensors.Mask(torch.from_numpy(label))
-    size = [max(1, round(side * scale)) for side in label.shape]
-    return (
-        tv_tensors.Image(v2.functional.resize(image, size, antialias=True)),
-        tv_tensors.Mask(v2.functional.resize(mask[None], size, v2.InterpolationMode.NEAREST_EXACT)[0]),
-    )
+def working_size(shape: tuple[int, ...], args: DataArgs, scale: float = 1.0) -> tuple[int, int]:
+    """(height, width) at which the network sees a photograph of (height, width), at this scale."""
+    height, width = shape
+    return scaled(height, width, scale * (shorter_factor(height, width, args.shorter_px) if args.shorter_px else 1))
+
+
+def resized(pixels: np.ndarray, size: tuple[int, int]) -> tv_tensors.Image:
+    """(H, W, 3) uint8 as (3, h, w): Pillow's bilinear with antialias, as the runtime resizes."""
+    if pixels.shape[:2] != size:
+        pixels = np.array(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def resized_label(label: np.ndarray, size: tuple[int, int]) -> tv_tensors.Mask:
+    """(H, W) uint8 as (h, w): the nearest pixel's."""
+    mask = torch.from_numpy(label)[None]
+    return tv_tensors.Mask(v2.functional.resize(mask, list(size), v2.InterpolationMode.NEAREST_EXACT)[0])
+
+
+def random_crop(image: tv_tensors.Image, label: tv_tensors.Mask, args: DataArgs) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """A square of ``args.crop`` pixels, padded with the mean colour and void; see ``args.largest_share``."""
+    side = args.crop
+    across, down = (max(side - length, 0) for length in (label.shape[1], label.shape[0]))
+    if across or down:  # on both sides, so that the crop lies anywhere around it
+        image = v2.functional.pad(image, [across, down], fill=[round(value) for value in args.mean])
+        label = v2.functional.pad(label, [across, down], fill=VOID)
+    height, width = label.shape
+    for _ in range(_CROPS_TRIED):
+        top, left = (int(torch.randint(length - side + 1, ())) for length in (height, width))
+        cut = label[top : top + side, left : left + side]
+        if args.largest_share == 1:
+            break
+        known = cut[cut != VOID]
+        if known.bincount(minlength=1).max() < args.largest_share * len(known):
+            break
+    return tv_tensors.Image(image[:, top : top + side, left : left + side]), tv_tensors.Mask(cut)
 
 
 def augmentation(args: DataArgs) -> v2.Transform:
-    """Crop (padded with the mean colour and void), flip and colour jitter."""
-    fill = {tv_tensors.Image: [round(value) for value in args.mean], tv_tensors.Mask: VOID}
-    steps = [v2.RandomCrop(args.crop, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip(args.flip)]
-    if any(args.jitter):
-        steps.append(v2.ColorJitter(*args.jitter))
-    return v2.Compose(steps)
+    """Flip and colour jitter."""
+    flip = v2.RandomHorizontalFlip(args.flip)
+    return v2.Compose([flip, v2.ColorJitter(*args.jitter)]) if any(args.jitter) else flip
 
 
 def normalised(image: Tensor, args: DataArgs) -> Tensor:

@@ -271,6 +271,7 @@ def _record(source: Source, config: Config, multiple_of: int, init: Initial) -> 
         store=source.survey.digest,
         images=len(source.training),
         tools={"wsss": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        shorter_px=config.data.shorter_px,
     )
 
 

@@ -69,7 +69,8 @@ power = 0.9
 """,
     "segformer": """
 source = '''SegFormer, arXiv:2105.15203, section 4.1, the ADE20K schedule; colour jitter as mmsegmentation's \
-PhotoMetricDistortion (brightness 32/255, contrast and saturation 0.5, hue 18/180). Not as there: 40,000 steps for 160,000'''
+PhotoMetricDistortion (brightness 32/255, contrast and saturation 0.5, hue 18/180). \
+Not as there: 40,000 steps for 160,000'''
 
 [model]
 architecture = "segformer"
@@ -77,7 +78,9 @@ encoder = "b2"
 init = "hub:nvidia/mit-b2"
 
 [data]
+shorter_px = 512
 crop = 512
+largest_share = 0.75
 batch = 16
 scale = [0.5, 2.0]
 jitter = [0.125, 0.5, 0.5, 0.1]
@@ -103,6 +106,7 @@ init = "hub:facebook/mask2former-swin-tiny-coco-panoptic"
 new_head = true
 
 [data]
+shorter_px = 512
 crop = 512
 batch = 16
 scale = [0.5, 2.0]
@@ -123,17 +127,19 @@ power = 0.9
 """,
     "mini": """
 source = "chosen here for the drawn scenes of wsss.mini, random weights and a CPU (benchmarks/stage_two.py)"
-validation_steps = 200
+validation_steps = 600
 
 [model]
-architecture = "deeplabv3plus"
-encoder = "resnet18"
-options = { decoder_channels = 128 }
+architecture = "unet"
+encoder = "tu-resnet10t"
+options = { encoder_depth = 4, decoder_channels = [64, 48, 32, 16] }
 
 [data]
-crop = 160
-batch = 8
-scale = [0.4, 1.2]
+shorter_px = 160
+crop = 64
+largest_share = 0.75
+batch = 32
+scale = [0.75, 1.35]
 jitter = [0.1, 0.1, 0.1, 0.0]
 
 [optimizer]

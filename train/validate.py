@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .args import Config, DataArgs
-from .data import normalised, read_pair, resized
+from .data import normalised, read_pair, resized, working_size
 from .distributed import World
 from .evaluate import confusion_matrix, mean_iou
 from .model import Segmenter
@@ -46,14 +46,25 @@ def predictions(
         yield pixels, label, logits.argmax(dim=0).to(torch.uint8).cpu().numpy()
 
 
-def whole_image_logits(segmenter: Segmenter, pixels: np.ndarray, args: DataArgs, device: torch.device) -> Tensor:
-    """(C, H, W) logits of one photograph (H, W, 3) uint8, padded to the right and below with the mean colour."""
-    image = normalised(torch.from_numpy(pixels).permute(2, 0, 1), args).to(device)
+def whole_image_logits(
+    segmenter: Segmenter, pixels: np.ndarray, args: DataArgs, device: torch.device, *, scale: float = 1.0, mirrored: bool = False
+) -> Tensor:
+    """(C, H, W) logits of one photograph (H, W, 3) uint8, as it was trained on: resized to ``shorter_px``, padded to the right
+    and below with the mean colour. What was resized comes back bilinearly (as mmsegmentation's ``resize`` of the logits).
+
+    Args:
+        scale: a further factor of the photograph's size. mirrored: seen from left to right.
+    """
+    image = normalised(resized(pixels, working_size(pixels.shape[:2], args, scale)), args).to(device)
+    image = image.flip(-1) if mirrored else image
     height, width = image.shape[1:]
     right, below = -width % segmenter.multiple_of, -height % segmenter.multiple_of
     padded = F.pad(image, (0, right, 0, below))  # normalised: zero is the mean
-    logits: Tensor = segmenter(padded[None])[0, :, :height, :width]
-    return logits
+    logits: Tensor = segmenter(padded[None])[..., :height, :width]
+    logits = logits.flip(-1) if mirrored else logits
+    if (height, width) != pixels.shape[:2]:
+        logits = F.interpolate(logits, pixels.shape[:2], mode="bilinear", align_corners=False)
+    return logits[0]
 
 
 def averaged_probabilities(
@@ -72,13 +83,9 @@ def averaged_probabilities(
             (as mmsegmentation's ``aug_test``).
         flip: each copy also mirrored.
     """
-    size = pixels.shape[:2]
-    total = torch.zeros(segmenter.classes, *size, device=device)
-    blank = np.zeros(size, np.uint8)
+    total = torch.zeros(segmenter.classes, *pixels.shape[:2], device=device)
     for scale in scales:
-        copy = pixels if scale == 1 else resized(pixels, blank, scale)[0].permute(1, 2, 0).numpy()
         for mirrored in (False, True) if flip else (False,):
-            logits = whole_image_logits(segmenter, copy[:, ::-1].copy() if mirrored else copy, args, device)
-            logits = logits.flip(-1) if mirrored else logits
-            total += F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0].softmax(dim=0)
+            logits = whole_image_logits(segmenter, pixels, args, device, scale=scale, mirrored=mirrored)
+            total += logits.float().softmax(dim=0)
     return total / (len(scales) * (2 if flip else 1))

@@ -80,11 +80,15 @@ def frame_for(preprocess: Preprocess, height: int, width: int) -> Frame:
 def resized(preprocess: Preprocess, height: int, width: int) -> tuple[int, int]:
     """(height, width) after the model's own resize, before padding.
 
-    ``longest``: SAM ``ResizeLongestSide.get_preprocess_shape``. ``short-longest``: ``get_size_with_aspect_ratio`` of
-    GroundingDINO ``datasets/transforms.py``.
+    ``shorter``: `wsss.train.data.working_size`. ``longest``: SAM ``ResizeLongestSide.get_preprocess_shape``.
+    ``short-longest``: ``get_size_with_aspect_ratio`` of GroundingDINO ``datasets/transforms.py``.
     """
     if preprocess.resize == "squash":
         return preprocess.canvases[0]
+    if preprocess.resize == "none":
+        return height, width
+    if preprocess.resize == "shorter":
+        return scaled(height, width, shorter_factor(height, width, preprocess.short_px))
     if preprocess.resize == "longest":
         scale = preprocess.longest_px / max(height, width)
         return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
@@ -98,6 +102,17 @@ def resized(preprocess: Preprocess, height: int, width: int) -> tuple[int, int]:
     if width < height:
         return max(int(short * height / width), 1), short
     return short, max(int(short * width / height), 1)
+
+
+def shorter_factor(height: int, width: int, shorter_px: int) -> float:
+    """What brings the shorter side to ``shorter_px``, and the longer one to four times that at most: the (2048, 512) of
+    mmsegmentation's configurations."""
+    return shorter_px * min(1 / min(height, width), 4 / max(height, width))
+
+
+def scaled(height: int, width: int, factor: float) -> tuple[int, int]:
+    """(height, width) times a factor, to the nearest pixel, at least one."""
+    return max(round(height * factor), 1), max(round(width * factor), 1)
 
 
 @lru_cache(maxsize=8)

@@ -23,7 +23,7 @@ DType = Literal["float32", "float16", "uint8", "int64", "bool"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Flavour = Literal["trt", "trt-rtx"]
 """TensorRT, and TensorRT for RTX: the same API in two libraries."""
-Resize = Literal["squash", "longest", "short-longest", "none"]
+Resize = Literal["squash", "longest", "shorter", "short-longest", "none"]
 MODELS = ("clip", "grounding-dino", "sam")
 """Models of the labelling chain, in data-flow order; each is a folder of a bundle."""
 
@@ -65,7 +65,8 @@ class Preprocess:
 
     resize: Resize
     """squash: to the canvas, aspect lost. longest: longest side to ``longest_px``. short-longest: short side to
-    ``short_px`` unless the longest would pass ``longest_px``. none: as it is; one too large for every canvas in tiles."""
+    ``short_px`` unless the longest would pass ``longest_px``. shorter: shorter side to ``short_px``, the longer one to four
+    times that at most. none: as it is. With the last two, one too large for every canvas is read in tiles."""
     longest_px: int
     short_px: int = 0
     filter: Literal["bilinear", "bicubic"]

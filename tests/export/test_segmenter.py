@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,20 @@ import pytest
 import torch
 from torch.nn import functional
 
+from wsss.batch import Boxes, Labels, Photograph
+from wsss.engines.ort import OrtEngine
 from wsss.errors import UsageError, WeightsError
 from wsss.export import segmenter
 from wsss.export.exporting import export_model
 from wsss.export.family import Options, family
 from wsss.export.to_engine import BuildOptions, build_plans
 from wsss.export.verify import photograph
+from wsss.runtime.segmenter import SegmenterStage, no_masks
 from wsss.spec import AxisRange, Bundle, Model
-from wsss.train.checkpoint import BEST, RunRecord, write_record, write_tensors
+from wsss.train.args import DataArgs
+from wsss.train.checkpoint import BEST, RunRecord, load_run, write_record, write_tensors
 from wsss.train.model import Segmenter, build_segmenter
+from wsss.train.validate import whole_image_logits
 
 SMALL = {"batch": AxisRange(1, 2, 4), "sizes": ((64, 96),)}
 
@@ -26,6 +32,11 @@ SMALL = {"batch": AxisRange(1, 2, 4), "sizes": ((64, 96),)}
 def exported(variant: str, weights: str, bundle: Path, options: Options) -> Model:
     export_model(segmenter.FAMILY, variant=variant, weights=weights, bundle=bundle, options=options, log=lambda line: None)
     return Bundle(bundle).model("segmenter")
+
+
+def ort_engine(model: Model, graph: str) -> OrtEngine:
+    spec = model.graph(graph)
+    return OrtEngine(model.folder / spec.file, spec)
 
 
 def saved_run(folder: Path, architecture: str, encoder: str, segmenter: Segmenter) -> Path:
@@ -104,6 +115,30 @@ def test_a_run_brings_its_classes_and_preprocessing(run: Path, tmp_path: Path) -
     assert (manifest.variant, list(manifest.graphs)) == ("unet/resnet18", ["image-96x96"])  # the crop, rounded up to 32
     assert manifest.settings == {"classes": ["cat", "dog"], "overlap_px": 24}
     assert manifest.preprocess.mean == (120.0, 110.0, 100.0) and manifest.preprocess.resize == "none"
+
+
+def test_a_run_of_one_shorter_side_labels_as_the_trainer_does(taught: Path, tmp_path: Path) -> None:
+    """Photographs of any size through the exported graph and the runtime, against logits resized in the trainer."""
+    run = shutil.copytree(taught, tmp_path / "run")
+    record = json.loads((run / "segmenter.json").read_text())
+    (run / "segmenter.json").write_text(json.dumps({**record, "shorter_px": 64}))
+    model = exported("trained", str(run), tmp_path / "bundle", Options(batch=AxisRange(1, 1, 2)))
+    preprocess = model.manifest.preprocess
+    assert (preprocess.resize, preprocess.short_px, preprocess.canvases) == ("shorter", 64, ((64, 96), (96, 64)))
+    rng = np.random.default_rng(4)
+    photos = [
+        Photograph(name=f"{n}.png", pixels=photograph(rng, *size)) for n, size in enumerate([(150, 200), (90, 64), (40, 50)])
+    ]
+    nothing = Labels(np.zeros((3, 2), np.float32), np.zeros((3, 2), np.bool_))
+    stage = SegmenterStage(model, lambda canvas: ort_engine(model, f"image-{canvas[0]}x{canvas[1]}"))
+    found = stage(photos, nothing, Boxes.none(), no_masks(photos, Boxes.none())).label_maps
+    trained, told = load_run(run)
+    args = DataArgs(mean=told.mean, std=told.std, shorter_px=told.shorter_px)
+    for photo, label_map in zip(photos, found, strict=True):
+        with torch.inference_mode():
+            want = whole_image_logits(trained, photo.pixels, args, torch.device("cpu")).argmax(dim=0).numpy()
+        assert len(np.unique(want)) == 3
+        assert (label_map == want).mean() > (0.999 if photo.shape == (90, 64) else 0.97), photo.name
 
 
 def test_another_best_or_record_changes_the_hash(run: Path) -> None:

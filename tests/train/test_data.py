@@ -21,9 +21,12 @@ from wsss.train.data import (
     batches,
     class_weights,
     normalised,
+    random_crop,
     repeat_factors,
     resized,
+    resized_label,
     step_seed,
+    working_size,
 )
 from wsss.train.survey import Item, look_through
 
@@ -117,6 +120,27 @@ def test_loading_processes_change_nothing(scenes: Scenes, workers: int) -> None:
             assert torch.equal(batch.pixels[row], single.pixels[0])
 
 
+def test_crops_of_one_label_alone_are_drawn_again() -> None:
+    """Of a photograph with one small object, most crops show a good share of it; without the rule few do."""
+    label = np.zeros((200, 200), np.uint8)
+    label[120:140, 30:50] = 3
+    label[:60] = 255  # void counts for nothing
+
+    def shares(largest: float) -> np.ndarray:
+        args = DataArgs(crop=32, batch=1, largest_share=largest)
+        pair = resized(np.zeros((200, 200, 3), np.uint8), (200, 200)), resized_label(label, (200, 200))
+        found = []
+        for seed in range(60):
+            torch.manual_seed(seed)
+            found.append(float((random_crop(*pair, args)[1] == 3).float().mean()))
+        return np.array(found)
+
+    assert (shares(1.0) > 0.2).mean() < 0.1
+    assert (shares(0.8) > 0.2).mean() > 0.15
+    nothing = resized(np.zeros((9, 9, 3), np.uint8), (9, 9)), resized_label(np.full((9, 9), 255, np.uint8), (9, 9))
+    assert (random_crop(*nothing, DataArgs(crop=16, largest_share=0.5))[1] == 255).all()
+
+
 def test_labels_move_with_their_pixels() -> None:
     """Left half black and 0, right half white and 8: through scale, crop and flip every pixel keeps its label."""
     pixels = np.zeros((40, 60, 3), np.uint8)
@@ -127,7 +151,8 @@ def test_labels_move_with_their_pixels() -> None:
     flipped = 0
     for seed in range(20):
         torch.manual_seed(seed)
-        image, mask = augment(*resized(pixels, label, 0.5 + seed / 13))
+        size = working_size(label.shape, args, 0.5 + seed / 13)
+        image, mask = augment(*random_crop(resized(pixels, size), resized_label(label, size), args))
         known = mask != 255
         assert set(mask.unique().tolist()) <= {0, 8, 255}, "no class between two others"
         assert image.shape == (3, 32, 32) and mask.shape == (32, 32)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.nn import functional
 
 from wsss.train.args import DataArgs
+from wsss.train.data import working_size
 from wsss.train.model import Segmenter, build_segmenter
 from wsss.train.validate import averaged_probabilities, whole_image_logits
 
@@ -51,3 +54,30 @@ def test_mirrored_copies_are_mirrored_back(segmenter: Segmenter, pixels: np.ndar
     assert not torch.allclose(of(pixels, False), of(mirrored, False).flip(-1), atol=1e-3)  # the padding is on one side
     torch.testing.assert_close(of(pixels, True), of(mirrored, True).flip(-1))
     torch.testing.assert_close(of(pixels, True), (of(pixels, False) + of(mirrored, False).flip(-1)) / 2)
+
+
+@torch.inference_mode()
+def test_a_shorter_side_for_all_is_seen_by_the_network_alone(segmenter: Segmenter, pixels: np.ndarray) -> None:
+    """What the network sees is the photograph with its shorter side resized; its logits come back at the photograph's size."""
+    args = DataArgs(shorter_px=64)
+    small = np.array(Image.fromarray(pixels).resize((100, 64), Image.Resampling.BILINEAR))
+    there = whole_image_logits(segmenter, small, DataArgs(), CPU)
+    assert there.shape == (4, 64, 100)
+    back = functional.interpolate(there[None], (45, 70), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(whole_image_logits(segmenter, pixels, args, CPU), back)
+    half = whole_image_logits(segmenter, pixels, args, CPU, scale=0.5)
+    assert half.shape == (4, 45, 70) and not torch.allclose(half, back, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "shorter", "scale", "want"),
+    [
+        ((375, 500), 0, 1.0, (375, 500)),
+        ((375, 500), 512, 1.0, (512, 683)),
+        ((500, 333), 160, 1.5, (360, 240)),
+        ((1, 900), 0, 0.3, (1, 270)),
+        ((1, 30_000), 160, 1.0, (1, 640)),
+    ],
+)
+def test_working_sizes(shape: tuple[int, int], shorter: int, scale: float, want: tuple[int, int]) -> None:
+    assert working_size(shape, DataArgs(shorter_px=shorter), scale) == want

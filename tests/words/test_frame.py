@@ -118,6 +118,13 @@ def test_short_side_is_grounding_dinos(height: int, width: int, want: tuple[int,
     assert resized(DINO, height, width) == want
 
 
+@pytest.mark.parametrize(("resize", "want"), [("none", (375, 500)), ("shorter", (512, 683))], ids=["none", "shorter"])
+def test_a_segmenters_photograph(resize: str, want: tuple[int, int]) -> None:
+    told = preprocess(resize, 0, 512)
+    assert resized(told, 375, 500) == want
+    assert resized(told, 500, 375) == want[::-1]
+
+
 def test_short_side_is_grounding_dinos_for_any_size() -> None:
     for height, width in np.random.default_rng(1).integers(1, 3000, (2000, 2)).tolist():
         want = get_size_with_aspect_ratio(height, width, 800, 1333)
