@@ -51,15 +51,14 @@ class SegmenterStage:
 
     def __call__(self, images: Images, labels: Labels, boxes: Boxes, masks: Masks) -> PseudoLabels:
         """Label maps at original size, the confidence of every pixel, and each class's mean confidence as its score."""
-        seen = [
-            resized_pixels(photo.pixels, resized(self._preprocess, *photo.shape), self._preprocess.filter) for photo in images
-        ]
-        maps = [np.empty(pixels.shape[:2], np.uint8) for pixels in seen]
-        confidence = [np.empty(pixels.shape[:2], np.uint8) for pixels in seen]
+        sizes = [resized(self._preprocess, *photo.shape) for photo in images]
+        seen = [resized_pixels(photo.pixels, size, self._preprocess.filter) for photo, size in zip(images, sizes, strict=True)]
+        maps = [np.empty(size, np.uint8) for size in sizes]
+        confidence = [np.empty(size, np.uint8) for size in sizes]
         jobs: dict[tuple[int, int], list[Tile]] = {}
-        for number, label_map in enumerate(maps):
-            canvas = canvas_for(self._canvases, label_map.shape)
-            jobs.setdefault(canvas, []).extend(tiles(number, label_map.shape, canvas, self._overlap))
+        for number, size in enumerate(sizes):
+            canvas = canvas_for(self._canvases, size)
+            jobs.setdefault(canvas, []).extend(tiles(number, size, canvas, self._overlap))
         for canvas, wanted in jobs.items():
             engine = self._engines.get(canvas)
             if engine is None:

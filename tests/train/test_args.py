@@ -33,14 +33,14 @@ def test_the_published_numbers() -> None:
 
 def test_later_layers_win_key_by_key(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(
-        "seed = 5\n[data]\ncrop = 96\nbatch = 6\n[model.options]\ndecoder_atrous_rates = [6, 12, 18]\n"
+        "seed = 5\n[data]\ncrop = 96\nbatch = 6\n[model.options]\nencoder_depth = 3\nactivation = 'none'\n"
     )
     config = config_from(
         preset("mini"), read_config(tmp_path / "mine.toml"), typed("data.batch=2"), typed("model.encoder=resnet34")
     )
     assert (config.seed, config.data.crop, config.data.batch, config.model.encoder) == (5, 96, 2, "resnet34")
     assert config.optimizer == config_from(preset("mini")).optimizer
-    assert config.model.options == {"decoder_channels": 128, "decoder_atrous_rates": [6, 12, 18]}
+    assert config.model.options == {"encoder_depth": 3, "activation": "none", "decoder_channels": [64, 48, 32, 16]}
 
 
 def test_what_decides_the_weights_leaves_the_machine_out() -> None:
@@ -58,6 +58,8 @@ def test_what_decides_the_weights_leaves_the_machine_out() -> None:
         ("data.crop=big", "data.crop: expected a whole number, got 'big'", ""),
         ("data.crop=true", "data.crop: expected a whole number, got True", ""),
         ("data.crop=8", "data.crop: expected at least 16, got 8", ""),
+        ("data.shorter_px=-1", "data.shorter_px: expected at least 0, got -1", ""),
+        ("data.largest_share=1.5", "data.largest_share: expected 0.1 to 1, got 1.5", ""),
         ("data.flip=1.5", "data.flip: expected 0 to 1, got 1.5", ""),
         ("data.flip=nan", "data.flip: expected a number, got nan", ""),
         ("data.scale=2", "data.scale: expected 2 numbers", ""),
