@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from wsss.batch import Boxes, Labels, Photograph
@@ -125,20 +126,25 @@ def test_a_run_of_one_shorter_side_labels_as_the_trainer_does(taught: Path, tmp_
     model = exported("trained", str(run), tmp_path / "bundle", Options(batch=AxisRange(1, 1, 2)))
     preprocess = model.manifest.preprocess
     assert (preprocess.resize, preprocess.short_px, preprocess.canvases) == ("shorter", 64, ((64, 96), (96, 64)))
-    rng = np.random.default_rng(4)
+    rng = np.random.default_rng(0)
+    known = [photograph(rng, 64, 96) for _ in range(8)]  # of the kind it was trained on
+    sizes = [(150, 225), (64, 96), (40, 60), (225, 150), (150, 225), (80, 120), (64, 96), (33, 50)]
     photos = [
-        Photograph(name=f"{n}.png", pixels=photograph(rng, *size)) for n, size in enumerate([(150, 200), (90, 64), (40, 50)])
+        Photograph(name=f"{size}", pixels=np.array(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)))
+        for pixels, size in zip(known, sizes, strict=True)
     ]
-    nothing = Labels(np.zeros((3, 2), np.float32), np.zeros((3, 2), np.bool_))
+    nothing = Labels(np.zeros((8, 2), np.float32), np.zeros((8, 2), np.bool_))
     stage = SegmenterStage(model, lambda canvas: ort_engine(model, f"image-{canvas[0]}x{canvas[1]}"))
     found = stage(photos, nothing, Boxes.none(), no_masks(photos, Boxes.none())).label_maps
     trained, told = load_run(run)
     args = DataArgs(mean=told.mean, std=told.std, shorter_px=told.shorter_px)
+    seen: set[int] = set()
     for photo, label_map in zip(photos, found, strict=True):
         with torch.inference_mode():
             want = whole_image_logits(trained, photo.pixels, args, torch.device("cpu")).argmax(dim=0).numpy()
-        assert len(np.unique(want)) == 3
-        assert (label_map == want).mean() > (0.999 if photo.shape == (90, 64) else 0.97), photo.name
+        assert (label_map == want).mean() > (0.999 if photo.shape == (64, 96) else 0.97), photo.name
+        seen |= set(np.unique(want).tolist())
+    assert len(seen) > 1
 
 
 def test_another_best_or_record_changes_the_hash(run: Path) -> None:
