@@ -131,7 +131,8 @@ def _build(trt: ModuleType, model: Model, spec: GraphSpec, options: BuildOptions
         raise KeyboardInterrupt
     if serialized is None:
         raise WsssError(
-            f"{where}: TensorRT {trt.__version__} cannot build this graph: {'; '.join(logger.errors[-3:]) or 'no reason given'}"
+            f"{where}: TensorRT {trt.__version__} cannot build this graph: {'; '.join(logger.errors[-3:]) or 'no reason given'}",
+            hint=f"--workspace {2 * options.workspace_mib} (MiB) gives its layers more memory; a smaller --batch needs less",
         )
     if cache is not None:
         _write_atomically(cache, config.get_timing_cache().serialize())
