@@ -70,7 +70,7 @@ def open_fake(
         queued: its calls return at once, as TensorRT's do; otherwise they return when they are computed.
         ends: gets the moment (``perf_counter``) at which each of its calls was computed.
     """
-    classes, device = parse_classes("voc"), Device()
+    classes, device = parse_classes("voc"), Device(queues=queued)
     bundle = open_bundle(MINI)  # for its tokenizers and settings
     view, sam_px, mask = sizes.view_px, sizes.sam_px, sizes.mask_px
 

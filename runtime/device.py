@@ -65,12 +65,16 @@ class Device:
 
     Args:
         at_once: on a GPU two, so that one computes while the other's inputs and results are on their way.
+        queues: an engine's call returns when it is queued (TensorRT's), not when it is computed (ONNX Runtime's).
     """
 
-    def __init__(self, at_once: int = 2) -> None:
+    def __init__(self, at_once: int = 2, *, queues: bool = True) -> None:
+        self.callers = 1 if queues else at_once
+        """Threads that should call one engine, so that the device has its next call when it ends one. An engine that holds
+        its callers gives each of them results of its own."""
         self.seconds = 0.0
         self.warn: Callable[[str], None] = lambda message: None
-        self.turn = Turns(at_once)
+        self.turn = Turns(at_once + self.callers - 1)  # who waits within an engine takes no other's turn
         self._counting = threading.Lock()
         self._waited = threading.local()
 

@@ -145,7 +145,7 @@ class Labeler:
         settings: dict[str, Any] = {"engine": chosen, "rules": vars(rules) | {}, "models": {}}
         if unverified:
             settings["unverified"] = True
-        place = Device(at_once=1 if where == "cpu" else 2)
+        place = Device(at_once=1 if where == "cpu" else 2, queues=chosen != "ort")
 
         def opener(of: Model, graph: str) -> Engine:
             name = f"{of.manifest.family}/{graph}"

@@ -129,6 +129,7 @@ class Stream:
         self._hands = Hands(cores())
         self._readers = None if isinstance(folder, Path) else ThreadPoolExecutor(READERS, "read")
         self._writers = ThreadPoolExecutor(WRITERS, "write")
+        self._encoders = ThreadPoolExecutor(labeler.device.callers, "encode")
 
     def run(self, tasks: Iterable[Task | None]) -> Generator[list[Receipt], None, None]:
         """The receipts of all tasks, a batch at a time, nearly in order.
@@ -143,13 +144,14 @@ class Stream:
             stack.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(SWITCH_SECONDS)
             stack.callback(self._writers.shutdown)
+            stack.callback(self._encoders.shutdown)
             if self._readers:
                 stack.callback(self._readers.shutdown, cancel_futures=True)
             stack.callback(self._hands.close)
             loaded = self._behind(self._load(tasks), 2 * self._size)
             tagged = self._behind(self._through(self._tag, self._batches(loaded)))
-            detected = self._behind(self._through(self._detect, tagged))
-            encoded = self._behind(self._through(self._encode, detected))
+            encoding = self._behind(self._encoding(self._through(self._detect, tagged)))
+            encoded = self._behind(self._results(encoding))
             outlined = self._behind(self._through(self._outline, encoded))
             fused = self._behind(self._through(self._fuse, outlined))
             yield from stack.enter_context(closing(self._behind(self._write(fused))))
@@ -268,6 +270,18 @@ class Stream:
         with closing(batches):
             for batch in batches:
                 yield from self._attempt(stage, batch)
+
+    def _encoding(self, batches: Generator[Batch, None, None]) -> Generator[Future[list[Batch]], None, None]:
+        """Batches for the slowest engine, by as many threads as keep it busy (`Device.callers`)."""
+        with closing(batches):
+            for batch in batches:
+                yield self._encoders.submit(lambda batch=batch: list(self._attempt(self._encode, batch)))
+
+    @staticmethod
+    def _results(encoding: Generator[Future[list[Batch]], None, None]) -> Generator[Batch, None, None]:
+        with closing(encoding):
+            for batches in encoding:
+                yield from batches.result()
 
     def _attempt(self, stage: Callable[[Batch], None], batch: Batch) -> Iterator[Batch]:
         try:

@@ -72,6 +72,10 @@ def test_calls_are_halved_until_they_fit_and_stay_so() -> None:
     assert device.seconds > 0
 
 
+def test_an_engine_that_holds_its_callers_gets_two_where_two_may_compute() -> None:
+    assert [Device(at_once, queues=queues).callers for at_once in (1, 2) for queues in (True, False)] == [1, 1, 1, 2]
+
+
 def test_the_smallest_call_that_does_not_fit_is_an_error() -> None:
     guarded = Device().engine(Small(engine(), 0), "x")
     with pytest.raises(CutSmaller):

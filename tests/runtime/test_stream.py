@@ -32,9 +32,9 @@ def labels(tmp_path: Path) -> LabelFolder:
     return LabelFolder(tmp_path / "labels", tmp_path / ".tmp")
 
 
-def start(world: World, folder: Path, labels: LabelFolder, *, batch: int = 2, at_once: int = 1) -> Stream:
+def start(world: World, folder: Path, labels: LabelFolder, *, batch: int = 2, at_once: int = 1, callers: int = 1) -> Stream:
     labeler = Labeler.open(world.bundle, classes=world.classes)
-    labeler.device.turn = Turns(at_once)
+    labeler.device.turn, labeler.device.callers = Turns(at_once), callers
     return Stream(labeler, folder, labels, batch=batch, stop=threading.Event())
 
 
@@ -120,6 +120,26 @@ def test_two_batches_wait_before_the_encoder(world: World, folder: Path, labels:
     receipts = [receipt for group in start(world, folder, labels, at_once=2).run(tasks_of(folder)) for receipt in group]
     assert len(receipts) == 12
     assert len(detected) == 8, "of two images each: one encoded, two waiting, one in the detector's hand"
+
+
+@pytest.mark.parametrize("callers", [1, 2])
+def test_an_encoder_that_holds_its_callers_has_the_next_call_waiting(
+    world: World, folder: Path, labels: LabelFolder, callers: int
+) -> None:
+    encoder, inside, most = world.engine("sam", "encoder"), list[int](), list[int]()
+    script = encoder._script
+
+    def held(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        inside.append(1)
+        time.sleep(0.1)
+        most.append(len(inside))
+        inside.pop()
+        return script(feeds)
+
+    encoder._script = held
+    receipts = [r for group in start(world, folder, labels, at_once=3, callers=callers).run(tasks_of(folder)) for r in group]
+    assert sorted(receipt.number for receipt in receipts) == list(range(12))
+    assert max(most) == callers
 
 
 @pytest.mark.parametrize("limit", ["PIXEL_BYTES", "free_bytes"])
