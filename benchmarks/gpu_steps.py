@@ -312,7 +312,7 @@ def _gate_rows(model: Model, engine: str, rows: int) -> dict[str, Any]:
 
     told: dict[str, Any] = {}
     for make in prepare_again(model.manifest).graphs:
-        graph = make() if model.manifest.precision == "fp32" else make().halved()
+        graph = make().at(model.manifest.precision)
         where = f"{model.manifest.family}/{graph.name}"
         try:
             loaded = opener(engine)(model, graph.name)
@@ -346,7 +346,7 @@ def _trace(exporter: Family, variant: str, bundle: Path) -> None:
     folder.mkdir(parents=True)
     store, graphs = WeightFile(folder / WEIGHTS), {}
     for make in prepared.graphs:
-        graph = make().halved()
+        graph = make().at("fp16")
         path = folder / f"{graph.name}.onnx"
         islands = export_onnx(graph, path, store, precision="fp16")
         graphs[graph.name] = dataclasses.replace(graph.spec(path.name, OPSET), precision="fp16", islands=islands)

@@ -64,7 +64,7 @@ def measure_model(name: str, bundle: Path, weights: str, precision: Precision, v
     sizes = model.manifest.preprocess.canvases if name == "grounding-dino" else ()
     prepared = family(name).prepare(MODELS[name], weights, Options(sizes=sizes))
     for make in prepared.graphs:
-        graph = make().halved()
+        graph = make().at(precision)
         feeds_of = _FEEDS.get((name, graph.name.partition("-")[0]))
         if feeds_of is None:
             continue

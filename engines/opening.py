@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterable
 from typing import Literal, cast
 
-from ..errors import UsageError, WsssError
+from ..errors import BundleError, UsageError, WsssError
 from ..spec import Flavour, Model
 from .engine import Engine
 from .plan import Gpu, checked_plan, find_gpus
@@ -27,7 +27,8 @@ def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", un
 
     Raises:
         UsageError: an engine or device of another name.
-        BundleError: TensorRT: the model has no engine that may run here; says why and how to build it.
+        BundleError: TensorRT: the model has no engine that may run here; says why and how to build it. ONNX Runtime: a bf16
+            graph.
         WsssError: the engine's package or a GPU is missing; the message holds the line that helps.
     """
     name, place = choose(engine, device, [model])
@@ -40,7 +41,13 @@ def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", un
     if name == "ort":
         from .ort import OrtEngine
 
-        return OrtEngine(model.path(graph), model.graph(graph), device=place)
+        spec = model.graph(graph)
+        if spec.precision == "bf16":
+            raise BundleError(
+                f"{model.path(graph)}: is in bf16, which ONNX Runtime does not compute",
+                hint="--engine trt-rtx (or trt); for ONNX Runtime: wsss export --precision fp16",
+            )
+        return OrtEngine(model.path(graph), spec, device=place)
     # PyTorch modules are rebuilt from weights, which only `export` can do; it stands above this folder, hence by name.
     try:
         reference = importlib.import_module("wsss.export.reference")

@@ -26,6 +26,7 @@ from .family import Family, Graph, Options, Prepared, family
 from .precision_doctor import examine_graph
 from .to_engine import with_plan
 from .to_onnx import OPSET, WeightFile, export_onnx, marked
+from .widened import write_widened
 
 Log = Callable[[str], None]
 """Takes one line of progress."""
@@ -89,7 +90,7 @@ def verify_model(model: Model, weights: str | None, log: Log) -> dict[str, Parit
     prepared = prepare_again(model.manifest, weights)
     verdicts = {}
     for make in prepared.graphs:
-        graph = make() if model.manifest.precision == "fp32" else make().halved()
+        graph = make().at(model.manifest.precision)
         spec = model.graph(graph.name)
         verdicts[graph.name] = _gate(replace(graph, axes=spec.axes), spec, model.folder, where=model.manifest.family, log=log)
         del graph
@@ -110,7 +111,7 @@ def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, 
     prepared = prepare_again(model.manifest, weights)
     gpu = find_gpus()[device]
     for make in prepared.graphs:
-        graph = make() if model.manifest.precision == "fp32" else make().halved()
+        graph = make().at(model.manifest.precision)
         path, spec = checked_plan(model, graph.name, flavour, gpu, unverified=True)
         plan = replace(model.graph(graph.name).plans[flavour], parity=None)
         model = with_plan(model, graph.name, plan)
@@ -183,7 +184,7 @@ def tool_versions() -> dict[str, str]:
 def _export_graph(graph: Graph, folder: Path, store: WeightFile, options: Options, *, where: str, log: Log) -> GraphSpec:
     path, precision = folder / f"{graph.name}.onnx", options.precision
     begun = time.monotonic()
-    graph = graph if precision == "fp32" else graph.halved()
+    graph = graph.at(precision)
     choose = partial(_measured, path.with_name(f"{graph.name}{REPORT}"), log) if options.measured and graph.half else marked
     islands = export_onnx(graph, path, store, precision=precision, choose=choose)
     log(f"{where}: {graph.name} traced in {time.monotonic() - begun:.0f} s")
@@ -202,13 +203,17 @@ def _measured(report: Path, log: Log, model: ir.Model, graph: Graph) -> Mapping[
 
 def _gate(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log) -> Parity:
     begun = time.monotonic()
-    parity = verify.gate(
-        graph,
-        OrtEngine(folder / spec.file, spec),
-        engine_name=f"onnxruntime {metadata.version('onnxruntime')} on the CPU",
-        reference_name=f"official modules in torch {torch.__version__} on the CPU, row by row",
-        where=f"{where} {graph.name}",
-    )
+    with tempfile.TemporaryDirectory(prefix="wsss-gate-") as scratch:
+        # ONNX Runtime's CPU computes nothing in bfloat16.
+        path = write_widened(folder / spec.file, Path(scratch)) if spec.precision == "bf16" else folder / spec.file
+        how = ", bfloat16 rounded in float32" if spec.precision == "bf16" else ""
+        parity = verify.gate(
+            graph,
+            OrtEngine(path, spec),
+            engine_name=f"onnxruntime {metadata.version('onnxruntime')} on the CPU{how}",
+            reference_name=f"official modules in torch {torch.__version__} on the CPU, row by row",
+            where=f"{where} {graph.name}",
+        )
     errors = ", ".join(f"{name} {parity.worst(name).error:.1e}" for name in graph.tolerance)
     log(f"{where}: {graph.name} agrees with its reference ({errors}), {time.monotonic() - begun:.0f} s")
     return parity

@@ -18,6 +18,8 @@ from ..errors import UsageError
 from ..spec import AxisRange, GraphSpec, Precision, Preprocess, TensorSpec
 
 Sampling = Literal["grid-sample", "gather"]
+COARSER = 4.0
+"""Tolerances of bfloat16, with its 8 bits, over those of float16, with its 11: measured, errors are eight times as large."""
 Feeds = dict[str, np.ndarray]
 """Host arrays by tensor name."""
 
@@ -70,6 +72,12 @@ class Tolerance:
     why: str
     """Where the number comes from."""
 
+    def coarser(self) -> Tolerance:
+        """The same in bfloat16."""
+        absolute = None if self.absolute is None else COARSER * self.absolute
+        why = f"{COARSER:g} times that of float16 ({self.why}), as bfloat16 rounds eight times as coarsely"
+        return replace(self, relative=COARSER * self.relative, absolute=absolute, why=why)
+
     def __str__(self) -> str:
         absolute = "" if self.absolute is None else f", absolute <= {self.absolute:g}"
         return f"{self.measure.__name__.replace('_', ' ')} <= {self.relative:g}{absolute}: {self.why}"
@@ -88,8 +96,9 @@ class InHalf:
     """Floating-point inputs and outputs that are float16: what travels between engines. The others stay float32."""
     tolerance: Mapping[str, Tolerance]
     """Per output, against the same FP32 reference."""
-    reference: Callable[[Feeds, Feeds], Feeds] | None = None
-    """Another way to the reference, where ties are wider in half; None takes the graph's own."""
+    reference: Callable[[float], Callable[[Feeds, Feeds], Feeds]] | None = None
+    """Another way to the reference, where ties are wider in half: from how wide they may be, as a multiple of those in
+    float16. None takes the graph's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +135,15 @@ class Graph:
         """The contract as the manifest stores it."""
         return GraphSpec(file=file, inputs=self.inputs, outputs=self.outputs, axes=dict(self.axes), opset=opset)
 
-    def halved(self) -> Graph:
-        """The same graph with its half-precision contract: float16 where `InHalf` says so, its tolerance, the FP32 reference."""
-        if self.half is None:
+    def at(self, precision: Precision) -> Graph:
+        """The same graph with the contract of a precision.
+
+        In fp16 and bf16: float16 where `InHalf` says so, its tolerance, the FP32 reference.
+        """
+        if self.half is None or precision == "fp32":
             return self
-        half, sample, reference = self.half, self.sample, self.half.reference or self.reference
+        half, sample, is_fp16 = self.half, self.sample, precision == "fp16"
+        reference = half.reference(1.0 if is_fp16 else COARSER) if half.reference else self.reference
 
         def rounded(feeds: Feeds) -> Feeds:
             return {name: value.astype(np.float16) if name in half.io else value for name, value in feeds.items()}
@@ -147,7 +160,7 @@ class Graph:
             outputs=narrow(self.outputs),
             sample=lambda rows, seed: rounded(sample(rows, seed)),
             reference=lambda feeds, found: reference(widened(feeds), widened(found)),
-            tolerance=half.tolerance,
+            tolerance=half.tolerance if is_fp16 else {name: each.coarser() for name, each in half.tolerance.items()},
         )
 
 

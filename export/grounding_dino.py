@@ -281,7 +281,7 @@ def image_graph(
         half=InHalf(
             io=frozenset({"text"}),
             tolerance={"logits": HALF_LOGITS_TOLERANCE, "boxes": HALF_BOXES_TOLERANCE},
-            reference=partial(official_detections, model, margin, tie=HALF_TIE),
+            reference=lambda room: partial(official_detections, model, margin, tie=room * HALF_TIE),
         ),
     )
 

@@ -33,6 +33,8 @@ MOVES = frozenset(
 """Ops that only move values: they stay FP32 between two islands, so that nothing is rounded on the way."""
 TAKES_ANY = frozenset({"Cast", "Shape", "Size"})
 """Ops whose input may be of either type."""
+LACKING = {ir.DataType.FLOAT16: frozenset[str](), ir.DataType.BFLOAT16: frozenset({"ConvTranspose"})}
+"""Ops that stay FP32 because TensorRT has no kernel in the type (TensorRT-RTX 1.7: "Could not infer output types")."""
 FIXED_FLOAT = {"Resize": (2,)}
 """Inputs that ONNX itself demands as float32: (op, places)."""
 
@@ -120,7 +122,9 @@ class Widths:
         return wide | self._moves_between(wide)
 
     def _needs_float32(self, node: ir.Node) -> bool:
-        """Whether a constant of the node is lost in half, or the node turns whole numbers into floating point."""
+        """Whether the op is none in half, a constant of the node is lost, or it turns whole numbers into floating point."""
+        if node.op_type in LACKING[self.half]:
+            return True
         if node.op_type == "Cast":
             source = node.inputs[0]
             assert source is not None

@@ -198,7 +198,7 @@ def examine_graph(graph: Graph, model: ir.Model, *, rows: int = 3, log: Callable
     """The findings on a family's graph, on rows of its own samples and in its half-precision tolerance.
 
     Args:
-        graph: with its half-precision contract (`Graph.halved`).
+        graph: with its half-precision contract (`Graph.at`).
         model: traced from it, float32.
         rows: how many, each by itself, as in the gate but others.
     """

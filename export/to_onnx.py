@@ -101,7 +101,7 @@ def export_onnx(
     """Writes ``graph`` to ``path``, its weights into ``weights``.
 
     Args:
-        precision: of the arithmetic; in half precision, pass the graph with its half-precision contract (`Graph.halved`).
+        precision: of the arithmetic; in half precision, pass the graph with its half-precision contract (`Graph.at`).
         choose: says what stays FP32 in half precision.
 
     Returns:
@@ -117,7 +117,7 @@ def export_onnx(
         specs = (*graph.inputs, *graph.outputs)
         lower(model, precision, kept.keys(), {spec.name: spec.dtype for spec in specs})
     _store_weights(model, weights)
-    _strip(model)
+    _strip(model, types=precision != "bf16")  # onnx cannot infer those of bfloat16, which opset 18 does not list for Conv
     ir.save(model, path)
     return dict(Counter(kept.values()))
 
@@ -126,8 +126,8 @@ def _float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
-def _strip(model: ir.Model) -> None:
-    """Drops what computes nothing: stack traces with the paths of the machine that traced, and the types of inner values,
+def _strip(model: ir.Model, *, types: bool) -> None:
+    """Drops what computes nothing: stack traces with the paths of the machine that traced, and the ``types`` of inner values,
     a third of a small graph's file, which every runtime infers again."""
     model.metadata_props.clear()
     for node in model.graph.all_nodes():
@@ -135,7 +135,7 @@ def _strip(model: ir.Model) -> None:
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
-            if not value.is_graph_output():
+            if types and not value.is_graph_output():
                 value.type, value.shape = None, None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,13 @@ def test_tensorrt_does_not_run_on_the_cpu() -> None:
 @pytest.mark.parametrize("engine", ["auto", "ort"])
 def test_opens_a_graph_of_a_model(model: Model, engine: str) -> None:
     assert isinstance(open_graph(model, "double", engine), OrtEngine)
+
+
+def test_onnx_runtime_does_not_compute_in_bf16(model: Model) -> None:
+    graphs = {"double": replace(model.graph("double"), precision="bf16")}
+    with pytest.raises(BundleError, match="double.onnx: is in bf16") as caught:
+        open_graph(replace(model, manifest=replace(model.manifest, graphs=graphs)), "double", "ort")
+    assert "--precision fp16" in str(caught.value.hint)
 
 
 def test_a_graph_it_has_not(model: Model) -> None:

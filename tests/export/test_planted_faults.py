@@ -32,7 +32,7 @@ def graphs(model: str) -> Mapping[str, Graph]:
     sizes = (CANVAS,) if model == "grounding-dino" else ()
     prepared = family(model).prepare("mini", "mini", Options(batch=BATCH, sizes=sizes))
     made = (make() for make in prepared.graphs)
-    return {graph.name: graph.halved() for graph in made}
+    return {graph.name: graph.at("fp16") for graph in made}
 
 
 class Spoiled:

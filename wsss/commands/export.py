@@ -28,7 +28,10 @@ def export(
     bundle: Annotated[str, typer.Option(help="Folder to export into.")] = "bundle",
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16, or auto: fp16 where measured errors allow it. Default: fp16 for TensorRT, else fp32."),
+        typer.Option(
+            help="fp32, fp16, bf16 (for TensorRT alone: less exact, larger range), or auto: fp16 where measured errors allow it. "
+            "Default: fp16 for TensorRT, else fp32."
+        ),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="onnx, trt or trt-rtx (builds without a GPU too); auto: what this machine can run.")
@@ -55,7 +58,7 @@ def export(
     from ..spec import MODELS, AxisRange, Precision
 
     choice("--engine", engine, ("auto", "onnx", "trt", "trt-rtx"))
-    choice("--precision", precision or "fp32", ("fp32", "fp16", "auto"))
+    choice("--precision", precision or "fp32", ("fp32", "fp16", "bf16", "auto"))
     if sampling is not None:
         choice("--sampling", sampling, ("grid-sample", "gather"))
         if model not in ("grounding-dino", "all"):
