@@ -275,7 +275,7 @@ class Stream:
         """Batches for the slowest engine, by as many threads as keep it busy (`Device.callers`)."""
         with closing(batches):
             for batch in batches:
-                yield self._encoders.submit(lambda batch=batch: list(self._attempt(self._encode, batch)))
+                yield self._encoders.submit(list[Batch], self._attempt(self._encode, batch))
 
     @staticmethod
     def _results(encoding: Generator[Future[list[Batch]], None, None]) -> Generator[Batch, None, None]:
