@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -98,7 +99,9 @@ def build_grounding_dino_mini() -> transformers.GroundingDinoForObjectDetection:
         fusion_droppath=0.0,
         disable_custom_kernels=True,
     )
-    return transformers.GroundingDinoForObjectDetection(config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You'd better set embed_dim")  # for a CUDA kernel that is not used
+        return transformers.GroundingDinoForObjectDetection(config)
 
 
 # ---- SAM ----
