@@ -119,7 +119,7 @@ def detector_image() -> Case:
             return text({"tokens": np.array([phrase]), "mask": np.ones((1, len(phrase)), np.bool_)})["features"][0]
 
         captions = [caption_feeds([[*sentences[:last], [SEP]]], features) for last in (4, 3)]
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(12)  # photographs that no processor's rounding brings near a tolerance (four tenths of it)
     sizes = [(CANVAS[0], 150), (170, CANVAS[1])]
     feeds = []
     for caption, (height, width) in zip(captions, sizes, strict=True):
