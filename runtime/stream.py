@@ -144,7 +144,7 @@ class Stream:
             stack.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(SWITCH_SECONDS)
             stack.callback(self._writers.shutdown)
-            stack.callback(self._encoders.shutdown)
+            stack.callback(self._encoders.shutdown, cancel_futures=True)
             if self._readers:
                 stack.callback(self._readers.shutdown, cancel_futures=True)
             stack.callback(self._hands.close)
