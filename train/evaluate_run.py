@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -96,7 +97,7 @@ def _in_processes(tasks: list[Task], classes: int, workers: int) -> Generator[Co
     waiting: deque[Future[Counts]] = deque()
     try:
         for task in tasks:
-            with _interrupts_ignored():  # a worker may be started here, and inherits that
+            with _interrupts_later():  # a worker may be started here
                 waiting.append(pool.submit(_count, task, classes))
             if len(waiting) == 2 * workers:
                 yield waiting.popleft().result()
@@ -122,15 +123,22 @@ def _begin() -> None:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # others never get Ctrl-C
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block; processes started in it inherit the mask and never hear it."""
+    # Other threads than the main one never get Ctrl-C; Windows has no mask.
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))  # another thread may take it for this one
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _count(task: Task, classes: int) -> Counts:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -133,6 +134,19 @@ def test_the_caller_keeps_its_interrupts(many: tuple[Path, Path]) -> None:
     before = signal.getsignal(signal.SIGINT)
     count_pairs(paired(many), CLASSES, workers=2)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_while_workers_start_is_not_lost(many: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    started = ProcessPoolExecutor.submit
+
+    def interrupted(pool: ProcessPoolExecutor, *arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # not here
+        return started(pool, *arguments)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        count_pairs(paired(many), CLASSES, workers=2)
 
 
 @pytest.fixture
