@@ -1,10 +1,11 @@
-"""Grounding-DINO's two ways to read between feature cells, beside each other: GridSample, and a gather with a product.
+"""Grounding-DINO's ways to read between feature cells, beside each other: GridSample, a gather with a product, and a plugin.
 
     python -m wsss.benchmarks.sampling_forms [--variant swin_t --weights PATH] [--engine trt-rtx]
 
-Exports the model in FP16 in both forms, through the gate, and has TensorRT-RTX build both, where it is installed. Each
-graph is then timed in ONNX Runtime, or on a GPU in ``--engine``, in turns, so that the machine's other work falls on both
+Exports the model in FP16 in all forms, through the gate, and has TensorRT-RTX build them, where it is installed. Each
+graph is then timed in ONNX Runtime, or on a GPU in ``--engine``, in turns, so that the machine's other work falls on all
 alike. ``benchmarks/results/sampling-forms.json`` keeps, for each form and graph, the gate's errors, the build and the times.
+The plugin itself runs under ``--engine trt`` alone: others compute the function that stands in for it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..spec import AxisRange, Model, open_bundle
 from .latency import measure_graph
 
 RESULT = Path(__file__).parent / "results" / "sampling-forms.json"
-FORMS: tuple[Sampling, ...] = ("grid-sample", "gather")
+FORMS: tuple[Sampling, ...] = ("grid-sample", "gather", "plugin")
 ROUNDS = 3
 
 

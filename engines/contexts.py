@@ -87,6 +87,8 @@ class Contexts:
         self._configs: dict[bool, Any] = {}
         self._activations: Block | None = None
         self._context: Any = None
+        if flavour == "trt":
+            trt.init_libnvinfer_plugins(self._logger, "")  # a plan may call one (`export.deformable_plugin`)
         self._runtime = trt.Runtime(self._logger)
         try:
             self.engine = self._deserialized(plan)

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import UsageError
 from ..spec import AxisRange, GraphSpec, Precision, Preprocess, TensorSpec
 
-Sampling = Literal["grid-sample", "gather"]
+Sampling = Literal["grid-sample", "gather", "plugin"]
 COARSER = 4.0
 """Tolerances of bfloat16, with its 8 bits, over those of float16, with its 11: measured, errors are eight times as large."""
 Feeds = dict[str, np.ndarray]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .deformable_plugin import plugin_sampled
 from .family import Sampling
 from .precision import Fp32
 
@@ -219,10 +220,15 @@ def sampler(sampling: Sampling) -> Sampler:
     ("`input` and `grid` must be of same type"), and places in half lie up to 0.04 cells off.
     ``gather`` is one gather of four corners and one product for all levels, values in half, places in FP32. It moves four
     times the memory, and is there for runtimes whose GridSample is wrong (TensorRT#4813).
+    ``plugin`` is one node for all levels, which the full TensorRT gives to its own kernel (`deformable_plugin`). FP32, for
+    the reason of GridSample.
     """
-    if sampling == "grid-sample":
-        return Fp32(_grid_sampled, why="coordinates need more than 11 bits, and GridSample has one type for all")
-    return GatherSampler()
+    if sampling == "gather":
+        return GatherSampler()
+    one_type = "coordinates need more than 11 bits, and {} has one type for all"
+    if sampling == "plugin":
+        return Fp32(_sampled_by_plugin, why=one_type.format("the plugin"))
+    return Fp32(_grid_sampled, why=one_type.format("GridSample"))
 
 
 def _places(offsets: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
@@ -257,6 +263,15 @@ def _sampled(values: Tensor, shape: tuple[int, int], places: Tensor, weights: Te
     samples = functional.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     summed = (samples * weights.transpose(1, 2).reshape(batch * heads, 1, queries, points)).sum(-1)  # (B heads, d, Q)
     return summed.reshape(batch, heads * width, queries).transpose(1, 2)
+
+
+def _sampled_by_plugin(
+    values: Tensor, offsets: Tensor, reference: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]
+) -> Tensor:
+    if not torch.compiler.is_exporting():  # the node computes nothing in torch
+        return _grid_sampled(values, offsets, reference, weights, shapes)
+    by_head = values.unflatten(2, (weights.shape[2], -1))
+    return plugin_sampled(by_head, _places(offsets, reference, shapes), weights, shapes).flatten(2)
 
 
 class GatherSampler(nn.Module):

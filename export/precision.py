@@ -20,6 +20,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 from torch import nn
 
 from ..errors import WsssError
+from .deformable_plugin import PLUGIN
 
 Half = Literal["fp16", "bf16"]
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -33,8 +34,9 @@ MOVES = frozenset(
 """Ops that only move values: they stay FP32 between two islands, so that nothing is rounded on the way."""
 TAKES_ANY = frozenset({"Cast", "Shape", "Size"})
 """Ops whose input may be of either type."""
-LACKING = {ir.DataType.FLOAT16: frozenset[str](), ir.DataType.BFLOAT16: frozenset({"ConvTranspose"})}
-"""Ops that stay FP32 because TensorRT has no kernel in the type (TensorRT-RTX 1.7: "Could not infer output types")."""
+LACKING = {ir.DataType.FLOAT16: frozenset({PLUGIN}), ir.DataType.BFLOAT16: frozenset({PLUGIN, "ConvTranspose"})}
+"""Ops that stay FP32: TensorRT has no kernel in the type (TensorRT-RTX 1.7: "Could not infer output types"), or one that takes
+coordinates in it."""
 FIXED_FLOAT = {"Resize": (2,)}
 """Inputs that ONNX itself demands as float32: (op, places)."""
 

@@ -22,6 +22,7 @@ from typing import Any
 from ..engines.plan import Gpu, find_gpus, reasons_against, tensorrt_module, weights_sha256
 from ..errors import BundleError, WsssError
 from ..spec import AxisRange, Flavour, GraphSpec, Model, PlanSpec, TensorSpec, sha256_of, write_manifest
+from .deformable_plugin import PLUGIN, VERSIONS, plugin_called
 from .weights import cache_folder
 
 Log = Callable[[str], None]
@@ -114,7 +115,7 @@ def _build(trt: ModuleType, model: Model, spec: GraphSpec, options: BuildOptions
     axes = profile_of(spec)
     logger = _logger(trt)
     builder = trt.Builder(logger)
-    network = _parsed(trt, builder, logger, model.folder / spec.file, where)
+    network = _parsed(trt, builder, logger, model.folder / spec.file, options.flavour, where)
     _check_contract(trt, network, spec, where)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
@@ -153,15 +154,32 @@ def _build(trt: ModuleType, model: Model, spec: GraphSpec, options: BuildOptions
     )
 
 
-def _parsed(trt: ModuleType, builder: Any, logger: Any, path: Path, where: str) -> Any:
+def _parsed(trt: ModuleType, builder: Any, logger: Any, path: Path, flavour: Flavour, where: str) -> Any:
     # TensorRT 11 knows no other kind of network and has dropped the flag.
     strongly = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly is None else 1 << int(strongly))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(path)):  # from the file: weights beside it may exceed 2 GB
+    # TensorRT-RTX has no plugins: it takes the function that stands in for one.
+    with_plugin = _with_plugin(trt, logger, path, where) if flavour == "trt" else None
+    # Either way weights come from the file beside, which may exceed 2 GB.
+    if not (parser.parse_from_file(str(path)) if with_plugin is None else parser.parse(with_plugin, str(path))):
         said = [parser.get_error(number).desc().split("\n")[0] for number in range(parser.num_errors)]
         raise WsssError(f"{where}: TensorRT {trt.__version__} cannot read {path.name}: {'; '.join(said + logger.errors[-2:])}")
     return network
+
+
+def _with_plugin(trt: ModuleType, logger: Any, path: Path, where: str) -> bytes | None:
+    """The graph calling the newest version of the plugin that this TensorRT has; None for a graph that calls none."""
+    trt.init_libnvinfer_plugins(logger, "")
+    registry = trt.get_plugin_registry()
+    version = next((each for each in VERSIONS if registry.get_creator(PLUGIN, each, "") is not None), None)
+    graph = plugin_called(path, version or VERSIONS[0])
+    if graph is not None and version is None:
+        raise WsssError(
+            f"{where}: TensorRT {trt.__version__} has no plugin {PLUGIN}",
+            hint="export with --sampling grid-sample, which needs none",
+        )
+    return graph
 
 
 def _check_contract(trt: ModuleType, network: Any, spec: GraphSpec, where: str) -> None:

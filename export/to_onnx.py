@@ -19,6 +19,7 @@ import torch
 
 from ..errors import WsssError
 from ..spec import Precision, TensorSpec
+from .deformable_plugin import define_plugin
 from .family import Graph
 from .precision import islands, lower, name_nodes
 
@@ -81,6 +82,7 @@ def trace(graph: Graph) -> ir.Model:
     assert program is not None
     model = program.model
     _check_axes(graph.name, graph.inputs, model.graph.inputs)
+    define_plugin(model)
     _free_output_names(model)
     name_nodes(model)
     return model

@@ -19,7 +19,7 @@ import safetensors.torch  # noqa: E402
 from wsss.engines.ort import OrtEngine  # noqa: E402
 from wsss.errors import ParityError, UsageError, WeightsError  # noqa: E402
 from wsss.export import grounding_dino, grounding_dino_weights  # noqa: E402
-from wsss.export.family import Feeds, Graph, Options, Prepared, family  # noqa: E402
+from wsss.export.family import Feeds, Graph, Options, Prepared, Sampling, family  # noqa: E402
 from wsss.export.grounding_dino_graphs import TextGraph, level_shapes  # noqa: E402
 from wsss.export.mini import grounding_dino_mini_tokenizer  # noqa: E402
 from wsss.export.to_onnx import OPSET, WeightFile, export_onnx  # noqa: E402
@@ -102,13 +102,16 @@ def test_exported_graph_passes_the_gate(exported: dict[str, tuple[Graph, OrtEngi
     judged(*exported[name])
 
 
-def test_the_gather_form_passes_the_same_gate(model: transformers.GroundingDinoForObjectDetection, tmp_path: Path) -> None:
-    options = Options(sizes=(CANVAS,), batch=AxisRange(1, 2, 3), sampling="gather")
+@pytest.mark.parametrize("sampling", ["gather", "plugin"])
+def test_other_forms_of_sampling_pass_the_same_gate(
+    model: transformers.GroundingDinoForObjectDetection, tmp_path: Path, sampling: Sampling
+) -> None:
+    options = Options(sizes=(CANVAS,), batch=AxisRange(1, 2, 3), sampling=sampling)
     record = {"source": "random:0", "sha256": ""}
     told = grounding_dino.assemble(
         model, "toy", grounding_dino.MINI, options, tokenizer=grounding_dino_mini_tokenizer(), record=record
     )
-    assert told.settings["sampling"] == "gather"
+    assert told.settings["sampling"] == sampling
     graph = told.graphs[1]()
     path = tmp_path / f"{graph.name}.onnx"
     export_onnx(graph, path, WeightFile(tmp_path / "weights.data"))

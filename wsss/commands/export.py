@@ -45,8 +45,8 @@ def export(
     sampling: Annotated[
         str | None,
         typer.Option(
-            help="How Grounding-DINO reads between feature cells: grid-sample (default), or gather, for a TensorRT whose "
-            "GridSample is wrong."
+            help="How Grounding-DINO reads between feature cells: grid-sample (default); gather, for a TensorRT whose "
+            "GridSample is wrong; plugin, for the full TensorRT's own kernel."
         ),
     ] = None,
     workspace: Annotated[int, typer.Option(min=1, help="TensorRT: most scratch memory of a layer, MiB.")] = 8192,
@@ -60,7 +60,7 @@ def export(
     choice("--engine", engine, ("auto", "onnx", "trt", "trt-rtx"))
     choice("--precision", precision or "fp32", ("fp32", "fp16", "bf16", "auto"))
     if sampling is not None:
-        choice("--sampling", sampling, ("grid-sample", "gather"))
+        choice("--sampling", sampling, ("grid-sample", "gather", "plugin"))
         if model not in ("grounding-dino", "all"):
             raise UsageError(f"--sampling: only grounding-dino samples, --model is {model}", hint="leave --sampling away")
     if model is None:
