@@ -107,6 +107,7 @@ class Gpu:
         self.fail: dict[str, Status] = {}
         """Calls that fail from now on, by name."""
         self.released: list[str] = []
+        self.plugins = False
         """TensorRT's objects in the order of their release."""
         self.compiled: set[str] = set()
         self.host_waits = 0
@@ -450,6 +451,9 @@ def tensorrt_of(gpu: Gpu) -> SimpleNamespace:
             if not network.weights_fit:
                 self._logger.log(Severity.ERROR, "Error Code 1: Cuda Runtime (out of memory)")
                 return None
+            if not (gpu.plugins or gpu.rtx):
+                self._logger.log(Severity.ERROR, "a plan may call plugins, and none are registered")
+                return None
             return Engine(gpu, network, self._logger)
 
         def __del__(self) -> None:
@@ -460,6 +464,7 @@ def tensorrt_of(gpu: Gpu) -> SimpleNamespace:
         __version__="11.0",
         ILogger=ILogger,
         Runtime=TensorRuntime,
+        init_libnvinfer_plugins=lambda logger, namespace: setattr(gpu, "plugins", True),
         DataType=SimpleNamespace(**{name: name for name in names}),
         TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
         TensorLocation=SimpleNamespace(DEVICE="device", HOST="host"),
