@@ -48,7 +48,13 @@ def plugin_sampled(values: Tensor, places: Tensor, weights: Tensor, shapes: Sequ
 
 @script(_opset, default_opset=op)
 def MultiscaleDeformableAttnPlugin_TRT(values, shapes, starts, places, weights):  # type: ignore[no-untyped-def]
-    """What the plugin computes: bilinear samples, 0 outside of a level, summed by their weights."""
+    """What the plugin computes: bilinear samples, 0 outside of a level, summed by their weights.
+
+    Args: as the plugin has them: values (B, N, heads, d) float32, shapes (L, 2) int32 (height, width), starts (L,) int32,
+        the first cell of each level, places (B, Q, heads, L, P, 2) and weights (B, Q, heads, L, P) float32.
+
+    Returns: (B, Q, heads, d) float32.
+    """
     sides = op.Cast(op.Gather(shapes, op.Constant(value_ints=[1, 0]), axis=1), to=1)
     sides = op.Unsqueeze(sides, op.Constant(value_ints=[1]))  # (L, 1, 2): width, height
     at = places * sides - op.Constant(value_float=0.5)  # in cells
