@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import torch
+from onnxscript import optimizer
 
 from ..errors import WsssError
 from ..spec import Precision, TensorSpec
@@ -77,15 +79,26 @@ def trace(graph: Graph) -> ir.Model:
             dynamic_shapes=shapes,
             input_names=[spec.name for spec in graph.inputs],
             output_names=[spec.name for spec in graph.outputs],
+            optimize=False,
             verbose=False,
         )
     assert program is not None
     model = program.model
+    _optimize(model)
     _check_axes(graph.name, graph.inputs, model.graph.inputs)
     define_plugin(model)
     _free_output_names(model)
     name_nodes(model)
     return model
+
+
+def _optimize(model: ir.Model) -> None:
+    """onnxscript's optimizer, after what is repeated, constant or unused has gone: its rewrite rules try to match at each node
+    they find, and two thirds of what torch.onnx writes are equal constants (Grounding-DINO mini: 34 s without, 9 s with)."""
+    passes.CommonSubexpressionEliminationPass()(model)
+    optimizer.fold_constants(model)
+    optimizer.remove_unused_nodes(model)
+    optimizer.optimize(model)
 
 
 Chooser = Callable[[ir.Model, Graph], Mapping[str, str]]
