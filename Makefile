@@ -11,9 +11,10 @@ pip = PYTHONWARNINGS=ignore $(1)/python -m pip install
 demo: build/demo-venv/.installed
 	build/demo-venv/bin/wsss demo --out demo
 
-# A file to a process at a time: fixtures that export are made once. Two processes fit the memory of small machines.
+# A file to a process at a time: fixtures that export are made once. Two processes fit the memory of small machines; with
+# more than a thread each, OpenMP's threads wait for one another in loops and take three times as long.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed types
 	$(BIN)/ruff format --check .
