@@ -71,6 +71,9 @@ class OrtEngine:
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Idle threads sleep: waiting in a loop they hold the cores that the other engines, reading and writing want.
+        # The chain of small models on two cores: 6.0 to 7.0 images/s with the loop, 7.7 to 10.7 without.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         self._device, self._number = kind, int(number or 0)
         provider = ("CUDAExecutionProvider", {"device_id": self._number}) if kind == "cuda" else "CPUExecutionProvider"
