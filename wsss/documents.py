@@ -1,0 +1,132 @@
+"""Read the text, JSON and TOML files that people bring: one set of rules for every reader.
+
+Files may come from strangers. They must be regular (a named pipe would never end) and of a bounded size; UTF-8 or UTF-16
+with a byte-order mark is accepted; a key that stands twice, a number that is not finite, and a document nested too deep to
+be parsed are refused. Every error names the file, what was expected and what came, and carries a hint.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from .errors import WsssError
+
+MAX_BYTES = 1 << 28
+"""Of a text file: 256 MiB. The instances of COCO's training set take 450 bytes a box, so half a million boxes fit."""
+_BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+
+
+def read_bytes(
+    path: Path, *, where: str = "", hint: str = "", error: type[WsssError] = WsssError, max_bytes: int = MAX_BYTES
+) -> bytes:
+    """Read a regular file of at most ``max_bytes``.
+
+    Args:
+        where: how messages name the file; its path unless given. For a flag: ``--labels FILE``.
+        hint: what helps when the file cannot be read.
+        error: the class that is raised.
+
+    Raises:
+        WsssError (``error``): missing, unreadable, not a regular file, or too large.
+    """
+    where = where or str(path)
+    try:
+        # O_NONBLOCK: opening a pipe that nobody writes to would wait forever.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(path, flags), "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise error(f"{where}: expected a regular file, got {_kind(status.st_mode)}", hint=hint)
+            if status.st_size > max_bytes:
+                raise error(f"{where}: expected at most {max_bytes:,} bytes, got {status.st_size:,}", hint=hint)
+            return file.read()
+    except OSError as problem:
+        raise error(f"{where}: cannot be read: {problem.strerror or problem}", hint=hint) from None
+    except ValueError:  # a name with a NUL byte
+        raise error(f"{where!r}: cannot be read: not a file name", hint=hint) from None
+
+
+def decode_text(data: bytes, where: str, *, hint: str = "", error: type[WsssError] = WsssError) -> str:
+    """Decode UTF-8, or UTF-8 or UTF-16 after a byte-order mark; the mark is dropped. Raises ``error`` for other bytes."""
+    mark, encoding = next(((mark, name) for mark, name in _BOMS if data.startswith(mark)), (b"", "utf-8"))
+    try:
+        return data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as problem:
+        raise error(
+            f"{where}: expected UTF-8 text, got byte 0x{data[len(mark) + problem.start]:02x} at {len(mark) + problem.start}",
+            hint=hint or "save the file as UTF-8",
+        ) from None
+
+
+def parse_json(data: bytes | str, where: str, *, hint: str = "", error: type[WsssError] = WsssError) -> Any:
+    """Parse a JSON document.
+
+    Raises:
+        WsssError (``error``): not JSON, a key twice in one object, NaN or an infinity, or nested too deep.
+    """
+    hint = hint or "check the file: it may be damaged or of another kind"
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise error(f"{where}: the key {twice!r} stands twice", hint="keep one of them")
+        return found
+
+    def not_finite(name: str) -> Any:
+        raise error(f"{where}: expected finite numbers, got {name}", hint=hint)
+
+    text = data if isinstance(data, str) else decode_text(data, where, error=error)
+    try:
+        return json.loads(text, object_pairs_hook=without_duplicates, parse_constant=not_finite)
+    except json.JSONDecodeError as problem:
+        raise error(f"{where}: expected JSON, got {_excerpt(text, problem.pos)}: {problem}", hint=hint) from None
+    except RecursionError:
+        raise error(f"{where}: expected JSON of a few levels, got one nested too deep to be read", hint=hint) from None
+    except ValueError as problem:  # a number with more digits than Python converts
+        raise error(f"{where}: expected JSON: {problem}", hint=hint) from None
+
+
+def parse_toml(data: bytes | str, where: str, *, hint: str = "", error: type[WsssError] = WsssError) -> dict[str, Any]:
+    """Parse a TOML document. Raises ``error`` where it is none or nested too deep."""
+    hint = hint or 'a line of TOML is: key = "value"'
+    text = data if isinstance(data, str) else decode_text(data, where, error=error)
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as problem:
+        raise error(f"{where}: expected TOML: {problem}", hint=hint) from None
+    except RecursionError:
+        raise error(f"{where}: expected TOML of a few levels, got one nested too deep to be read", hint=hint) from None
+    except ValueError as problem:  # a date or a number that Python cannot hold
+        raise error(f"{where}: expected TOML: {problem}", hint=hint) from None
+
+
+def read_text(path: Path, *, where: str = "", hint: str = "", error: type[WsssError] = WsssError) -> str:
+    """Read a text file. Raises as `read_bytes` and `decode_text` do."""
+    return decode_text(read_bytes(path, where=where, hint=hint, error=error), where or str(path), error=error)
+
+
+def read_json(path: Path, *, where: str = "", hint: str = "", error: type[WsssError] = WsssError) -> Any:
+    """Read a JSON file. Raises as `read_bytes` and `parse_json` do."""
+    return parse_json(read_bytes(path, where=where, hint=hint, error=error), where or str(path), hint=hint, error=error)
+
+
+def read_toml(path: Path, *, where: str = "", hint: str = "", error: type[WsssError] = WsssError) -> dict[str, Any]:
+    """Read a TOML file. Raises as `read_bytes` and `parse_toml` do."""
+    return parse_toml(read_bytes(path, where=where, hint=hint, error=error), where or str(path), hint=hint, error=error)
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+    return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
+
+
+def _excerpt(text: str, position: int) -> str:
+    return repr(text[position : position + 20]) if text[position : position + 20] else "the end of the file"
