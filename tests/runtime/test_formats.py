@@ -381,7 +381,7 @@ def test_a_label_that_does_not_fit_is_named(copy: Path, tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=said):
             convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
     label.unlink()
-    with pytest.raises(StoreError, match=r"empty\.png: not a readable label"):
+    with pytest.raises(StoreError, match=r"empty\.png: cannot be read: No such file"):
         convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 

@@ -148,7 +148,7 @@ def test_a_label_store_is_what_its_manifest_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("classes", [{"horse": 0.9}, {"dog": "high"}, ["dog"], None])
 def test_a_damaged_manifest(tmp_path: Path, classes: object) -> None:
     write(tmp_path / "labels" / "a.png")
-    with pytest.raises(StoreError, match=r"manifest\.jsonl: damaged: a has classes"):
+    with pytest.raises(StoreError, match=r"manifest\.jsonl: .*damaged: (a has )?classes"):
         find_label_maps(store(tmp_path, {"path": "a.jpg", "label": "a.png", "classes": classes}))
 
 
