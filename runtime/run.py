@@ -191,16 +191,17 @@ class _Check:
             return False
         if "error" not in record and not self.has_label(image.label):
             return False
+        sha256 = record.get("sha256", "")
         try:
             stamp = image.stamp or stamp_of(self.folder, image.name)
-            if record["sha256"] and stamp["bytes"] != record["bytes"]:
+            if sha256 and stamp["bytes"] != record.get("bytes"):
                 return False
-            if record["sha256"] and stamp.items() <= record.items():
+            if sha256 and stamp.items() <= record.items():
                 return True
             file = read_file(self.folder, image.name)
         except (OSError, ImageError):
-            return not record["sha256"]  # it could not be read then, and cannot now
-        return bool(record["sha256"] == file.sha256)
+            return not sha256  # it could not be read then, and cannot now
+        return bool(sha256 == file.sha256)
 
 
 def _in_order(receipts: Iterable[list[Receipt]]) -> Iterator[list[Record]]:

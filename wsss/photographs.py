@@ -62,7 +62,8 @@ def read_file(folder: Path | Place, name: str) -> ImageFile:
         return folder.read(name)
     path = path_of(folder, name)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a pipe without a writer
+        # O_NONBLOCK: a pipe without a writer. Windows has only O_BINARY, POSIX only the other.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(handle, "rb", buffering=0) as file:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):

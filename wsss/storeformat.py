@@ -256,7 +256,7 @@ def check_complete(record: Record, names: Collection[str], fields: Collection[st
     """
     if lacking := [field for field in fields if field not in record]:
         problem = f"lacks {', '.join(sorted(lacking))}"
-    elif "boxes" in fields and not all(box.keys() >= _BOX_FIELDS for box in record["boxes"]):
+    elif not all(box.keys() >= _BOX_FIELDS for box in record.get("boxes", ())):
         problem = f"has a box that lacks one of {', '.join(sorted(_BOX_FIELDS))}"
     elif strange := {*record.get("classes", ()), *(box["label"] for box in record.get("boxes", ()))}.difference(names):
         problem = f"names {', '.join(map(ascii_safe, sorted(strange)))}, which is none of the classes of run.json"

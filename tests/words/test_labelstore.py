@@ -401,7 +401,7 @@ def test_a_line_may_lack_what_is_optional_and_have_more(folder: Path) -> None:
         (line().replace(b'"dog": 0.5', b'"dog": 0.5, "dog": 0.6'), "a key stands twice"),
         (b"[" * 200_000 + b"\n", "nested too deep"),
         (b'{"bytes": ' + b"9" * 5000 + b"}\n", "Exceeds the limit"),
-        (b"\xff\xfe{}\n", "can't decode byte"),
+        (b"\xff\xfe{}\n", "'utf-8' codec can't decode byte"),
         (b"x" * (1 << 20) + b"\n", "longer than 1,048,576 bytes"),
         (b"x" * (1 << 21), "longer than 1,048,576 bytes"),
     ],
@@ -415,12 +415,12 @@ def test_a_line_that_cannot_be_is_named_and_harms_nothing(folder: Path, data: by
     assert f"manifest.jsonl: line 2 is damaged: {said}" in caught.value.message
     assert "delete that line" in caught.value.hint
     assert len(caught.value.message) < 1000
-    with (
-        LabelStore(folder, CLASSES, SETTINGS) as store,
-        pytest.raises(StoreError, match="line 2 is damaged" if data[-1:] == b"\n" else ""),
-    ):
-        store.select(photos("one"), lambda *_: False)
-        raise StoreError("")
+    with LabelStore(folder, CLASSES, SETTINGS) as store:
+        if data.endswith(b"\n"):
+            with pytest.raises(StoreError, match="line 2 is damaged"):
+                store.select(photos("one"), lambda *_: False)
+        else:  # cut when the store was opened
+            assert store.select(photos("one"), lambda *_: False).done == 0
     assert victim.exists()
 
 
