@@ -241,3 +241,40 @@ def test_progress_counts_up_after_each_batch(world: World, photos: Path, out: Pa
     assert seen == sorted(seen)
     assert 1 < len(seen) <= 5
     assert seen[-1] == (5, 5)
+
+
+def test_a_labelled_image_that_became_unreadable_is_done_again_and_one_that_was_is_not(
+    world: World, photos: Path, out: Path
+) -> None:
+    run(world, photos, out)
+    (photos / "two.png").unlink()
+    (photos / "two.png").symlink_to("nowhere.png")
+    summary = run(world, photos, out)
+    assert (summary.skipped, summary.labelled, summary.failed) == (4, 0, 1)
+    assert "two.png: cannot be read" in records(out)["two.png"]["error"]
+    summary = run(world, photos, out)
+    assert (summary.skipped, summary.failed_before, summary.failed) == (5, 1, 0)
+
+
+@pytest.mark.parametrize("lacking", ["bytes", "sha256", "mtime_ns"])
+def test_a_line_that_lacks_what_tells_its_image_is_checked_by_content_or_done_again(
+    world: World, photos: Path, out: Path, lacking: str
+) -> None:
+    run(world, photos, out)
+    before = (out / "manifest.jsonl").read_bytes()
+    lines = [json.loads(line) for line in before.splitlines()]
+    del lines[0][lacking]
+    (out / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(world, photos, out).labelled == (lacking != "mtime_ns")
+
+
+def test_a_line_of_a_stranger_deletes_nothing(world: World, photos: Path, out: Path) -> None:
+    run(world, photos, out)
+    victim = out.parent / "victim.txt"
+    victim.write_text("thesis")
+    manifest = out / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"label": "two.png"', '"label": "../../victim.txt"'))
+    with pytest.raises(StoreError, match=r"manifest\.jsonl: line 5 is damaged: label: .*victim") as caught:
+        run(world, photos, out)
+    assert "delete that line" in caught.value.hint
+    assert victim.read_text() == "thesis"

@@ -342,3 +342,35 @@ def test_a_store_that_fails_at_any_step(no_lock: None, shard: tuple[int, int] | 
         if not failed:
             break
     assert stopped >= 10
+
+
+def test_a_strangers_line_deletes_nothing(folder: RemoteFolder) -> None:
+    run(folder)
+    folder.write("victim.png", b"thesis")
+    line = json.dumps(record("b", label="../victim.png")).encode()
+    folder.write("manifest.jsonl", folder.read("manifest.jsonl").replace(json.dumps(record("b")).encode(), line))
+    with pytest.raises(StoreError, match=r"manifest\.jsonl: line 2 is damaged: label: "):
+        run(folder)
+    assert folder.read("victim.png") == b"thesis"
+
+
+def test_files_that_are_no_parts_are_left_alone(folder: RemoteFolder) -> None:
+    run(folder)
+    for name in ("manifest/notes.jsonl", "manifest/.keep", "manifest/1.jsonl"):
+        folder.write(name, b"mine")
+    run(folder)
+    assert folder.read("manifest/notes.jsonl") == b"mine"
+
+
+@pytest.mark.parametrize("data", [b"", b"[" * 9999, b"x" * (1 << 21)])
+def test_a_run_file_or_a_line_of_a_stranger_is_refused(folder: RemoteFolder, data: bytes) -> None:
+    run(folder)
+    if data:
+        whole = folder.read("manifest.jsonl")
+        folder.write("manifest.jsonl", whole + data + b"\n")
+        with pytest.raises(StoreError, match=r"manifest\.jsonl: (line 6 is damaged|cannot be read: a line of more)"):
+            run(folder)
+        folder.write("manifest.jsonl", whole)
+    folder.write("run.json", data)
+    with pytest.raises(StoreError, match=r"run\.json: damaged"):
+        run(folder)
