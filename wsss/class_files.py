@@ -99,7 +99,7 @@ def entries_from_data(data: Any) -> Entries:
                     hint=f'as a class: {{"{key}": {{"prompts": ["{key}"]}}}}',
                 )
             return Entries(classes=found)
-        if key in data and not held:
+        if key in data and (not held or not isinstance(held, dict)):
             raise ClassError(f"{key}: expected class names, got {excerpt(held)}", hint=f'{key}: ["dog", "cat"]')
     for count in _COUNTS:
         if isinstance(data.get(count), int):

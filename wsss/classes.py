@@ -266,7 +266,8 @@ def _without_background(entries: Entries, where: str) -> Entries:
         ClassError: one stands among the classes, so that all labels after it would move.
     """
     classes = list(entries.classes)
-    _check_count(len(classes) - len(_NO_CLASS))
+    if len(classes) > MOST_CLASSES + len(_NO_CLASS):
+        _check_count(len(classes))
     none = [_is_background(each.name) for each in classes]
     first = none.index(False) if False in none else len(none)
     last = len(none) - none[::-1].index(False) if False in none else 0
