@@ -51,15 +51,13 @@ def tokenize_phrases(tokenizer: Tokenizer, classes: ClassList, budget: int) -> l
         for phrase in phrases:
             encoding = tokenizer.encode(phrase, add_special_tokens=False)
             if not encoding.ids:
-                raise ClassError(
-                    f"--classes: {name!r} holds nothing that the detector's tokenizer can read", hint=_english(name, phrase)
-                )
+                raise ClassError(f"--classes: {name!r} holds nothing that the detector's tokenizer can read", hint=_english(name))
             if unknown in encoding.tokens:
                 start, stop = encoding.offsets[encoding.tokens.index(unknown)]
                 raise ClassError(
                     f"--classes: {name!r}: the detector's tokenizer does not know {phrase[start:stop]!r}; all such words are one "
                     "and the same to it",
-                    hint=_english(name, phrase),
+                    hint=_english(name),
                 )
             if len(encoding.ids) > budget:
                 raise ClassError(
@@ -107,13 +105,11 @@ def _check_distinct(names: Sequence[str], ids: Sequence[Sequence[Sequence[int]]]
             first = owner.setdefault(tuple(sentence), row)
             if first != row:
                 raise ClassError(
-                    f"--classes: {names[first]} and {name} are the same tokens to {model}'s tokenizer: it cannot tell "
-                    "them apart",
+                    f"--classes: {names[first]} and {name} are the same tokens to {model}'s tokenizer: it cannot tell them apart",
                     hint="word one of them otherwise, or leave it out",
                 )
 
 
-def _english(name: str, phrase: str) -> str:
-    example = "cat" if phrase == name.lower() else "an English word"
-    told = json.dumps({name[:40]: {"prompts": [example], "phrases": [example]}}, ensure_ascii=False)
-    return f"say it in English; a JSON file keeps the name: {told}"
+def _english(name: str) -> str:
+    told = json.dumps({name[:40]: {"prompts": ["cat"], "phrases": ["cat"]}}, ensure_ascii=False)
+    return f"write it in English; a JSON file of classes keeps the name, for example {told}"

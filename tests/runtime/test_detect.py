@@ -346,7 +346,7 @@ def test_a_word_that_the_tokenizer_does_not_know_is_refused(world: World, bert: 
 def test_a_name_of_another_script_is_kept_with_an_english_phrase(world: World, bert: None, tmp_path: Path) -> None:
     with pytest.raises(ClassError) as caught:
         detector(world, class_list(["猫"]))
-    told = caught.value.hint.partition("keeps the name: ")[2]
+    told = caught.value.hint.partition("for example ")[2]
     assert json.loads(told) == {"猫": {"prompts": ["cat"], "phrases": ["cat"]}}
     (tmp_path / "classes.json").write_text(told, encoding="utf-8")
     assert detector(world, parse_classes(str(tmp_path / "classes.json")))

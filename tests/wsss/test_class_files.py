@@ -12,7 +12,6 @@ import pytest
 from wsss.classes import ClassList, class_list, parse_classes
 from wsss.errors import ClassError
 
-
 CATEGORIES = [
     {"id": number, "name": name, "supercategory": "any"} for number, name in ((1, "cat"), (2, "traffic_light"), (3, "bird"))
 ]
