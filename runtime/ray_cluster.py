@@ -53,13 +53,13 @@ def _check_listens(address: str) -> None:
 
 @contextlib.contextmanager
 def pipeline_settings() -> Iterator[None]:
-    """The settings of Ray Data that a round's pipeline takes with it."""
+    """The settings of Ray Data that a pipeline takes with it."""
     context = DataContext.get_current()
     wanted = {
         "enable_progress_bars": False,
-        "target_max_block_size": 1,  # every row is a block: it is neither joined to others nor waits for them
+        "max_errored_blocks": -1,  # images whose call was lost are labeled one by one
         "max_consecutive_actor_init_deaths": 10,
-        "execution_no_progress_timeout_s": -1,  # listing may take a while, or the cluster grow late: the user is told
+        "execution_no_progress_timeout_s": -1,  # the cluster may grow late: the user is warned
     }
     before = {name: getattr(context, name) for name in wanted if hasattr(context, name)}
     logging.getLogger("ray.data").setLevel(logging.ERROR)
