@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # setuptools warns at length of any editable installation.
 pip = PYTHONWARNINGS=ignore $(1)/python -m pip install
 
-.PHONY: demo test check format types slow formats gpu-check mini wheel clean
+.PHONY: demo test check format types docs slow formats gpu-check mini wheel clean
 
 # The main job on the models that come with wsss: the base install alone, without torch.
 demo: build/demo-venv/.installed
@@ -27,6 +27,13 @@ format: $(VENV)/.installed
 # mypy does not follow the folders that pyproject maps into the package, hence a tree of links and a count of files.
 types: $(VENV)/.installed
 	PYTHON=$(BIN)/python bash .ci/types
+
+# The documentation site, build/site. Needs no network; a warning is an error.
+docs: $(VENV)/.installed
+	bash .ci/tree
+	$(BIN)/python .ci/commands.py
+	$(BIN)/python -m wsss.benchmarks.tables
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
 
 # Full-size models, minutes each on a CPU.
 slow: $(VENV)/.installed
