@@ -181,6 +181,25 @@ def host() -> str:
     return table(["two CPU cores", "measured"], rows)
 
 
+def scale() -> str:
+    """What a run costs the process that drives it."""
+    found = result("run-scale")
+    listing = found["listing"]
+    rows: list[Row] = [
+        ["listing a local folder", f"{listing['listing_us']:.0f} us of CPU an image"],
+        ["a resumed run that finds everything done", f"{listing['resumed_run_us']:.0f} us of CPU an image"],
+        ["a line of the manifest", f"{listing['line_bytes']:,} bytes"],
+    ]
+    for each in found["ray"]:
+        rows.append(
+            [
+                f"driver on Ray, {each['images']:,} images, {each['workers']} labelers that compute nothing",
+                f"{each['driver_us']:.0f} us of CPU an image, {each['driver_memory_mb']} MB, {each['images_per_second']:.0f} images/s",
+            ]
+        )
+    return table(["the process that drives a run", "measured"], rows)
+
+
 def summary() -> str:
     """The README's table."""
     quality, sam, dino = result("mini-quality"), result("sam-official")["summary"], result("grounding-dino-official")
@@ -212,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampling-forms": sampling,
     "stage-two": stage_two,
     "host": host,
+    "scale": scale,
     "summary": summary,
 }
 
