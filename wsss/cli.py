@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,14 +65,69 @@ for command in (export, verify, label, train, eval, bench, report, convert, demo
     app.command()(command)
 
 
+class _Stdout(io.FileIO):
+    """Standard output; what cannot be written to it (a full disk) is an error for the user, but for a pipe that was closed."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise WsssError(
+                f"standard output: cannot be written: {error.strerror or error}",
+                hint="files that the command wrote are whole; send its output elsewhere and run it again",
+            ) from None
+
+
 def main() -> None:
     """The console script. A WsssError is the user's to fix: one message, no traceback; exit 1, or 2 for usage."""
+    _open_streams()
+    code = _run(app) or _run(sys.stdout.flush)
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, WsssError):  # at its end Python would try once more, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    raise SystemExit(code)
+
+
+def _run(work: Callable[[], object]) -> int:
     try:
-        app()
+        work()
     except WsssError as error:
         end_progress()
-        typer.echo(f"wsss: {error}", err=True)
-        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+        return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        return 1
     except KeyboardInterrupt:
-        typer.echo("wsss: interrupted", err=True)
-        raise SystemExit(130) from None
+        return _fail("interrupted", 130)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    with suppress(OSError):
+        typer.echo(f"wsss: {message}", err=True)
+    return code
+
+
+def _open_streams() -> None:
+    """Puts the null device where a standard stream is closed: the next file to be opened would take its place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    if sys.stdout is sys.__stdout__:  # not that of a test
+        now = sys.stdout
+        raw = io.BufferedWriter(_Stdout(1, "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(
+            raw, now.encoding, now.errors, line_buffering=now.line_buffering, write_through=now.write_through
+        )
