@@ -25,6 +25,7 @@ import os
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -36,9 +37,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .. import __version__
 from ..classes import ClassList
-from ..errors import StoreError, WsssError
+from ..errors import StoreError, WsssError, WsssWarning
 from ..photographs import Place
 from ..storeformat import LabelWriter
+from .pipeline import strange_to_mini
 from .ray_cluster import connect, free, last_line, pipeline_settings
 from .ray_desk import PATIENCE, SILENT, Desk
 from .ray_labelers import Labelling, RayLabeler
@@ -111,6 +113,8 @@ class RayCrew:
             memory = sum(node.get("object_store_memory", 0) for node in nodes)
             self._row_bytes = int(min(ROW_BYTES, max(1 << 20, memory / (self._workers * 2 * IN_HAND))))
             self.classes, self.settings = self._first_opened()
+            if message := strange_to_mini(self.classes, self.settings):
+                warnings.warn(message, WsssWarning, stacklevel=2)
         except BaseException:
             self.close()
             raise
@@ -315,6 +319,7 @@ class _Dealing:
 def _open_first(opener: Opener, cwd: str) -> tuple[Any, ...]:
     with contextlib.suppress(OSError):
         os.chdir(cwd)
+    warnings.simplefilter("ignore", WsssWarning)  # the driver warns
     try:
         labeler = opener()
     except WsssError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import warnings
@@ -151,7 +152,7 @@ class Labeler:
             "engine": chosen,
             "rules": vars(rules) | {},
             "models": {},
-            "bundle": {"name": Path(bundle).resolve().name, "variants": {}, "thresholds": {}},
+            "bundle": {"name": os.path.basename(os.path.abspath(bundle)), "variants": {}, "thresholds": {}},
             "wsss": __version__,
         }
 

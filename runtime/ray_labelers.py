@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import uuid
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from ..errors import ImageError, StoreError, WsssError
+from ..errors import ImageError, StoreError, WsssError, WsssWarning
 from ..photographs import ImageFile
 from ..storeformat import LabelWriter
 from .ray_desk import Word
@@ -75,6 +76,7 @@ class RayLabeler:
             _sit(seat, how.cores)
         self._stop = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
+        warnings.simplefilter("ignore", WsssWarning)  # the driver warns
         try:
             labeler = how.opener()
             if json.dumps(labeler.settings, sort_keys=True) != json.dumps(dict(how.settings), sort_keys=True):

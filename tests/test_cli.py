@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 
 from wsss import __version__
 from wsss.labelstore import read_records, read_run
+from wsss.spec import write_manifest
 
 if TYPE_CHECKING:
     from .conftest import Answer, World
@@ -83,6 +85,18 @@ def test_what_is_left_out_or_never_found_is_in_the_summary(label: Run, photos: P
         "left out: 2 .heic, 1 .gif, 1 of .txt\n"
     )
     assert "left out: 2 .heic, 1 .gif, 1 of .txt\n2 of 3 images hold none of the classes; never found: blue\n" in again.err
+
+
+def test_classes_that_the_small_models_do_not_know_are_warned_of_once(label: Run, world: World) -> None:
+    for name in ("clip", "grounding-dino", "sam"):
+        write_manifest(world.bundle / name, dataclasses.replace(world.model(name).manifest, variant="mini"))
+    answer = label("--json")
+    warned = [
+        told for line in answer.out.splitlines() if "none of the 3 classes" in (told := json.loads(line)).get("message", "")
+    ]
+    assert [told["event"] for told in warned] == ["warning"]
+    assert answer.err.count("none of the 3 classes is among them") == 1
+    assert "WsssWarning" not in answer.err
 
 
 def test_a_sub_folder_that_cannot_be_read_fails_and_the_run_goes_on(

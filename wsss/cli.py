@@ -6,8 +6,10 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,7 @@ import typer
 
 from . import __version__
 from .commands.bench import bench
-from .commands.common import end_progress
+from .commands.common import end_progress, log
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.doctor import doctor
@@ -26,7 +28,7 @@ from .commands.report import report
 from .commands.train import train
 from .commands.verify import verify
 from .config import FILE, read_defaults
-from .errors import UsageError, WsssError
+from .errors import UsageError, WsssError, WsssWarning
 
 app = typer.Typer(
     help="Photographs and a class list in, semantic-segmentation pseudo-labels out. No annotation needed.",
@@ -83,6 +85,7 @@ class _Stdout(io.FileIO):
 def main() -> None:
     """The console script. A WsssError is the user's to fix: one message, no traceback; exit 1, or 2 for usage."""
     _open_streams()
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
     code = _run(app) or _run(sys.stdout.flush)
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
@@ -105,6 +108,14 @@ def _run(work: Callable[[], object]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def _show_warning(usual: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Logs what Python would show with a line of code."""
+    if issubclass(category, WsssWarning):
+        log(str(message), logging.WARNING)
+    else:
+        usual(message, category, *where)
 
 
 def _fail(message: str, code: int) -> int:
