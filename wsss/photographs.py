@@ -41,6 +41,8 @@ MOST_PIXELS = 178_956_970
 """512 MB as RGB: where Pillow itself begins to refuse."""
 MOST_BYTES = 1 << 30
 """Of a file: as many as ``MOST_PIXELS`` take with 16 bits a channel, uncompressed."""
+_BAND = 512
+"""Rows that are made RGB at a time."""
 LEAST_RANGE = 16
 """Of 256 levels: a photograph that spans fewer shows next to nothing. 12 bits in a file of 16 become 16 levels."""
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's, at half of our limit
@@ -210,12 +212,15 @@ def _warning(pixels: np.ndarray) -> str:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    turned = ImageOps.exif_transpose(image)
-    if turned.mode in ("I;16", "I;16B", "I;16L", "I"):
-        wide = np.asarray(turned).astype(np.int64)
-        return np.repeat(np.clip(wide >> 8, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
-    if turned.has_transparency_data:
-        turned = turned.convert("RGBA")
-        white = Image.new("RGBA", turned.size, "white")
-        turned = Image.alpha_composite(white, turned)
-    return np.array(turned.convert("RGB"))
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        high = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(high[:, :, None], 3, axis=2)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, _BAND):  # each step makes a copy
+        band = image.crop((0, top, image.width, min(top + _BAND, image.height)))
+        if band.has_transparency_data:
+            band = band.convert("RGBA")
+            band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
+        pixels[top : top + _BAND] = band.convert("RGB")
+    return pixels

@@ -83,6 +83,22 @@ def test_half_transparency_is_blended(tmp_path: Path) -> None:
     assert np.allclose(png(tmp_path, Image.new("RGBA", (1, 1), (0, 100, 200, 128))), [[[127, 177, 227]]], atol=1)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "LAB"])
+def test_bands_of_rows_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    image = Image.fromarray(np.dstack([RGB, RGB[:, :, :1]])) if mode in ("RGBA", "CMYK") else Image.fromarray(RGB)
+    if mode == "CMYK":
+        image = Image.frombytes("CMYK", image.size, image.tobytes())
+    elif mode == "LAB":
+        image = Image.frombytes("LAB", image.size, image.tobytes())
+    elif mode == "P":
+        image = image.quantize()
+    how = {"transparency": 0} if mode == "P" else {}
+    suffix = "png" if mode in ("RGB", "RGBA", "P") else "tif"
+    whole = png(tmp_path, image, f"x.{suffix}", **how)
+    monkeypatch.setattr(photographs, "_BAND", 4)
+    assert np.array_equal(read_photograph(tmp_path, f"x.{suffix}").pixels, whole)
+
+
 def test_a_palette_with_a_transparent_entry(tmp_path: Path) -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
