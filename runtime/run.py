@@ -297,7 +297,7 @@ def _tell_left_out(left_out: LeftOut, summary: Summary, warn: Warn, failed: Fail
     if left_out.files.keys() - set(SIDECARS):
         warn(f"left out: {describe_left_out(left_out.files)}")
     for link in left_out.links:
-        warn(f"left out: {link}: a link to a folder; label that folder itself")
+        warn(f"left out: {printable(link)}: a link to a folder; label that folder itself")
     for folder, reason in left_out.folders.items():
         failed(folder, f"{folder}: cannot be read: {reason}")
 

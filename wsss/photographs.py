@@ -179,6 +179,10 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
             f"{name}: not a readable image: none of {', '.join(FORMATS)}",
             hint=f"convert it to JPEG or PNG; if it is one, {again}",
         ) from None
+    except Image.DecompressionBombError:
+        raise ImageError(
+            f"{name}: expected at most {MOST_PIXELS:,} pixels, got a decompression bomb", hint="make it smaller"
+        ) from None
     except MemoryError:
         raise ImageError(f"{name}: this machine lacks the memory to decode it", hint="make it smaller") from None
     except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything: struct.error, IndexError, ...
