@@ -113,8 +113,8 @@ class FileList:
     def _lines(self, stack: ExitStack) -> Iterator[str]:
         with self.path.open("rb") as file:
             wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        how = {"encoding": "utf-16"} if wide else {"encoding": "utf-8-sig", "errors": "surrogateescape"}
-        lines = stack.enter_context(self.path.open(newline="\n", **how))
+        encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
+        lines = stack.enter_context(self.path.open(encoding=encoding, errors=errors, newline="\n"))
         for number in count(1):
             line = lines.readline(LONGEST_LINE)
             if len(line) == LONGEST_LINE:

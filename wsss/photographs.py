@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError, _imaging, features
 
 from .batch import Photograph
 from .documents import read_regular
@@ -60,7 +60,7 @@ def _note_damage(module: bytes | None, template: bytes, values: int) -> None:
 def _silence_libtiff() -> None:
     """Keeps libtiff from writing to stderr; its errors are noted, since it decodes some damaged files in spite of them."""
     try:
-        library = ctypes.CDLL(Image.core.__file__)  # symbols of the libraries it is linked to are found through it
+        library = ctypes.CDLL(_imaging.__file__)  # symbols of the libraries it is linked to are found through it
         library.TIFFSetErrorHandler(_note_damage)
         library.TIFFSetWarningHandler(None)
     except (AttributeError, OSError):  # linked statically, as in Pillow's wheels for Windows
@@ -226,5 +226,5 @@ def _rgb(image: Image.Image) -> np.ndarray:
         if band.has_transparency_data:
             band = band.convert("RGBA")
             band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
-        pixels[top : top + _BAND] = band.convert("RGB")
+        pixels[top : top + _BAND] = np.asarray(band.convert("RGB"))
     return pixels
