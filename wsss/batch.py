@@ -47,6 +47,8 @@ class Photograph:
     etag: str = ""
     sha256: str = ""
     """Of the file it came from."""
+    warning: str = ""
+    """Why its pixels may not show what they should, in words; empty where nothing speaks for it."""
     ahead: dict[str, tuple[Future[None], np.ndarray]] = field(default_factory=dict)
     """Inputs that a stage, by its name, finds in the making, and what tells when; it makes its own where there is none."""
 
