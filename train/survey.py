@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from ..batch import VOID
-from ..errors import StoreError
+from ..errors import ImageError, StoreError
 from ..labelstore import Record, read_label, read_records, read_run, write_atomically
+from ..photographs import read_file
 
 SHOWN = 3
 """Of many bad images, so many are named."""
@@ -105,10 +106,9 @@ def look_through(store: Path, images: Path, progress: Callable[[int, int], None]
 def _look_at(store: Path, images: Path, record: Record, classes: Sequence[str]) -> tuple[Item, str] | str:
     """The item and its label file's digest, or what is wrong with it."""
     try:
-        with (images / record["path"]).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return f"the image cannot be read: {error.strerror}"
+        sha256 = read_file(images, record["path"]).sha256
+    except ImageError as error:
+        return f"the image: {error.message.removeprefix(record['path'] + ': ')}"
     if sha256 != record["sha256"]:
         return "the image has changed since it was labelled"
     try:
@@ -163,7 +163,7 @@ def class_confidence(record: Record, classes: Sequence[str], pixels: Sequence[in
 
 def write_survey(path: Path, survey: Survey) -> None:
     """Leaves a survey for the other processes of a training."""
-    write_atomically(path, json.dumps(dataclasses.asdict(survey)).encode("utf-8", "surrogatepass"))
+    write_atomically(path, json.dumps(dataclasses.asdict(survey), allow_nan=False).encode("utf-8", "surrogatepass"))
 
 
 def read_survey(path: Path) -> Survey:
