@@ -141,6 +141,8 @@ def test_one_bit(tmp_path: Path, wsss: Run) -> None:
 def test_mostly_void_truth_and_a_folder_against_itself(tmp_path: Path, wsss: Run) -> None:
     write(tmp_path / "truth" / "x.png", np.where(TRUTH == 1, TRUTH, 255).astype(np.uint8))
     assert score(wsss)[0]["warnings"] == ["75.0% of the truth's pixels are void (255) and not scored"]
+    write(tmp_path / "truth" / "x.png", np.where(TRUTH == 2, 255, TRUTH).astype(np.uint8))
+    assert score(wsss)[0]["warnings"] == [], "half of it is not most of it"
     answer = wsss("eval", "truth", "truth", "--classes", "voc", "--json")
     assert "truth is compared with itself" in json.loads(answer.out)["warnings"]
 
