@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from ..batch import Tensor
 from ..errors import BundleError, OutOfMemory, WsssError
 from ..spec import GraphSpec, TensorSpec
 from .engine import check_feeds, contract
 from .machine import ONE_ONNXRUNTIME
+from .ort_library import SILENT, onnxruntime
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -74,7 +74,7 @@ class OrtEngine:
         # Idle threads sleep: waiting in a loop they hold the cores that the other engines, reading and writing want.
         # The chain of small models on two cores: 6.0 to 7.0 images/s with the loop, 7.7 to 10.7 without.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
+        options.log_severity_level = SILENT
         self._device, self._number = kind, int(number or 0)
         provider = ("CUDAExecutionProvider", {"device_id": self._number}) if kind == "cuda" else "CPUExecutionProvider"
         # onnxruntime 1.32 dies of a segmentation fault in this pass on float16 graphs; it only speeds up float32 convolutions.
