@@ -112,7 +112,12 @@ def test_what_a_live_process_builds_is_not_restored_or_swept(tmp_path: Path) -> 
 
 
 def test_only_its_own_leftovers_are_swept(tmp_path: Path) -> None:
-    others = [".clip-large.partial-0123abcd", ".clip.partial-mine.partial-0123abcd", ".clip.partial-notes", "clip.partial-0123abcd"]
+    others = [
+        ".clip-large.partial-0123abcd",
+        ".clip.partial-mine.partial-0123abcd",
+        ".clip.partial-notes",
+        "clip.partial-0123abcd",
+    ]
     for name in (*others, ".clip.partial-0123abcd"):
         (tmp_path / name).mkdir()
     publish(tmp_path / "clip", "new")
