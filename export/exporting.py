@@ -47,6 +47,8 @@ def export_model(family: Family, *, variant: str, weights: str, bundle: Path, op
         BundleError: the bundle cannot be written.
     """
     prepared = family.prepare(variant, weights, options)
+    if (pinned := prepared.weights.get("pinned", "sha256")) != "sha256":
+        log(f"{family.name}: nothing says what {weights} must hold (pinned: {pinned}); its sha256 is in the manifest from now on")
     with _unpublished(bundle, family.name) as folder:
         store = WeightFile(folder / WEIGHTS)
         graphs = {}
