@@ -251,6 +251,8 @@ class Bundle:
 def open_bundle(folder: Path) -> Bundle:
     """The bundle in ``folder``. Raises BundleError when there is none."""
     bundle = Bundle(folder)
+    for old in folder.glob(".*.old-*"):  # of an export that was killed while it replaced a model
+        restore(folder / old.name[1:].rpartition(".old-")[0])
     if not folder.is_dir():
         raise BundleError(f"{folder}: expected a bundle folder, found nothing", hint=f"wsss export --model all --bundle {folder}")
     if not bundle.models():
