@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import logging
 import math
 import re
@@ -27,7 +26,9 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor, nn
 
-from ..errors import UsageError, WeightsError
+from ..documents import parse_json, read_bytes
+from ..errors import SpecError, UsageError, WeightsError
+from ..jsontypes import checked
 from ..spec import sha256_of
 from . import weights as checkpoints
 
@@ -35,6 +36,8 @@ HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Weights of an open_clip folder on the Hugging Face hub, preferred first (open_clip/constants.py)."""
 FOLDER_FILES = (*HUB_FILES, "model.safetensors", "pytorch_model.bin")
 CONFIG = "open_clip_config.json"
+MAX_CONFIG = 1 << 20
+"""Bytes; the published ones have some hundred."""
 LOGIT_SCALE = 100.0
 """Where training of CLIP ends and is clipped (arXiv:2103.00020, section 2.5); given to seeded models."""
 
@@ -235,30 +238,38 @@ def _config_beside(path: Path, variant: str) -> Mapping[str, Any]:
     config = path.parent / CONFIG
     if not config.is_file():
         return {}
+    hint = f"take the {CONFIG} that was published with the weights"
+    data = read_bytes(config, hint=hint, error=WeightsError, max_bytes=MAX_CONFIG)
     try:
-        told = json.loads(config.read_text(encoding="utf-8"))
-        model, recipe = dict(told["model_cfg"]), dict(told.get("preprocess_cfg", {}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{config}: expected open_clip's model_cfg and preprocess_cfg: {type(error).__name__} {error}"
-        ) from None
+        found = checked(Mapping[str, Any], parse_json(data, str(config), hint=hint, error=WeightsError), "")
+        model = checked(Mapping[str, Any], found.get("model_cfg"), "model_cfg")
+        parts = {
+            name: checked(Mapping[str, Any], model.get(name, {}), f"model_cfg.{name}") for name in ("vision_cfg", "text_cfg")
+        }
+        recipe = checked(Mapping[str, Any], found.get("preprocess_cfg", {}), "preprocess_cfg")
+        for name in recipe.keys() & {"mean", "std"}:
+            recipe[name] = checked(tuple[float, float, float], recipe[name], f"preprocess_cfg.{name}")
+        if min(recipe.get("std", (1,))) <= 0:
+            raise SpecError(f"preprocess_cfg.std: expected numbers above 0, got {list(recipe['std'])}")
+        quick_gelu = model.get("quick_gelu", False)
+        if not isinstance(quick_gelu, bool):
+            raise SpecError(f"model_cfg.quick_gelu: expected true or false, got {quick_gelu!r:.80}")
+    except SpecError as error:
+        raise WeightsError(f"{config}: {error.message}", hint=hint) from None
     own = open_clip.get_model_config(variant)
     clashes = [
-        f"{section}{name} {its!r} instead of {mine[name]!r}"
+        f"{section}{name} {its!r:.80} instead of {mine[name]!r}"
         for section, its_part, mine in (
             ("", model, own),
-            ("vision_cfg.", model.get("vision_cfg", {}), own["vision_cfg"]),
-            ("text_cfg.", model.get("text_cfg", {}), own["text_cfg"]),
+            ("vision_cfg.", parts["vision_cfg"], own["vision_cfg"]),
+            ("text_cfg.", parts["text_cfg"], own["text_cfg"]),
         )
         for name, its in its_part.items()
         if name in mine and isinstance(its, int | list) and not isinstance(its, bool) and its != mine[name]
     ]
     if clashes:
         raise WeightsError(f"{config}: not a {variant}: {'; '.join(clashes[:3])}", hint="check --variant")
-    for name in ("mean", "std"):
-        if name in recipe:
-            recipe[name] = tuple(recipe[name])
-    return {**recipe, "quick_gelu": model.get("quick_gelu", False)}
+    return {**recipe, "quick_gelu": quick_gelu}
 
 
 def _download(tag: Mapping[str, Any], variant: str) -> tuple[Path, str]:
@@ -331,8 +342,11 @@ def _way_out(variant: str, repository: str = "", file: str = HUB_FILES[0]) -> st
 def _is_torchscript(path: Path) -> bool:
     if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # said when it is read
+        return False
 
 
 def _first_line(error: Exception | None) -> str:

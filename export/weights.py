@@ -7,23 +7,20 @@ import glob
 import hashlib
 import http.client
 import os
-import pickle
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .. import checkpoints
 from ..errors import WeightsError
 from ..files import sync_folder
 from ..spec import sha256_of
@@ -186,22 +183,18 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             if (path / name).is_file():
                 return read_checkpoint(path / name)
         raise WeightsError(
-            f"{path}: expected a folder with model.safetensors, found {sorted(p.name for p in path.iterdir())[:8]}"
+            f"{path}: expected a folder with model.safetensors, found {sorted(p.name for p in path.iterdir())[:8]}",
+            hint="give the file of weights itself",
         )
-    bring = "the file is damaged or no checkpoint; fetch it again"
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        told = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"{path}: cannot be read as a checkpoint: {first}", hint=bring) from None
+    found: Any = checkpoints.read_checkpoint(path)
     for key in ("model", "state_dict"):
-        if isinstance(told, dict) and isinstance(told.get(key), dict):
-            told = told[key]
-    if not isinstance(told, dict) or not told or not all(isinstance(value, Tensor) for value in told.values()):
-        raise WeightsError(f"{path}: expected a state dict of tensors, got {type(told).__name__}", hint=bring)
-    return told
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not found or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
+        raise WeightsError(
+            f"{path}: expected a state dict of tensors, got {type(found).__name__}", hint="the file is no checkpoint of a model"
+        )
+    return dict(found)
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, path: Path, what: str, assign: bool = False) -> None:

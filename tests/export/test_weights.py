@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
+from transformers import GroundingDinoConfig
+
 from wsss.errors import WeightsError
 from wsss.export import clip_weights, grounding_dino_weights, sam
 from wsss.export import weights as checkpoints
@@ -229,3 +233,112 @@ def test_a_file_of_the_hub_s_cache_is_hashed(tmp_path: Path) -> None:
     (tmp_path / SHA256).write_bytes(DATA[1:])
     with pytest.raises(WeightsError, match="the Hugging Face hub says"):
         clip_weights._hub_file(path, "timm/toy")
+
+
+# ---- files that are damaged or hostile ----
+
+
+class Scheduler:
+    """Pickled by reference, as a training's own objects are."""
+
+
+def deflated(path: Path) -> None:
+    """A few kilobytes that unpack to 64 megabytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("archive/data/0", "w") as entry:
+        for _ in range(64):
+            entry.write(bytes(1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path: path.write_bytes(b""), "not a readable file of weights"),
+        (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)), "not a readable file of weights"),
+        (lambda path: torch.save(Scheduler(), path), "holds more than tensors"),
+        (lambda path: torch.save([torch.zeros(3)], path), "expected tensors by name, got list"),
+        (lambda path: torch.save({"model": {"a": 1}}, path), "expected a state dict of tensors"),
+        (lambda path: torch.save({"model": {}}, path), "expected a state dict of tensors"),
+        (lambda path: torch.save({"a": torch.zeros(1).expand(1 << 40)}, path), "has only 4 bytes"),
+        (lambda path: deflated(path), "is compressed"),
+        (lambda path: os.mkfifo(path), "no regular file"),
+    ],
+    ids=["empty", "cut archive", "object", "list", "no tensors", "nothing", "expanded", "compressed", "pipe"],
+)
+def test_a_checkpoint_that_is_none(tmp_path: Path, write: Callable[[Path], object], said: str) -> None:
+    path = tmp_path / "model.pth"
+    write(path)
+    with pytest.raises(WeightsError, match=said) as caught:
+        checkpoints.read_checkpoint(path)
+    assert caught.value.hint
+    assert "weights_only" not in str(caught.value), "PyTorch advises to run what is pickled"
+
+
+OPEN_CLIP = {"model_cfg": {"embed_dim": 512, "vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}
+
+
+def test_a_configuration_of_open_clip_is_read(tmp_path: Path) -> None:
+    (tmp_path / clip_weights.CONFIG).write_text(json.dumps(OPEN_CLIP))
+    assert clip_weights._config_beside(tmp_path / "x.pt", "ViT-B-32") == {"mean": (0.5, 0.5, 0.5), "quick_gelu": False}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 200_000,
+        '{"model_cfg": {}, "model_cfg": {}}',
+        '{"model_cfg": [["a", 1]]}',
+        '{"model_cfg": {"vision_cfg": 7}}',
+        '{"model_cfg": {"vision_cfg": {"layers": -1}}}',
+        '{"model_cfg": {"vision_cfg": {"layers": 1000000000000}}}',
+        '{"model_cfg": {"quick_gelu": "no"}}',
+        '{"model_cfg": {}, "preprocess_cfg": []}',
+        '{"model_cfg": {}, "preprocess_cfg": {"mean": 0.5}}',
+        '{"model_cfg": {}, "preprocess_cfg": {"mean": [0.5, 0.5]}}',
+        '{"model_cfg": {}, "preprocess_cfg": {"std": [1, 0, 1]}}',
+        '{"model_cfg": {}, "preprocess_cfg": {"std": [1, 1e999, 1]}}',
+        '{"model_cfg": {}, "preprocess_cfg": {"std": [1, NaN, 1]}}',
+        " " * (clip_weights.MAX_CONFIG + 1),
+    ],
+    ids=lambda text: text[:60],
+)
+def test_a_configuration_of_open_clip_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / clip_weights.CONFIG).write_text(text)
+    with pytest.raises(WeightsError, match=r"open_clip_config\.json: ") as caught:
+        clip_weights._config_beside(tmp_path / "x.pt", "ViT-B-32")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "7",
+        "[" * 200_000,
+        '{"backbone_config": 7}',
+        '{"backbone_config": {"model_type": "no such"}}',
+        '{"backbone_config": {"model_type": "swin", "depths": "deep"}}',
+        '{"backbone_config": {"model_type": "swin", "embed_dim": -96}}',
+        '{"text_config": [1]}',
+        '{"d_model": "wide"}',
+        '{"encoder_layers": 1000000000000}',
+        '{"num_queries": -1}',
+        '{"d_model": 1e999}',
+    ],
+    ids=lambda text: text[:60],
+)
+def test_a_configuration_of_grounding_dino_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=r"config\.json: ") as caught:
+        grounding_dino_weights._check_config(tmp_path / "config.json", GroundingDinoConfig(), "Grounding-DINO swin_t")
+    assert caught.value.hint
+
+
+def test_a_configuration_s_numbers_take_no_memory(tmp_path: Path) -> None:
+    """transformers makes a name for each label: ten thousand million of them."""
+    (tmp_path / "config.json").write_text('{"num_labels": 10000000000, "encoder_layers": 1000000000000}')
+    with pytest.raises(WeightsError, match="encoder_layers 1000000000000 instead of 6"):
+        grounding_dino_weights._check_config(tmp_path / "config.json", GroundingDinoConfig(), "Grounding-DINO swin_t")
