@@ -227,11 +227,12 @@ def test_an_official_folder_computes_what_open_clip_makes_of_it(official: Path, 
 def test_a_tag_of_openai_forces_quickgelu(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tag = {"hf_hub": "timm/toy.openai/", "quick_gelu": True, "mean": (0.4, 0.5, 0.6), "std": (0.3, 0.2, 0.1)}
     monkeypatch.setattr(clip_weights, "get_pretrained_cfg", lambda variant, name: tag if name == "openai" else {})
-    monkeypatch.setattr(clip_weights, "_download", lambda *_: official / "open_clip_model.safetensors")
+    monkeypatch.setattr(clip_weights, "_download", lambda *_: (official / "open_clip_model.safetensors", "no"))
     loaded = clip_weights.load("toy-vit", "openai")
     assert loaded.recipe.quick_gelu
     assert type(loaded.model.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"  # type: ignore[union-attr, index]
     assert loaded.record["source"] == "openai"
+    assert loaded.record["pinned"] == "no"
 
 
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"epoch": 3, "state_dict": state}])
