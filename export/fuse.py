@@ -20,8 +20,8 @@ VOID = 255
 LOGIT_ROUNDING = 2.0**-18
 """How far two ways of upsampling may lie apart, as a share of a mask's largest logit: both round coordinates up to 1,024 and
 sums in float32. Measured: up to 2**-21.8."""
-VALUE_ROUNDING = 1e-6
-"""The same of ``score * sigmoid(z)``, as a share of it: a few roundings to 24 bits."""
+VALUE_ROUNDING = 4e-6
+"""The same of ``score * sigmoid(z)``, as a share of it: a few roundings to 24 bits, and a GPU's exponential."""
 PIXELS = AxisRange(1, 500, 16_384)
 """Photograph's height (or rows of a chunk of it) and width."""
 
@@ -29,7 +29,7 @@ PIXELS = AxisRange(1, 500, 16_384)
 class Fuse(nn.Module):
     """Masks of one image to a label map; the rule is `vote`.
 
-    A photograph may be fused in chunks of rows: ``label_map`` is the same to the bit, ``area`` and ``won`` add up.
+    A photograph may be fused in chunks of rows: ``label_map`` is the same, ties aside, ``area`` and ``won`` add up.
     """
 
     def __init__(self) -> None:

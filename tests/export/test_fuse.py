@@ -99,17 +99,18 @@ def test_graph_equals_its_reference(engine: OrtEngine, picked: int) -> None:
     found = {name: np.asarray(value) for name, value in engine(feeds).items()}
     want = graph.reference(feeds, found)
     assert found["label_map"].dtype == np.uint8
-    assert (found["label_map"] != want["label_map"]).mean() <= 1e-4
+    assert all(allowed.measure(found, want, name) == (0, 0) for name, allowed in graph.tolerance.items())
     assert found["won"].sum() == ((found["label_map"] > 0) & (found["label_map"] < 255)).sum()
-    np.testing.assert_allclose(found["area"], want["area"], atol=2)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100])
 def test_chunks_of_rows_give_the_same_label_map(engine: OrtEngine, chunk: int) -> None:
-    feeds = fuse.sample_masks(PREPROCESS, LOGITS, 16, 5, 9)
-    whole = {name: np.asarray(value) for name, value in engine(feeds).items()}
+    """But for ties: a product of fewer rows may round otherwise."""
+    graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))
+    feeds = graph.sample(5, 9)
     rows = feeds["rows"]
     parts = [engine(feeds | {"rows": rows[start : start + chunk]}) for start in range(0, len(rows), chunk)]
-    assert np.array_equal(np.concatenate([np.asarray(part["label_map"]) for part in parts]), whole["label_map"])
-    for count in ("area", "won"):
-        assert np.array_equal(sum(np.asarray(part[count]) for part in parts), whole[count])
+    found = {count: np.sum([np.asarray(part[count]) for part in parts], axis=0) for count in ("area", "won")}
+    found["label_map"] = np.concatenate([np.asarray(part["label_map"]) for part in parts])
+    want = graph.reference(feeds, found)
+    assert all(allowed.measure(found, want, name) == (0, 0) for name, allowed in graph.tolerance.items())
