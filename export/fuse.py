@@ -6,6 +6,8 @@ as two matrices (`wsss.frame`) and the graph multiplies: ``rows @ logits @ colum
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -173,7 +175,14 @@ def near_ties(
     rival_least, rival_most = _largest_of_others(least_of), _largest_of_others(most_of)  # (names, H, W)
     may_own = (most_of > 0) & (rival_least <= (1 - margin) * most_of)
     must_own = (least_of > 0) & (rival_most < (1 - margin) * least_of)
-    may_be_contested = (rival_most.min(axis=0) > 0) & (rival_most.min(axis=0) > (1 - margin) * least_of.max(axis=0))
+    # A label's lowest value where it is claimed at all: at the edge a mask is worth nothing or half its score.
+    lowest = np.where(most > 0, np.where(least > 0, least, score[:, None, None] / 2), np.inf)
+    lowest_of = np.stack([lowest[of_name == n].min(axis=0) for n in range(len(names))])
+    lowest_of = np.where(least_of > 0, least_of, lowest_of)
+    may_be_contested = np.zeros(fused.shape, bool)
+    for best, other in permutations(range(len(names)), 2):
+        near = (most_of[other] > (1 - margin) * lowest_of[best]) & (lowest_of[other] <= most_of[best])
+        may_be_contested |= near & (most_of[best] >= least_of.max(axis=0))
     options = [fused, np.where(least_of.max(axis=0) == 0, 0, fused), np.where(may_be_contested, VOID, fused)]
     options += [np.where(may_own[n], name, fused) for n, name in enumerate(names)]
     may_win = may_own[of_name] & (most > 0) & (most >= least_of[of_name])

@@ -85,6 +85,53 @@ def test_who_owns_a_pixel(
     assert voted(z, score, label, margin) == want
 
 
+@pytest.mark.parametrize(
+    ("z", "score", "label", "margin", "names", "area", "won"),
+    [
+        pytest.param([-4.0], [0.9], [3], 0.1, {0}, [(0, 0)], [(0, 0)], id="outside"),
+        pytest.param([4.0], [0.9], [3], 0.1, {3}, [(1, 1)], [(1, 1)], id="inside"),
+        pytest.param([5e-4], [0.9], [3], 0.1, {0, 3}, [(0, 1)], [(0, 1)], id="just inside"),
+        pytest.param([-5e-4], [0.9], [3], 0.1, {0, 3}, [(0, 1)], [(0, 1)], id="just outside"),
+        pytest.param([2e-3], [0.9], [3], 0.1, {3}, [(1, 1)], [(1, 1)], id="inside by more than rounding"),
+        pytest.param([-2e-3], [0.9], [3], 0.1, {0}, [(0, 0)], [(0, 0)], id="outside by more than rounding"),
+        pytest.param([5e-4, 4], [0.9, 0.3], [1, 2], 0.1, {1, 2}, [(0, 1), (1, 1)], [(0, 1), (0, 1)], id="an edge over another"),
+        pytest.param(
+            [5e-4, 4], [0.6, 0.3], [1, 2], 0.1, {2, 255}, [(0, 1), (1, 1)], [(0, 0), (0, 1)], id="an edge that contests"
+        ),
+        pytest.param([4, 4], [0.9, 0.81], [1, 2], 0.1, {1, 255}, [(1, 1)] * 2, [(0, 1), (0, 0)], id="at the margin"),
+        pytest.param([4, 4], [0.9, 0.85], [1, 2], 0.1, {255}, [(1, 1)] * 2, [(0, 0)] * 2, id="within the margin"),
+        pytest.param([4, 4], [0.9, 0.80], [1, 2], 0.1, {1}, [(1, 1)] * 2, [(1, 1), (0, 0)], id="beyond the margin"),
+        pytest.param([4, 4], [0.9, 0.9], [2, 2], 0.1, {2}, [(1, 1)] * 2, [(0, 1)] * 2, id="two of one label"),
+        pytest.param([4, 4], [0.9, 0.8], [2, 2], 0.1, {2}, [(1, 1)] * 2, [(1, 1), (0, 0)], id="the better of one label"),
+        pytest.param([4, 4, 4], [0.9, 0.2, 0.3], [1, 2, 3], 0.1, {1}, [(1, 1)] * 3, [(1, 1), (0, 0), (0, 0)], id="three"),
+    ],
+)
+def test_what_rounding_allows(
+    z: list[float],
+    score: list[float],
+    label: list[int],
+    margin: float,
+    names: set[int],
+    area: list[tuple[int, int]],
+    won: list[tuple[int, int]],
+) -> None:
+    masks = np.array(z)[:, None, None], np.full(len(z), 1e-3), np.float32(score), np.array(label), margin
+    fused = fuse.fused_by_sorting(masks[0], *masks[2:])["label_map"]
+    ties = fuse.near_ties(*masks, fused)
+    assert set(ties["label_map.options"].ravel().tolist()) == names
+    assert list(zip(*ties["area.range"].tolist(), strict=True)) == area
+    assert list(zip(*ties["won.range"].tolist(), strict=True)) == won
+
+
+def test_rounding_decides_few_pixels_of_what_the_gate_feeds() -> None:
+    """Or the gate would prove nothing."""
+    graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))
+    for picked in (1, 2, 16):
+        want = graph.reference(graph.sample(picked, 1), {})
+        assert (want["label_map.options"] != want["label_map"]).any(axis=0).mean() < 1e-3
+        assert (want["area.range"][1] - want["area.range"][0] < 1e-3 * want["label_map"].size).all()
+
+
 def test_void_and_labels_occur_in_what_the_gate_feeds() -> None:
     graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))
     feeds = graph.sample(16, 1)
