@@ -398,3 +398,29 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     name = f"bucket-{zlib.crc32(request.node.nodeid.encode()):08x}"
     client.create_bucket(Bucket=name)
     return Bucket(name, client)
+
+
+# ---- damaged files (test_hostile_files.py) ----
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("damaged files")
+    group.addoption("--mutations", type=int, default=24, help="damaged files of each kind that test_hostile_files.py tries")
+    group.addoption("--mutation", type=int, default=None, help="only the damaged file of this number")
+    group.addoption("--mutation-seed", type=int, default=0, help="other damage")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many damaged files were tried."""
+    reports = [each for outcome in ("passed", "failed") for each in terminalreporter.stats.get(outcome, ())]
+    told = {name: counts for each in reports for name, counts in each.user_properties if name.startswith("mutations of ")}
+    if not told:
+        return
+    outcomes = ("read", "refused", "failed")
+    total = {outcome: sum(counts[outcome] for counts in told.values()) for outcome in outcomes}
+    if terminalreporter.config.option.verbose > 0:
+        for name, counts in sorted(told.items()):
+            terminalreporter.write_line(f"{name}: " + ", ".join(f"{counts[outcome]} {outcome}" for outcome in outcomes))
+    terminalreporter.write_line(
+        f"damaged files: {sum(total.values()):,} tried, " + ", ".join(f"{total[outcome]:,} {outcome}" for outcome in outcomes)
+    )
