@@ -11,7 +11,10 @@ from typing import Any
 Mutate = Callable[[bytes, random.Random], bytes]
 
 _TOKEN = re.compile(r"\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|\w+|[^\s\w]")
-_NUMBERS = "0 -1 -0 0.5 256 65536 2147483648 99999999999999999999 1e308 1e999 -1e999 NaN nan Infinity inf 1_000 0x10 ٣".split()
+_NUMBERS = [
+    *("0", "-1", "-0", "0.5", "256", "65536", "2147483648", "99999999999999999999", "1e308", "1e999", "-1e999"),
+    *("NaN", "nan", "Infinity", "inf", "1_000", "0x10", "٣"),
+]
 _WORDS = [
     "",
     " ",

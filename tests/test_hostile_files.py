@@ -22,7 +22,6 @@ import sys
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ from PIL import Image
 from wsss.batch import Boxes, Labels, Photograph
 from wsss.classes import class_list, parse_classes
 from wsss.cli import main
+from wsss.engines.opening import open_graph
 from wsss.errors import BundleError, WsssError
 from wsss.labelstore import read_label
 from wsss.photographs import count_pixels, decode, read_file
@@ -87,16 +87,25 @@ class Kind:
     """What lies beside is changed by the use: each case gets its own copy."""
     share: float
     """Of the mutations asked for: slow kinds get fewer."""
+    real_engines: bool
+    refused: tuple[str, ...]
+    """Files that are refused undamaged too: they lead to something that is not there."""
 
 
 KINDS: dict[str, Kind] = {}
 
 
 def kind(
-    files: Callable[[Path], Files], *, beside: Callable[[Path], None] | None = None, again: bool = False, share: float = 1.0
+    files: Callable[[Path], Files],
+    *,
+    beside: Callable[[Path], None] | None = None,
+    again: bool = False,
+    share: float = 1.0,
+    real_engines: bool = False,
+    refused: tuple[str, ...] = (),
 ) -> Callable[[Use], Use]:
     def register(use: Use) -> Use:
-        KINDS[use.__name__] = Kind(use, files, beside, again, share)
+        KINDS[use.__name__] = Kind(use, files, beside, again, share, real_engines, refused)
         return use
 
     return register
@@ -113,7 +122,7 @@ def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
 
 def images(_: Path) -> Files:
     scene = Image.fromarray(World.scene(24, 32, red=(2, 3, 14, 20), blue=(16, 4, 30, 22)))
-    wide = Image.fromarray((np.arange(24 * 32, dtype=np.uint16).reshape(24, 32) * 80))
+    wide = Image.fromarray(np.arange(24 * 32, dtype=np.uint16).reshape(24, 32) * 80)
     turned = Image.Exif()
     turned[0x0112] = 6
     made = {
@@ -160,7 +169,7 @@ def label_maps(_: Path) -> Files:
 def label_map(case: Case) -> None:
     from wsss.train.evaluate_files import read_label_map
 
-    read = read_label if case.number % 2 else read_label_map
+    read = read_label if case.number % 3 == 1 and not case.name.startswith("wide") else read_label_map
     label = read(case.file)
     assert label.dtype == np.uint8 and label.ndim == 2 and label.size
 
@@ -330,7 +339,7 @@ def run_command(folder: Path, *argv: str) -> None:
         sys.argv = arguments
 
 
-@kind(lambda _: {"wsss.toml": (DEFAULTS, tokens_changed)}, share=0.5)
+@kind(lambda _: {"wsss.toml": (DEFAULTS, tokens_changed)}, share=0.5, refused=("wsss.toml",))
 def defaults_toml(case: Case) -> None:
     command = ("label", "eval", "convert", "report", "export")[case.number % 5]
     run_command(case.folder, command)
@@ -352,7 +361,7 @@ scale = [0.5, 2.0]
 jitter = [0.1, 0.1, 0.1, 0.05]
 
 [optimizer]
-steps = 6
+steps = 60
 rate = 0.01
 
 [machine]
@@ -430,7 +439,7 @@ def copy_mini(folder: Path) -> None:
     shutil.copytree(MINI, folder, dirs_exist_ok=True)
 
 
-@kind(mini_manifests, beside=copy_mini, share=0.1)
+@kind(mini_manifests, beside=copy_mini, share=0.1, real_engines=True)
 def bundle_manifest_of_real_graphs(case: Case) -> None:
     labeler = Labeler.open(case.folder, classes="mini", engine="ort", device="cpu")
     assert labeler.label(World.scene(40, 60, red=(2, 3, 30, 20))).label_maps[0].shape == (40, 60)
@@ -638,8 +647,9 @@ def clip_config(case: Case) -> None:
     (case.folder / "open_clip_pytorch_model.bin").touch()
     path, told = clip_weights._find("RN50", str(case.folder / "open_clip_pytorch_model.bin"))
     recipe = clip_weights.recipe_of("RN50", told)
-    numbers = np.array([recipe.mean, recipe.std], np.float64)
-    assert path.is_file() and numbers.shape == (2, 3) and np.isfinite(numbers).all() and (numbers[1] > 0).all(), recipe
+    for numbers, least in ((recipe.mean, -np.inf), (recipe.std, 0)):
+        assert len(numbers) == 3 and all(type(each) in (int, float) and np.isfinite(each) and each > least for each in numbers)
+    assert path.is_file()
 
 
 def dino_configs(_: Path) -> Files:
@@ -770,9 +780,7 @@ def test_a_damaged_file_is_read_or_refused(
 ) -> None:
     option = request.config.getoption
     seed, only, count = option("--mutation-seed"), option("--mutation"), max(2, round(option("--mutations") * KINDS[name].share))
-    if name == "bundle_manifest_of_real_graphs":
-        from wsss.engines.opening import open_graph
-
+    if KINDS[name].real_engines:
         monkeypatch.setattr("wsss.runtime.pipeline.open_graph", open_graph)
     template, files = prepared(name)
     tally = Tally()
@@ -898,22 +906,23 @@ def test_a_hang_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert _problem_of(hang, Case(tmp_path, "x", 0, b""), Tally()).startswith("took more than")
 
 
-def test_every_kind_reads_its_undamaged_files(prepared: Callable[[str], tuple[Path, Files]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_undamaged_files_are_read(
+    name: str, prepared: Callable[[str], tuple[Path, Files]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Otherwise nothing behind the first refusal is ever reached."""
-    refusals: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    for name in sorted(KINDS):
-        template, files = prepared(name)
-        for number, file in enumerate(sorted(files)):
-            folder = tmp_path / name / str(number)
-            shutil.copytree(template, folder, dirs_exist_ok=True)
-            for other, (content, _) in files.items():
-                (folder / other).parent.mkdir(parents=True, exist_ok=True)
-                (folder / other).write_bytes(content)
-            try:
-                KINDS[name].use(Case(folder, file, number, files[file][0]))
-                counts[name] += 1
-            except WsssError as error:
-                refusals[f"{name}: {file}"] = error.message.splitlines()[0]
-    assert {each.partition(":")[0] for each in refusals} <= {"defaults_toml", "bundle_manifest_of_real_graphs"}, refusals
-    assert counts.total() > len(KINDS)
+    if KINDS[name].real_engines:
+        monkeypatch.setattr("wsss.runtime.pipeline.open_graph", open_graph)
+    template, files = prepared(name)
+    for number, file in enumerate(sorted(files)):
+        folder = tmp_path / f"{number}"
+        shutil.copytree(template, folder)
+        for other, (content, _) in files.items():
+            (folder / other).parent.mkdir(parents=True, exist_ok=True)
+            (folder / other).write_bytes(content)
+        case = Case(folder, file, number, files[file][0])
+        if file in KINDS[name].refused:
+            with pytest.raises(WsssError):
+                KINDS[name].use(case)
+        else:
+            KINDS[name].use(case)
