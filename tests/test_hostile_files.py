@@ -31,7 +31,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsss.batch import Boxes, Labels, Photograph
+from wsss.batch import Boxes, Images, Labels
 from wsss.classes import class_list, parse_classes
 from wsss.cli import main
 from wsss.engines.opening import open_graph
@@ -39,7 +39,6 @@ from wsss.errors import BundleError, WsssError
 from wsss.labelstore import read_label
 from wsss.photographs import count_pixels, decode, read_file
 from wsss.runtime.formats import convert
-from wsss.runtime.given import GivenBoxes, GivenLabels
 from wsss.runtime.pipeline import MINI, Labeler
 from wsss.runtime.report import write_report
 from wsss.runtime.run import label_folder, printable
@@ -176,16 +175,15 @@ def label_map(case: Case) -> None:
 
 # ---- what is given in place of a stage ----
 
-PHOTO = Photograph(name="a/scene.png", pixels=World.scene(40, 60, red=(2, 3, 30, 20)))
-OWN = {"a/scene.png": [{"label": "red", "xyxy": [2, 3, 30, 20], "score": 0.9}, {"label": "blue", "xyxy": [5.5, 6, 40, 39]}]}
+OWN = {"scene.png": [{"label": "red", "xyxy": [2, 3, 30, 20], "score": 0.9}, {"label": "blue", "xyxy": [5.5, 6, 40, 39]}]}
 COCO: dict[str, Any] = {
-    "images": [{"id": 1, "file_name": "a/scene.png", "width": 60, "height": 40}],
+    "images": [{"id": 1, "file_name": "scene.png", "width": 60, "height": 40}],
     "annotations": [{"id": 7, "image_id": 1, "category_id": 3, "bbox": [2, 3, 28, 17], "area": 476, "iscrowd": 0}],
     "categories": [{"id": 3, "name": "red", "supercategory": "colour"}, {"id": 4, "name": "blue"}],
 }
-LINE = {"path": "a/scene.png", "label": "a/scene.png", "height": 40, "width": 60, "boxes": OWN["a/scene.png"]}
+LINE = {"path": "scene.png", "label": "scene.png", "height": 40, "width": 60, "boxes": OWN["scene.png"]}
 XML = """<annotation>
-  <folder>a</folder><filename>scene.png</filename>
+  <folder>photos</folder><filename>scene.png</filename>
   <size><width>60</width><height>40</height><depth>3</depth></size>
   <object><name>red</name><difficult>0</difficult>
     <bndbox><xmin>3</xmin><ymin>4</ymin><xmax>30</xmax><ymax>20</ymax></bndbox></object>
@@ -198,67 +196,80 @@ def text_of(value: object) -> bytes:
     return json.dumps(value, indent=1).encode()
 
 
-def check_given(boxes: Boxes) -> None:
-    height, width = PHOTO.shape
-    assert np.isfinite(boxes.xyxy_image).all() and np.isfinite(boxes.score).all()
-    x0, y0, x1, y1 = boxes.xyxy_image.T
-    assert ((x0 >= 0) & (x0 < x1) & (x1 <= width) & (y0 >= 0) & (y0 < y1) & (y1 <= height)).all(), boxes.xyxy_image
-    assert ((boxes.score >= 0) & (boxes.score <= 1)).all()
-    assert np.isin(boxes.label, (1, 2, 3)).all()
+SHAPE = 40, 60
+SCENE = World.scene(*SHAPE, red=(2, 3, 30, 20), blue=(6, 21, 40, 39))
 
 
-def given_boxes(path: Path) -> None:
-    """As a run asks: is there an entry, then its boxes."""
-    given = GivenBoxes(path, CLASSES)
-    if reason := given.missing(PHOTO.name):
-        raise WsssError(reason)
-    check_given(given([PHOTO], Labels(np.zeros((1, 3), np.float32), np.zeros((1, 3), bool))))
+def photo_and_bundle(folder: Path) -> None:
+    write_bundle(folder / "bundle")
+    Image.fromarray(SCENE).save(folder / "scene.png")
 
 
-@kind(lambda _: {"a/scene.xml": (XML.encode(), tokens_changed)})
+def label_given(case: Case, path: Path, *, boxes: bool) -> None:
+    """Labels the photograph with what is given, and looks at the boxes."""
+    given = {"boxes" if boxes else "labels": path}
+    labeler = Labeler.open(case.folder / "bundle", classes=CLASSES, engine="ort", device="cpu", **given)
+    detect = labeler.detect
+
+    class Checked:
+        stage = detect.stage
+
+        def __call__(self, images: Images, labels: Labels) -> Boxes:
+            boxes = detect(images, labels)
+            height, width = SHAPE
+            x0, y0, x1, y1 = boxes.xyxy_image.T
+            assert ((x0 >= 0) & (x0 < x1) & (x1 <= width) & (y0 >= 0) & (y0 < y1) & (y1 <= height)).all(), boxes.xyxy_image
+            assert ((boxes.score >= 0) & (boxes.score <= 1)).all(), boxes.score
+            assert np.isin(boxes.label, (1, 2, 3)).all(), boxes.label
+            return boxes
+
+    labeler.detect = Checked()  # type: ignore[assignment]
+    result = labeler.label(case.folder / "scene.png")
+    assert result.label_maps[0].shape == SHAPE
+    assert set(np.unique(result.label_maps[0])) <= {0, 1, 2, 3, 255}
+
+
+@kind(lambda _: {"xml/scene.xml": (XML.encode(), tokens_changed)}, beside=photo_and_bundle)
 def voc_xml(case: Case) -> None:
-    given_boxes(case.folder)
+    label_given(case, case.folder / "xml", boxes=True)
 
 
-@kind(lambda _: {"boxes.json": (text_of(OWN), json_changed)})
+@kind(lambda _: {"boxes.json": (text_of(OWN), json_changed)}, beside=photo_and_bundle)
 def boxes_json(case: Case) -> None:
-    given_boxes(case.file)
+    label_given(case, case.file, boxes=True)
 
 
-@kind(
-    lambda _: {"manifest.jsonl": (json.dumps(LINE).encode() + b"\n" + json.dumps({**LINE, "path": "b"}).encode(), json_changed)}
-)
+LINES = "".join(json.dumps({**LINE, "path": path}) + "\n" for path in ("a.png", "scene.png"))
+
+
+@kind(lambda _: {"manifest.jsonl": (LINES.encode(), json_changed)}, beside=photo_and_bundle)
 def boxes_of_a_store(case: Case) -> None:
-    given_boxes(case.file)
+    label_given(case, case.file, boxes=True)
 
 
-@kind(lambda _: {"instances.json": (text_of(COCO), json_changed)})
+@kind(lambda _: {"instances.json": (text_of(COCO), json_changed)}, beside=photo_and_bundle)
 def coco_json(case: Case) -> None:
-    given_boxes(case.file)
+    label_given(case, case.file, boxes=True)
 
 
 def yolo_files(_: Path) -> Files:
     data = b"path: .\ntrain: images\nnc: 3\nnames:\n  0: red\n  1: green\n  2: blue\n"
     boxes = b"0 0.25 0.3 0.4 0.5\n2 0.5 0.5 0.5 0.9\n"
     return {
-        "a/scene.txt": (boxes, tokens_changed),
-        "classes.txt": (b"red\ngreen\nblue\n", tokens_changed),
-        "data.yaml": (data, tokens_changed),
+        "yolo/scene.txt": (boxes, tokens_changed),
+        "yolo/classes.txt": (b"red\ngreen\nblue\n", tokens_changed),
+        "yolo/data.yaml": (data, tokens_changed),
     }
 
 
-@kind(yolo_files)
+@kind(yolo_files, beside=photo_and_bundle)
 def yolo_txt(case: Case) -> None:
-    given_boxes(case.folder)
+    label_given(case, case.folder / "yolo", boxes=True)
 
 
-@kind(lambda _: {"labels.json": (text_of({"a/scene.png": ["red", "blue"], "b.png": []}), json_changed)})
+@kind(lambda _: {"labels.json": (text_of({"scene.png": ["red", "blue"], "b.png": []}), json_changed)}, beside=photo_and_bundle)
 def labels_json(case: Case) -> None:
-    given = GivenLabels(case.file, CLASSES)
-    if reason := given.missing(PHOTO.name):
-        raise WsssError(reason)
-    labels = given([PHOTO])
-    assert labels.present.shape == (1, 3) and np.array_equal(labels.present, labels.score == 1)
+    label_given(case, case.file, boxes=False)
 
 
 # ---- class lists and settings ----
@@ -505,11 +516,8 @@ def use_store(case: Case) -> None:
         json.dumps(scores, allow_nan=True)
 
     def give() -> None:
-        given = GivenBoxes(store / "manifest.jsonl", CLASSES)
-        photo = decode(read_file(photos, "a.png"))
-        if reason := given.missing("a.png"):
-            raise WsssError(reason)
-        given([photo], Labels(np.zeros((1, 3), np.float32), np.zeros((1, 3), bool)))
+        labeler = Labeler.open(case.folder / "bundle", classes=CLASSES, boxes=store / "manifest.jsonl")
+        labeler.label(photos / "a.png")
 
     def go_on() -> None:
         labeler = Labeler.open(case.folder / "bundle", classes=CLASSES)
