@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import logging
 import math
 import urllib.error
@@ -26,6 +25,7 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor, nn
 
+from ..documents import read_json
 from ..errors import UsageError, WeightsError
 from . import weights as checkpoints
 
@@ -231,13 +231,13 @@ def _config_beside(path: Path, variant: str) -> Mapping[str, Any]:
     config = path.parent / CONFIG
     if not config.is_file():
         return {}
-    try:
-        told = json.loads(config.read_text(encoding="utf-8"))
-        model, recipe = dict(told["model_cfg"]), dict(told.get("preprocess_cfg", {}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{config}: expected open_clip's model_cfg and preprocess_cfg: {type(error).__name__} {error}"
-        ) from None
+    hint = f"take the {CONFIG} that came with the weights, or remove it"
+    told = read_json(config, hint=hint, error=WeightsError)
+    model, recipe = (told.get(key) for key in ("model_cfg", "preprocess_cfg")) if isinstance(told, dict) else (None, None)
+    recipe = {} if recipe is None else recipe
+    parts = [model, recipe] + [model.get(part, {}) for part in ("vision_cfg", "text_cfg") if isinstance(model, dict)]
+    if not all(isinstance(part, dict) for part in parts):
+        raise WeightsError(f"{config}: expected open_clip's model_cfg and preprocess_cfg", hint=hint)
     own = open_clip.get_model_config(variant)
     clashes = [
         f"{section}{name} {its!r} instead of {mine[name]!r}"
@@ -251,9 +251,19 @@ def _config_beside(path: Path, variant: str) -> Mapping[str, Any]:
     ]
     if clashes:
         raise WeightsError(f"{config}: not a {variant}: {'; '.join(clashes[:3])}", hint="check --variant")
-    for name in ("mean", "std"):
+    for name, least in (("mean", 0.0), ("std", 1e-3)):
         if name in recipe:
-            recipe[name] = tuple(recipe[name])
+            value = recipe[name]
+            numbers = isinstance(value, list) and [type(each) in (int, float) and least <= each <= 1 for each in value]
+            if numbers != [True] * 3:
+                raise WeightsError(f"{config}: {name}: expected three numbers in {least:g}..1, got {value!r}"[:300], hint=hint)
+            recipe[name] = tuple(value)
+    for part, name, allowed in (
+        (recipe, "interpolation", ("bicubic", "bilinear", "random")),  # random: either, in open_clip's training
+        (model, "quick_gelu", (True, False)),
+    ):
+        if name in part and part[name] not in allowed:
+            raise WeightsError(f"{config}: {name}: expected one of {allowed}, got {part[name]!r}"[:300], hint=hint)
     return {**recipe, "quick_gelu": model.get("quick_gelu", False)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
+from ..documents import read_json
 from ..errors import WeightsError
 from .weights import (
     Download,
@@ -104,10 +104,13 @@ def seeded(build: Callable[[], GroundingDinoForObjectDetection], seed: int) -> G
 
 
 def _check_config(path: Path, own: GroundingDinoConfig, what: str) -> None:
+    hint = "take the config.json that came with the weights"
+    document = read_json(path, hint=hint, error=WeightsError)
     try:
-        told = GroundingDinoConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path}: expected the configuration of a Grounding-DINO, {error}") from None
+        told = GroundingDinoConfig.from_dict(document)
+    except Exception as error:  # transformers' validation raises classes of its own, some neither ValueError nor TypeError
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise WeightsError(f"{path}: expected the configuration of a Grounding-DINO: {reason}", hint=hint) from None
     faults = []
     for part, names in (
         ("backbone_config", ("model_type", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "out_indices")),
