@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,13 +13,15 @@ from wsss import Labeler
 from wsss.batch import MOST_BOXES, Boxes, Labels, Masks, Photograph
 from wsss.classes import class_list
 from wsss.engines.fake import FakeEngine, without_padding
-from wsss.errors import FeedError
+from wsss.errors import FeedError, UsageError
 from wsss.frame import frame_for
 from wsss.runtime import fuse
 from wsss.runtime.detect import Detector, boxes_from_logits, join_phrases, suppress
 from wsss.runtime.fuse import Fuser
 from wsss.runtime.pipeline import Rules
+from wsss.runtime.run import label_folder
 from wsss.runtime.segment import Outliner
+from wsss.runtime.sources import local_path, source_of
 from wsss.runtime.tag import Tagger
 from wsss.spec import AxisRange, Model
 
@@ -278,3 +281,38 @@ def test_a_class_that_scores_the_threshold_itself_is_present(world: World) -> No
     score = stage(0.5).score[0, 0]
     assert stage(float(score)).present.tolist() == [[True]]
     assert stage(float(np.nextafter(score, np.float32(1)))).present.tolist() == [[False]]
+
+
+# ---- file URLs ----
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("file:///a/dog.png", "/a/dog.png"),
+        ("file://localhost/a/dog.png", "/a/dog.png"),
+        ("file:///a/my%20dog.png", "/a/my dog.png"),
+        ("file:///a/dog#2.png", "/a/dog#2.png"),  # urlsplit's path would be /a/dog: another file
+        ("file:///a/what?.png", "/a/what?.png"),
+        ("file:///a/[1].png", "/a/[1].png"),
+    ],
+)
+def test_a_file_url_names_its_whole_path(text: str, path: str) -> None:
+    assert local_path(text) == Path(path)
+
+
+@pytest.mark.parametrize("text", ["file://other/a.png", "file://[1/a.png", "file://a.png"])
+def test_a_file_url_of_another_machine_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="expected a file of this machine") as caught:
+        local_path(text)
+    assert caught.value.hint
+
+
+def test_a_list_with_one_line_of_another_machine_loses_that_image_alone(world: World, tmp_path: Path) -> None:
+    good = world.save(tmp_path / "a.png", 32, 48, red=(4, 4, 20, 20))
+    (tmp_path / "list.txt").write_text(f"{good}\nfile://other/b.png\n")
+    labeler = Labeler.open(world.bundle, classes=world.classes)
+    said: list[str] = []
+    summary = label_folder(labeler, source_of(str(tmp_path / "list.txt")), tmp_path / "store", warn=said.append)
+    assert (summary.labelled, summary.failed) == (1, 1)
+    assert "expected a file of this machine" in said[-1]
