@@ -500,20 +500,10 @@ def store_file(name: str) -> Callable[[Path], Files]:
 
 def use_store(case: Case) -> None:
     """What the product does with a store, one after another: label on, report, convert, score, train, give its boxes."""
-    from wsss.train.evaluate_files import find_label_maps, pair_up
-    from wsss.train.evaluate_report import scores_from_counts
-    from wsss.train.evaluate_run import count_pairs
     from wsss.train.survey import look_through
 
     store, photos = case.folder / "store", case.folder / "photos"
     before = {path: path.stat().st_mtime_ns for path in case.folder.rglob("*") if path.is_file() and store not in path.parents}
-
-    def score() -> None:
-        found = find_label_maps(store)
-        pairs = pair_up(found, find_label_maps(case.folder / "truth"))
-        counts = count_pairs(pairs, len(CLASSES), workers=1)
-        scores = scores_from_counts(counts, found.classes or CLASSES.names, [found.scores.get(n, {}) for n in pairs.names], None)
-        json.dumps(scores, allow_nan=True)
 
     def give() -> None:
         labeler = Labeler.open(case.folder / "bundle", classes=CLASSES, boxes=store / "manifest.jsonl")
@@ -528,10 +518,10 @@ def use_store(case: Case) -> None:
         go_on,
         lambda: write_report(store, photos, case.folder / "out" / "report.html"),
         lambda: convert(store, photos, case.folder / "out", formats[case.number // 7 % len(formats)]),
-        score,
+        lambda: run_command(case.folder, "eval", "truth", "store", "--classes", ",".join(COLOURS), "--workers", "1"),
         lambda: look_through(store, photos),
         give,
-        lambda: run_command(case.folder, "eval", "store", "truth", "--json"),
+        lambda: run_command(case.folder, "eval", "store", "truth", "--json", "--workers", "1"),
     )
     (case.folder / "out").mkdir() if case.number % 7 == 1 else None
     try:
