@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count, groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from ..errors import ImageError, UsageError
 from ..photographs import MOST_BYTES, SUFFIXES, ImageFile, Place, read_file, stamp_of
@@ -174,10 +174,11 @@ def local_path(text: str) -> Path:
     """A path, also where it comes as ``file://``. Raises UsageError where that names another machine."""
     if not text.startswith("file://"):
         return Path(text)
-    parts = urlsplit(text)
-    if parts.netloc not in ("", "localhost"):
+    # Not urlsplit: it takes what follows a # or ? for no part of the path, and raises ValueError at a bracket.
+    machine, slash, path = text.removeprefix("file://").partition("/")
+    if machine not in ("", "localhost"):
         raise UsageError(f"{text}: expected a file of this machine", hint="file:///home/me/photos has three slashes")
-    return Path(unquote(parts.path))
+    return Path(unquote(slash + path))
 
 
 def listing(
@@ -222,7 +223,10 @@ def _place_of(name: str) -> tuple[Path | Place, str]:
     if is_url(name):
         parent, _, last = name.rpartition("/")
         return RemoteImages(RemoteFolder(parent)), last
-    return (Path(), name) if not name.startswith("file://") else (Path("/"), str(local_path(name)))
+    try:
+        return (Path(), name) if not name.startswith("file://") else (Path("/"), str(local_path(name)))
+    except UsageError as error:  # of this image alone
+        raise ImageError(error.message, hint=error.hint) from None
 
 
 def _set_aside(names: list[str], stack: ExitStack) -> Iterator[str]:
