@@ -22,6 +22,7 @@ from .detect import Detector
 from .device import Device, cut_to_fit
 from .fuse import Fuser
 from .given import GivenBoxes, GivenLabels, given_hash
+from .given_names import twins_of
 from .segment import Outliner
 from .segmenter import SegmenterStage, classes_of, no_boxes, no_masks
 from .tag import Tagger
@@ -117,6 +118,7 @@ class Labeler:
         unverified: bool = False,
         labels: str | Path | None = None,
         boxes: str | Path | None = None,
+        ignore_unknown: bool = False,
         rules: Rules | None = None,
     ) -> Labeler:
         """Loads the engines that this run needs, and no others.
@@ -129,7 +131,8 @@ class Labeler:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             unverified: take TensorRT engines whose gate has not run; the settings record it.
             labels: JSON of image names to class names; takes the place of CLIP.
-            boxes: VOC XML folder, JSON file or manifest; takes the place of CLIP and Grounding-DINO.
+            boxes: VOC XML or YOLO folder, COCO or our JSON, or a label store; takes the place of CLIP and Grounding-DINO.
+            ignore_unknown: leave out what ``labels`` and ``boxes`` say of classes that are not in the list, and count it.
 
         Raises:
             WsssError: the bundle lacks a model, a file is damaged, a class list or flag makes no sense.
@@ -170,11 +173,16 @@ class Labeler:
         assert typed is not None
         known = typed
 
-        given_labels = GivenLabels(Path(labels), known) if labels else None
+        if ignore_unknown and not labels and not boxes:
+            raise UsageError("--ignore-unknown goes with --labels or --boxes")
+        given_labels = GivenLabels(Path(labels), known, ignore_unknown=ignore_unknown) if labels else None
+        given_boxes = None
         tag: Callable[[Images], Labels]
         detect: Callable[[Images, Labels], Boxes]
         if boxes:
-            detect = GivenBoxes(Path(boxes), known)
+            detect = given_boxes = GivenBoxes(
+                Path(boxes), known, ignore_unknown=ignore_unknown, warn=lambda message: place.warn(message)
+            )
             tag = given_labels or _Everything(known, False)
         else:
             if given_labels:
@@ -201,6 +209,12 @@ class Labeler:
         fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin)
         if told := {name: given_hash(Path(path)) for name, path in (("labels", labels), ("boxes", boxes)) if path}:
             settings["given"] = told
+        if ignored := {
+            flag: dict(sorted(given.ignored.items()))
+            for flag, given in (("labels", given_labels), ("boxes", given_boxes))
+            if given and given.ignored
+        }:
+            settings["ignored"] = ignored
         return cls(known, tag=tag, detect=detect, segment=segment, fuse=fuse, settings=settings, device=place)
 
     def pseudo_label(self, images: Images) -> PseudoLabels:
@@ -219,16 +233,21 @@ class Labeler:
         """
         many = [images] if isinstance(images, (str, Path, np.ndarray)) else images
         photos = [_photograph(image, number) for number, image in enumerate(many)]
+        twins = twins_of(photo.name for photo in photos)
         for photo in photos:
-            if reason := self.missing(photo.name):
+            if reason := self.missing(photo, twins.get(photo.name, ())):
                 raise WsssError(reason)
         return self.pseudo_label(photos)
 
-    def missing(self, name: str) -> str | None:
-        """Why this image cannot be labelled (``--labels`` or ``--boxes`` have no entry for it), or None."""
+    def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> str | None:
+        """Why this image cannot be labelled, or None: ``--labels`` or ``--boxes`` say nothing of it, or nothing that fits it.
+
+        Args:
+            twins: photographs of the run with the same stem, this one too, that might share its annotation (`twins_of`).
+        """
         for stage in (self.tag.stage, self.detect.stage):
-            if isinstance(stage, (GivenLabels, GivenBoxes)) and (reason := stage.missing(name)):
-                return reason
+            if isinstance(stage, (GivenLabels, GivenBoxes)) and (error := stage.missing(photo, twins)):
+                return f"{photo.name}: {error.message}" + (f"; {error.hint}" if error.hint else "")
         return None
 
     def canvas(self, photo: Photograph) -> tuple[int, int] | None:

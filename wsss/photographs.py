@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .batch import Photograph
 from .errors import ImageError
@@ -124,6 +124,7 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
             if shorter_side_px:
                 image.draft(None, (shorter_side_px, shorter_side_px))
             pixels = _rgb(image)
+            orientation = _orientation(image)
     except UnidentifiedImageError:  # its own words hold a memory address
         raise ImageError(f"{name}: not a readable image: none of {', '.join(FORMATS)}") from None
     except MemoryError:
@@ -131,13 +132,25 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
     except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything: struct.error, IndexError, ...
         raise ImageError(f"{name}: not a readable image: {error or type(error).__name__}") from None
     return Photograph(
-        name=name, pixels=pixels, size_bytes=len(file.data), mtime_ns=file.mtime_ns, etag=file.etag, sha256=file.sha256
+        name=name,
+        pixels=pixels,
+        orientation=orientation,
+        size_bytes=len(file.data),
+        mtime_ns=file.mtime_ns,
+        etag=file.etag,
+        sha256=file.sha256,
     )
 
 
 def read_photograph(folder: Path, name: str) -> Photograph:
     """Reads and decodes one image. Raises ImageError as `read_file` and `decode` do."""
     return decode(read_file(folder, name))
+
+
+def _orientation(image: Image.Image) -> int:
+    """By which of EXIF's eight orientations `ImageOps.exif_transpose` turns an image."""
+    value = image.getexif().get(ExifTags.Base.Orientation)
+    return int(value) if value in range(2, 9) else 1
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
