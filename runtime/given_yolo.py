@@ -135,14 +135,14 @@ def read_names(path: Path) -> tuple[list[str], bool]:
             )
         return names, False
     document = _yaml(text, path)
-    names: object = document.get("names") if isinstance(document, dict) else None
-    if isinstance(names, dict) and all(isinstance(key, int) for key in names) and sorted(names) == list(range(len(names))):
-        names = [names[number] for number in range(len(names))]
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+    found = document.get("names") if isinstance(document, dict) else None
+    if isinstance(found, dict) and all(isinstance(key, int) for key in found) and sorted(found) == list(range(len(found))):
+        found = [found[number] for number in range(len(found))]
+    if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
         raise WsssError(
-            f"{path}: expected a list of names, or numbers from 0 to names, got {short(names)}", hint="names: [dog, cat]"
+            f"{path}: expected a list of names, or numbers from 0 to names, got {short(found)}", hint="names: [dog, cat]"
         )
-    return names, "kpt_shape" in document
+    return found, "kpt_shape" in document
 
 
 def _lists_in(folder: Path) -> list[Path]:

@@ -150,7 +150,7 @@ def read_photograph(folder: Path, name: str) -> Photograph:
 def _orientation(image: Image.Image) -> int:
     """By which of EXIF's eight orientations `ImageOps.exif_transpose` turns an image."""
     value = image.getexif().get(ExifTags.Base.Orientation)
-    return int(value) if value in range(2, 9) else 1
+    return next((number for number in range(2, 9) if value == number), 1)
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
