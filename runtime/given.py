@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +92,7 @@ class GivenBoxes:
     ) -> None:
         self._warn = warn
         self._classes = ClassNames(classes, ignore_unknown=ignore_unknown)
-        self._source = open_boxes(path).source
+        self._source = open_boxes(path)
         self.ignored: Counter[str] = Counter()
         """Names that are left out, and how many boxes they have, over all annotations."""
         if ignore_unknown:
@@ -154,16 +154,8 @@ class GivenBoxes:
         _check_ignored(self.ignored, known, where, classes)
 
 
-@dataclass(frozen=True)
-class OpenedBoxes:
-    """Annotations, and the files that decide what they say."""
-
-    source: BoxSource
-    files: Sequence[Path]
-
-
-def open_boxes(path: Path) -> OpenedBoxes:
-    """Opens boxes in any form; the content tells which, not the name.
+def open_boxes(path: Path) -> BoxSource:
+    """Open boxes in any form; the content tells which, not the name.
 
     Args:
         path: a folder of VOC XML files, or of YOLO labels with their list of classes; a COCO file; a JSON object of images to
@@ -177,7 +169,7 @@ def open_boxes(path: Path) -> OpenedBoxes:
         return _open_folder(path, where)
     if not path.exists():
         raise WsssError(f"{where}: no such file or folder", hint=FORMS)
-    return OpenedBoxes(_open_file(path, where), [path])
+    return _open_file(path, where)
 
 
 def given_hash(path: Path) -> str:
@@ -209,44 +201,46 @@ def _open_file(path: Path, where: str) -> BoxSource:
     raise WsssError(f"{where}: expected a JSON object of image names to lists of boxes, got {short(document)}", hint=FORMS)
 
 
-def _open_folder(folder: Path, where: str) -> OpenedBoxes:
+def _open_folder(folder: Path, where: str) -> BoxSource:
     if _is_store(folder):
-        manifests = _manifests(folder)
-        text = "".join(decode_text(read_bytes(each, hint=FORMS), str(each)) for each in manifests)
-        return OpenedBoxes(ManifestBoxes(text, where), manifests)
-    files = _deciding_files(folder)
-    annotations = [path for path in files if path.suffix.lower() == ".xml"]
-    if annotations:
-        return OpenedBoxes(VocBoxes(folder, annotations), files)
-    labels = [path for path in files if path.suffix.lower() == ".txt"]
-    if labels:
-        yolo = YoloBoxes(folder, labels)
-        return OpenedBoxes(yolo, [*files, yolo.list])
+        text = "".join(decode_text(read_bytes(each, hint=FORMS), str(each)) for each in _manifests(folder))
+        return ManifestBoxes(text, where)
+    files = _annotation_files(folder)
+    if files and files[0].suffix.lower() == ".xml":
+        return VocBoxes(folder, files)
+    if files:
+        return YoloBoxes(folder, files)
     inside = sorted(path.name for path in folder.glob("*.json"))
     hint = f"give the file itself: --boxes {folder / inside[0]}" if inside else FORMS
     raise WsssError(f"{where}: expected {FORMS}, got a folder with none of them", hint=hint)
 
 
-def _deciding_files(path: Path) -> list[Path]:
-    """The files that --boxes PATH or --labels PATH reads, sorted.
-
-    Raises:
-        WsssError: a folder that holds annotations of two forms, or YOLO labels without their list of classes.
-    """
+def _deciding_files(path: Path) -> Sequence[Path]:
+    """What --labels PATH or --boxes PATH reads."""
     if not path.is_dir():
         return [path]
     if _is_store(path):
         return _manifests(path)
-    found = sorted(each for each in path.rglob("*") if each.suffix.lower() in (".xml", ".txt") and each.is_file())
+    files = _annotation_files(path)
+    return [*files, class_file(path)] if files and files[0].suffix.lower() == ".txt" else files
+
+
+def _annotation_files(folder: Path) -> list[Path]:
+    """The VOC XML files below a folder, or its YOLO labels; sorted, empty where there is neither.
+
+    Raises:
+        WsssError: there are both.
+    """
+    found = sorted(each for each in folder.rglob("*") if each.suffix.lower() in (".xml", ".txt") and each.is_file())
     annotations = [each for each in found if each.suffix.lower() == ".xml"]
     texts = [each for each in found if each.suffix.lower() == ".txt" and each.name.lower() not in LISTS]
     labelled = next((each for each in texts if is_label_file(each)), None)
     if annotations and labelled:
         raise WsssError(
-            f"--boxes {path}: holds VOC XML files and YOLO labels: {annotations[0].name}, {labelled.name}",
+            f"--boxes {folder}: holds VOC XML files and YOLO labels: {annotations[0].name}, {labelled.name}",
             hint="give a folder with one of the two",
         )
-    return annotations if annotations or not labelled else [*texts, class_file(path)]
+    return texts if labelled else annotations
 
 
 def _is_manifest(text: str) -> bool:

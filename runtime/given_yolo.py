@@ -37,8 +37,8 @@ class YoloBoxes:
 
     def __init__(self, folder: Path, files: Iterable[Path]) -> None:
         self._files = AnnotationFolder(folder, files)
-        self.list = class_file(folder)
-        self._names, self._has_keypoints = read_names(self.list)
+        self._list = class_file(folder)
+        self._names, self._has_keypoints = read_names(self._list)
 
     def find(self, photo: str) -> str | None:
         return self._files.find(photo)
@@ -61,7 +61,7 @@ class YoloBoxes:
                 label, xywh, score = self._line(line.split(), at)
                 if not 0 <= label < len(self._names):
                     raise WsssError(
-                        f"{at}: class {label} of a list of {len(self._names)}, {self.list}", hint="classes are counted from 0"
+                        f"{at}: class {label} of a list of {len(self._names)}, {self._list}", hint="classes are counted from 0"
                     )
                 x, y, w, h = xywh
                 sides.append(xywh)
