@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from ..documents import read_text
+from ..documents import decode_text, read_bytes, read_text
 from ..errors import WsssError
 from .given_boxes import Annotation, Corners, GivenBox, finite, short
 from .given_names import stem_of
@@ -26,6 +26,8 @@ from .given_voc import AnnotationFolder
 _LINE = re.compile(rb"\s*(\d+(\s+[-+.\deE]+){4,}\s*($|[\r\n])|$)")
 """How a label file begins, if it is not empty."""
 LISTS = ("classes.txt", "obj.names")
+MOST_BYTES = 1 << 20
+"""Of a list of classes."""
 _HINT = "put classes.txt (a name a line), a .names file or data.yaml beside the labels, or one or two folders above"
 _FORM = "a line is: class x-centre y-centre width height, shares of the photograph's sides, for example 0 0.5 0.5 0.2 0.3"
 _SLACK = 0.01
@@ -124,7 +126,7 @@ def class_file(folder: Path) -> Path:
 
 def read_names(path: Path) -> tuple[list[str], bool]:
     """The names of a list of classes, and whether labels have keypoints (data.yaml's ``kpt_shape``). Raises WsssError."""
-    text = read_text(path, hint=_HINT)
+    text = decode_text(read_bytes(path, hint=_HINT, max_bytes=MOST_BYTES), str(path))
     if path.suffix.lower() not in (".yaml", ".yml"):
         names = [line.strip() for line in text.splitlines()]
         while names and not names[-1]:
@@ -156,7 +158,11 @@ def _lists_in(folder: Path) -> list[Path]:
 def _has_names(path: Path) -> bool:
     if path.suffix.lower() not in (".yaml", ".yml"):
         return False
-    return re.search(r"^names\s*:", read_text(path), re.MULTILINE) is not None
+    try:
+        with path.open("rb") as file:
+            return re.search(rb"^names\s*:", file.read(MOST_BYTES), re.MULTILINE) is not None
+    except OSError:
+        return False
 
 
 def _yaml(text: str, path: Path) -> Any:

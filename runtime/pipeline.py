@@ -21,7 +21,8 @@ from ..spec import Model, open_bundle
 from .detect import Detector
 from .device import Device, cut_to_fit
 from .fuse import Fuser
-from .given import GivenBoxes, GivenLabels, given_hash
+from .given import GivenBoxes, GivenLabels
+from .given_forms import given_hash
 from .given_names import twins_of
 from .segment import Outliner
 from .segmenter import SegmenterStage, classes_of, no_boxes, no_masks
@@ -45,7 +46,7 @@ class Rules:
     tag_threshold: float | None = None
     """Least CLIP probability of a class that is present; None takes the bundle's."""
     box_threshold: float | None = None
-    """Least Grounding-DINO score of a box (mean over the tokens of its phrase); None takes the bundle's."""
+    """Least Grounding-DINO score of a box (mean over the tokens of its phrase); None takes the bundle's, and all given boxes."""
     nms: float = 0.5
     """Boxes of one class with a larger IoU are one object."""
     nms_across: float = 0.8
@@ -181,7 +182,11 @@ class Labeler:
         detect: Callable[[Images, Labels], Boxes]
         if boxes:
             detect = given_boxes = GivenBoxes(
-                Path(boxes), known, ignore_unknown=ignore_unknown, warn=lambda message: place.warn(message)
+                Path(boxes),
+                known,
+                ignore_unknown=ignore_unknown,
+                threshold=rules.box_threshold,
+                warn=lambda message: place.warn(message),
             )
             tag = given_labels or _Everything(known, False)
         else:

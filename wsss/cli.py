@@ -16,6 +16,7 @@ from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.eval import eval
 from .commands.export import export
+from .commands.label import EPILOG as LABEL_EPILOG
 from .commands.label import label
 from .commands.report import report
 from .commands.train import train
@@ -57,7 +58,7 @@ def _root(
 
 
 for command in (export, verify, label, train, eval, bench, report, convert, demo, doctor):
-    app.command()(command)
+    app.command(epilog=LABEL_EPILOG if command is label else None)(command)
 
 
 def main() -> None:

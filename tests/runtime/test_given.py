@@ -13,7 +13,8 @@ import pytest
 from wsss.batch import Labels
 from wsss.classes import class_list
 from wsss.errors import WsssError
-from wsss.runtime.given import GivenBoxes, GivenLabels, given_hash
+from wsss.runtime.given import GivenBoxes, GivenLabels
+from wsss.runtime.given_forms import given_hash
 
 if TYPE_CHECKING:
     from ..conftest import World

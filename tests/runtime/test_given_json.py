@@ -148,3 +148,11 @@ def test_a_store_without_boxes(tmp_path: Path) -> None:
     """A segmenter's: every photograph would be background."""
     with pytest.raises(WsssError, match="no line has a box"):
         GivenBoxes(lines(tmp_path / "m", {"path": "a.jpg", "boxes": []}), CLASSES)
+
+
+def test_the_threshold_leaves_out_weak_boxes(tmp_path: Path) -> None:
+    path = written(tmp_path / "b.json", {"a.jpg": [BOX, BOX | {"score": 0.5, "label": "dog"}], "b.jpg": [BOX]})
+    given = GivenBoxes(path, CLASSES, threshold=0.3)
+    assert [given.missing(photo(name)) for name in ("a.jpg", "b.jpg")] == [None, None]
+    boxes = given([photo("a.jpg"), photo("b.jpg")], NOTHING)
+    assert (boxes.label.tolist(), boxes.score.tolist()) == ([1], [0.5])

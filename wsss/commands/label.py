@@ -21,6 +21,12 @@ from .events import Events, set_level
 if TYPE_CHECKING:
     from ..runtime.run import Crew, Summary
 
+EPILOG = """--labels: {"a/dog.jpg": ["dog"]}
+
+--boxes: {"a/dog.jpg": [{"label": "dog", "xyxy": [48, 240, 195, 371], "score": 0.9}]} in pixels of the photograph; a COCO file
+(images, annotations, categories); a folder of VOC XML files, or of YOLO labels with classes.txt or data.yaml beside them; a
+label store. docs/boxes.md shows each."""
+
 
 def label(
     images: Annotated[
