@@ -76,7 +76,7 @@ class YoloBoxes:
         """Class, (x, y, width, height) with x and y of the centre, and score."""
         numbers = [_number(each) for each in fields[1:]]
         values = [number for number in numbers if number is not None]
-        if not fields[0].isdecimal() or len(values) < len(numbers) or len(values) < 4:
+        if not re.fullmatch(r"[0-9]{1,9}", fields[0]) or len(values) < len(numbers) or len(values) < 4:
             raise WsssError(f"{at}: expected a line of YOLO labels, got {short(' '.join(fields))}", hint=_FORM)
         shares = values[:4] if self._has_keypoints else values
         if not all(-_SLACK <= value <= 1 + _SLACK for value in shares):

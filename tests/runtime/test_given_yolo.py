@@ -56,6 +56,7 @@ def test_lines(tmp_path: Path, line: str, xyxy: list[float], score: float) -> No
         ("2 0.5 0.5 0.1 0.1", "class 2 of a list of 2"),
         ("0 0.5 0.5 0.1", "expected a line of YOLO labels"),
         ("0.0 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
+        ("9" * 5000 + " 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
         ("dog 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
         ("0 0.5 0.5 0.1 nan", "expected a line of YOLO labels"),
         ("0 40 20 10 10", "expected shares in 0..1"),
