@@ -24,7 +24,9 @@ from ..spec import Model, open_bundle
 from .detect import Detector
 from .device import Device, cut_to_fit
 from .fuse import Fuser
-from .given import GivenBoxes, GivenLabels, given_hash
+from .given import GivenBoxes, GivenLabels
+from .given_forms import given_hash
+from .given_names import twins_of
 from .segment import Outliner
 from .segmenter import SegmenterStage, classes_of, no_boxes, no_masks
 from .tag import Tagger
@@ -47,7 +49,7 @@ class Rules:
     tag_threshold: float | None = None
     """Least CLIP probability of a class that is present; None takes the bundle's."""
     box_threshold: float | None = None
-    """Least Grounding-DINO score of a box (mean over the tokens of its phrase); None takes the bundle's."""
+    """Least Grounding-DINO score of a box (mean over the tokens of its phrase); None takes the bundle's, and all given boxes."""
     nms: float = 0.5
     """Boxes of one class with a larger IoU are one object."""
     nms_across: float = 0.8
@@ -120,6 +122,7 @@ class Labeler:
         unverified: bool = False,
         labels: str | Path | None = None,
         boxes: str | Path | None = None,
+        ignore_unknown: bool = False,
         rules: Rules | None = None,
     ) -> Labeler:
         """Loads the engines that this run needs, and no others.
@@ -132,7 +135,8 @@ class Labeler:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             unverified: take TensorRT engines whose gate has not run; the settings record it.
             labels: JSON of image names to class names; takes the place of CLIP.
-            boxes: VOC XML folder, JSON file or manifest; takes the place of CLIP and Grounding-DINO.
+            boxes: VOC XML or YOLO folder, COCO or our JSON, or a label store; takes the place of CLIP and Grounding-DINO.
+            ignore_unknown: leave out what ``labels`` and ``boxes`` say of classes that are not in the list, and count it.
 
         Warns:
             WsssWarning: the bundle's models are ``mini`` and know none of the classes.
@@ -188,11 +192,20 @@ class Labeler:
         assert typed is not None
         known = typed
 
-        given_labels = GivenLabels(Path(labels), known) if labels else None
+        if ignore_unknown and not labels and not boxes:
+            raise UsageError("--ignore-unknown goes with --labels or --boxes")
+        given_labels = GivenLabels(Path(labels), known, ignore_unknown=ignore_unknown) if labels else None
+        given_boxes = None
         tag: Callable[[Images], Labels]
         detect: Callable[[Images, Labels], Boxes]
         if boxes:
-            detect = GivenBoxes(Path(boxes), known)
+            detect = given_boxes = GivenBoxes(
+                Path(boxes),
+                known,
+                ignore_unknown=ignore_unknown,
+                threshold=rules.box_threshold,
+                warn=lambda message: place.warn(message),
+            )
             tag = given_labels or _Everything(known, False)
         else:
             if given_labels:
@@ -223,6 +236,12 @@ class Labeler:
             settings["given"] = told
         if message := strange_to_mini(known, settings):
             warnings.warn(message, WsssWarning, stacklevel=2)
+        if ignored := {
+            flag: dict(sorted(given.ignored.items()))
+            for flag, given in (("labels", given_labels), ("boxes", given_boxes))
+            if given and given.ignored
+        }:
+            settings["ignored"] = ignored
         return cls(known, tag=tag, detect=detect, segment=segment, fuse=fuse, settings=settings, device=place)
 
     def pseudo_label(self, images: Images) -> PseudoLabels:
@@ -241,18 +260,23 @@ class Labeler:
         """
         many = [images] if isinstance(images, (str, Path, np.ndarray)) else images
         photos = [_photograph(image, number) for number, image in enumerate(many)]
+        twins = twins_of(photo.name for photo in photos)
         for photo in photos:
-            if reason := self.missing(photo.name):
+            if reason := self.missing(photo, twins.get(photo.name, ())):
                 raise WsssError(reason)
             if photo.warning:
                 warnings.warn(f"{photo.name}: {photo.warning}", WsssWarning, stacklevel=2)
         return self.pseudo_label(photos)
 
-    def missing(self, name: str) -> str | None:
-        """Why this image cannot be labelled (``--labels`` or ``--boxes`` have no entry for it), or None."""
+    def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> str | None:
+        """Why this image cannot be labelled, or None: ``--labels`` or ``--boxes`` say nothing of it, or nothing that fits it.
+
+        Args:
+            twins: photographs of the run with the same stem, this one too, that might share its annotation (`twins_of`).
+        """
         for stage in (self.tag.stage, self.detect.stage):
-            if isinstance(stage, (GivenLabels, GivenBoxes)) and (reason := stage.missing(name)):
-                return reason
+            if isinstance(stage, (GivenLabels, GivenBoxes)) and (error := stage.missing(photo, twins)):
+                return f"{photo.name}: {error.message}" + (f"; {error.hint}" if error.hint else "")
         return None
 
     def canvas(self, photo: Photograph) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from ..photographs import Place, read_file, stamp_of
 from ..remote import RemoteFolder
 from ..remote_store import RemoteStore
 from ..storeformat import LabelWriter
+from .given_names import twins_of
 from .images import SIDECARS, Found, LeftOut, check_images, describe_left_out
 from .pipeline import Labeler
 from .sources import Source, listing
@@ -133,9 +134,12 @@ class Tasks:
 
     missing: Iterator[Found]
     count: int
+    twins: Mapping[str, Sequence[str]]
 
     def __iter__(self) -> Iterator[Task]:
-        return (Task(number, found.name, found.label) for number, found in enumerate(self.missing))
+        return (
+            Task(number, found.name, found.label, self.twins.get(found.name, ())) for number, found in enumerate(self.missing)
+        )
 
     def __length_hint__(self) -> int:
         return self.count
@@ -178,12 +182,16 @@ def label_folder(
     failed = failed or (lambda _, error: warn(f"failed: {printable(error)}"))
     start = time.perf_counter()
     stop = stop or threading.Event()
+    for flag, names in crew.settings.get("ignored", {}).items():
+        counts = ", ".join(f"{name} ({count})" for name, count in names.items())
+        warn(f"--ignore-unknown: left out of --{flag}: {printable(counts)}")
     with _store(out, crew, shard) as store:
         found = _Tally(crew)
         told = store.select(wanted, found.of_kept(_Check(store.has_label, folder, retry_failed)))
         summary = Summary(images=told.images, skipped=told.done, failed_before=told.failed)
         _tell_left_out(wanted.left_out, summary, warn, failed)
-        tasks = Tasks(store.missing(images), told.images - told.done)
+        twins = twins_of(found.name for found in listing(folder, out)) if "given" in crew.settings else {}
+        tasks = Tasks(store.missing(images), told.images - told.done, twins)
         with closing(crew.work(tasks, folder, store.labels, stop, warn)) as receipts:
             for records in _in_order(receipts):
                 store.append(records)

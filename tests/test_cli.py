@@ -400,12 +400,12 @@ def test_a_store_of_other_settings(label: Run) -> None:
 
 def test_bad_labels_and_boxes(label: Run, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"red.png": ["purple"]}')
-    refused(label("--labels", "none.json"), 1, "--labels none.json: expected a JSON file")
+    refused(label("--labels", "none.json"), 1, "--labels none.json: cannot be read: No such file", "hint: ")
     refused(
         label("--labels", "bad.json"),
         1,
         "--labels bad.json: red.png: the class 'purple' is not in this run's list",
-        "hint: check",
+        "check --classes; --ignore-unknown",
     )
     refused(label("--boxes", "none"), 1, "--boxes none: no such file or folder", "hint: ")
 

@@ -25,6 +25,7 @@ from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.eval import eval
 from .commands.export import export
+from .commands.label import EPILOG as LABEL_EPILOG
 from .commands.label import label
 from .commands.report import report
 from .commands.train import train
@@ -79,7 +80,7 @@ def _flag(name: str, hint: Any) -> Flag:
 
 
 for command in (export, verify, label, train, eval, bench, report, convert, demo, doctor):
-    app.command()(command)
+    app.command(epilog=LABEL_EPILOG if command is label else None)(command)
 
 
 class _Stdout(io.FileIO):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, _imaging, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, _imaging, features
 
 from .batch import Photograph
 from .documents import read_regular
@@ -170,6 +170,7 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
             if shorter_side_px:
                 image.draft(None, (shorter_side_px, shorter_side_px))
             pixels = _rgb(image)
+            orientation = _orientation(image)
         if _damage.found:
             raise ValueError("damaged")
     except ImageError:
@@ -191,6 +192,7 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
     return Photograph(
         name=name,
         pixels=pixels,
+        orientation=orientation,
         size_bytes=len(file.data),
         mtime_ns=file.mtime_ns,
         etag=file.etag,
@@ -213,6 +215,12 @@ def _warning(pixels: np.ndarray) -> str:
     return (
         f"next to no range: all values lie in {low}..{high} of 0..255; is it blank, transparent, or of 12 bits in a file of 16?"
     )
+
+
+def _orientation(image: Image.Image) -> int:
+    """By which of EXIF's eight orientations `ImageOps.exif_transpose` turns an image."""
+    value = image.getexif().get(ExifTags.Base.Orientation)
+    return next((number for number in range(2, 9) if value == number), 1)
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from wsss import Labeler, PseudoLabels
+from wsss.batch import Photograph
 from wsss.classes import class_list
 from wsss.errors import BundleError, ClassError, ImageError, UsageError, WsssError, WsssWarning
 from wsss.runtime.pipeline import Rules, Timed
@@ -172,7 +173,7 @@ def test_an_image_without_an_entry_is_named(world: World, tmp_path: Path) -> Non
         Labeler.open(world.bundle, classes=world.classes, labels=path),
         Labeler.open(world.bundle, classes=world.classes, boxes=path),
     ):
-        assert labeler.missing("0") is None
+        assert labeler.missing(Photograph(name="0", pixels=two_colours(world))) is None
         with pytest.raises(WsssError, match=r"^1: has no entry in .*given\.json"):
             labeler.label([two_colours(world)] * 2)
 

@@ -337,7 +337,41 @@ def test_an_image_without_given_labels_fails_by_name(world: World, photos: Path,
     said: list[str] = []
     summary = label_folder(labeler, photos, out, warn=said.append)
     assert (summary.labelled, summary.failed) == (4, 1)
-    assert f"failed: two.png: has no entry in {tmp_path / 'labels.json'}" in said
+    assert f"failed: two.png: has no entry in {tmp_path / 'labels.json'}; add an entry, [] if empty" in said
+
+
+def test_an_annotation_of_two_photographs_and_one_that_exif_turns(world: World, out: Path, tmp_path: Path) -> None:
+    """Boxes of the stored frame lie on the drawn rectangle; x.xml says that it is x.png's."""
+    photos, xml = tmp_path / "photos", tmp_path / "xml"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    world.save(photos / "turned.png", 30, 50, red=(5, 2, 25, 12))
+    with Image.open(photos / "turned.png") as image:
+        image.save(photos / "turned.png", exif=exif)
+    world.save(photos / "x.png", 30, 50, red=(5, 2, 25, 12))
+    world.save(photos / "x.bmp", 30, 50)
+    xml.mkdir()
+    box = "<bndbox><xmin>6</xmin><ymin>3</ymin><xmax>25</xmax><ymax>12</ymax></bndbox>"
+    size = "<size><width>50</width><height>30</height></size>"
+    outside = box.replace("<xmin>6<", "<xmin>200<").replace("<xmax>25<", "<xmax>220<")
+    objects = "".join(
+        f"<object><name>{name}</name>{place}</object>" for name, place in (("Red", box), ("cow", box), ("red", outside))
+    )
+    for name in ("x", "turned"):
+        (xml / f"{name}.xml").write_text(f"<annotation><filename>{name}.png</filename>{size}{objects}</annotation>")
+    labeler = Labeler.open(world.bundle, classes=world.classes, boxes=xml, ignore_unknown=True)
+    said: list[str] = []
+    summary = label_folder(labeler, photos, out, warn=said.append)
+    assert (summary.labelled, summary.failed) == (2, 1)
+    assert read_run(out)["ignored"] == {"boxes": {"cow": 2}}
+    assert said[0] == "--ignore-unknown: left out of --boxes: cow (2)"
+    assert sum("1 of 2 boxes left out: 1 outside the photograph" in each for each in said) == 2
+    assert "x.xml: is the annotation of x.png" in records(out)["x.bmp"]["error"]
+    assert records(out)["x.png"]["boxes"][0]["xyxy"] == [5, 2, 25, 12]
+    assert records(out)["turned.png"]["boxes"][0]["xyxy"] == [18, 5, 28, 25]
+    label_map = read_label(out / "labels" / records(out)["turned.png"]["label"])
+    assert label_map[10:20, 20:26].all(), "red, seen there in the upright photograph"
+    assert not label_map[:, :15].any()
 
 
 def test_progress_counts_up_after_each_batch(world: World, photos: Path, out: Path) -> None:

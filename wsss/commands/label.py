@@ -22,6 +22,12 @@ from .events import Events, set_level
 if TYPE_CHECKING:
     from ..runtime.run import Crew, Summary
 
+EPILOG = """--labels: {"a/dog.jpg": ["dog"]}
+
+--boxes: {"a/dog.jpg": [{"label": "dog", "xyxy": [48, 240, 195, 371], "score": 0.9}]} in pixels of the photograph; a COCO file
+(images, annotations, categories); a folder of VOC XML files, or of YOLO labels with classes.txt or data.yaml beside them; a
+label store. docs/boxes.md shows each."""
+
 
 def label(
     images: Annotated[
@@ -62,8 +68,15 @@ def label(
     ] = False,
     labels: Annotated[str | None, typer.Option(help="JSON of image names to class names; replaces CLIP.")] = None,
     boxes: Annotated[
-        str | None, typer.Option(help="VOC XML folder, JSON file or manifest.jsonl; replaces CLIP and Grounding-DINO.")
+        str | None,
+        typer.Option(
+            help="VOC XML or YOLO folder, COCO or own JSON, or a label store (docs/boxes.md); replaces CLIP and Grounding-DINO."
+        ),
     ] = None,
+    ignore_unknown: Annotated[
+        bool,
+        typer.Option("--ignore-unknown", help="Leave out what --labels and --boxes say of classes not in --classes; counted."),
+    ] = False,
     gate: Annotated[bool, typer.Option(help="CLIP decides which classes the detector looks for.")] = True,
     tag_threshold: Annotated[float | None, typer.Option(help="Least CLIP probability of a class; default: the bundle's.")] = None,
     box_threshold: Annotated[
@@ -120,6 +133,7 @@ def label(
                 unverified=unverified,
                 labels=labels,
                 boxes=boxes,
+                ignore_unknown=ignore_unknown,
                 rules=rules,
             ),
         )
