@@ -176,7 +176,7 @@ def test_one_value_of_a_repeatable_flag_needs_no_list(wsss: Run, tmp_path: Path)
     [
         ("[label]\nclases = 'voc'", "did you mean 'classes'?"),
         ("[lable]\n", "expected tables named after commands"),
-        ("[label", "not a TOML file"),
+        ("[label", "expected TOML"),
     ],
 )
 def test_a_typo_in_wsss_toml(wsss: Run, tmp_path: Path, text: str, said: str) -> None:
@@ -187,8 +187,13 @@ def test_a_typo_in_wsss_toml(wsss: Run, tmp_path: Path, text: str, said: str) ->
 def test_a_value_of_the_wrong_type_in_wsss_toml(wsss: Run, world: World, photos: Path, tmp_path: Path) -> None:
     toml(tmp_path, configured(world, 'batch = "many"\n'))
     answer = wsss("label")
-    assert answer.code == 2
-    assert "--batch" in answer.err
+    refused(answer, 2, "wsss.toml: [label] batch: expected a whole number, got 'many'", "hint: batch = 8")
+
+
+def test_classes_may_be_an_array(wsss: Run, world: World, photos: Path, tmp_path: Path) -> None:
+    toml(tmp_path, configured(world).replace('"red, green, blue"', '["red", "green", "blue"]'))
+    assert wsss("label").code == 0
+    assert read_run(tmp_path / "store")["classes"] == ["red", "green", "blue"]
 
 
 # ---- bad input ----
@@ -267,7 +272,7 @@ def test_no_images(label: Run, tmp_path: Path) -> None:
         ("what?,red", "the class name 'what?' has ? in it"),
         ("", "the class list is empty"),
         (" , ", "the class list is empty"),
-        ("red, background", "'background' is label 0 of every list already"),
+        ("red, background", "'background' is no class to look for: labels 0 (background) and 255 (void) are in every list"),
     ],
 )
 def test_a_class_list_that_does_not_work(label: Run, classes: str, said: str, tmp_path: Path) -> None:

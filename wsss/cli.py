@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,8 +23,10 @@ from .commands.label import label
 from .commands.report import report
 from .commands.train import train
 from .commands.verify import verify
-from .config import FILE, read_defaults
+from .config import FILE, Flag, read_defaults
 from .errors import UsageError, WsssError
+
+_KINDS: dict[type, Literal["text", "integer", "number", "switch"]] = {int: "integer", float: "number", bool: "switch"}
 
 app = typer.Typer(
     help="Photographs and a class list in, semantic-segmentation pseudo-labels out. No annotation needed.",
@@ -47,14 +51,25 @@ def _root(
 ) -> None:
     logging.getLogger("wsss").setLevel(logging.INFO)
     commands: dict[str, Any] = getattr(context.command, "commands", {})
-    params = {name: {param.opts[0].lstrip("-"): param for param in command.params} for name, command in commands.items()}
-    flags = {name: {flag: str(param.name) for flag, param in told.items()} for name, told in params.items()}
-    context.default_map = defaults = read_defaults(Path(FILE), flags)
-    for name, values in defaults.items():
-        for param in params[name].values():
-            value = values.get(str(param.name))
-            if getattr(param, "multiple", False) and isinstance(value, str):  # one --weights; click would take its letters
-                values[str(param.name)] = [value]
+    flags = {name: _flags(command) for name, command in commands.items()}
+    context.default_map = read_defaults(Path(FILE), flags)
+
+
+def _flags(command: Any) -> dict[str, Flag]:
+    """What a command's flags take, by the annotations of its function."""
+    hints = typing.get_type_hints(inspect.unwrap(command.callback))
+    return {param.opts[0].lstrip("-"): _flag(param.name, hints.get(param.name, str)) for param in command.params}
+
+
+def _flag(name: str, hint: Any) -> Flag:
+    parts = [each for each in typing.get_args(hint) if each is not type(None)]
+    origin = typing.get_origin(hint)
+    if origin is list or origin is tuple:
+        inner = _flag(name, parts[0])
+        return Flag(parameter=name, kind=inner.kind, count=len(parts) if origin is tuple else 1, repeats=origin is list)
+    if parts:  # X | None
+        return _flag(name, parts[0])
+    return Flag(parameter=name, kind=_KINDS.get(hint, "text"))
 
 
 for command in (export, verify, label, train, eval, bench, report, convert, demo, doctor):

@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from .errors import WsssError
 
 MAX_BYTES = 1 << 28
 """Of a text file: 256 MiB. The instances of COCO's training set take 450 bytes a box, so half a million boxes fit."""
+MAX_TOML = 1 << 16
+"""Characters of a TOML document: tomllib's time grows with the square of a dotted key's parts, a second at this length."""
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
@@ -75,8 +78,7 @@ def parse_json(data: bytes | str, where: str, *, hint: str = "", error: type[Wss
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise error(f"{where}: the key {twice!r} stands twice", hint="keep one of them")
         return found
 
@@ -95,9 +97,11 @@ def parse_json(data: bytes | str, where: str, *, hint: str = "", error: type[Wss
 
 
 def parse_toml(data: bytes | str, where: str, *, hint: str = "", error: type[WsssError] = WsssError) -> dict[str, Any]:
-    """Parse a TOML document. Raises ``error`` where it is none or nested too deep."""
+    """Parse a TOML document. Raises ``error`` where it is none, too long, or nested too deep."""
     hint = hint or 'a line of TOML is: key = "value"'
     text = data if isinstance(data, str) else decode_text(data, where, error=error)
+    if len(text) > MAX_TOML:
+        raise error(f"{where}: expected TOML of at most {MAX_TOML:,} characters, got {len(text):,}", hint=hint)
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as problem:

@@ -144,7 +144,7 @@ def label(
                 with needs("ray"):
                     from ..runtime.on_ray import RayCrew
                 gpu = None if device == "auto" else device == "cuda"
-                how = RayCrew(openers[0][1], address=ray_address, workers=workers, gpu=gpu, batch=batch or 8, log=log)
+                how = RayCrew(openers[0][1], address=ray_address, workers=workers, gpu=gpu, batch=batch, log=log)
                 crew = stack.enter_context(how)
             else:
                 crew = stack.enter_context(Workers(openers, batch=batch)) if len(openers) > 1 else openers[0][1]()
