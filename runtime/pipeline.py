@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 
+from .. import __version__
 from ..batch import Boxes, Images, Labels, Masks, Photograph, PseudoLabels
-from ..classes import ClassList, parse_classes
+from ..classes import ClassList, named_list, parse_classes
 from ..engines.engine import Engine
 from ..engines.opening import choose, open_graph
-from ..errors import UsageError, WsssError
+from ..errors import UsageError, WsssError, WsssWarning
 from ..photographs import read_photograph
 from ..spec import Model, open_bundle
 from .detect import Detector
@@ -110,7 +113,7 @@ class Labeler:
     @classmethod
     def open(
         cls,
-        bundle: str | Path = "mini",
+        bundle: str | Path,
         *,
         classes: str | ClassList | None = None,
         model: str = "chain",
@@ -135,6 +138,9 @@ class Labeler:
             boxes: VOC XML or YOLO folder, COCO or our JSON, or a label store; takes the place of CLIP and Grounding-DINO.
             ignore_unknown: leave out what ``labels`` and ``boxes`` say of classes that are not in the list, and count it.
 
+        Warns:
+            WsssWarning: the bundle's models are ``mini`` and know none of the classes.
+
         Raises:
             WsssError: the bundle lacks a model, a file is damaged, a class list or flag makes no sense.
         """
@@ -146,7 +152,18 @@ class Labeler:
         typed = classes if classes is None or isinstance(classes, ClassList) else parse_classes(classes)
         folder = open_bundle(MINI if str(bundle) == "mini" else Path(bundle))
         chosen, where = choose(engine, device, (folder.model(name) for name in folder.models()))
-        settings: dict[str, Any] = {"engine": chosen, "rules": vars(rules) | {}, "models": {}}
+        settings: dict[str, Any] = {
+            "engine": chosen,
+            "rules": vars(rules) | {},
+            "models": {},
+            "bundle": {"name": os.path.basename(os.path.abspath(bundle)), "variants": {}, "thresholds": {}},
+            "wsss": __version__,
+        }
+
+        def resolve(name: str, threshold: float, default: object) -> None:
+            """Notes the threshold that a stage goes by, and the bundle's own."""
+            settings["rules"][name], settings["bundle"]["thresholds"][name] = threshold, float(str(default))
+
         if unverified:
             settings["unverified"] = True
         place = Device(at_once=1 if where == "cpu" else 2, queues=chosen != "ort")
@@ -158,6 +175,7 @@ class Labeler:
         def take(name: str) -> Model:
             opened = folder.model(name)
             settings["models"][name] = opened.manifest.identity()
+            settings["bundle"]["variants"][name] = opened.manifest.variant
             for graph, spec in opened.manifest.graphs.items():
                 if plan := spec.plans.get(chosen):
                     settings.setdefault("plans", {})[f"{name}/{graph}"] = plan.sha256
@@ -195,11 +213,12 @@ class Labeler:
             elif rules.gate:
                 clip = take("clip")
                 graphs = opener(clip, "image"), opener(clip, "text")
-                tag = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold)
+                tag = tagger = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold)
+                resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])
             else:
                 tag = _Everything(known, True)
             dino = take("grounding-dino")
-            detect = cut_to_fit(
+            detect = detector = cut_to_fit(
                 Detector,
                 dino,
                 opener(dino, "text"),
@@ -209,11 +228,14 @@ class Labeler:
                 nms=rules.nms,
                 nms_across=rules.nms_across,
             )
+            resolve("box_threshold", detector.threshold, dino.manifest.settings["box_threshold"])
         sam = take("sam")
         segment = Outliner(sam, opener(sam, "encoder"), opener(sam, "decoder"))
         fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin)
         if told := {name: given_hash(Path(path)) for name, path in (("labels", labels), ("boxes", boxes)) if path}:
             settings["given"] = told
+        if message := strange_to_mini(known, settings):
+            warnings.warn(message, WsssWarning, stacklevel=2)
         if ignored := {
             flag: dict(sorted(given.ignored.items()))
             for flag, given in (("labels", given_labels), ("boxes", given_boxes))
@@ -242,6 +264,8 @@ class Labeler:
         for photo in photos:
             if reason := self.missing(photo, twins.get(photo.name, ())):
                 raise WsssError(reason)
+            if photo.warning:
+                warnings.warn(f"{photo.name}: {photo.warning}", WsssWarning, stacklevel=2)
         return self.pseudo_label(photos)
 
     def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> str | None:
@@ -277,6 +301,21 @@ class Labeler:
         for stage in stages.values():
             stage.seconds = 0.0
         return taken
+
+
+def strange_to_mini(classes: ClassList, settings: Mapping[str, Any]) -> str:
+    """What to tell a user whose classes the small models of ``mini`` do not know at all; empty for any other run."""
+    variants = settings.get("bundle", {}).get("variants", {})
+    if "mini" not in (variants.get("clip"), variants.get("grounding-dino")):
+        return ""
+    known = named_list("mini").names
+    if {word.casefold() for words in classes.prompts for word in words} & {name.casefold() for name in known}:
+        return ""
+    return (
+        f"--classes: the bundle's models are the small ones of wsss mini, which know {', '.join(known)} and nothing else; "
+        f"none of the {len(classes.names)} classes is among them: expect wrong labels. Export models for photographs: "
+        "wsss export --model all --bundle bundle"
+    )
 
 
 class _Everything:

@@ -412,4 +412,5 @@ def record_of(names: tuple[str, ...], photo: Photograph, label: str, result: Pse
         "classes": {names[c]: round(float(result.labels.score[row, c]), 4) for c in present},
         "boxes": boxes,
         "void_px": int(np.count_nonzero(result.label_maps[row] == VOID)),
+        **({"warning": photo.warning} if photo.warning else {}),
     }

@@ -47,6 +47,8 @@ class Photograph:
     etag: str = ""
     sha256: str = ""
     """Of the file it came from."""
+    warning: str = ""
+    """Why its pixels may not show what they should, in words; empty where nothing speaks for it."""
     orientation: int = 1
     """How the pixels were turned: EXIF's tag, 1 (as stored) to 8; from 5 on the stored frame has height and width exchanged."""
     ahead: dict[str, tuple[Future[None], np.ndarray]] = field(default_factory=dict)
