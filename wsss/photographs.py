@@ -169,8 +169,8 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
                 )
             if shorter_side_px:
                 image.draft(None, (shorter_side_px, shorter_side_px))
+            orientation = _orientation(image)  # before the image is turned, which removes the tag
             pixels = _rgb(image)
-            orientation = _orientation(image)
         if _damage.found:
             raise ValueError("damaged")
     except ImageError:
