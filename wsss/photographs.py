@@ -169,7 +169,7 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
                 )
             if shorter_side_px:
                 image.draft(None, (shorter_side_px, shorter_side_px))
-            orientation = _orientation(image)  # before `_rgb`, which takes the tag away
+            orientation = _orientation(image)  # before the image is turned, which removes the tag
             pixels = _rgb(image)
         if _damage.found:
             raise ValueError("damaged")
