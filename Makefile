@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # setuptools warns at length of any editable installation.
 pip = PYTHONWARNINGS=ignore $(1)/python -m pip install
 
-.PHONY: demo test check format types slow formats gpu-check mini wheel clean
+.PHONY: demo test check format types docs slow formats gpu-check mini release clean
 
 # The main job on the models that come with wsss: the base install alone, without torch.
 demo: build/demo-venv/.installed
@@ -28,6 +28,13 @@ format: $(VENV)/.installed
 types: $(VENV)/.installed
 	PYTHON=$(BIN)/python bash .ci/types
 
+# The documentation site, build/site. Needs no network; a warning is an error.
+docs: $(VENV)/.installed
+	bash .ci/tree
+	$(BIN)/python .ci/commands.py
+	$(BIN)/python -m wsss.benchmarks.tables
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
+
 # Full-size models, minutes each on a CPU.
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
@@ -46,8 +53,12 @@ gpu-check:
 mini: $(VENV)/.installed
 	$(BIN)/python -m wsss.mini
 
-wheel: $(VENV)/.installed
-	$(BIN)/python -m build --wheel
+# The wheel and the source distribution, with their contents checked, in dist/.
+release: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/contents.py dist
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -9,7 +9,6 @@ Exports the model, then for every photograph compares the runtime's way (read, r
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -37,12 +36,14 @@ from wsss.photographs import read_photograph
 from wsss.runtime.images import on_canvas
 from wsss.spec import AxisRange, Bundle, Model
 
-RESULTS = Path(__file__).parent / "results" / "clip-official.json"
+from .harness import RESULTS, study_parser, write_result
+
+RESULT = RESULTS / "clip-official.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of the module."""
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.clip_official", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("photographs", type=Path, help="folder of JPEG files")
     parser.add_argument("--variant", default=clip.FAMILY.default)
     parser.add_argument("--weights", default="random:0")
@@ -53,11 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     photographs = sorted(options.photographs.glob("*.jpg"))[: options.count]
     with tempfile.TemporaryDirectory() as folder:
         row = measure(options.variant, options.weights, photographs, Path(folder), batch=options.batch, most=options.most)
-    rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    rows = json.loads(RESULT.read_text()) if RESULT.is_file() else []
     rows = [old for old in rows if (old["variant"], old["weights"]) != (row["variant"], row["weights"])] + [row]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    print(json.dumps(row))
+    write_result(RESULT, rows)
 
 
 def measure(

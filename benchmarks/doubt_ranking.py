@@ -7,8 +7,6 @@ weights were chosen on 120 other scenes, those of ``wsss demo --count 120``.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import __version__
 from ..batch import VOID
 from ..labelstore import read_label, read_records, read_run
 from ..mini.scenes import write_scenes
 from ..runtime.doubt import WEIGHTS, doubt, floors_of
 from ..runtime.pipeline import Labeler
 from ..runtime.run import label_folder
+from .harness import RESULTS, about, study_parser, write_result
 
-RESULT = Path(__file__).parent / "results" / "doubt-ranking.json"
+RESULT = RESULTS / "doubt-ranking.json"
 SEED = 3_000_000
 Floats = npt.NDArray[np.float64]
 
@@ -77,15 +75,13 @@ def _found(score: Floats, error: Floats) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.doubt_ranking", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("--count", type=int, default=120)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        told = {"wsss": __version__, **measure(arguments.count, Path(folder))}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+        told = {**about(), **measure(arguments.count, Path(folder))}
+    write_result(arguments.out, told)
 
 
 if __name__ == "__main__":

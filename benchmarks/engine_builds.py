@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from .gpu_steps import step_engines, step_graphs
+from .harness import RESULTS, read_result, study_parser, write_result
 
-RESULTS = Path(__file__).parent / "results" / "engine-builds.json"
+RESULT = RESULTS / "engine-builds.json"
 MODELS = ("sam vit_b", "clip ViT-B-16", "clip ViT-L-14-336", "grounding-dino swin_t", "sam vit_h")
 
 
 def main() -> None:
     """The command line of the module."""
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.engine_builds", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("--work", type=Path, default=Path("build/engine-builds"))
     parser.add_argument("--model", action="append", choices=MODELS, help="default: all")
     parser.add_argument("--build", choices=MODELS, help=argparse.SUPPRESS)  # one model, in this process
@@ -34,7 +35,7 @@ def main() -> None:
     if options.build:
         print(json.dumps(build(options.work / options.build.replace(" ", "-"))))
         return
-    told: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    told: dict[str, Any] = read_result(RESULT)
     for name in options.model or MODELS:
         if name in told:
             continue
@@ -47,7 +48,7 @@ def main() -> None:
         command = [sys.executable, "-m", "wsss.benchmarks.engine_builds", "--work", str(options.work), "--build", name]
         built = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         told[name] = {**json.loads(built.splitlines()[-1]), "cores": os.cpu_count(), "load_before": round(load, 1)}
-        RESULTS.write_text(json.dumps(told, indent=1) + "\n")
+        write_result(RESULT, told)
         print(f"{name}: {told[name]}", file=sys.stderr)
 
 

@@ -15,7 +15,6 @@ Then times the 1,449 of val. Needs scikit-learn, torchmetrics, opencv-python-hea
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -41,8 +40,9 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from .. import __version__
 from ..train.evaluate import average_precision
+from .harness import RESULTS, study_parser, write_result
 
-RESULT = Path(__file__).parent / "results" / "eval-speed.json"
+RESULT = RESULTS / "eval-speed.json"
 CLASSES = 21
 LEFT_OUT = 500
 """Every so manieth prediction is left out."""
@@ -50,7 +50,7 @@ LEFT_OUT = 500
 
 def main() -> None:
     """The command line of the module."""
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.eval_speed", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("masks", type=Path, help="SegmentationClassAug.tar.gz")
     parser.add_argument("--lists", type=Path, required=True, help="folder with val.txt")
     arguments = parser.parse_args()
@@ -75,8 +75,7 @@ def main() -> None:
             "average precision": {"furthest": average_precision_difference()},
             "cost, val": [cost(folder, truth, val, workers) for workers in (2, 2, 1)],
         }
-    RESULT.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+    write_result(RESULT, told)
 
 
 def damage(truth: Path, out: Path, names: Sequence[str]) -> None:

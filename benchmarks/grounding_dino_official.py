@@ -45,7 +45,9 @@ from wsss.photographs import read_photograph
 from wsss.runtime.images import on_canvas
 from wsss.spec import AxisRange, Bundle, Model, Preprocess
 
-RESULTS = Path(__file__).parent / "results" / "grounding-dino-official.json"
+from .harness import RESULTS, study_parser, write_result
+
+RESULT = RESULTS / "grounding-dino-official.json"
 BEST = 100
 """Queries of the highest scores, looked at by themselves: the ones that can become boxes."""
 
@@ -158,11 +160,7 @@ def write_checkpoint(path: Path, variant: str, seed: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m wsss.benchmarks.grounding_dino_official",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("photographs", type=Path, help="folder of JPEG files")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoint, bundle and finished rows")
     parser.add_argument("--variant", default="swin_t", choices=list(OFFICIAL))
@@ -178,9 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     rows = measure(model, checkpoint, paths[: options.count], options.work / "rows.jsonl", batch=options.batch)
     summary = summarise(rows, model)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary["parity"]))
+    write_result(RESULT, summary)
 
 
 def _fits(path: Path, preprocess: Preprocess, canvas: tuple[int, int]) -> bool:

@@ -10,7 +10,6 @@ second run goes on where the first was stopped.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -33,9 +32,10 @@ from ..photographs import read_photograph
 from ..runtime.images import on_canvas
 from ..runtime.text import open_tokenizer
 from ..spec import AxisRange, Bundle, Model, Precision
+from .harness import RESULTS, read_result, study_parser, write_result
 from .sam_official import boxes_of
 
-RESULTS = Path(__file__).parent / "results" / "half-precision.json"
+RESULT = RESULTS / "half-precision.json"
 MODELS = {"clip": "ViT-B-16", "sam": "vit_b", "grounding-dino": "swin_t"}
 CANVAS = (800, 1344)
 BATCH = AxisRange(1, 2, 2)
@@ -43,7 +43,7 @@ BATCH = AxisRange(1, 2, 2)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of the module."""
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.half_precision", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("voc", type=Path, help="folder with JPEGImages/ and Annotations/ (VOC XML)")
     parser.add_argument("--bundle", type=Path, default=Path("build/half"))
     parser.add_argument("--weights", default="random:0", help="of all three models")
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [name for name in names if _is_landscape(options.voc, name)][: options.count]
     for model in options.model or MODELS:
         measure_model(model, options.bundle, options.weights, options.precision, options.voc, names)
-    print(json.dumps({key: told["worst"] for key, told in _read().items()}, indent=1))
+    print(json.dumps({key: told["worst"] for key, told in read_result(RESULT).items()}, indent=1))
 
 
 def measure_model(name: str, bundle: Path, weights: str, precision: Precision, voc: Path, photographs: Sequence[str]) -> None:
@@ -69,7 +69,7 @@ def measure_model(name: str, bundle: Path, weights: str, precision: Precision, v
         if feeds_of is None:
             continue
         key = f"{name}/{graph.name} {precision}"
-        told = _read().get(key, {"rows": {}})
+        told = read_result(RESULT).get(key, {"rows": {}})
         left = [photograph for photograph in photographs if photograph not in told["rows"]]
         engine = OrtEngine(model.path(graph.name), model.graph(graph.name)) if left else None
         for start in range(0, len(left), 2):
@@ -185,18 +185,12 @@ def _exported(name: str, bundle: Path, weights: str, precision: Precision) -> Mo
     return Bundle(bundle).model(name)
 
 
-def _read() -> dict[str, Any]:
-    return dict(json.loads(RESULTS.read_text())) if RESULTS.is_file() else {}
-
-
 def _save(key: str, told: dict[str, Any], model: Model, graph: Graph) -> None:
     told["worst"] = {output: max(row[output] for row in told["rows"].values()) for output in graph.tolerance}
     told["measures"] = {output: allowed.measure.__name__ for output, allowed in graph.tolerance.items()}
     told |= {"photographs": len(told["rows"]), "variant": model.manifest.variant, "weights": dict(model.manifest.weights)}
     told |= {"islands": dict(model.graph(graph.name).islands), "tools": tool_versions(), "cores": os.cpu_count()}
-    partial = RESULTS.with_suffix(".part")
-    partial.write_text(json.dumps({**_read(), key: told}, indent=1) + "\n")
-    partial.replace(RESULTS)
+    write_result(RESULT, {**read_result(RESULT), key: told})
 
 
 if __name__ == "__main__":

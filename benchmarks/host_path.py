@@ -26,7 +26,6 @@ rates are not: ``load`` says how many processes wanted to run besides.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -52,8 +51,9 @@ from ..labelstore import write_label
 from ..photographs import read_photograph
 from ..runtime.run import Summary, label_folder
 from .fake_chain import FULL, SMALL, bare_inputs, open_fake
+from .harness import RESULTS, study_parser, write_result
 
-RESULT = Path(__file__).parent / "results" / "host-path.json"
+RESULT = RESULTS / "host-path.json"
 VOC_SIZE, SMALL_SIZE = (375, 500), (72, 96)
 ENGINE_SECONDS = 0.02
 
@@ -218,7 +218,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and writes the result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("--count", type=int, default=320, help="VOC-size photographs")
     parser.add_argument("--part", choices=PARTS, help="one figure only, as JSON")
     parser.add_argument("--images", type=Path, help="with --part: the photographs")
@@ -238,8 +238,7 @@ def main() -> None:
             "photographs": {"height": VOC_SIZE[0], "width": VOC_SIZE[1], "count": given.count},
             **measure(Path(folder), given.count),
         }
-    RESULT.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+    write_result(RESULT, told)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ own. Figures of `results/huge-image.json`:
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -38,8 +37,9 @@ from ..photographs import read_photograph
 from ..runtime import fuse
 from ..runtime.pipeline import Labeler
 from ..runtime.run import label_folder
+from .harness import RESULTS, study_parser, write_result
 
-RESULT = Path(__file__).parent / "results" / "huge-image.json"
+RESULT = RESULTS / "huge-image.json"
 NAME = "huge.jpg"
 WINDOWS, WINDOW_PX = 40, 300
 
@@ -154,7 +154,7 @@ def measure(folder: Path, size: tuple[int, int], boxes: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and writes the result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(9_000, 12_000), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--boxes", type=int, default=150)
     parser.add_argument("--part", type=Path, help="one run over what is below this folder, as JSON")
@@ -172,7 +172,7 @@ def main() -> None:
         }
     print(json.dumps(told, indent=1))
     if tuple(given.size) == (9_000, 12_000):
-        RESULT.write_text(json.dumps(told, indent=1) + "\n")
+        write_result(RESULT, told)
 
 
 if __name__ == "__main__":

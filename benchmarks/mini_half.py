@@ -9,25 +9,22 @@ box with true boxes, at the decoder's resolution; and mIoU of the FP16 chain's l
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import __version__
 from ..batch import Images, Masks
 from ..mini.scenes import CLASSES, draw_scene, write_scenes
 from ..photographs import read_photograph
 from ..runtime.pipeline import Labeler
 from ..train.evaluate import confusion_matrix, mean_iou
+from .harness import RESULTS, about, study_parser, write_result
 from .mini_quality import SEED, true_boxes
 
-RESULT = Path(__file__).parent / "results" / "mini-half.json"
+RESULT = RESULTS / "mini-half.json"
 BATCH = 8
 
 
@@ -44,8 +41,7 @@ def measure(bundle: str, count: int, folder: Path, engine: str) -> dict[str, Any
     overlaps = np.array([_iou(one, other) for one, other in zip(*outlined, strict=True)])
     exact, rounded = mean_iou(_matrix(truth, full)), mean_iou(_matrix(truth, half))
     return {
-        "wsss": __version__,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        **about(),
         "engine": engine,
         "scenes": count,
         "miou_fp32": round(exact, 5),
@@ -89,7 +85,7 @@ def _iou(one: np.ndarray, other: np.ndarray) -> float:
 
 def main() -> None:
     """The command line of the module."""
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.mini_half", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("--bundle", required=True, help="the small models in FP16")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--engine", default="ort")
@@ -97,8 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         told = measure(options.bundle, options.count, Path(folder), options.engine)
-    options.out.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+    write_result(options.out, told)
 
 
 if __name__ == "__main__":

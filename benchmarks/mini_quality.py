@@ -6,9 +6,7 @@ stage's share of the loss. Also: each scene alone against the same scene in a ba
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -17,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__
 from ..batch import Images
 from ..mini.scenes import CLASSES, Scene, draw_scene, write_scenes
 from ..photographs import read_photograph
 from ..runtime.pipeline import Labeler, Rules
 from ..train.evaluate import class_iou, confusion_matrix, label_scores, mean_iou
+from .harness import RESULTS, about, study_parser, write_result
 
-RESULT = Path(__file__).parent / "results" / "mini-quality.json"
+RESULT = RESULTS / "mini-quality.json"
 SEED = 2_000_000
 
 
@@ -90,16 +88,14 @@ def _alone_against_batch(images: Images) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.mini_quality", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         told = measure(arguments.count, Path(folder))
-    told = {"wsss": __version__, "scenes": arguments.count, "machine": platform.processor() or platform.machine(), **told}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+    told = {**about(), "scenes": arguments.count, **told}
+    write_result(arguments.out, told)
 
 
 if __name__ == "__main__":

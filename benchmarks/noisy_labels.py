@@ -8,9 +8,6 @@ object's class keeps a CLIP score from Beta(8, 2). Each loss is trained over thr
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,14 +17,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from .. import __version__
 from ..mini.scenes import CLASSES, Scene, write_scenes
 from ..train.args import config_from
 from ..train.loop import train
 from ..train.presets import preset
+from .harness import RESULTS, about, study_parser, write_result
 from .scene_stores import Labels, box_record, held_out_miou, write_store
 
-RESULT = Path(__file__).parent / "results" / "noisy-labels.json"
+RESULT = RESULTS / "noisy-labels.json"
 TRAIN_SEED, HELD_OUT_SEED = 5_000_000, 4_000_000
 CORRUPTED = 0.3
 LOSSES: dict[str, dict[str, Any]] = {
@@ -99,7 +96,7 @@ def measure(work: Path, *, images: int, held_out: int, steps: int, seeds: int, l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.noisy_labels", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--held-out", type=int, default=150)
     parser.add_argument("--steps", type=int, default=600)
@@ -111,12 +108,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     told: dict[str, Any] = {
-        "wsss": __version__,
+        **about(),
         "corrupted_share": CORRUPTED,
         "images": arguments.images,
         "held_out": arguments.held_out,
         "steps": arguments.steps,
-        "machine": platform.processor() or platform.machine(),
     }
     told |= measure(
         arguments.work,
@@ -126,9 +122,7 @@ def main() -> None:
         seeds=arguments.seeds,
         losses=arguments.losses,
     )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+    write_result(arguments.out, told)
 
 
 if __name__ == "__main__":

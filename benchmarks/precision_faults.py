@@ -9,14 +9,12 @@ in FP32 with their reasons, and their share of the multiply-adds; and the same f
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -45,7 +43,9 @@ from wsss.export.weights import spread
 from wsss.runtime.pipeline import MINI
 from wsss.spec import AxisRange
 
-RESULTS = Path(__file__).parent / "results" / "precision-faults.json"
+from .harness import RESULTS, write_result
+
+RESULT = RESULTS / "precision-faults.json"
 CANVAS = (192, 192)
 CAPTION = ("red disc.", "blue box.", "striped star.")
 CLASSES = ("disc", "box", "star", "heart", "ring", "arrow")
@@ -317,7 +317,7 @@ def _rows(feeds: Feeds) -> list[Feeds]:
 def main() -> None:
     """The command line of the module."""
     told: dict[str, dict[str, object]] = {"tools": {**tool_versions()}, "unharmed": {}, "faults": {}}
-    partial_file = RESULTS.with_suffix(".part")
+    partial_file = RESULT.with_suffix(".part")
     for kind, makers in (("unharmed", UNHARMED), ("faults", FAULTS)):
         for make in makers:
             case = make()
@@ -325,8 +325,8 @@ def main() -> None:
             found = case.diagnose(log=_say)
             told[kind][case.name] = row(found) | {"seconds": round(time.monotonic() - begun, 1)}
             _say(f"{case.name}: {found.report()}")
-            partial_file.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
-    partial_file.replace(RESULTS)
+            write_result(partial_file, told)
+    partial_file.replace(RESULT)
 
 
 def row(found: Diagnosis) -> dict[str, object]:

@@ -7,27 +7,23 @@ phrases all present), so that every image passes every stage.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import resource
 import sys
 import threading
 from pathlib import Path
 
-import onnxruntime
-
-from .. import __version__
+from ..engines.ort_library import onnxruntime
 from ..labelstore import read_records
 from ..runtime.pipeline import Labeler, Rules
 from ..runtime.run import label_folder
+from .harness import RESULTS, about, study_parser, write_result
 
-RESULT = Path(__file__).parent / "results" / "real-photos.json"
+RESULT = RESULTS / "real-photos.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.real_photos", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("images", type=Path)
     parser.add_argument("--bundle", default="bundle")
     parser.add_argument("--classes", default="voc")
@@ -57,9 +53,8 @@ def main() -> None:
     timed = sum(run["labelled"] for run in runs)  # a killed run's labels stay, its clock is lost
     stages = {stage: sum(run["stage_seconds"].get(stage, 0.0) for run in runs) for stage in runs[0]["stage_seconds"]}
     told = {
-        "wsss": __version__,
+        **about(),
         "onnxruntime": onnxruntime.__version__,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "models": labeler.settings["models"],
         "rules": labeler.settings["rules"],
         "batch": arguments.batch,
@@ -71,9 +66,7 @@ def main() -> None:
         "seconds_per_image": {stage: round(taken / max(timed, 1), 3) for stage, taken in stages.items()},
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+    write_result(arguments.out, told)
 
 
 if __name__ == "__main__":

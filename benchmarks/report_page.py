@@ -8,12 +8,9 @@ one, since all that other programs of the machine can do is to lengthen it.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,13 +23,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .. import __version__
 from ..classes import named_list, palette
 from ..labelstore import Record
 from ..runtime.report import write_report
 from .chromium import Chromium
+from .harness import RESULTS, about, study_parser, write_result
 
-RESULT = Path(__file__).parent / "results" / "report-page.json"
+RESULT = RESULTS / "report-page.json"
 FIRST_PAINT_MS, LONG_TASK_MS = 1000, 200
 """What must hold."""
 CLASSES = named_list("coco").names
@@ -205,23 +202,19 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.report_page", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        load = os.getloadavg()[0]
         told = measure(arguments.count, Path(folder))
     longest = max(value for name, each in told["longest_task_ms"].items() if name != "opening" for value in each.values())
     told = {
-        "wsss": __version__,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before",
+        **about(),
         **told,
         "holds": told["first_paint_ms"]["worst"] <= FIRST_PAINT_MS and longest <= LONG_TASK_MS,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+    write_result(arguments.out, told)
 
 
 if __name__ == "__main__":

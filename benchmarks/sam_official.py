@@ -10,7 +10,6 @@ run goes on where the first was stopped.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -32,14 +31,16 @@ from wsss.photographs import read_photograph
 from wsss.runtime.segment import Outliner
 from wsss.spec import AxisRange, Bundle, Model
 
-RESULTS = Path(__file__).parent / "results" / "sam-official.json"
+from .harness import RESULTS, study_parser, write_result
+
+RESULT = RESULTS / "sam-official.json"
 BOXES_EACH = 8
 """Most boxes taken of one photograph."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of the module."""
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.sam_official", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("voc", type=Path, help="folder with JPEGImages/ and Annotations/ (VOC XML)")
     parser.add_argument("--variant", default=sam.FAMILY.default)
     parser.add_argument("--weights", default="random:0")
@@ -156,8 +157,8 @@ def summary(rows: dict[str, Any]) -> dict[str, Any]:
 
 def _results(model: Model) -> dict[str, Any]:
     manifest = model.manifest
-    if RESULTS.is_file():
-        told: dict[str, Any] = json.loads(RESULTS.read_text())
+    if RESULT.is_file():
+        told: dict[str, Any] = json.loads(RESULT.read_text())
         if told["model"] == manifest.identity():
             return told
     gate = {name: {row.output: row.error for row in spec.parity.rows} for name, spec in manifest.graphs.items() if spec.parity}
@@ -175,10 +176,7 @@ def _results(model: Model) -> dict[str, Any]:
 
 def _save(told: dict[str, Any]) -> None:
     told["summary"] = summary(told["photographs"])
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    partial = RESULTS.with_suffix(".part")
-    partial.write_text(json.dumps(told, indent=1) + "\n")
-    partial.replace(RESULTS)
+    write_result(RESULT, told)
 
 
 def _say(line: str) -> None:

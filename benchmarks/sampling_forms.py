@@ -10,7 +10,6 @@ The plugin itself runs under ``--engine trt`` alone: others compute the function
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -22,16 +21,17 @@ from ..export.exporting import export_model, tool_versions
 from ..export.family import Options, Sampling, family
 from ..export.to_engine import BuildOptions, build_plans
 from ..spec import AxisRange, Model, open_bundle
+from .harness import RESULTS, study_parser, write_result
 from .latency import measure_graph
 
-RESULT = Path(__file__).parent / "results" / "sampling-forms.json"
+RESULT = RESULTS / "sampling-forms.json"
 FORMS: tuple[Sampling, ...] = ("grid-sample", "gather", "plugin")
 ROUNDS = 3
 
 
 def main() -> None:
     """The command line of the module."""
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.sampling_forms", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("--variant", default="mini")
     parser.add_argument("--weights", default="mini")
     parser.add_argument("--size", default="144x256", help="HxW of the one canvas")
@@ -70,7 +70,7 @@ def main() -> None:
         "tools": tool_versions(),
         "forms": measure(models, f"image-{options.size}", options.engine, options.batch),
     }
-    RESULT.write_text(json.dumps(told, indent=1) + "\n")
+    write_result(RESULT, told)
     print(json.dumps(told["forms"], indent=1))
 
 

@@ -8,10 +8,6 @@ on that photograph alone. TensorRT-RTX then builds the FP16 graph, where it is i
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__
 from ..classes import parse_classes
 from ..engines.ort import OrtEngine
 from ..export.exporting import export_model
@@ -32,9 +27,10 @@ from ..spec import AxisRange, Bundle, Precision
 from ..train.args import config_from
 from ..train.loop import train
 from ..train.presets import preset
+from .harness import RESULTS, about, read_result, study_parser, write_result
 from .voc_pairs import store_of_masks
 
-RESULT = Path(__file__).parent / "results" / "segmenter-export.json"
+RESULT = RESULTS / "segmenter-export.json"
 NETWORKS = {"deeplabv3plus/resnet50": 1e-3, "segformer/b0": 3e-4}
 """With the learning rate of their short training."""
 BATCH, CANVAS = 4, (512, 512)
@@ -127,7 +123,7 @@ def _log(line: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.segmenter_export", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--network", action="append", choices=list(NETWORKS), help="default: all")
     parser.add_argument("--steps", type=int, default=40)
@@ -135,14 +131,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/segmenter-export"), help="kept, so that a second call goes on")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    told: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
-    told |= {"wsss": __version__, "torch": torch.__version__, "onnxruntime": metadata.version("onnxruntime")}
-    told["machine"] = f"{os.cpu_count()} cores, {platform.machine()}"
+    told: dict[str, Any] = read_result(arguments.out)
+    told |= {**about(), "torch": torch.__version__, "onnxruntime": metadata.version("onnxruntime")}
     for name in arguments.network or NETWORKS:
         told[name] = measure(arguments.folder, arguments.work, name, steps=arguments.steps, photographs=arguments.photographs)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+        write_result(arguments.out, told)
 
 
 if __name__ == "__main__":

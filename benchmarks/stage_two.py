@@ -6,9 +6,6 @@ on the truth. Both, and the chain itself, are scored on held-out scenes. Everyth
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import __version__
 from ..mini.scenes import CLASSES, write_scenes
 from ..photographs import read_photograph
 from ..runtime.pipeline import Labeler
@@ -26,9 +22,10 @@ from ..train.args import config_from
 from ..train.evaluate import confusion_matrix, mean_iou
 from ..train.loop import train
 from ..train.presets import preset
+from .harness import RESULTS, about, study_parser, write_result
 from .scene_stores import held_out_miou, true_labels, write_store
 
-RESULT = Path(__file__).parent / "results" / "stage-two.json"
+RESULT = RESULTS / "stage-two.json"
 TRAIN_SEED, HELD_OUT_SEED = 3_000_000, 2_000_000
 
 
@@ -78,7 +75,7 @@ def _log(line: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.stage_two", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("--images", type=int, default=1800)
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--steps", type=int, default=config_from(preset("mini")).optimizer.steps)
@@ -88,17 +85,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     told: dict[str, Any] = {
-        "wsss": __version__,
+        **about(),
         "images": arguments.images,
         "held_out": arguments.held_out,
         "steps": arguments.steps,
         "threads": arguments.threads,
-        "machine": platform.processor() or platform.machine(),
     }
     told |= measure(arguments.work, images=arguments.images, held_out=arguments.held_out, steps=arguments.steps, log=_log)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+    write_result(arguments.out, told)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,7 @@ network comes to say what its own training images show. The run's page and curve
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
-import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__
 from ..classes import ClassList, parse_classes
 from ..labelstore import LabelStore, read_records
 from ..photographs import read_photograph
@@ -33,9 +28,10 @@ from ..train.evaluate_run import count_pairs
 from ..train.loop import train
 from ..train.presets import preset
 from ..train.survey import read_survey
+from .harness import RESULTS, about, study_parser, write_result
 from .predict import trained_labeler
 
-RESULT = Path(__file__).parent / "results" / "voc-pairs-training.json"
+RESULT = RESULTS / "voc-pairs-training.json"
 SETTINGS: dict[str, Any] = {
     "model": {"architecture": "deeplabv3plus", "encoder": "resnet18", "options": {"decoder_channels": 128}},
     "data": {"shorter_px": 0, "crop": 96, "largest_share": 1.0, "batch": 8, "scale": [0.25, 0.5], "validation_share": 0.0},
@@ -63,7 +59,7 @@ def measure(folder: Path, work: Path, classes: ClassList, *, steps: int) -> dict
     )
     found = find_label_maps(predicted)
     compared = pair_up(found, find_label_maps(masks))
-    scores = scores_from_counts(count_pairs(compared, len(classes)), classes.names)
+    scores = scores_from_counts(count_pairs(compared, classes.names), classes.names)
     return {
         "pairs": pairs,
         "trained_on": result.images,
@@ -121,7 +117,7 @@ def _log(line: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.voc_pairs", description=__doc__)
+    parser = study_parser(__spec__, __doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--classes", default="voc")
     parser.add_argument("--steps", type=int, default=280)
@@ -130,11 +126,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    told: dict[str, Any] = {"wsss": __version__, "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
+    told: dict[str, Any] = {**about()}
     told |= measure(arguments.folder, arguments.work, parse_classes(arguments.classes), steps=arguments.steps)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+    write_result(arguments.out, told)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ import numpy as np
 from ..batch import MOST_BOXES, Boxes, Images, Labels, Photograph
 from ..classes import ClassList
 from ..engines.engine import Engine
-from ..errors import WsssError
 from ..frame import Frame, frame_for
 from ..spec import Model
 from .images import made_ahead, on_canvas, stacked
-from .text import open_tokenizer
+from .text import open_tokenizer, tokenize_phrases
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +112,6 @@ class Detector:
         self._pixels = self._valid = 0
         self._budget = int(settings["max_tokens"])
         self._cls, self._sep, self._phrases = embed_phrases(model, text, classes)
-        for name, phrases in zip(classes.names, self._phrases, strict=True):
-            if not all(phrase.words for phrase in phrases):
-                raise WsssError(
-                    f"--classes: {name!r} holds nothing that the detector's tokenizer can read", hint="write it in plain words"
-                )
-        longest = max(len(phrase) for phrases in self._phrases for phrase in phrases)
-        if longest + 2 > self._budget:
-            raise WsssError(
-                f"--classes: a name takes {longest} tokens, a caption holds {self._budget - 2}",
-                hint="shorten the longest class name",
-            )
 
     def __call__(self, images: Images, labels: Labels) -> Boxes:
         """Boxes of the classes in ``labels.present``; an image without one is not looked at."""
@@ -240,12 +228,17 @@ def box_iou(one: np.ndarray, many: np.ndarray) -> np.ndarray:
 
 
 def embed_phrases(model: Model, text: Engine, classes: ClassList) -> tuple[Phrase, Phrase, list[list[Phrase]]]:
-    """[CLS], [SEP] and each class's phrases, through the text graph in as few calls as its range allows."""
-    settings, tokenizer = model.manifest.settings, open_tokenizer(model)
+    """[CLS], [SEP] and each class's phrases, through the text graph in as few calls as its range allows.
+
+    Raises:
+        ClassError: as `tokenize_phrases`; a phrase shares its caption with [CLS], [SEP] and its dot.
+    """
+    settings = model.manifest.settings
     dot = int(settings["dot"])
-    told = [(label, phrase) for label, phrases in enumerate(classes.phrases, 1) for phrase in phrases]
+    tokens_of = tokenize_phrases(open_tokenizer(model), classes, int(settings["max_tokens"]) - 3)
+    labels = [label for label, phrases in enumerate(tokens_of, 1) for _ in phrases]
     ids = [[int(settings["cls"])], [int(settings["sep"])]]
-    ids += [[*tokenizer.encode(phrase, add_special_tokens=False).ids, dot] for _, phrase in told]
+    ids += [[*phrase, dot] for phrases in tokens_of for phrase in phrases]
     features: list[np.ndarray] = []
     step = text.axes["phrases"].max
     for start in range(0, len(ids), step):
@@ -259,6 +252,6 @@ def embed_phrases(model: Model, text: Engine, classes: ClassList) -> tuple[Phras
         features += [np.array(out[row, : len(line)]) for row, line in enumerate(chunk)]
     cls, sep = Phrase(0, features[0], 1), Phrase(0, features[1], 1)
     phrases: list[list[Phrase]] = [[] for _ in classes.names]
-    for (label, _), feature in zip(told, features[2:], strict=True):
+    for label, feature in zip(labels, features[2:], strict=True):
         phrases[label - 1].append(Phrase(label, feature, len(feature) - 1))
     return cls, sep, phrases

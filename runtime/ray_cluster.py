@@ -28,10 +28,13 @@ def connect(address: str | None, log: Callable[[str], None]) -> None:
             f"--ray-address {asked}: wsss must run on a node of the cluster, not as a client of it",
             hint="ray job submit --address http://HEAD:8265 -- wsss label ... --on ray",
         )
+    # Its C++ side prints errors into this process's stderr that are none, about the restarts of Ray Data's own actors.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         _check_listens(asked)
-        ray.init(address=asked, **quiet)
+        with _silent():
+            ray.init(address=asked, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         if asked != "auto":
             raise WsssError(
@@ -39,7 +42,21 @@ def connect(address: str | None, log: Callable[[str], None]) -> None:
             ) from None
         log("Ray: no cluster found; one is started on this machine")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports over the network, which nobody asked for
-        ray.init(address="local", include_dashboard=False, **quiet)
+        with _silent():
+            ray.init(address="local", include_dashboard=False, **quiet)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing on stderr, also not from C++, which says there that it was told to be quiet. Failures come as exceptions."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def _check_listens(address: str) -> None:
@@ -53,13 +70,13 @@ def _check_listens(address: str) -> None:
 
 @contextlib.contextmanager
 def pipeline_settings() -> Iterator[None]:
-    """The settings of Ray Data that a round's pipeline takes with it."""
+    """The settings of Ray Data that a pipeline takes with it."""
     context = DataContext.get_current()
     wanted = {
         "enable_progress_bars": False,
-        "target_max_block_size": 1,  # every row is a block: it is neither joined to others nor waits for them
+        "max_errored_blocks": -1,  # images whose call was lost are labeled one by one
         "max_consecutive_actor_init_deaths": 10,
-        "execution_no_progress_timeout_s": -1,  # listing may take a while, or the cluster grow late: the user is told
+        "execution_no_progress_timeout_s": -1,  # the cluster may grow late: the user is warned
     }
     before = {name: getattr(context, name) for name in wanted if hasattr(context, name)}
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -13,6 +13,8 @@ Two rules, named in the bundle, since a threshold belongs to one of them:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
@@ -22,7 +24,7 @@ from ..engines.engine import Engine
 from ..frame import Frame
 from ..spec import Model
 from .images import made_ahead, on_canvas, stacked
-from .text import open_tokenizer
+from .text import open_tokenizer, tokenize_prompts
 
 
 class Tagger:
@@ -43,9 +45,12 @@ class Tagger:
         self._rule = settings.get("rule", "softmax")
         self._levels = tuple(int(level) for level in settings["views"])
         self.threshold = float(settings["threshold"]) if threshold is None else threshold
-        negatives = (*backgrounds_for(classes, tuple(settings["backgrounds"])), *classes.negatives)
+        backgrounds = backgrounds_for(classes, tuple(settings["backgrounds"]))
         self._classes = len(classes.names)
-        self._prompts = embed_prompts(model, text, [*classes.prompts, *((name,) for name in negatives)])
+        names = [f"the class {name!r}" for name in classes.names]
+        names += [*("" for _ in backgrounds), *(f"the negative prompt {name!r}" for name in classes.negatives)]
+        prompts = [*classes.prompts, *((name,) for name in (*backgrounds, *classes.negatives))]
+        self._prompts = embed_prompts(model, text, prompts, names)
 
     def __call__(self, images: Images) -> Labels:
         """Scores of B images: (B, C) float32, the best view's softmax probability of each class."""
@@ -96,26 +101,26 @@ def _span(length: int, number: int, level: int) -> tuple[int, int]:
     return start, length if level == 1 else max(round(length * (number + 2) / (level + 1)), start + 1)
 
 
-def embed_prompts(model: Model, text: Engine, prompts: list[tuple[str, ...]]) -> np.ndarray:
+def embed_prompts(model: Model, text: Engine, prompts: list[tuple[str, ...]], names: Sequence[str] = ()) -> np.ndarray:
     """One unit vector a class: each template of each prompt is embedded and normalised, averaged, normalised again.
 
     Args:
         prompts: one or more wordings per class.
+        names: of the classes, for messages; those that have one must differ in their tokens.
 
     Returns:
         (len(prompts), D) float32 (CLIP's own zero-shot recipe, openai/CLIP `notebooks/Prompt_Engineering_for_ImageNet`).
     """
-    settings, tokenizer = model.manifest.settings, open_tokenizer(model)
+    settings = model.manifest.settings
     length, pad, end = int(settings["context_length"]), int(settings["pad"]), int(settings["end"])
-    sentences = [(row, t.format(word)) for row, words in enumerate(prompts) for word in words for t in settings["templates"]]
-    tokens = np.full((len(sentences), length), pad, np.int64)
-    for line, (_, sentence) in zip(tokens, sentences, strict=True):
-        ids = tokenizer.encode(sentence).ids
-        ids = [*ids[: length - 1], end] if len(ids) > length else ids
+    ids_of = tokenize_prompts(open_tokenizer(model), prompts, settings["templates"], length, end, names)
+    rows = [row for row, sentences in enumerate(ids_of) for _ in sentences]
+    tokens = np.full((len(rows), length), pad, np.int64)
+    for line, ids in zip(tokens, (ids for sentences in ids_of for ids in sentences), strict=True):
         line[: len(ids)] = ids
     step = text.axes["batch"].max
     parts = [np.array(text({"tokens": tokens[start : start + step]})["embedding"]) for start in range(0, len(tokens), step)]
     embedding = np.concatenate(parts).astype(np.float32)
     mean = np.zeros((len(prompts), embedding.shape[1]), np.float32)
-    np.add.at(mean, [row for row, _ in sentences], embedding)
+    np.add.at(mean, rows, embedding)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)

@@ -1,13 +1,23 @@
-"""Tokenizers and class phrases: what turns words into the tensors of the text graphs."""
+"""Tokenizers and class phrases: what turns words into the tensors of the text graphs.
+
+Two texts of the same tokens are one text to a model. Classes that a model cannot tell apart, or cannot read, are refused
+here: every box would go to the first of them.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ..errors import BundleError
+from ..classes import ClassList
+from ..errors import BundleError, ClassError
 from ..spec import Model
+
+_log = logging.getLogger("wsss")
 
 
 def open_tokenizer(model: Model) -> Tokenizer:
@@ -21,3 +31,85 @@ def open_tokenizer(model: Model) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise BundleError(f"{path}: not a tokenizer: {error}", hint=again) from None
+
+
+def tokenize_phrases(tokenizer: Tokenizer, classes: ClassList, budget: int) -> list[list[list[int]]]:
+    """Token ids of each class's detector phrases, without special tokens.
+
+    Args:
+        budget: most tokens of a phrase.
+
+    Raises:
+        ClassError: a word that the tokenizer does not know, a phrase without a token or with too many, or two classes with a
+            phrase of the same tokens.
+    """
+    tokenizer.no_truncation()
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    found: list[list[list[int]]] = []
+    for name, phrases in zip(classes.names, classes.phrases, strict=True):
+        found.append([])
+        for phrase in phrases:
+            encoding = tokenizer.encode(phrase, add_special_tokens=False)
+            if not encoding.ids:
+                raise ClassError(f"--classes: {name!r} holds nothing that the detector's tokenizer can read", hint=_english(name))
+            if unknown in encoding.tokens:
+                start, stop = encoding.offsets[encoding.tokens.index(unknown)]
+                raise ClassError(
+                    f"--classes: {name!r}: the detector's tokenizer does not know {phrase[start:stop]!r}; all such words are one "
+                    "and the same to it",
+                    hint=_english(name),
+                )
+            if len(encoding.ids) > budget:
+                raise ClassError(
+                    f"--classes: a name takes {len(encoding.ids) + 1} tokens, a caption holds {budget + 1}: {name[:60]!r}",
+                    hint="shorten the longest class name",
+                )
+            found[-1].append(encoding.ids)
+    _check_distinct([f"the class {name!r}" for name in classes.names], found, "the detector")
+    return found
+
+
+def tokenize_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Sequence[str]], templates: Sequence[str], length: int, end: int, names: Sequence[str]
+) -> list[list[list[int]]]:
+    """Token ids of every template of each row's prompts, special tokens included; what is cut is warned of.
+
+    Args:
+        length: most tokens of a sentence. end: the token that ends a cut one.
+        names: for each row what messages call it; rows without a name may equal others.
+
+    Raises:
+        ClassError: two rows that have names and a sentence of the same tokens.
+    """
+    tokenizer.no_truncation()
+    found: list[list[list[int]]] = []
+    cut: list[str] = []
+    for row in prompts:
+        found.append([])
+        for sentence in (template.format(prompt) for prompt in row for template in templates):
+            ids = tokenizer.encode(sentence).ids
+            if len(ids) > length:
+                cut.append(sentence)
+                ids = [*ids[: length - 1], end]
+            found[-1].append(ids)
+    if cut:
+        _log.warning("CLIP reads %d tokens and not the end of %d prompts, for example %r", length, len(cut), cut[0])
+    _check_distinct(names, found, "CLIP")
+    return found
+
+
+def _check_distinct(names: Sequence[str], ids: Sequence[Sequence[Sequence[int]]], model: str) -> None:
+    owner: dict[tuple[int, ...], int] = {}
+    for row, (name, sentences) in enumerate(zip(names, ids, strict=False)):
+        for sentence in sentences if name else ():
+            first = owner.setdefault(tuple(sentence), row)
+            if first != row:
+                raise ClassError(
+                    f"--classes: {names[first]} and {name} are the same tokens to {model}'s tokenizer: it cannot tell them apart",
+                    hint="word one of them otherwise, or leave it out",
+                )
+
+
+def _english(name: str) -> str:
+    told = json.dumps({name[:40]: {"prompts": ["cat"], "phrases": ["cat"]}}, ensure_ascii=False)
+    return f"write it in English; a JSON file of classes keeps the name, for example {told}"

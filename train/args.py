@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tomllib
+import reprlib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,12 +19,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from ..documents import parse_toml, read_toml
 from ..errors import UsageError
 
 Value = str | int | float | bool | list[int] | list[float]
 Tables = Mapping[str, Any]
 """A configuration as TOML gives it: ``{"seed": 0, "data": {"crop": 321}}``; only what is told."""
 
+MOST_PARTS = 4
+"""Of a setting's name: no table lies deeper."""
 Architecture = Literal["deeplabv2", "deeplabv3plus", "upernet", "unet", "smp-segformer", "segformer", "mask2former"]
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """RGB on the 0-255 scale, as torchvision's ImageNet models were trained (torchvision/transforms/_presets.py)."""
@@ -101,11 +104,19 @@ class DataArgs:
         _within("data.validation_share", self.validation_share, 0, 0.9)
         low, high = self.scale
         if not 0 < low <= high <= 8:
-            raise UsageError(f"data.scale: expected [smallest, largest] with 0 < smallest <= largest <= 8, got {[low, high]}")
+            raise UsageError(
+                f"data.scale: expected [smallest, largest] with 0 < smallest <= largest <= 8, got {[low, high]}",
+                hint="--set data.scale=[0.5, 2.0]",
+            )
         if min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            raise UsageError(f"data.jitter: expected four numbers from 0, the hue's at most 0.5, got {list(self.jitter)}")
+            raise UsageError(
+                f"data.jitter: expected four numbers from 0, the hue's at most 0.5, got {list(self.jitter)}",
+                hint="--set data.jitter=[0.5, 0.5, 0.5, 0.1]",
+            )
         if min(self.std) <= 0:
-            raise UsageError(f"data.std: expected positive numbers, got {list(self.std)}")
+            raise UsageError(
+                f"data.std: expected positive numbers, got {list(self.std)}", hint="--set data.std=[58.4, 57.1, 57.4]"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +138,10 @@ class LossArgs:
         _within("loss.confidence_floor", self.confidence_floor, 0.0, 1)
         _within("loss.bootstrap", self.bootstrap, 0, 1)
         if min(self.symmetric) < 0 or max(self.symmetric) == 0:
-            raise UsageError(f"loss.symmetric: expected two numbers from 0, one above it, got {list(self.symmetric)}")
+            raise UsageError(
+                f"loss.symmetric: expected two numbers from 0, one above it, got {list(self.symmetric)}",
+                hint="--set loss.symmetric=[1.0, 1.0]",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,10 +266,7 @@ def config_from(*layers: Tables) -> Config:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The tables of ``--config``. Raises UsageError when it is no TOML file."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"--config {path}: not a TOML file: {error}") from None
+    return read_toml(path, where=f"--config {path}", error=UsageError)
 
 
 def typed(assignment: str) -> dict[str, Any]:
@@ -267,12 +278,15 @@ def typed(assignment: str) -> dict[str, Any]:
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"--set {assignment}: expected TABLE.KEY=VALUE", hint="for example --set data.crop=321")
+    parts = key.strip().split(".")
+    if len(parts) > MOST_PARTS:
+        raise UsageError(f"--set {key[:60]}: expected TABLE.KEY, got {len(parts)} parts", hint="for example --set data.crop=321")
     try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    tables: Any = value
-    for part in reversed(key.strip().split(".")):
+        read = parse_toml(f"value = {text}", "--set", error=UsageError)
+        tables: Any = read["value"] if len(read) == 1 else text.strip()
+    except UsageError:
+        tables = text.strip()
+    for part in reversed(parts):
         tables = {part: tables}
     return dict(tables)
 
@@ -290,9 +304,9 @@ def _built(kind: type[Any], told: Tables, prefix: str) -> Any:
     known = [each.name for each in dataclasses.fields(kind)]
     for key in told:
         if key not in known:
-            near = get_close_matches(key, known, 1)
+            near = get_close_matches(key[:60], known, 1)
             raise UsageError(
-                f"there is no setting {prefix}{key}",
+                f"there is no setting {prefix}{key[:60]}",
                 hint=f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(prefix + name for name in known)}",
             )
     return kind(**{key: _value(value, hints[key], prefix + key) for key, value in told.items()})
@@ -303,35 +317,53 @@ def _value(value: Any, hint: Any, key: str) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise UsageError(f"{key}: expected a table [{key}], got {value!r}")
+            raise UsageError(f"{key}: expected a table [{key}], got {reprlib.repr(value)}", hint=f"--set {key}.NAME=VALUE")
         return _built(typing.cast(type[Any], hint), value, f"{key}.")
     if origin is Literal:
         if value not in inner:
-            raise UsageError(f"{key}: expected one of {', '.join(inner)}, got {value!r}")
+            raise UsageError(
+                f"{key}: expected one of {', '.join(inner)}, got {reprlib.repr(value)}", hint=f"--set {key}={inner[0]}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(inner):
-            raise UsageError(f"{key}: expected {len(inner)} numbers as [a, b], got {value!r}")
+            raise UsageError(
+                f"{key}: expected {len(inner)} numbers as [a, b], got {reprlib.repr(value)}",
+                hint=f"--set {key}=[{', '.join('1.0' for _ in inner)}]",
+            )
         return tuple(_value(each, part, key) for each, part in zip(value, inner, strict=True))
     if origin is not None:  # Mapping[str, Value]
         if not isinstance(value, Mapping):
-            raise UsageError(f"{key}: expected a table [{key}], got {value!r}")
+            raise UsageError(f"{key}: expected a table [{key}], got {reprlib.repr(value)}", hint=f"--set {key}.NAME=VALUE")
+        for name, each in value.items():
+            if not all(_is_plain(one) for one in (each if isinstance(each, list) else [each])):
+                raise UsageError(
+                    f"{key}.{name[:60]}: expected a word, numbers, or true or false, got {reprlib.repr(each)}",
+                    hint="what the architecture's constructor takes",
+                )
         return dict(value)
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise UsageError(f"{key}: expected {_KINDS[hint]} of at most 64 bits", hint="give a smaller one")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise UsageError(f"{key}: expected {_KINDS[hint]}, got {value!r}")
+        raise UsageError(f"{key}: expected {_KINDS[hint]}, got {reprlib.repr(value)}", hint=f"--set {key}={_EXAMPLES[hint]}")
     return value
 
 
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | bool) or (isinstance(value, int | float) and abs(value) < 1 << 63)  # NaN is not
+
+
+_EXAMPLES: dict[type, str] = {int: "8", float: "0.5", bool: "true", str: "WORD"}
 _KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
 
 def _at_least(key: str, value: int, least: int) -> None:
     if value < least:
-        raise UsageError(f"{key}: expected at least {least}, got {value}")
+        raise UsageError(f"{key}: expected at least {least}, got {value}", hint=f"--set {key}={least}")
 
 
 def _within(key: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise UsageError(f"{key}: expected {low:g} to {high:g}, got {value:g}")
+        raise UsageError(f"{key}: expected {low:g} to {high:g}, got {value:g}", hint=f"--set {key}={high:g}")

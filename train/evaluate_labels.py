@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..classes import cleaned
+from ..classes import Names
+from ..documents import read_json
 from ..errors import WsssError
 from .evaluate_files import list_lines, plain_name
 from .evaluate_pickle import read_label_dictionary
@@ -82,21 +83,22 @@ def _from_lines(path: Path, classes: int) -> dict[str, list[int]]:
 
 
 def _from_json(path: Path, classes: Sequence[str]) -> dict[str, list[int]]:
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WsssError(f"--labels {path}: expected a JSON file: {error}", hint=_FORMATS) from None
+    told = read_json(path, where=f"--labels {path}", hint=_FORMATS)
     if not isinstance(told, dict) or not all(isinstance(each, list) for each in told.values()):
         raise WsssError(f"--labels {path}: expected a JSON object of image names to lists of class names", hint=_FORMATS)
-    column = {cleaned(name): number for number, name in enumerate(classes)}
+    known = Names(classes)
     table: dict[str, list[int]] = {}
     for name, labels in told.items():
+        table[name] = []
         for label in labels:
-            if cleaned(str(label)) not in column:
+            found = known.find(label) if isinstance(label, str) else None
+            if found is None:
+                near = known.nearest(label) if isinstance(label, str) else None
                 raise WsssError(
-                    f"--labels {path}: {name}: the class {str(label)!r} is not in --classes", hint=f"it has {', '.join(classes)}"
+                    f"--labels {path}: {name[:200]}: the class {reprlib.repr(label)} is not in --classes",
+                    hint=f"did you mean {near!r}?" if near else f"it has {', '.join(classes)}",
                 )
-        table[name] = [column[cleaned(str(label))] for label in labels]
+            table[name].append(found - 1)
         table.setdefault(plain_name(name), table[name])
     return table
 

@@ -6,7 +6,8 @@ A list comes by name (``voc``, ``coco``, ``mini``), from a file, or as names on 
     person: people, human        # other wordings of the same class
     !statue                      # a negative prompt: takes probability, gets no label (``-statue`` does as well)
 
-or as JSON: ``["dog", "cat"]``, or ``{"dog": {"prompts": ["dog", "puppy"], "phrases": ["dog"]}, "negatives": ["statue"]}``.
+or as JSON: ``["dog", "cat"]``, or ``{"dog": {"prompts": ["dog", "puppy"], "phrases": ["dog"]}, "negatives": ["statue"]}``;
+`wsss.class_files` reads these and what other tools write.
 Sources of the built-in lists: VOC 2012 devkit, VOCinit.m; COCO 2014, instances_val2014.json; the CLIP prompts of both
 from CLIP-ES (arXiv:2212.09506; github.com/linyq2117/CLIP-ES 78e0198, clip_text.py: ``new_class_names`` and
 ``new_class_names_coco``, there in one sentence with their synonyms).
@@ -15,26 +16,37 @@ from CLIP-ES (arXiv:2212.09506; github.com/linyq2117/CLIP-ES 78e0198, clip_text.
 from __future__ import annotations
 
 import difflib
-import json
+import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .class_files import Entries, Entry, entries_from_list, excerpt, read_class_file
 from .errors import ClassError
+
+_log = logging.getLogger("wsss")
 
 LISTS = ("voc", "coco", "mini")
 MOST_CLASSES = 254
 """An 8-bit label has 256 values: 0 is background, 255 is void."""
 _SPLITTING = ".?,;:[]"
 """Signs that end a phrase in a caption (Grounding-DINO: ``.``, ``?``, special tokens in brackets) or an entry of a list."""
-_FILE = re.compile(r"[/\\]|\.(txt|json|names|csv|toml|ya?ml)$", re.IGNORECASE)
+_FILE = re.compile(r"[/\\]|\.(txt|json|names|csv|tsv|toml|ya?ml|pbtxt)$", re.IGNORECASE)
+MOST_LETTERS = 500
+"""Of a name or wording: CLIP reads 77 tokens of about four letters."""
+MOST_WORDINGS = 1_000
+"""Of one class, and of negatives: CLIP reads each of them in each of its templates."""
+_NO_CLASS = frozenset(
+    ("background", "bg", "void", "ignore", "ignored", "ignore region", "unlabeled", "unlabelled", "dontcare", "don't care")
+)
+"""What data sets call labels 0 and 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +69,7 @@ class ClassList:
     def __post_init__(self) -> None:
         if not self.names:
             raise ClassError("the class list is empty", hint='--classes voc, or --classes "dog, potted plant"')
-        if len(self.names) > MOST_CLASSES:
-            raise ClassError(f"{len(self.names)} classes, an 8-bit label map holds {MOST_CLASSES}", hint="split the list")
+        _check_count(len(self.names))
         if not len(self.names) == len(self.prompts) == len(self.phrases):
             counts = f"{len(self.names)} names, {len(self.prompts)} prompts, {len(self.phrases)} phrases"
             raise ClassError(f"each class needs its prompts and phrases, got {counts}")
@@ -69,17 +80,72 @@ class ClassList:
                 raise ClassError(f"the class {name!r} stands twice in the list", hint=f"keep one of {seen[key]!r} and {name!r}")
             seen[key] = name
             if not prompts or not phrases or not all(prompts) or not all(phrases):
-                raise ClassError(f"the class {name!r} has an empty prompt or phrase")
+                raise ClassError(f"the class {name!r} has an empty prompt or phrase", hint='{"dog": {"prompts": ["dog"]}}')
+            _check_wordings(f"the class {name!r}", (*prompts, *phrases))
+        _check_wordings("the list", self.negatives)
         for phrase in (phrase for phrases in self.phrases for phrase in phrases):
             if phrase != cleaned(phrase):
-                raise ClassError(f"the detector phrase {phrase!r} is not clean", hint=f"write {cleaned(phrase)!r}")
+                raise ClassError(f"the detector phrase {excerpt(phrase)} is not clean", hint=f"write {excerpt(cleaned(phrase))}")
+        for column in (self.phrases, self.prompts):
+            owner: dict[str, str] = {}
+            for name, wordings in zip(self.names, column, strict=True):
+                for wording in map(cleaned, wordings):
+                    if (other := owner.setdefault(wording, name)) != name:
+                        raise ClassError(
+                            f"the classes {other!r} and {name!r} share the wording {wording!r}: no model tells them apart",
+                            hint="keep it for one of them",
+                        )
+        for negative in self.negatives:  # owner is of the prompts: CLIP alone reads negatives
+            if cleaned(negative) in owner:
+                raise ClassError(
+                    f"{negative!r} is a negative prompt and a wording of the class {owner[cleaned(negative)]!r}",
+                    hint="keep one of them",
+                )
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def find(self, name: str) -> int | None:
+        """The label, 1 to C, of a class as people write it; None where the list has no such class. See `Names`."""
+        return self._lookup.find(name)
+
+    def nearest(self, name: str) -> str | None:
+        """The class whose name is most like ``name``, for a message; None where none is."""
+        return self._lookup.nearest(name)
+
+    @cached_property
+    def _lookup(self) -> Names:
+        return Names(self.names)
+
+
+class Names:
+    """The names of labels 1 to C, found as people write them.
+
+    Case, Unicode's forms, underscores, spaces and signs do not matter. Where no name is equal but for these, one is looked
+    for without its spaces and hyphens: ``potted plant`` and ``potted-plant`` are VOC's ``pottedplant``.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        self._exact = {name: label for label, name in reversed(list(enumerate(names, 1)))}
+        self._cleaned = {cleaned(name): label for label, name in reversed(list(enumerate(names, 1)))}
+        joined = [_joined(name) for name in names]
+        self._joined = {name: label for label, name in enumerate(joined, 1) if joined.count(name) == 1}
+
+    def find(self, name: str) -> int | None:
+        """The label of ``name``, or None."""
+        return self._exact.get(name) or self._cleaned.get(cleaned(name)) or self._joined.get(_joined(name))
+
+    def nearest(self, name: str) -> str | None:
+        """The name most like ``name``, or None."""
+        near = difflib.get_close_matches(cleaned(name[:MOST_LETTERS]), self._cleaned, n=1)
+        return self._names[self._cleaned[near[0]] - 1] if near else None
+
 
 def parse_classes(text: str) -> ClassList:
     """The class list that ``--classes`` means: a list's name, a file, or names separated by commas.
+
+    What is accepted but may not be meant is warned of, on the logger ``wsss``.
 
     Raises:
         ClassError: no such list or file, or a list that `ClassList` refuses. Says how to write it.
@@ -87,36 +153,37 @@ def parse_classes(text: str) -> ClassList:
     text = text.strip()
     if text.lower() in LISTS:
         return named_list(text.lower())
-    if os.path.isfile(text):  # unlike Path.is_file, False for a list too long to be a name
-        return _from_file(Path(text))
+    # Unlike those of Path, these are False for a list too long to be a name.
+    if os.path.exists(text) and not os.path.isdir(text):
+        where = f"--classes {text}"
+        try:
+            return _list_of(_without_background(read_class_file(Path(text)), where), where)
+        except ClassError as error:
+            raise ClassError(f"{where}: {error.message.removeprefix('the file: ')}", hint=error.hint) from None
     if "," not in text:
         if _FILE.search(text):
-            raise ClassError(f"--classes {text}: no such file", hint=f"give a file with one name a line, or {', '.join(LISTS)}")
-        near = difflib.get_close_matches(text.lower().rstrip("0123456789-_"), LISTS, n=1, cutoff=0.8)
+            raise ClassError(
+                f"--classes {text[:200]}: no such file", hint=f"give a file with one name a line, or {', '.join(LISTS)}"
+            )
+        near = difflib.get_close_matches(text[:40].lower().rstrip("0123456789-_"), LISTS, n=1, cutoff=0.8)
         if near:
             raise ClassError(
                 f"--classes {text}: no such class list; did you mean {near[0]}?",
                 hint=f'--classes {near[0]}; for a single class of that name: --classes "{text},"',
             )
-    return class_list(part for part in text.split(","))
+    entries = entries_from_list(text.split(","))
+    for each in entries.classes:
+        if _is_background(each.name):
+            raise ClassError(
+                f"{each.name.strip()!r} is no class to look for: labels 0 (background) and 255 (void) are in every list already",
+                hint="remove it from the list",
+            )
+    return _list_of(entries, "--classes")
 
 
 def class_list(entries: Iterable[str]) -> ClassList:
     """A list from entries as a text file has them: ``name``, ``name: synonym, synonym``, ``!negative``. Skips empty ones."""
-    names: list[str] = []
-    wordings: list[tuple[str, ...]] = []
-    negatives: list[str] = []
-    for entry in (entry.strip() for entry in entries):
-        if entry[:1] in ("!", "-"):
-            negatives.append(cleaned(entry[1:]))
-        elif entry:
-            name, _, synonyms = entry.partition(":")
-            names.append(_spaced(name))
-            wordings.append(_wordings([name, *synonyms.split(",")]))
-    for name in names:
-        _check_name(name)
-    prompts = tuple(wordings)
-    return ClassList(names=tuple(names), prompts=prompts, phrases=prompts, negatives=_distinct(negatives))
+    return _list_of(entries_from_list(tuple(entries)))
 
 
 def named_list(name: str) -> ClassList:
@@ -161,74 +228,138 @@ def palette() -> npt.NDArray[np.uint8]:
     return colours
 
 
-def _from_file(path: Path) -> ClassList:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".json":
-            return _from_json(json.loads(text, object_pairs_hook=_without_doubles))
-        return class_list(line.partition("#")[0] for line in text.splitlines())
-    except ClassError as error:
-        raise ClassError(f"--classes {path}: {error.message}", hint=error.hint) from None
-    except (OSError, ValueError) as error:
-        raise ClassError(f"--classes {path}: expected names, one a line, or JSON: {error}") from None
-
-
-def _from_json(told: Any) -> ClassList:
-    if isinstance(told, list):
-        told = _without_doubles([(name, None) for name in _strings(told, "the list")])
-    if not isinstance(told, dict):
-        raise ClassError(f"expected a JSON list or object, got {type(told).__name__}")
+def _list_of(entries: Entries, where: str = "") -> ClassList:
+    """Raw entries cleaned and checked; with ``where``, what may not be meant is warned of."""
+    _check_count(len(entries.classes))
+    for count, what in ((len(entries.negatives), "negatives"), *((_wordings_in(each), each.name) for each in entries.classes)):
+        if count > MOST_WORDINGS:
+            raise ClassError(
+                f"{excerpt(what)}: expected at most {MOST_WORDINGS} wordings, got {count}", hint="keep the best ones"
+            )
     names, prompts, phrases = [], [], []
-    for name, about in told.items():
-        if name == "negatives":
-            continue
-        both = about if isinstance(about, list) else [name]
-        fields = about if isinstance(about, dict) else {}
-        if not isinstance(about, dict | list | None) or fields.keys() - {"prompts", "phrases"}:
-            raise ClassError(f'{name!r}: expected {{"prompts": [...], "phrases": [...]}}, got {json.dumps(about)[:60]}')
-        names.append(_spaced(name))
-        prompts.append(_distinct(map(_spaced, _strings(fields.get("prompts", both), name))))
-        phrases.append(_wordings(_strings(fields.get("phrases", both), name)))
-    negatives = _wordings(_strings(told.get("negatives", []), "negatives"))
-    return ClassList(names=tuple(names), prompts=tuple(prompts), phrases=tuple(phrases), negatives=negatives)
+    for each in entries.classes:
+        both = _wordings((each.name, *each.synonyms))
+        names.append(_checked(each.name))
+        _check_name(names[-1])
+        prompts.append(both if each.prompts is None else _distinct(map(_checked, each.prompts)))
+        phrases.append(both if each.phrases is None else _wordings(each.phrases))
+    for negative in entries.negatives:
+        if not cleaned(negative):
+            raise ClassError(f"a negative prompt has no name: {excerpt(negative)}", hint="remove it, or write !statue")
+    classes = ClassList(
+        names=tuple(names), prompts=tuple(prompts), phrases=tuple(phrases), negatives=_wordings(entries.negatives)
+    )
+    if where:
+        singular: dict[str, str] = {}
+        for name in classes.names:
+            if (other := singular.setdefault(_singular(cleaned(name)), name)) != name:
+                _log.warning(
+                    "%s: %r and %r differ by an s alone: the models hardly tell them apart, keep one of them", where, other, name
+                )
+    return classes
 
 
-def _strings(told: Any, where: str) -> list[str]:
-    if not isinstance(told, list) or not all(isinstance(each, str) for each in told):
-        raise ClassError(f"{where}: expected a list of strings, got {json.dumps(told)[:60]}")
-    return told
+def _without_background(entries: Entries, where: str) -> Entries:
+    """Without the names of labels 0 and 255, which tools list among the classes; warns of them, and of numbers that change.
+
+    Raises:
+        ClassError: one stands among the classes, so that all labels after it would move.
+    """
+    classes = list(entries.classes)
+    if len(classes) > MOST_CLASSES + len(_NO_CLASS):
+        _check_count(len(classes))
+    none = [_is_background(each.name) for each in classes]
+    first = none.index(False) if False in none else len(none)
+    last = len(none) - none[::-1].index(False) if False in none else 0
+    for place, each in enumerate(classes):
+        at_an_end = place < first or place >= last if each.number is None else each.number in (-1, 0, 255) or place >= last
+        if none[place] and not at_an_end and not (place < first and each.number == 1):
+            raise ClassError(
+                f"{each.name!r} stands among the classes and is none to look for; without it, later labels would change",
+                hint="put it first, for label 0, or remove it",
+            )
+    kept = [each for each, is_none in zip(classes, none, strict=True) if not is_none]
+    numbers = [each.number for each in kept]
+    said = f"labels are 1 {kept[0].name[:40]!r} to {len(kept)} {kept[-1].name[:40]!r}" if kept else ""
+    if left := [each.name for each, is_none in zip(classes, none, strict=True) if is_none]:
+        _log.warning("%s: left out %s, which is no class to look for; %s", where, ", ".join(map(repr, left)), said)
+    elif None not in numbers and numbers not in (list(range(len(kept))), list(range(1, len(kept) + 1))):
+        _log.warning(
+            "%s: the numbers in the file, %s to %s, have gaps and are not kept: %s", where, numbers[0], numbers[-1], said
+        )
+    return Entries(classes=kept, negatives=entries.negatives)
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for number, (name, _) in enumerate(pairs):
-        if any(name == earlier for earlier, _ in pairs[:number]):
-            raise ClassError(f"the class {name!r} stands twice in the list", hint="keep one of them")
-    return dict(pairs)
+def _is_background(name: str) -> bool:
+    return cleaned(name[:MOST_LETTERS]) in _NO_CLASS
+
+
+def _check_count(count: int) -> None:
+    if count > MOST_CLASSES:
+        raise ClassError(f"{count} classes, an 8-bit label map holds {MOST_CLASSES}", hint="split the list")
+
+
+def _wordings_in(entry: Entry) -> int:
+    return max(len(entry.synonyms), len(entry.prompts or ()), len(entry.phrases or ()))
 
 
 def _check_name(name: str) -> None:
+    _check_wordings("the list", (name,))
     signs = [sign for sign in _SPLITTING if sign in name]
     if signs:
         raise ClassError(
-            f"the class name {name!r} has {' '.join(signs)} in it, which would split the detector's caption",
-            hint=f"write {_spaced(name.translate(str.maketrans(_SPLITTING, ' ' * len(_SPLITTING))))!r}",
+            f"the class name {excerpt(name)} has {' '.join(signs)} in it, which would split the detector's caption",
+            hint=f"write {excerpt(_spaced(name.translate(str.maketrans(_SPLITTING, ' ' * len(_SPLITTING)))))}",
         )
     if not cleaned(name):
         raise ClassError("a class has no name", hint="remove the empty entry")
     if cleaned(name) == "background":
         raise ClassError(f"{name!r} is label 0 of every list already", hint="remove it from the list")
+    if re.fullmatch(r"n\d{8}|/[mg]/\w+", name):
+        raise ClassError(f"{name!r} is a number of WordNet or Open Images, which no model can read", hint="give the class's name")
+    if len(name) > 1 and name[0] == name[-1] and name[0] in "'\"":
+        raise ClassError(f"the class name {excerpt(name)} has quotes round it", hint=f"write {excerpt(name[1:-1])}")
 
 
-def _wordings(told: Iterable[str]) -> tuple[str, ...]:
-    return _distinct(cleaned(each) for each in told)
+def _check_wordings(where: str, wordings: Iterable[str]) -> None:
+    """Raises ClassError for what no one types: control characters, halves of surrogate pairs, names without end."""
+    for wording in wordings:
+        if len(wording) > MOST_LETTERS:
+            raise ClassError(
+                f"{where} has a name of {len(wording):,} letters, {excerpt(wording, 30)}, at most {MOST_LETTERS} are read",
+                hint="give a short name",
+            )
+        if sign := next((each for each in wording if not _is_typed(each)), None):
+            raise ClassError(
+                f"{where} has the name {excerpt(wording)}, and in it {sign!r} ({unicodedata.name(sign, 'a control character')})",
+                hint="write names with letters, digits, signs and spaces; copied text may carry characters that are not seen",
+            )
 
 
-def _distinct(told: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(each for each in told if each))
+def _is_typed(sign: str) -> bool:
+    """Controls, line separators, surrogates, private use and U+FFFD are not; the joiners that scripts need are."""
+    return sign in "\u200c\u200d" or (sign != "\ufffd" and unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"))
+
+
+def _checked(text: str) -> str:
+    _check_wordings("the list", (text.strip(" "),))
+    return _spaced(text)
+
+
+def _wordings(texts: Iterable[str]) -> tuple[str, ...]:
+    return _distinct(cleaned(_checked(each)) for each in texts)
+
+
+def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(each for each in texts if each))
 
 
 def _spaced(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _joined(name: str) -> str:
+    return cleaned(name).replace(" ", "").replace("-", "")
 
 
 def _singular(name: str) -> str:

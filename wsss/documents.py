@@ -8,10 +8,12 @@ be parsed are refused. Every error names the file, what was expected and what ca
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 import stat
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from .errors import WsssError
 
 MAX_BYTES = 1 << 28
 """Of a text file: 256 MiB. The instances of COCO's training set take 450 bytes a box, so half a million boxes fit."""
+MAX_TOML = 1 << 16
+"""Characters of a TOML document: tomllib's time grows with the square of a dotted key's parts, a second at this length."""
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
@@ -35,6 +39,13 @@ def read_bytes(
     Raises:
         WsssError (``error``): missing, unreadable, not a regular file, or too large.
     """
+    return read_regular(path, where=where, hint=hint, error=error, max_bytes=max_bytes)[0]
+
+
+def read_regular(
+    path: Path, *, where: str = "", hint: str = "", error: type[WsssError] = WsssError, max_bytes: int = MAX_BYTES
+) -> tuple[bytes, os.stat_result]:
+    """Read a regular file, and its status at that moment. Arguments and errors as of `read_bytes`."""
     where = where or str(path)
     try:
         # O_NONBLOCK: opening a pipe that nobody writes to would wait forever.
@@ -45,8 +56,10 @@ def read_bytes(
                 raise error(f"{where}: expected a regular file, got {_kind(status.st_mode)}", hint=hint)
             if status.st_size > max_bytes:
                 raise error(f"{where}: expected at most {max_bytes:,} bytes, got {status.st_size:,}", hint=hint)
-            return file.read()
+            return file.read(), status
     except OSError as problem:
+        if problem.errno == errno.ENXIO:  # sockets cannot be opened
+            raise error(f"{where}: expected a regular file, got a socket", hint=hint) from None
         raise error(f"{where}: cannot be read: {problem.strerror or problem}", hint=hint) from None
     except ValueError:  # a name with a NUL byte
         raise error(f"{where!r}: cannot be read: not a file name", hint=hint) from None
@@ -75,8 +88,7 @@ def parse_json(data: bytes | str, where: str, *, hint: str = "", error: type[Wss
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise error(f"{where}: the key {twice!r} stands twice", hint="keep one of them")
         return found
 
@@ -95,9 +107,11 @@ def parse_json(data: bytes | str, where: str, *, hint: str = "", error: type[Wss
 
 
 def parse_toml(data: bytes | str, where: str, *, hint: str = "", error: type[WsssError] = WsssError) -> dict[str, Any]:
-    """Parse a TOML document. Raises ``error`` where it is none or nested too deep."""
+    """Parse a TOML document. Raises ``error`` where it is none, too long, or nested too deep."""
     hint = hint or 'a line of TOML is: key = "value"'
     text = data if isinstance(data, str) else decode_text(data, where, error=error)
+    if len(text) > MAX_TOML:
+        raise error(f"{where}: expected TOML of at most {MAX_TOML:,} characters, got {len(text):,}", hint=hint)
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as problem:

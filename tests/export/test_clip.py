@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -299,11 +300,12 @@ def test_an_official_folder_computes_what_open_clip_makes_of_it(official: Path, 
 def test_a_tag_of_openai_forces_quickgelu(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tag = {"hf_hub": "timm/toy.openai/", "quick_gelu": True, "mean": (0.4, 0.5, 0.6), "std": (0.3, 0.2, 0.1)}
     monkeypatch.setattr(clip_weights, "get_pretrained_cfg", lambda variant, name: tag if name == "openai" else {})
-    monkeypatch.setattr(clip_weights, "_download", lambda *_: official / "open_clip_model.safetensors")
+    monkeypatch.setattr(clip_weights, "_download", lambda *_: (official / "open_clip_model.safetensors", "no"))
     loaded = clip_weights.load("toy-vit", "openai")
     assert loaded.recipe.quick_gelu
     assert type(loaded.model.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"  # type: ignore[union-attr, index]
     assert loaded.record["source"] == "openai"
+    assert loaded.record["pinned"] == "no"
 
 
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"epoch": 3, "state_dict": state}])
@@ -362,6 +364,32 @@ def test_damaged_files_are_refused(official: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match="found nothing"):
         clip.prepare("toy-vit", str(tmp_path / "empty"), THREE)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("model_cfg", None, "expected open_clip's model_cfg"),
+        ("model_cfg", {"vision_cfg": 0.5}, "expected open_clip's model_cfg"),
+        ("model_cfg", {"quick_gelu": "no"}, "quick_gelu: expected one of"),
+        ("preprocess_cfg", [], "expected open_clip's model_cfg"),
+        ("preprocess_cfg", {"mean": 0.5}, "mean: expected three numbers in 0..1, got 0.5"),
+        ("preprocess_cfg", {"mean": [0.5, 0.5]}, "mean: expected three numbers"),
+        ("preprocess_cfg", {"mean": [123.7, 116.3, 103.5]}, "mean: expected three numbers"),
+        ("preprocess_cfg", {"std": [0.2, 0.2, 0]}, "std: expected three numbers in 0.001..1"),
+        ("preprocess_cfg", {"std": [0.2, 0.2, "0.2"]}, "std: expected three numbers"),
+        ("preprocess_cfg", {"interpolation": "nearest"}, "interpolation: expected one of"),
+    ],
+)
+def test_a_config_that_says_nonsense_is_refused(official: Path, part: str, value: object, said: str) -> None:
+    """Its mean, as Inf or on another scale, would be exported; its words were read as true."""
+    path = official / "open_clip_config.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, part: value}))
+    with pytest.raises(WeightsError, match=re.escape(said)) as caught:
+        clip.prepare("toy-vit", str(official), THREE)
+    assert "open_clip_config.json" in caught.value.message
+    assert caught.value.hint
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")

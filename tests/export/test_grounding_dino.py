@@ -299,6 +299,12 @@ def test_a_hub_folder_loads_and_must_agree_with_the_variant(
     assert_same(load_toy(tmp_path), model)
     with pytest.raises(WeightsError, match=r"window_size 4 instead of 5"):
         load_toy(tmp_path, window=5)
+    told = model.config.to_dict()
+    for damaged in ({**told, "decoder_layers": None}, {**told, "text_config": 3}, [told], None):
+        (tmp_path / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(WeightsError, match=r"config\.json: expected the configuration of a Grounding-DINO") as caught:
+            load_toy(tmp_path)
+        assert caught.value.hint
 
 
 def test_a_folder_saved_by_transformers_now_loads(model: transformers.GroundingDinoForObjectDetection, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +15,8 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from wsss.batch import Boxes, Labels
-from wsss.classes import class_list
-from wsss.errors import WsssError
+from wsss.classes import class_list, parse_classes
+from wsss.errors import ClassError, WsssError
 from wsss.frame import Frame
 from wsss.runtime.detect import Caption, Detector, Phrase, box_iou, boxes_from_logits, join_phrases, split_phrases, suppress
 from wsss.spec import Model
@@ -297,8 +299,8 @@ def test_a_list_beyond_the_budget_is_split_and_merged(world: World) -> None:
     stage = detector(world, classes)
     engine = world.engine("grounding-dino", "image-32x48")
     captions: list[np.ndarray] = []
-    answer = engine._script
-    engine._script = lambda feeds: (captions.extend(feeds["text"]), answer(feeds))[1]
+    answer = engine.script
+    engine.script = lambda feeds: (captions.extend(feeds["text"]), answer(feeds))[1]
     found = stage([photo, photo], tags([1, 2, 3, 4, 5], [5]))
     assert list(zip(found.image.tolist(), found.label.tolist(), strict=True)) == [(0, 1), (0, 5), (1, 5)]
     assert all(len(caption) <= 8 for caption in captions)
@@ -318,7 +320,52 @@ def test_a_name_of_nothing_is_refused(world: World, monkeypatch: pytest.MonkeyPa
     silent.normalizer, silent.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
     monkeypatch.setattr("wsss.runtime.detect.open_tokenizer", lambda model: silent)
     with pytest.raises(WsssError, match="holds nothing that the detector's tokenizer can read"):
-        detector(world, class_list(["red", "\u200b"]))
+        detector(world, class_list(["red", "\u200d"]))
+
+
+@pytest.fixture
+def bert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The detector's text part with BERT's normalizing: lower case, no accents, Chinese characters one by one."""
+    words = ("[UNK]", "red", "cafe", "cat", "##s", "中")
+    made = Tokenizer(WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    monkeypatch.setattr("wsss.runtime.detect.open_tokenizer", lambda model: made)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("猫", "猫"), ("red 猫", "猫"), ("🐶", "🐶"), ("x" * 101, "x" * 101), ("red dog", "dog"), ("cat: 狗", "狗")],
+)
+def test_a_word_that_the_tokenizer_does_not_know_is_refused(world: World, bert: None, name: str, word: str) -> None:
+    """All of them are [UNK]: one and the same phrase, whose boxes would all go to the first class."""
+    with pytest.raises(ClassError, match=f"--classes: .* does not know '{word}'") as caught:
+        detector(world, class_list(["red", name]))
+    assert '{"prompts": [' in caught.value.hint
+
+
+def test_a_name_of_another_script_is_kept_with_an_english_phrase(world: World, bert: None, tmp_path: Path) -> None:
+    with pytest.raises(ClassError) as caught:
+        detector(world, class_list(["猫"]))
+    told = caught.value.hint.partition("for example ")[2]
+    assert json.loads(told) == {"猫": {"prompts": ["cat"], "phrases": ["cat"]}}
+    (tmp_path / "classes.json").write_text(told, encoding="utf-8")
+    assert detector(world, parse_classes(str(tmp_path / "classes.json")))
+
+
+@pytest.mark.parametrize("names", [["café", "cafe"], ["cats", "càts"], ["red", "cat: réd"]])
+def test_classes_of_the_same_tokens_are_refused(world: World, bert: None, names: list[str]) -> None:
+    with pytest.raises(ClassError, match="are the same tokens to the detector's tokenizer") as caught:
+        detector(world, class_list(names))
+    assert all(repr(name.partition(":")[0]) in caught.value.message for name in names)
+
+
+def test_a_tokenizers_own_truncation_hides_no_long_name(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    cutting = Tokenizer(WordPiece({"[UNK]": 0, "red": 1}, unk_token="[UNK]"))
+    cutting.normalizer, cutting.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    cutting.enable_truncation(3)
+    monkeypatch.setattr("wsss.runtime.detect.open_tokenizer", lambda model: cutting)
+    with pytest.raises(ClassError, match="a name takes 9 tokens, a caption holds 6"):
+        detector(world, class_list(["red " * 8]))
 
 
 def test_caption_of_one_phrase_is_padded_to_the_engines_least(world: World) -> None:

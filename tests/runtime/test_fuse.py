@@ -90,7 +90,7 @@ def test_tiles_give_what_one_call_gives(world: World, monkeypatch: pytest.Monkey
     monkeypatch.setattr(fuse, "TILE_BYTES", tile_bytes)
     spec = world.model("sam").graph("fuse")
     narrow = FakeEngine(
-        replace(spec, axes={**spec.axes, "width": AxisRange(1, 4, widest), "height": AxisRange(1, 4, 11)}), engine._script
+        replace(spec, axes={**spec.axes, "width": AxisRange(1, 4, widest), "height": AxisRange(1, 4, 11)}), engine.script
     )
     tiled = Fuser(world.model("sam"), narrow)(photos, LABELS, boxes, masks)
     assert len(narrow.calls) >= 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,20 @@ import pytest
 
 from wsss.classes import ClassList, class_list
 from wsss.engines.fake import FakeEngine
+from wsss.errors import ClassError
 from wsss.runtime.tag import Tagger, embed_prompts, view_windows
+from wsss.runtime.text import open_tokenizer
 from wsss.spec import AxisRange, GraphSpec, Model
 
 if TYPE_CHECKING:
     from ..conftest import World
+
+
+@pytest.fixture
+def spoken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Lets caplog hear what the command line would print."""
+    monkeypatch.setattr(logging.getLogger("wsss"), "propagate", True)
+    caplog.set_level(logging.INFO, "wsss")
 
 
 def with_settings(model: Model, **settings: object) -> Model:
@@ -157,10 +167,42 @@ def test_a_long_prompt_is_cut_and_still_ends(world: World) -> None:
     assert [row.tolist() for row in seen] == [[1, 2, 0, 0], [1, 2, 3, 9]]
 
 
+def test_a_prompt_that_is_cut_is_warned_of(world: World, caplog: pytest.LogCaptureFixture, spoken: None) -> None:
+    tagger(world, class_list(["red", "green blue red green blue"]))
+    assert "CLIP reads 4 tokens and not the end of 2 prompts, for example 'photo green blue red green blue'" in caplog.text
+    caplog.clear()
+    tagger(world, class_list(["red", "green blue"]))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "one", "other"),
+    [
+        (["ruby", "pearl"], "the class 'ruby'", "the class 'pearl'"),  # both unknown to this tokenizer
+        (["red green blue grass", "red green blue sky"], "'red green blue grass'", "'red green blue sky'"),  # equal once cut
+        (["ruby", "!pearl"], "the class 'ruby'", "the negative prompt 'pearl'"),
+    ],
+)
+def test_classes_of_the_same_tokens_are_refused(world: World, names: list[str], one: str, other: str) -> None:
+    with pytest.raises(ClassError, match="are the same tokens to CLIP's tokenizer") as caught:
+        tagger(world, class_list(names))
+    assert one in caught.value.message and other in caught.value.message
+
+
+def test_a_tokenizers_own_truncation_is_warned_of_too(
+    world: World, caplog: pytest.LogCaptureFixture, spoken: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cutting = open_tokenizer(world.model("clip"))
+    cutting.enable_truncation(4)
+    monkeypatch.setattr("wsss.runtime.tag.open_tokenizer", lambda model: cutting)
+    tagger(world, class_list(["red green blue red green"]))
+    assert "not the end of 2 prompts" in caplog.text
+
+
 def test_views_in_many_calls_give_what_one_call_gives(world: World) -> None:
     photos = [world.photo(40, 50, red=(0, 0, 20, 20)), world.photo(30, 30, blue=(10, 10, 30, 30)), world.photo(20, 60)]
     spec = world.model("clip").graph("image")
-    script = world.engine("clip", "image")._script
+    script = world.engine("clip", "image").script
     answers = []
     for most in (1, 3, 64):
         engine = FakeEngine(replace(spec, axes={"batch": AxisRange(1, 1, most)}), script)

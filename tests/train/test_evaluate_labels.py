@@ -34,6 +34,12 @@ def test_json_as_wsss_label_takes_it(tmp_path: Path) -> None:
     assert present.astype(int).tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]]
 
 
+def test_json_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a.jpg": ["potted-plant"]}')
+    assert read_image_labels(path, CLASSES, ["a"]).tolist() == [[name == "potted plant" for name in CLASSES]]
+
+
 def test_lines_of_ids(tmp_path: Path) -> None:
     path = text(tmp_path / "train.txt", "COCO_train2014_000000000009 0 2\nCOCO_train2014_000000000025\n2007_000032.jpg 1\n")
     names = ["COCO_train2014_000000000025", "sub/COCO_train2014_000000000009", "2007_000032"]
@@ -50,9 +56,14 @@ def test_vectors_by_number_or_name(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("a.json", "[]", "expected a JSON object"),
-        ("a.json", "{", "expected a JSON file"),
+        ("a.json", "{", "expected JSON"),
         ("a.json", '{"a": "dog"}', "to lists of class names"),
         ("a.json", '{"a": ["horse"]}', "a: the class 'horse' is not in --classes"),
+        ("a.json", '{"a": ["dogg"]}', "a: the class 'dogg' is not in --classes\n\nhint: did you mean 'dog'?"),
+        ("a.json", '{"a": [1]}', "a: the class 1 is not in --classes"),
+        ("a.json", '{"a": [["dog"]]}', r"a: the class \['dog'\] is not in --classes"),
+        ("a.json", '{"a": ["dog"], "a": ["cat"]}', "the key 'a' stands twice"),
+        ("a.json", '{"a": ' + "[" * 200_000, "nested too deep"),
         ("a.json", '{"b": ["dog"]}', "has no entry for 1 of 1 images, for example a"),
         ("a.txt", "a 3", "line 1: expected an image id and class ids 0 to 2, got 'a 3'"),
         ("a.txt", "a dog", "line 1: expected an image id"),

@@ -124,7 +124,7 @@ def test_json_gives_the_detector_its_own_phrases(tmp_path: Path) -> None:
         ("what?", "has ?", "'what'"),
         ("dog [SEP], cat", "has [ ]", "'dog SEP'"),
         ("dog; cat", "has ;", "'dog cat'"),
-        ("background, dog", "label 0", "remove"),
+        ("background, dog", "labels 0", "remove"),
         (",".join(f"thing{n}" for n in range(MOST_CLASSES + 1)), "255 classes", "split"),
     ],
 )
@@ -141,9 +141,9 @@ def test_mistakes_are_named_with_a_way_out(text: str, said: str, hint: str) -> N
     [
         ("c.txt", b"", "empty"),
         ("c.txt", b"dog\ncat\ndog\n", "'dog' stands twice"),
-        ("c.txt", b"\xff\xfe\x00dog", "expected names"),
-        ("c.json", b"{", "expected names"),
-        ("c.json", b"3", "list or object"),
+        ("c.txt", b"caf\xe9", "expected UTF-8 text"),
+        ("c.json", b"{", "expected JSON"),
+        ("c.json", b"3", "expected class names"),
         ("c.json", b'["dog", 3]', "list of strings"),
         ("c.json", b'["dog", "dog"]', "stands twice"),
         ("c.json", b'{"dog": {}, "dog": {}}', "stands twice"),
