@@ -208,7 +208,10 @@ def write_model(folder: Path, family: str, settings: Mapping[str, Any] | None = 
     folder.mkdir(parents=True, exist_ok=True)
     names = [graph for model, graph in SCRIPTS if model == family]
     for graph in names:
-        (folder / f"{graph}.onnx").write_bytes(f"{family}/{graph}".encode())
+        name = f"{family}/{graph}".encode()
+        (folder / f"{graph}.onnx").write_bytes(
+            b"\x42" + bytes([len(name)]) + name
+        )  # field 8, whose content no reader of ONNX takes
     if family != "sam":
         tokenizer = Tokenizer(WordLevel(WORDS, unk_token="[UNK]"))
         tokenizer.pre_tokenizer = Whitespace()

@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import errno
 import io
-import itertools
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -38,6 +36,8 @@ from PIL import Image
 
 from .classes import ClassList, palette
 from .errors import ImageError, StoreError
+from .files import replacing, sync_folder
+from .files import write_atomically as write_atomically
 from .manifest import Line, cut_torn_line, merged, sections_of, side_by_side
 from .storeformat import Record as Record
 from .storeformat import (
@@ -56,7 +56,6 @@ from .storelock import lock
 
 Shard = tuple[int, int]
 """(I, N): the I-th of N runs that share a store, counted from 0."""
-_COUNT = itertools.count(secrets.randbits(48))  # machines that share a store may have processes of one number
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ class LabelFolder:
     def _publish(self, path: Path, name: str, save: Callable[[BinaryIO], None]) -> None:
         try:
             make_folder(path.parent, within=self.folder.parent)  # a store that was moved away is not begun anew
-            with _temporary(path, self.temporary) as file:
+            with replacing(path, temporary=self.temporary) as file:
                 save(file)
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ):
@@ -96,7 +95,7 @@ class LabelFolder:
     def sync(self, names: Iterable[str]) -> None:
         """Waits until the labels of these names would outlast a power cut. Raises OSError."""
         for parent in sorted({(self.folder / name).parent for name in names}):
-            _sync(parent)
+            sync_folder(parent)
 
 
 class LabelStore:
@@ -141,7 +140,7 @@ class LabelStore:
         make_folder(self.labels.temporary)
         for path, value in ((self.folder / "run.json", run), (self.folder / "classes.json", names_by_value(classes))):
             if not path.exists():  # run.json first: from here on the folder is known as a store
-                write_atomically(path, json_of(value), self.labels.temporary)
+                write_atomically(path, json_of(value), temporary=self.labels.temporary)
         make_folder(self.labels.folder)
         self._lines = _open_lines(self._manifest)
         stack.callback(lambda: os.close(self._lines))
@@ -233,9 +232,9 @@ class LabelStore:
             self._remove_parts()
 
     def _rewrite(self, manifest: Path, lines: Iterable[Line]) -> None:
-        with _temporary(manifest, self.labels.temporary) as file:
+        with replacing(manifest, temporary=self.labels.temporary) as file:
             file.writelines(line.data for line in lines)
-        _sync(self.folder)
+        sync_folder(self.folder)
         stale, self._lines = self._lines, _open_lines(self._manifest)
         os.close(stale)
 
@@ -282,9 +281,9 @@ def read_history(folder: Path) -> list[Record]:
 def write_label(path: Path, label_map: np.ndarray) -> None:
     """Writes a label map (H, W) uint8 as an 8-bit palette PNG with VOC's colours, atomically. Raises OSError."""
     make_folder(path.parent)
-    with _temporary(path) as file:
+    with replacing(path) as file:
         _save(label_map, file)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def read_label(path: Path) -> np.ndarray:
@@ -296,17 +295,6 @@ def read_label(path: Path) -> np.ndarray:
             return np.array(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise StoreError(f"{path}: not a readable label: {error}") from None
-
-
-def write_atomically(path: Path, data: bytes, temporary: Path | None = None) -> None:
-    """Writes a file whole or not at all: temporary file, fsync, rename, fsync of the folder. Raises OSError.
-
-    Args:
-        temporary: a folder on the same file system; None takes the file's own.
-    """
-    with _temporary(path, temporary) as file:
-        file.write(data)
-    _sync(path.parent)
 
 
 def make_folder(folder: Path, within: Path | None = None) -> None:
@@ -321,23 +309,7 @@ def make_folder(folder: Path, within: Path | None = None) -> None:
     except FileExistsError:  # another thread or shard was faster, or it is a file
         if not folder.is_dir():
             raise
-    _sync(folder.parent)
-
-
-@contextmanager
-def _temporary(path: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``path`` when the block ends well, and is gone when it does not."""
-    temporary = (folder or path.parent) / f".{os.getpid()}-{next(_COUNT)}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    sync_folder(folder.parent)
 
 
 def png_of(label_map: np.ndarray) -> memoryview:
@@ -358,20 +330,12 @@ def _palette() -> bytes:
     return palette().tobytes()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _open_lines(path: Path) -> int:
     new = not path.exists()
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     cut_torn_line(handle)
     if new:
-        _sync(path.parent)
+        sync_folder(path.parent)
     return handle
 
 
