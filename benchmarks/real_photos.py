@@ -13,7 +13,6 @@ import sys
 import threading
 from pathlib import Path
 
-from .. import __version__
 from ..engines.ort_library import onnxruntime
 from ..labelstore import read_records
 from ..runtime.pipeline import Labeler, Rules
