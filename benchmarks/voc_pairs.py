@@ -59,7 +59,7 @@ def measure(folder: Path, work: Path, classes: ClassList, *, steps: int) -> dict
     )
     found = find_label_maps(predicted)
     compared = pair_up(found, find_label_maps(masks))
-    scores = scores_from_counts(count_pairs(compared, len(classes)), classes.names)
+    scores = scores_from_counts(count_pairs(compared, classes.names), classes.names)
     return {
         "pairs": pairs,
         "trained_on": result.images,

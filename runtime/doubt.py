@@ -47,13 +47,12 @@ def floors_of(run: dict[str, Any], records: Iterable[Record]) -> Floors:
         run: the store's ``run.json``. records: its images, without the failed ones; streamed.
     """
     tag = box = 1.0
-    models = run.get("models", {})
+    rules, models = _object(run.get("rules")), _object(run.get("models"))
     tagged = "clip" in models or "segmenter" in models
     for record in records:
         tag = min([tag, *record["classes"].values()])
         box = min([box, *(each["score"] for each in record["boxes"])])
         tagged = tagged or 0 < len(record["classes"]) < len(run["classes"])
-    rules = run.get("rules", {})
     told = rules.get("tag_threshold"), rules.get("box_threshold")
     return Floors(
         tag=tag if told[0] is None else told[0],
@@ -107,6 +106,10 @@ def doubt(record: Record, floors: Floors) -> Doubt:
         "void": f"void {100 * parts['void']:.0f} % of the label",
     }
     return Doubt(total=total, **parts, cause=cause, reason=reasons[cause])
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _margin(score: float, floor: float) -> float:

@@ -1,15 +1,13 @@
 """A label store as a data set of another tool: VOC, COCO, YOLO, CVAT, Label Studio, Hugging Face.
 
 Each format is a writer in a module ``format_*`` that documents its folder. Images go through one by one, so that memory does
-not grow with them; the data set is built in a temporary folder beside ``out`` and renamed when it is whole (a power cut
-is not covered: the files are not synchronised one by one). The same store gives the same bytes.
+not grow with them; the data set is built in a temporary folder beside ``out`` and renamed when it is whole (`publishing`; a power
+cut is not covered: the files are not synchronized one by one). The same store gives the same bytes.
 """
 
 from __future__ import annotations
 
 import errno
-import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from PIL import Image
 
 from ..classes import palette
 from ..errors import StoreError, UsageError
+from ..files import publishing
 from ..labelstore import read_run
 from ..photographs import FORMATS as FILE_FORMATS
 from .labelled import Labelled, ascii_safe, check_images, place_image, read_labelled
@@ -129,12 +128,9 @@ def convert(
     total, left_out = check_images(store, images)
     _check_empty(out)
     item: Labelled | None = None
-    building: Path | None = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-        building.chmod(0o755)
-        with ExitStack() as files:
+        # Resolved: where ``out`` is a link to an empty folder, the data set goes there.
+        with publishing(out.resolve(), error=StoreError, sync=False) as building, ExitStack() as files:
             writer = open_writer(building, classes, ("train", "val") if val else ("train",), files)
             done = turned = 0
             for item in read_labelled(store, images, val=val):
@@ -145,12 +141,8 @@ def convert(
                 if progress:
                     progress(done, total)
             losses = [*writer.finish(), Loss(turned, "images carry an EXIF rotation; their labels fit readers that apply it")]
-        building.replace(out)
     except OSError as error:
         raise _unwritten(out, item, error, link) from None
-    finally:
-        if building:
-            shutil.rmtree(building, ignore_errors=True)
     return Conversion(images=done, left_out=left_out, losses=tuple(str(loss) for loss in losses if loss.count))
 
 

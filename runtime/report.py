@@ -17,7 +17,6 @@ import json
 import os
 import string
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from urllib.parse import quote
 
 from ..classes import palette
 from ..errors import ImageError, StoreError, UsageError
-from ..labelstore import Record, read_history, read_records, read_run
+from ..labelstore import Record, read_history, read_labelled_records, read_records, read_run
 from .doubt import Doubt, Floors, doubt, floors_of
 from .thumbnails import Progress, Thumbnails, make_thumbnails, publish, remove_thumbnails
 
@@ -34,7 +33,6 @@ MOST_IMAGES = 10_000
 THUMBNAIL_PX = 384
 _ASSETS = Path(__file__).with_name("report_page")
 _FIELDS = {"height", "width", "sha256", "classes", "boxes", "void_px"}
-_BOX_FIELDS = {"label", "score", "quality", "xyxy", "won_px"}
 _SCRIPTS = ("elements.js", "summary.js", "gallery.js", "viewer.js", "start.js")
 
 
@@ -98,11 +96,11 @@ def write_report(
     run = read_run(store)
     files = page.with_name(f"{page.stem}.files")
     _refuse_among_photographs(store, images, page)
-    floors = floors_of(run, _labelled(store, run))
-    totals, failures = _count(store, run, limit, floors)
+    floors = floors_of(run, read_labelled_records(store, _FIELDS))
+    totals, failures = _count(store, limit, floors)
     if not totals.images + totals.failed:
         raise StoreError(f"{store}: no image in it yet", hint="run wsss label first")
-    pairs = ((doubt(record, floors), record) for record in _labelled(store, run))
+    pairs = ((doubt(record, floors), record) for record in read_labelled_records(store, _FIELDS))
     gallery = heapq.nlargest(limit, pairs, key=lambda pair: pair[0].total)
     thumbnails = make_thumbnails(store, images, [record for _, record in gallery], files, thumbnail_px, progress)
     if gallery and not any(each.photo for each in thumbnails):
@@ -125,36 +123,9 @@ def write_report(
     return page
 
 
-def _labelled(store: Path, run: dict[str, Any]) -> Iterator[Record]:
-    """The lines of labelled images, checked: a store may come from another version, or from elsewhere."""
-    known = set(run["classes"])
-    for record in read_records(store):
-        if "error" in record:
-            continue
-        if problem := _problem(record, known):
-            raise StoreError(
-                f"{store / 'manifest.jsonl'}: the line of {record['path']} {problem}",
-                hint="this version of wsss writes other lines: label into a new store",
-            )
-        yield record
-
-
-def _problem(record: Record, known: set[str]) -> str:
-    if lacking := _FIELDS - record.keys():
-        return f"lacks {', '.join(sorted(lacking))}"
-    boxes, tags = record["boxes"], record["classes"]
-    if not isinstance(tags, dict) or not isinstance(boxes, list):
-        return "has classes or boxes of another form"
-    if not all(isinstance(box, dict) and box.keys() >= _BOX_FIELDS for box in boxes):
-        return f"has a box that lacks one of {', '.join(sorted(_BOX_FIELDS))}"
-    if strange := (tags.keys() | {box["label"] for box in boxes}) - known:
-        return f"names {', '.join(sorted(strange))}, which is none of the classes of run.json"
-    return ""
-
-
-def _count(store: Path, run: dict[str, Any], limit: int, floors: Floors) -> tuple[Totals, list[list[str]]]:
+def _count(store: Path, limit: int, floors: Floors) -> tuple[Totals, list[list[str]]]:
     totals = Totals()
-    for record in _labelled(store, run):
+    for record in read_labelled_records(store, _FIELDS):
         totals.add(record, floors)
     failures: list[list[str]] = []
     for record in read_records(store):
@@ -202,9 +173,9 @@ def _seconds(store: Path) -> dict[str, Any]:
     images = sum(each["labelled"] for each in runs)
     stages: Counter[str] = Counter()
     for each in runs:
-        stages.update(each["stage_seconds"])
+        stages.update(each.get("stage_seconds", {}))
     return {
-        "seconds": sum(each["seconds"] for each in runs) / max(images, 1),
+        "seconds": sum(each.get("seconds", 0.0) for each in runs) / max(images, 1),
         "stages": {stage: taken / images for stage, taken in stages.items()},
     }
 

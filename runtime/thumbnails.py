@@ -10,7 +10,6 @@ import hashlib
 import io
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ from PIL import Image
 
 from ..classes import palette
 from ..errors import ImageError, StoreError
-from ..labelstore import Record, read_label
+from ..files import write_atomically
+from ..labelstore import Record, label_path, read_label
 from ..photographs import decode, read_file
+from ..storeformat import photograph_of
 from .stream import cores
 
 FORMAT = 1
@@ -121,27 +122,29 @@ def _make(store: Path, images: Path, record: Record, folder: Path, longest_px: i
     try:
         if photo not in have:
             _write(folder / photo, _photo(images, record, size), "JPEG", quality=82)
-    except ImageError as error:
+    except (ImageError, StoreError) as error:
         photo = ""
         notes.append(error.message)
-    label_file, label = store / "labels" / record["label"], ""
+    label = ""
     try:
+        label_file = label_path(store, record["label"])
         stat = label_file.stat()
+        label = _name(f"{longest_px} {record['label']} {stat.st_size} {stat.st_mtime_ns}", "png")
+        if label not in have:
+            label_map = read_label(label_file, shape=(record["height"], record["width"]))
+            _write(folder / label, label_picture(label_map, size), "PNG")
+    except StoreError as error:
+        label = ""
+        notes.append(error.message)
     except OSError as error:
+        if label:
+            raise
         notes.append(f"labels/{record['label']}: {error.strerror}")
-    else:
-        try:
-            label = _name(f"{longest_px} {record['label']} {stat.st_size} {stat.st_mtime_ns}", "png")
-            if label not in have:
-                _write(folder / label, label_picture(read_label(label_file), size), "PNG")
-        except StoreError as error:
-            label = ""
-            notes.append(error.message)
     return Thumbnails(photo=photo, label=label, note="; ".join(notes))
 
 
 def _photo(images: Path, record: Record, size: tuple[int, int]) -> Image.Image:
-    file = read_file(images, record["path"])
+    file = read_file(photograph_of(images, record["path"]), record["path"])
     if file.sha256 != record["sha256"]:
         raise ImageError(f"{record['path']}: is another file than the one that was labelled")
     photo = decode(file, shorter_side_px=2 * min(size))
@@ -161,15 +164,7 @@ def _write(path: Path, picture: Image.Image, form: str, **options: int) -> None:
 
 def publish(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, but without waiting for the disk: what a power cut takes is made again."""
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, data, sync=False)
 
 
 def _files(folder: Path) -> list[tuple[str, int]]:

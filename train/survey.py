@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from ..batch import VOID
-from ..errors import StoreError
-from ..labelstore import Record, read_label, read_records, read_run, write_atomically
+from ..errors import ImageError, StoreError
+from ..labelstore import Record, label_path, read_label, read_records, read_run, write_atomically
+from ..photographs import read_file
+from ..storeformat import check_complete, photograph_of
 
 SHOWN = 3
 """Of many bad images, so many are named."""
@@ -73,6 +75,8 @@ def look_through(store: Path, images: Path, progress: Callable[[int, int], None]
     classes: list[str] = read_run(store)["classes"]
     records = sorted(read_records(store), key=lambda record: record["path"])
     labelled = [record for record in records if "error" not in record]
+    for record in labelled:
+        check_complete(record, classes, ("sha256", "height", "width"), store / "manifest.jsonl")
     if not labelled:
         said = f"none of its {len(records)} images could be labelled" if records else "no image in it yet"
         raise StoreError(f"{store}: {said}", hint="wsss label fills a store; wsss report shows what went wrong")
@@ -105,14 +109,15 @@ def look_through(store: Path, images: Path, progress: Callable[[int, int], None]
 def _look_at(store: Path, images: Path, record: Record, classes: Sequence[str]) -> tuple[Item, str] | str:
     """The item and its label file's digest, or what is wrong with it."""
     try:
-        with (images / record["path"]).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return f"the image cannot be read: {error.strerror}"
+        sha256 = read_file(photograph_of(images, record["path"]), record["path"]).sha256
+    except ImageError as error:
+        return f"the image: {error.message.removeprefix(record['path'] + ': ')}"
+    except StoreError as error:
+        return error.message
     if sha256 != record["sha256"]:
         return "the image has changed since it was labelled"
     try:
-        label_map = read_label(store / "labels" / record["label"])
+        label_map = read_label(label_path(store, record["label"]))
         label_digest = hashlib.sha256(label_map.tobytes()).hexdigest()
     except StoreError as error:
         return error.message
@@ -163,7 +168,7 @@ def class_confidence(record: Record, classes: Sequence[str], pixels: Sequence[in
 
 def write_survey(path: Path, survey: Survey) -> None:
     """Leaves a survey for the other processes of a training."""
-    write_atomically(path, json.dumps(dataclasses.asdict(survey)).encode("utf-8", "surrogatepass"))
+    write_atomically(path, json.dumps(dataclasses.asdict(survey), allow_nan=False).encode("utf-8", "surrogatepass"))
 
 
 def read_survey(path: Path) -> Survey:

@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -32,25 +31,29 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .classes import ClassList, palette
+from .documents import read_bytes
 from .errors import ImageError, StoreError
 from .files import replacing, sync_folder
 from .files import write_atomically as write_atomically
-from .manifest import Line, cut_torn_line, merged, sections_of, side_by_side
+from .manifest import Line, check_regular, cut_torn_line, merged, sections_of, side_by_side, still_true
+from .photographs import MOST_PIXELS
 from .storeformat import Record as Record
 from .storeformat import (
     Selection,
     W,
     cannot_write,
+    check_complete,
     check_same,
+    history_of,
+    inside,
     json_of,
     line_of,
     names_by_value,
     parse_run,
     run_of,
-    still_true,
 )
 from .storelock import lock
 
@@ -84,6 +87,7 @@ class LabelFolder:
 
     def _publish(self, path: Path, name: str, save: Callable[[BinaryIO], None]) -> None:
         try:
+            inside(self.folder.parent, path.parent.relative_to(self.folder.parent).as_posix())
             make_folder(path.parent, within=self.folder.parent)  # a store that was moved away is not begun anew
             with replacing(path, temporary=self.temporary) as file:
                 save(file)
@@ -135,6 +139,8 @@ class LabelStore:
             stack.enter_context(lock(self.folder / f".lock{part}"))
         if (self.folder / "run.json").exists():
             check_same(self.folder, _parse_run(self.folder), run)
+        for path in (self.labels.temporary, self.labels.folder):
+            inside(self.folder, path.name)
         shutil.rmtree(self.labels.temporary, ignore_errors=True)  # what a killed run was in the middle of
         stack.callback(shutil.rmtree, self.labels.temporary, ignore_errors=True)
         make_folder(self.labels.temporary)
@@ -143,7 +149,7 @@ class LabelStore:
                 write_atomically(path, json_of(value), temporary=self.labels.temporary)
         make_folder(self.labels.folder)
         self._lines = _open_lines(self._manifest)
-        stack.callback(lambda: os.close(self._lines))
+        stack.callback(self._close_lines)
 
     def __enter__(self) -> LabelStore:
         return self
@@ -175,7 +181,9 @@ class LabelStore:
         told = Selection()
 
         def drop(label: str) -> None:
-            (self.labels.folder / label).unlink(missing_ok=True)
+            path = self.labels.folder / label
+            inside(self.folder, path.parent.relative_to(self.folder).as_posix())
+            path.unlink(missing_ok=True)
 
         with self._writing("the manifest"):
             lines = still_true(images, self._merged(), is_current, told, drop, others=self._shard is None)
@@ -232,11 +240,18 @@ class LabelStore:
             self._remove_parts()
 
     def _rewrite(self, manifest: Path, lines: Iterable[Line]) -> None:
-        with replacing(manifest, temporary=self.labels.temporary) as file:
-            file.writelines(line.data for line in lines)
-        sync_folder(self.folder)
-        stale, self._lines = self._lines, _open_lines(self._manifest)
-        os.close(stale)
+        self._close_lines()  # Windows does not replace an open file
+        try:
+            with replacing(manifest, temporary=self.labels.temporary) as file:
+                file.writelines(line.data for line in lines)
+            sync_folder(self.folder)
+        finally:
+            self._lines = _open_lines(self._manifest)
+
+    def _close_lines(self) -> None:
+        handle, self._lines = self._lines, -1
+        if handle >= 0:
+            os.close(handle)
 
     def _remove_parts(self) -> None:
         for path in _manifests(self.folder):
@@ -255,27 +270,49 @@ def read_records(folder: Path) -> Iterator[Record]:
     """The lines of a store by path, one an image, also while a run writes it; a line cut by a crash is left out.
 
     Raises:
-        StoreError: a damaged line before the last.
+        StoreError: a damaged line, or the manifest cannot be read.
     """
-    sections = [section for file in _manifests(folder) for section in sections_of(file)]
-    return (json.loads(line.data) for line in merged(sections))
+    try:
+        sections = [section for file in _manifests(folder) for section in sections_of(file)]
+        yield from (line.record for line in merged(sections))
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename or folder}: cannot be read: {error.strerror or error}", hint="check its permissions"
+        ) from None
+
+
+def read_labelled_records(folder: Path, fields: Collection[str]) -> Iterator[Record]:
+    """The lines of the labelled images of a store, each with these fields and with no class but the store's.
+
+    Raises:
+        StoreError: as `read_records` and `read_run`; or a line lacks a field, or names a class that the store lacks.
+    """
+    names = set(read_run(folder)["classes"])
+    for record in read_records(folder):
+        if "error" not in record:
+            check_complete(record, names, fields, folder / "manifest.jsonl")
+            yield record
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """The settings of a store. Raises StoreError when ``folder`` is none."""
-    try:
-        return _parse_run(folder)
-    except (OSError, StoreError) as error:
-        raise StoreError(f"{folder}: expected a label store (with run.json): {error}", hint="wsss label makes one") from None
+    if not os.path.exists(folder / "run.json"):  # unlike Path's, false where it cannot be asked
+        raise StoreError(f"{folder}: expected a label store (with run.json)", hint="wsss label makes one")
+    return _parse_run(folder)
 
 
 def read_history(folder: Path) -> list[Record]:
-    """What each run of a store noted, the first one first; empty when there is nothing to read."""
+    """What each run of a store noted, the first one first; empty when there is nothing to read.
+
+    Only what is whole counts: images labelled, seconds, and seconds by stage.
+    """
+    path = folder / "history.jsonl"
     try:
-        lines = (folder / "history.jsonl").read_bytes().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]
-    except (OSError, ValueError):
+        check_regular(path)
+        lines = read_bytes(path, error=StoreError).splitlines(keepends=True)
+    except (OSError, StoreError):
         return []
+    return [record for line in lines if line.endswith(b"\n") and (record := history_of(line)) is not None]
 
 
 def write_label(path: Path, label_map: np.ndarray) -> None:
@@ -286,15 +323,42 @@ def write_label(path: Path, label_map: np.ndarray) -> None:
     sync_folder(path.parent)
 
 
-def read_label(path: Path) -> np.ndarray:
-    """A label map (H, W) uint8 from a palette or grey PNG. Raises StoreError for anything else."""
+def label_path(store: Path, label: str) -> Path:
+    """Where the label map of a line is. Raises StoreError where a link leads it out of the store."""
+    return inside(store, f"labels/{label}")
+
+
+def read_label(path: Path, *, shape: tuple[int, int] | None = None) -> np.ndarray:
+    """A label map (H, W) uint8 from an 8-bit palette or grey PNG.
+
+    Args:
+        shape: the height and width that it must have; looked at before anything is decoded.
+
+    Raises:
+        StoreError: anything else, also a file that would take more than `MOST_PIXELS`.
+    """
+    hint = "delete it and run wsss label again: it is made anew"
+    data = read_bytes(path, hint=hint, error=StoreError)
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.mode not in ("P", "L"):
-                raise StoreError(f"{path}: expected an 8-bit palette PNG, got mode {image.mode}")
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            # Pillow stretches grey of fewer bits to 0..255, which makes other labels of them. Byte 24: IHDR's bit depth.
+            mode = f"{data[24]}-bit grey" if image.mode == "L" and data[24] != 8 else f"mode {image.mode}"
+            if mode not in ("mode P", "mode L"):
+                raise StoreError(f"{path}: expected an 8-bit palette PNG, got {mode}", hint=hint)
+            height, width = image.height, image.width
+            if shape and (height, width) != shape:
+                raise StoreError(f"{path}: is {width} x {height} pixels, the photograph was {shape[1]} x {shape[0]}", hint=hint)
+            if height * width > MOST_PIXELS:
+                raise StoreError(f"{path}: expected at most {MOST_PIXELS:,} pixels, got {width} x {height}", hint=hint)
             return np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise StoreError(f"{path}: not a readable label: {error}") from None
+    except StoreError:
+        raise
+    except MemoryError:
+        raise StoreError(f"{path}: this machine lacks the memory to decode it", hint=hint) from None
+    except UnidentifiedImageError:  # its own words hold a memory address
+        raise StoreError(f"{path}: not a readable label: no PNG", hint=hint) from None
+    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
+        raise StoreError(f"{path}: not a readable label: {error or type(error).__name__}", hint=hint) from None
 
 
 def make_folder(folder: Path, within: Path | None = None) -> None:
@@ -331,8 +395,10 @@ def _palette() -> bytes:
 
 
 def _open_lines(path: Path) -> int:
+    check_regular(path)  # through a link, another file would be cut and appended to
     new = not path.exists()
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags, 0o666)
     cut_torn_line(handle)
     if new:
         sync_folder(path.parent)
@@ -361,4 +427,5 @@ def _check_folder(folder: Path) -> None:
 
 
 def _parse_run(folder: Path) -> dict[str, Any]:
-    return parse_run((folder / "run.json").read_bytes(), folder / "run.json")
+    path = folder / "run.json"
+    return parse_run(read_bytes(path, hint="give a new --out", error=StoreError), path)

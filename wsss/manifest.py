@@ -8,21 +8,25 @@ the last line written winning, with one line of each section in memory.
 from __future__ import annotations
 
 import heapq
-import json
 import os
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import BinaryIO, NamedTuple
 
 from .errors import StoreError
+from .storeformat import MOST_LINE, Record, Selection, W, parse_line
+
+_HINT = "delete that line: its image is done again"
 
 
 class Line(NamedTuple):
-    """A whole line with its line break, and the path that it is about."""
+    """A whole line with its line break, checked, and the path that it is about."""
 
     path: str
     data: bytes
+    record: Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,41 +38,35 @@ class Section:
     stop: int
 
     def __iter__(self) -> Iterator[Line]:
-        with self.file.open("rb") as file:
+        with open_regular(self.file) as file:
             file.seek(self.start)
             left = self.stop - self.start
             while left > 0:
-                data = file.readline()
-                left -= len(data)
-                yield Line(json.loads(data)["path"], data)
-
-
-class Named(Protocol):
-    """Something that a line may be about."""
-
-    @property
-    def name(self) -> str: ...
-
-
-N = TypeVar("N", bound=Named)
+                try:
+                    line = line_from(file.readline(MOST_LINE + 1))
+                except ValueError:
+                    raise StoreError(f"{self.file}: was changed while it was read", hint="run the command again") from None
+                left -= len(line.data)
+                yield line
 
 
 def sections_of(file: Path) -> list[Section]:
     """The sections of a manifest; a last line cut by a crash is left out.
 
     Raises:
-        StoreError: a damaged line before the last. OSError: it cannot be read.
+        StoreError: a damaged line; names it. OSError: it cannot be read.
     """
     found: list[Section] = []
     start = stop = 0
     last = ""
-    with file.open("rb") as lines:
-        for number, data in enumerate(lines, 1):
-            line = line_from(data)
-            if line is None:
-                if lines.read(1):
-                    raise StoreError(f"{file}: line {number} is damaged", hint="delete that line: its image is done again")
-                break
+    with open_regular(file) as lines:
+        for number, data in enumerate(iter(lambda: lines.readline(MOST_LINE + 1), b""), 1):
+            if not data.endswith(b"\n") and len(data) <= MOST_LINE:
+                break  # the crash
+            try:
+                line = line_from(data)
+            except ValueError as error:
+                raise StoreError(f"{file}: line {number} is damaged: {error}", hint=_HINT) from None
             if line.path <= last and stop > start:
                 found.append(Section(file, start, stop))
                 start = stop
@@ -78,14 +76,42 @@ def sections_of(file: Path) -> list[Section]:
     return found
 
 
-def line_from(data: bytes) -> Line | None:
-    """A line read from a manifest; None where it is damaged or has no line break."""
+def records_of(file: Path) -> Iterator[Record]:
+    """The lines of one manifest by path, one an image. Raises StoreError: it cannot be read, or a line is damaged."""
     try:
-        record = json.loads(data)
-        path, _ = record["path"], record["label"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return Line(path, data) if isinstance(path, str) and data.endswith(b"\n") else None
+        yield from (line.record for line in merged(sections_of(file)))
+    except OSError as error:
+        raise StoreError(
+            f"{file}: cannot be read: {error.strerror or error}", hint="give a label store's manifest.jsonl"
+        ) from None
+
+
+def line_from(data: bytes) -> Line:
+    """Check a line of a manifest. Raises ValueError, which says what is wrong with it."""
+    if len(data) > MOST_LINE:
+        raise ValueError(f"longer than {MOST_LINE:,} bytes")
+    if not data.endswith(b"\n"):
+        raise ValueError("it has no line break")
+    record = parse_line(data)
+    return Line(record["path"], data, record)
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """Open a file of a store for reading. Raises StoreError where it is a link, a folder, or a pipe, which would never end."""
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    check_regular(file)
+    return open(os.open(file, os.O_RDONLY | flags), "rb")
+
+
+def check_regular(file: Path) -> None:
+    """Check that a file of a store is a regular one or absent. Raises StoreError."""
+    try:
+        mode = file.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "no file"
+        raise StoreError(f"{file}: expected a regular file, got {kind}", hint="give a label store as wsss label writes it")
 
 
 def merged(sections: Iterable[Iterable[Line]]) -> Iterator[Line]:
@@ -99,7 +125,7 @@ def merged(sections: Iterable[Iterable[Line]]) -> Iterator[Line]:
         yield waiting
 
 
-def side_by_side(wanted: Iterable[N], lines: Iterable[Line]) -> Iterator[tuple[N | None, Line | None]]:
+def side_by_side(wanted: Iterable[W], lines: Iterable[Line]) -> Iterator[tuple[W | None, Line | None]]:
     """Joins what is wanted with its line, both sorted: either may be missing.
 
     Raises:
@@ -124,12 +150,44 @@ def side_by_side(wanted: Iterable[N], lines: Iterable[Line]) -> Iterator[tuple[N
         line = next(rest, None)
 
 
+def still_true(
+    images: Iterable[W],
+    lines: Iterable[Line],
+    is_current: Callable[[W, Record], bool],
+    told: Selection,
+    drop: Callable[[str], None],
+    *,
+    others: bool,
+) -> Iterator[Line]:
+    """The lines to keep of those that a store has, both sorted; counts into ``told``.
+
+    Args:
+        drop: given the label of a line whose image's label is called otherwise now.
+        others: keep the lines of images that are not among these.
+    """
+    for image, line in side_by_side(images, lines):
+        told.images += image is not None
+        if line is None:
+            continue
+        if image is None:
+            if others:
+                yield line
+            continue
+        if is_current(image, line.record):
+            told.done += 1
+            told.failed += "error" in line.record
+            yield line
+        elif line.record["label"] != image.label:
+            drop(line.record["label"])
+
+
 def cut_torn_line(handle: int) -> None:
     """Ends a manifest, open for reading and writing, after its last whole line. Raises OSError."""
     size = end = os.fstat(handle).st_size
     while end:
         start = max(0, end - (1 << 16))
-        found = os.pread(handle, end - start, start).rfind(b"\n")
+        os.lseek(handle, start, os.SEEK_SET)
+        found = os.read(handle, end - start).rfind(b"\n")
         end = start + found + 1 if found >= 0 else start
         if found >= 0:
             break

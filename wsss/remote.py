@@ -30,7 +30,16 @@ CHUNK = 1 << 20
 """Bytes of a long file that are read at once."""
 _ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "mtime", "LastModified", "last_modified", "updated", "created")
 """Under these keys backends tell what changes with a file, the surest first."""
-_LASTING = {errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EPERM}
+_LASTING = {
+    errno.EINVAL,
+    errno.ENOSPC,
+    getattr(errno, "EDQUOT", errno.ENOSPC),
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EPERM,
+}
 """What trying again does not change."""
 
 
@@ -88,11 +97,17 @@ class RemoteFolder:
         data: bytes = _asked(lambda: fs.cat_file(_joined(root, name), **most))
         return data
 
-    def lines(self, name: str) -> Iterator[bytes]:
-        """Its lines with their line breaks, however long it is; a last one without is left out."""
+    def lines(self, name: str, most_bytes: int = 1 << 20) -> Iterator[bytes]:
+        """Its lines with their line breaks, however long it is; a last one without is left out.
+
+        Args:
+            most_bytes: of a line; a longer one raises OSError (EFBIG).
+        """
         size, rest = self.entry(name).size, b""
         for start in range(0, size, CHUNK):
             *lines, rest = (rest + self.read(name, start, min(start + CHUNK, size))).split(b"\n")
+            if len(rest) > most_bytes:
+                raise OSError(errno.EFBIG, f"a line of more than {most_bytes:,} bytes")
             yield from (line + b"\n" for line in lines)
 
     def scan(self, below: str = "") -> tuple[list[Entry], list[str]]:

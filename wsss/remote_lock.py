@@ -23,6 +23,7 @@ from typing import Any
 
 from .errors import StoreError
 from .remote import RemoteFolder
+from .storelock import holder_name
 
 BEAT, LEASE = 8.0, 30.0
 """Seconds between signs of life, and without one until a lock is dead."""
@@ -30,6 +31,8 @@ POLL = 0.25
 """Seconds between looks at another's lock."""
 GRACE = 3.0
 """Seconds that a shard which leaves waits for another one that is about to leave too."""
+_MOST_BYTES = 4096
+"""Read of a lock, which holds 200."""
 FOLDER = ".lock/"
 RUN = f"{FOLDER}run"
 """Held by a run that is alone; a shard holds one of its own name, and this one while it folds the manifests."""
@@ -93,7 +96,7 @@ class Lease:
                     if holder.get("owner") == self._who["owner"]:  # it was written, but the answer got lost
                         self._etag = etag
                         continue
-                    self.lost = _name_of(holder)
+                    self.lost = holder_name(holder)
                     return
                 self.lost = "another run"
                 return
@@ -192,20 +195,18 @@ def _in_use(folder: RemoteFolder, name: str) -> StoreError:
     holder: dict[str, Any] = {}
     with suppress(OSError):
         holder = _read(folder, name)[1]
-    return StoreError(f"--out {folder}: another run writes to it: {_name_of(holder)}", hint="wait for it, or give another --out")
-
-
-def _name_of(holder: dict[str, Any]) -> str:
-    return f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= holder.keys() else "which one is not known"
+    return StoreError(
+        f"--out {folder}: another run writes to it: {holder_name(holder)}", hint="wait for it, or give another --out"
+    )
 
 
 def _read(folder: RemoteFolder, name: str) -> tuple[str, dict[str, Any]]:
-    etag = folder.entry(name).etag
+    entry = folder.entry(name)
     try:
-        told = json.loads(folder.read(name))
-    except ValueError:
-        told = {}
-    return etag, told if isinstance(told, dict) else {}
+        holder = json.loads(folder.read(name, 0, min(entry.size, _MOST_BYTES))) if entry.size else {}
+    except (ValueError, RecursionError):
+        holder = {}
+    return entry.etag, holder if isinstance(holder, dict) else {}
 
 
 def _died_here(folder: RemoteFolder, name: str) -> bool:
@@ -214,13 +215,14 @@ def _died_here(folder: RemoteFolder, name: str) -> bool:
         holder = _read(folder, name)[1]
     except OSError:
         return False
-    if not holder.get("machine") or holder["machine"] != _machine():
+    pid = holder.get("pid")
+    if not _machine() or holder.get("machine") != _machine() or type(pid) is not int or pid <= 0:
         return False
     try:
-        os.kill(int(holder["pid"]), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except (OSError, ValueError, KeyError):
+    except (OSError, OverflowError):
         return False
     return False
 

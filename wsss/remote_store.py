@@ -30,12 +30,14 @@ import numpy as np
 from PIL import Image
 
 from .classes import ClassList
+from .documents import MAX_BYTES
 from .errors import ImageError, StoreError
 from .labelstore import Shard, png_of
-from .manifest import Line, line_from, merged, side_by_side
+from .manifest import Line, line_from, merged, side_by_side, still_true
 from .remote import Presence, RemoteFolder, hint_of
 from .remote_lock import remote_lock
 from .storeformat import (
+    MOST_LINE,
     Record,
     Selection,
     W,
@@ -46,12 +48,12 @@ from .storeformat import (
     names_by_value,
     parse_run,
     run_of,
-    still_true,
 )
 
 PART_LINES, PART_SECONDS = 1000, 10.0
 """A part is put when so many lines wait, or the oldest waits for so long."""
 _MANIFEST = re.compile(r"manifest(-\d+-of-\d+)?(\.jsonl|/)")
+_PART = re.compile(r"manifest(-\d+-of-\d+)?/\d{10}\.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +97,15 @@ class _Row:
         for file in self.files:
             where = f"{self.folder}/{file}"
             try:
-                for data in self.folder.lines(file):
-                    line = line_from(data)
-                    if line is None or line.path <= last:
-                        what = "damaged" if line is None else "out of order"
+                for number, data in enumerate(self.folder.lines(file, MOST_LINE), 1):
+                    try:
+                        line = line_from(data)
+                        if line.path <= last:
+                            raise ValueError("out of order")
+                    except ValueError as error:
                         raise StoreError(
-                            f"{where}: the line after that of {last!r} is {what}",
-                            hint="delete that line: its image is done again",
-                        )
+                            f"{where}: line {number} is damaged: {error}", hint="delete that line: its image is done again"
+                        ) from None
                     last = line.path
                     yield line
             except OSError as error:
@@ -145,11 +148,19 @@ class RemoteStore:
 
     def _open(self, run: dict[str, Any], classes: ClassList) -> None:
         try:
-            check_same(self.folder, parse_run(self.folder.read("run.json"), f"{self.folder}/run.json"), run)
+            check_same(self.folder, parse_run(self._read_run(), f"{self.folder}/run.json"), run)
         except FileNotFoundError:  # run.json first: from here on the folder is known as a store
             self.folder.write("run.json", json_of(run))
         self.folder.write("classes.json", json_of(names_by_value(classes)))
         self._next = 1 + max((int(name.rpartition("/")[2][:-6]) for name in self._parts(self._manifest)), default=-1)
+
+    def _read_run(self) -> bytes:
+        size = self.folder.entry("run.json").size
+        if size > MAX_BYTES:
+            raise StoreError(
+                f"{self.folder}/run.json: expected at most {MAX_BYTES:,} bytes, got {size:,}", hint="give a new --out"
+            )
+        return self.folder.read("run.json", 0, size) if size else b""
 
     def __enter__(self) -> RemoteStore:
         return self
@@ -222,7 +233,8 @@ class RemoteStore:
         self._next += 1
 
     def _parts(self, manifest: str) -> list[str]:
-        return [entry.name for entry in self.folder.walk(f"{manifest[:-6]}/")]
+        """The parts of a manifest; files of other names are not ours."""
+        return [entry.name for entry in self.folder.walk(f"{manifest[:-6]}/") if _PART.fullmatch(entry.name)]
 
     def _rows(self) -> tuple[list[_Row], list[str]]:
         """The manifests and their parts, the newer ones last, and the names of all but manifest.jsonl."""
@@ -240,7 +252,9 @@ class RemoteStore:
             self._delete(files)
         if history := [entry.name for entry in self.folder.walk("history/")]:
             files = [entry.name for entry in self.folder.scan()[0] if entry.name == "history.jsonl"]
-            self.folder.write_lines("history.jsonl", (line for file in (*files, *history) for line in self.folder.lines(file)))
+            self.folder.write_lines(
+                "history.jsonl", (line for file in (*files, *history) for line in self.folder.lines(file, MOST_LINE))
+            )
             self.folder.delete(history)
 
     def _delete(self, files: Sequence[str]) -> None:

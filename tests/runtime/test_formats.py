@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ import pytest
 from PIL import Image
 
 from wsss.classes import class_list, palette
-from wsss.errors import ImageError, StoreError, UsageError
+from wsss.errors import ImageError, StoreError, UsageError, WsssError
 from wsss.labelstore import LabelStore, read_label, read_records
 from wsss.photographs import read_photograph
 from wsss.runtime.formats import FORMATS, Conversion, convert, is_turned
@@ -381,7 +383,7 @@ def test_a_label_that_does_not_fit_is_named(copy: Path, tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=said):
             convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
     label.unlink()
-    with pytest.raises(StoreError, match=r"empty\.png: not a readable label"):
+    with pytest.raises(StoreError, match=r"empty\.png: cannot be read: No such file"):
         convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
@@ -392,6 +394,84 @@ def test_a_manifest_cannot_lead_out_of_the_folder(copy: Path, tmp_path: Path, na
     manifest.write_text(manifest.read_text().replace('"path": "dog.jpg"', f'"path": "{name}"'))
     with pytest.raises(StoreError, match="leads out of the folder"):
         convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from wsss.runtime.formats import convert
+
+calls, rename = 0, os.rename
+
+def dying(source, target):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+    if calls == -int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.rename = dying
+made, out = Path(sys.argv[1]), Path(sys.argv[3])
+convert(made / "store", made / "photos", out, "cvat", progress=lambda done, of: done < 5 or sys.argv[2] != "0" or os.abort())
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kills with SIGKILL")
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_conversion_that_is_killed_leaves_nothing_after_the_next(made: Path, tmp_path: Path, empty: bool) -> None:
+    """Killed in the middle (0), before (1, 2) or after (-1, -2) each rename of its folders."""
+    for step in (0, 1, -1, 2, -2) if empty else (0, 1, -1):
+        out = tmp_path / f"out {step}"
+        if empty:
+            out.mkdir()
+        done = subprocess.run([sys.executable, "-c", KILLED, str(made), str(step), str(out)], capture_output=True, text=True)
+        assert done.returncode < 0, done.stderr
+        whole = step == (-2 if empty else -1)
+        assert (out / "labelmap.txt").exists() == whole
+        if whole:
+            with pytest.raises(StoreError, match="is there already"):
+                convert(made / "store", made / "photos", out, "cvat")
+            shutil.rmtree(out)
+        convert(made / "store", made / "photos", out, "cvat")
+        assert (out / "labelmap.txt").exists()
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_out_that_is_a_link_is_filled_where_it_leads(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    convert(made / "store", made / "photos", tmp_path / "out", "cvat")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk/labelmap.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["labels", "labels/dog.jpg.png", "labels/a b"])
+def test_labels_that_a_link_leads_out_of_the_store_are_refused(copy: Path, tmp_path: Path, name: str) -> None:
+    path = copy / "store" / name
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="a link leads out of the store"):
+        convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
+
+
+def test_photographs_behind_a_link_of_the_users_own_are_taken(copy: Path, tmp_path: Path) -> None:
+    (copy / "photos/a b").rename(tmp_path / "disk")
+    (copy / "photos/a b").symlink_to(tmp_path / "disk")
+    assert convert(copy / "store", copy / "photos", tmp_path / "out", "voc").images == len(NAMES)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+def test_a_named_pipe_is_no_label_and_no_photograph(copy: Path, tmp_path: Path) -> None:
+    for path, said in ((copy / "store/labels/empty.png", "got a named pipe"), (copy / "photos/empty.jpg", "changed since")):
+        data = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(WsssError, match=said):
+            convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
+        path.unlink()
+        path.write_bytes(data)
 
 
 def test_out_must_be_new_or_empty(made: Path, tmp_path: Path) -> None:

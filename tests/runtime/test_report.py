@@ -231,12 +231,18 @@ def test_a_store_below_the_photographs_takes_its_page(world: World, photos: Path
 BOX = {"label": "red", "score": 0.5, "quality": 0.5, "xyxy": [0, 0, 1, 1], "won_px": 1}
 
 
+@pytest.mark.parametrize("changed", [{"boxes": None}, {"classes": ["red"]}, {"void_px": -1}])
+def test_a_damaged_line_is_said(store: Path, photos: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    *lines, last = (store / "manifest.jsonl").read_text().splitlines()
+    (store / "manifest.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(last) | changed)]) + "\n")
+    with pytest.raises(StoreError, match=rf"manifest\.jsonl: line {len(lines) + 1} is damaged: {next(iter(changed))}: expected"):
+        write_report(store, photos, tmp_path / "page.html")
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"boxes": None}, "has classes or boxes of another form"),
-        ({"classes": ["red"]}, "has classes or boxes of another form"),
-        ({"boxes": [{"label": "red"}]}, "has a box that lacks one of label, quality, score, won_px, xyxy"),
+        ({"boxes": [{"label": "red", "xyxy": [0, 0, 1, 1]}]}, "has a box that lacks one of label, quality, score, won_px, xyxy"),
         ({"classes": {"mauve": 0.5}}, "names mauve, which is none of the classes of run.json"),
         ({"boxes": [{**BOX, "label": "mauve"}]}, "names mauve, which is none of the classes of run.json"),
     ],

@@ -18,6 +18,7 @@ from wsss.errors import StoreError
 from wsss.remote import RemoteFolder
 from wsss.remote_lock import Lease
 from wsss.remote_lock import remote_lock as lock
+from wsss.storelock import holder_name
 
 if TYPE_CHECKING:
     from ..conftest import Bucket
@@ -188,3 +189,34 @@ def test_an_answer_that_got_lost_is_no_other_run(folder: RemoteFolder, monkeypat
     assert not lease.lost
     lease.release()
     assert locks(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ({"pid": 7, "host": "here"}, "process 7 on here"),
+        ({"pid": 7, "host": "a\x1b[2J"}, "process 7 on 'a\\x1b[2J'"),
+        ({"pid": "7", "host": "here"}, "which one is not known"),
+        ({"pid": 7, "host": ["x"]}, "which one is not known"),
+        ({"pid": True, "host": "here"}, "which one is not known"),
+        ([7], "which one is not known"),
+        (None, "which one is not known"),
+    ],
+)
+def test_who_holds_a_lock_is_said_only_where_it_can_be(record: object, name: str) -> None:
+    assert holder_name(record) == name
+
+
+@pytest.mark.parametrize("pid", [-1, 0, 10**30, "1", None, [1], True])
+def test_a_lock_of_a_stranger_names_no_process_that_died(
+    folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch, pid: object
+) -> None:
+    monkeypatch.setattr(remote_lock, "_machine", lambda: "this")
+    folder.write(".lock/run", json.dumps({"pid": pid, "machine": "this"}).encode())
+    assert not remote_lock._died_here(folder, ".lock/run")
+
+
+@pytest.mark.parametrize("data", [b"", b"[" * 9999, b"7", b"\xff", b"x" * 100_000])
+def test_a_lock_that_says_nothing_is_read(folder: RemoteFolder, data: bytes) -> None:
+    folder.write(".lock/run", data)
+    assert remote_lock._read(folder, ".lock/run")[1] == {}

@@ -40,7 +40,7 @@ def photos(*names: str) -> list[Photo]:
 
 
 def record(name: str, **more: Any) -> dict[str, Any]:
-    return {"path": f"{name}.jpg", "label": f"{name}.png", "bytes": 1, "sha256": "0", **more}
+    return {"path": f"{name}.jpg", "label": f"{name}.png", "bytes": 1, "sha256": "0" * 64, **more}
 
 
 @pytest.fixture(autouse=True)
@@ -186,11 +186,13 @@ def test_a_folder_that_holds_something_else_is_refused(folder: RemoteFolder) -> 
     assert list(contents(folder)) == ["thesis/chapter.tex"]
 
 
-@pytest.mark.parametrize(("line", "said"), [(b"{\n", "damaged"), (b'{"path": "a.jpg", "label": "a.png"}\n', "out of order")])
+@pytest.mark.parametrize(
+    ("line", "said"), [(b"{\n", "Expecting property name"), (b'{"path": "a.jpg", "label": "a.png"}\n', "out of order")]
+)
 def test_a_damaged_manifest_is_named(folder: RemoteFolder, line: bytes, said: str) -> None:
     run(folder)
     folder.write("manifest.jsonl", folder.read("manifest.jsonl") + line)
-    with pytest.raises(StoreError, match=rf"store/manifest\.jsonl: the line after that of 'e\.jpg' is {said}"):
+    with pytest.raises(StoreError, match=rf"store/manifest\.jsonl: line 6 is damaged: .*{said}"):
         run(folder)
 
 
@@ -340,3 +342,35 @@ def test_a_store_that_fails_at_any_step(no_lock: None, shard: tuple[int, int] | 
         if not failed:
             break
     assert stopped >= 10
+
+
+def test_a_strangers_line_deletes_nothing(folder: RemoteFolder) -> None:
+    run(folder)
+    folder.write("victim.png", b"thesis")
+    line = json.dumps(record("b", label="../victim.png")).encode()
+    folder.write("manifest.jsonl", folder.read("manifest.jsonl").replace(json.dumps(record("b")).encode(), line))
+    with pytest.raises(StoreError, match=r"manifest\.jsonl: line 2 is damaged: label: "):
+        run(folder)
+    assert folder.read("victim.png") == b"thesis"
+
+
+def test_files_that_are_no_parts_are_left_alone(folder: RemoteFolder) -> None:
+    run(folder)
+    for name in ("manifest/notes.jsonl", "manifest/.keep", "manifest/1.jsonl"):
+        folder.write(name, b"mine")
+    run(folder)
+    assert folder.read("manifest/notes.jsonl") == b"mine"
+
+
+@pytest.mark.parametrize("data", [b"", b"[" * 9999, b"x" * (1 << 21)])
+def test_a_run_file_or_a_line_of_a_stranger_is_refused(folder: RemoteFolder, data: bytes) -> None:
+    run(folder)
+    if data:
+        whole = folder.read("manifest.jsonl")
+        folder.write("manifest.jsonl", whole + data + b"\n")
+        with pytest.raises(StoreError, match=r"manifest\.jsonl: (line 6 is damaged|cannot be read: a line of more)"):
+            run(folder)
+        folder.write("manifest.jsonl", whole)
+    folder.write("run.json", data)
+    with pytest.raises(StoreError, match=r"run\.json: damaged"):
+        run(folder)
