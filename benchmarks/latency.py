@@ -169,9 +169,8 @@ def on_device(
     if own is not None:  # an engine of another kind, that of `autocast`
         yield own(feeds)
     elif device != "cpu" and engine == "ort":
-        import onnxruntime
-
         from ..engines.ort import OrtTensor
+        from ..engines.ort_library import onnxruntime
 
         value = onnxruntime.OrtValue.ortvalue_from_numpy
         # ONNX Runtime itself waits at the end of each call.

@@ -13,8 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-import onnxruntime
-
+from ..engines.ort_library import onnxruntime
 from ..labelstore import read_records
 from ..runtime.pipeline import Labeler, Rules
 from ..runtime.run import label_folder

@@ -192,8 +192,8 @@ def _scores(recipe: Recipe, store: Path, split: Split, crf: bool) -> tuple[Score
     pairs = pair_up(found, true, split.list)
     photographs = [split.images[name] for name in pairs.names] if crf else None
     classes = found.classes or ()
-    counts = count_pairs(pairs, len(classes), photographs=photographs)
-    scores = scores_from_counts(counts, classes, [found.scores.get(name, {}) for name in pairs.names])
+    counts = count_pairs(pairs, classes, photographs=photographs)
+    scores = scores_from_counts(counts, classes, [found.scores.get(name or "", {}) for name in pairs.matched])
     make_folder(kept.parent)
     write_atomically(kept, (json.dumps({"key": key, "scores": scores, "missing": len(pairs.missing)}) + "\n").encode())
     return scores, len(pairs.missing)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..batch import Tensor
+from ..errors import FeedError
 from ..spec import GraphSpec
 from .engine import check_feeds, contract
 
@@ -51,7 +52,9 @@ class FakeEngine:
 
     def __init__(self, spec: GraphSpec, script: Script, *, seconds: float = 0.0, queued: bool = False) -> None:
         self.inputs, self.outputs, self.axes = contract(spec)
-        self._script, self._seconds, self._queued = script, seconds, queued
+        self.script = script
+        """What answers the calls; another one may be put in its place between calls."""
+        self._seconds, self._queued = seconds, queued
         self._queueing, self._free_at = threading.Lock(), 0.0
         self.ends: list[float] = []
         """With ``seconds``: when each call was computed (``perf_counter``)."""
@@ -67,7 +70,7 @@ class FakeEngine:
                 self.ends.append(end := self._free_at)
             if not self._queued:
                 _sleep_until(end)
-        answers = dict(self._script({name: np.asarray(tensor) for name, tensor in feeds.items()}))
+        answers = dict(self.script({name: np.asarray(tensor) for name, tensor in feeds.items()}))
         free = {
             axis: length
             for spec in self.inputs.values()
@@ -81,6 +84,28 @@ class FakeEngine:
         if self._seconds and self._queued:
             return {name: Queued(answers[name], end) for name in self.outputs}
         return {name: answers[name] for name in self.outputs}
+
+
+def without_padding(pixels: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """A batch as an image graph sees it: black outside of each row's valid part, as `export/sam.py` zeroes the padding.
+
+    Scripts that look at pixels go through this, so that a wrong ``size`` changes what they find.
+
+    Args:
+        pixels: (B, H, W, 3) uint8. size: (B, 2) int64, valid (height, width) of each row, within the canvas.
+
+    Returns:
+        (B, H, W, 3) uint8, a copy.
+
+    Raises:
+        FeedError: a size that is not within the canvas.
+    """
+    canvas = pixels.shape[1:3]
+    if ((size < 1) | (size > canvas)).any():
+        raise FeedError(f"fake: expected valid sizes from 1 x 1 to {canvas[0]} x {canvas[1]}, got {size.tolist()}")
+    rows = np.arange(canvas[0]) < size[:, :1]  # (B, H)
+    columns = np.arange(canvas[1]) < size[:, 1:]  # (B, W)
+    return np.where((rows[:, :, None] & columns[:, None, :])[..., None], pixels, np.uint8(0))
 
 
 def _sleep_until(moment: float) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from ..files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +44,9 @@ def save_kernels(path: Path, cache: Any) -> None:
     """Writes an ``IRuntimeCache``, unless the file holds the same: whole or not at all."""
     body = bytes(cache.serialize())
     data = MARK + hashlib.sha256(body).digest() + body
-    temporary = None
     try:
         if not body or (path.is_file() and path.read_bytes() == data):
             return
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, data)
     except OSError as error:
         log.warning("%s: compiled kernels not kept: %s", path, error.strerror)
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()

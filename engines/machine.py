@@ -296,8 +296,8 @@ def _onnxruntime(packages: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[st
     if importlib.util.find_spec("onnxruntime") is None:
         return (), tuple(troubles)
     try:
-        runtime = importlib.import_module("onnxruntime")
-        providers = tuple(runtime.get_available_providers())
+        library = importlib.import_module("wsss.engines.ort_library")
+        providers = tuple(library.onnxruntime.get_available_providers())
     except Exception as error:  # half of a package, after one of the two was removed
         fix = "pip install --force-reinstall onnxruntime"
         return (), (*troubles, f"onnxruntime cannot be loaded: {f'{error}'.strip().split(chr(10))[0]}: {fix}")

@@ -118,6 +118,6 @@ def _gpu(place: str, flavour: Flavour) -> Gpu:
 
 
 def _ort_has_cuda() -> bool:
-    import onnxruntime
+    from .ort_library import onnxruntime
 
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from ..batch import Tensor
 from ..errors import BundleError, OutOfMemory, WsssError
+from ..onnxfile import external_files
 from ..spec import GraphSpec, TensorSpec
 from .engine import check_feeds, contract
 from .machine import ONE_ONNXRUNTIME
+from .ort_library import SILENT, onnxruntime
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -52,7 +54,7 @@ class OrtEngine:
     """One ONNX graph in ONNX Runtime.
 
     Args:
-        path: the ``.onnx`` file; external weights beside it.
+        path: the ``.onnx`` file; external weights beside it, already checked to be ours (`Bundle.model`).
         spec: the graph's contract from its manifest; the file is checked against it.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads on the CPU, 0 for all cores.
@@ -74,15 +76,18 @@ class OrtEngine:
         # Idle threads sleep: waiting in a loop they hold the cores that the other engines, reading and writing want.
         # The chain of small models on two cores: 6.0 to 7.0 images/s with the loop, 7.7 to 10.7 without.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
+        options.log_severity_level = SILENT
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called
         self._device, self._number = kind, int(number or 0)
         provider = ("CUDAExecutionProvider", {"device_id": self._number}) if kind == "cuda" else "CPUExecutionProvider"
         # onnxruntime 1.32 dies of a segmentation fault in this pass on float16 graphs; it only speeds up float32 convolutions.
         disabled = [] if spec.precision == "fp32" else ["NchwcTransformer"]
+        weights = _give_linked_weights(options, path)
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider], disabled_optimizers=disabled)
         except Exception as error:  # onnxruntime raises its own classes for each way a file can be broken
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {error}", hint="export the model again") from None
+        del weights  # copied by now
         if kind not in {p.removesuffix("ExecutionProvider").lower() for p in self._session.get_providers()}:
             raise WsssError(
                 f"{path}: asked for {device}, ONNX Runtime fell back to {self._session.get_providers()}",
@@ -103,8 +108,10 @@ class OrtEngine:
 
     def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         binding = self._session.io_binding()
-        for name, tensor in feeds.items():
-            binding.bind_ortvalue_input(name, self._value(tensor))
+        # Held until the run has ended: onnxruntime 1.24 binds the memory of a contiguous copy without keeping the copy.
+        values = {name: self._value(tensor) for name, tensor in feeds.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
         for name in self.outputs:
             binding.bind_output(name, self._device, self._number)
         self._session.run_with_iobinding(binding)
@@ -128,6 +135,19 @@ class OrtEngine:
                 f"{path}: the manifest says {', '.join(map(str, told.values()))}; the graph has {graph}",
                 hint="the manifest and the graph come from different exports; export the model again",
             )
+
+
+def _give_linked_weights(options: onnxruntime.SessionOptions, path: Path) -> list[mmap.mmap]:
+    """Gives ONNX Runtime the bytes of weights that are links, as in a hub's cache: it opens no links out of the folder."""
+    links = {each.name for each in path.parent.iterdir() if each.is_symlink() and each.is_file() and each.stat().st_size}
+    names = sorted(links & external_files(path)) if links else []
+    buffers = []
+    for name in names:
+        with (path.parent / name).open("rb") as file:
+            buffers.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    if names:
+        options.add_external_initializers_from_files_in_memory(names, buffers, [len(each) for each in buffers])
+    return buffers
 
 
 def _agree(spec: TensorSpec, node: onnxruntime.NodeArg) -> bool:

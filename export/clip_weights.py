@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import logging
 import math
+import re
 import urllib.error
 import urllib.request
 import zipfile
@@ -26,13 +26,17 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor, nn
 
+from ..documents import parse_json, read_bytes
 from ..errors import UsageError, WeightsError
+from ..spec import sha256_of
 from . import weights as checkpoints
 
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Weights of an open_clip folder on the Hugging Face hub, preferred first (open_clip/constants.py)."""
 FOLDER_FILES = (*HUB_FILES, "model.safetensors", "pytorch_model.bin")
 CONFIG = "open_clip_config.json"
+MAX_CONFIG = 1 << 20
+"""Bytes; the published ones have some hundred."""
 LOGIT_SCALE = 100.0
 """Where training of CLIP ends and is clipped (arXiv:2103.00020, section 2.5); given to seeded models."""
 
@@ -80,13 +84,14 @@ def load(variant: str, weights: str) -> Loaded:
         recipe = recipe_of(variant, {})
         model = seeded(variant, seed)
         return Loaded(model=model, variant=variant, recipe=recipe, record=checkpoints.weights_record(weights, None, model))
-    path, told = _find(variant, weights)
+    path, told, pinned = _find(variant, weights)
     recipe = recipe_of(variant, told)
     if recipe.quick_gelu and not open_clip.get_model_config(variant).get("quick_gelu", False):
         variant = f"{variant}-quickgelu" if f"{variant}-quickgelu" in open_clip.list_models() else variant
     model = build(variant, quick_gelu=recipe.quick_gelu)
     load_checkpoint(model, path, variant=variant)
-    return Loaded(model=model, variant=variant, recipe=recipe, record=checkpoints.weights_record(weights, path, model))
+    record = checkpoints.weights_record(weights, path, model) | ({"pinned": pinned} if pinned else {})
+    return Loaded(model=model, variant=variant, recipe=recipe, record=record)
 
 
 def known_variant(name: str) -> str:
@@ -197,13 +202,13 @@ def load_checkpoint(model: nn.Module, path: Path, *, variant: str) -> None:
     checkpoints.load_exactly(model, state, path=path, what=f"CLIP {variant}")
 
 
-def _find(variant: str, weights: str) -> tuple[Path, Mapping[str, Any]]:
-    """The weights file, and what its tag or its config says of it."""
+def _find(variant: str, weights: str) -> tuple[Path, Mapping[str, Any], str]:
+    """The weights file, what its tag or its config says of it, and how far a download is pinned (empty for a file)."""
     path = Path(weights).expanduser()
     if path.is_dir():
         path = _file_in(path)
     if path.exists():
-        return path, _config_beside(path, variant)
+        return path, _config_beside(path, variant), ""
     tag = get_pretrained_cfg(variant, weights)
     if not tag:
         tags = ", ".join(list_pretrained_tags_by_model(variant)) or "none for this variant"
@@ -211,7 +216,8 @@ def _find(variant: str, weights: str) -> tuple[Path, Mapping[str, Any]]:
             f"--weights {weights}: no such file, and open_clip knows no weights of that name for {variant}",
             hint=f"give a path, random:SEED, or one of: {tags}",
         )
-    return _download(tag, variant), tag
+    path, pinned = _download(tag, variant)
+    return path, tag, pinned
 
 
 def _file_in(folder: Path) -> Path:
@@ -231,16 +237,17 @@ def _config_beside(path: Path, variant: str) -> Mapping[str, Any]:
     config = path.parent / CONFIG
     if not config.is_file():
         return {}
-    try:
-        told = json.loads(config.read_text(encoding="utf-8"))
-        model, recipe = dict(told["model_cfg"]), dict(told.get("preprocess_cfg", {}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{config}: expected open_clip's model_cfg and preprocess_cfg: {type(error).__name__} {error}"
-        ) from None
+    hint = f"take the {CONFIG} that came with the weights, or remove it"
+    data = read_bytes(config, hint=hint, error=WeightsError, max_bytes=MAX_CONFIG)
+    found = parse_json(data, str(config), hint=hint, error=WeightsError)
+    model, recipe = (found.get(key) for key in ("model_cfg", "preprocess_cfg")) if isinstance(found, dict) else (None, None)
+    recipe = {} if recipe is None else recipe
+    parts = [model, recipe] + [model.get(part, {}) for part in ("vision_cfg", "text_cfg") if isinstance(model, dict)]
+    if not all(isinstance(part, dict) for part in parts):
+        raise WeightsError(f"{config}: expected open_clip's model_cfg and preprocess_cfg", hint=hint)
     own = open_clip.get_model_config(variant)
     clashes = [
-        f"{section}{name} {its!r} instead of {mine[name]!r}"
+        f"{section}{name} {its!r:.80} instead of {mine[name]!r}"
         for section, its_part, mine in (
             ("", model, own),
             ("vision_cfg.", model.get("vision_cfg", {}), own["vision_cfg"]),
@@ -251,32 +258,44 @@ def _config_beside(path: Path, variant: str) -> Mapping[str, Any]:
     ]
     if clashes:
         raise WeightsError(f"{config}: not a {variant}: {'; '.join(clashes[:3])}", hint="check --variant")
-    for name in ("mean", "std"):
+    for name, least in (("mean", 0.0), ("std", 1e-3)):
         if name in recipe:
-            recipe[name] = tuple(recipe[name])
+            value = recipe[name]
+            numbers = isinstance(value, list) and [type(each) in (int, float) and least <= each <= 1 for each in value]
+            if numbers != [True] * 3:
+                raise WeightsError(f"{config}: {name}: expected three numbers in {least:g}..1, got {value!r}"[:300], hint=hint)
+            recipe[name] = tuple(value)
+    for part, name, allowed in (
+        (recipe, "interpolation", ("bicubic", "bilinear", "random")),  # random: either, in open_clip's training
+        (model, "quick_gelu", (True, False)),
+    ):
+        if name in part and part[name] not in allowed:
+            raise WeightsError(f"{config}: {name}: expected one of {allowed}, got {part[name]!r}"[:300], hint=hint)
     return {**recipe, "quick_gelu": model.get("quick_gelu", False)}
 
 
-def _download(tag: Mapping[str, Any], variant: str) -> Path:
-    """The file of a pretrained tag, from the Hugging Face hub or the address in open_clip's table."""
+def _download(tag: Mapping[str, Any], variant: str) -> tuple[Path, str]:
+    """The file of a pretrained tag, from the Hugging Face hub or the address in open_clip's table; and how far it is pinned."""
     repository, _, file = str(tag.get("hf_hub", "")).rpartition("/")
     if not repository:
         url = str(tag["url"])
-        digest = Path(url).stem.rpartition("-")[2] if "mlfoundations" in url else ""  # open_clip's releases carry 8 digits
-        return checkpoints.download(checkpoints.Download(url, digest), model="clip")
+        # open_clip's releases carry 8 digits in their names, OpenAI's addresses all of them as a folder.
+        named = Path(url).stem.rpartition("-")[2] if "mlfoundations" in url else url.rsplit("/", 2)[-2]
+        what = checkpoints.Download(url, named if re.fullmatch("[0-9a-f]{8}|[0-9a-f]{64}", named) else "")
+        return checkpoints.download(what, model="clip"), what.pinned
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
     names = _hub_files(file)
     for name in names:
         if isinstance(cached := try_to_load_from_cache(repository, name), str):
-            return Path(cached)
+            return _hub_file(Path(cached), repository)
     failure: Exception | None = None
     try:
         _reach(constants.ENDPOINT)
         for name in names:
             try:
-                return Path(hf_hub_download(repository, name, library_name="wsss"))
+                return _hub_file(Path(hf_hub_download(repository, name, library_name="wsss")), repository)
             except EntryNotFoundError as error:  # this repository has only the older file
                 failure = error
     except (OSError, ValueError) as error:
@@ -285,6 +304,17 @@ def _download(tag: Mapping[str, Any], variant: str) -> Path:
         f"{names[0]} of {repository}: cannot be downloaded from the Hugging Face hub: {_first_line(failure)}",
         hint=_way_out(variant, repository, names[0]),
     )
+
+
+def _hub_file(path: Path, repository: str) -> tuple[Path, str]:
+    """A file of the hub's cache, which keeps large ones under their sha256; and that nothing but a branch names its contents."""
+    expected = path.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", expected) and (got := sha256_of(path)) != expected:
+        raise WeightsError(
+            f"{path}: its sha256 is {got[:12]}..., the Hugging Face hub says {expected[:12]}...: changed or truncated",
+            hint=f"delete {path.resolve()} and run again",
+        )
+    return path, f"no: revision {path.parent.name} of {repository}"
 
 
 def _reach(address: str) -> None:
@@ -314,8 +344,11 @@ def _way_out(variant: str, repository: str = "", file: str = HUB_FILES[0]) -> st
 def _is_torchscript(path: Path) -> bool:
     if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # said when it is read
+        return False
 
 
 def _first_line(error: Exception | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from .. import __version__
 from ..engines.ort import OrtEngine
 from ..engines.plan import checked_plan, find_gpus
 from ..errors import BundleError, WeightsError
+from ..files import publishing
 from ..spec import Bundle, Flavour, GraphSpec, Manifest, Model, Parity, sha256_of, write_manifest
 from . import verify
 from .family import Family, Graph, Options, Prepared, family
@@ -47,7 +47,9 @@ def export_model(family: Family, *, variant: str, weights: str, bundle: Path, op
         BundleError: the bundle cannot be written.
     """
     prepared = family.prepare(variant, weights, options)
-    with _unpublished(bundle, family.name) as folder:
+    if (pinned := prepared.weights.get("pinned", "sha256")) != "sha256":
+        log(f"{family.name}: nothing says what {weights} must hold (pinned: {pinned}); its sha256 is in the manifest from now on")
+    with written(bundle), publishing(bundle / family.name, error=BundleError) as folder:
         store = WeightFile(folder / WEIGHTS)
         graphs = {}
         for make in prepared.graphs:
@@ -70,7 +72,6 @@ def export_model(family: Family, *, variant: str, weights: str, bundle: Path, op
             files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
         )
         write_manifest(folder, manifest)
-        _publish(folder, bundle / family.name)
     return manifest
 
 
@@ -201,6 +202,17 @@ def _measured(report: Path, log: Log, model: ir.Model, graph: Graph) -> Mapping[
     return found.reasons
 
 
+@contextlib.contextmanager
+def written(bundle: Path) -> Iterator[None]:
+    """Turns a disk that cannot be written into a BundleError."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"{bundle}: cannot be written: {error.strerror or error}", hint="give another --bundle folder"
+        ) from None
+
+
 def _gate(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log) -> Parity:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="wsss-gate-") as scratch:
@@ -217,31 +229,3 @@ def _gate(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log) 
     errors = ", ".join(f"{name} {parity.worst(name).error:.1e}" for name in graph.tolerance)
     log(f"{where}: {graph.name} agrees with its reference ({errors}), {time.monotonic() - begun:.0f} s")
     return parity
-
-
-@contextlib.contextmanager
-def _unpublished(bundle: Path, name: str) -> Iterator[Path]:
-    try:
-        bundle.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=bundle))
-    except OSError as error:
-        raise BundleError(f"{bundle}: cannot be written: {error.strerror}", hint="give another --bundle folder") from None
-    try:
-        folder.chmod(0o755)  # mkdtemp makes it private; a bundle is to be read by others
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(folder: Path, target: Path) -> None:
-    if not target.exists():
-        folder.rename(target)
-        return
-    old = target.with_name(folder.name.replace(".partial-", ".old-"))
-    target.rename(old)
-    try:
-        folder.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

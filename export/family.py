@@ -41,7 +41,8 @@ class Options:
 
 
 Measure = Callable[[Feeds, Feeds, str], tuple[float, float]]
-"""(outputs, their reference, name of one) to an error without unit and the largest difference in the output's unit."""
+"""(outputs, their reference, name of one) to an error without unit and the largest difference in the output's unit. What it
+needs to recognize a tie stands in the reference under ``NAME.``, see `Graph.reference`."""
 
 
 def relative_error(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
@@ -53,10 +54,37 @@ def relative_error(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
     return float(np.linalg.norm(mine - its)) / max(scale, 1e-12), float(np.abs(mine - its).max(initial=0.0))
 
 
-def share_differing(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
-    """For outputs that name things (a label map) or count them: the share of entries that differ; the largest difference."""
-    difference = np.abs(got[name].astype(np.float64) - want[name].astype(np.float64))
-    return float((difference > 0).mean()), float(difference.max(initial=0.0))
+def gap_of_choices(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
+    """For outputs that name the largest of some values (a label map): how far the chosen values lie apart where choices differ.
+
+    The reference holds the values as ``NAME.values``, floating point (rows, choices, ...); the outputs are (rows, ...).
+
+    Returns:
+        The largest gap over the root mean square of the values, and in their unit: 0 where all choices agree, the size of a
+        rounding error where only ties differ, infinite for a choice that does not exist.
+    """
+    values = want[f"{name}.values"].astype(np.float64)
+    choices = [each[name].astype(np.int64)[:, None] for each in (got, want)]
+    if any(((each < 0) | (each >= values.shape[1])).any() for each in choices):
+        return np.inf, np.inf
+    mine, its = (np.take_along_axis(values, each, axis=1) for each in choices)
+    gap = float(np.abs(mine - its).max(initial=0.0))
+    return gap / max(float(np.sqrt(np.square(values).mean())), 1e-12), gap
+
+
+def share_impossible(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
+    """For outputs that name things: the share of entries that are none of the reference's ``NAME.options`` (options, ...),
+    which hold each entry's right name and those that are as right within rounding; the same again."""
+    share = float((want[f"{name}.options"] != got[name]).all(axis=0).mean())
+    return share, share
+
+
+def miscount(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
+    """For counts: how far they lie outside of the reference's ``NAME.range``, (2, ...) lowest and highest within rounding; over
+    the largest count, and itself."""
+    lowest, highest = want[f"{name}.range"]
+    outside = float(np.maximum(lowest - got[name], got[name] - highest).max(initial=0))
+    return max(outside, 0.0) / max(float(highest.max(initial=0)), 1.0), max(outside, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +145,15 @@ class Graph:
     """(rows, seed) to feeds in which every row differs: pixels, valid sizes, captions, boxes."""
     reference: Callable[[Feeds, Feeds], Feeds]
     """(feeds of one row, the graph's outputs for them) to what the official implementation computes at batch 1.
-    The graph's outputs are there to resolve ties alone (see ``ties``); most families ignore them."""
+    The graph's outputs are there to resolve ties alone (see ``ties``); most families ignore them. Beside the outputs it may
+    hold arrays ``NAME.WHAT`` by which the measure of output NAME tells ties from errors (`gap_of_choices`)."""
     take: Callable[[Feeds, Sequence[int]], Feeds] = take_rows
     """(feeds, row numbers) to the feeds of these rows."""
     tolerance: Mapping[str, Tolerance]
     """Per output; every output but ``ties`` must have one."""
     ties: str | None = None
-    """An int64 output holding choices between near-equal values (top-k). The reference takes the graph's choice, after
-    checking that it was a near tie, so that ranks swapped by rounding do not count as errors."""
+    """An int64 output holding choices between near-equal values (top-k) that the other outputs follow. The reference takes
+    the graph's choice, after checking that it was a near tie, so that ranks swapped by rounding do not count as errors."""
     half: InHalf | None = None
     """What changes when the graph is lowered to half precision; None: it computes in float32 always."""
     whole: bool = False

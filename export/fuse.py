@@ -6,6 +6,8 @@ as two matrices (`wsss.frame`) and the graph multiplies: ``rows @ logits @ colum
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,15 @@ from torch import Tensor, nn
 
 from ..frame import frame_for
 from ..spec import AxisRange, Preprocess, TensorSpec
-from .family import Feeds, Graph, InHalf, Tolerance, share_differing
+from .family import Feeds, Graph, InHalf, Tolerance, miscount, share_impossible
 from .precision import Fp32
 
 VOID = 255
+LOGIT_ROUNDING = 2.0**-18
+"""How far two ways of upsampling may lie apart, as a share of a mask's largest logit: both round coordinates up to 1,024 and
+sums in float32. Measured: up to 2**-21.8."""
+VALUE_ROUNDING = 4e-6
+"""The same of ``score * sigmoid(z)``, as a share of it: a few roundings to 24 bits, and a GPU's exponential."""
 PIXELS = AxisRange(1, 500, 16_384)
 """Photograph's height (or rows of a chunk of it) and width."""
 
@@ -24,7 +31,7 @@ PIXELS = AxisRange(1, 500, 16_384)
 class Fuse(nn.Module):
     """Masks of one image to a label map; the rule is `vote`.
 
-    A photograph may be fused in chunks of rows: ``label_map`` is the same to the bit, ``area`` and ``won`` add up.
+    A photograph may be fused in chunks of rows: ``label_map`` is the same, ties aside, ``area`` and ``won`` add up.
     """
 
     def __init__(self) -> None:
@@ -79,14 +86,17 @@ def fuse_graph(preprocess: Preprocess, *, logits_side: int, masks: AxisRange) ->
     @torch.inference_mode()
     def reference(feeds: Feeds, _: Feeds) -> Feeds:
         size = len(feeds["rows"]), len(feeds["columns"])
-        z = upsampled(torch.from_numpy(feeds["logits"][feeds["pick"]]), preprocess, size)
-        return fused_by_sorting(z.numpy(), feeds["score"], feeds["label"], float(feeds["margin"][0]))
+        logits, score, label, margin = feeds["logits"][feeds["pick"]], feeds["score"], feeds["label"], float(feeds["margin"][0])
+        z = upsampled(torch.from_numpy(logits), preprocess, size).numpy()
+        fused = fused_by_sorting(z, score, label, margin)
+        rounding = LOGIT_ROUNDING * np.abs(logits).max(axis=(1, 2))
+        return fused | near_ties(z, rounding, score, label, margin, fused["label_map"])
 
     def sample(picked: int, seed: int) -> Feeds:
         return sample_masks(preprocess, logits_side, masks.max, picked, seed)
 
-    label_map = Tolerance(relative=1e-4, measure=share_differing, why="pixels at the zero crossing or exactly at the margin")
-    counts = Tolerance(relative=1e-3, why="pixels at the zero crossing fall to either side by rounding")
+    label_map = Tolerance(relative=0, measure=share_impossible, why="but for pixels within rounding of the edge or the margin")
+    counts = Tolerance(relative=0, measure=miscount, why="such pixels fall to either side")
     return Graph(
         name="fuse",
         module=Fuse(),
@@ -138,6 +148,58 @@ def fused_by_sorting(z: np.ndarray, score: np.ndarray, label: np.ndarray, margin
         "area": (z > 0).sum(axis=(1, 2)),
         "won": np.bincount(order[0][owned], minlength=len(z)),
     }
+
+
+def near_ties(
+    z: np.ndarray, rounding: np.ndarray, score: np.ndarray, label: np.ndarray, margin: float, fused: np.ndarray
+) -> Feeds:
+    """What is as right as ``fused`` when each mask's logits may be off by its ``rounding``: for the gate's measures.
+
+    Args:
+        z, score, label: of N masks, as for `vote`.
+        rounding: (N,) in the logits' unit.
+        fused: (H, W) uint8, the label map without rounding.
+
+    Returns:
+        ``label_map.options`` (M, H, W) uint8: ``fused``, and with other labels where these are possible;
+        ``area.range`` and ``won.range`` (2, N) int64: the lowest and highest counts.
+    """
+
+    def worth(z: np.ndarray) -> np.ndarray:
+        return np.where(z > 0, score[:, None, None] / (1 + np.exp(-z.astype(np.float64))), 0)
+
+    least = worth(z - rounding[:, None, None]) * (1 - VALUE_ROUNDING)  # (N, H, W)
+    most = worth(z + rounding[:, None, None]) * (1 + VALUE_ROUNDING)
+    names, of_name = np.unique(label, return_inverse=True)
+    least_of, most_of = (np.stack([each[of_name == n].max(axis=0) for n in range(len(names))]) for each in (least, most))
+    rival_least, rival_most = _largest_of_others(least_of), _largest_of_others(most_of)  # (names, H, W)
+    may_own = (most_of > 0) & (rival_least <= (1 - margin) * most_of)
+    must_own = (least_of > 0) & (rival_most < (1 - margin) * least_of)
+    # A label's lowest value where it is claimed at all: at the edge a mask is worth nothing or half its score.
+    lowest = np.where(most > 0, np.where(least > 0, least, score[:, None, None] / 2), np.inf)
+    lowest_of = np.stack([lowest[of_name == n].min(axis=0) for n in range(len(names))])
+    lowest_of = np.where(least_of > 0, least_of, lowest_of)
+    may_be_contested = np.zeros(fused.shape, bool)
+    for best, other in permutations(range(len(names)), 2):
+        near = (most_of[other] > (1 - margin) * lowest_of[best]) & (lowest_of[other] <= most_of[best])
+        may_be_contested |= near & (most_of[best] >= least_of.max(axis=0))
+    options = [fused, np.where(least_of.max(axis=0) == 0, 0, fused), np.where(may_be_contested, VOID, fused)]
+    options += [np.where(may_own[n], name, fused) for n, name in enumerate(names)]
+    may_win = may_own[of_name] & (most > 0) & (most >= least_of[of_name])
+    must_win = np.zeros_like(may_win)
+    for n in range(len(names)):
+        must_win[of_name == n] = must_own[n] & (least[of_name == n] > _largest_of_others(most[of_name == n]))
+    return {
+        "label_map.options": np.stack(options).astype(np.uint8),
+        "area.range": np.stack([(each > 0).sum(axis=(1, 2)) for each in (least, most)]),
+        "won.range": np.stack([each.sum(axis=(1, 2)) for each in (must_win, may_win)]),
+    }
+
+
+def _largest_of_others(values: np.ndarray) -> np.ndarray:
+    """For each of (N, ...) values, none negative, the largest of the N - 1 others; 0 where there is none."""
+    second, first = np.sort(np.concatenate([np.zeros_like(values[:1]), values]), axis=0)[-2:]
+    return np.where(values == first, second, first)
 
 
 def sample_masks(preprocess: Preprocess, logits_side: int, most: int, picked: int, seed: int) -> Feeds:

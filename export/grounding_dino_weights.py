@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
 from torch import Tensor
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
+from ..documents import parse_json, read_bytes
 from ..errors import WeightsError
 from .weights import (
     Download,
@@ -103,24 +104,41 @@ def seeded(build: Callable[[], GroundingDinoForObjectDetection], seed: int) -> G
     return model.eval()
 
 
+_COMPARED: tuple[tuple[str | None, tuple[str, ...]], ...] = (
+    ("backbone_config", ("model_type", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "out_indices")),
+    ("text_config", ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")),
+    (None, ("d_model", "num_queries", "num_feature_levels", "encoder_layers", "decoder_layers", "encoder_ffn_dim")),
+    (None, ("encoder_attention_heads", "decoder_attention_heads", "two_stage", "embedding_init_target", "max_text_len")),
+    (None, ("layer_norm_eps", "positional_embedding_temperature", "activation_function", "position_embedding_type")),
+)
+"""Settings that do not show in the shapes of weights, by the part of the configuration they stand in."""
+MAX_CONFIG = 1 << 20
+"""Bytes; the published ones have ten thousand."""
+
+
 def _check_config(path: Path, own: GroundingDinoConfig, what: str) -> None:
+    hint = "take the config.json that was published with the weights"
+    data = read_bytes(path, hint=hint, error=WeightsError, max_bytes=MAX_CONFIG)
+    found = parse_json(data, str(path), hint=hint, error=WeightsError)
+    # Only what is compared: a configuration of its own makes lists as long as any number in it says.
+    kept: dict[str, Any] = {}
+    for part, names in _COMPARED:
+        values = found if part is None or not isinstance(found, dict) else found.get(part) or {}
+        if not isinstance(values, dict):
+            raise WeightsError(f"{path}: expected the configuration of a Grounding-DINO, got {values!r:.80}", hint=hint)
+        own_part = {name: values[name] for name in (*names, "out_features") if name in values}
+        kept |= own_part if part is None else {part: own_part} if values else {}
     try:
-        told = GroundingDinoConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path}: expected the configuration of a Grounding-DINO, {error}") from None
+        told = GroundingDinoConfig.from_dict(kept)
+    except Exception as error:  # transformers raises its own classes, and whatever a wrong type leads to
+        raise WeightsError(f"{path}: expected the configuration of a Grounding-DINO: {error!s:.200}", hint=hint) from None
     faults = []
-    for part, names in (
-        ("backbone_config", ("model_type", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "out_indices")),
-        ("text_config", ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")),
-        (None, ("d_model", "num_queries", "num_feature_levels", "encoder_layers", "decoder_layers", "encoder_ffn_dim")),
-        (None, ("encoder_attention_heads", "decoder_attention_heads", "two_stage", "embedding_init_target", "max_text_len")),
-        (None, ("layer_norm_eps", "positional_embedding_temperature", "activation_function", "position_embedding_type")),
-    ):
+    for part, names in _COMPARED:
         for name in names:
             want, have = (getattr(getattr(each, part) if part else each, name, None) for each in (own, told))
             want, have = (list(each) if isinstance(each, tuple) else each for each in (want, have))
             if want != have:
-                faults.append(f"{part + '.' if part else ''}{name} {have} instead of {want}")
+                faults.append(f"{part + '.' if part else ''}{name} {have!s:.80} instead of {want}")
     if faults:
         raise WeightsError(f"{path}: not the configuration of {what}: {'; '.join(faults[:4])}", hint="check --variant")
 

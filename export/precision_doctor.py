@@ -148,6 +148,7 @@ def diagnose(
     half: Half = "fp16",
     float16: AbstractSet[str] = frozenset(),
     choices: Sequence[str] = (),
+    ties: Callable[[Feeds, Feeds], Feeds] = lambda feeds, outputs: {},
     runs: int = 200,
     threads: int = 0,
     log: Callable[[str], None] = lambda line: None,
@@ -161,6 +162,7 @@ def diagnose(
         half: fp16 or bf16.
         float16: inputs and outputs that are float16 by contract.
         choices: outputs of a TopK, see `half_arithmetic.Rounding`.
+        ties: (one of ``feeds``, the float32 graph's outputs) to what else the measures of ``tolerance`` look for in a reference.
         runs: trials of the whole graph at most; where they end, what was found so far is taken, and is not the smallest.
         threads: of ONNX Runtime, 0 for all cores.
         log: told of the progress.
@@ -171,7 +173,8 @@ def diagnose(
     plan = Plan(source, half)
     feeds = [_rounded_inputs(each, float16) for each in feeds]
     io = {str(value.name): "float16" if value.name in float16 else "float32" for value in _ends(plan)}
-    facts, reference = examine(plan, feeds, threads)
+    facts, outputs = examine(plan, feeds, threads)
+    reference = [{**ties(each, its), **its} for each, its in zip(feeds, outputs, strict=True)]
     work = count(clone(plan.model), feeds[0])
     with Rounding(plan, io, choices, threads) as rounding:
         trials = _Trials(
@@ -210,7 +213,7 @@ def examine_graph(graph: Graph, model: ir.Model, *, rows: int = 3, log: Callable
         feeds = [graph.take(sample, [row]) for row in range(rows)]
     float16 = {spec.name for spec in (*graph.inputs, *graph.outputs) if spec.dtype == "float16"}
     choices = (graph.ties,) if graph.ties else ()
-    return diagnose(model, feeds, graph.tolerance, float16=float16, choices=choices, log=log)
+    return diagnose(model, feeds, graph.tolerance, float16=float16, choices=choices, ties=graph.reference, log=log)
 
 
 class _Trials:
@@ -253,7 +256,7 @@ class _Trials:
     def cost(self, keep: frozenset[str]) -> float:
         """Largest error over its tolerance; infinite where an output is no number. Not above `AIM` holds."""
         costs = [
-            max(error / allowed.relative if math.isfinite(error) else math.inf, worst / (allowed.absolute or math.inf))
+            max(_share_used(error, allowed.relative), worst / (allowed.absolute or math.inf))
             for (error, worst), allowed in zip(self.errors(keep).values(), self._tolerance.values(), strict=True)
         ]
         return math.inf if any(math.isnan(cost) for cost in costs) else max(costs)
@@ -376,6 +379,12 @@ class _Search:
             else:
                 waiting += _parts(sorted(group, key=self.order.__getitem__), 2)
         return keep
+
+
+def _share_used(error: float, allowed: float) -> float:
+    if not math.isfinite(error) or allowed == 0 < error:
+        return math.inf
+    return error / allowed if error else 0.0
 
 
 def _prefix(costs: Mapping[frozenset[str], float]) -> list[frozenset[str]]:

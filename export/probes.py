@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
+from ..engines.ort_library import SILENT, onnxruntime
 from ..errors import WsssError
 from .precision import name_nodes, settle
 
@@ -94,7 +94,7 @@ class Session:
         # main path would run after all of it: 40 nodes in a row, each measured, hold 49 tensors at once, so 7.
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = SILENT
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = tuple(each.name for each in self._session.get_inputs())
         self.outputs = tuple(each.name for each in self._session.get_outputs())

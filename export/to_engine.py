@@ -7,10 +7,8 @@ will run the engine; TensorRT-RTX builds anywhere, ahead of time, for a set of c
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +19,7 @@ from typing import Any
 
 from ..engines.plan import Gpu, find_gpus, reasons_against, tensorrt_module, weights_sha256
 from ..errors import BundleError, WsssError
+from ..files import write_atomically
 from ..spec import AxisRange, Flavour, GraphSpec, Model, PlanSpec, TensorSpec, sha256_of, write_manifest
 from .deformable_plugin import PLUGIN, VERSIONS, plugin_called
 from .weights import cache_folder
@@ -136,9 +135,9 @@ def _build(trt: ModuleType, model: Model, spec: GraphSpec, options: BuildOptions
             hint=f"--workspace {2 * options.workspace_mib} (MiB) gives its layers more memory; a smaller --batch needs less",
         )
     if cache is not None:
-        _write_atomically(cache, config.get_timing_cache().serialize())
+        _write(cache, config.get_timing_cache().serialize())
     path = model.folder / f"{Path(spec.file).stem}.{options.flavour}.plan"
-    _write_atomically(path, serialized)
+    _write(path, serialized)
     return PlanSpec(
         file=path.name,
         sha256=sha256_of(path),
@@ -302,19 +301,11 @@ def _cancelled_by_ctrl_c() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _write_atomically(path: Path, data: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(path: Path, data: Any) -> None:
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
     except OSError as error:
-        with contextlib.suppress(OSError, UnboundLocalError):
-            temporary.unlink()
         raise BundleError(
             f"{path}: cannot be written: {error.strerror}", hint="give a --bundle folder you may write to"
         ) from None

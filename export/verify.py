@@ -45,6 +45,16 @@ def _gate_rows(graph: Graph, engine: Engine, sizes: list[int], where: str) -> li
     known: dict[tuple[int, bytes], Feeds] = {}
     alone: dict[int, Feeds] = {}
     verdict: list[ParityRow] = []
+
+    def wanted(row: int, one: Feeds, found: Feeds, batch: int) -> Feeds:
+        key = (row, found[graph.ties].tobytes() if graph.ties else b"")
+        if key not in known:
+            try:
+                known[key] = graph.reference(one, found)
+            except ParityError as error:  # a choice that was no near tie
+                raise ParityError(f"{where}: row {row} of batch {batch}: {error.message}") from None
+        return known[key]
+
     for batch in sizes:
         # Copied: the memory is the engine's, and it runs again below.
         found = {name: np.array(value) for name, value in engine(graph.take(feeds, range(batch))).items()}
@@ -54,16 +64,15 @@ def _gate_rows(graph: Graph, engine: Engine, sizes: list[int], where: str) -> li
             mine = {name: value[row : row + 1] for name, value in found.items()}
             if row not in alone:
                 alone[row] = mine if batch == 1 else {name: np.array(value) for name, value in engine(one).items()}
-            key = (row, mine[graph.ties].tobytes() if graph.ties else b"")
-            if key not in known:
-                try:
-                    known[key] = graph.reference(one, mine)
-                except ParityError as error:  # a choice that was no near tie
-                    raise ParityError(f"{where}: row {row} of batch {batch}: {error.message}") from None
-            rows += _compare(graph.tolerance, mine, known[key], batch=batch, row=row, against="reference", where=where)
-            same_choice = graph.ties is None or np.array_equal(mine[graph.ties], alone[row][graph.ties])
-            if same_choice and batch > 1:
-                rows += _compare(graph.tolerance, mine, alone[row], batch=batch, row=row, against="alone", where=where)
+            want, its = wanted(row, one, mine, batch), alone[row]
+            rows += _compare(graph.tolerance, mine, want, batch=batch, row=row, against="reference", where=where)
+            if batch == 1:
+                continue
+            if graph.ties is None or np.array_equal(mine[graph.ties], its[graph.ties]):
+                want = {**want, **its}  # and what the measures of ties need
+                rows += _compare(graph.tolerance, mine, want, batch=batch, row=row, against="alone", where=where)
+            else:  # near ties chosen otherwise make other outputs: the row alone is held to a reference of its own
+                _compare(graph.tolerance, its, wanted(row, one, its, 1), batch=1, row=row, against="reference", where=where)
         verdict += _worst(rows)
     return verdict
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
+import http.client
 import os
-import pickle
 import sys
+import tempfile
+import time
 import urllib.error
 import urllib.request
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .. import checkpoints
 from ..errors import WeightsError
+from ..files import sync_folder
 from ..spec import sha256_of
 
 
@@ -28,11 +32,18 @@ class Download:
 
     url: str
     sha256: str
-    """Whole or leading hex digits, as far as the publisher gives them."""
+    """Whole or leading hex digits, as far as the publisher gives them; empty where there are none."""
 
     @property
     def file(self) -> str:
         return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def pinned(self) -> str:
+        """How far its contents are known before it is downloaded, for the manifest: ``sha256`` where they are."""
+        if len(self.sha256) == 64:
+            return "sha256"
+        return f"{len(self.sha256)} of 64 digits of its sha256" if self.sha256 else "no"
 
 
 MINI_WEIGHTS = Path(__file__).resolve().parents[1] / "mini" / "weights"
@@ -85,30 +96,71 @@ def cache_folder() -> Path:
 
 
 def download(what: Download, *, model: str) -> Path:
-    """Fetches a checkpoint into the cache, checked by hash, published whole or not at all."""
+    """A checkpoint in the cache, fetched unless it lies there; the file is hashed each time, and published whole or not at all.
+
+    Raises:
+        WeightsError: it cannot be fetched whole, or has another sha256. Says how to bring the file by hand.
+    """
     target = cache_folder() / what.file
-    if target.is_file():
-        return target
-    partial = target.with_suffix(target.suffix + ".part")
     bring = f"bring {what.file} by hand from {what.url} and run: wsss export --model {model} --weights {what.file}"
-    digest = hashlib.sha256()
     try:
+        if target.is_file() and sha256_of(target).startswith(what.sha256):
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(what.url, timeout=30) as answer, partial.open("wb") as file:
-            total, done = int(answer.headers.get("Content-Length") or 0), 0
-            while block := answer.read(1 << 20):
-                file.write(block)
-                digest.update(block)
-                done += len(block)
-                _show_progress(what.file, done, total)
-    except (OSError, urllib.error.URLError) as error:
-        partial.unlink(missing_ok=True)
+        _sweep(target)
+        with _partial(target) as partial:
+            _fetch(what, partial)
+            if not (got := sha256_of(partial)).startswith(what.sha256):
+                raise WeightsError(f"{what.file}: downloaded with sha256 {got}, expected {what.sha256}", hint=bring)
+            partial.replace(target)
+        sync_folder(target.parent)
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: an address or a header that is none
         raise WeightsError(f"{what.file}: cannot be downloaded from {what.url}: {error}", hint=bring) from None
-    if not digest.hexdigest().startswith(what.sha256):
-        partial.unlink(missing_ok=True)
-        raise WeightsError(f"{what.file}: downloaded with sha256 {digest.hexdigest()}, expected {what.sha256}", hint=bring)
-    partial.replace(target)
     return target
+
+
+def _fetch(what: Download, partial: Path) -> None:
+    with urllib.request.build_opener(_OnlyHttps).open(what.url, timeout=30) as answer, partial.open("wb") as file:
+        total, done = int(answer.headers.get("Content-Length") or 0), 0
+        while block := answer.read(1 << 20):
+            file.write(block)
+            done += len(block)
+            _show_progress(what.file, done, total)
+        file.flush()
+        os.fsync(file.fileno())
+    if total and done != total:
+        raise OSError(f"it ended after {done:,} of {total:,} bytes")
+
+
+class _OnlyHttps(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection from https to anything else."""
+
+    def redirect_request(self, req: urllib.request.Request, *answer: Any) -> urllib.request.Request | None:
+        url = answer[-1]
+        if req.type == "https" and not url.startswith("https:"):
+            raise urllib.error.URLError(f"it leads to an address without https: {url}")
+        return super().redirect_request(req, *answer)
+
+
+@contextlib.contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """A new file beside ``target``, under a name of its own: two processes may fetch the same. Deleted at the end."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    os.close(handle)
+    path = Path(name)
+    try:
+        path.chmod(0o644)  # mkstemp makes it private; a cache may be shared
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _sweep(target: Path) -> None:
+    """Deletes what killed downloads of this file left, a day ago or more: one that goes on still writes to it."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 86_400:
+                path.unlink()
 
 
 def _show_progress(file: str, done: int, total: int) -> None:
@@ -131,22 +183,18 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             if (path / name).is_file():
                 return read_checkpoint(path / name)
         raise WeightsError(
-            f"{path}: expected a folder with model.safetensors, found {sorted(p.name for p in path.iterdir())[:8]}"
+            f"{path}: expected a folder with model.safetensors, found {sorted(p.name for p in path.iterdir())[:8]}",
+            hint="give the file of weights itself",
         )
-    bring = "the file is damaged or no checkpoint; fetch it again"
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        told = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"{path}: cannot be read as a checkpoint: {first}", hint=bring) from None
+    found: Any = checkpoints.read_checkpoint(path)
     for key in ("model", "state_dict"):
-        if isinstance(told, dict) and isinstance(told.get(key), dict):
-            told = told[key]
-    if not isinstance(told, dict) or not told or not all(isinstance(value, Tensor) for value in told.values()):
-        raise WeightsError(f"{path}: expected a state dict of tensors, got {type(told).__name__}", hint=bring)
-    return told
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not found or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
+        raise WeightsError(
+            f"{path}: expected a state dict of tensors, got {type(found).__name__}", hint="the file is no checkpoint of a model"
+        )
+    return dict(found)
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, path: Path, what: str, assign: bool = False) -> None:

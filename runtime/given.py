@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from ..batch import MOST_BOXES, Boxes, Images, Labels
+from ..batch import MOST_BOXES, Boxes, Images, Labels, Photograph
 from ..classes import ClassList
+from ..documents import read_json
 from ..errors import WsssError
+from .given_boxes import Annotation, GivenBox, place
+from .given_forms import open_boxes
+from .given_names import ClassNames, Entries, image_key, listed, stem_of
+
+Warn = Callable[[str], None]
+_LABELS = '{"a/dog.jpg": ["dog"]}'
+_TWINS = (
+    "name annotations a/dog.jpg.xml for a/dog.jpg, in folders as the photographs are, or say which in <filename> and <folder>"
+)
 
 
 class GivenLabels:
@@ -23,29 +29,42 @@ class GivenLabels:
 
     Args:
         path: JSON, image name to a list of class names: ``{"a/dog.jpg": ["dog"]}``.
+        ignore_unknown: leave out names that are not in the list instead of refusing the file.
+
+    Raises:
+        WsssError: the file is of another form, or names a class that is not in the list.
     """
 
-    def __init__(self, path: Path, classes: ClassList) -> None:
-        told = _read_json(path, "--labels")
-        if not isinstance(told, dict) or not all(isinstance(v, list) for v in told.values()):
-            raise WsssError(
-                f"--labels {path}: expected a JSON object of image names to lists of class names", hint='{"a/dog.jpg": ["dog"]}'
-            )
-        self._path = path
-        self._present = {
-            name: [_label(classes, str(each), f"--labels {path}: {name}") for each in each_list]
-            for name, each_list in told.items()
-        }
-        self._classes = len(classes.names)
+    def __init__(self, path: Path, classes: ClassList, *, ignore_unknown: bool = False) -> None:
+        where = f"--labels {path}"
+        document = read_json(path, where=where, hint=_LABELS)
+        if not isinstance(document, dict) or not all(isinstance(names, list) for names in document.values()):
+            raise WsssError(f"{where}: expected a JSON object of image names to lists of class names", hint=_LABELS)
+        known = ClassNames(classes, ignore_unknown=ignore_unknown)
+        self._path, self._classes = path, len(known)
+        self._entries = Entries(document, str(path))
+        self._present: dict[str, list[int]] = {}
+        self.ignored: Counter[str] = Counter()
+        """Names that were left out, and how often."""
+        for image, names in document.items():
+            found = [(name, known.find(name, f"{where}: {image}")) for name in names]
+            self._present[image] = [label for _, label in found if label is not None]
+            self.ignored.update(name for name, label in found if label is None)
+        _check_ignored(self.ignored, any(self._present.values()), where, classes)
 
-    def missing(self, name: str) -> str | None:
-        """Why this image cannot be labelled, or None."""
-        return None if name in self._present else f"{name}: has no entry in {self._path}"
+    def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> WsssError | None:
+        """Why this image cannot be labelled, or None. ``twins``: photographs of the run with the same stem, itself too."""
+        if (entry := self._entries.find(photo.name)) is None:
+            return self._entries.missing(photo.name)
+        sharing = [name for name in twins if self._entries.find(name) == entry]
+        return _ambiguous(f"{self._path}: {entry}", sharing, "rename one of them") if len(sharing) > 1 else None
 
     def __call__(self, images: Images) -> Labels:
         score = np.zeros((len(images), self._classes), np.float32)
         for row, photo in enumerate(images):
-            score[row, [label - 1 for label in self._present[photo.name]]] = 1
+            entry = self._entries.find(photo.name)
+            assert entry is not None  # `missing` was asked
+            score[row, [label - 1 for label in self._present[entry]]] = 1
         return Labels(score, score > 0)
 
 
@@ -53,142 +72,106 @@ class GivenBoxes:
     """Boxes from files instead of Grounding-DINO; what the tags say does not matter to them.
 
     Args:
-        path: a folder of PASCAL VOC XML files named as the images, or a JSON file: image name to a list of
-            ``{"label": "dog", "xyxy": [x0, y0, x1, y1], "score": 0.9}`` in pixels, or a store's ``manifest.jsonl``.
+        path: in any form of `open_boxes`.
+        ignore_unknown: leave out boxes of classes that are not in the list instead of failing their image.
+        threshold: leave out boxes of a lower score; None takes all.
+        warn: told of boxes that were left out, cut, sorted, or whose frame had to be assumed.
+
+    Raises:
+        WsssError: as `open_boxes`.
     """
 
-    def __init__(self, path: Path, classes: ClassList) -> None:
-        self._path, self._classes = path, classes
-        self._told: Mapping[str, list[dict[str, Any]]] | None = None
-        if path.is_file():
-            self._told = _boxes_file(path)
-        elif not path.is_dir():
-            raise WsssError(
-                f"--boxes {path}: no such file or folder", hint="a folder of VOC XML files, a JSON file, or a manifest.jsonl"
-            )
+    def __init__(
+        self,
+        path: Path,
+        classes: ClassList,
+        *,
+        ignore_unknown: bool = False,
+        threshold: float | None = None,
+        warn: Warn = lambda message: None,
+    ) -> None:
+        self._warn, self._threshold = warn, threshold or 0.0
+        self._classes = ClassNames(classes, ignore_unknown=ignore_unknown)
+        self._source = open_boxes(path)
+        self.ignored: Counter[str] = Counter()
+        """Names that are left out, and how many boxes they have, over all annotations."""
+        if ignore_unknown:
+            self._count_ignored(f"--boxes {path}", classes)
 
-    def missing(self, name: str) -> str | None:
-        """Why this image cannot be labelled, or None."""
+    def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> WsssError | None:
+        """Why this image cannot be labelled, or None. ``twins``: photographs of the run with the same stem, itself too."""
         try:
-            self._of(name)
+            annotation, _, _ = self._of(photo)
         except WsssError as error:
-            return f"{name}: {error.message}"
-        return None
+            return error
+        key = self._source.find(photo.name)
+        sharing = [name for name in twins if self._source.find(name) == key]
+        if len(sharing) < 2 or (owner := _owner(annotation, sharing)) == photo.name:
+            return None
+        if owner:
+            return WsssError(f"{annotation.where}: is the annotation of {owner}, as it says itself", hint=_TWINS)
+        return _ambiguous(annotation.where, sharing, _TWINS)
 
     def __call__(self, images: Images, labels: Labels) -> Boxes:
         parts = [Boxes.none()]
         for row, photo in enumerate(images):
-            told = self._of(photo.name)
-            if not told:
-                continue
-            height, width = photo.shape
-            xyxy = np.array([each["xyxy"] for each in told], np.float32).clip(0, [width, height, width, height])
-            solid = (xyxy[:, 2] > xyxy[:, 0]) & (xyxy[:, 3] > xyxy[:, 1])
-            found = Boxes(
-                xyxy,
-                np.array([each.get("score", 1.0) for each in told], np.float32),
-                np.array([_label(self._classes, each["label"], f"--boxes: {photo.name}") for each in told], np.int64),
-                np.full(len(told), row, np.int64),
-            )
-            parts.append(found.keep(solid))
+            annotation, boxes, notes = self._of(photo)
+            for note in notes:
+                self._warn(f"{photo.name}: {note}")
+            if boxes:
+                found = Boxes(
+                    np.array([box.xyxy for box in boxes], np.float32),
+                    np.array([box.score for box in boxes], np.float32),
+                    np.array([self._classes.find(box.name, annotation.where) for box in boxes], np.int64),
+                    np.full(len(boxes), row, np.int64),
+                )
+                parts.append(found)
         return Boxes.join(parts)
 
-    def _of(self, name: str) -> list[dict[str, Any]]:
-        if self._told is None:
-            path = self._path / PurePosixPath(name).with_suffix(".xml")
-            flat = self._path / (PurePosixPath(name).stem + ".xml")
-            boxes = read_voc_xml(path if path.is_file() else flat)
-        elif name in self._told:
-            boxes = self._told[name]
-        else:
-            raise WsssError(f"has no entry in {self._path}")
+    def _of(self, photo: Photograph) -> tuple[Annotation, list[GivenBox], list[str]]:
+        """A photograph's annotation, its boxes in pixels of the photograph, and what there is to say of them."""
+        if (key := self._source.find(photo.name)) is None:
+            raise self._source.missing(photo.name)
+        annotation = self._source.read(key)
+        known = [box for box in annotation.boxes if self._classes.find(box.name, annotation.where) is not None]
+        strong = [box for box in known if box.score >= self._threshold]
+        boxes, notes = place(replace(annotation, boxes=strong), photo)
         if len(boxes) > MOST_BOXES:
-            raise WsssError(f"has {len(boxes)} boxes in {self._path}, an image may have {MOST_BOXES}")
-        for each in boxes:
-            check_box(each, f"{self._path}: {name}")
-            _label(self._classes, each["label"], f"{self._path}: {name}")
-        return boxes
-
-
-def given_hash(path: Path) -> str:
-    """SHA-256 of what ``--labels`` or ``--boxes`` names: a file, or the XML files of a folder with their names.
-
-    Raises:
-        WsssError: it cannot be read.
-    """
-    total = hashlib.sha256()
-    try:
-        for each in sorted(path.rglob("*.xml")) if path.is_dir() else [path]:
-            name = os.fsencode(each.relative_to(path)) if path.is_dir() else b""
-            total.update(b"%d %s%d " % (len(name), name, each.stat().st_size) + each.read_bytes())
-    except OSError as error:
-        raise WsssError(f"{path}: cannot be read: {error.strerror}") from None
-    return total.hexdigest()
-
-
-def read_voc_xml(path: Path) -> list[dict[str, Any]]:
-    """Boxes of a PASCAL VOC annotation: 1-based inclusive corners become 0-based, the far ones exclusive."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise WsssError(
-            f"{path}: cannot be read: {error.strerror}", hint="--boxes wants one XML file an image, of its name"
-        ) from None
-    if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
-        raise WsssError(f"{path}: declares entities, which a VOC annotation never does")
-    try:
-        boxes = []
-        for thing in ElementTree.fromstring(data).iter("object"):
-            corners = [float(thing.findtext(f"bndbox/{side}") or "missing") for side in ("xmin", "ymin", "xmax", "ymax")]
-            boxes.append(
-                {"label": (thing.findtext("name") or "").strip(), "xyxy": [corners[0] - 1, corners[1] - 1, *corners[2:]]}
+            raise WsssError(
+                f"{annotation.where}: {len(boxes)} boxes, an image may have {MOST_BOXES}", hint="keep those of the highest scores"
             )
-    except (ElementTree.ParseError, ValueError) as error:
-        raise WsssError(f"{path}: not a VOC annotation: {error}") from None
-    return boxes
+        return annotation, boxes, notes
+
+    def _count_ignored(self, where: str, classes: ClassList) -> None:
+        known = False
+        for key in self._source.all_keys():
+            try:
+                annotation = self._source.read(key)
+            except WsssError:  # its image, if there is one, will say it
+                continue
+            unknown = [box.name for box in annotation.boxes if self._classes.find(box.name, annotation.where) is None]
+            known |= len(unknown) < len(annotation.boxes)
+            self.ignored.update(unknown)
+        _check_ignored(self.ignored, known, where, classes)
 
 
-def check_box(box: object, where: str) -> None:
-    """Raises WsssError unless ``box`` is ``{"label": str, "xyxy": four finite numbers, "score": 0..1 or absent}``."""
-    good = (
-        isinstance(box, dict)
-        and isinstance(box.get("label"), str)
-        and isinstance(box.get("xyxy"), list)
-        and len(box["xyxy"]) == 4
-    )
-    numbers = [*box["xyxy"], box.get("score", 1.0)] if good and isinstance(box, dict) else [None]
-    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
+def _owner(annotation: Annotation, sharing: Sequence[str]) -> str | None:
+    """The photograph that an annotation names, of those that it may be of; None where it does not tell."""
+    filename = image_key(annotation.filename)
+    named = [name for name in sharing if filename in ("", stem_of(name), image_key(name).rpartition("/")[2])]
+    if len(named) > 1 and annotation.folder:
+        folder = image_key(annotation.folder)
+        named = [name for name in named if image_key(name).rpartition("/")[0].rpartition("/")[2] == folder]
+    return named[0] if len(named) == 1 else None
+
+
+def _ambiguous(where: str, sharing: Sequence[str], hint: str) -> WsssError:
+    return WsssError(f"{where}: of {len(sharing)} photographs, and only one can be meant: {listed(sharing, 4)}", hint=hint)
+
+
+def _check_ignored(ignored: Counter[str], any_known: bool, where: str, classes: ClassList) -> None:
+    if ignored and not any_known:
         raise WsssError(
-            f"{where}: expected a box, got {box!r}", hint='{"label": "dog", "xyxy": [48, 240, 195, 371], "score": 0.9}'
+            f"{where}: none of its classes is in this run's list: {listed(list(ignored))}",
+            hint=f"--ignore-unknown would leave out everything; --classes has {listed(classes.names)}",
         )
-    if not 0 <= float(numbers[-1] or 0) <= 1:
-        raise WsssError(f"{where}: expected a score in 0..1, got {numbers[-1]}")
-
-
-def _boxes_file(path: Path) -> dict[str, list[dict[str, Any]]]:
-    if path.suffix != ".jsonl":
-        told = _read_json(path, "--boxes")
-    else:
-        try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            told = {line["path"]: line["boxes"] for line in lines if "boxes" in line}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WsssError(f"--boxes {path}: not the manifest of a label store: {error}") from None
-    if not isinstance(told, dict) or not all(isinstance(value, list) for value in told.values()):
-        raise WsssError(f"--boxes {path}: expected a JSON object of image names to lists of boxes")
-    return told
-
-
-def _read_json(path: Path, flag: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WsssError(f"{flag} {path}: expected a JSON file: {error}") from None
-
-
-def _label(classes: ClassList, name: str, where: str) -> int:
-    if name not in classes.names:
-        raise WsssError(
-            f"{where}: the class {name!r} is not in this run's list: {', '.join(classes.names)}", hint="check --classes"
-        )
-    return classes.names.index(name) + 1

@@ -7,8 +7,9 @@ import os
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
@@ -18,11 +19,17 @@ from PIL import Image
 from ..batch import Photograph
 from ..errors import ImageError
 from ..frame import Frame
-from ..photographs import SUFFIXES
+from ..photographs import SUFFIXES, USUAL_SUFFIXES
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _LONGEST_NAME = 255
 """Bytes of a file's name on most file systems."""
+_LONGEST_ENDING = 12
+"""Characters of what counts as a file's ending."""
+_MOST_ENDINGS = 100
+"""Counted apart; the files of any further ones are counted as ``other``."""
+SIDECARS = (".xml", ".txt", ".json", ".jsonl", ".csv", ".yaml", ".yml", ".md")
+"""Endings of files that lie beside images and are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +42,53 @@ class Found:
     """Size and etag, where the listing told them."""
 
 
+@dataclass(slots=True)
+class LeftOut:
+    """What a place holds beside the images that its listing gives. Hidden files and folders do not count."""
+
+    files: Counter[str] = field(default_factory=Counter)
+    """Files that are not taken, by their ending in lower case, ``none`` or ``other``."""
+    links: list[str] = field(default_factory=list)
+    """Links to folders."""
+    folders: dict[str, str] = field(default_factory=dict)
+    """Sub-folders that cannot be read, and why."""
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.files.clear()
+        self.links.clear()
+        self.folders.clear()
+
+    def count(self, name: str) -> None:
+        """Counts a file that is not taken."""
+        ending = PurePosixPath(name).suffix.lower() or "none"
+        known = (
+            ending.isprintable() and len(ending) <= _LONGEST_ENDING and (ending in self.files or len(self.files) < _MOST_ENDINGS)
+        )
+        self.files[ending if known else "other"] += 1
+
+
+def describe_left_out(files: Mapping[str, int]) -> str:
+    """The counts of `LeftOut.files` in words, most frequent first, sidecars together at the end."""
+    words = {"none": "without an ending", "other": "with other endings"}
+    told = sorted(
+        ((count, ending) for ending, count in files.items() if ending not in SIDECARS), key=lambda each: (-each[0], each[1])
+    )
+    parts = [f"{count} {words.get(ending, ending)}" for count, ending in told[:6]]
+    if rest := sum(count for count, _ in told[6:]):
+        parts.append(f"{rest} others")
+    if beside := {ending: files[ending] for ending in SIDECARS if ending in files}:
+        parts.append(f"{sum(beside.values())} of {' '.join(beside)}")
+    return ", ".join(parts)
+
+
 class Listing(Protocol):
     """Images by name, order of code points; may be gone through again and again."""
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What there is beside the images, as far as they were gone through the last time."""
+        ...
 
     @property
     def path(self) -> object:
@@ -54,13 +106,13 @@ class Folder:
         path: the folder or file.
         leave_out: a folder that is not entered: the label store, whose labels are no photographs.
         shard: (I, N): of N shares of the images, the I-th; each image is in one, whatever else is in the folder.
-        warn: told of links to folders, which are not followed.
+        left_out: filled while the images are gone through. Links to folders are not followed.
     """
 
     path: Path
     leave_out: Path | None = None
     shard: tuple[int, int] | None = None
-    warn: Callable[[str], None] = lambda message: None
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
 
     def __iter__(self) -> Iterator[Found]:
         """The images by name (order of code points), hidden files and folders left out.
@@ -68,13 +120,16 @@ class Folder:
         One folder's names are in memory at a time, those above it too. Labels are named folder by folder.
 
         Raises:
-            ImageError: no such folder, or a sub-folder that cannot be read.
+            ImageError: no such folder, or it cannot be read; sub-folders that cannot be read are noted in ``left_out``.
         """
-        if self.path.is_file():
+        self.left_out.clear()
+        if os.path.isfile(self.path):  # unlike those of pathlib, never raises
             return iter([Found(self.path.name, label_names([self.path.name])[self.path.name])])
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):
+            found = "something else" if os.path.lexists(self.path) else "nothing"
             raise ImageError(
-                f"{self.path}: expected a folder of images, found nothing", hint="wsss label IMAGES takes a folder or an image"
+                f"{self.path}: expected a folder of images, found {found}",
+                hint="wsss label IMAGES takes a folder, an image, or a list of images that ends in .txt" + _similar(self.path),
             )
         return (found for found in self._walk("", False) if is_of_shard(found.name, self.shard))
 
@@ -103,10 +158,25 @@ class Folder:
                     elif Path(entry.name).suffix.lower() in SUFFIXES:
                         files.append(entry.name)
                     elif entry.is_symlink() and Path(entry.path).is_dir():
-                        self.warn(f"left out: {prefix}{entry.name}: a link to a folder; label that folder itself")
+                        self.left_out.links.append(prefix + entry.name)
+                    elif is_of_shard(prefix + entry.name, self.shard):
+                        self.left_out.count(entry.name)
         except OSError as error:
-            raise ImageError(f"{error.filename}: cannot be read: {error.strerror}") from None
+            if not prefix:
+                raise ImageError(
+                    f"{self.path}: cannot be read: {error.strerror}", hint="check its permissions, and that it is mounted"
+                ) from None
+            self.left_out.folders[prefix] = error.strerror or str(error)
+            return [], []
         return files, folders
+
+
+def _similar(path: Path) -> str:
+    try:
+        near = get_close_matches(path.name, os.listdir(path.parent), n=1)
+    except OSError:
+        return ""
+    return f". Did you mean {path.parent / near[0]}?" if near else ""
 
 
 def is_of_shard(name: str, shard: tuple[int, int] | None) -> bool:
@@ -116,10 +186,15 @@ def is_of_shard(name: str, shard: tuple[int, int] | None) -> bool:
 
 def check_images(images: Listing) -> None:
     """Raises ImageError unless there is an image among them."""
-    if next(iter(images), None) is None:
-        raise ImageError(
-            f"{images.path}: no images in it", hint=f"files ending in {' '.join(SUFFIXES)} are taken, also in sub-folders"
-        )
+    if next(iter(images), None) is not None:
+        return
+    others = describe_left_out(images.left_out.files)
+    unread = "".join(f"; {name}: cannot be read: {reason}" for name, reason in images.left_out.folders.items())
+    plugin = "; pip install pillow-heif takes .heic" if images.left_out.files.keys() & {".heic", ".heif"} else ""
+    raise ImageError(
+        f"{images.path}: no images in it{f'; left out: {others}' if others else ''}{unread}",
+        hint=f"files ending in {' '.join(SUFFIXES)} are taken, also in sub-folders{plugin}",
+    )
 
 
 def label_names(names: list[str], *, taken: Iterable[str] = (), twin: str | None = None) -> dict[str, str]:
@@ -134,7 +209,12 @@ def label_names(names: list[str], *, taken: Iterable[str] = (), twin: str | None
     """
     plain = {name: str(PurePosixPath(name).with_suffix(".png")) for name in names}
     count = Counter([*map(_folded, plain.values()), *map(_folded, taken)])
-    long = {name for name in names if count[_folded(plain[name])] > 1}
+    usual = [name for name in names if PurePosixPath(name).suffix.lower() in USUAL_SUFFIXES]
+    # Labels are called as they were before other endings were taken: where two would meet, those yield.
+    count_usual = Counter([*(_folded(plain[name]) for name in usual), *map(_folded, taken)])
+    long = {name for name in names if count[_folded(plain[name])] > 1} - {
+        name for name in usual if count_usual[_folded(plain[name])] == 1
+    }
     # `a.jpg.png` is the label of a.jpg beside a.webp, and would be that of a photograph a.jpg.png too.
     while True:
         theirs = {_folded(f"{name}.png") for name in long}
@@ -158,8 +238,8 @@ def label_of(name: str) -> str:
     """
     *folders, last = name.split("/")
     stem, suffix = PurePosixPath(last).stem, PurePosixPath(last).suffix
-    plain = suffix == ".jpg" and PurePosixPath(stem).suffix.lower() not in SUFFIXES and not stem.endswith("%")
-    label = f"{stem}.png" if plain else f"{last}.png" if suffix.lower() in SUFFIXES else f"{last}%.png"
+    plain = suffix == ".jpg" and PurePosixPath(stem).suffix.lower() not in USUAL_SUFFIXES and not stem.endswith("%")
+    label = f"{stem}.png" if plain else f"{last}.png" if suffix.lower() in USUAL_SUFFIXES else f"{last}%.png"
     if len(os.fsencode(label)) > _LONGEST_NAME:
         label = _hashed(last, name)
     # An empty name, or ``..``, is none for a folder; one that ends as labels do might be a label's.

@@ -15,6 +15,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -26,9 +27,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .. import __version__
 from ..classes import ClassList
-from ..errors import StoreError, WsssError
+from ..errors import StoreError, WsssError, WsssWarning
 from ..photographs import Place
 from ..storeformat import LabelWriter
+from .pipeline import strange_to_mini
 from .ray_cluster import connect, free, last_line, pipeline_settings
 from .ray_labeler import Control, RayLabeler
 from .run import Summary, Warn
@@ -91,6 +93,8 @@ class RayCrew:
             if self._workers > (gpus if self._gpu else sum(cores)):
                 log(f"Ray: some of the {self._workers} labelers wait until the cluster grows: it has {resources}")
             self.classes, self.settings, usual_batch = self._open_once()
+            if message := strange_to_mini(self.classes, self.settings):
+                warnings.warn(message, WsssWarning, stacklevel=2)
             self._batch = batch or usual_batch
         except BaseException:
             self.close()
@@ -257,6 +261,7 @@ def _watching(stop: threading.Event, control: Any, warn: Warn) -> Iterator[Calla
 def _open(opener: Opener, cwd: str) -> tuple[Any, ...]:
     with contextlib.suppress(OSError):
         os.chdir(cwd)
+    warnings.simplefilter("ignore", WsssWarning)  # the driver warns
     try:
         labeler = opener()
     except WsssError as error:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 
+from .. import __version__
 from ..batch import Boxes, Images, Labels, Masks, Photograph, PseudoLabels
-from ..classes import ClassList, parse_classes
+from ..classes import ClassList, named_list, parse_classes
 from ..engines.engine import Engine
 from ..engines.opening import choose, open_graph
-from ..errors import UsageError, WsssError
+from ..errors import UsageError, WsssError, WsssWarning
 from ..photographs import read_photograph
 from ..spec import Model, open_bundle
 from .detect import Detector
 from .device import Device, cut_to_fit
 from .fuse import Fuser
-from .given import GivenBoxes, GivenLabels, given_hash
+from .given import GivenBoxes, GivenLabels
+from .given_forms import given_hash
+from .given_names import twins_of
 from .segment import Outliner
 from .segmenter import SegmenterStage, classes_of, no_boxes, no_masks
 from .tag import Tagger
@@ -44,7 +49,7 @@ class Rules:
     tag_threshold: float | None = None
     """Least CLIP probability of a class that is present; None takes the bundle's."""
     box_threshold: float | None = None
-    """Least Grounding-DINO score of a box (mean over the tokens of its phrase); None takes the bundle's."""
+    """Least Grounding-DINO score of a box (mean over the tokens of its phrase); None takes the bundle's, and all given boxes."""
     nms: float = 0.5
     """Boxes of one class with a larger IoU are one object."""
     nms_across: float = 0.8
@@ -108,7 +113,7 @@ class Labeler:
     @classmethod
     def open(
         cls,
-        bundle: str | Path = "mini",
+        bundle: str | Path,
         *,
         classes: str | ClassList | None = None,
         model: str = "chain",
@@ -117,6 +122,7 @@ class Labeler:
         unverified: bool = False,
         labels: str | Path | None = None,
         boxes: str | Path | None = None,
+        ignore_unknown: bool = False,
         rules: Rules | None = None,
     ) -> Labeler:
         """Loads the engines that this run needs, and no others.
@@ -129,7 +135,11 @@ class Labeler:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             unverified: take TensorRT engines whose gate has not run; the settings record it.
             labels: JSON of image names to class names; takes the place of CLIP.
-            boxes: VOC XML folder, JSON file or manifest; takes the place of CLIP and Grounding-DINO.
+            boxes: VOC XML or YOLO folder, COCO or our JSON, or a label store; takes the place of CLIP and Grounding-DINO.
+            ignore_unknown: leave out what ``labels`` and ``boxes`` say of classes that are not in the list, and count it.
+
+        Warns:
+            WsssWarning: the bundle's models are ``mini`` and know none of the classes.
 
         Raises:
             WsssError: the bundle lacks a model, a file is damaged, a class list or flag makes no sense.
@@ -142,7 +152,18 @@ class Labeler:
         typed = classes if classes is None or isinstance(classes, ClassList) else parse_classes(classes)
         folder = open_bundle(MINI if str(bundle) == "mini" else Path(bundle))
         chosen, where = choose(engine, device, (folder.model(name) for name in folder.models()))
-        settings: dict[str, Any] = {"engine": chosen, "rules": vars(rules) | {}, "models": {}}
+        settings: dict[str, Any] = {
+            "engine": chosen,
+            "rules": vars(rules) | {},
+            "models": {},
+            "bundle": {"name": os.path.basename(os.path.abspath(bundle)), "variants": {}, "thresholds": {}},
+            "wsss": __version__,
+        }
+
+        def resolve(name: str, threshold: float, default: object) -> None:
+            """Notes the threshold that a stage goes by, and the bundle's own."""
+            settings["rules"][name], settings["bundle"]["thresholds"][name] = threshold, float(str(default))
+
         if unverified:
             settings["unverified"] = True
         place = Device(at_once=1 if where == "cpu" else 2, queues=chosen != "ort")
@@ -154,6 +175,7 @@ class Labeler:
         def take(name: str) -> Model:
             opened = folder.model(name)
             settings["models"][name] = opened.manifest.identity()
+            settings["bundle"]["variants"][name] = opened.manifest.variant
             for graph, spec in opened.manifest.graphs.items():
                 if plan := spec.plans.get(chosen):
                     settings.setdefault("plans", {})[f"{name}/{graph}"] = plan.sha256
@@ -170,11 +192,20 @@ class Labeler:
         assert typed is not None
         known = typed
 
-        given_labels = GivenLabels(Path(labels), known) if labels else None
+        if ignore_unknown and not labels and not boxes:
+            raise UsageError("--ignore-unknown goes with --labels or --boxes")
+        given_labels = GivenLabels(Path(labels), known, ignore_unknown=ignore_unknown) if labels else None
+        given_boxes = None
         tag: Callable[[Images], Labels]
         detect: Callable[[Images, Labels], Boxes]
         if boxes:
-            detect = GivenBoxes(Path(boxes), known)
+            detect = given_boxes = GivenBoxes(
+                Path(boxes),
+                known,
+                ignore_unknown=ignore_unknown,
+                threshold=rules.box_threshold,
+                warn=lambda message: place.warn(message),
+            )
             tag = given_labels or _Everything(known, False)
         else:
             if given_labels:
@@ -182,11 +213,12 @@ class Labeler:
             elif rules.gate:
                 clip = take("clip")
                 graphs = opener(clip, "image"), opener(clip, "text")
-                tag = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold)
+                tag = tagger = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold)
+                resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])
             else:
                 tag = _Everything(known, True)
             dino = take("grounding-dino")
-            detect = cut_to_fit(
+            detect = detector = cut_to_fit(
                 Detector,
                 dino,
                 opener(dino, "text"),
@@ -196,11 +228,20 @@ class Labeler:
                 nms=rules.nms,
                 nms_across=rules.nms_across,
             )
+            resolve("box_threshold", detector.threshold, dino.manifest.settings["box_threshold"])
         sam = take("sam")
         segment = Outliner(sam, opener(sam, "encoder"), opener(sam, "decoder"))
         fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin)
         if told := {name: given_hash(Path(path)) for name, path in (("labels", labels), ("boxes", boxes)) if path}:
             settings["given"] = told
+        if message := strange_to_mini(known, settings):
+            warnings.warn(message, WsssWarning, stacklevel=2)
+        if ignored := {
+            flag: dict(sorted(given.ignored.items()))
+            for flag, given in (("labels", given_labels), ("boxes", given_boxes))
+            if given and given.ignored
+        }:
+            settings["ignored"] = ignored
         return cls(known, tag=tag, detect=detect, segment=segment, fuse=fuse, settings=settings, device=place)
 
     def pseudo_label(self, images: Images) -> PseudoLabels:
@@ -219,16 +260,23 @@ class Labeler:
         """
         many = [images] if isinstance(images, (str, Path, np.ndarray)) else images
         photos = [_photograph(image, number) for number, image in enumerate(many)]
+        twins = twins_of(photo.name for photo in photos)
         for photo in photos:
-            if reason := self.missing(photo.name):
+            if reason := self.missing(photo, twins.get(photo.name, ())):
                 raise WsssError(reason)
+            if photo.warning:
+                warnings.warn(f"{photo.name}: {photo.warning}", WsssWarning, stacklevel=2)
         return self.pseudo_label(photos)
 
-    def missing(self, name: str) -> str | None:
-        """Why this image cannot be labelled (``--labels`` or ``--boxes`` have no entry for it), or None."""
+    def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> str | None:
+        """Why this image cannot be labelled, or None: ``--labels`` or ``--boxes`` say nothing of it, or nothing that fits it.
+
+        Args:
+            twins: photographs of the run with the same stem, this one too, that might share its annotation (`twins_of`).
+        """
         for stage in (self.tag.stage, self.detect.stage):
-            if isinstance(stage, (GivenLabels, GivenBoxes)) and (reason := stage.missing(name)):
-                return reason
+            if isinstance(stage, (GivenLabels, GivenBoxes)) and (error := stage.missing(photo, twins)):
+                return f"{photo.name}: {error.message}" + (f"; {error.hint}" if error.hint else "")
         return None
 
     def canvas(self, photo: Photograph) -> tuple[int, int] | None:
@@ -253,6 +301,21 @@ class Labeler:
         for stage in stages.values():
             stage.seconds = 0.0
         return taken
+
+
+def strange_to_mini(classes: ClassList, settings: Mapping[str, Any]) -> str:
+    """What to tell a user whose classes the small models of ``mini`` do not know at all; empty for any other run."""
+    variants = settings.get("bundle", {}).get("variants", {})
+    if "mini" not in (variants.get("clip"), variants.get("grounding-dino")):
+        return ""
+    known = named_list("mini").names
+    if {word.casefold() for words in classes.prompts for word in words} & {name.casefold() for name in known}:
+        return ""
+    return (
+        f"--classes: the bundle's models are the small ones of wsss mini, which know {', '.join(known)} and nothing else; "
+        f"none of the {len(classes.names)} classes is among them: expect wrong labels. Export models for photographs: "
+        "wsss export --model all --bundle bundle"
+    )
 
 
 class _Everything:

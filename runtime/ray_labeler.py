@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from ..errors import StoreError, WsssError
+from ..errors import StoreError, WsssError, WsssWarning
 from ..photographs import Place
 from ..storeformat import LabelWriter
 from .run import Alone, Summary
@@ -101,6 +102,7 @@ class RayLabeler:
             _pin(ray.get(control.seat.remote(context.get_node_id(), context.get_actor_id())), cores)
         stop = threading.Event()
         threading.Thread(target=self._poll, args=(stop,), daemon=True).start()
+        warnings.simplefilter("ignore", WsssWarning)  # the driver warns
         try:
             labeler = opener()
             if json.dumps(labeler.settings, sort_keys=True) != json.dumps(dict(settings), sort_keys=True):

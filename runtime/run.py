@@ -6,13 +6,14 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from .. import __version__
 from ..classes import ClassList
 from ..errors import ImageError
 from ..labelstore import LabelStore, Record, Shard
@@ -20,10 +21,14 @@ from ..photographs import Place, read_file, stamp_of
 from ..remote import RemoteFolder
 from ..remote_store import RemoteStore
 from ..storeformat import LabelWriter
-from .images import Found, check_images
+from .given_names import twins_of
+from .images import SIDECARS, Found, LeftOut, check_images, describe_left_out
 from .pipeline import Labeler
 from .sources import Source, listing
 from .stream import Receipt, Stream, Task
+
+NAMED = 10
+"""Classes that a message names at most."""
 
 
 @dataclass(kw_only=True)
@@ -37,6 +42,16 @@ class Summary:
     labelled: int = 0
     failed: int = 0
     boxes: int = 0
+    empty: int = 0
+    """Of the images with a label, those that hold none of the classes."""
+    never_found: list[str] = field(default_factory=list)
+    """Classes that no image holds."""
+    warned: int = 0
+    """Of the images with a label, those whose pixels may not show what they should (`Photograph.warning`)."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Files beside the images that were not taken, by their ending in lower case; ``none`` and ``other`` too."""
+    folders_failed: int = 0
+    """Sub-folders that could not be read."""
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """Stages overlap: their sum may exceed ``seconds``."""
@@ -46,6 +61,17 @@ class Summary:
     """Share of the detector's canvases that was no photograph."""
     stopped: bool = False
     """Ended before its time, as asked."""
+
+    def describe_empty(self) -> str:
+        """How many images hold none of the classes, and which classes no image holds; empty where there is nothing to say."""
+        total = self.skipped - self.failed_before + self.labelled
+        if not total or not (self.empty or self.never_found):
+            return ""
+        none = "" if not self.empty else f"{self.empty} of {total} images hold none of the classes"
+        names = ", ".join(self.never_found[:NAMED]) + (
+            f" and {len(self.never_found) - NAMED} others" if len(self.never_found) > NAMED else ""
+        )
+        return "; ".join(filter(None, (none, f"never found: {names}" if names else "")))
 
 
 Progress = Callable[[Summary], None]
@@ -108,9 +134,12 @@ class Tasks:
 
     missing: Iterator[Found]
     count: int
+    twins: Mapping[str, Sequence[str]]
 
     def __iter__(self) -> Iterator[Task]:
-        return (Task(number, found.name, found.label) for number, found in enumerate(self.missing))
+        return (
+            Task(number, found.name, found.label, self.twins.get(found.name, ())) for number, found in enumerate(self.missing)
+        )
 
     def __length_hint__(self) -> int:
         return self.count
@@ -148,27 +177,39 @@ def label_folder(
         ImageError: no images. StoreError: the store cannot be written or belongs to other settings.
     """
     crew = Alone(labeler, batch=batch) if isinstance(labeler, Labeler) else labeler
-    images = listing(folder, out, shard)
+    images, wanted = listing(folder, out, shard), listing(folder, out, shard)
     check_images(listing(folder, out))
     failed = failed or (lambda _, error: warn(f"failed: {printable(error)}"))
     start = time.perf_counter()
     stop = stop or threading.Event()
+    for flag, names in crew.settings.get("ignored", {}).items():
+        counts = ", ".join(f"{name} ({count})" for name, count in names.items())
+        warn(f"--ignore-unknown: left out of --{flag}: {printable(counts)}")
     with _store(out, crew, shard) as store:
-        told = store.select(listing(folder, out, shard, warn), _Check(store.has_label, folder, retry_failed))
+        found = _Tally(crew)
+        told = store.select(wanted, found.of_kept(_Check(store.has_label, folder, retry_failed)))
         summary = Summary(images=told.images, skipped=told.done, failed_before=told.failed)
-        tasks = Tasks(store.missing(images), told.images - told.done)
+        _tell_left_out(wanted.left_out, summary, warn, failed)
+        twins = twins_of(found.name for found in listing(folder, out)) if "given" in crew.settings else {}
+        tasks = Tasks(store.missing(images), told.images - told.done, twins)
         with closing(crew.work(tasks, folder, store.labels, stop, warn)) as receipts:
             for records in _in_order(receipts):
                 store.append(records)
-                _count(summary, records, failed)
+                _count(summary, records, failed, warn)
+                found.add(records)
+                found.report(summary)
                 crew.report(summary)
                 summary.seconds = time.perf_counter() - start
                 if progress:
                     progress(summary)
+        found.report(summary)
         summary.seconds = time.perf_counter() - start
         summary.stopped = stop.is_set() and summary.skipped + summary.labelled + summary.failed < summary.images
         if summary.labelled or summary.failed:
-            store.add_history({"ended": datetime.now(UTC).isoformat(timespec="seconds"), **dataclasses.asdict(summary)})
+            ended = datetime.now(UTC).isoformat(timespec="seconds")
+            store.add_history({"ended": ended, "wsss": __version__, **dataclasses.asdict(summary)})
+    if not summary.stopped and 2 * summary.empty >= max(1, summary.skipped - summary.failed_before + summary.labelled):
+        warn(summary.describe_empty())
     return summary
 
 
@@ -223,7 +264,54 @@ def _in_order(receipts: Iterable[list[Receipt]]) -> Iterator[list[Record]]:
         yield [waiting[number] for number in sorted(waiting)]
 
 
-def _count(summary: Summary, records: list[Record], failed: Failed) -> None:
+class _Tally:
+    """Which classes the images hold: those that are labelled now, and those that were before."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._by_pixels = "segmenter" in crew.settings.get("models", {})
+        self._never = dict.fromkeys(crew.classes.names)
+        self._empty = self._warned = 0
+
+    def of_kept(self, check: Callable[[Found, Record], bool]) -> Callable[[Found, Record], bool]:
+        """The same check, which also counts the lines that it lets stand."""
+
+        def checked(image: Found, record: Record) -> bool:
+            kept = check(image, record)
+            if kept:
+                self.add([record])
+            return kept
+
+        return checked
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Counts lines of images."""
+        for record in records:
+            if "error" in record:
+                continue
+            # A segmenter's classes are those with a pixel; of the chain's, which CLIP names, a mask may win none.
+            held = record["classes"] if self._by_pixels else [box["label"] for box in record["boxes"] if box["won_px"]]
+            for name in held:
+                self._never.pop(name, None)
+            self._empty += not held
+            self._warned += "warning" in record
+
+    def report(self, summary: Summary) -> None:
+        """Fills in what was counted."""
+        summary.empty, summary.warned, summary.never_found = self._empty, self._warned, list(self._never)
+
+
+def _tell_left_out(left_out: LeftOut, summary: Summary, warn: Warn, failed: Failed) -> None:
+    summary.left_out = dict(sorted(left_out.files.items()))
+    summary.folders_failed = len(left_out.folders)
+    if left_out.files.keys() - set(SIDECARS):
+        warn(f"left out: {describe_left_out(left_out.files)}")
+    for link in left_out.links:
+        warn(f"left out: {printable(link)}: a link to a folder; label that folder itself")
+    for folder, reason in left_out.folders.items():
+        failed(folder, f"{folder}: cannot be read: {reason}")
+
+
+def _count(summary: Summary, records: list[Record], failed: Failed, warn: Warn) -> None:
     for record in records:
         if "error" in record:
             summary.failed += 1
@@ -231,6 +319,8 @@ def _count(summary: Summary, records: list[Record], failed: Failed) -> None:
         else:
             summary.labelled += 1
             summary.boxes += len(record["boxes"])
+            if "warning" in record:
+                warn(f"{printable(record['path'])}: {record['warning']}")
 
 
 def printable(text: str) -> str:

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -62,6 +62,8 @@ class Task(NamedTuple):
     number: int
     name: str
     label: str
+    twins: Sequence[str] = ()
+    """Photographs of the run with the same stem, itself too, that given labels or boxes might take for it."""
 
 
 class Receipt(NamedTuple):
@@ -253,7 +255,7 @@ class Stream:
         try:
             photo = loading.photo.result() if isinstance(loading.photo, Future) else loading.photo
             assert isinstance(photo, Photograph)
-            if reason := self._labeler.missing(photo.name):
+            if reason := self._labeler.missing(photo, loading.task.twins):
                 raise ImageError(reason)
             return self._labeler.canvas(photo), photo
         except ImageError as error:
@@ -410,4 +412,5 @@ def record_of(names: tuple[str, ...], photo: Photograph, label: str, result: Pse
         "classes": {names[c]: round(float(result.labels.score[row, c]), 4) for c in present},
         "boxes": boxes,
         "void_px": int(np.count_nonzero(result.label_maps[row] == VOID)),
+        **({"warning": photo.warning} if photo.warning else {}),
     }

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,10 +22,10 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from ..classes import ClassList
-from ..errors import StoreError, WsssError
+from ..errors import StoreError, WsssError, WsssWarning
 from ..photographs import Place
 from ..storeformat import LabelWriter
-from .pipeline import Labeler
+from .pipeline import Labeler, strange_to_mini
 from .run import Alone, Summary, Warn
 from .stream import NOTHING, Receipt, Task
 
@@ -79,6 +80,8 @@ class Workers:
                         f"--devices: {worker.name} would label with other settings than {self._workers[0].name}",
                         hint="name the engine with --engine",
                     )
+            if message := strange_to_mini(self.classes, self.settings):  # once, not in each process
+                warnings.warn(message, WsssWarning, stacklevel=2)
         except BaseException:
             self.close()
             raise
@@ -239,6 +242,7 @@ def _serve(pipe: Connection, opener: Opener, batch: int | None, share: set[int])
         with speaking, suppress(OSError):  # nobody listens any more: `listen` ends the work
             pipe.send(message)
 
+    warnings.simplefilter("ignore", WsssWarning)
     try:
         labeler = opener()
     except WsssError as error:

@@ -26,7 +26,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from wsss.batch import Photograph
 from wsss.classes import ClassList, class_list
-from wsss.engines.fake import FakeEngine
+from wsss.engines.fake import FakeEngine, without_padding
 from wsss.spec import AxisRange, DType, GraphSpec, Manifest, Model, Preprocess, TensorSpec, open_bundle, sha256_of, write_manifest
 
 Feeds = Mapping[str, np.ndarray]
@@ -68,9 +68,10 @@ def find_colours(feeds: Feeds) -> Feeds:
     rows, tokens = feeds["phrase"].shape
     logits = np.full((rows, 3, tokens), -4, np.float32)
     boxes = np.full((rows, 3, 4), 0.5, np.float32)
+    seen = of_colour(without_padding(feeds["pixels"], feeds["size"]))
     for row, (height, width) in enumerate(feeds["size"]):
         for colour in range(3):
-            y, x = np.nonzero(of_colour(feeds["pixels"][row, :height, :width])[:, :, colour])
+            y, x = np.nonzero(seen[row, :, :, colour])
             if len(y):
                 corners = np.array([x.min() / width, y.min() / height, (x.max() + 1) / width, (y.max() + 1) / height])
                 boxes[row, colour] = [*(corners[:2] + corners[2:]) / 2, *corners[2:] - corners[:2]]
@@ -79,7 +80,8 @@ def find_colours(feeds: Feeds) -> Feeds:
 
 
 def encode(feeds: Feeds) -> Feeds:
-    return {"embedding": of_colour(feeds["pixels"]).transpose(0, 3, 1, 2).astype(np.float32)}
+    pixels = without_padding(feeds["pixels"], feeds["size"])
+    return {"embedding": of_colour(pixels).transpose(0, 3, 1, 2).astype(np.float32)}
 
 
 def decode(feeds: Feeds) -> Feeds:
@@ -206,7 +208,10 @@ def write_model(folder: Path, family: str, settings: Mapping[str, Any] | None = 
     folder.mkdir(parents=True, exist_ok=True)
     names = [graph for model, graph in SCRIPTS if model == family]
     for graph in names:
-        (folder / f"{graph}.onnx").write_bytes(f"{family}/{graph}".encode())
+        name = f"{family}/{graph}".encode()
+        (folder / f"{graph}.onnx").write_bytes(
+            b"\x42" + bytes([len(name)]) + name
+        )  # field 8, whose content no reader of ONNX takes
     if family != "sam":
         tokenizer = Tokenizer(WordLevel(WORDS, unk_token="[UNK]"))
         tokenizer.pre_tokenizer = Whitespace()
@@ -396,3 +401,29 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     name = f"bucket-{zlib.crc32(request.node.nodeid.encode()):08x}"
     client.create_bucket(Bucket=name)
     return Bucket(name, client)
+
+
+# ---- damaged files (test_hostile_files.py) ----
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("damaged files")
+    group.addoption("--mutations", type=int, default=24, help="damaged files of each kind that test_hostile_files.py tries")
+    group.addoption("--mutation", type=int, default=None, help="only the damaged file of this number")
+    group.addoption("--mutation-seed", type=int, default=0, help="other damage")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many damaged files were tried."""
+    reports = [each for outcome in ("passed", "failed") for each in terminalreporter.stats.get(outcome, ())]
+    told = {name: counts for each in reports for name, counts in each.user_properties if name.startswith("mutations of ")}
+    if not told:
+        return
+    outcomes = ("read", "refused", "failed")
+    total = {outcome: sum(counts[outcome] for counts in told.values()) for outcome in outcomes}
+    if terminalreporter.config.option.verbose > 0:
+        for name, counts in sorted(told.items()):
+            terminalreporter.write_line(f"{name}: " + ", ".join(f"{counts[outcome]} {outcome}" for outcome in outcomes))
+    terminalreporter.write_line(
+        f"damaged files: {sum(total.values()):,} tried, " + ", ".join(f"{total[outcome]:,} {outcome}" for outcome in outcomes)
+    )

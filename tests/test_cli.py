@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from wsss import __version__
 from wsss.labelstore import read_records, read_run
+from wsss.spec import write_manifest
 
 if TYPE_CHECKING:
     from .conftest import Answer, World
@@ -47,7 +52,9 @@ def refused(answer: Answer, code: int, *said: str) -> None:
 def test_label_a_folder_and_again(label: Run, tmp_path: Path) -> None:
     first = label("--log-level", "info")
     assert first.code == 0
-    assert re.fullmatch(r"store: 5 labelled \(7 boxes\), 0 already done, 0 failed, 0:\d\d, [\d.]+ images/s\n", first.out)
+    counts = r"store: 5 labelled \(7 boxes\), 0 already done, 0 failed, 0:\d\d, [\d.]+ images/s"
+    notes = "; 1 of 5 images hold none of the classes; 1 with next to no range\n"
+    assert re.fullmatch(counts + notes, first.out)
     assert "engine ort, 3 classes" in first.err
     assert "store: 0 labelled (0 boxes), 5 already done" in label().out
     assert sorted(path.name for path in (tmp_path / "store" / "labels").rglob("*.png")) == [
@@ -62,6 +69,91 @@ def test_json_goes_to_stdout_and_nothing_else(label: Run) -> None:
     assert told["store"] == "store"
     assert (told["images"], told["labelled"], told["boxes"]) == (5, 5, 7)
     assert set(told["stage_seconds"]) == {"tag", "detect", "segment", "fuse"}
+
+
+def test_what_is_left_out_or_never_found_is_in_the_summary(label: Run, photos: Path) -> None:
+    for name in ("a.heic", "b.heic", "c.gif", "notes.txt"):
+        (photos / name).touch()
+    for name in ("two.png", "sub/three.png"):
+        (photos / name).unlink()
+    told = json.loads(label("--json", classes="green, blue").out.splitlines()[-1])
+    assert told["left_out"] == {".gif": 1, ".heic": 2, ".txt": 1}
+    assert (told["never_found"], told["empty"], told["warned"], told["folders_failed"]) == (["blue"], 2, 1, 0)
+    again = label(classes="green, blue")
+    assert again.out.endswith(
+        "; 2 of 3 images hold none of the classes; never found: blue; 1 with next to no range; "
+        "left out: 2 .heic, 1 .gif, 1 of .txt\n"
+    )
+    assert "left out: 2 .heic, 1 .gif, 1 of .txt\n2 of 3 images hold none of the classes; never found: blue\n" in again.err
+
+
+def test_classes_that_the_small_models_do_not_know_are_warned_of_once(label: Run, world: World) -> None:
+    for name in ("clip", "grounding-dino", "sam"):
+        write_manifest(world.bundle / name, dataclasses.replace(world.model(name).manifest, variant="mini"))
+    answer = label("--json")
+    warned = [
+        told for line in answer.out.splitlines() if "none of the 3 classes" in (told := json.loads(line)).get("message", "")
+    ]
+    assert [told["event"] for told in warned] == ["warning"]
+    assert answer.err.count("none of the 3 classes is among them") == 1
+    assert "WsssWarning" not in answer.err
+
+
+def test_a_sub_folder_that_cannot_be_read_fails_and_the_run_goes_on(
+    label: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if getattr(path, "name", "") == "sub":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("wsss.runtime.images.os.scandir", refuse)
+    answer = label("--json")
+    assert answer.code == 1
+    events = [json.loads(line) for line in answer.out.splitlines()]
+    assert {"event": "failed", "image": "sub/", "error": "sub/: cannot be read: Permission denied"} in events
+    assert (events[-1]["labelled"], events[-1]["folders_failed"]) == (4, 1)
+    assert "failed: sub/: cannot be read: Permission denied" in answer.err
+    assert "0 failed and 1 sub-folders" in label().out
+
+
+def closed_or_full(*command: str, stdout: str = "", stderr: str = "") -> subprocess.CompletedProcess[str]:
+    """``wsss COMMAND`` with its streams as a shell's redirections say."""
+    return subprocess.run(
+        ["sh", "-c", f'"$@" {stdout} {stderr}', "sh", sys.executable, "-m", "wsss", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_standard_output_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, unbuffered: str) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    answer = closed_or_full("--version", stdout=">/dev/full")
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("wsss: standard output: cannot be written: No space left on device\n\nhint: ")
+    assert "Traceback" not in answer.stderr
+    silent = closed_or_full("label", "nowhere", stdout=">/dev/full", stderr="2>/dev/full")
+    assert silent.returncode == 2, "the error is another one, and is kept where nobody can read it"
+
+
+def test_streams_that_are_closed(tmp_path: Path) -> None:
+    for stdout, stderr in (("", "2>&-"), (">&-", ""), ("<&- >&-", "2>&-")):
+        answer = closed_or_full("--version", stdout=stdout, stderr=stderr)
+        assert (answer.returncode, answer.stderr) == (0, "")
+        assert answer.stdout == ("" if ">&-" in stdout else f"wsss {__version__}\n")
+    # A file that took the place of a closed stream would get its lines.
+    program = (
+        "import sys; from wsss import cli; cli._open_streams(); file = open('new.txt', 'w'); "
+        "print('line', file=sys.stderr, flush=True); print(file.fileno(), file=file)"
+    )
+    with contextlib.chdir(tmp_path):
+        subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-c", program], check=True)
+    assert int((tmp_path / "new.txt").read_text()) > 2
 
 
 def test_flags_reach_the_rules(label: Run, tmp_path: Path) -> None:
@@ -308,12 +400,12 @@ def test_a_store_of_other_settings(label: Run) -> None:
 
 def test_bad_labels_and_boxes(label: Run, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"red.png": ["purple"]}')
-    refused(label("--labels", "none.json"), 1, "--labels none.json: expected a JSON file")
+    refused(label("--labels", "none.json"), 1, "--labels none.json: cannot be read: No such file", "hint: ")
     refused(
         label("--labels", "bad.json"),
         1,
         "--labels bad.json: red.png: the class 'purple' is not in this run's list",
-        "hint: check",
+        "check --classes; --ignore-unknown",
     )
     refused(label("--boxes", "none"), 1, "--boxes none: no such file or folder", "hint: ")
 

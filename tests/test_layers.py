@@ -69,7 +69,7 @@ def test_imports_point_one_way(path: Path) -> None:
 
 # What needs an extra: the one engine that is PyTorch, and the trainer. Settings, survey and scores are in the base install.
 TRAINER = ("checkpoint", "curve", "data", "distributed", "loop", "loss", "mask_loss", "model", "optimizer", "page", "run")
-WITH_TORCH = {"engines/eager.py", *(f"train/{name}.py" for name in (*TRAINER, "validate", "weights"))}
+WITH_TORCH = {"engines/eager.py", "wsss/checkpoints.py", *(f"train/{name}.py" for name in (*TRAINER, "validate", "weights"))}
 HEAVY = {"torch", "torchvision", "transformers", "onnx", "open_clip", "segmentation_models_pytorch", "matplotlib", "scipy"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +12,48 @@ from ..errors import WsssError
 from ..labelstore import write_atomically
 
 CURVE, PICTURE = "curve.jsonl", "curve.png"
+Point = dict[str, float | None]
+"""``{"step", "loss", "rate", "seconds"}`` or ``{"step", "miou"}``; None where there was no number."""
 
 
-def read_curve(folder: Path) -> list[dict[str, float]]:
-    """A run's points: ``{"step", "loss", "rate", "seconds"}`` or ``{"step", "miou"}``. A last one cut by a crash is left out."""
+def read_curve(folder: Path) -> list[Point]:
+    """A run's points by step. A line that is none, as a last one cut by a crash, ends them; NaN of older runs is None."""
     path = folder / CURVE
-    points: list[dict[str, float]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    points: list[Point] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            points.append(json.loads(line))
-        except ValueError:
+            point = json.loads(line, parse_constant=lambda _: None)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(point, dict) or not isinstance(point.get("step"), int):
+            break
+        points.append({name: _finite(value) for name, value in point.items()})
     return points
+
+
+def _finite(value: Any) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if type(value) in (int, float) and math.isfinite(value) else None
 
 
 class Writer:
     """Adds points to a run's curve; those after ``step`` are dropped, since they will come again."""
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool) -> None:
-        kept = [point for point in read_curve(folder) if point["step"] <= step]
-        write_atomically(folder / CURVE, "".join(json.dumps(point) + "\n" for point in kept).encode())
+        kept = [point for point in read_curve(folder) if (point["step"] or 0) <= step]
+        write_atomically(folder / CURVE, "".join(json.dumps(point, allow_nan=False) + "\n" for point in kept).encode())
         self._file = (folder / CURVE).open("a", encoding="utf-8")
         self._board: Any = _board(folder, step) if tensorboard else None
 
-    def add(self, step: int, **values: float) -> None:
-        """One point."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+    def add(self, step: int, **values: float | None) -> None:
+        """One point; a value that is None, or not finite, is null."""
+        point = {name: _finite(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **point}, allow_nan=False) + "\n")
         self._file.flush()
         if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            for name, value in point.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Ends both files."""
@@ -62,19 +75,19 @@ def draw(folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     points = read_curve(folder)
-    losses = [point for point in points if "loss" in point]
-    scores = [point for point in points if "miou" in point]
+    losses = [point for point in points if point.get("loss") is not None and point.get("rate") is not None]
+    scores = [point for point in points if point.get("miou") is not None]
     figure = Figure(figsize=(8, 6 if scores else 3.5), layout="constrained")
     panels = figure.subplots(2 if scores else 1, 1, squeeze=False, sharex=True)[:, 0]
-    panels[0].plot([point["step"] for point in losses], [point["loss"] for point in losses], color="tab:blue", linewidth=1)
+    panels[0].plot(_column(losses, "step"), _column(losses, "loss"), color="tab:blue", linewidth=1)
     panels[0].set_ylabel("loss")
     panels[0].set_ylim(bottom=0)
     rates = panels[0].twinx()
-    rates.plot([point["step"] for point in losses], [point["rate"] for point in losses], color="tab:grey", linewidth=1)
+    rates.plot(_column(losses, "step"), _column(losses, "rate"), color="tab:grey", linewidth=1)
     rates.set_ylabel("learning rate", color="tab:grey")
     rates.set_ylim(bottom=0)
     if scores:
-        panels[1].plot([point["step"] for point in scores], [point["miou"] for point in scores], color="tab:green", marker=".")
+        panels[1].plot(_column(scores, "step"), _column(scores, "miou"), color="tab:green", marker=".")
         panels[1].set_ylabel("mIoU, images kept out")
         panels[1].grid(alpha=0.3)
     panels[-1].set_xlabel("step")
@@ -82,3 +95,7 @@ def draw(folder: Path) -> Path:
     figure.savefig(picture, format="png")
     write_atomically(folder / PICTURE, picture.getvalue())
     return folder / PICTURE
+
+
+def _column(points: list[Point], name: str) -> list[float]:
+    return [value for point in points if (value := point[name]) is not None]

@@ -7,6 +7,7 @@ probabilities, and on hard labels it eats thin objects: true VOC masks shifted b
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def find_photographs(folder: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
         raise WsssError(f"--crf {folder}: expected the folder of the photographs, found nothing")
     there = {}
     for path in sorted(_walk(inside)):
-        name = path.relative_to(inside).as_posix()
+        name = unicodedata.normalize("NFC", path.relative_to(inside).as_posix())
         there[name] = path  # a label store calls the label of a.jpg `a.jpg.png` where there is an a.webp too
         there.setdefault(plain_name(name), path)
     lacking = [name for name in names if name not in there]

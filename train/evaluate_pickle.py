@@ -9,16 +9,20 @@ plain values, calls nothing, and refuses the rest.
 
 from __future__ import annotations
 
+import io
 import pickletools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..documents import read_bytes
 from ..errors import WsssError
 
 MOST_BYTES = 256 * 2**20
 """COCO 2014's 122,218 images of 80 classes take 60 MB."""
+MOST_OPCODES = 6_000_000
+"""COCO 2014 takes half of them."""
 _DTYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 _ARRAYS = {f"{module}.multiarray {name}": name for module in ("numpy.core", "numpy._core") for name in ("_reconstruct", "scalar")}
 _GLOBALS = _ARRAYS | {"numpy ndarray": "ndarray", "numpy dtype": "dtype", "_codecs encode": "encode"}
@@ -55,19 +59,14 @@ def read_label_dictionary(path: Path) -> dict[str | int, np.ndarray]:
     Raises:
         WsssError: unreadable, no such dict, or a pickle that asks for anything else than names, numbers and arrays.
     """
+    file = io.BytesIO(read_bytes(path, hint=_HINT, max_bytes=MOST_BYTES))
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise ValueError(f"{size:,} bytes, at most {MOST_BYTES:,} are read")
-        with path.open("rb") as file:
-            major, _ = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(file)
-            if dtype != np.dtype(object):
-                raise ValueError(f"an array of {dtype} with shape {shape}, not one dict")
-            labels = _values_from_pickle(file.read())
-    except OSError as error:
-        raise WsssError(f"{path}: cannot be read: {error.strerror}") from None
+        major, _ = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if dtype != np.dtype(object):
+            raise ValueError(f"an array of {dtype} with shape {shape}, not one dict")
+        labels = _values_from_pickle(file)
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, UnicodeError, MemoryError, OverflowError) as error:
         raise WsssError(
             f"{path}: expected a dict of image ids to label vectors, got {error or type(error).__name__}", hint=_HINT
@@ -77,7 +76,7 @@ def read_label_dictionary(path: Path) -> dict[str | int, np.ndarray]:
     return labels
 
 
-def _values_from_pickle(data: bytes) -> object:
+def _values_from_pickle(file: io.BytesIO) -> object:
     """What the pickle holds: None, bool, int, float, str, bytes, tuple, list, dict, and numeric arrays."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
@@ -89,7 +88,9 @@ def _values_from_pickle(data: bytes) -> object:
         del stack[place:]
         return values
 
-    for opcode, argument, _ in pickletools.genops(data):
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if number >= MOST_OPCODES:  # one byte may become a list of 64
+            raise ValueError(f"a pickle of more than {MOST_OPCODES:,} steps")
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass

@@ -56,6 +56,8 @@ class Scores(TypedDict):
     classes_seen: int
     void_share: float | None
     """Of the counted pixels, those predicted void or not at all; they are wrong."""
+    truth_void_share: float | None
+    """Of all pixels, those that are void in the truth; they are not counted."""
     classes: list[ClassScores]
     labels: LabelScores | None
     confusion: list[list[int]]
@@ -85,6 +87,7 @@ def scores_from_counts(
         "boundary_miou": _number(mean_of_seen(bands)),
         "classes_seen": int((~np.isnan(iou)).sum()),
         "void_share": float(matrix[:, -1].sum() / matrix.sum()) if matrix.any() else None,
+        "truth_void_share": float(counts.pixels[1] / counts.pixels[0]) if counts.pixels[0] else None,
         "classes": [
             {
                 "name": name,
@@ -124,6 +127,8 @@ def table(scores: Scores) -> str:
     rule = "-" * max(map(len, lines))
     lines[1:1], lines[-2:-2] = [rule], [rule]
     lines += ["", f"pixel accuracy {_percent(scores['pixel_accuracy'])} %, void {_percent(scores['void_share'])} % of the pixels"]
+    if scores["truth_void_share"]:
+        lines[-1] += f"; {_percent(scores['truth_void_share'])} % of the truth is void and not scored"
     if labels := scores["labels"]:
         lines.append(
             f"image labels: mAP {_percent(labels['map'])} %, F1 {_percent(labels['f1'])} % "

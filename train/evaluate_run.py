@@ -20,8 +20,9 @@ import numpy as np
 from ..errors import StoreError, WsssError
 from .evaluate import confusion_matrix, highest_label
 from .evaluate_boundary import boundary_counts
+from .evaluate_checks import FACTS, facts_of
 from .evaluate_crf import read_photograph_of, refine
-from .evaluate_files import Pairs, read_label_map
+from .evaluate_files import Pairs, read_indexed
 
 CHUNK = 8
 """Pairs a worker takes at a time: 0.05 s of VOC, so that an interrupt does not wait."""
@@ -39,16 +40,20 @@ class Counts:
     matrix: (C + 1, C + 2) int64, pixels by true and predicted label, see `evaluate.confusion_matrix`.
     boundary: (2, C + 1) int64, see `evaluate_boundary.boundary_counts`.
     present: (B, C) bool, the classes in each image's truth, without background.
+    facts: (2, 4) int64, of truth and prediction, see `evaluate_checks.FACTS`.
+    pixels: (2,) int64, of all truth, and those that are void in it.
     """
 
     matrix: np.ndarray
     boundary: np.ndarray
     present: np.ndarray
+    facts: np.ndarray
+    pixels: np.ndarray
 
 
 def count_pairs(
     pairs: Pairs,
-    classes: int,
+    names: Sequence[str],
     *,
     photographs: Sequence[Path] | None = None,
     workers: int | None = None,
@@ -58,7 +63,7 @@ def count_pairs(
 
     Args:
         pairs: from `evaluate_files.pair_up`; a missing prediction counts as void everywhere: all of it missed.
-        classes: C, without background.
+        names: of the C classes, without background.
         photographs: of the names, when predictions are to be refined by a CRF first, see `evaluate_crf`.
         workers: processes; default: as many as cores may be used; 1 stays in this process.
         progress: told the number of pairs done.
@@ -71,26 +76,34 @@ def count_pairs(
     todo = list(zip(pairs.truth, pairs.predicted, refined_by, strict=True))
     tasks = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
     alone = len(todo) <= FEW or workers == 1
-    matrix, boundary = np.zeros((classes + 1, classes + 2), np.int64), np.zeros((2, classes + 1), np.int64)
-    present = np.zeros((len(todo), classes), bool)
+    matrix, boundary, facts, pixels = _zeros(len(names))
+    present = np.zeros((len(todo), len(names)), bool)
     done = 0
-    with closing(_in_turn(tasks, classes) if alone else _in_processes(tasks, classes, workers or _cores())) as results:
+    with closing(_in_turn(tasks, names) if alone else _in_processes(tasks, names, workers or _cores())) as results:
         for counts in results:
             matrix += counts.matrix
             boundary += counts.boundary
+            facts += counts.facts
+            pixels += counts.pixels
             present[done : done + len(counts.present)] = counts.present
             done += len(counts.present)
             if progress:
                 progress(done)
-    return Counts(matrix=matrix, boundary=boundary, present=present)
+    return Counts(matrix=matrix, boundary=boundary, present=present, facts=facts, pixels=pixels)
 
 
-def _in_turn(tasks: list[Task], classes: int) -> Generator[Counts]:
+def _zeros(classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    shapes = (classes + 1, classes + 2), (2, classes + 1), (2, len(FACTS)), (2,)
+    matrix, boundary, facts, pixels = (np.zeros(shape, np.int64) for shape in shapes)
+    return matrix, boundary, facts, pixels
+
+
+def _in_turn(tasks: list[Task], names: Sequence[str]) -> Generator[Counts]:
     for task in tasks:
-        yield _count(task, classes)
+        yield _count(task, names)
 
 
-def _in_processes(tasks: list[Task], classes: int, workers: int) -> Generator[Counts]:
+def _in_processes(tasks: list[Task], names: Sequence[str], workers: int) -> Generator[Counts]:
     """Results in the order of the tasks; at most two tasks a worker are in flight."""
     # Fresh interpreters: a fork would inherit the locks of whatever threads the caller has.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
@@ -98,7 +111,7 @@ def _in_processes(tasks: list[Task], classes: int, workers: int) -> Generator[Co
     try:
         for task in tasks:
             with _interrupts_later():  # a worker may be started here
-                waiting.append(pool.submit(_count, task, classes))
+                waiting.append(pool.submit(_count, task, names))
             if len(waiting) == 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -141,12 +154,18 @@ def _interrupts_later() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _count(task: Task, classes: int) -> Counts:
-    matrix, boundary = np.zeros((classes + 1, classes + 2), np.int64), np.zeros((2, classes + 1), np.int64)
+def _count(task: Task, names: Sequence[str]) -> Counts:
+    classes = len(names)
+    matrix, boundary, facts, pixels = _zeros(classes)
     present = np.zeros((len(task), classes), bool)
     for row, (true_path, path, photograph) in enumerate(task):
-        truth = _read(true_path, classes)
-        predicted = np.full_like(truth, 255) if path is None else _read(path, classes)
+        truth, true_facts = _read(true_path, names)
+        facts[0] += true_facts
+        if path is None:
+            predicted = np.full_like(truth, 255)
+        else:
+            predicted, predicted_facts = _read(path, names)
+            facts[1] += predicted_facts
         if truth.shape != predicted.shape:
             raise StoreError(
                 f"{path}: is {predicted.shape[1]} x {predicted.shape[0]} pixels, its truth {true_path} is "
@@ -158,19 +177,20 @@ def _count(task: Task, classes: int) -> Counts:
         counts = confusion_matrix(truth, predicted, classes + 1)
         matrix += counts
         boundary += boundary_counts(truth, predicted, classes + 1)
+        pixels += truth.size, np.count_nonzero(truth == 255)
         present[row] = counts[1:].any(axis=1)
-    return Counts(matrix=matrix, boundary=boundary, present=present)
+    return Counts(matrix=matrix, boundary=boundary, present=present, facts=facts, pixels=pixels)
 
 
-def _read(path: Path, classes: int) -> np.ndarray:
-    label_map = read_label_map(path)
-    label = highest_label(label_map)
+def _read(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    indexed, classes = read_indexed(path), len(names)
+    label = highest_label(indexed.labels)
     if label > classes:
         hint = "check --classes; 255 is void, other labels are no classes"
         if classes == 80 and label <= 90:
             hint = "COCO's category ids go to 90 with gaps; label maps use 1 to 80 without them"
         raise StoreError(f"{path}: label {label}, the class list ends at {classes}", hint=hint)
-    return label_map
+    return indexed.labels, facts_of(path, indexed, names)
 
 
 def _cores() -> int:

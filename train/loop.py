@@ -10,7 +10,7 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..errors import WeightsError, WsssError
+from ..documents import read_json
+from ..errors import StoreError, WeightsError, WsssError
 from . import curve
 from .args import Config, deciding
 from .checkpoint import BEST, LAST, RunRecord, load_run, read_record, save_best, write_json, write_record
@@ -38,6 +39,8 @@ Log = Callable[[str], None]
 CONFIG, SURVEY = "config.json", "survey.json"
 SHOWN = 24
 """Images on the page at the end."""
+NAMED = 10
+"""Of many classes, so many are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +62,12 @@ class Result:
     images: int
     steps: int
     miou: float | None
-    """Of the best validation, against the store's own labels; None without one."""
+    """Of the best validation, against the store's own labels; None where none could score."""
     best_step: int | None
     seconds: float
     page: str
+    warnings: tuple[str, ...] = ()
+    """What may make the result another one than was meant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,8 @@ class Source:
     survey: Survey
     training: tuple[Item, ...]
     held_out: tuple[Item, ...]
+    warnings: tuple[str, ...] = ()
+    """What to know of these images, see `remarks`."""
 
 
 def train(
@@ -111,17 +118,30 @@ def train(
                     recorder.tell_validation(_validate(run, source, log))
                 if is_last or recorder.is_checkpoint_due():
                     recorder.save()
+        progress, warnings = run.progress, list(source.warnings)
+        if progress.left_out == progress.step:
+            raise WsssError(
+                f"{out}: nothing was learned: the gradient of all {progress.step} steps overflowed in "
+                f"{config.optimizer.precision}",
+                hint="give a new --out and --set optimizer.precision=bf16 or fp32, or more steps",
+            )
         if world.is_first:
             _write_page(run, source)
-        progress = run.progress
+        if progress.left_out:
+            warnings.append(
+                f"{progress.left_out} of {progress.step} steps changed nothing: their gradient overflowed in "
+                f"{config.optimizer.precision}; --set optimizer.precision=bf16 or fp32 has the range"
+            )
+            log(f"warning: {warnings[-1]}")
         return Result(
             run=str(out),
             images=len(source.training),
             steps=progress.step,
-            miou=progress.best_miou if source.held_out else None,
-            best_step=progress.best_step if source.held_out else None,
+            miou=progress.best_miou,
+            best_step=progress.best_step if progress.best_miou is not None else None,
             seconds=progress.seconds,
             page=str(out / PAGE),
+            warnings=tuple(warnings),
         )
 
 
@@ -149,8 +169,8 @@ class Recorder:
         left = sitting / (progress.step - self._first) * (optimizer.steps - progress.step)
         self._watch(Status(step=progress.step, steps=optimizer.steps, loss=mean, rate=rate, seconds_left=left))
 
-    def tell_validation(self, miou: float) -> None:
-        """A validation is done."""
+    def tell_validation(self, miou: float | None) -> None:
+        """A validation is done; None: it could not score."""
         if self._writer:
             self._writer.add(self._run.progress.step, miou=miou)
 
@@ -183,7 +203,49 @@ def _source(store: Path, images: Path, out: Path, config: Config, world: World, 
     survey = read_survey(out / SURVEY)
     training, held_out = survey.split(config.data.validation_share, config.data.validation_limit)
     log(f"{len(training)} images to train on, {len(held_out)} to validate, {len(survey.classes)} classes")
-    return Source(store=store, images=images, out=out, survey=survey, training=training, held_out=held_out)
+    check_labelled(store, training)
+    warnings = remarks(survey.classes, training, held_out, config.data.validation_share)
+    for warning in warnings:
+        log(f"warning: {warning}")
+    return Source(store=store, images=images, out=out, survey=survey, training=training, held_out=held_out, warnings=warnings)
+
+
+def check_labelled(store: Path, training: Sequence[Item]) -> None:
+    """Raises StoreError where a network could learn nothing, or background alone, from these images."""
+    pixels = [sum(counts) for counts in zip(*(item.pixels for item in training), strict=True)]
+    if not any(pixels):
+        raise StoreError(
+            f"{store}: no pixel of the {len(training)} images to train on is labelled: all are void (255)",
+            hint="wsss report shows the labels; a binary mask holds the number of its class, not 255",
+        )
+    if not any(pixels[1:]):
+        raise StoreError(
+            f"{store}: the {len(training)} images to train on hold background alone, none of the {len(pixels) - 1} classes",
+            hint="wsss report shows the labels; label with classes that are in the photographs",
+        )
+
+
+def remarks(classes: Sequence[str], training: Sequence[Item], held_out: Sequence[Item], share: float) -> tuple[str, ...]:
+    """What a user should know of the images before a network is trained on them."""
+    found = []
+    if never := [name for label, name in enumerate(classes, 1) if not any(item.pixels[label] for item in training)]:
+        more = f" and {len(never) - NAMED} more" if len(never) > NAMED else ""
+        found.append(
+            f"{len(never)} of {len(classes)} classes are in no image to train on and cannot be learned: "
+            f"{', '.join(never[:NAMED])}{more}"
+        )
+    if empty := sum(not any(item.pixels) for item in training):
+        found.append(f"{empty} of {len(training)} images to train on are void (255) everywhere and teach nothing")
+    if share and not held_out:
+        found.append(
+            f"no image is kept out (data.validation_share = {share:g} of {len(training)}): nothing is validated, "
+            "the last weights count"
+        )
+    elif held_out and not any(any(item.pixels) for item in held_out):
+        found.append(
+            f"the {len(held_out)} images kept out hold no labelled pixel: no validation can score, the last weights count"
+        )
+    return tuple(found)
 
 
 def _claim(out: Path, config: Config) -> None:
@@ -191,7 +253,10 @@ def _claim(out: Path, config: Config) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / LAST).exists():
-            _check_same(out, json.loads((out / CONFIG).read_text(encoding="utf-8")), deciding(config))
+            was = read_json(out / CONFIG, hint="give a new --out")
+            if not isinstance(was, dict):
+                raise ValueError(f"expected the settings of a run, got {type(was).__name__}")
+            _check_same(out, was, deciding(config))
         elif not (out / CONFIG).exists() and any(not path.name.endswith(".tmp") for path in out.iterdir()):
             raise WsssError(f"--out {out}: the folder is not empty and holds no training", hint="give a new or empty folder")
         else:
@@ -288,12 +353,15 @@ def _steps(run: Run, source: Source) -> Iterator[list[Batch]]:
         yield parts
 
 
-def _validate(run: Run, source: Source, log: Log) -> float:
-    """mIoU on the images kept out; keeps the weights if they are the best so far."""
+def _validate(run: Run, source: Source, log: Log) -> float | None:
+    """mIoU on the images kept out, None where they hold no label; keeps the weights if they are the best so far."""
     progress = run.progress
     miou = validate(run.kept, source.store, source.images, source.held_out, run.config, run.world)
+    if miou is None:
+        log(f"step {progress.step}: no mIoU: the {len(source.held_out)} images kept out hold no labelled pixel")
+        return None
     log(f"step {progress.step}: mIoU {miou:.4f} on {len(source.held_out)} images kept out, against the store's labels")
-    if miou > progress.best_miou:
+    if progress.best_miou is None or miou > progress.best_miou:
         progress.best_miou, progress.best_step = miou, progress.step
         if run.world.is_first:
             save_best(source.out, run.kept.network, step=progress.step, miou=miou)
@@ -308,7 +376,9 @@ def _write_page(run: Run, source: Source) -> None:
     items = (source.held_out or source.training)[:SHOWN]
     with torch.inference_mode():
         found = list(predictions(segmenter, source.store, source.images, items, config, run.world.device))
-    best = f"{progress.best_miou:.4f} at step {progress.best_step}, against the store's labels" if source.held_out else "none"
+    best = "none"
+    if progress.best_miou is not None:
+        best = f"{progress.best_miou:.4f} at step {progress.best_step}, against the store's labels"
     facts = [
         ("network", f"{record.architecture}, {record.encoder}"),
         ("weights from", str(Initial(**record.init))),

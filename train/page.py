@@ -44,11 +44,11 @@ def write_page(folder: Path, record: RunRecord, facts: list[tuple[str, str]], cu
 def _card(name: str, pixels: np.ndarray, label: np.ndarray, predicted: np.ndarray) -> str:
     pictures = pixels, overlay(pixels, label), overlay(pixels, predicted)
     known = label != 255
-    agree = float((label == predicted)[known].mean()) if known.any() else float("nan")
+    agrees = f"agrees with the store on {(label == predicted)[known].mean():.1%} of the pixels" if known.any() else ""
     images = "".join(f'<img loading="lazy" alt="" src="{_data_url(shrink(each, THUMBNAIL_PX))}">' for each in pictures)
     return (
         f'<figure><div class="row">{images}</div><figcaption><b>{html.escape(name)}</b> '
-        f"agrees with the store on {agree:.1%} of the pixels</figcaption></figure>"
+        f"{agrees or 'the store labels no pixel of it'}</figcaption></figure>"
     )
 
 

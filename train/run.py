@@ -24,6 +24,8 @@ from .model import Segmenter
 from .optimizer import optimizer_for, rate_at, set_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SMALLEST_SCALE = 2.0**-10
+"""Of an fp16 loss, which begins at 2**16 and is halved by every step that overflows: the gradient is no number at all."""
 SHOWN = 16
 """Of a batch's files, so many are named."""
 
@@ -151,9 +153,12 @@ class Run:
         if not self.scaler.is_enabled() and not math.isfinite(float(norm)):  # the scaler leaves such a step out itself
             rows = [int(row) for part in parts for row in part.item]
             raise self._lost(f"the gradient's norm is {float(norm)}", files(rows))
+        self.progress.left_out += not math.isfinite(float(norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise self._lost("the gradient overflows at any scale", files([int(row) for part in parts for row in part.item]))
         self.progress.step += 1
         self._average()
         return float(self.world.total(total))

@@ -111,7 +111,7 @@ def _look_at(store: Path, images: Path, record: Record, classes: Sequence[str]) 
     try:
         sha256 = read_file(photograph_of(images, record["path"]), record["path"]).sha256
     except ImageError as error:
-        return f"the image {error.message.removeprefix(record['path'] + ': ')}"
+        return f"the image: {error.message.removeprefix(record['path'] + ': ')}"
     except StoreError as error:
         return error.message
     if sha256 != record["sha256"]:
@@ -168,7 +168,7 @@ def class_confidence(record: Record, classes: Sequence[str], pixels: Sequence[in
 
 def write_survey(path: Path, survey: Survey) -> None:
     """Leaves a survey for the other processes of a training."""
-    write_atomically(path, json.dumps(dataclasses.asdict(survey)).encode("utf-8", "surrogatepass"))
+    write_atomically(path, json.dumps(dataclasses.asdict(survey), allow_nan=False).encode("utf-8", "surrogatepass"))
 
 
 def read_survey(path: Path) -> Survey:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import WsssError
 from .args import Config, DataArgs
 from .data import normalised, read_pair, resized, working_size
 from .distributed import World
@@ -20,10 +21,15 @@ from .survey import Item
 
 
 @torch.inference_mode()
-def validate(segmenter: Segmenter, store: Path, images: Path, items: Sequence[Item], config: Config, world: World) -> float:
+def validate(
+    segmenter: Segmenter, store: Path, images: Path, items: Sequence[Item], config: Config, world: World
+) -> float | None:
     """mIoU with background over whole images at their own size, against the store's labels, as one confusion matrix.
 
-    Each process takes its share of the items; all return the same.
+    Each process takes its share of the items; all return the same. None where no pixel of the images is labelled.
+
+    Raises:
+        WsssError: the network's output is not a number.
     """
     segmenter.eval()
     labels = segmenter.classes
@@ -31,18 +37,23 @@ def validate(segmenter: Segmenter, store: Path, images: Path, items: Sequence[It
     for _, label, predicted in predictions(segmenter, store, images, items[world.rank :: world.size], config, world.device):
         matrix += confusion_matrix(label, predicted, labels)
     total = world.total(torch.from_numpy(matrix).to(world.device))
-    return mean_iou(total.cpu().numpy())
+    return mean_iou(total.cpu().numpy()) if total.any() else None
 
 
 def predictions(
     segmenter: Segmenter, store: Path, images: Path, items: Sequence[Item], config: Config, device: torch.device
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Pixels (H, W, 3), label (H, W) and predicted label (H, W) of each item, all uint8."""
+    """Pixels (H, W, 3), label (H, W) and predicted label (H, W) of each item, all uint8. Raises WsssError for NaN."""
     dtype = DTYPES[config.optimizer.precision]
     for item in items:
         pixels, label = read_pair(store, images, item)
         with autocast(device, dtype):
             logits = whole_image_logits(segmenter, pixels, config.data, device)
+        if logits.isnan().any():
+            raise WsssError(
+                f"{item.path}: the network's output is not a number",
+                hint="a smaller optimizer.rate, a longer optimizer.warm_up, or --set optimizer.precision=fp32",
+            )
         yield pixels, label, logits.argmax(dim=0).to(torch.uint8).cpu().numpy()
 
 

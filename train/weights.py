@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ..checkpoints import read_checkpoint, reason
 from ..errors import UsageError, WeightsError
 from ..spec import sha256_of
 from .args import Config
@@ -67,6 +66,8 @@ def load_initial(segmenter: Segmenter, config: Config, classes: tuple[str, ...])
     name = init.removeprefix("hub:")
     sha256 = ""
     if args.architecture in _TRANSFORMERS and (init.startswith("hub:") or (Path(init) / "config.json").is_file()):
+        for path in sorted(Path(init).glob("*.bin")):
+            read_checkpoint(path, where=f"--init {path}")  # transformers compares no checksums
         weights = _from_transformers(segmenter, name)
     elif init.startswith("hub:"):
         weights = _from_smp(config, name)
@@ -99,6 +100,11 @@ def fill(segmenter: Segmenter, weights: Weights, source: str, *, new_head: bool)
             if is_classes
             else "these are weights of another architecture or encoder",
         )
+    if not_finite := [name for name in loaded if not given[name].isfinite().all()]:
+        raise WeightsError(
+            f"{source}: expected finite weights, {_some(not_finite)} holds NaN or infinity",
+            hint="these are weights of a training that failed, or a damaged file",
+        )
     random = [name for name in _names(segmenter) if name not in loaded]
     encoder = _encoder_names(segmenter)
     beyond = [name for name in _names(segmenter) if name not in encoder]
@@ -116,26 +122,15 @@ def fill(segmenter: Segmenter, weights: Weights, source: str, *, new_head: bool)
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or PyTorch file, without running pickled code. Raises WeightsError."""
-    if not path.is_file():
+    if not path.exists():
         raise WeightsError(f"--init {path}: no such file", hint="none, hub:NAME, a weights file, or the folder of a run")
-    try:
-        told: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        torch.serialization.pickle.UnpicklingError,
-    ) as error:
-        raise WeightsError(f"--init {path}: not a readable weights file: {_first_line(error)}") from None
+    found: Any = read_checkpoint(path, where=f"--init {path}")
     for wrapper in _WRAPPERS:
-        if isinstance(told, Mapping) and isinstance(told.get(wrapper), Mapping):
-            told = told[wrapper]
-    tensors = {name: value for name, value in told.items() if isinstance(value, Tensor)} if isinstance(told, Mapping) else {}
+        if isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+    tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise WeightsError(f"--init {path}: no tensors in it")
+        raise WeightsError(f"--init {path}: no tensors in it", hint="give a state dict: tensors by the network's names")
     return tensors
 
 
@@ -149,7 +144,7 @@ def _from_smp(config: Config, name: str) -> Weights:
         weights: Weights = get_encoder(encoder, weights=name).state_dict()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WeightsError(
-            f"hub:{name}: the weights of {encoder} cannot be had: {_first_line(error)}",
+            f"hub:{name}: the weights of {encoder} cannot be had: {reason(error)}",
             hint="needs the web; offline give --init a file of the encoder's weights, or none",
         ) from None
     for key, given in (("mean", config.data.mean), ("std", config.data.std)):
@@ -175,7 +170,7 @@ def _from_transformers(segmenter: Segmenter, name: str) -> Weights:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(
-            f"hub:{name}: cannot be had: {_first_line(error)}",
+            f"hub:{name}: cannot be had: {reason(error)}",
             hint="needs the web; offline give --init a folder with its config.json and model.safetensors, or none",
         ) from None
     finally:
@@ -232,10 +227,6 @@ def _encoder_names(segmenter: Segmenter) -> set[str]:
     encoder = segmenter.encoder_parameters()
     prefixes = {name.rpartition(".")[0] for name, value in segmenter.network.named_parameters() if value in encoder}
     return {name for name in _names(segmenter) if name.rpartition(".")[0] in prefixes}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _some(names: list[str] | tuple[str, ...]) -> str:

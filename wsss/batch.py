@@ -47,6 +47,10 @@ class Photograph:
     etag: str = ""
     sha256: str = ""
     """Of the file it came from."""
+    warning: str = ""
+    """Why its pixels may not show what they should, in words; empty where nothing speaks for it."""
+    orientation: int = 1
+    """How the pixels were turned: EXIF's tag, 1 (as stored) to 8; from 5 on the stored frame has height and width exchanged."""
     ahead: dict[str, tuple[Future[None], np.ndarray]] = field(default_factory=dict)
     """Inputs that a stage, by its name, finds in the making, and what tells when; it makes its own where there is none."""
 
@@ -54,6 +58,12 @@ class Photograph:
     def shape(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.pixels.shape[0], self.pixels.shape[1]
+
+    @property
+    def raw_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels as stored, before EXIF rotation."""
+        height, width = self.shape
+        return (width, height) if self.orientation >= 5 else (height, width)
 
 
 Images = Sequence[Photograph]

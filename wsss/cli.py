@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
+import os
+import sys
 import typing
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,18 +19,19 @@ import typer
 
 from . import __version__
 from .commands.bench import bench
-from .commands.common import end_progress
+from .commands.common import end_progress, log
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.eval import eval
 from .commands.export import export
+from .commands.label import EPILOG as LABEL_EPILOG
 from .commands.label import label
 from .commands.report import report
 from .commands.train import train
 from .commands.verify import verify
 from .config import FILE, Flag, read_defaults
-from .errors import UsageError, WsssError
+from .errors import UsageError, WsssError, WsssWarning
 
 _KINDS: dict[type, Literal["text", "integer", "number", "switch"]] = {int: "integer", float: "number", bool: "switch"}
 
@@ -72,17 +80,81 @@ def _flag(name: str, hint: Any) -> Flag:
 
 
 for command in (export, verify, label, train, eval, bench, report, convert, demo, doctor):
-    app.command()(command)
+    app.command(epilog=LABEL_EPILOG if command is label else None)(command)
+
+
+class _Stdout(io.FileIO):
+    """Standard output; what cannot be written to it (a full disk) is an error for the user, but for a pipe that was closed."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise WsssError(
+                f"standard output: cannot be written: {error.strerror or error}",
+                hint="files that the command wrote are whole; send its output elsewhere and run it again",
+            ) from None
 
 
 def main() -> None:
     """The console script. A WsssError is the user's to fix: one message, no traceback; exit 1, or 2 for usage."""
+    _open_streams()
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
+    code = _run(app) or _run(sys.stdout.flush)
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, WsssError):  # at its end Python would try once more, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    raise SystemExit(code)
+
+
+def _run(work: Callable[[], object]) -> int:
     try:
-        app()
+        work()
     except WsssError as error:
         end_progress()
-        typer.echo(f"wsss: {error}", err=True)
-        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+        return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        return 1
     except KeyboardInterrupt:
-        typer.echo("wsss: interrupted", err=True)
-        raise SystemExit(130) from None
+        return _fail("interrupted", 130)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _show_warning(usual: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Logs what Python would show with a line of code."""
+    if issubclass(category, WsssWarning):
+        log(str(message), logging.WARNING)
+    else:
+        usual(message, category, *where)
+
+
+def _fail(message: str, code: int) -> int:
+    with suppress(OSError):
+        typer.echo(f"wsss: {message}", err=True)
+    return code
+
+
+def _open_streams() -> None:
+    """Puts the null device where a standard stream is closed: the next file to be opened would take its place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    now = sys.stdout
+    if now is sys.__stdout__ and isinstance(now, io.TextIOWrapper):  # not that of a test
+        raw = io.BufferedWriter(_Stdout(1, "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(
+            raw, now.encoding, now.errors, line_buffering=now.line_buffering, write_through=now.write_through
+        )

@@ -8,6 +8,7 @@ be parsed are refused. Every error names the file, what was expected and what ca
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 import stat
@@ -38,6 +39,13 @@ def read_bytes(
     Raises:
         WsssError (``error``): missing, unreadable, not a regular file, or too large.
     """
+    return read_regular(path, where=where, hint=hint, error=error, max_bytes=max_bytes)[0]
+
+
+def read_regular(
+    path: Path, *, where: str = "", hint: str = "", error: type[WsssError] = WsssError, max_bytes: int = MAX_BYTES
+) -> tuple[bytes, os.stat_result]:
+    """Read a regular file, and its status at that moment. Arguments and errors as of `read_bytes`."""
     where = where or str(path)
     try:
         # O_NONBLOCK: opening a pipe that nobody writes to would wait forever.
@@ -48,8 +56,10 @@ def read_bytes(
                 raise error(f"{where}: expected a regular file, got {_kind(status.st_mode)}", hint=hint)
             if status.st_size > max_bytes:
                 raise error(f"{where}: expected at most {max_bytes:,} bytes, got {status.st_size:,}", hint=hint)
-            return file.read()
+            return file.read(), status
     except OSError as problem:
+        if problem.errno == errno.ENXIO:  # sockets cannot be opened
+            raise error(f"{where}: expected a regular file, got a socket", hint=hint) from None
         raise error(f"{where}: cannot be read: {problem.strerror or problem}", hint=hint) from None
     except ValueError:  # a name with a NUL byte
         raise error(f"{where!r}: cannot be read: not a file name", hint=hint) from None

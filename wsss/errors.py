@@ -56,3 +56,7 @@ class StoreError(WsssError):
 
 class OutOfMemory(WsssError):
     """An engine's call that its device has no memory for; a smaller one may fit."""
+
+
+class WsssWarning(UserWarning):
+    """Something that goes on but is likely not what the user meant."""

@@ -10,13 +10,17 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+from .documents import parse_json, read_bytes
 from .errors import BundleError, SpecError
+from .files import restore, write_atomically
+from .jsontypes import checked
+from .onnxfile import external_files
 
 FORMAT = 1
 DType = Literal["float32", "float16", "uint8", "int64", "bool"]
@@ -218,9 +222,11 @@ class Bundle:
         """One model, its files checked against the hashes of its manifest.
 
         Raises:
-            BundleError: the bundle lacks it, or a file is missing, changed or outside the folder.
+            BundleError: the bundle lacks it, its manifest is none, or a file is missing, changed, outside the folder, or read
+                without its hash.
         """
         folder = self.folder / name
+        restore(folder)
         if not (folder / "manifest.json").is_file():
             there = ", ".join(self.models()) or "no models"
             raise BundleError(
@@ -230,10 +236,14 @@ class Bundle:
         manifest = read_manifest(folder)
         for file, expected in manifest.files.items():
             check_file(folder, file, expected)
-        used = {graph.file for graph in manifest.graphs.values()} | ({manifest.tokenizer} if manifest.tokenizer else set())
-        for file in sorted(used - manifest.files.keys()):
+        graphs = {graph.file for graph in manifest.graphs.values()}
+        used = dict.fromkeys(graphs | ({manifest.tokenizer} if manifest.tokenizer else set()), "manifest.json")
+        for graph in sorted(graphs & manifest.files.keys()):
+            used |= dict.fromkeys(external_files(folder / graph), graph)
+        for file in sorted(used.keys() - manifest.files.keys()):
             raise BundleError(
-                f"{folder / 'manifest.json'}: uses {file!r} without its sha256 in `files`", hint="export the model again"
+                f"{folder / used[file]}: uses {file!r} without its sha256 in `files` of the manifest",
+                hint="export the model again",
             )
         return Model(folder, manifest)
 
@@ -241,6 +251,8 @@ class Bundle:
 def open_bundle(folder: Path) -> Bundle:
     """The bundle in ``folder``. Raises BundleError when there is none."""
     bundle = Bundle(folder)
+    for old in folder.glob(".*.old-*"):  # of an export that was killed while it replaced a model
+        restore(folder / old.name[1:].rpartition(".old-")[0])
     if not folder.is_dir():
         raise BundleError(f"{folder}: expected a bundle folder, found nothing", hint=f"wsss export --model all --bundle {folder}")
     if not bundle.models():
@@ -252,96 +264,139 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 def check_file(folder: Path, name: str, expected: str, *, again: str = "export the model again") -> None:
-    """Raises BundleError, with the hint ``again``, unless ``folder/name`` is a plain file with the sha256 ``expected``."""
+    """Raises BundleError, with the hint ``again``, unless ``folder/name`` is a file with the sha256 ``expected``.
+
+    It may be a link to a file of the same folder, or, where the folder lies below ``snapshots/``, into the ``blobs/`` beside
+    that: the cache of the Hugging Face hub keeps a file there under its hash.
+    """
     path = folder / name
-    if name in ("", "..") or Path(name).name != name or path.is_symlink():
-        raise BundleError(f"{folder / 'manifest.json'}: names {name!r}, expected a plain file of its own folder", hint=again)
+    if name in ("", "..") or Path(name).name != name or "\\" in name or len(name.encode()) > 255:
+        raise BundleError(f"{folder / 'manifest.json'}: names {name!r:.80}, expected a plain file of its own folder", hint=again)
+    if path.is_symlink():
+        _check_link(path, again)
     if not path.is_file():
         raise BundleError(f"{path}: named by the manifest but missing", hint=again)
-    got = sha256_of(path)
+    try:
+        got = sha256_of(path)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}", hint="make it readable") from None
     if got != expected:
         raise BundleError(
             f"{path}: its sha256 is {got[:12]}..., the manifest says {expected[:12]}...: changed or truncated", hint=again
         )
 
 
+def _check_link(path: Path, again: str) -> None:
+    try:
+        target, folder = path.resolve(strict=True), path.parent.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle
+        raise BundleError(f"{path}: a link to {os.readlink(path)}, which leads to no file", hint=again) from None
+    caches = [above.parent / "blobs" for above in (folder, *folder.parents) if above.name == "snapshots"]
+    if target.parent not in (folder, *caches):
+        raise BundleError(
+            f"{path}: a link to {target}, outside of {folder} and of a cache's `blobs` beside its `snapshots`",
+            hint="copy the bundle with its files instead of links: cp -rL BUNDLE COPY",
+        )
+
+
 def sha256_of(path: Path) -> str:
-    """sha256 of a file, hex. Remembered while size and modification time stay."""
+    """sha256 of a file, hex. Remembered while the file is the same: size, times, and which file it is."""
     status = path.stat()
-    return _sha256(path, status.st_size, status.st_mtime_ns)
+    # The time of modification can be set back, as rsync and tar do; that of the last change of the file's entry cannot.
+    return _sha256(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
 
 
 @lru_cache(maxsize=1024)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+def _sha256(path: Path, state: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes ``folder/manifest.json`` atomically."""
+    """Writes ``folder/manifest.json`` whole or not at all. Raises OSError."""
     text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
-    temporary = folder / ".manifest.json.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / "manifest.json")
+    write_atomically(folder / "manifest.json", f"{text}\n".encode())
+
+
+AGAIN = "export the model again, or take the wsss version that wrote it"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of one model's folder. Raises BundleError naming the file and the field."""
+    """The manifest of one model's folder, every field checked. Raises BundleError naming the file and the field."""
     path = folder / "manifest.json"
-    again = "export the model again, or take the wsss version that wrote it"
+    data = read_bytes(path, error=BundleError, hint=AGAIN, max_bytes=MAX_MANIFEST)
+    record = parse_json(data, str(path), error=BundleError, hint=AGAIN)
+    version = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if type(version) is not int or version != FORMAT:
+        raise BundleError(f"{path}: expected manifest format {FORMAT}, got {version!s:.40}", hint=AGAIN)
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path}: expected a JSON manifest, {error}", hint=again) from None
-    if not isinstance(told, dict) or told.get("format") != FORMAT:
-        came = told.get("format") if isinstance(told, dict) else type(told).__name__
-        raise BundleError(f"{path}: expected manifest format {FORMAT}, got {came}", hint=again)
-    try:
-        return _manifest_from_json(told)
-    except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
-        raise BundleError(f"{path}: not a valid manifest: {type(error).__name__} {error}", hint=again) from None
+        manifest = checked(Manifest, record, "")
+        _check_manifest(manifest)
+    except SpecError as error:
+        raise BundleError(f"{path}: not a valid manifest: {error.message}", hint=AGAIN) from None
+    return manifest
 
 
-def _manifest_from_json(told: dict[str, Any]) -> Manifest:
-    pre = dict(told["preprocess"])
-    pre["canvases"] = tuple((int(h), int(w)) for h, w in pre["canvases"])
-    pre["mean"], pre["std"] = tuple(pre["mean"]), tuple(pre["std"])
-    graphs = {name: _graph_from_json(graph) for name, graph in told["graphs"].items()}
-    strings = [told.get("tokenizer") or "", *(graph.file for graph in graphs.values()), *dict(told["files"]).values()]
-    if not isinstance(told["files"], dict) or not all(isinstance(each, str) for each in strings):
-        raise TypeError("files, graphs and tokenizer must be named by strings")
-    return Manifest(**{**told, "preprocess": Preprocess(**pre), "graphs": graphs, "settings": dict(told["settings"])})
+MAX_MANIFEST = 1 << 24
+"""Bytes. A model of the chain takes 20 kB, the longest parity report a few hundred."""
+MAX_SIDE = 1 << 15
+"""Pixels of a canvas, and of what a photograph is resized to."""
+MAX_LENGTH = (1 << 31) - 1
+"""Of an axis: what TensorRT holds."""
 
 
-def _graph_from_json(told: dict[str, Any]) -> GraphSpec:
-    return GraphSpec(
-        file=told["file"],
-        inputs=tuple(_tensors_from_json(told["inputs"])),
-        outputs=tuple(_tensors_from_json(told["outputs"])),
-        axes={name: AxisRange(**axis) for name, axis in told["axes"].items()},
-        opset=told["opset"],
-        precision=told.get("precision", "fp32"),
-        islands=dict(told.get("islands", {})),
-        parity=_parity_from_json(told.get("parity")),
-        plans={name: _plan_from_json(plan) for name, plan in told.get("plans", {}).items()},
-    )
+def _check_manifest(manifest: Manifest) -> None:
+    pre = manifest.preprocess
+    if not manifest.graphs:
+        raise SpecError("graphs: expected one or more, got none")
+    if not pre.canvases or not all(1 <= side <= MAX_SIDE for canvas in pre.canvases for side in canvas):
+        raise SpecError(f"preprocess.canvases: expected sizes of 1 to {MAX_SIDE} pixels, got {list(pre.canvases)!r:.80}")
+    if not (1 <= pre.longest_px <= MAX_SIDE and 0 <= pre.short_px <= MAX_SIDE):
+        raise SpecError(f"preprocess: expected sides of at most {MAX_SIDE} pixels, got {pre.longest_px} and {pre.short_px}")
+    if min(pre.std) <= 0:
+        raise SpecError(f"preprocess.std: expected numbers above 0, got {list(pre.std)}")
+    for file, sha256 in manifest.files.items():
+        _check_sha256(sha256, f"files.{file}")
+    for name, graph in manifest.graphs.items():
+        _check_graph(graph, f"graphs.{name}")
+    settings = dict(manifest.settings)
+    for name, kind in SETTINGS.get(manifest.family, {}).items():
+        if name not in settings:
+            raise SpecError(f"settings: expected {name!r}, got {', '.join(settings) or 'none'}")
+        checked(kind, settings[name], f"settings.{name}")
 
 
-def _plan_from_json(told: dict[str, Any]) -> PlanSpec:
-    axes = {name: AxisRange(**axis) for name, axis in told["axes"].items()}
-    plan = PlanSpec(**{**told, "axes": axes, "parity": _parity_from_json(told.get("parity"))})
-    if not all(isinstance(each, str) for each in (plan.file, plan.sha256, plan.graph_sha256, plan.weights_sha256)):
-        raise TypeError("plans must be named by strings")
-    return plan
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "clip": {
+        **dict.fromkeys(("context_length", "pad", "end"), int),
+        **dict.fromkeys(("logit_scale", "threshold"), float),
+        **dict.fromkeys(("templates", "backgrounds"), tuple[str, ...]),
+        "views": tuple[int, ...],
+    },
+    "grounding-dino": {**dict.fromkeys(("cls", "sep", "dot", "pad", "max_tokens"), int), "box_threshold": float},
+    "sam": {"logits_side": int},
+    "segmenter": {"overlap_px": int, "classes": tuple[str, ...]},
+}
+"""What the runtime needs of `Manifest.settings`, by family."""
 
 
-def _parity_from_json(told: dict[str, Any] | None) -> Parity | None:
-    return None if told is None else Parity(**{**told, "rows": tuple(ParityRow(**row) for row in told["rows"])})
+def _check_graph(graph: GraphSpec, where: str) -> None:
+    if not graph.file.endswith(".onnx"):  # ONNX Runtime takes the ending .ort for a format that nothing here looks into
+        raise SpecError(f"{where}.file: expected a name that ends in .onnx, got {graph.file!r:.80}")
+    for tensor in (*graph.inputs, *graph.outputs):
+        if not all(1 <= axis <= MAX_LENGTH for axis in tensor.shape if isinstance(axis, int)):
+            raise SpecError(f"{where}: expected axes of 1 to {MAX_LENGTH}, got {tensor}")
+    for kind, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise SpecError(f"{where}.{kind}: expected a name for each, got {', '.join(tensor.name for tensor in tensors)}")
+    for axes in (graph.axes, *(plan.axes for plan in graph.plans.values())):
+        if any(axis.max > MAX_LENGTH for axis in axes.values()):
+            raise SpecError(f"{where}.axes: expected at most {MAX_LENGTH}, got {max(axis.max for axis in axes.values())}")
+    for flavour, plan in graph.plans.items():
+        if plan.flavour != flavour:
+            raise SpecError(f"{where}.plans.{flavour}: holds an engine of {plan.flavour}")
 
 
-def _tensors_from_json(told: list[dict[str, Any]]) -> Iterator[TensorSpec]:
-    for tensor in told:
-        yield TensorSpec(tensor["name"], tuple(tensor["shape"]), cast(DType, tensor["dtype"]))
+def _check_sha256(text: str, where: str) -> None:
+    if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
+        raise SpecError(f"{where}: expected a sha256 in hex, got {text!r:.80}")

@@ -58,6 +58,8 @@ class Wanted(Protocol):
 
 
 W = TypeVar("W", bound=Wanted)
+INFORMATION = ("bundle", "wsss")
+"""What ``run.json`` says of the run that began the store; a run in which it is another may continue it."""
 
 
 @dataclass(kw_only=True)
@@ -347,7 +349,10 @@ def parse_run(data: bytes, file: object) -> dict[str, Any]:
 
 def check_same(folder: object, was: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises StoreError, which names the first difference, unless a store's settings are those of this run."""
-    for key in sorted(was.keys() | now.keys()):
+    thresholds, rules = now.get("bundle", {}).get("thresholds", {}), was.get("rules")
+    if isinstance(rules, dict):  # of version 0.1: None is the bundle's threshold
+        was = {**was, "rules": {name: thresholds.get(name) if value is None else value for name, value in rules.items()}}
+    for key in sorted((was.keys() | now.keys()) - set(INFORMATION)):
         if was.get(key) != now.get(key):
             raise StoreError(
                 f"--out {folder}: was made with {key} = {_short(was.get(key))}, this run has {_short(now.get(key))}",

@@ -143,3 +143,71 @@ def test_a_call_without_memory_says_so(tmp_path: Path) -> None:
         engine({"x": ones, "shape": np.array([1 << 45])})
     with pytest.raises(Exception, match="must be >= 0"):  # another failure is not called so
         engine({"x": ones, "shape": np.array([-2])})
+
+
+@pytest.fixture
+def weighted(tmp_path: Path) -> Path:
+    """x + w for w = 1, 2, 3 in a file beside it."""
+    onnx = pytest.importorskip("onnx")
+    helper, types = onnx.helper, onnx.TensorProto
+    folder = tmp_path / "snapshots" / "1" / "model"
+    folder.mkdir(parents=True)
+    (folder / "w.data").write_bytes(np.array([1, 2, 3], np.float32).tobytes())
+    weights = types(name="w", data_type=types.FLOAT, dims=[3], data_location=types.EXTERNAL)
+    weights.external_data.add(key="location", value="w.data")
+    values = [helper.make_tensor_value_info(name, types.FLOAT, [3]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", values[:1], values[1:], [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    (folder / "add.onnx").write_bytes(model.SerializeToString())
+    return folder / "add.onnx"
+
+
+@pytest.mark.parametrize("linked", [[], ["w.data"], ["add.onnx", "w.data"]], ids=["files", "weights", "both"])
+def test_weights_of_a_hub_s_cache(weighted: Path, linked: list[str]) -> None:
+    """ONNX Runtime 1.24 opens no link that leads out of the folder, 1.32 only where the graph is one too."""
+    blobs = weighted.parents[3] / "blobs"
+    blobs.mkdir()
+    for number, name in enumerate(linked):
+        (weighted.parent / name).rename(blobs / str(number))
+        (weighted.parent / name).symlink_to(blobs / str(number))
+    outputs = (TensorSpec("y", (3,), "float32"),)
+    spec = GraphSpec(file="add.onnx", inputs=(TensorSpec("x", (3,), "float32"),), outputs=outputs, axes={}, opset=18)
+    assert np.array_equal(np.asarray(OrtEngine(weighted, spec)({"x": np.ones(3, np.float32)})["y"]), [2, 3, 4])
+
+
+def test_idle_threads_sleep(onnx_file: Callable[..., Path], spec: GraphSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they hold the cores that other engines need; the options of a session are seen here alone."""
+    told = {}
+    session = onnxruntime.InferenceSession
+
+    def spy(path: str, options: onnxruntime.SessionOptions, **how: object) -> object:
+        told.update(how, spinning=options.get_session_config_entry("session.intra_op.allow_spinning"))
+        return session(path, options, **how)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    OrtEngine(onnx_file(), spec)
+    assert told == {"spinning": "0", "providers": ["CPUExecutionProvider"], "disabled_optimizers": []}
+    OrtEngine(onnx_file(), replace(spec, precision="fp16"))
+    assert told["disabled_optimizers"] == ["NchwcTransformer"], "it ends in a segmentation fault on float16 convolutions"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Failed to allocate memory for requested buffer of size 1",  # the CPU's arena
+        "CUDA failure 2: out of memory",
+        "Exception: std::bad_alloc",
+        "Exception: bad allocation",  # Windows
+    ],
+)
+def test_every_way_to_run_out_of_memory_is_told(
+    onnx_file: Callable[..., Path], spec: GraphSpec, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    engine = OrtEngine(onnx_file(), spec)
+
+    def fail(feeds: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(engine, "_run", fail)
+    with pytest.raises(OutOfMemory, match="double: the cpu has no memory for this call"):
+        engine({"x": X})

@@ -99,8 +99,20 @@ def test_graphs_on_and_off_compute_the_same(open_trt: Open) -> None:
     assert (on.cuda_graphs, off.cuda_graphs) == (1, 0)
 
 
-def chain(encoder: Engine, decoder: Engine, fuse: Engine, turn: int) -> tuple[Any, dict[str, Any]]:
-    """Three photographs with nine boxes in two decoder calls, and the label map of the first; what stays is cloned."""
+def assert_fused(label_map: Any, feeds: dict[str, Any]) -> None:
+    """That of NumPy in float64, but for pixels within rounding of an edge or the margin."""
+    from wsss.export.fuse import LOGIT_ROUNDING, fused_by_sorting, near_ties
+
+    logits = np.asarray(feeds["logits"])[feeds["pick"]].astype(np.float64)
+    z = feeds["rows"] @ logits @ feeds["columns"].T
+    rounding = 4 * LOGIT_ROUNDING * np.abs(logits).max(axis=(1, 2))  # up to a hundred terms a pixel, where resizing has four
+    masks = feeds["score"], feeds["label"], float(feeds["margin"][0])
+    want = fused_by_sorting(z, *masks)["label_map"]
+    assert (near_ties(z, rounding, *masks, want)["label_map.options"] == np.asarray(label_map)).any(axis=0).all()
+
+
+def chain(encoder: Engine, decoder: Engine, fuse: Engine, turn: int) -> tuple[list[Any], Any, dict[str, Any]]:
+    """Three photographs with nine boxes in two decoder calls; the first call's masks fused, with what; what stays is cloned."""
     random = np.random.default_rng(turn)
     embedding = encoder(photographs(3, seed=turn))["embedding"]
     logits = []
@@ -121,7 +133,7 @@ def chain(encoder: Engine, decoder: Engine, fuse: Engine, turn: int) -> tuple[An
         "rows": linear,
         "columns": linear,
     }
-    return logits, fuse(fed)
+    return logits, fuse(fed)["label_map"], fed
 
 
 def test_the_chain_stays_on_the_gpu_and_agrees(model: Model, open_trt: Open) -> None:
@@ -129,12 +141,12 @@ def test_the_chain_stays_on_the_gpu_and_agrees(model: Model, open_trt: Open) -> 
     engines, references = [open_trt(graph) for graph in graphs], [ort(model, graph) for graph in graphs]
     for turn in range(4):
         before = [engine.copied["device_to_host"] for engine in engines]
-        logits, out = chain(*engines, turn=turn)
+        logits, label_map, fed = chain(*engines, turn=turn)
         assert [engine.copied["device_to_host"] for engine in engines] == before
-        wanted, expected = chain(*references, turn=turn)
+        assert_fused(label_map, fed)
+        wanted, _, _ = chain(*references, turn=turn)
         for found, want in zip(logits, wanted, strict=True):
             assert difference(found, want) < 2e-2
-        assert (np.asarray(out["label_map"]) == np.asarray(expected["label_map"])).mean() > 0.995
     assert engines[1].copied["host_to_device"] == 4 * 2 * 9 * (4 * 4 + 8), "boxes and image numbers, no embedding"
 
 
@@ -193,9 +205,9 @@ def test_pycuda_arrays(open_trt: Open) -> None:
 
 
 def test_fusing_tiles_of_many_sizes(model: Model, open_trt: Open) -> None:
-    engine, reference = open_trt("fuse"), ort(model, "fuse")
+    engine = open_trt("fuse")
     random = np.random.default_rng(1)
-    for turn in range(40):
+    for _ in range(40):
         height, width = (int(side) for side in random.integers(1, 200, 2))
         feeds = {
             "logits": random.normal(size=(3, 128, 128)).astype(np.float32),
@@ -206,9 +218,9 @@ def test_fusing_tiles_of_many_sizes(model: Model, open_trt: Open) -> None:
             "rows": random.uniform(size=(height, 128)).astype(np.float32) / 64,
             "columns": random.uniform(size=(width, 128)).astype(np.float32) / 64,
         }
-        found, expected = engine(feeds), reference(feeds)
+        found = engine(feeds)
         assert found["label_map"].shape == (height, width)
-        assert (np.asarray(found["label_map"]) == np.asarray(expected["label_map"])).mean() > 0.98, f"turn {turn}"
+        assert_fused(found["label_map"], feeds)
 
 
 def test_closing_returns_the_memory(open_trt: Open) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +19,8 @@ from torch import Tensor, nn
 from wsss.errors import BundleError, ParityError, WeightsError
 from wsss.export import exporting
 from wsss.export.family import Family, Graph, Options, Prepared, Tolerance
-from wsss.spec import AxisRange, Manifest, Preprocess, TensorSpec, open_bundle
+from wsss.export.to_onnx import WeightFile
+from wsss.spec import AxisRange, Bundle, GraphSpec, Manifest, Preprocess, TensorSpec, open_bundle
 
 PREPROCESS = Preprocess(
     resize="squash", longest_px=8, filter="bilinear", canvases=((8, 8),), mean=(0, 0, 0), std=(1, 1, 1), source="test"
@@ -123,3 +130,116 @@ def test_canvases_other_than_the_familys_own_are_prepared_again(tmp_path: Path, 
     )
     assert exporting.prepare_again(manifest).preprocess.canvases == ((4, 9),)
     assert [options.sizes for options in asked] == [(), ((4, 9),)]
+
+
+def write_at_once(graph: Graph, folder: Path, store: WeightFile, options: Options, **how: Any) -> GraphSpec:
+    """In the place of tracing and the gate, which publishing knows nothing of: a graph file without a graph."""
+    (folder / "scale.onnx").write_bytes(b"")
+    return graph.spec("scale.onnx", 18)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_export_graph", write_at_once)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_exporting
+from wsss import files
+test_exporting.exporting._export_graph = test_exporting.write_at_once
+left = int(sys.argv[3])
+def killed(call):
+    def instead(*given):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return call(*given)
+    return instead
+Path.rename, files._delete = killed(Path.rename), killed(files._delete)
+test_exporting.export(Path(sys.argv[2]), test_exporting.make_family(), weights="other---")
+"""
+
+
+@pytest.mark.parametrize(("calls", "survivor"), [(0, "abcdefgh"), (1, "abcdefgh"), (2, "other---")])
+def test_an_export_that_is_killed_while_it_publishes_leaves_a_model(
+    at_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, survivor: str
+) -> None:
+    """Killed before the old model is moved away, before the new one takes its place, and before the old one is deleted."""
+    export(tmp_path / "killed", make_family())
+    script = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path / "killed"), str(calls)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "killed" / "toy").exists() == (calls != 1)
+    for bundle in (tmp_path / "model", tmp_path / "list", tmp_path / "next"):
+        shutil.copytree(tmp_path / "killed", bundle)
+    assert Bundle(tmp_path / "model").model("toy").manifest.weights["source"] == survivor
+    assert open_bundle(tmp_path / "list").models() == ["toy"]
+
+    def fail(*_: object, **how: object) -> GraphSpec:
+        raise ParityError("no")
+
+    monkeypatch.setattr(exporting, "_export_graph", fail)
+    with pytest.raises(ParityError):
+        export(tmp_path / "next", make_family())
+    assert [path.name for path in (tmp_path / "next").iterdir()] == ["toy"], "swept, though this export failed"
+    assert open_bundle(tmp_path / "next").model("toy").manifest.weights["source"] == survivor
+
+
+def test_two_exports_of_one_model_do_not_sweep_each_other(at_once: None, tmp_path: Path) -> None:
+    def prepare(variant: str, weights: str, options: Options) -> Prepared:
+        prepared = make_family().prepare(variant, weights, options)
+
+        def second() -> Graph:
+            with pytest.raises(BundleError, match="toy: another run"):
+                export(tmp_path, make_family())
+            return scale_graph(3.0, 3.0)
+
+        return replace(prepared, graphs=(second,))
+
+    export(tmp_path, replace(make_family(), prepare=prepare))
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
+
+
+def test_a_model_is_on_the_disk_before_it_has_its_name(at_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut after the rename would else leave names of empty files."""
+    synced, at_rename = set[str](), set[str]()
+    fsync, rename = os.fsync, Path.rename
+
+    def noted(handle: int) -> None:
+        synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        at_rename.update(synced)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", renamed)
+    manifest = export(tmp_path, make_family())
+    assert at_rename >= {*manifest.files, "manifest.json"}
+    assert synced >= {tmp_path.name}, "and the folder after it"
+
+
+def test_a_download_that_nothing_pins_is_said(at_once: None, tmp_path: Path) -> None:
+    def prepare(variant: str, weights: str, options: Options) -> Prepared:
+        prepared = make_family().prepare(variant, weights, options)
+        return replace(prepared, weights={**prepared.weights, "pinned": pinned})
+
+    said: list[str] = []
+    for pinned in ("sha256", "8 of 64 digits of its sha256"):
+        exporting.export_model(
+            replace(make_family(), prepare=prepare),
+            variant="one",
+            weights="tag",
+            bundle=tmp_path,
+            options=Options(),
+            log=said.append,
+        )
+        assert open_bundle(tmp_path).model("toy").manifest.weights["pinned"] == pinned
+    assert [line for line in said if "pinned" in line] == [
+        "toy: nothing says what tag must hold (pinned: 8 of 64 digits of its sha256); its sha256 is in the manifest from now on"
+    ]

@@ -85,6 +85,53 @@ def test_who_owns_a_pixel(
     assert voted(z, score, label, margin) == want
 
 
+@pytest.mark.parametrize(
+    ("z", "score", "label", "margin", "names", "area", "won"),
+    [
+        pytest.param([-4.0], [0.9], [3], 0.1, {0}, [(0, 0)], [(0, 0)], id="outside"),
+        pytest.param([4.0], [0.9], [3], 0.1, {3}, [(1, 1)], [(1, 1)], id="inside"),
+        pytest.param([5e-4], [0.9], [3], 0.1, {0, 3}, [(0, 1)], [(0, 1)], id="just inside"),
+        pytest.param([-5e-4], [0.9], [3], 0.1, {0, 3}, [(0, 1)], [(0, 1)], id="just outside"),
+        pytest.param([2e-3], [0.9], [3], 0.1, {3}, [(1, 1)], [(1, 1)], id="inside by more than rounding"),
+        pytest.param([-2e-3], [0.9], [3], 0.1, {0}, [(0, 0)], [(0, 0)], id="outside by more than rounding"),
+        pytest.param([5e-4, 4], [0.9, 0.3], [1, 2], 0.1, {1, 2}, [(0, 1), (1, 1)], [(0, 1), (0, 1)], id="an edge over another"),
+        pytest.param(
+            [5e-4, 4], [0.6, 0.3], [1, 2], 0.1, {2, 255}, [(0, 1), (1, 1)], [(0, 0), (0, 1)], id="an edge that contests"
+        ),
+        pytest.param([4, 4], [0.9, 0.81], [1, 2], 0.1, {1, 255}, [(1, 1)] * 2, [(0, 1), (0, 0)], id="at the margin"),
+        pytest.param([4, 4], [0.9, 0.85], [1, 2], 0.1, {255}, [(1, 1)] * 2, [(0, 0)] * 2, id="within the margin"),
+        pytest.param([4, 4], [0.9, 0.80], [1, 2], 0.1, {1}, [(1, 1)] * 2, [(1, 1), (0, 0)], id="beyond the margin"),
+        pytest.param([4, 4], [0.9, 0.9], [2, 2], 0.1, {2}, [(1, 1)] * 2, [(0, 1)] * 2, id="two of one label"),
+        pytest.param([4, 4], [0.9, 0.8], [2, 2], 0.1, {2}, [(1, 1)] * 2, [(1, 1), (0, 0)], id="the better of one label"),
+        pytest.param([4, 4, 4], [0.9, 0.2, 0.3], [1, 2, 3], 0.1, {1}, [(1, 1)] * 3, [(1, 1), (0, 0), (0, 0)], id="three"),
+    ],
+)
+def test_what_rounding_allows(
+    z: list[float],
+    score: list[float],
+    label: list[int],
+    margin: float,
+    names: set[int],
+    area: list[tuple[int, int]],
+    won: list[tuple[int, int]],
+) -> None:
+    masks = np.array(z)[:, None, None], np.full(len(z), 1e-3), np.float32(score), np.array(label), margin
+    fused = fuse.fused_by_sorting(masks[0], *masks[2:])["label_map"]
+    ties = fuse.near_ties(*masks, fused)
+    assert set(ties["label_map.options"].ravel().tolist()) == names
+    assert list(zip(*ties["area.range"].tolist(), strict=True)) == area
+    assert list(zip(*ties["won.range"].tolist(), strict=True)) == won
+
+
+def test_rounding_decides_few_pixels_of_what_the_gate_feeds() -> None:
+    """Or the gate would prove nothing."""
+    graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))
+    for picked in (1, 2, 16):
+        want = graph.reference(graph.sample(picked, 1), {})
+        assert (want["label_map.options"] != want["label_map"]).any(axis=0).mean() < 1e-3
+        assert (want["area.range"][1] - want["area.range"][0] < 1e-3 * want["label_map"].size).all()
+
+
 def test_void_and_labels_occur_in_what_the_gate_feeds() -> None:
     graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))
     feeds = graph.sample(16, 1)
@@ -99,17 +146,18 @@ def test_graph_equals_its_reference(engine: OrtEngine, picked: int) -> None:
     found = {name: np.asarray(value) for name, value in engine(feeds).items()}
     want = graph.reference(feeds, found)
     assert found["label_map"].dtype == np.uint8
-    assert (found["label_map"] != want["label_map"]).mean() <= 1e-4
+    assert all(allowed.measure(found, want, name) == (0, 0) for name, allowed in graph.tolerance.items())
     assert found["won"].sum() == ((found["label_map"] > 0) & (found["label_map"] < 255)).sum()
-    np.testing.assert_allclose(found["area"], want["area"], atol=2)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100])
 def test_chunks_of_rows_give_the_same_label_map(engine: OrtEngine, chunk: int) -> None:
-    feeds = fuse.sample_masks(PREPROCESS, LOGITS, 16, 5, 9)
-    whole = {name: np.asarray(value) for name, value in engine(feeds).items()}
+    """But for ties: a product of fewer rows may round otherwise."""
+    graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))
+    feeds = graph.sample(5, 9)
     rows = feeds["rows"]
     parts = [engine(feeds | {"rows": rows[start : start + chunk]}) for start in range(0, len(rows), chunk)]
-    assert np.array_equal(np.concatenate([np.asarray(part["label_map"]) for part in parts]), whole["label_map"])
-    for count in ("area", "won"):
-        assert np.array_equal(sum(np.asarray(part[count]) for part in parts), whole[count])
+    found = {count: np.sum([np.asarray(part[count]) for part in parts], axis=0) for count in ("area", "won")}
+    found["label_map"] = np.concatenate([np.asarray(part["label_map"]) for part in parts])
+    want = graph.reference(feeds, found)
+    assert all(allowed.measure(found, want, name) == (0, 0) for name, allowed in graph.tolerance.items())

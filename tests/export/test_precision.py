@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wsss.errors import WsssError
 from wsss.export.family import Feeds, Graph, Tolerance
-from wsss.export.precision import Fp32, Half, islands, lower, name_nodes
+from wsss.export.precision import TYPES, Fp32, Half, islands, lower, name_nodes
 from wsss.export.to_onnx import trace
 from wsss.spec import AxisRange, TensorSpec
 
@@ -249,3 +249,36 @@ def test_every_node_gets_a_name_of_its_own() -> None:
     name_nodes(model)
     names = [node.name for node in model.graph]
     assert names[0] == "a" and len(set(names)) == 3 and all(names)
+
+
+@pytest.mark.parametrize(
+    ("constant", "half", "stays"),
+    [
+        ([1, 2], "fp16", False),
+        ([1, 1e5], "fp16", True),
+        ([1, 1e5], "bf16", False),
+        ([1e5, 1e5], "fp16", True),
+        ([1, 1e-9], "fp16", True),
+        ([1, 1e-9], "bf16", False),
+        ([0, 1], "fp16", False),
+        ([*range(15), 1e-9], "fp16", True),
+        ([*range(16), 1e-9], "fp16", False),  # a weight, not an epsilon
+        ([*range(16), 1e5], "fp16", True),
+    ],
+)
+def test_a_node_stays_float32_if_one_value_of_its_constant_is_lost(constant: list[float], half: Half, stays: bool) -> None:
+    model = ir.from_proto(
+        onnx.parser.parse_model(
+            f"""<ir_version: 10, opset_import: ["": 18]>
+            g (float[N, {len(constant)}] x) => (float[N, {len(constant)}] y) {{ [scale] y = Mul(x, w) }}"""
+        )
+    )
+    w = ir.Value(name="w", type=ir.TensorType(FLOAT), shape=ir.Shape([len(constant)]))
+    w.const_value = ir.Tensor(np.array(constant, np.float32), name="w")
+    (scale,) = model.graph
+    old = scale.inputs[1]
+    assert old is not None
+    scale.replace_input_with(1, w)
+    model.graph.register_initializer(w)
+    lower(model, half, frozenset(), {"x": "float32", "y": "float32"})
+    assert [value.dtype for value in scale.inputs if value is not None] == [FLOAT if stays else TYPES[half]] * 2

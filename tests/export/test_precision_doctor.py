@@ -23,11 +23,22 @@ from wsss.benchmarks import precision_faults
 from wsss.benchmarks.precision_faults import Case
 from wsss.errors import WsssError
 from wsss.export import exporting
-from wsss.export.family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance
+from wsss.export.family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, gap_of_choices
 from wsss.export.half_arithmetic import Plan, Rounding, examine
 from wsss.export.precision import lower
-from wsss.export.precision_doctor import ACCUMULATION, AIM, CANCELLATION, NAN, OVERFLOW, RESOLUTION, Diagnosis, diagnose
+from wsss.export.precision_doctor import (
+    ACCUMULATION,
+    AIM,
+    CANCELLATION,
+    NAN,
+    OVERFLOW,
+    RESOLUTION,
+    Diagnosis,
+    diagnose,
+    examine_graph,
+)
 from wsss.export.probes import Session, open_copy
+from wsss.export.to_onnx import trace
 from wsss.spec import AxisRange, Preprocess, TensorSpec
 
 NONE: frozenset[str] = frozenset()
@@ -336,6 +347,38 @@ def wide_graph() -> Graph:
         tolerance=within(1e-5),
         half=InHalf(io=frozenset({"x"}), tolerance=within(1e-2)),
     )
+
+
+class ChoosesOfTwo(nn.Module):
+    """The larger of two values that lie ``apart``, each ``offset`` too large: (B, 16) to (B, 16) uint8."""
+
+    def __init__(self, apart: float, offset: float) -> None:
+        super().__init__()
+        self.apart, self.offset = apart, offset
+
+    def values(self, x: Tensor) -> Tensor:
+        return torch.stack([x + self.offset, x + (self.offset + self.apart)], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.values(x).argmax(dim=1).to(torch.uint8)
+
+
+@pytest.mark.parametrize(("apart", "offset", "kept"), [(1e-4, 0.0, False), (0.5, 3000.0, True)])
+def test_ties_in_a_label_map_keep_nothing_in_float32(apart: float, offset: float, kept: bool) -> None:
+    """Values that half cannot tell apart change the choice; that is a fault only where they are no tie."""
+    module = ChoosesOfTwo(apart, offset)
+
+    def reference(feeds: Feeds, _: Feeds) -> Feeds:
+        values = module.values(torch.from_numpy(feeds["x"]))
+        return {"y": values.argmax(dim=1).to(torch.uint8).numpy(), "y.values": (values - offset).numpy()}
+
+    tolerance = {"y": Tolerance(relative=1e-2, measure=gap_of_choices, why="test")}
+    template = wide_graph()
+    changes = {"module": module, "outputs": (TensorSpec("y", ("batch", 16), "uint8"),), "reference": reference}
+    graph = dataclasses.replace(template, **changes, tolerance=tolerance, half=InHalf(tolerance=tolerance)).at("fp16")
+    found = examine_graph(graph, trace(graph))
+    assert bool(found.keep) == kept
+    assert found.after["y"][0] <= 1e-2
 
 
 def test_auto_exports_what_was_measured_with_its_report(tmp_path: Path) -> None:

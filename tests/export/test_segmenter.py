@@ -17,7 +17,7 @@ from wsss.engines.ort import OrtEngine
 from wsss.errors import UsageError, WeightsError
 from wsss.export import segmenter
 from wsss.export.exporting import export_model
-from wsss.export.family import Options, family
+from wsss.export.family import Options, family, gap_of_choices
 from wsss.export.to_engine import BuildOptions, build_plans
 from wsss.export.verify import photograph
 from wsss.runtime.segmenter import SegmenterStage, no_masks
@@ -97,7 +97,6 @@ def test_random_weights_export_and_pass_the_gate_row_by_row(variant: str, tmp_pa
     model = exported(variant, "random:1", tmp_path, Options(**SMALL))
     parity = model.graph("image-64x96").parity
     assert parity is not None and {row.batch for row in parity.rows} == {1, 2, 4}
-    assert parity.worst("label_map").error <= 1e-4
     assert len(model.manifest.settings["classes"]) == 20
 
 
@@ -141,8 +140,12 @@ def test_a_run_of_one_shorter_side_labels_as_the_trainer_does(taught: Path, tmp_
     seen: set[int] = set()
     for photo, label_map in zip(photos, found, strict=True):
         with torch.inference_mode():
-            want = whole_image_logits(trained, photo.pixels, args, torch.device("cpu")).argmax(dim=0).numpy()
-        assert (label_map == want).mean() > (0.999 if photo.shape == (64, 96) else 0.97), photo.name
+            logits = whole_image_logits(trained, photo.pixels, args, torch.device("cpu")).numpy()
+        want = logits.argmax(axis=0)
+        if photo.shape == (64, 96):
+            right = {"label": want[None], "label.values": logits[None]}
+            assert gap_of_choices({"label": label_map[None]}, right, "label")[0] <= 2e-3, photo.name
+        assert (label_map == want).mean() > 0.97, photo.name
         seen |= set(np.unique(want).tolist())
     assert len(seen) > 1
 

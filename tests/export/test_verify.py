@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from wsss.errors import ParityError
-from wsss.export.family import Feeds, Graph, Measure, Tolerance, relative_error, share_differing
+from wsss.export.family import Feeds, Graph, Measure, Tolerance, gap_of_choices, miscount, relative_error, share_impossible
 from wsss.export.verify import gate, photograph
 from wsss.spec import AxisRange, Parity, TensorSpec
 
@@ -115,35 +115,105 @@ def test_the_absolute_limit_sees_one_value_among_many() -> None:
         run(one_off, make_graph(relative=0.5, absolute=1e-3))
 
 
-def test_a_whole_graph_is_compared_as_one_and_labels_by_share() -> None:
-    def one_entry(x: np.ndarray) -> np.ndarray:
-        return in_place(x, lambda y: y.__setitem__((0, 0), 1e9))
-
-    parity = run(one_entry, make_graph(relative=0.34, measure=share_differing, whole=True))
-    assert [(row.batch, row.row, round(row.error, 4)) for row in parity.rows] == [(1, 0, 0.3333), (2, 0, 0.1667), (5, 0, 0.0667)]
-    with pytest.raises(ParityError):
-        run(one_entry, make_graph(relative=0.1, measure=share_differing, whole=True))
+def test_a_whole_graph_is_compared_as_one() -> None:
+    parity = run(double, make_graph(whole=True))
+    assert [(row.batch, row.row, row.against) for row in parity.rows] == [(size, 0, "reference") for size in (1, 2, 5)]
     with pytest.raises(ParityError):
         run(lambda x: double(x)[::-1], make_graph(whole=True))
+
+
+def test_the_verdict_holds_the_largest_error_of_each_batch() -> None:
+    parity = run(lambda x: double(x) * np.linspace(1, 1 + 5e-4, len(x), dtype=np.float32)[:, None], make_graph(relative=1e-3))
+    errors = {row.batch: (row.row, row.error) for row in parity.rows if row.against == "reference"}
+    assert errors == {1: (0, 0.0), 2: (1, pytest.approx(5e-4, rel=1e-3)), 5: (4, pytest.approx(5e-4, rel=1e-3))}
+    assert parity.worst("y").error == max(error for _, error in errors.values())
+
+
+VALUES = np.array([[[3.0, 1.0], [3.0, 2.0], [-5.0, 2.00001]]])  # three choices at each of two places
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gap"),
+    [
+        pytest.param([0, 2], 0.0, id="the same"),
+        pytest.param([1, 2], 0.0, id="another of equal ones"),
+        pytest.param([0, 1], 1e-5, id="another, less by rounding"),
+        pytest.param([0, 0], 1.00001, id="one wrong among many"),
+        pytest.param([2, 2], 8.0, id="the worst"),
+        pytest.param([0, 3], np.inf, id="one that does not exist"),
+        pytest.param([-1, 2], np.inf, id="a negative one"),
+    ],
+)
+def test_choices_lie_as_far_apart_as_their_values(chosen: list[int], gap: float) -> None:
+    want = {"y": np.array([[0, 2]])[:, : len(chosen)], "y.values": VALUES[..., : len(chosen)]}
+    error, apart = gap_of_choices({"y": np.array([chosen], np.int64)}, want, "y")
+    assert apart == pytest.approx(gap, abs=1e-9)
+    assert error == pytest.approx(gap / np.sqrt(np.square(VALUES).mean()), abs=1e-9)
+
+
+def test_a_name_is_right_if_it_is_one_of_the_options() -> None:
+    want = {"y.options": np.array([[1, 1, 2, 3], [1, 0, 2, 3]])}
+    assert share_impossible({"y": np.array([1, 0, 2, 3])}, want, "y") == (0, 0)
+    assert share_impossible({"y": np.array([1, 2, 2, 0])}, want, "y") == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(("counts", "outside"), [([4, 10], 0), ([5, 10], 0), ([3, 10], 1), ([6, 10], 1), ([4, 13], 3)])
+def test_a_count_is_right_within_its_range(counts: list[int], outside: int) -> None:
+    want = {"y.range": np.array([[4, 10], [5, 10]])}
+    assert miscount({"y": np.array(counts)}, want, "y") == (outside / 10, outside)
+
+
+def test_ties_are_recognized_beside_the_row_alone_too() -> None:
+    """One of two equal values, another in every batch."""
+
+    class Chooses(Computes):
+        def __call__(self, feeds: Mapping[str, np.ndarray]) -> Feeds:
+            return {"y": np.full((len(feeds["x"]), 3), len(feeds["x"]) % 2)}
+
+    def graph(values: list[float]) -> Graph:
+        reference = {"y": np.zeros((1, 3), np.int64), "y.values": np.repeat(np.array(values)[None, :, None], 3, axis=2)}
+        return Graph(**{**vars(make_graph(measure=gap_of_choices)), "reference": lambda feeds, _: reference})
+
+    parity = gate(graph([1.0, 1.0, 0.0]), Chooses(double), engine_name="toy", reference_name="numpy", where="toy")
+    assert {row.against for row in parity.rows} == {"reference", "alone"}
+    with pytest.raises(ParityError, match="'y', row 0 of batch 1, against reference"):
+        gate(graph([1.0, 0.9, 0.0]), Chooses(double), engine_name="toy", reference_name="numpy", where="toy")
+
+
+class Picks(Computes):
+    """Chooses another entry of ``x`` for every batch size; ``spoil`` changes rows computed alone."""
+
+    def __init__(self, spoil: Rule = lambda y: y) -> None:
+        super().__init__(double)
+        self.spoil = spoil
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> Feeds:
+        rows = len(feeds["x"])
+        pick = np.full((rows, 1), rows % 3, np.int64)
+        y = np.take_along_axis(feeds["x"], pick, axis=1)
+        return {"y": self.spoil(y) if rows == 1 else y, "pick": pick}
+
+
+def picking_graph(chosen: list[int]) -> Graph:
+    def reference(feeds: Feeds, found: Feeds) -> Feeds:
+        chosen.append(int(found["pick"][0, 0]))
+        return {"y": np.take_along_axis(feeds["x"], found["pick"], axis=1)}
+
+    return Graph(**{**vars(make_graph()), "reference": reference, "ties": "pick"})
 
 
 def test_a_choice_between_near_equals_is_no_error() -> None:
     """The engine's own choice goes to the reference; comparison with the row alone is left out where it differs."""
     chosen: list[int] = []
-
-    def reference(feeds: Feeds, found: Feeds) -> Feeds:
-        chosen.append(int(found["pick"][0, 0]))
-        return {"y": np.take_along_axis(feeds["x"], found["pick"], axis=1)}
-
-    class Picks(Computes):
-        def __call__(self, feeds: Mapping[str, np.ndarray]) -> Feeds:
-            pick = np.full((len(feeds["x"]), 1), len(feeds["x"]) % 3, np.int64)
-            return {"y": np.take_along_axis(feeds["x"], pick, axis=1), "pick": pick}
-
-    template = make_graph()
-    graph = Graph(**{**vars(template), "reference": reference, "ties": "pick"})
-    gate(graph, Picks(double), engine_name="toy", reference_name="numpy", where="toy")
+    gate(picking_graph(chosen), Picks(), engine_name="toy", reference_name="numpy", where="toy")
     assert set(chosen) == {1, 2}
+
+
+def test_a_row_alone_that_chose_otherwise_is_held_to_the_reference() -> None:
+    engine = Picks(spoil=lambda y: y + 1e-3)
+    graph = Graph(**{**vars(picking_graph([])), "axes": {"batch": AxisRange(2, 2, 5)}})  # no batch of one of its own
+    with pytest.raises(ParityError, match="'y', row 0 of batch 1, against reference"):
+        gate(graph, engine, engine_name="toy", reference_name="numpy", where="toy")
 
 
 def test_photographs_are_all_different_and_not_grey() -> None:

@@ -299,8 +299,8 @@ def test_a_list_beyond_the_budget_is_split_and_merged(world: World) -> None:
     stage = detector(world, classes)
     engine = world.engine("grounding-dino", "image-32x48")
     captions: list[np.ndarray] = []
-    answer = engine._script
-    engine._script = lambda feeds: (captions.extend(feeds["text"]), answer(feeds))[1]
+    answer = engine.script
+    engine.script = lambda feeds: (captions.extend(feeds["text"]), answer(feeds))[1]
     found = stage([photo, photo], tags([1, 2, 3, 4, 5], [5]))
     assert list(zip(found.image.tolist(), found.label.tolist(), strict=True)) == [(0, 1), (0, 5), (1, 5)]
     assert all(len(caption) <= 8 for caption in captions)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import importlib.util
 import io
+import os
+import socket
 import struct
+import subprocess
+import sys
 import unicodedata
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +25,8 @@ from wsss import photographs
 from wsss.errors import ImageError
 from wsss.frame import Frame
 from wsss.photographs import read_photograph
-from wsss.runtime.images import Folder, check_images, label_names, on_canvas
+from wsss.runtime import images as images_module
+from wsss.runtime.images import Folder, check_images, describe_left_out, label_names, on_canvas
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8)
 
@@ -74,6 +83,22 @@ def test_half_transparency_is_blended(tmp_path: Path) -> None:
     assert np.allclose(png(tmp_path, Image.new("RGBA", (1, 1), (0, 100, 200, 128))), [[[127, 177, 227]]], atol=1)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "LAB"])
+def test_bands_of_rows_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    image = Image.fromarray(np.dstack([RGB, RGB[:, :, :1]])) if mode in ("RGBA", "CMYK") else Image.fromarray(RGB)
+    if mode == "CMYK":
+        image = Image.frombytes("CMYK", image.size, image.tobytes())
+    elif mode == "LAB":
+        image = Image.frombytes("LAB", image.size, image.tobytes())
+    elif mode == "P":
+        image = image.quantize()
+    how = {"transparency": 0} if mode == "P" else {}
+    suffix = "png" if mode in ("RGB", "RGBA", "P") else "tif"
+    whole = png(tmp_path, image, f"x.{suffix}", **how)
+    monkeypatch.setattr(photographs, "_BAND", 4)
+    assert np.array_equal(read_photograph(tmp_path, f"x.{suffix}").pixels, whole)
+
+
 def test_a_palette_with_a_transparent_entry(tmp_path: Path) -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
@@ -127,9 +152,9 @@ def gif() -> bytes:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        pytest.param(b"", "none of BMP, JPEG, PNG, TIFF, WEBP", id="zero bytes"),
-        pytest.param(b"dear diary", "none of BMP, JPEG, PNG, TIFF, WEBP", id="text"),
-        pytest.param(gif(), "none of BMP, JPEG, PNG, TIFF, WEBP", id="a format that is not taken"),
+        pytest.param(b"", "empty", id="zero bytes"),
+        pytest.param(b"dear diary", "none of AVIF, BMP, JPEG, PNG, TIFF, WEBP", id="text"),
+        pytest.param(gif(), "none of AVIF, BMP, JPEG, PNG, TIFF, WEBP", id="a format that is not taken"),
         pytest.param(jpeg()[:-300], "truncated", id="truncated"),
         pytest.param(jpeg()[:40], "x.jpg: not a readable image", id="truncated in its header"),
     ],
@@ -140,6 +165,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, data: bytes, said: str) ->
         read_photograph(tmp_path, "x.jpg")
     assert said in caught.value.message
     assert "0x" not in caught.value.message, "no address: two runs say the same"
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("twice", [False, True])
@@ -150,13 +176,109 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pyt
     read_photograph(tmp_path, "x.png")
     monkeypatch.setattr(photographs, "MOST_PIXELS", 53)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 if twice else 53)
-    with pytest.raises(ImageError, match=r"x\.png: .*(9 x 6 pixels, at most 53|decompression bomb)"):
+    with pytest.raises(ImageError, match=r"x\.png: .*(at most 53 pixels, got 9 x 6|decompression bomb)"):
         read_photograph(tmp_path, "x.png")
 
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"^gone\.jpg: cannot be read: No such file"):
+    with pytest.raises(ImageError, match=r"^gone\.jpg: cannot be read: No such file") as caught:
         read_photograph(tmp_path, "gone.jpg")
+    assert caught.value.hint
+
+
+def test_what_is_no_file_fails_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    with contextlib.chdir(tmp_path), socket.socket(socket.AF_UNIX) as plug:  # a socket's path is short
+        plug.bind("socket.jpg")
+    for name, kind in (("pipe", "a named pipe"), ("device", "a device"), ("socket", "a socket")):
+        with pytest.raises(ImageError, match=rf"^{name}\.jpg: expected a regular file, got {kind}"):
+            read_photograph(tmp_path, f"{name}.jpg")
+
+
+@pytest.mark.parametrize("form", ["avif", "jfif", "jpe"])
+def test_other_endings_of_photographs(tmp_path: Path, form: str) -> None:
+    kind = {"avif": "AVIF"}.get(form, "JPEG")
+    if kind not in photographs.FORMATS:
+        pytest.skip("this Pillow decodes no AVIF")
+    picture = np.kron(RGB, np.ones((8, 8, 1), np.uint8))
+    Image.fromarray(picture).save(tmp_path / f"x.{form}", kind, quality=95)
+    (found,) = Folder(tmp_path)
+    assert np.abs(read_photograph(tmp_path, found.name).pixels.astype(int) - picture).mean() < 12
+
+
+def test_heic_is_taken_where_a_plugin_decodes_it(tmp_path: Path) -> None:
+    """A stand-in for pillow-heif, whose HEIF files are BMPs."""
+    (tmp_path / "pillow_heif.py").write_text(
+        "from PIL import BmpImagePlugin, Image\n"
+        "def register_heif_opener():\n"
+        "    Image.register_open('HEIF', BmpImagePlugin.BmpImageFile, lambda prefix: prefix[:2] == b'BM')\n"
+    )
+    program = "from wsss.photographs import FORMATS, SUFFIXES; print(SUFFIXES.get('.heic'), SUFFIXES.get('.heif'), *FORMATS)"
+    paths = {True: f"{tmp_path}{os.pathsep}", False: ""}
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONPATH": path + os.environ.get("PYTHONPATH", "")},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for path in paths.values()
+    ]
+    assert said[0][:2] == ["HEIF", "HEIF"]
+    assert "HEIF" in said[0][2:]
+    if importlib.util.find_spec("pillow_heif") is None:
+        assert said[1][:2] == ["None", "None"]
+        assert "HEIF" not in said[1]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "warned"),
+    [
+        pytest.param(np.arange(4096, dtype=np.uint16).reshape(64, 64), True, id="12 bits in 16"),
+        pytest.param(np.arange(4096, dtype=np.uint16).reshape(64, 64) << 4, False, id="12 bits, shifted"),
+        pytest.param(np.full((64, 64, 4), [90, 10, 200, 0], np.uint8), True, id="transparent"),
+        pytest.param(np.full((64, 64), 7, np.uint8), True, id="one grey"),
+        pytest.param(np.kron(np.eye(2), np.ones((32, 32))).astype(np.uint8) * 15, True, id="15 levels apart"),
+        pytest.param(np.kron(np.eye(2), np.ones((32, 32))).astype(np.uint8) * 16, False, id="16 levels apart"),
+        pytest.param(np.pad(np.full((1, 1), 255, np.uint8), ((3, 60), (5, 58))), False, id="one bright pixel"),
+    ],
+)
+def test_next_to_no_range_is_warned_of(tmp_path: Path, pixels: np.ndarray, warned: bool) -> None:
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert ("next to no range" in read_photograph(tmp_path, "x.png").warning) == warned
+
+
+def test_damaged_tiffs_fail_and_say_nothing_on_stderr(tmp_path: Path) -> None:
+    """libtiff writes to the process's stderr, and decodes fax lines that it cannot read to anything."""
+    for name, image, how in (
+        ("lzw", Image.fromarray(np.kron(RGB, np.ones((20, 20, 1), np.uint8))), "tiff_lzw"),
+        ("zip", Image.fromarray(np.kron(RGB, np.ones((20, 20, 1), np.uint8))), "tiff_adobe_deflate"),
+        ("fax", Image.fromarray(np.kron(RGB[:, :, 0], np.ones((20, 20), np.uint8))).convert("1"), "group4"),
+    ):
+        image.save(tmp_path / f"{name}.tif", compression=how)
+        data = bytearray((tmp_path / f"{name}.tif").read_bytes())
+        with Image.open(tmp_path / f"{name}.tif") as whole:
+            (start,) = whole.tag_v2[273][:1]
+        data[start + 8 : start + 40] = bytes(range(200, 232))
+        (tmp_path / f"{name}.tif").write_bytes(data)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    Image.fromarray(RGB).save(tmp_path / "exif.jpg", exif=exif.tobytes()[:-20])
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from wsss.errors import ImageError; from wsss.photographs import read_photograph\n"
+        "for name in ('lzw.tif', 'zip.tif', 'fax.tif', 'exif.jpg'):\n"
+        "    try: print(read_photograph(Path(sys.argv[1]), name).name)\n"
+        "    except ImageError as error: print(error.message)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines() == [
+        *(f"{name}.tif: not a readable image: its TIFF data are damaged" for name in ("lzw", "zip", "fax")),
+        "exif.jpg",
+    ]
+    assert said.stderr == ""
 
 
 # ---- folders ----
@@ -196,9 +318,74 @@ def test_links_to_folders_are_not_followed_and_said(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jpg").touch()
     (tmp_path / "a" / "up").symlink_to(tmp_path)
-    said: list[str] = []
-    assert [each.name for each in Folder(tmp_path, warn=said.append)] == ["a/x.jpg"]
-    assert said == ["left out: a/up: a link to a folder; label that folder itself"]
+    images = Folder(tmp_path)
+    assert [each.name for each in images] == ["a/x.jpg"]
+    assert images.left_out.links == ["a/up"]
+
+
+def test_what_is_left_out_is_counted_by_ending(tmp_path: Path) -> None:
+    names = [
+        "a.jpg",
+        "b.heic",
+        "b.HEIC",
+        "sub/c.GIF",
+        "noext",
+        "a.xml",
+        "b.xml",
+        "list.txt",
+        ".hidden.gif",
+        "x.not an ending",
+        "y.é\t",
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    images = Folder(tmp_path)
+    for _ in range(2):  # gone through again, they are not counted twice
+        assert [each.name for each in images] == ["a.jpg"]
+    assert images.left_out.files == {".heic": 2, ".gif": 1, "none": 1, ".xml": 2, ".txt": 1, "other": 2}
+    shares = [Folder(tmp_path, shard=(number, 3)) for number in range(3)]
+    assert [len(list(share)) for share in shares].count(1) == 1
+    assert sum((share.left_out.files for share in shares), Counter()) == images.left_out.files
+    assert (
+        describe_left_out(images.left_out.files) == "2 .heic, 2 with other endings, 1 .gif, 1 without an ending, 3 of .xml .txt"
+    )
+    assert describe_left_out({}) == ""
+    many = {f".{number}": number for number in range(1, 10)}
+    assert describe_left_out(many) == "9 .9, 8 .8, 7 .7, 6 .6, 5 .5, 4 .4, 6 others"
+
+
+def test_so_many_endings_are_counted_apart(tmp_path: Path) -> None:
+    for number in range(130):
+        (tmp_path / f"image.{number:03}").touch()
+    images = Folder(tmp_path)
+    assert not list(images)
+    assert len(images.left_out.files) == 101
+    assert images.left_out.files["other"] == 30
+
+
+def test_a_sub_folder_that_cannot_be_read_is_noted_and_its_like_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/x.jpg", "b/y.jpg", "c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def refuse(path: Path) -> object:
+        if path in refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    refused = {tmp_path / "a/"}
+    monkeypatch.setattr(images_module.os, "scandir", refuse)
+    images = Folder(tmp_path)
+    assert [each.name for each in images] == ["b/y.jpg", "c.jpg"]
+    assert images.left_out.folders == {"a/": "Permission denied"}
+    refused |= {tmp_path / "", tmp_path}
+    with pytest.raises(ImageError, match=f"^{tmp_path}: cannot be read: Permission denied") as caught:
+        list(Folder(tmp_path))
+    assert caught.value.hint
 
 
 def test_labels_of_folders_that_differ_by_case_only_do_not_meet(tmp_path: Path) -> None:
@@ -216,6 +403,17 @@ def test_an_empty_folder_and_none_at_all(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no images in it") as caught:
         check_images(Folder(tmp_path))
     assert ".jpg" in caught.value.hint
+    (tmp_path / "b.heic").touch()
+    with pytest.raises(ImageError, match=r"no images in it; left out: 1 \.heic, 1 of \.txt") as caught:
+        check_images(Folder(tmp_path))
+    assert "pillow-heif" in caught.value.hint
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ImageError, match="expected a folder of images, found nothing") as caught:
+        check_images(Folder(tmp_path / "photoz"))
+    assert f"Did you mean {tmp_path / 'photos'}?" in caught.value.hint
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ImageError, match="expected a folder of images, found something else"):
+        check_images(Folder(tmp_path / "pipe"))
     with pytest.raises(ImageError, match="expected a folder of images, found nothing"):
         check_images(Folder(tmp_path / "none"))
 
@@ -228,6 +426,9 @@ def test_an_empty_folder_and_none_at_all(tmp_path: Path) -> None:
         (["dog.v2.jpg"], ["dog.v2.png"]),
         (["dog.jpg", "dog.png", "cat.png"], ["dog.jpg.png", "dog.png.png", "cat.png"]),
         (["dog.jpg", "Dog.webp"], ["dog.jpg.png", "Dog.webp.png"]),  # one file where case is not told apart
+        (["dog.jfif", "cat.avif"], ["dog.png", "cat.png"]),
+        (["dog.jpg", "dog.jfif"], ["dog.png", "dog.jfif.png"]),  # the label of dog.jpg was called so before .jfif was taken
+        (["dog.jpe", "dog.jfif"], ["dog.jpe.png", "dog.jfif.png"]),
         (["a.jpg", "a.webp", "a.jpg.png"], ["a.jpg.png", "a.webp.png", "a.jpg.png.png"]),
         (["a.jpg", "a.webp", "a.jpg.bmp", "a.jpg.bmp.tif"], ["a.jpg.png", "a.webp.png", "a.jpg.bmp.png", "a.jpg.bmp.tif.png"]),
     ],

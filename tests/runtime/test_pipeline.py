@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from wsss import Labeler, PseudoLabels
-from wsss.classes import class_list
-from wsss.errors import BundleError, ClassError, ImageError, UsageError, WsssError
+from wsss.batch import Photograph
+from wsss.classes import ClassList, class_list
+from wsss.errors import BundleError, ClassError, ImageError, UsageError, WsssError, WsssWarning
 from wsss.runtime.pipeline import Rules, Timed
+from wsss.spec import write_manifest
 
 if TYPE_CHECKING:
     from ..conftest import World
@@ -170,7 +173,7 @@ def test_an_image_without_an_entry_is_named(world: World, tmp_path: Path) -> Non
         Labeler.open(world.bundle, classes=world.classes, labels=path),
         Labeler.open(world.bundle, classes=world.classes, boxes=path),
     ):
-        assert labeler.missing("0") is None
+        assert labeler.missing(Photograph(name="0", pixels=two_colours(world))) is None
         with pytest.raises(WsssError, match=r"^1: has no entry in .*given\.json"):
             labeler.label([two_colours(world)] * 2)
 
@@ -197,6 +200,39 @@ def test_settings_tell_all_that_decides(world: World) -> None:
     assert settings["engine"] == "ort"
     assert settings["rules"]["nms"] == 0.4
     assert settings["models"]["sam"] == world.model("sam").manifest.identity()
+
+
+def test_there_is_no_bundle_unless_it_is_named(world: World) -> None:
+    with pytest.raises(TypeError, match="bundle"):
+        Labeler.open(classes=world.classes)  # type: ignore[call-arg]
+
+
+def test_thresholds_of_stages_that_do_not_run_are_as_typed(world: World, tmp_path: Path) -> None:
+    (tmp_path / "boxes.json").write_text("{}")
+    settings = Labeler.open(world.bundle, classes=world.classes, boxes=tmp_path / "boxes.json").settings
+    assert (settings["rules"]["tag_threshold"], settings["rules"]["box_threshold"]) == (None, None)
+    ungated = Labeler.open(world.bundle, classes=world.classes, rules=Rules(gate=False)).settings
+    assert (ungated["rules"]["tag_threshold"], ungated["rules"]["box_threshold"]) == (None, 0.3)
+
+
+def test_classes_that_the_small_models_do_not_know(world: World, tmp_path: Path) -> None:
+    for name in ("clip", "grounding-dino", "sam"):
+        manifest = world.model(name).manifest
+        write_manifest(world.bundle / name, dataclasses.replace(manifest, variant="mini"))
+    with pytest.warns(WsssWarning, match="know red disc, green triangle, .* none of the 3 classes is among them") as caught:
+        Labeler.open(world.bundle, classes="red, green, blue")
+    assert len(caught) == 1
+    one_known = ClassList(names=("red", "blue"), prompts=(("red disc",), ("blue",)), phrases=(("red",), ("blue",)))
+    Labeler.open(world.bundle, classes=one_known)
+    (tmp_path / "boxes.json").write_text("{}")
+    Labeler.open(world.bundle, classes="red, green", boxes=tmp_path / "boxes.json")  # outlines know no classes
+
+
+def test_a_photograph_without_range_is_warned_of(world: World, tmp_path: Path) -> None:
+    world.save(tmp_path / "black.png", 8, 8)
+    labeler = Labeler.open(world.bundle, classes=world.classes)
+    with pytest.warns(WsssWarning, match=r"^black\.png: next to no range"):
+        labeler.label(tmp_path / "black.png")
 
 
 @pytest.mark.parametrize("name", ["tag_threshold", "box_threshold", "nms", "nms_across", "margin"])

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wsss import __version__
 from wsss.errors import ImageError, StoreError
-from wsss.labelstore import read_label, read_records
+from wsss.labelstore import read_history, read_label, read_records, read_run
 from wsss.runtime.pipeline import Labeler, Rules
 from wsss.runtime.run import Summary, _in_order, label_folder
 from wsss.runtime.stream import Receipt
@@ -187,6 +188,110 @@ def test_a_store_inside_the_folder_is_not_labelled(world: World, photos: Path) -
     assert (summary.images, summary.skipped) == (5, 5)
 
 
+def test_run_json_holds_what_decided_the_labels(world: World, photos: Path, out: Path) -> None:
+    run(world, photos, out)
+    told = read_run(out)
+    assert told["rules"] == {**vars(Rules()), "tag_threshold": 0.5, "box_threshold": 0.3}
+    assert told["wsss"] == __version__
+    assert told["bundle"] == {
+        "name": world.bundle.name,
+        "variants": dict.fromkeys(("clip", "grounding-dino", "sam"), "fake"),
+        "thresholds": {"tag_threshold": 0.5, "box_threshold": 0.3},
+    }
+    assert told["models"] == {name: world.model(name).manifest.identity() for name in told["models"]}
+    assert read_history(out)[0]["wsss"] == __version__
+
+
+def test_thresholds_that_are_the_bundle_s_are_the_same_settings(world: World, photos: Path, out: Path) -> None:
+    run(world, photos, out)
+    assert run(world, photos, out, rules=Rules(tag_threshold=0.5, box_threshold=0.3)).skipped == 5
+    for rules in (Rules(tag_threshold=0.4), Rules(box_threshold=0.4)):
+        with pytest.raises(StoreError, match="was made with rules"):
+            run(world, photos, out, rules=rules)
+
+
+def test_a_store_of_another_version_or_from_before_thresholds_were_kept_goes_on(world: World, photos: Path, out: Path) -> None:
+    run(world, photos, out)
+    told = read_run(out)
+    (out / "run.json").write_text(json.dumps({**told, "wsss": "0.0.1", "bundle": {"name": "moved"}}))
+    assert run(world, photos, out).skipped == 5
+    del told["wsss"], told["bundle"]
+    told["rules"] |= {"tag_threshold": None, "box_threshold": None}
+    (out / "run.json").write_text(json.dumps(told))
+    assert run(world, photos, out).skipped == 5
+    assert run(world, photos, out, rules=Rules(tag_threshold=0.5)).skipped == 5, "None was the bundle's"
+    with pytest.raises(StoreError, match="was made with rules"):
+        run(world, photos, out, rules=Rules(tag_threshold=0.4))
+
+
+def test_a_labelled_image_that_became_unreadable_is_not_done(world: World, photos: Path, out: Path) -> None:
+    run(world, photos, out)
+    (photos / "red.png").unlink()
+    (photos / "red.png").symlink_to("gone.png")
+    summary = run(world, photos, out, warn=lambda _: None)
+    assert (summary.skipped, summary.failed) == (4, 1)
+    assert records(out)["red.png"]["error"].startswith("red.png: cannot be read")
+    again = run(world, photos, out, warn=lambda _: None)
+    assert (again.skipped, again.failed_before, again.failed) == (5, 1, 0), "it could not be read then, and cannot now"
+
+
+# ---- what is said ----
+
+
+def test_images_that_hold_nothing_and_classes_never_found(world: World, photos: Path, out: Path) -> None:
+    said: list[str] = []
+    first = run(world, photos, out, warn=said.append)
+    assert (first.empty, first.never_found, first.warned) == (1, [], 1)
+    assert said == [said[0]] and said[0].startswith("black.png: next to no range")
+    for name in ("red.png", "two.png", "sub/three.png"):
+        (photos / name).unlink()
+    world.save(photos / "new.png", 20, 20)
+    said.clear()
+    second = run(world, photos, out, warn=said.append)
+    assert (second.skipped, second.labelled, second.empty, second.never_found) == (2, 1, 2, ["red", "blue"])
+    assert second.warned == 2, "those that were labelled before count too"
+    assert said[-1] == "2 of 3 images hold none of the classes; never found: red, blue"
+
+
+def test_failed_images_hold_neither_nothing_nor_something(world: World, tmp_path: Path, out: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_text("no")
+    said: list[str] = []
+    summary = run(world, tmp_path / "in", out, warn=said.append)
+    assert (summary.empty, summary.describe_empty()) == (0, "")
+    assert [line.partition(":")[0] for line in said] == ["failed"]
+
+
+@pytest.mark.parametrize(
+    ("summary", "said"),
+    [
+        (Summary(), ""),
+        (Summary(labelled=3), ""),
+        (Summary(labelled=3, empty=3, never_found=["a"]), "3 of 3 images hold none of the classes; never found: a"),
+        (Summary(skipped=3, failed_before=1, labelled=2, empty=1), "1 of 4 images hold none of the classes"),
+        (Summary(labelled=3, never_found=list("abcdefghijkl")), "never found: a, b, c, d, e, f, g, h, i, j and 2 others"),
+        (Summary(failed=2, never_found=["a"]), ""),
+    ],
+)
+def test_how_empty_results_are_told(summary: Summary, said: str) -> None:
+    assert summary.describe_empty() == said
+
+
+def test_files_and_links_that_are_left_out_are_told(world: World, photos: Path, out: Path) -> None:
+    (photos / "notes.txt").touch()
+    said: list[str] = []
+    assert run(world, photos, out, warn=said.append).left_out == {".txt": 1}
+    assert not [line for line in said if line.startswith("left out")], "what lies beside images is no news"
+    (photos / "a.heic").touch()
+    (photos / "up").symlink_to(photos)
+    said.clear()
+    assert run(world, photos, out, warn=said.append).left_out == {".heic": 1, ".txt": 1}
+    assert said == [
+        "left out: 1 .heic, 1 of .txt",
+        "left out: up: a link to a folder; label that folder itself",
+    ]
+
+
 # ---- bad images ----
 
 
@@ -196,7 +301,7 @@ def test_a_bad_image_is_named_and_the_run_goes_on(world: World, photos: Path, ou
     said: list[str] = []
     summary = run(world, photos, out, batch=2, warn=said.append)
     assert (summary.images, summary.labelled, summary.failed) == (7, 5, 2)
-    assert [line.split(":")[1].strip() for line in said] == ["bad.jpg", "cut.png"]
+    assert [line.split(":")[1].strip() for line in said if line.startswith("failed:")] == ["bad.jpg", "cut.png"]
     record = records(out)["bad.jpg"]
     assert record["error"].startswith("bad.jpg: not a readable image")
     assert record["bytes"] == 8
@@ -232,7 +337,41 @@ def test_an_image_without_given_labels_fails_by_name(world: World, photos: Path,
     said: list[str] = []
     summary = label_folder(labeler, photos, out, warn=said.append)
     assert (summary.labelled, summary.failed) == (4, 1)
-    assert said == [f"failed: two.png: has no entry in {tmp_path / 'labels.json'}"]
+    assert f"failed: two.png: has no entry in {tmp_path / 'labels.json'}; add an entry, [] if empty" in said
+
+
+def test_an_annotation_of_two_photographs_and_one_that_exif_turns(world: World, out: Path, tmp_path: Path) -> None:
+    """Boxes of the stored frame lie on the drawn rectangle; x.xml says that it is x.png's."""
+    photos, xml = tmp_path / "photos", tmp_path / "xml"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    world.save(photos / "turned.png", 30, 50, red=(5, 2, 25, 12))
+    with Image.open(photos / "turned.png") as image:
+        image.save(photos / "turned.png", exif=exif)
+    world.save(photos / "x.png", 30, 50, red=(5, 2, 25, 12))
+    world.save(photos / "x.bmp", 30, 50)
+    xml.mkdir()
+    box = "<bndbox><xmin>6</xmin><ymin>3</ymin><xmax>25</xmax><ymax>12</ymax></bndbox>"
+    size = "<size><width>50</width><height>30</height></size>"
+    outside = box.replace("<xmin>6<", "<xmin>200<").replace("<xmax>25<", "<xmax>220<")
+    objects = "".join(
+        f"<object><name>{name}</name>{place}</object>" for name, place in (("Red", box), ("cow", box), ("red", outside))
+    )
+    for name in ("x", "turned"):
+        (xml / f"{name}.xml").write_text(f"<annotation><filename>{name}.png</filename>{size}{objects}</annotation>")
+    labeler = Labeler.open(world.bundle, classes=world.classes, boxes=xml, ignore_unknown=True)
+    said: list[str] = []
+    summary = label_folder(labeler, photos, out, warn=said.append)
+    assert (summary.labelled, summary.failed) == (2, 1)
+    assert read_run(out)["ignored"] == {"boxes": {"cow": 2}}
+    assert said[0] == "--ignore-unknown: left out of --boxes: cow (2)"
+    assert sum("1 of 2 boxes left out: 1 outside the photograph" in each for each in said) == 2
+    assert "x.xml: is the annotation of x.png" in records(out)["x.bmp"]["error"]
+    assert records(out)["x.png"]["boxes"][0]["xyxy"] == [5, 2, 25, 12]
+    assert records(out)["turned.png"]["boxes"][0]["xyxy"] == [18, 5, 28, 25]
+    label_map = read_label(out / "labels" / records(out)["turned.png"]["label"])
+    assert label_map[10:20, 20:26].all(), "red, seen there in the upright photograph"
+    assert not label_map[:, :15].any()
 
 
 def test_progress_counts_up_after_each_batch(world: World, photos: Path, out: Path) -> None:

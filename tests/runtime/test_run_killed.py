@@ -20,6 +20,8 @@ import pytest
 from wsss import labelstore
 from wsss.errors import StoreError
 from wsss.labelstore import LabelStore, read_label, read_records
+from wsss.photographs import ImageFile
+from wsss.runtime import stream
 from wsss.runtime.pipeline import Labeler
 from wsss.runtime.run import Summary, label_folder
 
@@ -254,12 +256,20 @@ def test_what_a_killed_run_was_writing_is_in_nobody_s_way(label: Callable[..., S
 
 
 def test_a_run_that_is_stopped_finishes_what_it_began_and_goes_on(
-    label: Callable[..., Summary], world: World, many: Path, tmp_path: Path
+    label: Callable[..., Summary], world: World, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(30):
         world.save(many / f"{number:02}.png", 30, 40, blue=(2, 2, 20, 20))
     label(tmp_path / "whole")
     stop = threading.Event()
+    read = stream.read_file
+
+    def read_some(folder: Path, name: str) -> ImageFile:
+        if name >= "10":  # names of digits come before a/ and b/
+            assert stop.wait(60), "the first ten make progress without the others"
+        return read(folder, name)
+
+    monkeypatch.setattr(stream, "read_file", read_some)
     first = label(tmp_path / "out", stop=stop, progress=lambda _: stop.set())
     assert first.stopped
     assert 0 < first.labelled < 30

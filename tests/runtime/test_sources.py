@@ -35,6 +35,8 @@ if TYPE_CHECKING:
         ("/data/dog.jpg", "%/data/dog.png"),
         ("../dog.jpg", "..%/dog.png"),
         ("./dog.jpg", ".%/dog.png"),
+        ("dog.jfif", "dog.jfif%.png"),
+        ("dog.jfif.jpg", "dog.jfif.png"),
         ("s3://bucket/a/dog.jpg", "s3:/%/bucket/a/dog.png"),
         ("dog.png/x.jpg", "dog.png%/x.png"),
         ("..", "..%.png"),
@@ -94,6 +96,9 @@ def test_images_of_a_bucket_are_those_of_a_folder(bucket: Bucket, tmp_path: Path
         (tmp_path / name).write_bytes(b"1")
     bucket.put("photos-2/x.jpg", b"1")
     place = RemoteImages(RemoteFolder(f"{bucket.url}/photos"))
+    there = listing(place, RemoteFolder(f"{bucket.url}/photos/store"))
+    assert len(list(there)) == 6
+    assert there.left_out.files == {".txt": 1}
     here = [found.name for found in listing(tmp_path, tmp_path / "store")]
     assert names(place, RemoteFolder(f"{bucket.url}/photos/store")) == here
     assert here == ["A.JPEG", "a.jpg", "storeroom/x.jpg", "sub/b.png", "sub/c d.webp", "z.tif"]
@@ -122,7 +127,7 @@ def test_an_object_that_is_too_long_is_not_read(bucket: Bucket, monkeypatch: pyt
     bucket.put("a.jpg", b"12345")
     monkeypatch.setattr(sources, "MOST_BYTES", 4)
     monkeypatch.setattr(RemoteFolder, "read", None)
-    with pytest.raises(ImageError, match=r"a\.jpg: 5 bytes, at most 4 are read"):
+    with pytest.raises(ImageError, match=r"a\.jpg: expected at most 4 bytes, got 5"):
         RemoteImages(RemoteFolder(bucket.url)).read("a.jpg")
 
 
@@ -163,6 +168,45 @@ def test_a_list_in_any_order_gives_each_once_by_name(tmp_path: Path, monkeypatch
     place = FileList(tmp_path / "list.txt")
     assert names(place) == wanted
     assert sorted(name for number in range(3) for name in names(place, shard=(number, 3))) == wanted
+
+
+def test_a_line_of_a_list_as_people_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("sub/x.jpg", "sub/y.jpg", "z.jpg", "#1.jpg", "blank .jpg ", "back\\slash.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    lines = {
+        "sub\\x.jpg": "sub/x.jpg",
+        "  sub/y.jpg \t": "sub/y.jpg",
+        "./z.jpg": "z.jpg",
+        ".//./z.jpg": "z.jpg",
+        "# a comment": None,
+        "#1.jpg": "#1.jpg",
+        "   ": None,
+        "blank .jpg ": "blank .jpg ",
+        "back\\slash.jpg": "back\\slash.jpg",
+        "gone\\z.jpg": "gone\\z.jpg",
+        "C:\\z.jpg": "C:\\z.jpg",
+        "nul\0.jpg": "nul\0.jpg",
+    }
+    wanted = sorted({name for name in lines.values() if name})
+    for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\r\n"), ("utf-16", "\r\n")):
+        (tmp_path / "list.txt").write_bytes(end.join(lines).encode(encoding))
+        assert names(FileList(tmp_path / "list.txt")) == wanted, encoding
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        pytest.param(b"a.jpg\n" + b"x" * 70_000, "line 2: expected a path or URL, got over 65,536 characters", id="long"),
+        pytest.param(b"\xff\xfea", "expected UTF-16 text", id="half a character"),
+    ],
+)
+def test_a_list_that_is_none(tmp_path: Path, data: bytes, said: str) -> None:
+    (tmp_path / "list.txt").write_bytes(data)
+    with pytest.raises(ImageError, match=said) as caught:
+        names(FileList(tmp_path / "list.txt"))
+    assert caught.value.hint
 
 
 def test_an_empty_list_and_none_at_all(tmp_path: Path) -> None:

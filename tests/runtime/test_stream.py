@@ -105,7 +105,7 @@ def test_two_batches_wait_before_the_encoder(world: World, folder: Path, labels:
     """While it computes, the detector goes on until two batches wait and one is in hand: one late batch costs nothing."""
     going_on, detected = threading.Event(), list[int]()
     encoder = world.engine("sam", "encoder")
-    script = encoder._script
+    script = encoder.script
 
     def held(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         if not going_on.is_set():
@@ -116,7 +116,7 @@ def test_two_batches_wait_before_the_encoder(world: World, folder: Path, labels:
             going_on.set()
         return script(feeds)
 
-    encoder._script = held
+    encoder.script = held
     receipts = [receipt for group in start(world, folder, labels, at_once=2).run(tasks_of(folder)) for receipt in group]
     assert len(receipts) == 12
     assert len(detected) == 8, "of two images each: one encoded, two waiting, one in the detector's hand"
@@ -127,7 +127,7 @@ def test_an_encoder_that_holds_its_callers_has_the_next_call_waiting(
     world: World, folder: Path, labels: LabelFolder, callers: int
 ) -> None:
     encoder, inside, most = world.engine("sam", "encoder"), list[int](), list[int]()
-    script = encoder._script
+    script = encoder.script
 
     def held(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         inside.append(1)
@@ -136,7 +136,7 @@ def test_an_encoder_that_holds_its_callers_has_the_next_call_waiting(
         inside.pop()
         return script(feeds)
 
-    encoder._script = held
+    encoder.script = held
     receipts = [r for group in start(world, folder, labels, at_once=3, callers=callers).run(tasks_of(folder)) for r in group]
     assert sorted(receipt.number for receipt in receipts) == list(range(12))
     assert max(most) == callers

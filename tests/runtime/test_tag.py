@@ -202,7 +202,7 @@ def test_a_tokenizers_own_truncation_is_warned_of_too(
 def test_views_in_many_calls_give_what_one_call_gives(world: World) -> None:
     photos = [world.photo(40, 50, red=(0, 0, 20, 20)), world.photo(30, 30, blue=(10, 10, 30, 30)), world.photo(20, 60)]
     spec = world.model("clip").graph("image")
-    script = world.engine("clip", "image")._script
+    script = world.engine("clip", "image").script
     answers = []
     for most in (1, 3, 64):
         engine = FakeEngine(replace(spec, axes={"batch": AxisRange(1, 1, most)}), script)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from wsss.errors import StoreError, WsssError
+from wsss.errors import StoreError, WsssError, WsssWarning
 from wsss.labelstore import read_records
 from wsss.runtime.pipeline import Labeler
 from wsss.runtime.run import Summary, label_folder
 from wsss.runtime.stream import Task
 from wsss.runtime.workers import Workers, _Dealer, _Worker
+from wsss.spec import write_manifest
 
 if TYPE_CHECKING:
     from ..conftest import World
@@ -95,6 +97,15 @@ def test_two_workers_make_the_same_store(crew: Crew, many: Path, tmp_path: Path,
     assert all(summary.stage_seconds[stage] > 0 for stage in ("tag", "detect", "segment", "fuse"))
     assert contents(tmp_path / "out") == whole
     assert len(seen) > 1
+
+
+def test_workers_warn_of_strange_classes_once(crew: Crew, world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("clip", "grounding-dino", "sam"):
+        write_manifest(world.bundle / name, dataclasses.replace(world.model(name).manifest, variant="mini"))
+    with pytest.warns(WsssWarning, match="none of the 3 classes is among them") as caught, crew({}, {}):
+        pass
+    assert len(caught) == 1
+    assert "WsssWarning" not in capfd.readouterr().err, "not in each process"
 
 
 def test_a_dead_worker_s_images_are_redone_by_the_other(

@@ -141,6 +141,25 @@ def test_crops_of_one_label_alone_are_drawn_again() -> None:
     assert (random_crop(*nothing, DataArgs(crop=16, largest_share=0.5))[1] == 255).all()
 
 
+def test_labels_are_taken_at_the_middle_of_their_pixels() -> None:
+    """Halved, 0 1 2 3 is 1 3, as the photograph is resized; by pixels' corners (plain NEAREST) it would be 0 2."""
+    row = np.array([[0, 1, 2, 3]], np.uint8)
+    assert resized_label(row, (1, 2)).tolist() == [[1, 3]]
+    assert resized_label(row[:, :2], (1, 3)).tolist() == [[0, 1, 1]]
+    assert resized_label(row.T.copy(), (2, 1)).tolist() == [[1], [3]]
+
+
+def test_every_offset_of_a_crop_is_drawn() -> None:
+    """Of 34 x 33 pixels a crop of 32 has 3 x 2 places, the last row and column among them."""
+    label = np.arange(34)[:, None] * 4 + np.arange(33)[None] % 4
+    pair = resized(np.zeros((34, 33, 3), np.uint8), (34, 33)), resized_label(label.astype(np.uint8), (34, 33))
+    corners = set()
+    for seed in range(80):
+        torch.manual_seed(seed)
+        corners.add(int(random_crop(*pair, DataArgs(crop=32, batch=1))[1][0, 0]))
+    assert corners == {0, 1, 4, 5, 8, 9}
+
+
 def test_labels_move_with_their_pixels() -> None:
     """Left half black and 0, right half white and 8: through scale, crop and flip every pixel keeps its label."""
     pixels = np.zeros((40, 60, 3), np.uint8)

@@ -76,7 +76,7 @@ def test_the_table(score: Run) -> None:
     assert lines[6] == ["cat", "66.67", "100.00", "66.67", "66.67", "27.27"]
     assert lines[8] == ["mean of 3", "50.00", "88.89", "61.11", "50.00"]
     assert lines[9] == ["without background", "66.67"]
-    assert lines[11] == ["pixel accuracy 45.45 %, void 45.45 % of the pixels"]
+    assert lines[11] == ["pixel accuracy 45.45 %, void 45.45 % of the pixels; 8.33 % of the truth is void and not scored"]
     assert len(lines) == 12, "a plain folder has no scores of image labels"
     widths = {len(line) for line in answer.out.splitlines()[3:8]}
     assert len(widths) == 1, "the columns are aligned"
@@ -90,6 +90,8 @@ def test_json_holds_all_of_it(score: Run) -> None:
     assert told["miou_without_background"] == pytest.approx(2 / 3)
     assert told["pixel_accuracy"] == pytest.approx(5 / 11)
     assert told["void_share"] == pytest.approx(5 / 11)
+    assert told["truth_void_share"] == pytest.approx(1 / 12)
+    assert told["warnings"] == []
     assert told["labels"] is None
     assert [each["name"] for each in told["classes"]] == ["background", "dog", "cat"]
     assert told["classes"][1]["truth_px"] == 2

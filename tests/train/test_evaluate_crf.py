@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 from wsss.errors import StoreError, WsssError
-from wsss.train.evaluate_crf import find_photographs, read_photograph_of, refine
+from wsss.train.evaluate_crf import ALIKE, SMOOTH, STEPS, SURE, find_photographs, read_photograph_of, refine
 
 if TYPE_CHECKING:
     from ..conftest import Answer
@@ -31,6 +33,112 @@ def scene(tmp_path: Path) -> np.ndarray:
         (tmp_path / folder).mkdir()
         Image.fromarray(image).save(tmp_path / folder / "a.png")
     return truth
+
+
+class ExactCRF:
+    """The dense CRF of arXiv:1210.5644 in numpy, all pairs of pixels, with the interface of ``pydensecrf.densecrf.DenseCRF2D``.
+
+    Mean field with Potts compatibility; kernels normalized symmetrically, as pydensecrf does unless asked otherwise.
+    """
+
+    def __init__(self, width: int, height: int, labels: int) -> None:
+        self.width, self.height, self.labels = width, height, labels
+        self.kernels: list[tuple[float, np.ndarray]] = []
+
+    def setUnaryEnergy(self, energy: np.ndarray) -> None:
+        assert energy.shape == (self.labels, self.width * self.height)
+        self.unary = energy
+
+    def addPairwiseGaussian(self, *, sxy: float, compat: float) -> None:
+        self._add(self._places() / sxy, compat)
+
+    def addPairwiseBilateral(self, *, sxy: float, srgb: float, rgbim: np.ndarray, compat: float) -> None:
+        assert rgbim.shape == (self.height, self.width, 3) and rgbim.dtype == np.uint8 and rgbim.flags.c_contiguous
+        self._add(np.hstack([self._places() / sxy, rgbim.reshape(-1, 3) / srgb]), compat)
+
+    def _places(self) -> np.ndarray:
+        return np.stack(np.mgrid[: self.height, : self.width], axis=-1).reshape(-1, 2).astype(float)
+
+    def _add(self, features: np.ndarray, compat: float) -> None:
+        kernel = np.exp(-0.5 * ((features[:, None] - features[None]) ** 2).sum(axis=-1))
+        share = 1 / np.sqrt(kernel.sum(axis=1))
+        self.kernels.append((compat, kernel * share[:, None] * share[None]))
+
+    def inference(self, steps: int) -> np.ndarray:
+        energy = -self.unary
+        for _ in range(steps):
+            probability = np.exp(energy - energy.max(axis=0))
+            probability /= probability.sum(axis=0)
+            energy = -self.unary + sum(compat * (probability @ kernel) for compat, kernel in self.kernels)
+        return energy
+
+
+def exact_unary(labels: np.ndarray, count: int, *, gt_prob: float, zero_unsure: bool) -> np.ndarray:
+    """As ``pydensecrf.utils.unary_from_labels``: 0 is unknown, others are trusted with ``gt_prob``."""
+    assert zero_unsure
+    probability = np.full((count, labels.size), (1 - gt_prob) / (count - 1))
+    for place, label in enumerate(labels.ravel()):
+        probability[:, place] = 1 / count if label == 0 else probability[:, place]
+        if label:
+            probability[label - 1, place] = gt_prob
+    return -np.log(probability)
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact CRF in place of pydensecrf."""
+    package = types.ModuleType("pydensecrf")
+    for name, members in (("densecrf", {"DenseCRF2D": ExactCRF}), ("utils", {"unary_from_labels": exact_unary})):
+        module = types.ModuleType(f"pydensecrf.{name}")
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, f"pydensecrf.{name}", module)
+    monkeypatch.setitem(sys.modules, "pydensecrf", package)
+
+
+def small_scene() -> tuple[np.ndarray, np.ndarray]:
+    """(10, 16) labels 3 and 7 with a void column and one wrong pixel, and a photograph whose edge lies a pixel further right."""
+    labels = np.full((10, 16), 3, np.uint8)
+    labels[:, 6:] = 7
+    labels[:, 10] = 255
+    labels[8, 1] = 7
+    pixels = np.full((10, 16, 3), (20, 40, 90), np.uint8)
+    pixels[:, 7:] = (230, 200, 40)
+    return labels, pixels
+
+
+def expected_scene() -> np.ndarray:
+    return np.repeat(np.where(np.arange(16) < 7, 3, 7)[None], 10, axis=0)
+
+
+def test_axes_and_constants_against_the_exact_crf(exact: None) -> None:
+    labels, pixels = small_scene()
+    found = refine(labels, pixels)
+    assert found.dtype == np.uint8 and found.shape == (10, 16)
+    assert np.array_equal(found, expected_scene())
+    turned = refine(labels.T.copy(), pixels.transpose(1, 0, 2).copy())
+    assert np.array_equal(turned, found.T), "rows and columns are alike"
+
+
+def test_the_published_settings() -> None:
+    """IRNet, misc/imutils.py, ``crf_inference_label``."""
+    assert (STEPS, SURE) == (10, 0.7)
+    assert SMOOTH == {"sxy": 3, "compat": 3}
+    assert ALIKE == {"sxy": 50, "srgb": 5, "compat": 10}
+
+
+def test_the_package_agrees_with_the_exact_crf() -> None:
+    pytest.importorskip("pydensecrf")
+    assert np.array_equal(refine(*small_scene()), expected_scene())
+
+
+def test_settings_reach_the_crf(exact: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(ExactCRF, "addPairwiseGaussian", lambda self, **given: seen.append(given))
+    monkeypatch.setattr(ExactCRF, "addPairwiseBilateral", lambda self, *, rgbim, **given: seen.append(given))
+    honest = ExactCRF.inference
+    monkeypatch.setattr(ExactCRF, "inference", lambda self, steps: seen.append(steps) or honest(self, steps))
+    refine(*small_scene())
+    assert seen == [SMOOTH, ALIKE, STEPS]
 
 
 def read(path: Path) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from wsss.errors import WsssError
+from wsss.train import evaluate_pickle
 from wsss.train.evaluate_pickle import read_label_dictionary
 
 DATA = Path(os.environ.get("WSSS_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -142,3 +143,14 @@ def test_the_fields_own_file() -> None:
     assert len(labels) == 12_031
     assert np.flatnonzero(labels[2007000032]).tolist() == [0, 14]  # aeroplane, person
     assert {vector.shape for vector in labels.values()} == {(20,)}
+
+
+def test_what_never_ends_or_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(WsssError, match=r"pipe\.npy: expected a regular file, got a named pipe"):
+        read_label_dictionary(tmp_path / "pipe.npy")
+    np.save(tmp_path / "labels.npy", {"a": np.ones(3)}, allow_pickle=True)  # type: ignore[arg-type]
+    assert list(read_label_dictionary(tmp_path / "labels.npy")) == ["a"]
+    monkeypatch.setattr(evaluate_pickle, "MOST_OPCODES", 9)
+    with pytest.raises(WsssError, match="a pickle of more than 9 steps"):
+        read_label_dictionary(tmp_path / "labels.npy")

@@ -23,7 +23,7 @@ from wsss.train.evaluate_boundary import boundary_counts
 from wsss.train.evaluate_files import Pairs, find_label_maps, pair_up
 from wsss.train.evaluate_run import count_pairs
 
-CLASSES = 3
+CLASSES = ("dog", "cat", "cow")
 
 
 def write(path: Path, label_map: np.ndarray) -> np.ndarray:
@@ -68,6 +68,9 @@ def test_sums_over_all_pairs(many: tuple[Path, Path], workers: int) -> None:
         assert counts.present[row].tolist() == [(truth == label).any() for label in (1, 2, 3)]
     assert np.array_equal(counts.matrix, matrix)
     assert np.array_equal(counts.boundary, bands)
+    truths = [np.array(Image.open(path)) for path in pairs.truth]
+    assert counts.pixels.tolist() == [sum(map(np.size, truths)), sum(int((truth == 255).sum()) for truth in truths)]
+    assert counts.facts[:, 0].tolist() == [150, 146]
 
 
 def pair(tmp_path: Path, predicted: np.ndarray, truth: np.ndarray) -> Pairs:
@@ -102,7 +105,7 @@ def test_a_label_that_is_no_class(tmp_path: Path, where: str, label: int, classe
     maps = {"predicted": np.zeros((1, 2), np.uint8), "truth": np.zeros((1, 2), np.uint8)}
     maps[where][0, 1] = label
     with pytest.raises(StoreError, match=rf"{where}/a\.png: label {label}, the class list ends at {classes}") as caught:
-        count_pairs(pair(tmp_path, **maps), classes)
+        count_pairs(pair(tmp_path, **maps), [str(each) for each in range(classes)])
     assert hint in caught.value.hint
 
 

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from wsss.classes import class_list
-from wsss.errors import UsageError, WeightsError, WsssError
+from wsss.errors import StoreError, UsageError, WeightsError, WsssError
 from wsss.labelstore import read_label, write_label
-from wsss.train import curve
+from wsss.train import curve, loop
 from wsss.train.args import Config, config_from, typed
-from wsss.train.checkpoint import load_run, read_tensors
+from wsss.train.checkpoint import load_run, read_record, read_tensors
 from wsss.train.distributed import joined
 from wsss.train.loop import Result, train
 from wsss.train.model import Segmenter
+from wsss.train.survey import look_through
 
 from .conftest import TINY
 
@@ -345,3 +346,189 @@ def test_gpus_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         joined(settings().machine),
     ):
         pass
+
+
+# ---- nothing to learn from, nothing to validate on ----
+
+
+def relabel(scenes: Scenes, change: Callable[[int, Any], Any]) -> None:
+    """Changes the label maps, numbered by their names."""
+    for number, path in enumerate(sorted((scenes[0] / "labels").iterdir())):
+        write_label(path, change(number, read_label(path)))
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (255, r"no pixel of the 6 images to train on is labelled: all are void"),
+        (0, "hold background alone, none of the 12 classes"),
+    ],
+)
+def test_images_without_a_class_are_not_trained_on(scenes: Scenes, tmp_path: Path, label: int, said: str) -> None:
+    relabel(scenes, lambda number, label_map: label_map * 0 + label)
+    with pytest.raises(StoreError, match=said) as caught:
+        run(scenes, tmp_path / "run")
+    assert "wsss report" in caught.value.hint
+    assert not (tmp_path / "run" / "segmenter.json").exists()
+
+
+def test_a_validation_that_cannot_score_says_so(scenes: Scenes, tmp_path: Path) -> None:
+    _, held_out = look_through(*scenes).split(0.25, 500)
+    for item in held_out:
+        path = scenes[0] / "labels" / item.label
+        write_label(path, read_label(path) * 0 + 255)
+    said: list[str] = []
+    result = run(scenes, tmp_path / "run", log=said.append)
+    assert (result.miou, result.best_step) == (None, None)
+    assert any("the 2 images kept out hold no labelled pixel" in warning for warning in result.warnings)
+    assert said.count("step 4: no mIoU: the 2 images kept out hold no labelled pixel") == 1
+    assert not any("mIoU -1" in line or "mIoU nan" in line for line in said)
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
+    assert [line for line in lines if "miou" in line] == [{"step": 4, "miou": None}, {"step": 6, "miou": None}]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "the store labels no pixel of it" in page and "nan" not in page.lower().partition("data:image")[0]
+    load_run(tmp_path / "run")
+
+
+def test_what_the_images_lack_is_said(scenes: Scenes, tmp_path: Path) -> None:
+    relabel(scenes, lambda number, label_map: label_map * 0 + 255 if number == 3 else label_map % 3)
+    said: list[str] = []
+    result = run(scenes, tmp_path / "run", "optimizer.steps=1", "data.validation_share=0.01", log=said.append)
+    first, second, third = result.warnings
+    assert first.startswith("10 of 12 classes are in no image to train on and cannot be learned: ")
+    assert second == "1 of 8 images to train on are void (255) everywhere and teach nothing"
+    assert third.startswith("no image is kept out (data.validation_share = 0.01 of 8): nothing is validated")
+    assert [line for line in said if line.startswith("warning: ")] == [f"warning: {each}" for each in result.warnings]
+
+
+def test_of_equal_validations_the_first_is_kept(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.25, 0.5, 0.5, None, 0.5])
+    monkeypatch.setattr(loop, "validate", lambda *_: next(scores))
+    result = run(scenes, tmp_path / "run", "validation_steps=1", "optimizer.steps=5")
+    assert (result.miou, result.best_step) == (0.5, 2)
+    assert read_tensors(tmp_path / "run" / "best.safetensors")[1] == {"step": 2, "miou": 0.5}
+
+
+def test_a_validation_of_no_numbers_stops(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch statistics may be broken where the losses are not: argmax would make class 0 of NaN."""
+    honest = Segmenter.forward
+    monkeypatch.setattr(Segmenter, "forward", lambda self, pixels: honest(self, pixels) * float("nan"))
+    with pytest.raises(WsssError, match=r"scene-\d\d\.png: the network's output is not a number"):
+        run(scenes, tmp_path / "run")
+
+
+@pytest.mark.parametrize("broken", [1, 3])
+def test_steps_that_overflow_in_half_precision(
+    scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    honest, calls = Segmenter.outputs, [0]
+
+    def outputs(self: Segmenter, pixels: Tensor) -> Any:
+        logits = honest(self, pixels)
+        if self.training:
+            calls[0] += 1
+            if calls[0] <= broken:
+                assert isinstance(logits, Tensor)
+                logits.register_hook(lambda gradient: gradient * float("inf"))
+        return logits
+
+    monkeypatch.setattr(Segmenter, "outputs", outputs)
+    told = "optimizer.steps=3", "optimizer.precision=fp16", "data.validation_share=0"
+    if broken == 3:
+        with pytest.raises(WsssError, match="nothing was learned: the gradient of all 3 steps overflowed in fp16"):
+            run(scenes, tmp_path / "run", *told)
+    else:
+        assert any(each.startswith("1 of 3 steps changed nothing") for each in run(scenes, tmp_path / "run", *told).warnings)
+
+
+def test_curves_of_older_runs_are_read(tmp_path: Path) -> None:
+    lines = ['{"step": 1, "loss": 2.5, "rate": 0.1, "seconds": 1}', '{"step": 1, "miou": NaN}', '{"step": 2, "loss": Infinity}']
+    (tmp_path / "curve.jsonl").write_text("\n".join([*lines, '{"step": 3, "lo']))
+    assert curve.read_curve(tmp_path) == [
+        {"step": 1, "loss": 2.5, "rate": 0.1, "seconds": 1},
+        {"step": 1, "miou": None},
+        {"step": 2, "loss": None},
+    ]
+    writer = curve.Writer(tmp_path, 1, tensorboard=False)
+    writer.add(2, loss=float("nan"), rate=0.1, seconds=2.0)
+    writer.close()
+    text = (tmp_path / "curve.jsonl").read_text()
+    assert "NaN" not in text and text.splitlines()[-1] == '{"step": 2, "loss": null, "rate": 0.1, "seconds": 2.0}'
+    curve.draw(tmp_path)
+    for text in ("[]", "7", '{"loss": 1}', "[" * 100_000):
+        (tmp_path / "curve.jsonl").write_text(text)
+        assert curve.read_curve(tmp_path) == []
+
+
+# ---- records that were damaged ----
+
+RECORD = {
+    "architecture": "unet",
+    "encoder": "mobilenet_v2",
+    "classes": ["dog", "cat"],
+    "mean": [1, 2, 3],
+    "std": [1, 2.5, 3],
+    "options": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]},
+    "crop": 32,
+    "multiple_of": 32,
+    "steps": 5,
+    "preset": "",
+    "source": "",
+    "init": {"source": "none"},
+    "store": "",
+    "images": 4,
+    "tools": {},
+    "format": 1,
+}
+
+
+def test_a_record_of_an_older_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "segmenter.json").write_text("\ufeff" + json.dumps(RECORD))
+    record = read_record(tmp_path)
+    assert record.classes == ("dog", "cat") and record.std == (1, 2.5, 3) and record.shorter_px == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"crop": -5}, "crop: expected 1 to"),
+        ({"crop": "32"}, "crop: expected int, got '32'"),
+        ({"steps": True}, "steps: expected int, got True"),
+        ({"multiple_of": 0}, "multiple_of: expected 1 to"),
+        ({"images": 10**40}, "images: expected 0 to"),
+        ({"mean": [1, 2]}, "mean: expected three numbers"),
+        ({"mean": [1, 2, "x"]}, "mean: expected three numbers"),
+        ({"std": [1, 0, 1]}, "std: expected numbers above 0"),
+        ({"classes": []}, "classes: expected 1 to 254 names"),
+        ({"classes": ["dog", 3]}, "classes: expected 1 to 254 names"),
+        ({"classes": ["dog", "dog"]}, "classes: a name stands twice"),
+        ({"classes": "dog"}, "classes: expected list"),
+        ({"options": {"decoder_channels": [10**9]}}, "options: expected numbers up to 4096"),
+        ({"options": {"decoder_channels": [1] * 100}}, "options: expected at most 64 values"),
+        ({"encoder": "tu-hf-hub:someone/model"}, "encoder: expected a name"),
+        ({"format": 2}, "expected format 1, got 2"),
+        ({"color": 1}, "no setting of a run: 'color'"),
+        ({"store": None}, "store: expected str, got None"),
+    ],
+)
+def test_a_damaged_record_is_named(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "segmenter.json").write_text(json.dumps({**RECORD, **change}))
+    with pytest.raises(WeightsError, match=r"segmenter\.json: ") as caught:
+        read_record(tmp_path)
+    assert said in caught.value.message and caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{", '{"format": NaN}', "[" * 200_000, '{"format": 1}', '{"crop": 1, "crop": 2}']
+)
+def test_a_record_that_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "segmenter.json").write_text(text)
+    with pytest.raises(WeightsError, match=r"segmenter\.json"):
+        read_record(tmp_path)
+
+
+def test_a_network_that_cannot_be_built(tmp_path: Path) -> None:
+    (tmp_path / "segmenter.json").write_text(json.dumps({**RECORD, "architecture": "thing"}))
+    with pytest.raises(WeightsError, match=r"segmenter\.json: thing with encoder .* cannot be built"):
+        load_run(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def named(store: Path) -> Any:
 
 def missing(store: Path, images: Path) -> str:
     (images / "scene-03.png").unlink()
-    return "scene-03.png: the image cannot be read: No such file"
+    return "scene-03.png: the image: cannot be read: No such file"
 
 
 def changed(store: Path, images: Path) -> str:
@@ -161,3 +162,13 @@ def test_the_records_are_not_touched(scenes: Scenes) -> None:
     before = list(read_records(scenes[0]))
     look_through(*scenes)
     assert list(read_records(scenes[0])) == before
+
+
+def test_a_pipe_in_an_images_place_is_not_waited_for(scenes: Scenes) -> None:
+    store, images = scenes
+    (images / "scene-00.png").unlink()
+    os.mkfifo(images / "scene-00.png")
+    with pytest.raises(
+        StoreError, match=r"1 of 8 images cannot be trained on:\n  scene-00\.png: the image: not a file that holds an image"
+    ):
+        look_through(store, images)

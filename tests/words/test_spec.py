@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,29 @@ from wsss.spec import (
     sha256_of,
     write_manifest,
 )
+
+
+def nested(levels: int) -> list[Any]:
+    """``[[[...]]]``."""
+    return [nested(levels - 1)] if levels else []
+
+
+def field(number: int, data: bytes) -> bytes:
+    """A field of a protobuf message, of less than 128 bytes."""
+    return (
+        bytes([number << 3 | 2]) + bytes([len(data)]) + data
+        if number < 16
+        else bytes([(number << 3 & 127 | 2) | 128, number >> 4, len(data)]) + data
+    )
+
+
+def external(location: str) -> bytes:
+    """A tensor that lies in another file: ``TensorProto`` with one entry of ``external_data``."""
+    return field(13, field(1, b"location") + field(2, location.encode()))
+
+
+GRAPH = field(7, field(5, external("weights.data")))
+"""An ONNX file whose one initializer lies in ``weights.data``."""
 
 
 @pytest.fixture
@@ -69,7 +94,7 @@ def bundle(tmp_path: Path, manifest: Manifest) -> Path:
     """A bundle with one model of two files."""
     folder = tmp_path / "bundle" / "sam"
     folder.mkdir(parents=True)
-    (folder / "encoder.onnx").write_bytes(b"graph")
+    (folder / "encoder.onnx").write_bytes(GRAPH)
     (folder / "weights.data").write_bytes(b"0123456789")
     files = {path.name: sha256_of(path) for path in folder.iterdir()}
     write_manifest(folder, replace(manifest, files=files))
@@ -149,13 +174,17 @@ def test_a_lacking_graph_is_named_with_what_is_there(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "expected a JSON manifest"),
-        ('{"format": 1, "fam', "expected a JSON manifest"),
-        ("\xff\xfe", "expected a JSON manifest"),
+        ("", "expected JSON"),
+        ('{"format": 1, "fam', "expected JSON"),
+        ("\xff\xff", "expected UTF-8 text"),
+        ('{"format": 1, "format": 1}', "stands twice"),
+        ("[" * 200_000, "nested too deep"),
+        ('{"format": true}', "expected manifest format 1, got True"),
+        ('{"format": 1.0}', "expected manifest format 1, got 1.0"),
         ("[]", "expected manifest format 1, got list"),
         ("{}", "expected manifest format 1, got None"),
         ('{"format": 2}', "expected manifest format 1, got 2"),
-        ('{"format": 1}', "preprocess"),
+        ('{"format": 1}', "not a valid manifest: family: missing"),
     ],
 )
 def test_a_damaged_manifest_is_named(bundle: Path, text: str, said: str) -> None:
@@ -183,6 +212,42 @@ def test_a_damaged_manifest_is_named(bundle: Path, text: str, said: str) -> None
         lambda told: told["graphs"]["encoder"]["axes"].update(batch={"min": "1", "opt": 2, "max": 3}),
         lambda told: told["preprocess"].update(canvases=[[1024]]),
         lambda told: told["preprocess"].update(mean=None),
+        lambda told: told["preprocess"].update(mean=[1, 2]),
+        lambda told: told["preprocess"].update(std=[1, 0, 1]),
+        lambda told: told["preprocess"].update(resize="squeeze"),
+        lambda told: told["preprocess"].update(canvases=[]),
+        lambda told: told["preprocess"].update(canvases=[[0, 64]]),
+        lambda told: told["preprocess"].update(canvases=[[1 << 40, 64]]),
+        lambda told: told["preprocess"].update(canvases=[[64, True]]),
+        lambda told: told["preprocess"].update(longest_px=0),
+        lambda told: told["preprocess"].update(short_px=-1),
+        lambda told: told["preprocess"].update(longest_px=10**400),
+        lambda told: told.update(variant="vit\0b"),
+        lambda told: told.update(variant="\x1b[2J"),
+        lambda told: told.update(variant="\ud800"),
+        lambda told: told.update(graphs={}),
+        lambda told: told.update(tokenizer=7),
+        lambda told: told.update(weights={"source": 1}),
+        lambda told: told["files"].update({"weights.data": "00"}),
+        lambda told: told["settings"].pop("logits_side"),
+        lambda told: told["settings"].update(logits_side="many"),
+        lambda told: told["settings"].update(note=nested(50)),
+        lambda told: told["settings"].update(note=10**30),
+        lambda told: told["graphs"]["encoder"].update(file="encoder.ort"),
+        lambda told: told["graphs"]["encoder"].update(precision="fp4"),
+        lambda told: told["graphs"]["encoder"].update(opset="18"),
+        lambda told: told["graphs"]["encoder"].update(surplus=1),
+        lambda told: told["graphs"]["encoder"].update(islands={"why": "two"}),
+        lambda told: told["graphs"]["encoder"].update(plans={"trt": {}}),
+        lambda told: told["graphs"]["encoder"]["inputs"][0].update(dtype="float64"),
+        lambda told: told["graphs"]["encoder"]["inputs"][0].update(shape=["batch", -1]),
+        lambda told: told["graphs"]["encoder"]["inputs"][0].update(shape=["batch", 2.5]),
+        lambda told: told["graphs"]["encoder"]["inputs"].append(told["graphs"]["encoder"]["inputs"][0]),
+        lambda told: told["graphs"]["encoder"]["axes"].update(batch={"min": 1, "opt": 2, "max": 1 << 40}),
+        lambda told: told["graphs"]["encoder"]["axes"].update(batch={"min": 1, "opt": True, "max": 2}),
+        lambda told: told["graphs"]["encoder"]["parity"]["rows"][0].update(error="1e999"),
+        lambda told: told["graphs"]["encoder"]["parity"]["rows"][0].update(error=10**400),
+        lambda told: told["graphs"]["encoder"]["parity"].update(rows={}),
     ],
 )
 def test_a_manifest_of_another_shape_is_named(
@@ -193,6 +258,47 @@ def test_a_manifest_of_another_shape_is_named(
         open_bundle(bundle).model("sam")
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+def test_numbers_that_are_not_finite_are_refused(bundle: Path, number: str) -> None:
+    path = bundle / "sam" / "manifest.json"
+    path.write_text(path.read_text().replace("123.675", number))
+    with pytest.raises(BundleError, match="finite number"):
+        open_bundle(bundle).model("sam")
+
+
+def test_random_damage_of_a_manifest_is_never_another_error(bundle: Path) -> None:
+    """Values of another kind in every place, and bytes lost, doubled or changed at random (seeded)."""
+    path = bundle / "sam" / "manifest.json"
+    whole = path.read_text()
+    rng, refused = random.Random(0), 0
+    values = [None, True, -1, 0, 10**30, 0.5, "", "..", "\0", [], [[]], {}, {"": None}, "x" * 100_000]
+    for number in range(600):
+        if number % 3:
+            told = json.loads(whole)
+            at: Any = told
+            while True:
+                keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+                key = rng.choice(keys)
+                if not isinstance(at[key], dict | list) or not at[key] or rng.random() < 0.2:
+                    break
+                at = at[key]
+            at[key] = rng.choice(values)
+            path.write_text(json.dumps(told))
+        else:
+            start = rng.randrange(len(whole))
+            path.write_bytes(
+                (
+                    whole[:start] + rng.choice(["", "\0", "}", "9" * 500, whole[start:]]) + whole[start + rng.randrange(9) :]
+                ).encode()
+            )
+        try:
+            open_bundle(bundle).model("sam").manifest.identity()
+        except BundleError as error:
+            refused += 1
+            assert error.hint
+    assert refused > 400
+
+
 def test_a_changed_file_is_named(bundle: Path) -> None:
     (bundle / "sam" / "weights.data").write_bytes(b"0123456780")
     with pytest.raises(BundleError, match=r"weights\.data: its sha256 is .*changed or truncated"):
@@ -200,7 +306,7 @@ def test_a_changed_file_is_named(bundle: Path) -> None:
 
 
 def test_a_truncated_file_is_named(bundle: Path) -> None:
-    (bundle / "sam" / "encoder.onnx").write_bytes(b"gra")
+    (bundle / "sam" / "encoder.onnx").write_bytes(GRAPH[:-1])
     with pytest.raises(BundleError, match=r"encoder\.onnx: its sha256"):
         open_bundle(bundle).model("sam")
 
@@ -211,16 +317,161 @@ def test_a_missing_file_is_named(bundle: Path) -> None:
         open_bundle(bundle).model("sam")
 
 
+def relink(path: Path, target: Path) -> None:
+    """Moves a file to ``target`` and leaves a relative link to it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
+    path.symlink_to(os.path.relpath(target, path.parent))
+
+
 def test_a_link_is_refused_even_to_the_right_bytes(bundle: Path, tmp_path: Path) -> None:
     path = bundle / "sam" / "weights.data"
-    (tmp_path / "elsewhere").write_bytes(path.read_bytes())
+    relink(path, tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match=r"weights\.data: a link to .*elsewhere, outside of .*bundle/sam"):
+        open_bundle(bundle).model("sam")
     path.unlink()
-    path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(BundleError, match=r"manifest\.json: names 'weights\.data', expected a plain file"):
+    for target in ("nowhere", "weights.data"):
+        path.symlink_to(target)
+        with pytest.raises(BundleError, match=rf"weights\.data: a link to {target}, which leads to no file"):
+            open_bundle(bundle).model("sam")
+        path.unlink()
+
+
+def test_a_link_within_the_folder_opens(bundle: Path) -> None:
+    relink(bundle / "sam" / "weights.data", bundle / "sam" / "weights-2.data")
+    assert open_bundle(bundle).model("sam").manifest.family == "sam"
+
+
+@pytest.fixture
+def cached(bundle: Path, tmp_path: Path) -> Path:
+    """The bundle in the layout of the Hugging Face hub's cache: ``snapshots/REVISION`` with links into ``blobs``."""
+    repository = tmp_path / "models--someone--bundle"
+    snapshot = repository / "snapshots" / "8e9f"
+    snapshot.parent.mkdir(parents=True)
+    bundle.rename(snapshot)
+    for path in list((snapshot / "sam").iterdir()):
+        relink(path, repository / "blobs" / sha256_of(path))
+    return snapshot
+
+
+def test_a_hub_s_cache_opens_as_it_is(cached: Path) -> None:
+    assert (cached / "sam" / "manifest.json").is_symlink()
+    assert open_bundle(cached).model("sam").path("encoder").read_bytes() == GRAPH
+
+
+def test_a_hub_s_cache_is_hashed_all_the_same(cached: Path) -> None:
+    (cached / "sam" / "weights.data").resolve().write_bytes(b"0123456780")
+    with pytest.raises(BundleError, match=r"weights\.data: its sha256 is .*changed or truncated"):
+        open_bundle(cached).model("sam")
+
+
+@pytest.mark.parametrize("place", ["blobs", "models--other--bundle/blobs", "models--someone--bundle/blobs/deeper"])
+def test_blobs_of_another_cache_are_elsewhere(cached: Path, tmp_path: Path, place: str) -> None:
+    path = cached / "sam" / "weights.data"
+    target = tmp_path / place / "1"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.resolve().rename(target)
+    path.unlink()
+    path.symlink_to(target)
+    with pytest.raises(BundleError, match=r"weights\.data: a link to .*, outside of"):
+        open_bundle(cached).model("sam")
+
+
+def test_a_changed_file_of_the_same_size_and_time_is_hashed_again(tmp_path: Path) -> None:
+    path = tmp_path / "weights.data"
+    path.write_bytes(b"0123456789")
+    before, status = sha256_of(path), path.stat()
+    while path.stat().st_ctime_ns == status.st_ctime_ns:  # a file system's clock has ticks of milliseconds
+        path.write_bytes(b"0123456780")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    assert sha256_of(path) != before
+
+
+SHAPES = {
+    "initializer": field(7, field(5, external("w.bin"))),
+    "sparse initializer": field(7, field(15, field(1, external("w.bin")))),
+    "indices of a sparse one": field(7, field(15, field(2, external("w.bin")))),
+    "attribute": field(7, field(1, field(5, field(5, external("w.bin"))))),
+    "list in an attribute": field(7, field(1, field(5, field(10, external("w.bin"))))),
+    "sparse attribute": field(7, field(1, field(5, field(22, field(1, external("w.bin")))))),
+    "sparse list": field(7, field(1, field(5, field(23, field(1, external("w.bin")))))),
+    "subgraph": field(7, field(1, field(5, field(6, field(5, external("w.bin")))))),
+    "list of subgraphs": field(7, field(1, field(5, field(11, field(5, external("w.bin")))))),
+    "function": field(25, field(7, field(5, field(5, external("w.bin"))))),
+    "default of a function": field(25, field(11, field(5, external("w.bin")))),
+    "training": field(20, field(1, field(5, external("w.bin")))),
+    "second of two graphs": field(7, b"") + field(7, field(5, external("w.bin"))),
+    "location after its name": field(7, field(5, field(13, field(2, b"w.bin") + field(1, b"location")))),
+    "tag of more than 32 bits": bytes([0xBA, 0x80, 0x80, 0x80, 0x10]) + field(7, field(5, external("w.bin")))[1:],
+    "second of two locations": field(7, field(5, external("weights.data") + external("w.bin"))),
+}
+
+
+@pytest.mark.parametrize("graph", SHAPES.values(), ids=SHAPES.keys())
+def test_weights_without_a_hash_are_refused_wherever_a_graph_reads_them(
+    bundle: Path, edit: Callable[[Callable[[dict[str, Any]], object]], None], graph: bytes
+) -> None:
+    path = bundle / "sam" / "encoder.onnx"
+    path.write_bytes(graph)
+    (bundle / "sam" / "w.bin").write_bytes(b"never hashed")
+    edit(lambda told: told["files"].update({"encoder.onnx": sha256_of(path)}))
+    with pytest.raises(BundleError, match=r"encoder\.onnx: uses 'w\.bin' without its sha256 in `files`"):
+        open_bundle(bundle).model("sam")
+    edit(lambda told: told["files"].update({"w.bin": sha256_of(bundle / "sam" / "w.bin")}))
+    open_bundle(bundle).model("sam")
+
+
+@pytest.mark.parametrize(
+    "location", ["../w.bin", "/etc/hostname", "sub/w.bin", "..", "sub\\w.bin", "w\0bin", "./weights.data", ""]
+)
+def test_weights_that_leave_the_folder_are_refused(
+    bundle: Path, edit: Callable[[Callable[[dict[str, Any]], object]], None], location: str
+) -> None:
+    path = bundle / "sam" / "encoder.onnx"
+    path.write_bytes(field(7, field(5, external(location))))
+    edit(lambda told: told["files"].update({"encoder.onnx": sha256_of(path)}))
+    with pytest.raises(BundleError, match=r"without its sha256"):
+        open_bundle(bundle).model("sam")
+    edit(lambda told: told["files"].update({location: sha256_of(path)}))
+    with pytest.raises(BundleError, match=r"plain file of its own folder|without control characters"):
         open_bundle(bundle).model("sam")
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/file", "..", ".", ""])
+def test_weights_left_out_of_the_files_are_refused(
+    bundle: Path, edit: Callable[[Callable[[dict[str, Any]], object]], None]
+) -> None:
+    edit(lambda told: told["files"].pop("weights.data"))
+    with pytest.raises(BundleError, match=r"encoder\.onnx: uses 'weights\.data' without its sha256"):
+        open_bundle(bundle).model("sam")
+
+
+@pytest.mark.parametrize("data", [b"\x3a", b"\x3a\x05abc", b"\x3b", b"\xff" * 12, field(7, field(5, b"\x6a\x09"))], ids=bytes.hex)
+def test_what_is_no_graph_is_named(bundle: Path, edit: Callable[[Callable[[dict[str, Any]], object]], None], data: bytes) -> None:
+    path = bundle / "sam" / "encoder.onnx"
+    path.write_bytes(data)
+    edit(lambda told: told["files"].update({"encoder.onnx": sha256_of(path)}))
+    with pytest.raises(BundleError, match=r"encoder\.onnx: expected an ONNX graph"):
+        open_bundle(bundle).model("sam")
+
+
+def test_a_graph_nested_without_end_is_refused(bundle: Path, edit: Callable[[Callable[[dict[str, Any]], object]], None]) -> None:
+    graph, path = b"", bundle / "sam" / "encoder.onnx"
+    for _ in range(3000):
+        for number in (6, 5, 1):
+            length, size = len(graph), b""
+            while True:
+                size += bytes([length & 127 | (128 if length > 127 else 0)])
+                if not (length := length >> 7):
+                    break
+            graph = bytes([number << 3 | 2]) + size + graph
+    path.write_bytes(b"\x3a" + bytes([len(graph) & 127 | 128, len(graph) >> 7 & 127 | 128, len(graph) >> 14]) + graph)
+    edit(lambda told: told["files"].update({"encoder.onnx": sha256_of(path)}))
+    with pytest.raises(BundleError, match="nested more than 100 messages deep"):
+        open_bundle(bundle).model("sam")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/file", "..", ".", "", "a" * 300])
 def test_names_that_leave_the_folder_are_refused(
     bundle: Path, edit: Callable[[Callable[[dict[str, Any]], object]], None], name: str
 ) -> None:

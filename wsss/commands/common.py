@@ -83,7 +83,8 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        typer.echo(f"\r\x1b[K{message}" if sys.stderr.isatty() else message, err=True)
+        with contextlib.suppress(OSError):  # a run goes on where nobody can read its log
+            typer.echo(f"\r\x1b[K{message}" if sys.stderr.isatty() else message, err=True)
 
 
 def log(message: str, level: int = logging.INFO) -> None:
@@ -102,12 +103,13 @@ def show_progress(summary: Summary) -> None:
     done, total = summary.skipped + summary.labelled + summary.failed, summary.images
     rate = (summary.labelled + summary.failed) / max(summary.seconds, 1e-9)
     left = (total - done) / rate if rate else 0
-    print(
-        f"\r\x1b[K{done}/{total} images  {rate:.1f}/s  {clock(left)} left  {summary.failed} failed",
-        end="",
-        file=sys.stderr,
-        flush=True,
-    )
+    with contextlib.suppress(OSError):
+        print(
+            f"\r\x1b[K{done}/{total} images  {rate:.1f}/s  {clock(left)} left  {summary.failed} failed",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def end_progress() -> None:

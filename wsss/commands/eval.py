@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,7 @@ def eval(
         if value is None:
             ask(flag, "wsss eval store VOC2012 --classes voc --list train.txt")
     assert predicted is not None and truth is not None
+    from ..train.evaluate_checks import check_truth, warnings_of
     from ..train.evaluate_crf import SAID, check_crf, find_photographs
     from ..train.evaluate_files import find_label_maps, pair_up
     from ..train.evaluate_labels import read_image_labels
@@ -75,7 +77,7 @@ def eval(
     try:
         counts = count_pairs(
             pairs,
-            len(listed),
+            listed,
             photographs=photographs,
             workers=workers,
             progress=lambda done: _show(done, len(pairs.names)),
@@ -84,9 +86,13 @@ def eval(
         end_progress()
         log("interrupted; nothing was written")
         raise SystemExit(130) from None
-    said = None if found.classes is None else [found.scores.get(name, {}) for name in pairs.names]
+    said = None if found.classes is None else [found.scores.get(name or "", {}) for name in pairs.matched]
     scores = scores_from_counts(counts, listed, said, present)
     end_progress()
+    check_truth(counts.matrix, counts.facts, true.inside)
+    warnings = [*pairs.warnings, *warnings_of(counts.matrix, counts.facts, counts.pixels, listed)]
+    for warning in warnings:
+        log(f"warning: {warning}", logging.WARNING)
     if pairs.missing:
         more = f" and {len(pairs.missing) - _NAMED} more" if len(pairs.missing) > _NAMED else ""
         log(
@@ -106,9 +112,10 @@ def eval(
             "images": len(pairs.names),
             "missing": pairs.missing,
             "unused_predictions": pairs.unused,
+            "warnings": warnings,
             "seconds": round(time.perf_counter() - start, 2),
         }
-        typer.echo(json.dumps({**about, **scores}, ensure_ascii=False))
+        typer.echo(json.dumps({**about, **scores}, ensure_ascii=False, allow_nan=False))
         return
     refined = f", refined by {SAID}" if crf else ""
     typer.echo(f"{found.inside} against {true.inside}: {len(pairs.names)} images{refined}\n\n{table(scores)}")

@@ -8,18 +8,25 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UsageError, WsssError
+from ..errors import UsageError, WsssError, WsssWarning
 from .common import BundleFlag, ask, choice, clock, end_progress, log, needs
 from .events import Events, set_level
 
 if TYPE_CHECKING:
     from ..runtime.run import Crew, Summary
+
+EPILOG = """--labels: {"a/dog.jpg": ["dog"]}
+
+--boxes: {"a/dog.jpg": [{"label": "dog", "xyxy": [48, 240, 195, 371], "score": 0.9}]} in pixels of the photograph; a COCO file
+(images, annotations, categories); a folder of VOC XML files, or of YOLO labels with classes.txt or data.yaml beside them; a
+label store. docs/boxes.md shows each."""
 
 
 def label(
@@ -61,8 +68,15 @@ def label(
     ] = False,
     labels: Annotated[str | None, typer.Option(help="JSON of image names to class names; replaces CLIP.")] = None,
     boxes: Annotated[
-        str | None, typer.Option(help="VOC XML folder, JSON file or manifest.jsonl; replaces CLIP and Grounding-DINO.")
+        str | None,
+        typer.Option(
+            help="VOC XML or YOLO folder, COCO or own JSON, or a label store (docs/boxes.md); replaces CLIP and Grounding-DINO."
+        ),
     ] = None,
+    ignore_unknown: Annotated[
+        bool,
+        typer.Option("--ignore-unknown", help="Leave out what --labels and --boxes say of classes not in --classes; counted."),
+    ] = False,
     gate: Annotated[bool, typer.Option(help="CLIP decides which classes the detector looks for.")] = True,
     tag_threshold: Annotated[float | None, typer.Option(help="Least CLIP probability of a class; default: the bundle's.")] = None,
     box_threshold: Annotated[
@@ -85,6 +99,7 @@ def label(
     """Label a folder of images. Run it again to go on where it stopped."""
     set_level(log_level)
     events = Events(json_output)
+    warnings.simplefilter("ignore", WsssWarning)  # those of Labeler.open, which this command logs
     example = "wsss label photos --classes voc --bundle bundle --out store"
     choice("--model", model, ("chain", "segmenter"))
     for flag, value in (("IMAGES", images), ("--classes", classes), ("--out", out)):
@@ -93,7 +108,7 @@ def label(
     share = parse_shard(shard)
     check_cluster(on, device, devices, ray_address, workers)
     from ..runtime.images import check_images
-    from ..runtime.pipeline import Labeler, Rules
+    from ..runtime.pipeline import Labeler, Rules, strange_to_mini
     from ..runtime.run import label_folder
     from ..runtime.sources import listing, source_of, store_of
     from ..runtime.workers import Workers
@@ -118,6 +133,7 @@ def label(
                 unverified=unverified,
                 labels=labels,
                 boxes=boxes,
+                ignore_unknown=ignore_unknown,
                 rules=rules,
             ),
         )
@@ -137,6 +153,8 @@ def label(
             told = {"engine": crew.settings["engine"], "classes": len(crew.classes.names)}
             log(f"engine {told['engine']}, {told['classes']} classes")
             events.tell("started", images=images, store=out, **told)
+            if message := strange_to_mini(crew.classes, crew.settings):
+                events.warn(message)
             stop = stack.enter_context(stop_on_signals())
             summary = label_folder(
                 crew,
@@ -162,7 +180,12 @@ def label(
     if summary.stopped:
         log(f"stopped; what is in {out} is whole. The same command goes on.", logging.WARNING)
         raise SystemExit(130)
-    if summary.failed:
+    if summary.failed or summary.folders_failed:
+        log(
+            "hint: what failed is named above; images that are mended are labelled by the same command, "
+            "--retry-failed tries all of them again",
+            logging.WARNING,
+        )
         raise SystemExit(1)
 
 
@@ -223,6 +246,8 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 
 def _tell_summary(summary: Summary, out: str, events: Events) -> None:
+    from ..runtime.images import describe_left_out
+
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_seconds.items())
     padding = "" if summary.padding is None else f"; {summary.padding:.0%} of the detector's canvases were padding"
     log(f"{stages}; engines {summary.engine_seconds:.1f} s{padding}", logging.DEBUG)
@@ -230,9 +255,15 @@ def _tell_summary(summary: Summary, out: str, events: Events) -> None:
         events.tell("finished", store=out, **dataclasses.asdict(summary))
         return
     rate = summary.labelled / summary.seconds if summary.seconds else 0.0
+    folders = f" and {summary.folders_failed} sub-folders" if summary.folders_failed else ""
+    notes = [
+        summary.describe_empty(),
+        f"{summary.warned} with next to no range" if summary.warned else "",
+        f"left out: {describe_left_out(summary.left_out)}" if summary.left_out else "",
+    ]
     before = f" ({summary.failed_before} of them failed: --retry-failed)" if summary.failed_before else ""
     typer.echo(
         f"{out}: {summary.labelled} labelled ({summary.boxes} boxes), {summary.skipped} already done{before}, "
-        f"{summary.failed} failed, "
-        f"{clock(summary.seconds)}, {rate:.1f} images/s"
+        f"{summary.failed} failed{folders}, "
+        f"{clock(summary.seconds)}, {rate:.1f} images/s" + "".join(f"; {note}" for note in notes if note)
     )

@@ -72,11 +72,11 @@ def train(
             raise SystemExit(130) from None
     end_progress()
     if json_output:
-        typer.echo(json.dumps(dataclasses.asdict(result)))
+        typer.echo(json.dumps(dataclasses.asdict(result), allow_nan=False))
         return
-    best = (
-        f", best mIoU {result.miou:.4f} at step {result.best_step} against the store's labels" if result.miou is not None else ""
-    )
+    best = ", no validation could score"
+    if result.miou is not None:
+        best = f", best mIoU {result.miou:.4f} at step {result.best_step} against the store's labels"
     typer.echo(f"{out}: {result.steps} steps on {result.images} images in {clock(result.seconds)}{best}\npage: {result.page}")
 
 

@@ -1,0 +1,320 @@
+"""Each option of `wsss label` changes the labels it is there to change; `run.json` is not asked. Defaults are pinned."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wsss import Labeler
+from wsss.commands.label import label as label_command
+from wsss.engines.fake import FakeEngine
+from wsss.runtime import detect, fuse, run, tag
+from wsss.runtime.pipeline import Rules
+
+from ..conftest import COLOURS, WORDS, write_model
+
+if TYPE_CHECKING:
+    from wsss.spec import Model
+
+    from ..conftest import Answer, World
+
+    Run = Callable[..., Answer]
+
+Found = tuple[str, float, tuple[float, float, float, float]]
+"""Class, score, and box in pixels of the photograph."""
+
+
+@pytest.fixture
+def label(wsss: Run, world: World, tmp_path: Path) -> Callable[..., dict[str, np.ndarray]]:
+    """Runs `wsss label photos` with these flags into a store; its label maps by name."""
+
+    def labels(*flags: str | Path, store: str = "store", code: int = 0) -> dict[str, np.ndarray]:
+        given = [] if "--classes" in flags else ["--classes", "red, green, blue"]
+        answer = wsss("label", "photos", *given, "--bundle", world.bundle, "--out", store, *flags)
+        assert answer.code == code, answer.err
+        folder = tmp_path / store / "labels"
+        return {path.stem: np.array(Image.open(path)) for path in sorted(folder.rglob("*.png"))}
+
+    return labels
+
+
+Label = Callable[..., dict[str, np.ndarray]]
+
+
+def find(world: World, *found: Found, size: tuple[int, int] = (32, 48)) -> None:
+    """Scripts the detector's answer for every photograph of this (height, width), up to three boxes."""
+
+    def script(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows, tokens = feeds["phrase"].shape
+        logits, boxes = np.full((rows, 3, tokens), -20, np.float32), np.full((rows, 3, 4), 0.5, np.float32)
+        for row in range(rows):
+            for query, (name, score, (x0, y0, x1, y1)) in enumerate(found):
+                logits[row, query] += feeds["text"][row, :, WORDS[name]] * (20 + np.log(score / (1 - score)))
+                boxes[row, query] = np.array([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]) / (size[::-1] * 2)
+        return {"logits": logits, "boxes": boxes, "query": np.tile(np.arange(3), (rows, 1))}
+
+    world.engine("grounding-dino", "image-32x48").script = script
+
+
+def values(label_map: np.ndarray) -> list[int]:
+    return np.unique(label_map).tolist()
+
+
+# ---- thresholds ----
+
+
+@pytest.mark.parametrize(
+    ("bundled", "flags", "labels"),
+    [
+        (0.5, [], [0, 1]),
+        (1.0, [], [0]),  # without the flag, the bundle's
+        (0.5, ["--tag-threshold", "1"], [0]),
+        (1.0, ["--tag-threshold", "0.5"], [0, 1]),
+        (1.0, ["--tag-threshold", "0"], [0, 1]),  # zero is a threshold, not the absence of one
+    ],
+)
+def test_tag_threshold(world: World, label: Label, tmp_path: Path, bundled: float, flags: list[str], labels: list[int]) -> None:
+    write_model(world.bundle / "clip", "clip", {"threshold": bundled})
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(4, 4, 24, 24))
+    assert values(label(*flags)["a"]) == labels
+
+
+@pytest.mark.parametrize(
+    ("bundled", "flags", "labels"),
+    [
+        (0.3, [], [0, 1]),
+        (0.8, [], [0]),
+        (0.3, ["--box-threshold", "0.8"], [0]),
+        (0.8, ["--box-threshold", "0.3"], [0, 1]),
+        (0.8, ["--box-threshold", "0.65"], [0, 1]),
+        (0.8, ["--box-threshold", "0.75"], [0]),
+        (0.8, ["--box-threshold", "0"], [0, 1]),
+    ],
+)
+def test_box_threshold(world: World, label: Label, tmp_path: Path, bundled: float, flags: list[str], labels: list[int]) -> None:
+    write_model(world.bundle / "grounding-dino", "grounding-dino", {"box_threshold": bundled})
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(4, 4, 24, 24))
+    find(world, ("red", 0.7, (4, 4, 24, 24)))
+    assert values(label(*flags)["a"]) == labels
+
+
+# ---- boxes that are one object ----
+
+LEFT, RIGHT = (0.0, 0.0, 30.0, 20.0), (6.0, 0.0, 36.0, 20.0)  # IoU 24/36 = 0.67
+WIDE, LOW = (0.0, 0.0, 40.0, 20.0), (0.0, 0.0, 40.0, 17.0)  # IoU 0.85
+
+
+@pytest.mark.parametrize(
+    ("flags", "right_edge"),
+    [
+        ([], 30),
+        (["--nms", "0.6"], 30),
+        (["--nms", "0.7"], 36),
+        (["--nms-across", "0.9"], 30),  # of one class, it says nothing
+        (["--nms-across", "0.1", "--nms", "0.7"], 36),
+    ],
+)
+def test_nms(world: World, label: Label, tmp_path: Path, flags: list[str], right_edge: int) -> None:
+    """Two boxes on one red bar: where they are two objects, the second one's end is labelled too."""
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    find(world, ("red", 0.8, LEFT), ("red", 0.7, RIGHT))
+    label_map = label(*flags)["a"]
+    assert np.flatnonzero(label_map.any(axis=0)).max() + 1 == pytest.approx(right_edge, abs=1)
+    assert values(label_map) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "labels"),
+    [
+        ([], [0, 1]),
+        (["--nms-across", "0.84"], [0, 1]),
+        (["--nms-across", "0.86"], [0, 1, 255]),
+        (["--nms", "0.9"], [0, 1]),  # of two classes, it says nothing
+        (["--nms", "0.1", "--nms-across", "0.86"], [0, 1, 255]),
+    ],
+)
+def test_nms_across(world: World, label: Label, tmp_path: Path, flags: list[str], labels: list[int]) -> None:
+    """A red and a green box on one bar, with scores that the margin calls void where both stay."""
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    find(world, ("red", 0.8, WIDE), ("green", 0.75, LOW))
+    assert values(label(*flags, "--no-gate")["a"]) == labels
+
+
+@pytest.mark.parametrize(
+    ("flags", "labels"),
+    [
+        ([], [0, 1, 255]),  # (0.80 - 0.74) / 0.80 = 0.075, within the 0.1 that is the default
+        (["--margin", "0"], [0, 1]),
+        (["--margin", "0.07"], [0, 1]),
+        (["--margin", "0.08"], [0, 1, 255]),
+        (["--margin", "1"], [0, 1, 255]),
+    ],
+)
+def test_margin(world: World, label: Label, tmp_path: Path, flags: list[str], labels: list[int]) -> None:
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    find(world, ("red", 0.8, WIDE), ("green", 0.74, (0, 0, 20, 20)))
+    assert values(label(*flags, "--no-gate")["a"]) == labels
+
+
+def test_margin_has_a_default_of_a_tenth(world: World, label: Label, tmp_path: Path) -> None:
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    find(world, ("red", 0.8, WIDE), ("green", 0.71, (0, 0, 20, 20)))  # 0.1125
+    assert values(label("--no-gate")["a"]) == [0, 1]
+
+
+# ---- what replaces a stage ----
+
+
+def test_gate(world: World, label: Label, tmp_path: Path) -> None:
+    """A class that CLIP's scripted views overlook and the detector finds."""
+    write_model(world.bundle / "clip", "clip", {"views": [1]})
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(4, 4, 24, 24), blue=(39, 26, 45, 30))
+    assert values(label()["a"]) == values(label("--gate")["a"]) == [0, 1]
+    assert 3 in values(label("--no-gate", store="open")["a"])
+
+
+def test_labels_and_boxes(world: World, label: Label, tmp_path: Path) -> None:
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 20, 20), blue=(24, 8, 48, 32))
+    (tmp_path / "labels.json").write_text(json.dumps({"a.png": ["blue"]}))
+    (tmp_path / "boxes.json").write_text(json.dumps({"a.png": [{"label": "green", "xyxy": [0, 0, 20, 20]}]}))
+    assert values(label()["a"]) == [0, 1, 3]
+    assert values(label("--labels", "labels.json", store="by labels")["a"]) == [0, 3]
+    assert values(label("--boxes", "boxes.json", store="by boxes")["a"]) == [0, 2]
+
+
+def test_classes_give_the_indices(world: World, label: Label, tmp_path: Path) -> None:
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 20, 20), blue=(24, 8, 48, 32))
+    assert values(label("--classes", "green, blue")["a"]) == [0, 2]
+    assert values(label("--classes", "blue, red", store="two")["a"][:10, :10]) == [2]
+
+
+# ---- where it runs ----
+
+
+@pytest.fixture
+def opened(world: World, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """How each engine was opened. One that is not ONNX Runtime's, on the CPU, verified, calls everything green."""
+    calls: list[dict[str, Any]] = []
+
+    def open_graph(model: Model, graph: str, engine: str, **options: Any) -> FakeEngine:
+        calls.append({"engine": engine, **options})
+        made = world.open_graph(model, graph)
+        if graph == "fuse" and (engine, options) != ("ort", {"device": "cpu", "unverified": False}):
+            answer = made.script
+            made.script = lambda feeds: answer({**feeds, "label": np.full_like(feeds["label"], 2)})
+        return made
+
+    monkeypatch.setattr("wsss.runtime.pipeline.open_graph", open_graph)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("flags", "how", "labels"),
+    [
+        ([], {"engine": "ort", "device": "cpu", "unverified": False}, [0, 1]),
+        (["--engine", "ort", "--device", "cpu"], {"engine": "ort", "device": "cpu", "unverified": False}, [0, 1]),
+        (["--engine", "eager"], {"engine": "eager", "device": "cpu", "unverified": False}, [0, 2]),
+        (["--engine", "trt"], {"engine": "trt", "device": "cuda:0", "unverified": False}, [0, 2]),
+        (["--engine", "trt-rtx", "--device", "cuda:3"], {"engine": "trt-rtx", "device": "cuda:3", "unverified": False}, [0, 2]),
+        (["--device", "cuda:1"], {"engine": "ort", "device": "cuda:1", "unverified": False}, [0, 2]),
+        (["--device", "cuda"], {"engine": "ort", "device": "cuda:0", "unverified": False}, [0, 2]),
+        (["--devices", "2"], {"engine": "ort", "device": "cuda:2", "unverified": False}, [0, 2]),
+        (["--unverified"], {"engine": "ort", "device": "cpu", "unverified": True}, [0, 2]),
+    ],
+)
+def test_engine_device_and_unverified_reach_every_graph(
+    world: World,
+    label: Label,
+    opened: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    flags: list[str],
+    how: dict[str, Any],
+    labels: list[int],
+) -> None:
+    monkeypatch.setattr("wsss.engines.opening._ort_has_cuda", lambda: False)
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(4, 4, 24, 24))
+    assert values(label(*flags)["a"]) == labels
+    assert opened == [how] * 7, "two of CLIP, two of Grounding-DINO, three of SAM"
+
+
+@pytest.mark.parametrize(("flags", "most"), [(["--batch", "1"], 1), (["--batch", "2"], 2), ([], 2)])
+def test_batch(world: World, label: Label, tmp_path: Path, flags: list[str], most: int) -> None:
+    """Rows of the detector's calls; the labels are the same."""
+    for number in range(6):
+        world.save(tmp_path / "photos" / f"{number}.png", 32, 48, red=(4, 4, 10 + 4 * number, 24))
+    found = label(*flags)
+    assert max(world.rows("grounding-dino", "image-32x48")) == most
+    edges = [np.flatnonzero(found[str(number)].any(axis=0)).max() for number in range(6)]
+    assert edges == pytest.approx([9 + 4 * number for number in range(6)], abs=1)
+
+
+# ---- which images ----
+
+
+def test_shard(world: World, label: Label, tmp_path: Path) -> None:
+    """Which image is of which shard is for ever: runs of two versions may share a store."""
+    names = [f"{number}.png" for number in range(9)]
+    for name in names:
+        world.save(tmp_path / "photos" / name, 32, 48, red=(4, 4, 24, 24))
+    shares = [sorted(label("--shard", f"{number}/3", store=f"store{number}")) for number in range(3)]
+    assert shares == [[n.removesuffix(".png") for n in names if zlib.crc32(n.encode()) % 3 == number] for number in range(3)]
+    assert all(shares), "each has something"
+    assert len(label(store="whole")) == 9
+
+
+def test_retry_failed(world: World, label: Label, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An image that failed for a reason that is gone, itself unchanged."""
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(4, 4, 24, 24))
+    world.save(tmp_path / "photos" / "b.png", 64, 96, red=(4, 4, 24, 24))
+    with monkeypatch.context() as small:
+        small.setattr("wsss.photographs.MOST_PIXELS", 32 * 48)
+        assert list(label(code=1)) == ["a"]
+    assert list(label()) == ["a"], "a failure is remembered"
+    assert list(label("--retry-failed")) == ["a", "b"]
+
+
+# ---- defaults ----
+
+
+def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
+    return {name: each.default for name, each in inspect.signature(function).parameters.items() if each.default is not each.empty}
+
+
+RULES = {"tag_threshold": None, "box_threshold": None, "nms": 0.5, "nms_across": 0.8, "margin": 0.1, "gate": True}
+
+
+def test_defaults_are_these_and_the_same_in_python_and_on_the_command_line() -> None:
+    assert dataclasses.asdict(Rules()) == RULES
+    command = defaults_of(label_command)
+    assert {name: command[name] for name in RULES} == RULES
+    how = {"model": "chain", "engine": "auto", "device": "auto", "unverified": False, "labels": None, "boxes": None}
+    python = defaults_of(Labeler.open)
+    assert {name: command[name] for name in how} == {name: python[name] for name in how} == how
+    assert python["rules"] is None
+    running = {"batch": None, "retry_failed": False, "shard": None}
+    python = defaults_of(run.label_folder)
+    assert {name: command[name] for name in running} == {name: python[name] for name in running} == running
+
+
+def test_the_stages_have_the_rules_defaults() -> None:
+    assert {name: defaults_of(detect.Detector)[name] for name in ("nms", "nms_across")} == {"nms": 0.5, "nms_across": 0.8}
+    assert defaults_of(detect.Detector)["threshold"] is defaults_of(tag.Tagger)["threshold"] is None
+    assert defaults_of(fuse.Fuser) == {"margin": 0.1}
+
+
+def test_every_rule_is_an_option_and_has_a_test_here() -> None:
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    names = {field.name for field in dataclasses.fields(Rules)}
+    assert names <= tested
+    assert names <= defaults_of(label_command).keys()
+    assert set(COLOURS) == {"red", "green", "blue"}
