@@ -126,7 +126,7 @@ def stamp_of(folder: Path | Place, name: str) -> Mapping[str, int | str]:
 
 def path_of(folder: Path, name: str) -> Path:
     """Where the image of this name is."""
-    return folder / name if folder.is_dir() else folder
+    return folder / name if os.path.isdir(folder) else folder  # unlike Path's, false for a name too long
 
 
 def count_pixels(file: ImageFile) -> int:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -114,7 +114,7 @@ def parse_line(data: bytes) -> Record:
         raise ValueError("nested too deep") from None
     if problem := _problem(record):
         raise ValueError(problem)
-    return record  # type: ignore[no-any-return]
+    return record
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _is_text(value: object) -> bool:
     return type(value) is str and len(value) <= _MOST_SIGNS
 
 
-def _is_name(value: object) -> bool:
+def _is_name(value: object) -> TypeGuard[str]:
     if type(value) is not str or not 0 < len(value) <= _MOST_SIGNS or "\0" in value:
         return False
     if not value.isascii():
@@ -340,8 +340,8 @@ def parse_run(data: bytes, file: object) -> dict[str, Any]:
             raise refuse("the name of a class", name)
     if len(set(names)) < len(names):
         raise refuse("classes of different names", names)
-    rules = run.get("rules")
-    for key in ("tag_threshold", "box_threshold") if isinstance(rules, dict) else ():
+    rules = run["rules"] if isinstance(run.get("rules"), dict) else {}
+    for key in ("tag_threshold", "box_threshold"):
         if (value := rules.get(key)) is not None and not _is_share(value):
             raise refuse(f"{key} in 0..1", value)
     return run

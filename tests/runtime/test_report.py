@@ -160,8 +160,9 @@ def test_names_never_become_markup(world: World, tmp_path: Path) -> None:
     world.save(tmp_path / "photos" / name, 20, 20, red=(0, 0, 10, 10))
     (tmp_path / "photos" / "<img src=x onerror=alert(1)>.png").write_text("no")
     store = tmp_path / "<i>store&"
-    labeler = Labeler.open(world.bundle, classes=class_list(["red", "<s>green"]))
+    labeler = Labeler.open(world.bundle, classes=class_list(["red", "green"]))
     label_folder(labeler, tmp_path / "photos", store, warn=lambda _: None)
+    (store / "run.json").write_text((store / "run.json").read_text().replace('"green"', '"<s>green"'))  # a stranger's
     page = write_report(store, tmp_path / "photos", tmp_path / "<u>.html")
     text = page.read_text()
     assert "<title>&lt;i&gt;store&amp; · label report</title>" in text

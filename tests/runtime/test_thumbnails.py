@@ -171,6 +171,22 @@ def test_what_is_missing_changed_or_damaged_gets_a_note(make: Maker, world: Worl
     assert not made["sub/three.png"].note
 
 
+@pytest.mark.parametrize(
+    ("path", "said"), [("../red.png", "leads out of --images"), ("x" * 5000, "cannot be read: File name too long")]
+)
+def test_a_photograph_that_no_folder_can_hold_gets_a_note(make: Maker, path: str, said: str) -> None:
+    records: list[dict[str, Any]] = [record for record in read_records(make.store) if record["path"] == "two.png"]
+    [made] = make_thumbnails(make.store, make.photos, [{**records[0], "path": path, "sha256": "0" * 64}], make.folder, 16)
+    assert made.photo == ""
+    assert said in made.note
+
+
+def test_labels_behind_a_link_get_a_note(make: Maker) -> None:
+    (make.store / "labels").rename(make.store.parent / "elsewhere")
+    (make.store / "labels").symlink_to(make.store.parent / "elsewhere")
+    assert all("a link leads out of the store" in each.note and not each.label for each in make().values())
+
+
 def test_old_pictures_go_and_other_files_stay(make: Maker) -> None:
     small, large = make(16), make(32)
     mine = make.folder / "00" / "holiday.jpg"

@@ -71,7 +71,7 @@ def changed(store: Path, images: Path) -> str:
 
 def unlabelled(store: Path, images: Path) -> str:
     (store / "labels" / "scene-03.png").unlink()
-    return "scene-03.png: not a readable label"
+    return "scene-03.png: cannot be read"
 
 
 def of_another_size(store: Path, images: Path) -> str:
