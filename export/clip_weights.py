@@ -242,8 +242,8 @@ def _config_beside(path: Path, variant: str) -> Mapping[str, Any]:
     found = parse_json(data, str(config), hint=hint, error=WeightsError)
     model, recipe = (found.get(key) for key in ("model_cfg", "preprocess_cfg")) if isinstance(found, dict) else (None, None)
     recipe = {} if recipe is None else recipe
-    parts = [model, recipe] + [model.get(part, {}) for part in ("vision_cfg", "text_cfg") if isinstance(model, dict)]
-    if not all(isinstance(part, dict) for part in parts):
+    towers = [model.get(part, {}) for part in ("vision_cfg", "text_cfg")] if isinstance(model, dict) else []
+    if not isinstance(model, dict) or not isinstance(recipe, dict) or not all(isinstance(tower, dict) for tower in towers):
         raise WeightsError(f"{config}: expected open_clip's model_cfg and preprocess_cfg", hint=hint)
     own = open_clip.get_model_config(variant)
     clashes = [

@@ -55,7 +55,7 @@ def checked(kind: Any, value: Any, where: str) -> Any:
     return _scalar(kind, value, where)
 
 
-def _record(kind: type[Any], value: Any, where: str) -> Any:
+def _record(kind: Any, value: Any, where: str) -> Any:
     told, hints = _object(value, where), _hints(kind)
     fields = {each.name: each for each in dataclasses.fields(kind)}
     if surplus := told.keys() - fields.keys():
