@@ -3,7 +3,7 @@
 Each number of each kind is one damaged file, the same one for ever. A failure names its number and keeps the file:
 
     pytest tests/test_hostile_files.py -k voc_xml --mutation 17
-    pytest tests/test_hostile_files.py --mutations 800        # of each kind; 24 is the default
+    pytest tests/test_hostile_files.py --mutations 800        # of each kind; 12 is the default
 """
 
 from __future__ import annotations
