@@ -191,12 +191,9 @@ def scale() -> str:
         ["a line of the manifest", f"{listing['line_bytes']:,} bytes"],
     ]
     for each in found["ray"]:
-        rows.append(
-            [
-                f"driver on Ray, {each['images']:,} images, {each['workers']} labelers that compute nothing",
-                f"{each['driver_us']:.0f} us of CPU an image, {each['driver_memory_mb']} MB, {each['images_per_second']:.0f} images/s",
-            ]
-        )
+        name = f"driver on Ray, {each['images']:,} images, {each['workers']} labelers that compute nothing"
+        cost = f"{each['driver_us']:.0f} us of CPU an image, {each['driver_memory_mb']} MB"
+        rows.append([name, f"{cost}, {each['images_per_second']:.0f} images/s"])
     return table(["the process that drives a run", "measured"], rows)
 
 

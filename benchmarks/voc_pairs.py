@@ -52,7 +52,7 @@ def measure(folder: Path, work: Path, classes: ClassList, *, steps: int) -> dict
     config = config_from(preset("mini"), SETTINGS, {"optimizer": {"steps": steps}})
     result = train(work / "store", photographs, work / "run", config, log=_log, watch=lambda now: _log(str(now)))
     survey = read_survey(work / "run" / "survey.json")
-    losses = [point["loss"] for point in read_curve(work / "run") if "loss" in point]
+    losses = [loss for point in read_curve(work / "run") if (loss := point.get("loss")) is not None]
     predicted = work / "predicted"
     told = label_folder(
         trained_labeler(work / "run", precision=config.optimizer.precision, scales=(SCALE,)), photographs, predicted, warn=_log

@@ -27,8 +27,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from torch import Tensor, nn
 
 from ..documents import parse_json, read_bytes
-from ..errors import SpecError, UsageError, WeightsError
-from ..jsontypes import checked
+from ..errors import UsageError, WeightsError
 from ..spec import sha256_of
 from . import weights as checkpoints
 
@@ -238,43 +237,41 @@ def _config_beside(path: Path, variant: str) -> Mapping[str, Any]:
     config = path.parent / CONFIG
     if not config.is_file():
         return {}
-    hint = f"take the {CONFIG} that was published with the weights"
+    hint = f"take the {CONFIG} that came with the weights, or remove it"
     data = read_bytes(config, hint=hint, error=WeightsError, max_bytes=MAX_CONFIG)
-    try:
-        found = checked(Mapping[str, Any], parse_json(data, str(config), hint=hint, error=WeightsError), "")
-        model = checked(Mapping[str, Any], found.get("model_cfg"), "model_cfg")
-        parts = {
-            name: checked(Mapping[str, Any], model.get(name, {}), f"model_cfg.{name}") for name in ("vision_cfg", "text_cfg")
-        }
-        recipe = checked(Mapping[str, Any], found.get("preprocess_cfg", {}), "preprocess_cfg")
-        for name in recipe.keys() & {"mean", "std"}:
-            recipe[name] = checked(tuple[float, float, float], recipe[name], f"preprocess_cfg.{name}")
-            if not 0 <= min(recipe[name]) <= max(recipe[name]) <= 1:
-                raise SpecError(f"preprocess_cfg.{name}: expected numbers of the 0-1 scale, got {list(recipe[name])}")
-        if min(recipe.get("std", (1,))) <= 0:
-            raise SpecError(f"preprocess_cfg.std: expected numbers above 0, got {list(recipe['std'])}")
-        filter = recipe.get("interpolation", "bicubic")
-        if filter not in ("bicubic", "bilinear", "random"):  # random: either, in open_clip's training
-            raise SpecError(f"preprocess_cfg.interpolation: expected bicubic or bilinear, got {filter!r:.80}")
-        quick_gelu = model.get("quick_gelu", False)
-        if not isinstance(quick_gelu, bool):
-            raise SpecError(f"model_cfg.quick_gelu: expected true or false, got {quick_gelu!r:.80}")
-    except SpecError as error:
-        raise WeightsError(f"{config}: {error.message}", hint=hint) from None
+    found = parse_json(data, str(config), hint=hint, error=WeightsError)
+    model, recipe = (found.get(key) for key in ("model_cfg", "preprocess_cfg")) if isinstance(found, dict) else (None, None)
+    recipe = {} if recipe is None else recipe
+    parts = [model, recipe] + [model.get(part, {}) for part in ("vision_cfg", "text_cfg") if isinstance(model, dict)]
+    if not all(isinstance(part, dict) for part in parts):
+        raise WeightsError(f"{config}: expected open_clip's model_cfg and preprocess_cfg", hint=hint)
     own = open_clip.get_model_config(variant)
     clashes = [
         f"{section}{name} {its!r:.80} instead of {mine[name]!r}"
         for section, its_part, mine in (
             ("", model, own),
-            ("vision_cfg.", parts["vision_cfg"], own["vision_cfg"]),
-            ("text_cfg.", parts["text_cfg"], own["text_cfg"]),
+            ("vision_cfg.", model.get("vision_cfg", {}), own["vision_cfg"]),
+            ("text_cfg.", model.get("text_cfg", {}), own["text_cfg"]),
         )
         for name, its in its_part.items()
         if name in mine and isinstance(its, int | list) and not isinstance(its, bool) and its != mine[name]
     ]
     if clashes:
         raise WeightsError(f"{config}: not a {variant}: {'; '.join(clashes[:3])}", hint="check --variant")
-    return {**recipe, "quick_gelu": quick_gelu}
+    for name, least in (("mean", 0.0), ("std", 1e-3)):
+        if name in recipe:
+            value = recipe[name]
+            numbers = isinstance(value, list) and [type(each) in (int, float) and least <= each <= 1 for each in value]
+            if numbers != [True] * 3:
+                raise WeightsError(f"{config}: {name}: expected three numbers in {least:g}..1, got {value!r}"[:300], hint=hint)
+            recipe[name] = tuple(value)
+    for part, name, allowed in (
+        (recipe, "interpolation", ("bicubic", "bilinear", "random")),  # random: either, in open_clip's training
+        (model, "quick_gelu", (True, False)),
+    ):
+        if name in part and part[name] not in allowed:
+            raise WeightsError(f"{config}: {name}: expected one of {allowed}, got {part[name]!r}"[:300], hint=hint)
+    return {**recipe, "quick_gelu": model.get("quick_gelu", False)}
 
 
 def _download(tag: Mapping[str, Any], variant: str) -> tuple[Path, str]:

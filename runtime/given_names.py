@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
-from ..classes import ClassList, cleaned
+from ..classes import ClassList
 from ..errors import WsssError
 from ..photographs import SUFFIXES
+from .given_boxes import short
 
 
 def image_key(name: str) -> str:
@@ -73,18 +73,17 @@ class Entries:
 
 
 class ClassNames:
-    """Finds classes of a run by name: letter case, underscores, spaces and Unicode form do not matter.
+    """Finds classes of a run by name, as `ClassList.find` does.
 
     Args:
         ignore_unknown: a name that is not in the list is None instead of an error.
     """
 
     def __init__(self, classes: ClassList, *, ignore_unknown: bool = False) -> None:
-        self._names, self._ignore = classes.names, ignore_unknown
-        self._label = {cleaned(name): label for label, name in enumerate(classes.names, 1)}
+        self._classes, self._ignore = classes, ignore_unknown
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._classes)
 
     def find(self, name: object, where: str) -> int | None:
         """The label, 1-based, of the class of this name.
@@ -94,14 +93,14 @@ class ClassNames:
         """
         if not isinstance(name, str):
             raise WsssError(
-                f"{where}: expected the name of a class, got {name!r}", hint="names, not numbers: they are safe from shifts"
+                f"{where}: expected the name of a class, got {short(name)}", hint="names, not numbers: they are safe from shifts"
             )
-        if (label := self._label.get(cleaned(name))) is not None or self._ignore:
+        if (label := self._classes.find(name)) is not None or self._ignore:
             return label
-        near = difflib.get_close_matches(cleaned(name), self._label, n=1)
-        did_you = f"did you mean {self._names[self._label[near[0]] - 1]!r}? " if near else ""
+        near = self._classes.nearest(name)
+        did_you = f"did you mean {near!r}? " if near else ""
         raise WsssError(
-            f"{where}: the class {name!r} is not in this run's list: {listed(self._names)}",
+            f"{where}: the class {short(name)} is not in this run's list: {listed(self._classes.names)}",
             hint=f"{did_you}check --classes; --ignore-unknown leaves out what is not in the list",
         )
 

@@ -38,7 +38,7 @@ def _has_other_colors(path: Path, colors: np.ndarray, used: np.ndarray, classes:
     if np.array_equal(colors[10:226], _WEB):
         raise StoreError(f"{path}: expected labels as indices, got the web's palette that RGB is converted to", hint=_HINT)
     voc = palette()
-    shown = {label: int(meant[0]) for label in used[used < len(colors)] if len(meant := _labels_of(colors[label], voc))}
+    shown = {label: int(same[0]) for label in used[used < len(colors)] if len(same := _labels_of(colors[label], voc))}
     moved = {  # a palette that has the color at its own label too is VOC's, filled up
         label: meant
         for label, meant in shown.items()

@@ -31,7 +31,7 @@ def checked(kind: Any, value: Any, where: str) -> Any:
     Raises:
         SpecError: another type, a number that is not finite or beyond 64 bits, a string with control characters.
     """
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _record(kind, value, where)
     origin, of = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -71,7 +71,7 @@ def _record(kind: type[Any], value: Any, where: str) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 

@@ -169,8 +169,8 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
                 )
             if shorter_side_px:
                 image.draft(None, (shorter_side_px, shorter_side_px))
+            orientation = _orientation(image)  # before the image is turned, which removes the tag
             pixels = _rgb(image)
-            orientation = _orientation(image)
         if _damage.found:
             raise ValueError("damaged")
     except ImageError:
@@ -219,6 +219,7 @@ def _warning(pixels: np.ndarray) -> str:
 
 def _orientation(image: Image.Image) -> int:
     """By which of EXIF's eight orientations `ImageOps.exif_transpose` turns an image."""
+    image.load()  # a PNG may say it after its pixels
     value = image.getexif().get(ExifTags.Base.Orientation)
     return next((number for number in range(2, 9) if value == number), 1)
 

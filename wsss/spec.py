@@ -154,7 +154,7 @@ class GraphSpec:
     islands: Mapping[str, int] = field(default_factory=dict)
     """Why nodes of a half-precision graph stay FP32, and how many for each reason."""
     parity: Parity | None = None
-    plans: Mapping[Flavour, PlanSpec] = field(default_factory=dict)
+    plans: Mapping[str, PlanSpec] = field(default_factory=dict)
     """TensorRT engines of this graph by flavour."""
 
 

@@ -23,6 +23,7 @@ from wsss.engines.eager import EagerEngine  # noqa: E402
 from wsss.errors import ParityError, UsageError, WeightsError  # noqa: E402
 from wsss.export import clip, clip_weights, exporting  # noqa: E402
 from wsss.export.family import Feeds, Graph, Options, Prepared  # noqa: E402
+from wsss.export.mini import build_clip_mini  # noqa: E402
 from wsss.export.verify import gate  # noqa: E402
 from wsss.spec import AxisRange, TensorSpec  # noqa: E402
 
@@ -142,19 +143,90 @@ def test_mini_is_the_same_family(tmp_path: Path) -> None:
         clip.prepare("mini", str(tmp_path / "none"), THREE)
 
 
-def test_seeds_repeat_and_differ() -> None:
-    one, again, other = (clip_weights.load("toy-vit", f"random:{seed}").record["sha256"] for seed in (1, 1, 2))
+@pytest.mark.parametrize(
+    ("told", "rule", "threshold"),
+    [
+        ({}, "softmax", 0.3),
+        ({"softmax_threshold": 0.42}, "softmax", 0.42),
+        ({"softmax_macro_f1": 0.8, "softmax_threshold": 0.4, "pair_macro_f1": 0.9, "pair_threshold": 0.6}, "background", 0.6),
+        ({"softmax_macro_f1": 0.9, "softmax_threshold": 0.4, "pair_macro_f1": 0.8, "pair_threshold": 0.6}, "softmax", 0.4),
+    ],
+)
+def test_mini_weights_bring_the_better_rule_and_its_threshold(
+    tmp_path: Path, told: dict[str, float], rule: str, threshold: float
+) -> None:
+    path = tmp_path / "clip.safetensors"
+    state = graphs(clip.prepare("mini", "random:0", THREE))["image"].module.model.state_dict()
+    safetensors.torch.save_file(state, path, metadata={"results": json.dumps(told)})
+    settings = clip.prepare("mini", str(path), THREE).settings
+    assert (settings["rule"], settings["threshold"]) == (rule, threshold)
+
+
+def test_the_settings_of_mini_are_what_its_training_measured_with() -> None:
+    settings = clip.prepare("mini", "random:0", THREE).settings
+    tokenizer = clip.prepare("mini", "random:0", THREE).tokenizer
+    ids = [tokenizer.token_to_id(name) for name in ("<|startoftext|>", "<|endoftext|>")]
+    assert [settings["pad"], settings["start"], settings["end"]] == [0, *ids] and len({0, *ids}) == 3
+    assert (settings["views"], settings["rule"], settings["threshold"]) == ([1, 2, 3], "softmax", 0.3)
+    assert settings["templates"] == ["a clean origami {}.", "a photo of a {}.", "{}"]
+
+
+def test_defaults_are_those_of_clip_es() -> None:
+    """arXiv:2212.09506: one prompt, for classes and backgrounds alike. Views and threshold are ours."""
+    settings = clip.prepare("toy-vit", "random:0", THREE).settings
+    assert settings["templates"] == ["a clean origami {}."]
+    assert (settings["views"], settings["rule"], settings["threshold"]) == ([1, 2], "softmax", 0.3)
+    assert [clip.FAMILY.official(variant) for variant in ("mini", "ViT-B-16")] == ["mini", "openai"]
+
+
+@pytest.mark.parametrize(("name", "change"), [("image", 1e-4), ("text", 1e-4)])
+def test_the_gate_sees_an_embedding_that_is_not_of_unit_length(name: str, change: float) -> None:
+    graph = graphs(clip.prepare("toy-vit", "random:0", THREE))[name]
+    with pytest.raises(ParityError):
+        judged(graph, lambda rows: rows * (1 + change))
+    with pytest.raises(ParityError):
+        judged(graph.at("fp16"), lambda rows: rows * 1.04)
+
+
+def test_prompts_of_the_text_sample_reach_from_one_word_to_beyond_the_context() -> None:
+    prepared = clip.prepare("toy-vit", "random:0", THREE)
+    tokens = graphs(prepared)["text"].sample(3, 0)["tokens"]
+    used = (tokens != 0).sum(axis=1)
+    assert used[0] < 12 and used[1] == tokens.shape[1] and 0 < used[2] < 16
+
+
+@pytest.mark.parametrize("variant", ["toy-vit", "mini"])
+def test_seeds_repeat_and_differ(variant: str) -> None:
+    one, again, other = (clip.prepare(variant, f"random:{seed}", THREE).weights["sha256"] for seed in (1, 1, 2))
     assert one == again != other
 
 
+def test_random_mini_weights_have_the_spread_of_trained_ones() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        plain = build_clip_mini().state_dict()
+    spread_out = graphs(clip.prepare("mini", "random:1", THREE))["image"].module.model.state_dict()
+    assert any(not torch.equal(plain[name], spread_out[name]) for name in plain)
+
+
 def test_batches_shrink_with_the_cost_of_the_tower() -> None:
-    cheap = graphs(clip.prepare("toy-vit", "random:0", Options()))["image"]
-    assert cheap.axes["batch"] == AxisRange(1, 16, 64)
+    made = graphs(clip.prepare("toy-vit", "random:0", Options()))
+    assert made["image"].axes["batch"] == AxisRange(1, 16, 64) and made["text"].axes["batch"] == AxisRange(1, 32, 64)
+    made = graphs(clip.prepare("toy-vit", "random:0", THREE))
+    assert made["image"].axes == made["text"].axes == {"batch": THREE.batch}
+
+
+@pytest.mark.parametrize(("variant", "most"), [("ViT-B-16", 64), ("ViT-L-14", 16), ("ViT-L-14-336", 8)])
+def test_official_towers_take_fewer_images_the_costlier_they_are(variant: str, most: int) -> None:
+    with torch.device("meta"):
+        model = open_clip.CLIP(**open_clip.get_model_config(variant))
+    assert clip.image_batch(model).max == most
 
 
 def test_the_image_size_cannot_be_changed() -> None:
     with pytest.raises(UsageError, match="48x48"):
         clip.prepare("toy-vit", "random:0", Options(sizes=((224, 224),)))
+    assert clip.prepare("toy-vit", "random:0", Options(sizes=((48, 48),))).preprocess.canvases == ((48, 48),)
 
 
 # ---- names and what goes with weights ----

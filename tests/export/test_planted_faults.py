@@ -1,6 +1,6 @@
 """Faults of the kind that TensorRT engines have in the field, each planted in a small model: the gate catches all.
 
-With the tolerances of float32 and with the wider ones of half. Ten in trained models, and those that show in nothing but a
+With the tolerances of float32 and with the wider ones of half. Eleven in trained models, and those that show in nothing but a
 label map, one pixel among them, beside ties that must not count. Sources: `FP16 overflow`
 segment-anything#540, `nearest` TensorRT#4646, `swapped rows` TensorRT#4813 and #4853, `stale text` GroundingDINO#294,
 `truncated text` the tokenizer's silent cut at 256.
@@ -86,6 +86,7 @@ FAULTS: dict[str, tuple[tuple[str, str], Callable[[], dict[str, Callable[[Feeds]
     "stale text": (GDINO, lambda: {"feeds": Stale()}),
     "clipped logits": (DECODER, lambda: {"outputs": partial(changed, "logits", lambda logits: logits.clip(-8, 8))}),
     "FP16 overflow": (ENCODER, lambda: {"outputs": partial(changed, "embedding", lambda e: np.where(e == e.max(), np.inf, e))}),
+    "predicted IoU off": (DECODER, lambda: {"outputs": partial(changed, "quality", lambda quality: quality + 0.02)}),
     "truncated text": (
         GDINO,
         lambda: {"feeds": partial(changed, "phrase", lambda phrase: np.where(np.arange(phrase.shape[1]) < 6, phrase, -1))},

@@ -286,6 +286,64 @@ def test_another_variant_is_recognised(tmp_path: Path) -> None:
     assert error.value.hint == "--variant vit_l"
 
 
+@pytest.mark.parametrize(("variant", "found"), [("vit_b", "vit_b"), ("vit_l", "vit_l"), ("vit_h", "vit_h"), ("mini", None)])
+def test_the_variant_of_a_checkpoint_is_read_from_its_shapes(variant: str, found: str | None) -> None:
+    with torch.device("meta"):
+        state = sam.BUILDERS[variant]().state_dict()
+    assert sam.variant_of(state) == found
+
+
+def test_a_checkpoint_has_the_official_mean_and_deviation(checkpoint: Path) -> None:
+    """They stand in none."""
+    loaded = sam.load("mini", str(checkpoint))[0]
+    assert loaded.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+    assert loaded.pixel_std.flatten().tolist() == pytest.approx([58.395, 57.12, 57.375])
+    preprocess = sam.prepare("mini", str(checkpoint), Options()).preprocess
+    assert (preprocess.mean, preprocess.std) == ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+
+
+def test_seeds_repeat_and_differ() -> None:
+    one, again, other = (sam.load("mini", f"random:{seed}")[1]["sha256"] for seed in (1, 1, 2))
+    assert one == again != other
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        plain = sam.BUILDERS["mini"]().state_dict()
+    spread_out = sam.load("mini", "random:1")[0].state_dict()
+    assert any(not torch.equal(plain[name], spread_out[name]) for name in plain), "random weights have the spread of trained ones"
+
+
+@pytest.mark.parametrize(
+    ("batch", "encoder", "images"),
+    [
+        (None, AxisRange(1, 8, 16), AxisRange(1, 8, 16)),
+        (AxisRange(1, 2, 3), AxisRange(1, 2, 3), AxisRange(1, 8, 16)),
+        (AxisRange(2, 20, 40), AxisRange(2, 20, 40), AxisRange(1, 20, 40)),
+    ],
+)
+def test_a_decoder_takes_the_embeddings_of_an_encoder_call(
+    batch: AxisRange | None, encoder: AxisRange, images: AxisRange
+) -> None:
+    made = {graph.name: graph for graph in (make() for make in sam.prepare("mini", "random:0", Options(batch=batch)).graphs)}
+    assert made["encoder"].axes == {"batch": encoder}
+    assert made["decoder"].axes == {"images": images, "boxes": AxisRange(1, 16, 64)}
+    assert made["fuse"].axes["masks"] == AxisRange(1, 16, 256)
+
+
+def test_samples_have_margins_of_noise_below_and_at_the_right() -> None:
+    feeds = graphs()["encoder"].sample(3, 0)
+    (below, wide), (tall, right), whole = feeds["size"].tolist()
+    assert below < SIDE == wide and tall == SIDE > right and whole == [SIDE, SIDE]
+    assert feeds["pixels"][0, below:].std() > 50 and feeds["pixels"][1, :, right:].std() > 50
+
+
+def test_a_box_is_taken_with_the_one_embedding_it_needs() -> None:
+    graph = graphs()["decoder"]
+    feeds = graph.sample(7, 0)
+    taken = graph.take(feeds, [5])
+    assert taken["embedding"].shape == (1, *feeds["embedding"].shape[1:]) and taken["image"].tolist() == [0]
+    assert np.array_equal(taken["embedding"][0], feeds["embedding"][feeds["image"][5]])
+
+
 def test_what_sam_does_not_take_is_said() -> None:
     with pytest.raises(UsageError, match="vit_b, vit_l, vit_h, mini"):
         sam.prepare("vit_x", "random:0", Options())

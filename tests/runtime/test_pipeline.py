@@ -13,7 +13,7 @@ import pytest
 
 from wsss import Labeler, PseudoLabels
 from wsss.batch import Photograph
-from wsss.classes import class_list
+from wsss.classes import ClassList, class_list
 from wsss.errors import BundleError, ClassError, ImageError, UsageError, WsssError, WsssWarning
 from wsss.runtime.pipeline import Rules, Timed
 from wsss.spec import write_manifest
@@ -222,7 +222,8 @@ def test_classes_that_the_small_models_do_not_know(world: World, tmp_path: Path)
     with pytest.warns(WsssWarning, match="know red disc, green triangle, .* none of the 3 classes is among them") as caught:
         Labeler.open(world.bundle, classes="red, green, blue")
     assert len(caught) == 1
-    Labeler.open(world.bundle, classes="red, green: red disc, blue")
+    one_known = ClassList(names=("red", "blue"), prompts=(("red disc",), ("blue",)), phrases=(("red",), ("blue",)))
+    Labeler.open(world.bundle, classes=one_known)
     (tmp_path / "boxes.json").write_text("{}")
     Labeler.open(world.bundle, classes="red, green", boxes=tmp_path / "boxes.json")  # outlines know no classes
 
