@@ -675,7 +675,7 @@ def test_a_folder_that_cannot_be_written_is_said(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wsss.engines.kernel_cache.os.fsync", full)
+    monkeypatch.setattr("wsss.files.os.fsync", full)
     compiled(bench)
     assert "compiled kernels not kept: No space left on device" in caplog.text
     assert [path.name for path in bench.folder.iterdir()] == ["double.plan"], "and nothing half-written stays"
