@@ -408,7 +408,7 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("damaged files")
-    group.addoption("--mutations", type=int, default=24, help="damaged files of each kind that test_hostile_files.py tries")
+    group.addoption("--mutations", type=int, default=12, help="damaged files of each kind that test_hostile_files.py tries")
     group.addoption("--mutation", type=int, default=None, help="only the damaged file of this number")
     group.addoption("--mutation-seed", type=int, default=0, help="other damage")
 

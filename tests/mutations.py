@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -143,7 +144,7 @@ def json_changed(data: bytes, draw: random.Random) -> bytes:
 def _one_changed(document: Any, draw: random.Random) -> Any:
     places = list(_places(document))
     if not places:
-        return draw.choice(_VALUES)
+        return copy.deepcopy(draw.choice(_VALUES))
     inside, key = draw.choice(places)
     match draw.randrange(8):
         case 0:
@@ -156,7 +157,7 @@ def _one_changed(document: Any, draw: random.Random) -> Any:
             other, name = draw.choice(places)
             inside[key] = json.loads(json.dumps(other[name])) if name in other or isinstance(other, list) else None
         case _:
-            inside[key] = draw.choice(_VALUES)
+            inside[key] = copy.deepcopy(draw.choice(_VALUES))
     return document
 
 

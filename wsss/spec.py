@@ -359,6 +359,11 @@ def _check_manifest(manifest: Manifest) -> None:
         _check_sha256(sha256, f"files.{file}")
     for name, graph in manifest.graphs.items():
         _check_graph(graph, f"graphs.{name}")
+        wanted = {axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)}
+        wanted |= set(AXES.get((manifest.family, name.partition("-")[0]), ()))
+        for axes in (graph.axes, *(plan.axes for plan in graph.plans.values())):
+            if missing := sorted(wanted - axes.keys()):
+                raise SpecError(f"graphs.{name}: expected the range of axis {missing[0]!r}, got those of {sorted(axes)!r:.80}")
     settings = dict(manifest.settings)
     for name, kind in SETTINGS.get(manifest.family, {}).items():
         if name not in settings:
@@ -378,6 +383,17 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "segmenter": {"overlap_px": int, "classes": tuple[str, ...]},
 }
 """What the runtime needs of `Manifest.settings`, by family."""
+AXES: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("clip", "image"): ("batch",),
+    ("clip", "text"): ("batch",),
+    ("grounding-dino", "text"): ("phrases", "length"),
+    ("grounding-dino", "image"): ("batch", "tokens"),
+    ("sam", "encoder"): ("batch",),
+    ("sam", "decoder"): ("images", "boxes"),
+    ("sam", "fuse"): ("picked", "height", "width"),
+    ("segmenter", "image"): ("batch",),
+}
+"""Axes whose ranges the runtime asks for, by family and graph, a canvas left out."""
 
 
 def _check_graph(graph: GraphSpec, where: str) -> None:

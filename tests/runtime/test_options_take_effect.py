@@ -191,6 +191,15 @@ def test_labels_and_boxes(world: World, label: Label, tmp_path: Path) -> None:
     assert values(label("--boxes", "boxes.json", store="by boxes")["a"]) == [0, 2]
 
 
+def test_ignore_unknown(world: World, label: Label, tmp_path: Path) -> None:
+    """Without it, an image whose file names a class that is not in the list fails; with it, its other boxes are labelled."""
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 20, 20), blue=(24, 8, 48, 32))
+    boxes = [{"label": "red", "xyxy": [0, 0, 20, 20]}, {"label": "cow", "xyxy": [24, 8, 48, 32]}]
+    (tmp_path / "boxes.json").write_text(json.dumps({"a.png": boxes}))
+    assert label("--boxes", "boxes.json", code=1) == {}
+    assert values(label("--boxes", "boxes.json", "--ignore-unknown", store="known")["a"]) == [0, 1]
+
+
 def test_classes_give_the_indices(world: World, label: Label, tmp_path: Path) -> None:
     world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 20, 20), blue=(24, 8, 48, 32))
     assert values(label("--classes", "green, blue")["a"]) == [0, 2]
@@ -297,7 +306,15 @@ def test_defaults_are_these_and_the_same_in_python_and_on_the_command_line() -> 
     assert dataclasses.asdict(Rules()) == RULES
     command = defaults_of(label_command)
     assert {name: command[name] for name in RULES} == RULES
-    how = {"model": "chain", "engine": "auto", "device": "auto", "unverified": False, "labels": None, "boxes": None}
+    how = {
+        "model": "chain",
+        "engine": "auto",
+        "device": "auto",
+        "unverified": False,
+        "labels": None,
+        "boxes": None,
+        "ignore_unknown": False,
+    }
     python = defaults_of(Labeler.open)
     assert {name: command[name] for name in how} == {name: python[name] for name in how} == how
     assert python["rules"] is None

@@ -245,6 +245,8 @@ def test_a_damaged_manifest_is_named(bundle: Path, text: str, said: str) -> None
         lambda told: told["graphs"]["encoder"]["inputs"].append(told["graphs"]["encoder"]["inputs"][0]),
         lambda told: told["graphs"]["encoder"]["axes"].update(batch={"min": 1, "opt": 2, "max": 1 << 40}),
         lambda told: told["graphs"]["encoder"]["axes"].update(batch={"min": 1, "opt": True, "max": 2}),
+        lambda told: told["graphs"]["encoder"]["axes"].pop("batch"),
+        lambda told: told["graphs"].update(decoder={**told["graphs"]["encoder"], "plans": {}}),
         lambda told: told["graphs"]["encoder"]["parity"]["rows"][0].update(error="1e999"),
         lambda told: told["graphs"]["encoder"]["parity"]["rows"][0].update(error=10**400),
         lambda told: told["graphs"]["encoder"]["parity"].update(rows={}),
