@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import importlib
 import io
+import os
 import threading
 import warnings
 from collections.abc import Mapping
