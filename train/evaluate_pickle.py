@@ -10,8 +10,8 @@ plain values, calls nothing, and refuses the rest.
 from __future__ import annotations
 
 import io
-import tokenize
 import pickletools
+import tokenize
 from pathlib import Path
 from typing import Any
 
