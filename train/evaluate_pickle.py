@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,10 @@ def read_label_dictionary(path: Path) -> dict[str | int, np.ndarray]:
         if dtype != np.dtype(object):
             raise ValueError(f"an array of {dtype} with shape {shape}, not one dict")
         labels = _values_from_pickle(file)
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError, UnicodeError, MemoryError, OverflowError) as error:
+    except (
+        *(ValueError, TypeError, IndexError, KeyError, AttributeError, UnicodeError, MemoryError, OverflowError),
+        *(SyntaxError, RecursionError, tokenize.TokenError),  # numpy reads a header as Python's text
+    ) as error:
         raise WsssError(
             f"{path}: expected a dict of image ids to label vectors, got {error or type(error).__name__}", hint=_HINT
         ) from None

@@ -154,3 +154,12 @@ def test_what_never_ends_or_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(evaluate_pickle, "MOST_OPCODES", 9)
     with pytest.raises(WsssError, match="a pickle of more than 9 steps"):
         read_label_dictionary(tmp_path / "labels.npy")
+
+
+@pytest.mark.parametrize("header", [b"{'descr': '|O', (", b"{'descr': ((((", b"{'descr' '|O'}", b"\x01", b"(" * 5000, b'"""'])
+def test_a_damaged_header_is_refused(tmp_path: Path, header: bytes) -> None:
+    """numpy reads it as Python's text, with Python's own errors."""
+    path = tmp_path / "labels.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(WsssError, match="expected a dict of image ids"):
+        read_label_dictionary(path)
