@@ -303,8 +303,10 @@ def test_a_checkpoint_has_the_official_mean_and_deviation(checkpoint: Path) -> N
 
 
 def test_seeds_repeat_and_differ() -> None:
-    one, again, other = (sam.load("mini", f"random:{seed}")[1]["sha256"] for seed in (1, 1, 2))
-    assert one == again != other
+    (one, told), (again, told_again), (other, told_other) = (sam.load("mini", f"random:{seed}") for seed in (1, 1, 2))
+    assert told == told_again and told["sha256"] != told_other["sha256"]
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in one.state_dict().items())
+    assert any(not torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         plain = sam.BUILDERS["mini"]().state_dict()

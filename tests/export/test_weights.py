@@ -341,3 +341,15 @@ def test_a_configuration_s_numbers_take_no_memory(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"num_labels": 10000000000, "encoder_layers": 1000000000000}')
     with pytest.raises(WeightsError, match="encoder_layers 1000000000000 instead of 6"):
         grounding_dino_weights._check_config(tmp_path / "config.json", GroundingDinoConfig(), "Grounding-DINO swin_t")
+
+
+def test_the_record_of_seeded_weights_is_that_of_every_processor() -> None:
+    """Normal deviates and the statistics of a batch norm differ in their last digits; an export is verified elsewhere too."""
+
+    def record(source: str, module: torch.nn.Module) -> str:
+        return checkpoints.weights_record(source, None, module)["sha256"]
+
+    module, rounded = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    rounded.load_state_dict({name: torch.nextafter(value, torch.ones(())) for name, value in module.state_dict().items()})
+    assert record("random:1", module) == record("random:1", rounded) != record("random:2", module)
+    assert record("random:1", module) != record("random:1", torch.nn.Linear(2, 3))
