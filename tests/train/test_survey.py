@@ -169,6 +169,7 @@ def test_a_pipe_in_an_images_place_is_not_waited_for(scenes: Scenes) -> None:
     (images / "scene-00.png").unlink()
     os.mkfifo(images / "scene-00.png")
     with pytest.raises(
-        StoreError, match=r"1 of 8 images cannot be trained on:\n  scene-00\.png: the image: expected a regular file, got a named pipe"
+        StoreError,
+        match=r"1 of 8 images cannot be trained on:\n  scene-00\.png: the image: expected a regular file, got a named pipe",
     ):
         look_through(store, images)
