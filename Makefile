@@ -32,7 +32,7 @@ types: $(VENV)/.installed
 docs: $(VENV)/.installed
 	bash .ci/tree
 	$(BIN)/python .ci/commands.py
-	$(BIN)/python -m wsss.benchmarks.tables
+	$(BIN)/python -m wsss.benchmarks.studies.tables
 	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
 
 # Full-size models, minutes each on a CPU.

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import StoreError
-from ..labelstore import read_label, read_records
 from ..mini.scenes import CLASSES, write_scenes
-from ..runtime.pipeline import Labeler
-from ..runtime.report import write_report
-from ..runtime.run import Progress, label_folder
-from ..train.evaluate import confusion_matrix, label_scores, mean_iou
+from ..runtime.labeler import Labeler
+from ..runtime.report.page import write_report
+from ..runtime.run.label_folder import Progress, label_folder
+from ..store.local import read_label, read_records
+from ..train.evaluate.metrics import confusion_matrix, label_scores, mean_iou
 
 SEED = 1_000_000
 """First of the demo's scenes; the training splits never draw from the held-out one."""

@@ -27,7 +27,7 @@ import numpy as np
 from ..engines.machine import machine
 from ..engines.opening import FLAVOURS, open_graph
 from ..errors import BundleError, WeightsError, WsssError
-from ..runtime.pipeline import MINI
+from ..runtime.labeler import MINI
 from ..spec import (
     AxisRange,
     Bundle,

@@ -37,15 +37,15 @@ import numpy as np
 from ..batch import Boxes, Images, Labels
 from ..errors import BundleError, WsssError
 from ..frame import frame_for
-from ..labelstore import Record, read_label, read_records
 from ..mini.scenes import CLASSES, write_scenes
 from ..photographs import path_of
 from ..runtime.images import Folder
-from ..runtime.pipeline import MINI, Labeler, Timed
-from ..runtime.run import Summary, label_folder
+from ..runtime.labeler import MINI, Labeler, Timed
+from ..runtime.run.label_folder import Summary, label_folder
 from ..runtime.tag import view_windows
 from ..spec import Bundle, open_bundle
-from ..train.evaluate import confusion_matrix, mean_iou
+from ..store.local import Record, read_label, read_records
+from ..train.evaluate.metrics import confusion_matrix, mean_iou
 from .ceiling import Ceiling
 from .feeds import feeds_for, load_of
 from .graph_work import work_of
@@ -53,7 +53,7 @@ from .graph_work import work_of
 SEED = 4_000_000
 """First of the drawn scenes; training and the other benchmarks draw others."""
 THREADS = (("tag",), ("detect",), ("segment", "fuse"))
-"""Stages by the thread they share (`wsss.runtime.stream`)."""
+"""Stages by the thread they share (`wsss.runtime.run.stream`)."""
 CHAIN_MODELS = ("clip", "grounding-dino", "sam")
 TAGS = 3
 """Classes that an image is said to hold where its boxes are drawn."""

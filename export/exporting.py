@@ -23,10 +23,10 @@ from ..files import publishing
 from ..spec import Bundle, Flavour, GraphSpec, Manifest, Model, Parity, sha256_of, write_manifest
 from . import verify
 from .family import Family, Graph, Options, Prepared, family
-from .precision_doctor import examine_graph
+from .precision.bf16 import write_widened
+from .precision.search import examine_graph
 from .to_engine import with_plan
 from .to_onnx import OPSET, WeightFile, export_onnx, marked
-from .widened import write_widened
 
 Log = Callable[[str], None]
 """Takes one line of progress."""

@@ -229,7 +229,7 @@ class Family:
 
 def family(name: str) -> Family:
     """A family by name; only what that one needs is imported. Raises UsageError naming those there are."""
-    modules = {"clip": "clip", "grounding-dino": "grounding_dino", "sam": "sam", "segmenter": "segmenter"}
+    modules = {"clip": "clip.family", "grounding-dino": "grounding_dino.family", "sam": "sam", "segmenter": "segmenter"}
     if name not in modules:
         raise UsageError(f"--model: expected one of {', '.join(modules)} or all, got {name!r}")
     found: Family = importlib.import_module(f"wsss.export.{modules[name]}").FAMILY

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..frame import frame_for
 from ..spec import AxisRange, Preprocess, TensorSpec
 from .family import Feeds, Graph, InHalf, Tolerance, miscount, share_impossible
-from .precision import Fp32
+from .precision.lowering import Fp32
 
 VOID = 255
 LOGIT_ROUNDING = 2.0**-18

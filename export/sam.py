@@ -22,7 +22,7 @@ from ..spec import AxisRange, Preprocess, TensorSpec
 from . import fuse
 from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
 from .mini import build_sam_mini
-from .precision import Fp32
+from .precision.lowering import Fp32
 from .rewrites import Normalise, SamBlock, with_channel_norms
 from .verify import photograph
 from .weights import Download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record

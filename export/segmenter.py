@@ -23,7 +23,7 @@ from ..spec import AxisRange, Preprocess, TensorSpec, sha256_of
 from ..train.checkpoint import RECORD, RunRecord, load_run, weights_file
 from ..train.model import Segmenter, build_segmenter
 from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, gap_of_choices
-from .precision import Fp32
+from .precision.lowering import Fp32
 from .rewrites import Normalise
 from .sam import MEAN, STD
 from .verify import photograph

@@ -23,7 +23,7 @@ from ..errors import WsssError
 from ..spec import Precision, TensorSpec
 from .deformable_plugin import define_plugin
 from .family import Graph
-from .precision import islands, lower, name_nodes
+from .precision.lowering import islands, lower, name_nodes
 
 OPSET = 18
 """Newest opset whose GridSample every TensorRT reads right (TensorRT#4646); torch's default of 20 does not."""

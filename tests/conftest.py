@@ -288,7 +288,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     for name in SETTINGS:
         write_model(tmp_path / "bundle" / name, name)
     world = World(tmp_path / "bundle")
-    monkeypatch.setattr("wsss.runtime.pipeline.open_graph", world.open_graph)
+    monkeypatch.setattr("wsss.runtime.labeler.open_graph", world.open_graph)
     return world
 
 
@@ -314,7 +314,7 @@ class Answer:
 @pytest.fixture
 def wsss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Answer]:
     """Runs the command line in this process, in a working folder of its own."""
-    from wsss.cli import main
+    from wsss.cli.main import main
 
     monkeypatch.chdir(tmp_path)
 
@@ -334,7 +334,7 @@ def wsss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
 @dataclass
 class Bucket:
-    """A new bucket of a real S3 server on loopback, and boto3's own client, which shares no code with `wsss.remote`."""
+    """A new bucket of a real S3 server on loopback, and boto3's own client, which shares no code with `wsss.object_storage`."""
 
     name: str
     client: Any

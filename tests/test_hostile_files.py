@@ -33,17 +33,17 @@ from PIL import Image
 
 from wsss.batch import Boxes, Images, Labels
 from wsss.classes import class_list, parse_classes
-from wsss.cli import main
+from wsss.cli.main import main
 from wsss.engines.opening import open_graph
 from wsss.errors import BundleError, WsssError
-from wsss.labelstore import read_label
 from wsss.photographs import count_pixels, decode, read_file
-from wsss.runtime.formats import convert
-from wsss.runtime.pipeline import MINI, Labeler
-from wsss.runtime.report import write_report
-from wsss.runtime.run import label_folder, printable
-from wsss.runtime.sources import listing, source_of
+from wsss.runtime.convert.dataset import convert
+from wsss.runtime.labeler import MINI, Labeler
+from wsss.runtime.report.page import write_report
+from wsss.runtime.run.label_folder import label_folder, printable
+from wsss.runtime.run.sources import listing, source_of
 from wsss.spec import Model, open_bundle, sha256_of
+from wsss.store.local import read_label
 
 from .conftest import COLOURS, SCRIPTS, SETTINGS, World, write_model
 from .mutations import Mutate, damaged, json_changed, tokens_changed
@@ -166,7 +166,7 @@ def label_maps(_: Path) -> Files:
 
 @kind(label_maps)
 def label_map(case: Case) -> None:
-    from wsss.train.evaluate_files import read_label_map
+    from wsss.train.evaluate.files import read_label_map
 
     read = read_label if case.number % 3 == 1 and not case.name.startswith("wide") else read_label_map
     label = read(case.file)
@@ -640,7 +640,7 @@ def clip_configs(_: Path) -> Files:
 
 @kind(clip_configs)
 def clip_config(case: Case) -> None:
-    from wsss.export import clip_weights
+    from wsss.export.clip import weights as clip_weights
 
     told = clip_weights._config_beside(case.folder / "open_clip_pytorch_model.bin", "RN50")
     recipe = clip_weights.recipe_of("RN50", told)
@@ -657,7 +657,7 @@ def dino_configs(_: Path) -> Files:
 def dino_config(case: Case) -> None:
     from transformers import GroundingDinoConfig
 
-    from wsss.export.grounding_dino_weights import _check_config
+    from wsss.export.grounding_dino.weights import _check_config
 
     _check_config(case.file, GroundingDinoConfig(), "Grounding-DINO tiny")
 
@@ -674,7 +674,7 @@ def image_labels(_: Path) -> Files:
 
 @kind(image_labels)
 def image_labels_of_eval(case: Case) -> None:
-    from wsss.train.evaluate_labels import read_image_labels
+    from wsss.train.evaluate.labels import read_image_labels
 
     present = read_image_labels(case.file, COLOURS, ["scene", "2007_000032"])
     assert present.shape == (2, 3) and present.dtype == bool
@@ -719,7 +719,7 @@ def list_of_names(_: Path) -> Files:
 
 @kind(list_of_names, beside=make_truth)
 def list_of_eval(case: Case) -> None:
-    from wsss.train.evaluate_files import find_label_maps, read_list
+    from wsss.train.evaluate.files import find_label_maps, read_list
 
     truth = find_label_maps(case.folder / "truth")
     assert set(read_list(case.file, truth)) <= truth.paths.keys()
@@ -751,7 +751,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
     """The folder of a kind, with what lies beside its files, made at first use."""
     made: dict[str, tuple[Path, Files]] = {}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("wsss.runtime.pipeline.open_graph", open_scripted)
+        patched.setattr("wsss.runtime.labeler.open_graph", open_scripted)
 
         def of(name: str) -> tuple[Path, Files]:
             if name not in made:
@@ -777,7 +777,7 @@ def test_a_damaged_file_is_read_or_refused(
     option = request.config.getoption
     seed, only, count = option("--mutation-seed"), option("--mutation"), max(2, round(option("--mutations") * KINDS[name].share))
     if KINDS[name].real_engines:
-        monkeypatch.setattr("wsss.runtime.pipeline.open_graph", open_graph)
+        monkeypatch.setattr("wsss.runtime.labeler.open_graph", open_graph)
     template, files = prepared(name)
     tally = Tally()
     for number in range(count) if only is None else (only,):
@@ -908,7 +908,7 @@ def test_undamaged_files_are_read(
 ) -> None:
     """Otherwise nothing behind the first refusal is ever reached."""
     if KINDS[name].real_engines:
-        monkeypatch.setattr("wsss.runtime.pipeline.open_graph", open_graph)
+        monkeypatch.setattr("wsss.runtime.labeler.open_graph", open_graph)
     template, files = prepared(name)
     for number, file in enumerate(sorted(files)):
         folder = tmp_path / f"{number}"

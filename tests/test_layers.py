@@ -25,7 +25,7 @@ MAY = {
 KNOWN = {
     ("wsss/classes.py", "mini"),
     ("wsss/__init__.py", "runtime"),
-    ("export/clip.py", "mini"),
+    ("export/clip/family.py", "mini"),
     ("export/segmenter.py", "train"),
 }
 

@@ -34,21 +34,21 @@ def run(code: str, *arguments: str, cwd: Path) -> str:
 @pytest.mark.parametrize(
     "module",
     [
-        "wsss.cli",
-        "wsss.commands.label",
-        "wsss.commands.demo",
-        "wsss.commands.convert",
-        "wsss.commands.report",
-        "wsss.commands.eval",
-        "wsss.labelstore",
-        "wsss.remote_store",
+        "wsss.cli.main",
+        "wsss.cli.label",
+        "wsss.cli.demo",
+        "wsss.cli.convert",
+        "wsss.cli.report",
+        "wsss.cli.eval",
+        "wsss.store.local",
+        "wsss.store.remote",
         "wsss.photographs",
-        "wsss.runtime.run",
-        "wsss.runtime.workers",
-        "wsss.runtime.formats",
-        "wsss.runtime.report",
+        "wsss.runtime.run.label_folder",
+        "wsss.runtime.run.workers",
+        "wsss.runtime.convert.dataset",
+        "wsss.runtime.report.page",
         "wsss.train.survey",
-        "wsss.train.evaluate_run",
+        "wsss.train.evaluate.run",
     ],
 )
 def test_it_imports(module: str, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_store_is_refused_by_name_where_there_are_no_locks(tmp_path: Path) -> 
         from pathlib import Path
         from wsss.classes import class_list
         from wsss.errors import StoreError
-        from wsss.labelstore import LabelStore
+        from wsss.store.local import LabelStore
 
         try:
             LabelStore(Path("store"), class_list(["dog"]), {})
@@ -107,12 +107,12 @@ def test_windows_locks_are_exclusive_and_shards_are_refused(tmp_path: Path) -> N
 
         import wsss, numpy, PIL.Image  # imported as what it is: only the lock sees Windows
         here, sys.platform = sys.platform, "win32"
-        import wsss.storelock
+        import wsss.store.lock
         sys.platform = here
 
         from wsss.classes import class_list
         from wsss.errors import StoreError
-        from wsss.labelstore import LabelStore, read_records
+        from wsss.store.local import LabelStore, read_records
 
         classes = class_list(["dog"])
         with LabelStore(Path("store"), classes, {}) as store:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from ..checkpoints import check_safetensors
 from ..documents import parse_json, read_bytes
 from ..errors import UsageError, WeightsError
-from ..labelstore import write_atomically
+from ..store.local import write_atomically
 from .model import Segmenter, build_segmenter
 
 FORMAT = 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WsssError
-from ..labelstore import write_atomically
+from ..store.local import write_atomically
 
 CURVE, PICTURE = "curve.jsonl", "curve.png"
 Point = dict[str, float | None]

@@ -22,8 +22,8 @@ from torchvision.transforms import v2
 from ..batch import VOID
 from ..errors import StoreError, WsssError
 from ..frame import scaled, shorter_factor
-from ..labelstore import read_label
 from ..photographs import read_photograph
+from ..store.local import read_label
 from .args import DataArgs
 from .survey import Item
 

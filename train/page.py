@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from ..classes import palette
-from ..labelstore import write_atomically
 from ..overlay import overlay, shrink
+from ..store.local import write_atomically
 from .checkpoint import RunRecord
 
 PAGE = "report.html"

@@ -126,7 +126,7 @@ schedule = "poly"
 power = 0.9
 """,
     "mini": """
-source = "chosen here for the drawn scenes of wsss.mini, random weights and a CPU (benchmarks/stage_two.py)"
+source = "chosen here for the drawn scenes of wsss.mini, random weights and a CPU (benchmarks/studies/quality/stage_two.py)"
 validation_steps = 600
 
 [model]

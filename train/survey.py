@@ -15,9 +15,9 @@ import numpy as np
 
 from ..batch import VOID
 from ..errors import ImageError, StoreError
-from ..labelstore import Record, label_path, read_label, read_records, read_run, write_atomically
 from ..photographs import read_file
-from ..storeformat import check_complete, photograph_of
+from ..store.format import check_complete, photograph_of
+from ..store.local import Record, label_path, read_label, read_records, read_run, write_atomically
 
 SHOWN = 3
 """Of many bad images, so many are named."""

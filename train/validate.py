@@ -14,7 +14,7 @@ from ..errors import WsssError
 from .args import Config, DataArgs
 from .data import normalised, read_pair, resized, working_size
 from .distributed import World
-from .evaluate import confusion_matrix, mean_iou
+from .evaluate.metrics import confusion_matrix, mean_iou
 from .model import Segmenter
 from .run import DTYPES, autocast
 from .survey import Item

@@ -17,13 +17,13 @@ from .errors import WsssError  # noqa: E402  (needs no mapped folder, and is the
 
 if TYPE_CHECKING:
     from .batch import PseudoLabels
-    from .runtime.pipeline import Labeler
+    from .runtime.labeler import Labeler
 
 
 def __getattr__(name: str) -> object:
     """Loads ``Labeler`` and ``PseudoLabels`` on first use, so that ``import wsss`` stays instant."""
     if name == "Labeler":
-        from .runtime.pipeline import Labeler
+        from .runtime.labeler import Labeler
 
         return Labeler
     if name == "PseudoLabels":

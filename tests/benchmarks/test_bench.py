@@ -26,10 +26,10 @@ from wsss.benchmarks.throughput import (
     stages_of,
 )
 from wsss.classes import class_list
-from wsss.labelstore import LabelStore, read_records
-from wsss.runtime.pipeline import MINI
-from wsss.runtime.run import Summary
+from wsss.runtime.labeler import MINI
+from wsss.runtime.run.label_folder import Summary
 from wsss.spec import open_bundle, read_manifest, write_manifest
+from wsss.store.local import LabelStore, read_records
 
 if TYPE_CHECKING:
     from ..conftest import Answer, World
@@ -247,6 +247,7 @@ def test_published_figures_are_for_the_same_model_alone() -> None:
 
 
 def test_the_seed_is_nobody_elses() -> None:
-    from wsss.benchmarks import demo, mini_quality
+    from wsss.benchmarks import demo
+    from wsss.benchmarks.studies.quality import mini_quality
 
     assert len({throughput.SEED, demo.SEED, mini_quality.SEED}) == 3

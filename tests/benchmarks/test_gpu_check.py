@@ -16,7 +16,7 @@ from wsss.benchmarks.gpu_check import check, choose_engine, first_steps, identit
 from wsss.benchmarks.steps import Record, Step
 from wsss.engines.machine import GpuFacts, Library, Machine, machine
 from wsss.errors import WsssError
-from wsss.runtime.pipeline import MINI
+from wsss.runtime.labeler import MINI
 
 RTX = Library(version="1.7.1", capabilities=("sm89",))
 H200 = Machine(

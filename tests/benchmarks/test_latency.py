@@ -22,7 +22,7 @@ from wsss.benchmarks.latency import measure_graph, on_device, parity_of
 from wsss.engines.fake import FakeEngine
 from wsss.engines.ort import OrtEngine
 from wsss.errors import WsssError
-from wsss.runtime.pipeline import MINI
+from wsss.runtime.labeler import MINI
 from wsss.spec import AxisRange, GraphSpec, Model, PlanSpec, TensorSpec, open_bundle
 
 GRAPHS = [(name, graph) for name in open_bundle(MINI).models() for graph in open_bundle(MINI).model(name).manifest.graphs]
@@ -80,7 +80,7 @@ def test_an_unknown_input_is_named() -> None:
 @pytest.mark.parametrize(("name", "graph"), SMALL)
 def test_work_is_what_a_run_of_the_graph_counts(name: str, graph: str) -> None:
     pytest.importorskip("onnx_ir")
-    from wsss.export.work import multiply_adds
+    from wsss.export.precision.work import multiply_adds
 
     model = mini(name)
     feeds = feeds_for(model, graph, load_of(model.graph(graph), model.graph(graph).axes, 3))

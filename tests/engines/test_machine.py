@@ -188,7 +188,7 @@ def test_doctor_needs_nothing_and_imports_no_torch() -> None:
             "for name in hidden: sys.modules[name] = None",
         ]
     )
-    run = "import sys; sys.argv = ['wsss', 'doctor'{}]; from wsss.cli import main; main()"
+    run = "import sys; sys.argv = ['wsss', 'doctor'{}]; from wsss.cli.main import main; main()"
     bare = subprocess.run([sys.executable, "-c", f"{hide}\n{run.format('')}"], capture_output=True, text=True)
     assert bare.returncode == 0 and bare.stderr == "", bare.stderr
     assert "pip install 'wsss[trt-rtx]'" in bare.stdout
@@ -200,7 +200,7 @@ def test_doctor_needs_nothing_and_imports_no_torch() -> None:
 
 
 def test_doctor_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    from wsss.commands.doctor import lines_of
+    from wsss.cli.doctor import lines_of
 
     known = with_gpu("9.0", tensorrt={"trt-rtx": RTX}, extras={"export": (), "gpu": ("onnxruntime-gpu",)}, troubles=("a mix",))
     text = "\n".join(lines_of(dataclasses.replace(known, abilities=abilities_of(known))))

@@ -20,8 +20,8 @@ import onnxruntime  # noqa: E402
 
 from wsss.errors import WsssError  # noqa: E402
 from wsss.export.deformable_plugin import DOMAIN, PLUGIN, define_plugin, plugin_called, plugin_sampled  # noqa: E402
-from wsss.export.precision import islands, lower, name_nodes  # noqa: E402
-from wsss.export.probes import clone  # noqa: E402
+from wsss.export.precision.instrumentation import clone  # noqa: E402
+from wsss.export.precision.lowering import islands, lower, name_nodes  # noqa: E402
 from wsss.export.to_engine import _parsed  # noqa: E402
 
 SHAPES = ((7, 9), (4, 5), (2, 3))

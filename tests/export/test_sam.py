@@ -359,7 +359,7 @@ def test_what_sam_does_not_take_is_said() -> None:
 @pytest.mark.slow
 def test_full_size_vit_b_on_real_photographs(tmp_path: Path, photographs: list[Path]) -> None:
     """Export with the gate, then the whole chain against SamPredictor; minutes. More photographs: the benchmark itself."""
-    from wsss.benchmarks import sam_official
+    from wsss.benchmarks.studies.parity import sam_official
 
     full = sam_official.find_model(tmp_path, "vit_b", "random:0")
     voc = photographs[0].parents[1]

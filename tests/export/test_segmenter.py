@@ -20,7 +20,7 @@ from wsss.export.exporting import export_model
 from wsss.export.family import Options, family, gap_of_choices
 from wsss.export.to_engine import BuildOptions, build_plans
 from wsss.export.verify import photograph
-from wsss.runtime.segmenter import SegmenterStage, no_masks
+from wsss.runtime.trained_segmenter import SegmenterStage, no_masks
 from wsss.spec import AxisRange, Bundle, Model
 from wsss.train.args import DataArgs
 from wsss.train.checkpoint import BEST, RunRecord, load_run, write_record, write_tensors

@@ -18,7 +18,7 @@ from wsss.errors import BundleError, WsssError
 from wsss.export import exporting, fuse, to_engine
 from wsss.export.exporting import export_model, standing_model
 from wsss.export.family import Graph, Options, family
-from wsss.export.probes import open_copy
+from wsss.export.precision.instrumentation import open_copy
 from wsss.export.to_engine import BuildOptions, build_plans, profile_of
 from wsss.spec import AxisRange, Bundle, GraphSpec, Model, Parity, Preprocess, open_bundle, sha256_of
 

@@ -11,9 +11,9 @@ from wsss import Labeler
 from wsss.batch import Photograph
 from wsss.errors import WsssWarning
 from wsss.mini.scenes import CLASSES, draw_scene
-from wsss.runtime.pipeline import MINI, Rules
+from wsss.runtime.labeler import MINI, Rules
 from wsss.spec import MODELS, open_bundle
-from wsss.train.evaluate import confusion_matrix, label_scores, mean_iou
+from wsss.train.evaluate.metrics import confusion_matrix, label_scores, mean_iou
 
 SCENES = [draw_scene(3_000_000 + number, split="held-out") for number in range(24)]
 PHOTOGRAPHS = [Photograph(name=f"{number}.png", pixels=scene.pixels) for number, scene in enumerate(SCENES)]

@@ -18,10 +18,10 @@ from wsss.frame import frame_for
 from wsss.runtime import fuse
 from wsss.runtime.detect import Detector, boxes_from_logits, join_phrases, suppress
 from wsss.runtime.fuse import Fuser
-from wsss.runtime.pipeline import Rules
-from wsss.runtime.run import label_folder
+from wsss.runtime.labeler import Rules
+from wsss.runtime.run.label_folder import label_folder
+from wsss.runtime.run.sources import local_path, source_of
 from wsss.runtime.segment import Outliner
-from wsss.runtime.sources import local_path, source_of
 from wsss.runtime.tag import Tagger
 from wsss.spec import AxisRange, Model
 

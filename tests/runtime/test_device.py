@@ -15,12 +15,12 @@ from wsss.batch import Tensor
 from wsss.engines.engine import Engine
 from wsss.engines.fake import FakeEngine
 from wsss.errors import OutOfMemory
-from wsss.labelstore import read_records
 from wsss.runtime.device import CutSmaller, Device, Turns, cut_to_fit, free_bytes
-from wsss.runtime.pipeline import Labeler
-from wsss.runtime.run import label_folder
-from wsss.runtime.stream import Stream
+from wsss.runtime.labeler import Labeler
+from wsss.runtime.run.label_folder import label_folder
+from wsss.runtime.run.stream import Stream
 from wsss.spec import AxisRange, GraphSpec, TensorSpec
+from wsss.store.local import read_records
 
 if TYPE_CHECKING:
     from ..conftest import World
@@ -167,7 +167,7 @@ def test_the_batch_is_what_the_engines_were_built_for(
         used.append(batch)
         return Stream(*given, batch=batch, **how)
 
-    monkeypatch.setattr("wsss.runtime.run.Stream", spy)
+    monkeypatch.setattr("wsss.runtime.run.label_folder.Stream", spy)
     for batch in (None, 1):
         label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / f"store-{batch}", batch=batch)
     assert used == [2, 1]
@@ -197,7 +197,7 @@ def tight(world: World, monkeypatch: pytest.MonkeyPatch, graph: str, most: int) 
         fake = opened(model, name, *given, **how)
         return Small(fake, most) if f"{model.manifest.family}/{name}" == graph else fake
 
-    monkeypatch.setattr("wsss.runtime.pipeline.open_graph", open_graph)
+    monkeypatch.setattr("wsss.runtime.labeler.open_graph", open_graph)
 
 
 def contents(out: Path) -> dict[str, bytes]:

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from wsss import Labeler
-from wsss.commands.label import label as label_command
+from wsss.cli.label import label as label_command
 from wsss.engines.fake import FakeEngine
-from wsss.runtime import detect, fuse, run, tag
-from wsss.runtime.pipeline import Rules
+from wsss.runtime import detect, fuse, tag
+from wsss.runtime.labeler import Rules
+from wsss.runtime.run import label_folder as run
 
 from ..conftest import COLOURS, WORDS, write_model
 
@@ -222,7 +223,7 @@ def opened(world: World, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
             made.script = lambda feeds: answer({**feeds, "label": np.full_like(feeds["label"], 2)})
         return made
 
-    monkeypatch.setattr("wsss.runtime.pipeline.open_graph", open_graph)
+    monkeypatch.setattr("wsss.runtime.labeler.open_graph", open_graph)
     return calls
 
 

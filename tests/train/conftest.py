@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from wsss.classes import named_list
-from wsss.labelstore import LabelStore
 from wsss.mini.scenes import CLASSES, draw_scene
+from wsss.store.local import LabelStore
 
 Tables = dict[str, Any]
 

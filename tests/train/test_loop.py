@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wsss.classes import class_list
 from wsss.errors import StoreError, UsageError, WeightsError, WsssError
-from wsss.labelstore import read_label, write_label
+from wsss.store.local import read_label, write_label
 from wsss.train import curve, loop
 from wsss.train.args import Config, config_from, typed
 from wsss.train.checkpoint import load_run, read_record, read_tensors

@@ -14,7 +14,7 @@ from PIL import Image
 
 from wsss.classes import class_list
 from wsss.errors import StoreError
-from wsss.labelstore import LabelStore, read_label, read_records, write_label
+from wsss.store.local import LabelStore, read_label, read_records, write_label
 from wsss.train.survey import Item, Survey, class_confidence, look_through, read_survey, write_survey
 
 Scenes = tuple[Path, Path]

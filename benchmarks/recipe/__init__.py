@@ -1,0 +1,1 @@
+"""The whole method on VOC, COCO or drawn scenes, with the table of results."""

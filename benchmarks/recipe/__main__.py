@@ -1,0 +1,342 @@
+"""The paper's experiment by one command: data folder and exported models in, the field's table out.
+
+    python -m wsss.benchmarks.recipe voc --data VOCdevkit/VOC2012 --bundle bundle --out runs/voc
+    python -m wsss.benchmarks.recipe coco --data COCO --train-list train.txt --val-list val.txt --bundle bundle --out runs/coco
+    python -m wsss.benchmarks.recipe drawn --out runs/drawn      # the same on drawn scenes with the small models, a minute
+
+Labels the training images, told nothing but the class list (or the true image labels too, by ``--labels``), scores the
+pseudo-labels, trains a segmenter on them, predicts the images of val with it, scores those. Each step goes on where it was
+stopped; what is finished is not done again. True label maps are read for scores alone. To train on several GPUs, run
+``torchrun ... wsss train OUT/labels --images OUT/photographs/trainaug --out OUT/segmenter --preset ...`` when the labels are
+done; the recipe goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...classes import parse_classes
+from ...cli.common import clock, needs
+from ...errors import UsageError, WsssError
+from ...runtime.labeler import MINI, Labeler
+from ...runtime.run.label_folder import Summary, label_folder
+from ...spec import open_bundle
+from ...store.local import make_folder, write_atomically
+from ...train.args import Config, config_from, read_config, typed
+from ...train.evaluate.crf import SAID, check_crf
+from ...train.evaluate.files import find_label_maps, pair_up
+from ...train.evaluate.report import Scores, scores_from_counts
+from ...train.evaluate.run import count_pairs
+from ...train.presets import preset
+from .data import DataSet, Split, coco, link_photographs, voc
+from .table import Result, Row, as_text
+
+if TYPE_CHECKING:
+    from ...train.checkpoint import RunRecord
+    from ...train.loop import Result as Trained
+    from ...train.loop import Status
+
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+"""Of multi-scale testing: DeepLabV3 (arXiv:1706.05587, section 4.1), with mirror images."""
+PRESETS = {"voc": "deeplabv2-voc", "coco": "deeplabv2-coco", "drawn": "mini"}
+"""Schedules of the segmenter that most of the field reports."""
+BEGUN = "recipe.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is run."""
+
+    data: DataSet
+    out: Path
+    config: Config
+    classes: str
+    bundle: str = "bundle"
+    engine: str = "auto"
+    device: str = "auto"
+    batch: int = 8
+    labels: Path | None = None
+    """True image labels, which take CLIP's place: the field's usual setting, another than the paper's."""
+    scales: tuple[float, ...] = SCALES
+    """Of the second scoring on val; the first one is the photograph alone."""
+    flip: bool = True
+    crf: bool = False
+    """Also score everything refined by a DenseCRF."""
+    log: Callable[[str], None] = field(default=lambda line: None, repr=False)
+
+
+def run(recipe: Recipe) -> Result:
+    """Runs every step that is not finished, and gives the scores of all.
+
+    Raises:
+        WsssError: whatever a step cannot do; or ``out`` holds a recipe with other lists or classes.
+    """
+    with needs("train"):
+        from ...train.checkpoint import read_record
+        from ...train.loop import train
+        from .predict import trained_labeler
+    _begin(recipe)
+    if recipe.crf:
+        check_crf()
+    data, out, log = recipe.data, recipe.out, recipe.log
+    photographs = link_photographs(data.training, out / "photographs" / data.training.name)
+    val = link_photographs(data.val, out / "photographs" / "val")
+
+    labeler = Labeler.open(
+        recipe.bundle,
+        classes=parse_classes(recipe.classes),
+        engine=recipe.engine,
+        device=recipe.device,
+        labels=recipe.labels,
+    )
+    settings = labeler.settings
+    _label(recipe, labeler, photographs, out / "labels")
+    del labeler  # its engines' memory is the trainer's now
+    rows = [row for split in data.scored for row in _scored(recipe, out / "labels", split, "pseudo-labels")]
+
+    trained = train(out / "labels", photographs, out / "segmenter", recipe.config, log=log, watch=lambda now: log(_step(now)))
+    record = read_record(out / "segmenter")
+    for scales, flip in dict.fromkeys((((1.0,), False), (recipe.scales, recipe.flip))):
+        copies = f"{' '.join(f'{scale:g}' for scale in scales)}{' mirrored' if flip else ''}"
+        store = out / f"val-{copies.replace(' ', '-')}"
+        precision = recipe.config.optimizer.precision
+        _label(recipe, trained_labeler(out / "segmenter", precision=precision, scales=scales, flip=flip), val, store)
+        rows += _scored(recipe, store, data.val, f"segmenter, scale {copies}")
+    result = Result(
+        dataset=data.name,
+        rows=tuple(rows),
+        deviation=data.deviation(),
+        told="image labels" if recipe.labels else "nothing",
+        network=f"{record.architecture} {record.encoder}",
+        facts=(*_facts(recipe, settings), *_training_facts(trained, record)),
+        crf=SAID if recipe.crf else None,
+    )
+    write_atomically(out / "result.json", (json.dumps(dataclasses.asdict(result), indent=1) + "\n").encode())
+    write_atomically(out / "table.txt", (as_text(result) + "\n").encode())
+    return result
+
+
+def _begin(recipe: Recipe) -> None:
+    """Makes the folder, or checks that it holds this very recipe; stores and trainings check their own settings."""
+    told = {"data set": recipe.data.name, "names in the lists": recipe.data.digest(), "classes": recipe.classes}
+    path = recipe.out / BEGUN
+    try:
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            for key, value in told.items():
+                if before.get(key) != value:
+                    raise WsssError(
+                        f"--out {recipe.out}: was begun with other {key}: {str(before.get(key))[:40]}, now {str(value)[:40]}",
+                        hint="give a new --out: a run never mixes two",
+                    )
+            return
+        if recipe.out.is_dir() and any(recipe.out.iterdir()):
+            raise WsssError(f"--out {recipe.out}: the folder is not empty and holds no recipe", hint="give a new or empty folder")
+        make_folder(recipe.out)
+        write_atomically(path, (json.dumps(told, indent=1) + "\n").encode())
+    except OSError as error:
+        raise WsssError(
+            f"--out {recipe.out}: cannot be written: {error.strerror}", hint="give a folder you may write to"
+        ) from None
+    except ValueError as error:
+        raise WsssError(f"{path}: damaged: {error}", hint="give a new --out") from None
+
+
+def _label(recipe: Recipe, labeler: Labeler, photographs: Path, store: Path) -> None:
+    """Fills a store, or goes on with it."""
+    seen = [0.0]
+
+    def progress(summary: Summary) -> None:
+        if summary.seconds - seen[0] >= 30:
+            seen[0] = summary.seconds
+            done = summary.skipped + summary.labelled + summary.failed
+            recipe.log(f"{store.name}: {done}/{summary.images} images, {summary.failed} failed")
+
+    summary = label_folder(labeler, photographs, store, batch=recipe.batch, progress=progress, warn=recipe.log)
+    recipe.log(f"{store.name}: {summary.labelled} labelled, {summary.skipped} done before, {summary.failed} failed")
+
+
+def _scored(recipe: Recipe, store: Path, split: Split, what: str) -> Iterator[Row]:
+    """The scores of a store on a split, and again refined by a CRF where asked for."""
+    for crf in (False, True) if recipe.crf else (False,):
+        scores, missing = _scores(recipe, store, split, crf)
+        recipe.log(f"{what} on {split.name}{', DenseCRF' if crf else ''}: mIoU {scores['miou']}")
+        yield Row(
+            what=f"{what}{', DenseCRF' if crf else ''}",
+            split=split.name,
+            images=len(split.images),
+            missing=missing,
+            crf=crf,
+            scores=scores,
+        )
+
+
+def _scores(recipe: Recipe, store: Path, split: Split, crf: bool) -> tuple[Scores, int]:
+    """Scores of a store and how many images it lacks, kept beside it until labels, list or truth change."""
+    kept = recipe.out / "scores" / f"{store.name}-{split.name}{'-crf' if crf else ''}.json"
+    key = _key(store, split, crf)
+    if kept.is_file():
+        told = json.loads(kept.read_text(encoding="utf-8"))
+        if told["key"] == key:
+            scores: Scores = told["scores"]
+            return scores, told["missing"]
+    found, true = find_label_maps(store), find_label_maps(split.truth)
+    pairs = pair_up(found, true, split.list)
+    photographs = [split.images[name] for name in pairs.names] if crf else None
+    classes = found.classes or ()
+    counts = count_pairs(pairs, classes, photographs=photographs)
+    scores = scores_from_counts(counts, classes, [found.scores.get(name or "", {}) for name in pairs.matched])
+    make_folder(kept.parent)
+    write_atomically(kept, (json.dumps({"key": key, "scores": scores, "missing": len(pairs.missing)}) + "\n").encode())
+    return scores, len(pairs.missing)
+
+
+def _key(store: Path, split: Split, crf: bool) -> str:
+    """Changes with every label (by the manifest's lines), name of the list, or true label map (by its size and time)."""
+    told = hashlib.sha256((store / "manifest.jsonl").read_bytes())
+    for name in split.images:
+        status = (split.truth / f"{name}.png").stat()
+        told.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
+    told.update(f"{split.truth.resolve()} {crf}".encode("utf-8", "surrogatepass"))
+    return told.hexdigest()
+
+
+def _facts(recipe: Recipe, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What made the pseudo-labels."""
+    bundle = open_bundle(MINI if recipe.bundle == "mini" else Path(recipe.bundle))
+    for name in bundle.models():
+        if name in settings["models"]:
+            manifest = bundle.model(name).manifest
+            yield name, f"{manifest.variant}, {manifest.precision}, weights {manifest.weights['source']}"
+    yield "engine", settings["engine"]
+    yield "rules", ", ".join(f"{key} {'of the bundle' if value is None else value}" for key, value in settings["rules"].items())
+
+
+def _training_facts(trained: Trained, record: RunRecord) -> Iterator[tuple[str, str]]:
+    """What the field asks to be disclosed of the segmenter."""
+    from ...train.weights import Initial
+
+    yield "segmenter", f"{record.architecture} {record.encoder}"
+    yield "first weights", str(Initial(**record.init))
+    yield "schedule", f"{record.steps} steps, crop {record.crop}; {record.source or 'own settings'}"
+    kept = "the last" if trained.best_step is None else f"step {trained.best_step}, the best on pseudo-labels kept out"
+    yield "trained on", f"pseudo-labels of {trained.images} images; weights: {kept}"
+
+
+def _step(now: Status) -> str:
+    return f"step {now.step}/{now.steps}  loss {now.loss:.4f}  rate {now.rate:.2e}  {clock(now.seconds_left)} left"
+
+
+def draw_voc(folder: Path, *, train: int, aug: int, val: int, seed: int = 7_000_000) -> Path:
+    """Drawn scenes in VOC's layout: ``train`` + ``aug`` images in trainaug, ``val`` in val. Returns the folder."""
+    from ...mini.scenes import write_scenes
+
+    lists = folder / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True, exist_ok=True)
+    names_val = [path.stem for path in write_scenes(folder, val, seed=seed + train + aug)]
+    names = [path.stem for path in write_scenes(folder, train + aug, seed=seed, split="train")]  # last: labels.json is theirs
+    for link, target in (("JPEGImages", "images"), ("SegmentationClass", "truth"), ("SegmentationClassAug", "truth")):
+        if not (folder / link).exists():
+            (folder / link).symlink_to(target)
+    for name, listed in (("train", names[:train]), ("trainaug", names), ("val", names_val)):
+        (lists / f"{name}.txt").write_text("".join(f"{each}\n" for each in listed))
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command. A WsssError is the user's to fix: one message, exit 1, or 2 for usage."""
+    try:
+        told = _parser().parse_args(arguments)
+        result = run(_recipe(told))
+    except WsssError as error:
+        print(f"recipe: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except KeyboardInterrupt:
+        print("recipe: interrupted; what is finished stays. The same command goes on.", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(json.dumps(dataclasses.asdict(result)) if told.json else as_text(result))
+
+
+def _recipe(told: argparse.Namespace) -> Recipe:
+    out, kind = Path(told.out), str(told.dataset)
+    if kind == "coco":
+        data = coco(told.data, train_list=told.train_list, val_list=told.val_list, truth=Path(told.truth) if told.truth else None)
+    elif kind == "drawn":
+        data = voc(
+            draw_voc(
+                out.with_name(f"{out.name}-voc"), train=told.images // 3, aug=told.images - told.images // 3, val=told.images // 2
+            )
+        )
+        data = dataclasses.replace(data, name="drawn scenes")
+    else:
+        data = voc(told.data, trainaug=told.train_on == "trainaug")
+    layers: list[Mapping[str, Any]] = [preset(told.preset or PRESETS[kind])]
+    layers += [{"optimizer": {"steps": 150}}] if kind == "drawn" else []
+    layers += [read_config(Path(told.config))] if told.config else []
+    layers += [{"model": {"init": told.init}}] if told.init else []
+    layers += [{"optimizer": {"steps": told.steps}}] if told.steps else []
+    layers += [typed(each) for each in told.set]
+    return Recipe(
+        data=data,
+        out=out,
+        config=config_from(*layers),
+        classes=told.classes or ("mini" if kind == "drawn" else kind),
+        bundle=told.bundle or ("mini" if kind == "drawn" else "bundle"),
+        engine=told.engine,
+        device=told.device,
+        batch=told.batch,
+        labels=Path(told.labels) if told.labels else None,
+        scales=tuple(told.scales),
+        flip=told.flip,
+        crf=told.crf,
+        log=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--out", required=True, help="folder of the whole run, new or to go on with")
+    shared.add_argument("--bundle", help="exported models (wsss export --model all); default: bundle")
+    shared.add_argument("--classes", help="class list; default: the data set's")
+    shared.add_argument("--engine", default="auto", help="auto, ort, trt, trt-rtx or eager")
+    shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N, of the chain")
+    shared.add_argument("--batch", type=int, default=8, help="images labelled together")
+    shared.add_argument("--labels", help="true image labels (JSON, as wsss label takes it) in CLIP's place; the table says so")
+    shared.add_argument("--preset", help="schedule of the segmenter; default: deeplabv2-voc, deeplabv2-coco")
+    shared.add_argument("--config", help="TOML file of training settings")
+    shared.add_argument("--init", help="first weights of the segmenter: none, hub:NAME, a file; default: the preset's")
+    shared.add_argument("--steps", type=int, help="updates of the weights")
+    shared.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="any other training setting")
+    shared.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of the second scoring on val")
+    shared.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images there, too")
+    shared.add_argument(
+        "--crf", action="store_true", help="score everything refined by a DenseCRF as well: about a second an image"
+    )
+    shared.add_argument("--json", action="store_true", help="print all scores as JSON")
+    parser = argparse.ArgumentParser(
+        prog="python -m wsss.benchmarks.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="dataset", required=True)
+    of_voc = kinds.add_parser("voc", parents=[shared], help="PASCAL VOC 2012")
+    of_voc.add_argument("--data", type=Path, required=True, help="VOCdevkit/VOC2012, with SegmentationClassAug/")
+    of_voc.add_argument("--train-on", choices=("trainaug", "train"), default="trainaug")
+    of_coco = kinds.add_parser("coco", parents=[shared], help="COCO 2014")
+    of_coco.add_argument("--data", type=Path, required=True, help="folder with train2014/ and val2014/")
+    of_coco.add_argument("--truth", help="folder with train2014/ and val2014/ of label maps; default: DATA/SegmentationClass")
+    of_coco.add_argument("--train-list", type=Path, required=True, help="the field's 82,081 names")
+    of_coco.add_argument("--val-list", type=Path, required=True, help="the field's 40,137 names")
+    drawn = kinds.add_parser("drawn", parents=[shared], help="drawn scenes and the small models: shows that it works")
+    drawn.add_argument("--images", type=int, default=90, help="scenes to label; half as many to score on")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

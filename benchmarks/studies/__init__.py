@@ -1,0 +1,1 @@
+"""The scripts behind the numbers in the documentation; not in the wheel."""

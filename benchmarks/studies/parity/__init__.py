@@ -1,0 +1,1 @@
+"""Full-size comparisons with the official implementations."""

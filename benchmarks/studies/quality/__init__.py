@@ -1,0 +1,1 @@
+"""Quality of labels and of trained segmenters."""

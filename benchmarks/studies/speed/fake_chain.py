@@ -1,0 +1,249 @@
+"""The chain with engines that compute nothing: what remains is the host's own work. For `host_path`.
+
+Every photograph gets three classes, three boxes and three masks, so that no stage is skipped. Sizes are those of the
+published models (``FULL``) or small ones with the same flow (``SMALL``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ....batch import Images, Labels, Photograph
+from ....classes import parse_classes
+from ....engines.engine import Engine
+from ....engines.fake import FakeEngine, Script
+from ....runtime.detect import Detector
+from ....runtime.device import Device
+from ....runtime.fuse import Fuser
+from ....runtime.images import Prepares
+from ....runtime.labeler import MINI, Labeler
+from ....runtime.segment import Outliner
+from ....runtime.tag import Tagger
+from ....spec import AxisRange, DType, GraphSpec, Model, Preprocess, TensorSpec, open_bundle
+
+PRESENT = 3
+"""Classes, boxes and masks of every photograph."""
+WIDTH = 8
+"""Of embeddings and features, which nobody looks at."""
+Feeds = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the host resizes to, and how much it reads back."""
+
+    view_px: int
+    sam_px: int
+    mask_px: int
+    short_px: int
+    longest_px: int
+    canvases: tuple[tuple[int, int], ...]
+    queries: int
+
+
+FULL = Sizes(
+    view_px=224,
+    sam_px=1024,
+    mask_px=256,
+    short_px=800,
+    longest_px=1333,
+    canvases=((1024, 1024), (800, 1344), (1344, 800)),
+    queries=900,
+)
+"""CLIP ViT-B/16, Grounding-DINO and SAM as published."""
+SMALL = Sizes(view_px=32, sam_px=64, mask_px=32, short_px=48, longest_px=80, canvases=((64, 64), (48, 80), (80, 48)), queries=30)
+
+
+def open_fake(
+    sizes: Sizes = FULL, *, encoder_seconds: float = 0.0, queued: bool = False, ends: list[float] | None = None
+) -> Labeler:
+    """A labeler of VOC's classes whose engines answer at once.
+
+    Args:
+        encoder_seconds: how long SAM's encoder takes for a call.
+        queued: its calls return at once, as TensorRT's do; otherwise they return when they are computed.
+        ends: gets the moment (``perf_counter``) at which each of its calls was computed.
+    """
+    classes, device = parse_classes("voc"), Device(queues=queued)
+    bundle = open_bundle(MINI)  # for its tokenizers and settings
+    view, sam_px, mask = sizes.view_px, sizes.sam_px, sizes.mask_px
+
+    def engine(
+        name: str,
+        inputs: Mapping[str, TensorSpec],
+        outputs: Mapping[str, TensorSpec],
+        script: Script,
+        axes: Mapping[str, AxisRange],
+        seconds: float = 0.0,
+        ends: list[float] | None = None,
+    ) -> Engine:
+        named = [tuple(dataclasses.replace(spec, name=key) for key, spec in each.items()) for each in (inputs, outputs)]
+        spec = GraphSpec(file=f"{name}.onnx", inputs=named[0], outputs=named[1], axes=axes, opset=18)
+        fake = FakeEngine(spec, script, seconds=seconds, queued=queued)
+        fake.ends = fake.ends if ends is None else ends
+        fake.calls = deque(maxlen=0)  # what it remembers of each call would count as the run's memory, 1 kB an image
+        return device.engine(fake, name)
+
+    def detector(canvas: tuple[int, int]) -> Engine:
+        return engine(
+            "detector",
+            {
+                "pixels": _t("uint8", "batch", *canvas, 3),
+                "size": _t("int64", "batch", 2),
+                "text": _t("float32", "batch", "tokens", WIDTH),
+                "phrase": _t("int64", "batch", "tokens"),
+                "position": _t("int64", "batch", "tokens"),
+            },
+            {"logits": _t("float32", "batch", sizes.queries, "tokens"), "boxes": _t("float32", "batch", sizes.queries, 4)},
+            lambda feeds: _found(feeds, sizes.queries),
+            {"batch": AxisRange(1, 8, 8), "tokens": AxisRange(4, 32, 256)},
+        )
+
+    clip = _model(bundle.model("clip"), {"views": [1, 2]}, resize="squash", longest_px=view, canvases=((view, view),))
+    context = int(clip.manifest.settings["context_length"])
+    tagger = Tagger(
+        clip,
+        engine(
+            "clip image",
+            {"pixels": _t("uint8", "batch", view, view, 3)},
+            {"embedding": _t("float32", "batch", WIDTH)},
+            lambda feeds: {"embedding": _ones(len(feeds["pixels"]), WIDTH)},
+            {"batch": AxisRange(1, 40, 40)},
+        ),
+        engine(
+            "clip text",
+            {"tokens": _t("int64", "batch", context)},
+            {"embedding": _t("float32", "batch", WIDTH)},
+            lambda feeds: {"embedding": _ones(len(feeds["tokens"]), WIDTH)},
+            {"batch": AxisRange(1, 64, 64)},
+        ),
+        classes,
+    )
+    dino = _model(
+        bundle.model("grounding-dino"), {}, short_px=sizes.short_px, longest_px=sizes.longest_px, canvases=sizes.canvases
+    )
+    text = engine(
+        "text",
+        {"tokens": _t("int64", "phrases", "length"), "mask": _t("bool", "phrases", "length")},
+        {"features": _t("float32", "phrases", "length", WIDTH)},
+        lambda feeds: {"features": _ones(*feeds["tokens"].shape, WIDTH)},
+        {"phrases": AxisRange(1, 16, 64), "length": AxisRange(1, 8, 64)},
+    )
+    sam = _model(bundle.model("sam"), {"logits_side": mask}, longest_px=sam_px, canvases=((sam_px, sam_px),))
+    encoder = engine(
+        "encoder",
+        {"pixels": _t("uint8", "batch", sam_px, sam_px, 3), "size": _t("int64", "batch", 2)},
+        {"embedding": _t("float32", "batch", WIDTH)},
+        lambda feeds: {"embedding": _ones(len(feeds["pixels"]), WIDTH)},
+        {"batch": AxisRange(1, 8, 8)},
+        encoder_seconds,
+        ends,
+    )
+    decoder = engine(
+        "decoder",
+        {
+            "embedding": _t("float32", "images", WIDTH),
+            "boxes": _t("float32", "boxes", 4),
+            "image": _t("int64", "boxes"),
+        },
+        {"logits": _t("float32", "boxes", mask, mask), "quality": _t("float32", "boxes")},
+        lambda feeds: {"logits": _ones(len(feeds["boxes"]), mask, mask), "quality": _ones(len(feeds["boxes"]))},
+        {"images": AxisRange(1, 8, 8), "boxes": AxisRange(1, 64, 64)},
+    )
+    fuse = engine(
+        "fuse",
+        {
+            "logits": _t("float32", "masks", mask, mask),
+            "pick": _t("int64", "picked"),
+            "score": _t("float32", "picked"),
+            "label": _t("int64", "picked"),
+            "rows": _t("float32", "height", mask),
+            "columns": _t("float32", "width", mask),
+            "margin": _t("float32", 1),
+        },
+        {"label_map": _t("uint8", "height", "width"), "area": _t("int64", "picked"), "won": _t("int64", "picked")},
+        _fused,
+        {name: AxisRange(1, 16, 16384) for name in ("masks", "picked", "height", "width")},
+    )
+    return Labeler(
+        classes,
+        tag=_FirstClasses(tagger),
+        detect=Detector(dino, text, detector, classes, threshold=0.3),
+        segment=Outliner(sam, encoder, decoder),
+        fuse=Fuser(sam, fuse),
+        settings={"engine": "fake"},
+        device=device,
+    )
+
+
+class _FirstClasses:
+    """CLIP's host side, and then the first ``PRESENT`` classes in every image."""
+
+    def __init__(self, tagger: Tagger) -> None:
+        self._tagger = tagger
+        self.room, self.prepare = tagger.room, tagger.prepare
+
+    def __call__(self, images: Images) -> Labels:
+        labels = self._tagger(images)
+        labels.present[:] = np.arange(labels.present.shape[1]) < PRESENT
+        return labels
+
+
+def bare_inputs(labeler: Labeler, photo: Photograph) -> list[np.ndarray]:
+    """The three models' inputs of a photograph, made without any of the chain's bookkeeping."""
+    stages: tuple[object, ...] = (labeler.tag.stage, labeler.detect.stage, labeler.segment.stage)
+    return [stage.prepare(photo, np.zeros(stage.room(photo), np.uint8)) for stage in stages if isinstance(stage, Prepares)]
+
+
+def _model(model: Model, settings: Mapping[str, object], **preprocess: object) -> Model:
+    manifest = model.manifest
+    changed: Preprocess = dataclasses.replace(manifest.preprocess, **preprocess)  # type: ignore[arg-type]
+    return Model(model.folder, dataclasses.replace(manifest, preprocess=changed, settings={**manifest.settings, **settings}))
+
+
+def _t(dtype: DType, *shape: int | str) -> TensorSpec:
+    return TensorSpec("", shape, dtype)
+
+
+@lru_cache(maxsize=64)
+def _ones(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+def _found(feeds: Feeds, queries: int) -> Feeds:
+    """Query q is sure of the q-th phrase; the boxes lie side by side."""
+    rows, tokens = feeds["phrase"].shape
+    logits = np.full((rows, queries, tokens), -9, np.float32)
+    boxes = np.zeros((rows, queries, 4), np.float32)
+    for query in range(PRESENT):
+        logits[:, query][feeds["phrase"] == query + 1] = 4
+        boxes[:, query] = [(query + 0.5) / PRESENT, 0.5, 0.8 / PRESENT, 0.7]
+    return {"logits": logits, "boxes": boxes}
+
+
+def _fused(feeds: Feeds) -> Feeds:
+    count = len(feeds["pick"])
+    return {
+        "label_map": _drawn(len(feeds["rows"]), len(feeds["columns"])),
+        "area": np.full(count, 1000),
+        "won": np.full(count, 900),
+    }
+
+
+@lru_cache(maxsize=16)
+def _drawn(height: int, width: int) -> np.ndarray:
+    """A label map as fusion gives them: three round objects, a void rim where they touch others."""
+    y, x = np.ogrid[:height, :width]
+    drawn = np.zeros((height, width), np.uint8)
+    for number in range(PRESENT):
+        across = (x - width * (number + 0.5) / PRESENT) / (0.45 * width / PRESENT)
+        distance = across**2 + ((y - height / 2) / (0.35 * height)) ** 2
+        drawn[distance < 1.05 + 0.05 * np.sin(x / 5)] = 255
+        drawn[distance < 1 + 0.05 * np.sin(x / 5)] = number + 1
+    return drawn

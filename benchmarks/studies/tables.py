@@ -1,0 +1,256 @@
+"""Tables of the README and the documentation, made from the result files.
+
+    python -m wsss.benchmarks.studies.tables [--check]
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; this rewrites what is in between, so that no figure is
+typed by hand. A test compares the pages with the result files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .harness import RESULTS
+
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+Row = Sequence[object]
+
+
+def result(name: str) -> Any:
+    """What a study wrote."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: Row, rows: Sequence[Row]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def quality() -> str:
+    """The chain of small models on drawn scenes."""
+    found = result("mini-quality")
+    loss, alone = found["share of the loss"], found["alone against a batch of 8"]
+    names = {"chain": "the whole chain", "true labels": "with true labels", "true boxes": "with true boxes"}
+    rows = [[names.get(key, key), f"{found[key]['miou']:.3f}"] for key in ("chain", "without the CLIP gate", *list(names)[1:])]
+    rows += [[f"lost by {stage}", f"{share:.3f}"] for stage, share in loss.items()]
+    rows.append(["label F1 of the chain", f"{found['chain']['f1']:.3f}"])
+    rows.append(["scenes whose label changes in a batch of eight", f"{alone['images_that_differ']} of {alone['images']}"])
+    return table([f"{found['scenes']} drawn scenes", "mIoU"], rows)
+
+
+def parity() -> str:
+    """FP32 graphs at full size against the official implementations."""
+    rows: list[Row] = []
+    for each in sorted(result("clip-official"), key=lambda each: -each["photographs"]):
+        how = f"{each['photographs']} photographs, {each['prompts']} prompts"
+        rows.append([f"CLIP {each['variant']}", "open_clip, one at a time", how, f"cosine 1 - {1 - _worst_cosine(each):.0e}"])
+    dino = result("grounding-dino-official")
+    far = dino["parity"]
+    difference = f"logits {far['logits']:.1e} (of up to {far['largest_logit']:.0f}), boxes {far['boxes']:.0e}"
+    rows.append(["Grounding-DINO Swin-T", "groundingdino-py, one at a time", f"{dino['photographs']} photographs", difference])
+    sam = result("sam-official")["summary"]
+    share = f"{sam['share_of_pixels_that_differ']:.0e} of the pixels, worst mask IoU {sam['worst_iou']:.5f}"
+    rows.append(["SAM ViT-B", "`SamPredictor`", f"{sam['photographs']} photographs, {sam['boxes']} boxes", share])
+    return table(["FP32 graphs", "compared with", "on", "largest difference"], rows)
+
+
+def _worst_cosine(row: Any) -> float:
+    return min(float(value) for key, value in _flat(row).items() if "cosine" in key)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, float]:
+    if isinstance(value, dict):
+        return {key: leaf for name_, each in value.items() for key, leaf in _flat(each, f"{name}.{name_}").items()}
+    return {name: value} if isinstance(value, (int, float)) else {}
+
+
+def half() -> str:
+    """FP16 against the same FP32 reference."""
+    half, mini, faults = result("half-precision"), result("mini-half"), result("precision-faults")["faults"]
+    clip, encoder, decoder = (half[f"{name} fp16"]["worst"] for name in ("clip/image", "sam/encoder", "sam/decoder"))
+    dino = half["grounding-dino/image-800x1344 fp16"]
+    most = max(fault["share_of_multiply_adds"] for fault in faults.values())
+    repaired = sum(all(isinstance(error, float) for error in fault["after"].values()) for fault in faults.values())
+    rows = [
+        ["chain of small models", f"mean mask IoU {mini['mask_iou_mean']:.4f}, mIoU {-mini['miou_loss']:+.5f}"],
+        ["CLIP ViT-B-16", f"embedding {clip['embedding']:.1e}"],
+        ["SAM ViT-B", f"embedding {encoder['embedding']:.1e}, mask logits {decoder['logits']:.1e}"],
+        [
+            "Grounding-DINO Swin-T",
+            f"scores {dino['worst']['logits']:.4f}, boxes of the 100 best queries {dino['worst']['boxes']:.1e} from IoU 1",
+        ],
+        ["work that stays in FP32", f"{dino['float32_share']:.1%} of Grounding-DINO's multiply-adds"],
+        ["planted precision faults", f"{repaired} of {len(faults)} repaired, at most {most:.2%} of the multiply-adds in FP32"],
+    ]
+    return table(["FP16, ONNX Runtime on the CPU", "largest relative difference"], rows)
+
+
+def engines() -> str:
+    """TensorRT-RTX builds."""
+    rows: list[Row] = []
+    for model, built in result("engine-builds").items():
+        seconds = ", ".join(f"{name.split('/')[1]} {engine['seconds']:.1f} s" for name, engine in built["engines"].items())
+        rows.append([model, seconds, f"{built['peak_memory_gb']:.1f} GB"])
+    return table([f"FP16, {built['cores']} CPU cores", "build time", "peak memory"], rows)
+
+
+def sampling() -> str:
+    """Grounding-DINO's forms of deformable attention."""
+    forms = result("sampling-forms")["forms"]
+    base = forms["grid-sample"]["p50_ms"]
+    rows = [
+        [f"`{name}`", f"{form['build_s']:.0f} s", *(f"{form['p50_ms'][size] / base[size]:.2f}" for size in base)]
+        for name, form in forms.items()
+    ]
+    return table(["`--sampling`", "TensorRT-RTX build", *(f"CPU time at batch {size}" for size in base)], rows)
+
+
+def stage_two() -> str:
+    """The trained segmenter."""
+    two, noisy, pairs, exported = (
+        result(name) for name in ("stage-two", "noisy-labels", "voc-pairs-training", "segmenter-export")
+    )
+    gains = noisy["cross-entropy, gain by confidence"]
+    weighted = (
+        f"mIoU {noisy['cross-entropy']['mean']:.3f}; weighted by confidence {noisy['cross-entropy, confidence']['mean']:.3f} "
+        f"(gains of {min(gains):.3f} to {max(gains):.3f} over {len(gains)} seeds)"
+    )
+    losses = f"loss {pairs['first_loss']:.1f} to {pairs['last_loss']:.1f}"
+    real = f"{losses}; mIoU {pairs['miou_on_training_images']:.3f} on these same images"
+    rows: list[Row] = [
+        [f"trained on the truth of {two['images']:,} drawn scenes", f"mIoU {two['trained on truth']['miou']:.3f}"],
+        ["trained on the chain's pseudo-labels of the same scenes", f"mIoU {two['trained on pseudo']['miou']:.3f}"],
+        ["the chain itself", f"mIoU {two['chain']['miou']:.3f}"],
+        [
+            f"cross-entropy, {noisy['corrupted_share']:.0%} of the objects corrupted",
+            weighted,
+        ],
+        [
+            f"{pairs['pairs']} real VOC photographs, {pairs['steps']} steps from random weights",
+            real,
+        ],
+    ]
+    for network in ("deeplabv3plus/resnet50", "segformer/b0"):
+        each = exported[network]
+        shares = (
+            f"FP32 {each['fp32']['worst_row']:.4%}, FP16 {each['fp16']['worst_row']:.2%} of the pixels equal in the worst row"
+        )
+        rows.append([f"{network} exported at 512 x 512", shares])
+    return table(["stage two", "measured"], rows)
+
+
+def host() -> str:
+    """What the host does around the engines."""
+    path, huge, photos, page, scores = (
+        result(name) for name in ("host-path", "huge-image", "real-photos", "report-page", "eval-speed")
+    )
+    cost = scores["cost, val"][0]
+    chain = sum(photos["seconds_per_image"].values())
+    each = (
+        f"{chain:.0f} s a photograph ({photos['images_timed']} timed of {photos['images']}; "
+        f"{photos['boxes'] / photos['labelled']:.0f} boxes each), peak {photos['peak_memory_gb']:.0f} GB"
+    )
+    rows = [
+        [
+            "host work a VOC photograph, one core",
+            f"{path['cpu']['cpu_ms']:.0f} ms ({path['cpu']['ratio']:.2f} x decode, resize, encode alone)",
+        ],
+        ["two cores against one", f"{path['images_per_second']['scaling']:.2f} x"],
+        ["an asynchronous engine of 20 ms a batch", f"run takes {path['engine_bound']['ratio']:.2f} x the engine's time"],
+        ["an engine that blocks its caller", f"run takes {path['engine_bound_blocking']['ratio']:.2f} x the engine's time"],
+        *([f"memory, {int(count):,} images", f"{mib:.0f} MiB"] for count, mib in path["memory_mib"].items()),
+        [
+            f"{huge['photograph']['width']:,} x {huge['photograph']['height']:,} pixels, {huge['boxes']} boxes",
+            f"peak {huge['peak_mib']:,} MiB",
+        ],
+        [
+            "full-size chain in ONNX Runtime, two cores, random weights",
+            each,
+        ],
+        [f"`wsss eval`, {cost['masks']:,} masks", f"{cost['wall_s']:.0f} s, {cost['memory_mib']} MiB"],
+        [f"`wsss report`, {page['images']:,} images", f"first paint {page['first_paint_ms']['median']:.0f} ms"],
+    ]
+    return table(["two CPU cores", "measured"], rows)
+
+
+def scale() -> str:
+    """What a run costs the process that drives it."""
+    found = result("run-scale")
+    listing = found["listing"]
+    rows: list[Row] = [
+        ["listing a local folder", f"{listing['listing_us']:.0f} us of CPU an image"],
+        ["a resumed run that finds everything done", f"{listing['resumed_run_us']:.0f} us of CPU an image"],
+        ["a line of the manifest", f"{listing['line_bytes']:,} bytes"],
+    ]
+    for each in found["ray"]:
+        name = f"driver on Ray, {each['images']:,} images, {each['workers']} labelers that compute nothing"
+        cost = f"{each['driver_us']:.0f} us of CPU an image, {each['driver_memory_mb']} MB"
+        rows.append([name, f"{cost}, {each['images_per_second']:.0f} images/s"])
+    return table(["the process that drives a run", "measured"], rows)
+
+
+def summary() -> str:
+    """The README's table."""
+    quality, sam, dino = result("mini-quality"), result("sam-official")["summary"], result("grounding-dino-official")
+    mini = result("mini-half")
+    clip = min(_worst_cosine(each) for each in result("clip-official"))
+    return table(
+        ["what", "measured"],
+        [
+            [
+                f"chain of the embedded models, {quality['scenes']} drawn scenes",
+                f"mIoU {quality['chain']['miou']:.3f}, label F1 {quality['chain']['f1']:.3f}",
+            ],
+            ["CLIP against open_clip", f"cosine 1 - {1 - clip:.0e}"],
+            [
+                "Grounding-DINO against groundingdino-py",
+                f"logits {dino['parity']['logits']:.1e}, boxes {dino['parity']['boxes']:.0e}",
+            ],
+            ["SAM against `SamPredictor`", f"worst mask IoU {sam['worst_iou']:.5f} over {sam['boxes']} boxes"],
+            ["FP16 chain against FP32", f"mean mask IoU {mini['mask_iou_mean']:.4f}"],
+        ],
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality": quality,
+    "parity": parity,
+    "half-precision": half,
+    "engine-builds": engines,
+    "sampling-forms": sampling,
+    "stage-two": stage_two,
+    "host": host,
+    "scale": scale,
+    "summary": summary,
+}
+
+
+def updated(text: str) -> str:
+    """A page with its tables made anew. Raises KeyError for a table that there is none of."""
+    return _BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[4]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.studies.tables", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a page is out of date")
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (new := updated(text)) != text:
+            stale.append(page.name)
+            if not parser.parse_args().check:
+                page.write_text(new, encoding="utf-8")
+    if stale and parser.parse_args().check:
+        raise SystemExit(f"out of date: {', '.join(stale)}; run python -m wsss.benchmarks.studies.tables")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""CLIP: checkpoints in, `image` and `text` graphs out."""

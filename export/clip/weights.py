@@ -1,0 +1,356 @@
+"""open_clip models from official weights: names, hub folders, single files, seeded values.
+
+What a state dict does not say (QuickGELU, mean and standard deviation) comes from open_clip's table of pretrained tags,
+or from the ``open_clip_config.json`` beside the file; shapes alone would load OpenAI's weights into the wrong activation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import math
+import re
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from torch import Tensor, nn
+
+from ...documents import parse_json, read_bytes
+from ...errors import UsageError, WeightsError
+from ...spec import sha256_of
+from .. import weights as checkpoints
+
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""Weights of an open_clip folder on the Hugging Face hub, preferred first (open_clip/constants.py)."""
+FOLDER_FILES = (*HUB_FILES, "model.safetensors", "pytorch_model.bin")
+CONFIG = "open_clip_config.json"
+MAX_CONFIG = 1 << 20
+"""Bytes; the published ones have some hundred."""
+LOGIT_SCALE = 100.0
+"""Where training of CLIP ends and is clipped (arXiv:2103.00020, section 2.5); given to seeded models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What goes with weights, beside their values."""
+
+    quick_gelu: bool
+    mean: tuple[float, float, float]
+    """RGB, on the 0-1 scale."""
+    std: tuple[float, float, float]
+    """RGB, on the 0-1 scale."""
+    interpolation: str
+    """Filter of the resize, ``bicubic`` or ``bilinear``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """An open_clip model with its weights, in evaluation mode."""
+
+    model: nn.Module
+    """``CLIP``, ``CustomTextCLIP`` or ``CoCa``."""
+    variant: str
+    """The architecture in open_clip's spelling, ``-quickgelu`` included where it was forced."""
+    recipe: Recipe
+    record: Mapping[str, str]
+    """For the manifest: source and sha256."""
+
+
+def load(variant: str, weights: str) -> Loaded:
+    """An open_clip model by name.
+
+    Args:
+        variant: a name of ``open_clip.list_models()``; ``ViT-B/16`` is understood as ``ViT-B-16``.
+        weights: a file or folder, a pretrained tag of this variant (``openai``, ``laion2b_s34b_b88k``), ``random:SEED``.
+
+    Raises:
+        UsageError: no such variant; lists the closest names.
+        WeightsError: no such weights, no network, a damaged file, or one of another architecture.
+    """
+    variant = known_variant(variant)
+    seed = checkpoints.random_seed(weights)
+    if seed is not None:
+        recipe = recipe_of(variant, {})
+        model = seeded(variant, seed)
+        return Loaded(model=model, variant=variant, recipe=recipe, record=checkpoints.weights_record(weights, None, model))
+    path, told, pinned = _find(variant, weights)
+    recipe = recipe_of(variant, told)
+    if recipe.quick_gelu and not open_clip.get_model_config(variant).get("quick_gelu", False):
+        variant = f"{variant}-quickgelu" if f"{variant}-quickgelu" in open_clip.list_models() else variant
+    model = build(variant, quick_gelu=recipe.quick_gelu)
+    load_checkpoint(model, path, variant=variant)
+    record = checkpoints.weights_record(weights, path, model) | ({"pinned": pinned} if pinned else {})
+    return Loaded(model=model, variant=variant, recipe=recipe, record=record)
+
+
+def known_variant(name: str) -> str:
+    """open_clip's spelling of a variant. Raises UsageError listing the closest names."""
+    variant = name.replace("/", "-").replace("@", "-")
+    names = open_clip.list_models()
+    if variant in names:
+        return variant
+    by_lower = {each.lower(): each for each in names}
+    if variant.lower() in by_lower:
+        return by_lower[variant.lower()]
+    close = [by_lower[each] for each in difflib.get_close_matches(variant.lower(), by_lower, n=4, cutoff=0.4)]
+    raise UsageError(
+        f"--variant: open_clip {open_clip.__version__} has no model {name!r}",
+        hint=f"close names: {', '.join(close or ['ViT-B-32', 'ViT-B-16', 'ViT-L-14', 'ViT-L-14-336'])}; or mini",
+    )
+
+
+def build(variant: str, *, quick_gelu: bool = False) -> nn.Module:
+    """open_clip's model, float32 on the CPU in evaluation mode, values as initialised.
+
+    Raises:
+        WeightsError: a tower is defined on the Hugging Face hub and cannot be reached.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip warns that weights are missing; they come later
+    try:
+        model = open_clip.create_model(variant, load_weights=False, pretrained_text=False, force_quick_gelu=quick_gelu)
+    except OSError as error:  # transformers cannot fetch the configuration of a text tower
+        raise WeightsError(
+            f"--variant {variant}: its text tower is described on the Hugging Face hub: {_first_line(error)}",
+            hint="run once with a network, or take a variant of open_clip's own, for example ViT-B-16",
+        ) from None
+    finally:
+        logging.disable(disabled)
+    module: nn.Module = model.eval()
+    return module
+
+
+def seeded(variant: str, seed: int) -> nn.Module:
+    """A model whose weights follow from a seed and have the spread of trained ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build(variant)
+    spread(model, seed)
+    return model
+
+
+@torch.no_grad()
+def spread(model: nn.Module, seed: int) -> None:
+    """`weights.spread`, with the logit scale of a trained CLIP."""
+    checkpoints.spread(model, seed)
+    if getattr(model, "logit_bias", None) is None:  # SigLIP's initial scale and bias belong together
+        scale = model.logit_scale
+        assert isinstance(scale, Tensor)
+        scale.fill_(math.log(LOGIT_SCALE))
+
+
+def recipe_of(variant: str, told: Mapping[str, Any]) -> Recipe:
+    """What goes with weights of a variant.
+
+    Args:
+        told: the tag's entry in open_clip's table, or the ``open_clip_config.json`` flattened; may be empty. What it
+            leaves open is taken from the variant's tags where these agree (SigLIP's mean), else it is OpenAI's.
+    """
+    tags = [get_pretrained_cfg(variant, tag) for tag in list_pretrained_tags_by_model(variant)]
+
+    def value(name: str, otherwise: Any) -> Any:
+        agreed = {tag[name] for tag in tags if name in tag}
+        return told.get(name, agreed.pop() if len(agreed) == 1 else otherwise)
+
+    config = open_clip.get_model_config(variant)
+    return Recipe(
+        quick_gelu=bool(told.get("quick_gelu", config.get("quick_gelu", False))),
+        mean=tuple(value("mean", open_clip.OPENAI_DATASET_MEAN)),
+        std=tuple(value("std", open_clip.OPENAI_DATASET_STD)),
+        interpolation="bilinear" if value("interpolation", "bicubic") == "bilinear" else "bicubic",
+    )
+
+
+def load_checkpoint(model: nn.Module, path: Path, *, variant: str) -> None:
+    """Loads an open_clip state dict from a file into ``model``, every key or none.
+
+    Raises:
+        WeightsError: damaged, a TorchScript archive, of another format or architecture.
+    """
+    way_out = _way_out(variant)
+    if _is_torchscript(path):
+        raise WeightsError(
+            f"{path}: a TorchScript archive (OpenAI's original release); reading it would run the code inside",
+            hint=f"take the same weights as safetensors: {way_out}",
+        )
+    state = checkpoints.read_checkpoint(path)
+    if any(name.startswith("vision_model.") for name in state):
+        raise WeightsError(f"{path}: the format of transformers' CLIPModel, expected open_clip's", hint=way_out)
+    if all(name.startswith("module.") for name in state):  # saved from a DistributedDataParallel
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    own = model.state_dict()
+    state = convert_state_dict(model, state)
+    if "positional_embedding" in state and "positional_embedding" not in own:
+        state = convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):  # () in some releases, (1,) in others
+        if name in state and name in own and state[name].numel() == 1:
+            state[name] = state[name].reshape(own[name].shape)
+    for name in ("text.transformer.embeddings.position_ids", "input_resolution", "context_length", "vocab_size"):
+        if name not in own:
+            state.pop(name, None)
+    checkpoints.load_exactly(model, state, path=path, what=f"CLIP {variant}")
+
+
+def _find(variant: str, weights: str) -> tuple[Path, Mapping[str, Any], str]:
+    """The weights file, what its tag or its config says of it, and how far a download is pinned (empty for a file)."""
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        path = _file_in(path)
+    if path.exists():
+        return path, _config_beside(path, variant), ""
+    tag = get_pretrained_cfg(variant, weights)
+    if not tag:
+        tags = ", ".join(list_pretrained_tags_by_model(variant)) or "none for this variant"
+        raise WeightsError(
+            f"--weights {weights}: no such file, and open_clip knows no weights of that name for {variant}",
+            hint=f"give a path, random:SEED, or one of: {tags}",
+        )
+    path, pinned = _download(tag, variant)
+    return path, tag, pinned
+
+
+def _file_in(folder: Path) -> Path:
+    for name in FOLDER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise WeightsError(f"{folder}: expected one of {', '.join(FOLDER_FILES)}, found {there}")
+
+
+def _config_beside(path: Path, variant: str) -> Mapping[str, Any]:
+    """The recipe in ``open_clip_config.json`` beside a weights file, {} without one.
+
+    Raises:
+        WeightsError: it describes another architecture. Heads, for one, do not show in the shapes of weights.
+    """
+    config = path.parent / CONFIG
+    if not config.is_file():
+        return {}
+    hint = f"take the {CONFIG} that came with the weights, or remove it"
+    data = read_bytes(config, hint=hint, error=WeightsError, max_bytes=MAX_CONFIG)
+    found = parse_json(data, str(config), hint=hint, error=WeightsError)
+    model, recipe = (found.get(key) for key in ("model_cfg", "preprocess_cfg")) if isinstance(found, dict) else (None, None)
+    recipe = {} if recipe is None else recipe
+    towers = [model.get(part, {}) for part in ("vision_cfg", "text_cfg")] if isinstance(model, dict) else []
+    if not isinstance(model, dict) or not isinstance(recipe, dict) or not all(isinstance(tower, dict) for tower in towers):
+        raise WeightsError(f"{config}: expected open_clip's model_cfg and preprocess_cfg", hint=hint)
+    own = open_clip.get_model_config(variant)
+    clashes = [
+        f"{section}{name} {its!r:.80} instead of {mine[name]!r}"
+        for section, its_part, mine in (
+            ("", model, own),
+            ("vision_cfg.", model.get("vision_cfg", {}), own["vision_cfg"]),
+            ("text_cfg.", model.get("text_cfg", {}), own["text_cfg"]),
+        )
+        for name, its in its_part.items()
+        if name in mine and isinstance(its, int | list) and not isinstance(its, bool) and its != mine[name]
+    ]
+    if clashes:
+        raise WeightsError(f"{config}: not a {variant}: {'; '.join(clashes[:3])}", hint="check --variant")
+    for name, least in (("mean", 0.0), ("std", 1e-3)):
+        if name in recipe:
+            value = recipe[name]
+            numbers = isinstance(value, list) and [type(each) in (int, float) and least <= each <= 1 for each in value]
+            if numbers != [True] * 3:
+                raise WeightsError(f"{config}: {name}: expected three numbers in {least:g}..1, got {value!r}"[:300], hint=hint)
+            recipe[name] = tuple(value)
+    for part, name, allowed in (
+        (recipe, "interpolation", ("bicubic", "bilinear", "random")),  # random: either, in open_clip's training
+        (model, "quick_gelu", (True, False)),
+    ):
+        if name in part and part[name] not in allowed:
+            raise WeightsError(f"{config}: {name}: expected one of {allowed}, got {part[name]!r}"[:300], hint=hint)
+    return {**recipe, "quick_gelu": model.get("quick_gelu", False)}
+
+
+def _download(tag: Mapping[str, Any], variant: str) -> tuple[Path, str]:
+    """The file of a pretrained tag, from the Hugging Face hub or the address in open_clip's table; and how far it is pinned."""
+    repository, _, file = str(tag.get("hf_hub", "")).rpartition("/")
+    if not repository:
+        url = str(tag["url"])
+        # open_clip's releases carry 8 digits in their names, OpenAI's addresses all of them as a folder.
+        named = Path(url).stem.rpartition("-")[2] if "mlfoundations" in url else url.rsplit("/", 2)[-2]
+        what = checkpoints.Download(url, named if re.fullmatch("[0-9a-f]{8}|[0-9a-f]{64}", named) else "")
+        return checkpoints.download(what, model="clip"), what.pinned
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    names = _hub_files(file)
+    for name in names:
+        if isinstance(cached := try_to_load_from_cache(repository, name), str):
+            return _hub_file(Path(cached), repository)
+    failure: Exception | None = None
+    try:
+        _reach(constants.ENDPOINT)
+        for name in names:
+            try:
+                return _hub_file(Path(hf_hub_download(repository, name, library_name="wsss")), repository)
+            except EntryNotFoundError as error:  # this repository has only the older file
+                failure = error
+    except (OSError, ValueError) as error:
+        failure = error
+    raise WeightsError(
+        f"{names[0]} of {repository}: cannot be downloaded from the Hugging Face hub: {_first_line(failure)}",
+        hint=_way_out(variant, repository, names[0]),
+    )
+
+
+def _hub_file(path: Path, repository: str) -> tuple[Path, str]:
+    """A file of the hub's cache, which keeps large ones under their sha256; and that nothing but a branch names its contents."""
+    expected = path.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", expected) and (got := sha256_of(path)) != expected:
+        raise WeightsError(
+            f"{path}: its sha256 is {got[:12]}..., the Hugging Face hub says {expected[:12]}...: changed or truncated",
+            hint=f"delete {path.resolve()} and run again",
+        )
+    return path, f"no: revision {path.parent.name} of {repository}"
+
+
+def _reach(address: str) -> None:
+    """Raises OSError at once where there is no network; the hub's own client retries for a minute."""
+    with contextlib.suppress(urllib.error.HTTPError):  # a refusal is an answer
+        urllib.request.urlopen(address, timeout=10).close()
+
+
+def _hub_files(file: str) -> tuple[str, ...]:
+    if not file:
+        return HUB_FILES
+    return (f"{Path(file).stem}.safetensors", file) if file.endswith((".bin", ".pth")) else (file,)
+
+
+def _way_out(variant: str, repository: str = "", file: str = HUB_FILES[0]) -> str:
+    """How to bring weights of a variant by hand: a folder, so that the config beside them says what shapes do not."""
+    if not repository:
+        tags: Iterable[str] = list_pretrained_tags_by_model(variant)
+        hubs = [str(get_pretrained_cfg(variant, tag).get("hf_hub", "")) for tag in sorted(tags, key=lambda tag: tag != "openai")]
+        repository = next((hub.rpartition("/")[0] for hub in hubs if hub), "timm/vit_base_patch16_clip_224.openai")
+    return (
+        f"put {file} and {CONFIG} from https://huggingface.co/{repository}/tree/main into a folder and run: "
+        f"wsss export --model clip --variant {variant} --weights FOLDER"
+    )
+
+
+def _is_torchscript(path: Path) -> bool:
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # said when it is read
+        return False
+
+
+def _first_line(error: Exception | None) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""Grounding-DINO: checkpoints in, `text` and `image-HxW` graphs out."""

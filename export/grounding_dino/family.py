@@ -1,0 +1,413 @@
+"""Grounding-DINO: a text graph, and an image graph for each canvas.
+
+The official classes are transformers'. Settings of the manifest (read by the runtime):
+
+- ``cls``, ``sep``, ``dot``, ``pad``: token ids. A caption is [CLS], each phrase's pieces and a dot, [SEP].
+- ``max_tokens``: most tokens of a caption, with [CLS] and [SEP]; the reference cuts there silently.
+- ``score_rule``: how the scores of a class come from those of its tokens. ``mean``, without the dot, is the official
+  COCO evaluation (demo/test_ap_on_coco.py: a span-normalised map); ``predict()`` of the demo takes a maximum.
+- ``box_threshold``: least score, under that rule. 0.3 is upstream's number for the maximum (README.md).
+- ``queries``: boxes that each photo gives, before any threshold or suppression.
+- ``sampling``: how deformable attention reads between cells, for the record (`grounding_dino_layers.sampler`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
+
+from ...errors import ParityError, UsageError
+from ...spec import AxisRange, Preprocess, TensorSpec
+from .. import mini
+from ..family import Family, Feeds, Graph, InHalf, Options, Prepared, Sampling, Tolerance
+from ..verify import photograph
+from .graphs import MEAN, STD, ImageGraph, TextGraph
+from .layers import OFFICIAL_MARGIN, TRANSFORMERS_MARGIN, inverse_sigmoid
+from .weights import OFFICIAL, bert_tokenizer, load
+
+CLS, SEP, DOT, PAD = 101, 102, 1012, 0
+"""Ids of bert-base-uncased; transformers splits captions by these numbers (SPECIAL_TOKENS in its model)."""
+ANY_WORD = 104
+"""An id that ends no phrase; the gate's captions are rebuilt with it."""
+MAX_TOKENS = 256
+"""max_text_len of the official configurations (groundingdino/config)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """How photographs reach a variant, how many at once, and how its weights were trained to refine boxes."""
+
+    canvases: tuple[tuple[int, int], ...]
+    short_px: int
+    longest_px: int
+    batch: AxisRange
+    box_threshold: float
+    """Least score of a box, a mean over the tokens of its phrase."""
+    margin: float
+    """Of ``inverse_sigmoid``."""
+    source: str
+
+
+FULL = Frame(
+    canvases=((1024, 1024), (800, 1344), (1344, 800)),
+    short_px=800,
+    longest_px=1333,
+    batch=AxisRange(1, 4, 8),
+    box_threshold=0.3,
+    margin=OFFICIAL_MARGIN,
+    source="GroundingDINO, groundingdino/util/inference.py, load_image",
+)
+MINI = Frame(
+    canvases=((192, 192), (144, 256), (256, 144)),
+    short_px=144,
+    longest_px=256,
+    batch=AxisRange(1, 8, 16),
+    box_threshold=0.5,  # best F1 on held-out scenes
+    margin=TRANSFORMERS_MARGIN,
+    source="mini/train_detector.py: the official rule on smaller sides",
+)
+
+BEST_QUERIES = 100
+
+
+def score_difference(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
+    """Largest difference of the scores, the sigmoids of the logits (twice: it has no unit)."""
+    mine, its = (1 / (1 + np.exp(-each[name].astype(np.float64))) for each in (got, want))
+    worst = float(np.abs(mine - its).max(initial=0.0))
+    return worst, worst
+
+
+def best_boxes_apart(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
+    """1 - IoU, at worst, of the boxes (B, Q, 4) of the queries with the best scores; largest difference of a coordinate."""
+    best = np.argsort(-want["logits"].max(axis=2), axis=1, kind="stable")[:, :BEST_QUERIES, None]
+    mine, its = (np.take_along_axis(each[name].astype(np.float64), best, 1) for each in (got, want))
+    low = np.maximum(mine[..., :2] - mine[..., 2:] / 2, its[..., :2] - its[..., 2:] / 2)
+    high = np.minimum(mine[..., :2] + mine[..., 2:] / 2, its[..., :2] + its[..., 2:] / 2)
+    common = (high - low).clip(min=0).prod(-1)
+    overlap = common / (mine[..., 2:].prod(-1) + its[..., 2:].prod(-1) - common).clip(min=1e-12)
+    return float(1 - overlap.min()), float(np.abs(mine - its).max())
+
+
+TEXT_TOLERANCE = Tolerance(
+    relative=2e-5, absolute=None, why="float32 rounding of 12 BERT layers; measured 1.3e-6 with seeded weights"
+)
+LOGITS_TOLERANCE = Tolerance(
+    relative=1e-4, absolute=1e-3, why="float32 rounding through the chain; measured 4e-6 and 1e-4 at full size"
+)
+BOXES_TOLERANCE = Tolerance(relative=1e-4, absolute=1e-3, why="float32 rounding through the chain; measured 4e-7 at full size")
+HALF_TEXT_TOLERANCE = Tolerance(relative=5e-3, why="rounding to 11 bits through 12 BERT layers")
+HALF_LOGITS_TOLERANCE = Tolerance(relative=0.01, measure=score_difference, why="scores move by a hundredth at most")
+HALF_BOXES_TOLERANCE = Tolerance(relative=0.02, measure=best_boxes_apart, why="boxes of the 100 best queries: IoU >= 0.98")
+TIE, HALF_TIE = 1e-4, 2e-2
+"""Scores of two cells count as tied when they differ by less than this share of the largest score: rounding moves them
+by 1e-6 of it (in half, by 1e-3), and ranks swap only between scores that close."""
+
+
+def prepare(variant: str, weights: str, options: Options) -> Prepared:
+    """The model and its graphs.
+
+    Args:
+        variant: ``swin_t``, ``swin_b`` or ``mini``.
+        weights: an official ``.pth``, an ``IDEA-Research/grounding-dino-*`` folder, a known name, ``random:SEED``;
+            ``mini`` for the shipped mini weights.
+        options: canvases, batch range, and how deformable attention samples.
+
+    Raises:
+        UsageError: no such variant. WeightsError: the weights or the vocabulary cannot be had, or do not fit.
+    """
+    if variant not in FAMILY.variants:
+        raise UsageError(f"--variant: expected one of {', '.join(FAMILY.variants)}, got {variant!r}")
+    small = variant == "mini"
+    build = mini.build_grounding_dino_mini if small else partial(build_official, variant)
+    model, record, path = load(build, variant, weights)
+    tokenizer = mini.grounding_dino_mini_tokenizer() if small else bert_tokenizer(path)
+    return assemble(model, variant, MINI if small else FULL, options, tokenizer=tokenizer, record=record)
+
+
+def assemble(
+    model: GroundingDinoForObjectDetection,
+    variant: str,
+    frame: Frame,
+    options: Options,
+    *,
+    tokenizer: object,
+    record: dict[str, str],
+) -> Prepared:
+    """What ``prepare`` returns, for any model of the official class."""
+    canvases = tuple(sorted(options.sizes or frame.canvases, key=lambda canvas: canvas[0] * canvas[1]))
+    batch = options.batch or frame.batch
+    graphs: list[Callable[[], Graph]] = [partial(text_graph, model)]
+    sampling = options.sampling or "grid-sample"
+    graphs += [partial(image_graph, model, canvas, batch, frame.margin, sampling) for canvas in canvases]
+    return Prepared(
+        variant=variant,
+        graphs=graphs,
+        preprocess=Preprocess(
+            resize="short-longest",
+            short_px=min(frame.short_px, *(min(canvas) for canvas in canvases)),
+            longest_px=min(frame.longest_px, max(max(canvas) for canvas in canvases)),
+            filter="bilinear",
+            canvases=canvases,
+            mean=MEAN,
+            std=STD,
+            source=frame.source,
+        ),
+        settings={
+            "cls": CLS,
+            "sep": SEP,
+            "dot": DOT,
+            "pad": PAD,
+            "max_tokens": min(MAX_TOKENS, model.config.max_text_len),
+            "score_rule": "mean",
+            "box_threshold": frame.box_threshold,
+            "queries": model.config.num_queries,
+            "sampling": sampling,
+        },
+        tokenizer=tokenizer,  # type: ignore[arg-type]
+        weights=record,
+    )
+
+
+def build_official(variant: str) -> GroundingDinoForObjectDetection:
+    """Swin-T or Swin-B in the official configuration, randomly initialised."""
+    backbone = transformers.SwinConfig(**OFFICIAL[variant], drop_path_rate=0.0, out_indices=[2, 3, 4])
+    return GroundingDinoForObjectDetection(GroundingDinoConfig(backbone_config=backbone, text_config=transformers.BertConfig()))
+
+
+# ---- the text graph ----
+
+
+def text_graph(model: GroundingDinoForObjectDetection) -> Graph:
+    """The graph of phrases; its rows are judged inside a longer official caption."""
+    return Graph(
+        name="text",
+        module=TextGraph(model),
+        inputs=(TensorSpec("tokens", ("phrases", "length"), "int64"), TensorSpec("mask", ("phrases", "length"), "bool")),
+        outputs=(TensorSpec("features", ("phrases", "length", model.config.d_model), "float32"),),
+        axes={"phrases": AxisRange(1, 16, 64), "length": AxisRange(1, 8, MAX_TOKENS)},
+        row_axis="phrases",
+        sample=partial(_sample_phrases, model.config.text_config.vocab_size),
+        reference=partial(_official_phrase, model),
+        tolerance={"features": TEXT_TOLERANCE},
+        half=InHalf(io=frozenset({"features"}), tolerance={"features": HALF_TEXT_TOLERANCE}),
+    )
+
+
+def _sample_phrases(vocabulary: int, rows: int, seed: int) -> Feeds:
+    rng = np.random.default_rng(seed)
+    phrases = [_random_phrase(rng, vocabulary, most=5) for _ in range(rows)]
+    for row, special in ((1, CLS), (2, SEP)):
+        if row < rows:
+            phrases[row] = [special]
+    tokens, mask = np.full((rows, 6), PAD, np.int64), np.zeros((rows, 6), np.bool_)
+    for row, phrase in enumerate(phrases):
+        tokens[row, : len(phrase)], mask[row, : len(phrase)] = phrase, True
+    return {"tokens": tokens, "mask": mask}
+
+
+def _random_phrase(rng: np.random.Generator, vocabulary: int, *, most: int) -> list[int]:
+    words = [identifier for identifier in range(ANY_WORD, vocabulary) if identifier not in (DOT, 1029)]
+    return [*rng.choice(words, size=rng.integers(1, most + 1)).tolist(), DOT]
+
+
+@torch.no_grad()
+def _official_phrase(model: GroundingDinoForObjectDetection, feeds: Feeds, found: Feeds) -> Feeds:
+    """Features of one phrase as the official model computes them in the middle of a caption of three."""
+    phrase = feeds["tokens"][0][feeds["mask"][0]].tolist()
+    before, after = [ANY_WORD, ANY_WORD + 1, DOT], [ANY_WORD + 2, DOT]
+    if phrase in ([CLS], [SEP]):
+        caption = [CLS, *before, *after, SEP]
+        at = 0 if phrase == [CLS] else len(caption) - 1
+    else:
+        caption = [CLS, *before, *phrase, *after, SEP]
+        at = 1 + len(before)
+    features = np.zeros_like(found["features"])
+    features[0, : len(phrase)] = official_text_features(model, torch.tensor([caption]))[0, at : at + len(phrase)].numpy()
+    return {"features": features}
+
+
+def official_text_features(model: GroundingDinoForObjectDetection, tokens: Tensor) -> Tensor:
+    """(B, T, D) features of whole captions (B, T) int64, by transformers' own mask and BERT."""
+    from transformers.models.grounding_dino import modeling_grounding_dino as official
+
+    mask, position = official.generate_masks_with_special_tokens_and_transfer_map(tokens, model.model.special_tokens)
+    hidden = model.model.text_backbone(tokens, mask[:, None], torch.zeros_like(tokens), position).last_hidden_state
+    features: Tensor = model.model.text_projection(hidden)
+    return features
+
+
+# ---- the image graphs ----
+
+
+def image_graph(
+    model: GroundingDinoForObjectDetection,
+    canvas: tuple[int, int],
+    batch: AxisRange,
+    margin: float = OFFICIAL_MARGIN,
+    sampling: Sampling = "grid-sample",
+) -> Graph:
+    """The graph of one canvas."""
+    height, width = canvas
+    queries, channels = model.config.num_queries, model.config.d_model
+    return Graph(
+        name=f"image-{height}x{width}",
+        module=ImageGraph(model, canvas, margin, sampling),
+        inputs=(
+            TensorSpec("pixels", ("batch", height, width, 3), "uint8"),
+            TensorSpec("size", ("batch", 2), "int64"),
+            TensorSpec("text", ("batch", "tokens", channels), "float32"),
+            TensorSpec("phrase", ("batch", "tokens"), "int64"),
+            TensorSpec("position", ("batch", "tokens"), "int64"),
+        ),
+        outputs=(
+            TensorSpec("logits", ("batch", queries, "tokens"), "float32"),
+            TensorSpec("boxes", ("batch", queries, 4), "float32"),
+            TensorSpec("query", ("batch", queries), "int64"),
+        ),
+        axes={"batch": batch, "tokens": AxisRange(4, 32, MAX_TOKENS)},
+        row_axis="batch",
+        sample=partial(_sample_photos, model, canvas),
+        reference=partial(official_detections, model, margin),
+        tolerance={"logits": LOGITS_TOLERANCE, "boxes": BOXES_TOLERANCE},
+        ties="query",
+        half=InHalf(
+            io=frozenset({"text"}),
+            tolerance={"logits": HALF_LOGITS_TOLERANCE, "boxes": HALF_BOXES_TOLERANCE},
+            reference=lambda room: partial(official_detections, model, margin, tie=room * HALF_TIE),
+        ),
+    )
+
+
+def _sample_photos(model: GroundingDinoForObjectDetection, canvas: tuple[int, int], rows: int, seed: int) -> Feeds:
+    """Photos of different sizes with different captions; noise outside the photo, which must not matter."""
+    rng = np.random.default_rng(seed)
+    captions = [
+        [[CLS], *(_random_phrase(rng, model.config.text_config.vocab_size, most=3) for _ in range(2 + row % 3)), [SEP]]
+        for row in range(rows)
+    ]
+    pixels = rng.integers(0, 256, (rows, *canvas, 3), dtype=np.uint8)
+    size = np.zeros((rows, 2), np.int64)
+    for row in range(rows):
+        # Row 1 fills the canvas, the others leave a margin below or at the right.
+        share = np.ones(2) if row == 1 else np.where(np.arange(2) == row // 2 % 2, 1.0, rng.uniform(0.6, 0.98))
+        height, width = size[row] = np.floor(np.array(canvas) * share).astype(np.int64)
+        pixels[row, :height, :width] = photograph(rng, int(height), int(width))
+    return {"pixels": pixels, "size": size, **caption_feeds(captions, partial(_features, TextGraph(model).eval()))}
+
+
+def caption_feeds(captions: list[list[list[int]]], features: Callable[[list[int]], np.ndarray]) -> Feeds:
+    """``text``, ``phrase`` and ``position`` of captions given as lists of sub-sentences ([CLS] and [SEP] among them).
+
+    Args:
+        features: (length, D) float32 of one sub-sentence's tokens.
+    """
+    length = max(sum(map(len, caption)) for caption in captions)
+    phrase = np.full((len(captions), length), -1, np.int64)
+    position = np.zeros_like(phrase)
+    text: np.ndarray | None = None
+    for row, caption in enumerate(captions):
+        start = 0
+        for number, tokens in enumerate(caption):
+            stop = start + len(tokens)
+            values = features(tokens)
+            text = np.zeros((*phrase.shape, values.shape[1]), np.float32) if text is None else text
+            text[row, start:stop], phrase[row, start:stop] = values, number
+            position[row, start:stop] = np.arange(len(tokens))
+            start = stop
+    assert text is not None
+    return {"text": text, "phrase": phrase, "position": position}
+
+
+@torch.no_grad()
+def _features(graph: TextGraph, tokens: list[int]) -> np.ndarray:
+    features: np.ndarray = graph(torch.tensor([tokens]), torch.ones(1, len(tokens), dtype=torch.bool))[0].numpy()
+    return features
+
+
+@torch.no_grad()
+def official_detections(
+    model: GroundingDinoForObjectDetection, margin: float, feeds: Feeds, found: Feeds, *, tie: float = TIE
+) -> Feeds:
+    """What the official forward pass gives for one photo, starting its queries where the graph did.
+
+    The caption is rebuilt with any words, for its structure alone, and the fed features replace BERT's.
+
+    Args:
+        margin: of ``inverse_sigmoid``, in place of transformers'.
+        tie: share of the largest score by which tied scores may differ.
+
+    Raises:
+        ParityError: the graph's queries are not the official top of the scores, near ties aside.
+    """
+    pixels, mask = official_pixels(feeds)
+    tokens = caption_tokens(feeds["phrase"])
+    text = torch.from_numpy(feeds["text"])
+    scores: list[Tensor] = []
+
+    def force_queries(_module: nn.Module, _inputs: object, logits: Tensor) -> Tensor | None:
+        if scores:  # the second call scores the chosen queries, for training
+            return None
+        scores.append(logits.amax(-1))
+        query = torch.from_numpy(found["query"])
+        check_near_tie(scores[0][0], query[0], tie)
+        ranks = torch.arange(query.shape[1], 0, -1, dtype=logits.dtype)[None]
+        return torch.full_like(logits, -1.0).scatter(1, query[..., None], ranks[..., None])
+
+    hooks = [
+        model.model.text_projection.register_forward_hook(lambda *_: text),
+        model.model.encoder_output_class_embed.register_forward_hook(force_queries),
+    ]
+    try:
+        with mock.patch("torch.special.logit", lambda values, eps: inverse_sigmoid(values, margin)):
+            out = model(pixel_values=pixels, pixel_mask=mask, input_ids=tokens, attention_mask=(tokens != PAD).long())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    logits = out.logits[..., : tokens.shape[1]]
+    return {"logits": logits.numpy(), "boxes": out.pred_boxes.numpy(), "query": found["query"]}
+
+
+def official_pixels(feeds: Feeds) -> tuple[Tensor, Tensor]:
+    """(1, 3, H, W) float32 normalised then zero-padded, and (1, H, W) int64 mask: what the official processor makes."""
+    height, width = feeds["size"][0]
+    photo = torch.from_numpy(feeds["pixels"][:1, :height, :width]).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    _, whole_height, whole_width, _ = feeds["pixels"].shape
+    pixels, mask = torch.zeros(1, 3, whole_height, whole_width), torch.zeros(1, whole_height, whole_width, dtype=torch.int64)
+    pixels[:, :, :height, :width], mask[:, :height, :width] = (photo / 255 - mean) / std, 1
+    return pixels, mask
+
+
+def caption_tokens(phrase: np.ndarray) -> Tensor:
+    """(1, T) int64 a caption with the sub-sentences that ``phrase`` (1, T) numbers: any words, each phrase with its dot."""
+    numbers = phrase[0].tolist()
+    tokens = [ANY_WORD if mine == after else DOT for mine, after in zip(numbers, [*numbers[1:], -1], strict=True)]
+    last = sum(number >= 0 for number in numbers) - 1
+    tokens[0], tokens[last], tokens[last + 1 :] = CLS, SEP, [PAD] * (len(numbers) - last - 1)
+    return torch.tensor([tokens])
+
+
+def check_near_tie(scores: Tensor, query: Tensor, tie: float = TIE) -> None:
+    """Raises ParityError unless ``query`` (Q,) are the cells of the Q highest ``scores`` (N,), near ties aside."""
+    best = scores.topk(len(query)).values
+    gap = float((scores[query] - best).abs().max())
+    allowed = tie * float(best.abs().max())
+    if len(query.unique()) != len(query) or not gap <= allowed:
+        raise ParityError(f"output 'query': scores of the chosen cells lie {gap:.3g} from the best, near ties are {allowed:.3g}")
+
+
+FAMILY = Family(
+    name="grounding-dino",
+    variants=("swin_t", "swin_b", "mini"),
+    default="swin_t",
+    prepare=prepare,
+    official=lambda variant: {"swin_t": "swint_ogc", "swin_b": "swinb_cogcoor"}.get(variant, variant),
+)

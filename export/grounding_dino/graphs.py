@@ -1,0 +1,256 @@
+"""The two modules that Grounding-DINO is traced from: its own layers under a forward pass of ours.
+
+The layers and weights are transformers'; only the order of calls is written again, because the official forward pass
+cannot be traced with a free batch (level shapes as tensors, data-dependent checks), subtracts a maximum taken over the
+whole batch, and runs BERT on whole captions. The gate compares with the official forward pass itself.
+
+What stays FP32 in half precision was found by rounding every tensor of one part at a time (Swin-T, ``random:0``, a photograph
+on 288 x 480; the largest error of a score as it falls): 0.036 with only coordinates, box heads, choice and scores in FP32;
+0.032 with all that is done to the tokens; 0.016 with the sums and norms of all layers; 0.016 with the projections of the feature
+maps; 0.012 with the last projection of deformable attention. Of what that projection reads 64 to 84 % is common to all cells,
+so that rounding its weights moves all cells alike and no later mean removes it. Of the rest Swin alone, in half, accounts for
+0.006; keeping the decoder, the other projections of deformable attention or the fusion attention in FP32 too changed little.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
+from transformers.models.grounding_dino import modeling_grounding_dino as official
+
+from ..family import Sampling
+from ..precision.lowering import Fp32
+from ..rewrites import Normalise
+from .layers import (
+    OFFICIAL_MARGIN,
+    Levels,
+    additive_mask,
+    box_positions,
+    call,
+    deformable_attention,
+    fusion_attention,
+    inverse_sigmoid,
+    multihead_attention,
+    sampler,
+    sine_positions,
+    swin_features,
+)
+
+MEAN = (123.675, 116.28, 103.53)
+"""ImageNet RGB mean, 0-255 scale: (0.485, 0.456, 0.406) * 255 (GroundingDINO, groundingdino/util/inference.py)."""
+STD = (58.395, 57.12, 57.375)
+"""ImageNet RGB deviation, 0-255 scale: (0.229, 0.224, 0.225) * 255 (same file)."""
+BEYOND = 1e4
+"""Stands for the infinite logits of proposals outside the photo; its sigmoid is 1 too, and it fits float16."""
+
+
+class TextGraph(nn.Module):
+    """Text features of sub-sentences: BERT, then the projection to the detector's width."""
+
+    def __init__(self, model: GroundingDinoForObjectDetection) -> None:
+        super().__init__()
+        self.bert = model.model.text_backbone
+        self.projection = model.model.text_projection
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Features of P sub-sentences, independent of each other.
+
+        Args:
+            tokens: (P, L) int64, the word pieces of one sub-sentence and its closing dot; or one [CLS] or [SEP] alone.
+            mask: (P, L) bool, True on tokens, False on padding.
+
+        Returns:
+            (P, L, D) float32, zeros on padding.
+        """
+        hidden = self.bert.embeddings(input_ids=tokens, token_type_ids=torch.zeros_like(tokens), position_ids=places(tokens))
+        hidden = self.bert.encoder(hidden, attention_mask=additive_mask(mask)[:, None, None, :]).last_hidden_state
+        return self.projection(hidden) * mask[..., None]
+
+
+def places(tokens: Tensor) -> Tensor:
+    """(P, L) int64: 0, 1, 2, ... along each row of ``tokens``."""
+    return torch.arange(tokens.shape[1], device=tokens.device)[None].expand(tokens.shape[0], -1)
+
+
+class ImageGraph(nn.Module):
+    """Detections of photos on one canvas: Swin, fusion encoder, two-stage queries, decoder.
+
+    Args:
+        model: official model; its layers are used, not copied.
+        canvas: (height, width) of the pixels.
+        margin: of ``inverse_sigmoid``, as the weights were trained with.
+        sampling: how deformable attention reads between cells, see `grounding_dino_layers.sampler`.
+    """
+
+    def __init__(
+        self,
+        model: GroundingDinoForObjectDetection,
+        canvas: tuple[int, int],
+        margin: float = OFFICIAL_MARGIN,
+        sampling: Sampling = "grid-sample",
+    ) -> None:
+        super().__init__()
+        self.margin = margin
+        self.core = model.model
+        self.box_heads = model.bbox_embed
+        self.queries = model.config.num_queries
+        self.shapes = level_shapes(model.config, canvas)
+        self.level = Fp32(call, why="projection of the feature maps, whose group norms sum over whole maps")
+        self.of_text = Fp32(call, why="the few tokens that all cells and queries read")
+        self.stream = Fp32(call, why="sums and norms of what runs through all layers")
+        self.project = Fp32(call, why="deformable attention reads much the same everywhere: rounded weights err alike everywhere")
+        self.normalise = Fp32(Normalise(MEAN, STD), why="half would lose part of a pixel's step")
+        self.geometry = Fp32(self._geometry, why="coordinates and the sines of their multiples")
+        self.choose = Fp32(self._choose, why="top-k of near-equal scores, and logits of coordinates")
+        self.refine = Fp32(self._refine, why="box heads: the logit of a coordinate cancels near both ends")
+        self.place = Fp32(self._place, why="coordinates and the sines of their multiples")
+        self.sample = sampler(sampling)
+        self.score = Fp32(self._score, why="what is compared with a threshold leaves in float32")
+        table = torch.arange(model.config.max_text_len, dtype=torch.float32)[None, :, None]
+        width = model.config.d_model
+        self.register_buffer("places", official.encode_sinusoidal_position_embedding(table, width)[0], persistent=False)
+        # Which pixel row and column the mask of each level reads: those of interpolate(mode="nearest"), so that the
+        # masks are the reference's to the cell.
+        for level, shape in enumerate(self.shapes):
+            for name, pixels, cells in (("row", canvas[0], shape[0]), ("column", canvas[1], shape[1])):
+                index = torch.arange(pixels, dtype=torch.float32)[None, None]
+                self.register_buffer(f"{name}{level}", functional.interpolate(index, size=cells)[0].long(), persistent=False)
+
+    def forward(
+        self, pixels: Tensor, size: Tensor, text: Tensor, phrase: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores every query against every token.
+
+        Args:
+            pixels: (B, H, W, 3) uint8 RGB, the photo top left; what lies outside is ignored.
+            size: (B, 2) int64, height and width of the photo on the canvas, px.
+            text: (B, T, D) float32, features of [CLS], the phrases with their dots, [SEP]; padded at the end.
+            phrase: (B, T) int64, number of the sub-sentence of each token ([CLS] and [SEP] have their own), -1 = padding.
+            position: (B, T) int64, place of each token in its sub-sentence, 0 for [CLS] and [SEP].
+
+        Returns:
+            logits: (B, Q, T) float32 before the sigmoid, -inf on padding.
+            boxes: (B, Q, 4) float32, centre x, centre y, width, height in 0..1 of the photo, not of the canvas.
+            query: (B, Q) int64, the encoder cell each query starts from, best first.
+        """
+        levels, places = self.geometry(size)
+        is_token = phrase >= 0
+        # ---- encode ----
+        vision, vision_position = self._pyramid(pixels, size), places
+        text_position = self.places[position]
+        same_phrase = additive_mask(phrase[:, :, None] == phrase[:, None, :])[:, None]  # (B, 1, T, T)
+        for layer in self.core.encoder.layers:
+            vision, text = fusion_attention(layer.fusion_layer, vision, text, levels.valid, is_token, self.of_text, self.stream)
+            text = self.of_text(_enhance_text, layer.text_enhancer_layer, text, text_position, same_phrase)
+            vision = self._refine_vision(layer.deformable_layer, vision, vision_position, levels)
+        # ---- choose queries ----
+        query, boxes = self.choose(vision, text, is_token, levels)
+        # ---- decode ----
+        hidden = self.core.query_position_embeddings.weight[None].expand(boxes.shape[0], -1, -1)
+        token_mask = additive_mask(is_token)[:, None, None, :]  # (B, 1, 1, T)
+        for layer, head in zip(self.core.decoder.layers, self.core.decoder.bbox_embed, strict=True):
+            before = boxes
+            hidden = self._decode(layer, hidden, boxes, vision, text, token_mask, levels)
+            boxes = self.refine(head, hidden, boxes)
+        # The last boxes come from the normed hidden state and the box that entered the last layer, as the reference's do.
+        hidden = self.stream(self.core.decoder.layer_norm, hidden)
+        return self.score(hidden, text, is_token), self.refine(self.box_heads[-1], hidden, before), query
+
+    def _geometry(self, size: Tensor) -> tuple[Levels, Tensor]:
+        """The cells that each photo covers, and (B, N, D) what their positions add to their features."""
+        rows, columns = [], []
+        for level in range(len(self.shapes)):
+            rows.append(self.get_buffer(f"row{level}") < size[:, 0:1])  # (B, h)
+            columns.append(self.get_buffer(f"column{level}") < size[:, 1:2])  # (B, w)
+        levels = Levels.from_valid(self.shapes, rows, columns)
+        sine = self.core.backbone.position_embedding
+        places = [
+            sine_positions(rows, columns, sine.embedding_dim, sine.temperature) + self.core.level_embed[level]
+            for level, (rows, columns) in enumerate(levels.steps())
+        ]
+        return levels, torch.cat(places, 1)
+
+    def _pyramid(self, pixels: Tensor, size: Tensor) -> Tensor:
+        """(B, N, D) features of all levels' cells."""
+        height, width = pixels.shape[1:3]
+        inside = (torch.arange(height, device=pixels.device)[None, :, None] < size[:, 0, None, None]) & (
+            torch.arange(width, device=pixels.device)[None, None, :] < size[:, 1, None, None]
+        )
+        values = torch.where(inside[..., None], self.normalise(pixels), 0.0).permute(0, 3, 1, 2)
+        maps = swin_features(self.core.backbone.conv_encoder.model, values)
+        features = [self.level(project, each) for project, each in zip(self.core.input_proj_vision, maps, strict=False)]
+        for project in self.core.input_proj_vision[len(maps) :]:
+            features.append(self.level(project, maps[-1] if len(features) == len(maps) else features[-1]))
+        assert [tuple(each.shape[2:]) for each in features] == self.shapes
+        return torch.cat([each.flatten(2).transpose(1, 2) for each in features], 1)
+
+    def _choose(self, vision: Tensor, text: Tensor, is_token: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+        """(B, Q) the best cells, and (B, Q, 4) their proposed boxes."""
+        sides = torch.cat([vision.new_full((h * w, 2), 0.05 * 2.0**level) for level, (h, w) in enumerate(self.shapes)])
+        proposals = torch.cat([levels.centres, sides[None].expand_as(levels.centres)], -1)  # (B, N, 4)
+        usable = ((proposals > 0.01) & (proposals < 0.99)).all(-1) & levels.valid
+        # Finite also for cells outside the photo; a usable proposal lies between 0.01 and 0.99 and is not clamped.
+        proposals = inverse_sigmoid(proposals).masked_fill(~usable[..., None], BEYOND)
+        cells = self.core.enc_output_norm(self.core.enc_output(vision * usable[..., None]))
+        scores = (cells @ text.transpose(1, 2)).masked_fill(~is_token[:, None, :], float("-inf")).amax(-1)  # (B, N)
+        query = scores.topk(self.queries, dim=1).indices
+        chosen = query[..., None]
+        cells = cells.gather(1, chosen.expand(-1, -1, cells.shape[-1]))
+        boxes = self.core.encoder_output_bbox_embed(cells) + proposals.gather(1, chosen.expand(-1, -1, 4))
+        return query, boxes.sigmoid()
+
+    def _refine(self, head: nn.Module, hidden: Tensor, boxes: Tensor) -> Tensor:
+        """(B, Q, 4) boxes moved by what a head reads from the hidden state."""
+        return (head(hidden) + inverse_sigmoid(boxes, self.margin)).sigmoid()
+
+    def _place(self, boxes: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+        """(B, Q, L, 4) boxes in 0..1 of the canvas, and (B, Q, 2 D) the sines of their coordinates on the first level."""
+        reference = boxes[:, :, None] * torch.cat([levels.ratios, levels.ratios], -1)[:, None]
+        return reference, box_positions(reference[:, :, 0], self.core.config.d_model // 2)
+
+    def _score(self, hidden: Tensor, text: Tensor, is_token: Tensor) -> Tensor:
+        return (hidden @ text.transpose(1, 2)).masked_fill(~is_token[:, None, :], float("-inf"))
+
+    def _refine_vision(self, layer: nn.Module, vision: Tensor, position: Tensor, levels: Levels) -> Tensor:
+        seen = deformable_attention(
+            layer.self_attn, vision + position, vision, levels.reference, levels, self.sample, self.project
+        )
+        vision = self.stream(_add_norm, layer.self_attn_layer_norm, vision, seen)
+        return self.stream(_add_norm, layer.final_layer_norm, vision, layer.fc2(layer.activation_fn(layer.fc1(vision))))
+
+    def _decode(
+        self, layer: nn.Module, hidden: Tensor, boxes: Tensor, vision: Tensor, text: Tensor, token_mask: Tensor, levels: Levels
+    ) -> Tensor:
+        reference, waves = self.place(boxes, levels)
+        place = self.core.decoder.reference_points_head(waves)
+        placed = hidden + place
+        seen = multihead_attention(layer.self_attn, placed, placed, hidden)
+        hidden = self.stream(_add_norm, layer.self_attn_layer_norm, hidden, seen)
+        seen = multihead_attention(layer.encoder_attn_text, hidden + place, text, text, token_mask)
+        hidden = self.stream(_add_norm, layer.encoder_attn_text_layer_norm, hidden, seen)
+        seen = deformable_attention(layer.encoder_attn, hidden + place, vision, reference, levels, self.sample, self.project)
+        hidden = self.stream(_add_norm, layer.encoder_attn_layer_norm, hidden, seen)
+        return self.stream(_add_norm, layer.final_layer_norm, hidden, layer.fc2(layer.activation_fn(layer.fc1(hidden))))
+
+
+def _add_norm(norm: nn.Module, stream: Tensor, seen: Tensor) -> Tensor:
+    normed: Tensor = norm(stream + seen)
+    return normed
+
+
+def _enhance_text(layer: nn.Module, text: Tensor, position: Tensor, mask: Tensor) -> Tensor:
+    placed = text + position
+    text = layer.layer_norm_before(text + multihead_attention(layer.self_attn, placed, placed, text, mask))
+    return layer.layer_norm_after(text + layer.fc2(layer.activation(layer.fc1(text))))
+
+
+def level_shapes(config: GroundingDinoConfig, canvas: tuple[int, int]) -> list[tuple[int, int]]:
+    """(height, width) in cells of each feature level: Swin's patches, halved (rounded up) from stage to stage."""
+    backbone = config.backbone_config
+    shapes = [(-(-canvas[0] // backbone.patch_size), -(-canvas[1] // backbone.patch_size))]
+    first, levels = min(backbone.out_indices) - 1, config.num_feature_levels
+    while len(shapes) < first + levels:
+        shapes.append(((shapes[-1][0] + 1) // 2, (shapes[-1][1] + 1) // 2))
+    return shapes[first:]

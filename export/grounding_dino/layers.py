@@ -1,0 +1,378 @@
+"""Layers of Grounding-DINO in a form that exports; each says which op or habit forced it.
+
+They take the official layer and use its weights; the parity gate compares them with the official layer at work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..deformable_plugin import plugin_sampled
+from ..family import Sampling
+from ..precision.lowering import Fp32
+
+MASKED = -1e4
+"""Added to what attention must not see. ``exp`` of it is exactly 0 beside any score within 9,000 of it, in float32 and
+float16 alike; the type's minimum, which transformers adds, becomes -inf in float16 once a negative score joins it."""
+
+
+def additive_mask(seen: Tensor) -> Tensor:
+    """(...) float32: 0 where ``seen`` (bool), ``MASKED`` elsewhere."""
+    return (~seen).float() * MASKED
+
+
+OFFICIAL_MARGIN, TRANSFORMERS_MARGIN = 1e-3, 1e-5
+"""Between which values and the ends 0 and 1 the two implementations take the logits of boxes."""
+
+
+def inverse_sigmoid(values: Tensor, margin: float = OFFICIAL_MARGIN) -> Tensor:
+    """Logits of values in 0..1, finite at both ends: ``inverse_sigmoid`` of GroundingDINO's ``util/misc.py``.
+
+    transformers took ``torch.special.logit(eps=1e-5)`` instead. For a box as wide or high as the photo (a side beyond
+    0.999) its boxes and scores are then not those that the official weights were trained to give.
+    """
+    return torch.log(values.clamp(min=margin) / (1 - values).clamp(min=margin))
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The cells of all feature levels, one after the other: N = sum of h * w over L levels, for B photos.
+
+    The reference carries shapes as tensors and derives positions by cumulative sums over masks. A photo lies top left,
+    so its mask is a rectangle and everything follows from two counts a level; shapes are Python ints, so that reshapes
+    and splits are static.
+    """
+
+    shapes: Sequence[tuple[int, int]]
+    """(height, width) in cells of each level."""
+    counts: Tensor
+    """(B, L, 2) float32, columns and rows of cells that the photo covers."""
+    valid: Tensor
+    """(B, N) bool, cells that the photo covers."""
+    centres: Tensor
+    """(B, N, 2) float32, x and y of each cell's centre in 0..1 of the photo (beyond 1 outside it)."""
+    ratios: Tensor
+    """(B, L, 2) float32, share of the canvas that the photo covers, across and down."""
+    reference: Tensor
+    """(B, N, L, 2) float32, x and y of each cell's centre in 0..1 of each level's canvas."""
+
+    @staticmethod
+    def from_valid(shapes: Sequence[tuple[int, int]], rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Levels:
+        """From the rows (B, h) and columns (B, w) of cells that the photo covers, bool, a level each."""
+        counts = torch.stack([torch.stack([c.sum(1), r.sum(1)], -1) for r, c in zip(rows, columns, strict=True)], 1).float()
+        valid = torch.cat([(r[:, :, None] & c[:, None, :]).flatten(1) for r, c in zip(rows, columns, strict=True)], 1)
+        cells = counts.new_tensor([[width, height] for height, width in shapes])  # (L, 2)
+        centres = []
+        for level, (height, width) in enumerate(shapes):
+            x = (torch.arange(width, device=valid.device) + 0.5) / counts[:, level, 0:1]  # (B, w)
+            y = (torch.arange(height, device=valid.device) + 0.5) / counts[:, level, 1:2]  # (B, h)
+            centres.append(torch.cat(_of_cells(x[..., None], y[..., None]), -1))
+        points, ratios = torch.cat(centres, 1), counts / cells
+        return Levels(shapes, counts, valid, points, ratios, points[:, :, None] * ratios[:, None])
+
+    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """A level's rows (B, h) and columns (B, w) numbered from 1 and divided by how many the photo covers."""
+        for level, (height, width) in enumerate(self.shapes):
+            # The reference's guard against empty masks; without it the last position would differ by 1e-8.
+            across, down = self.counts[:, level, 0:1] + 1e-6, self.counts[:, level, 1:2] + 1e-6
+            rows = torch.arange(1, height + 1, device=down.device)
+            columns = torch.arange(1, width + 1, device=across.device)
+            yield rows / down, columns / across
+
+
+def _of_cells(columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, h * w, C) twice: each cell's vector of its column, from (B, w, C), and of its row, from (B, h, C)."""
+    width, height = columns.shape[1], rows.shape[1]
+    across = columns[:, None].expand(-1, height, -1, -1).flatten(1, 2)
+    return across, rows[:, :, None].expand(-1, -1, width, -1).flatten(1, 2)
+
+
+def sine_positions(rows: Tensor, columns: Tensor, width: int, temperature: float) -> Tensor:
+    """Sine positions of a level's cells: (B, h * w, 2 * width) float32, the row's part first.
+
+    As ``GroundingDinoSinePositionEmbedding``, whose cumulative sums over the mask TensorRT runs slowly: here from
+    ``Levels.steps``, with the sines of h + w positions instead of h * w.
+
+    Args:
+        rows, columns: (B, h) and (B, w) float32, positions in 0..1.
+        width: values per coordinate.
+        temperature: of the frequencies (20 in Grounding-DINO's configurations).
+    """
+    across, down = _of_cells(_waves(columns, width, temperature), _waves(rows, width, temperature))
+    return torch.cat([down, across], -1)
+
+
+def box_positions(boxes: Tensor, width: int) -> Tensor:
+    """Sine positions of boxes (B, Q, 4) in 0..1: (B, Q, 4 * width) float32, in the order y, x, width, height.
+
+    As ``encode_sinusoidal_position_embedding`` (temperature 10,000), in a quarter of the nodes.
+    """
+    return _waves(boxes[..., [1, 0, 2, 3]], width, 10_000.0).flatten(2)
+
+
+def _waves(position: Tensor, width: int, temperature: float) -> Tensor:
+    """(..., width): sines and cosines by turns of (...) positions."""
+    channel = torch.arange(width, device=position.device)
+    period = temperature ** (2 * torch.div(channel, 2, rounding_mode="floor").float() / width)
+    angle = position[..., None] * (2 * math.pi) / period
+    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), -1).flatten(-2)
+
+
+Island = Callable[..., Tensor]
+"""(function, its arguments) to its result, as `call` does: what it is given stays FP32 in a half-precision graph."""
+
+
+def call(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """``function(*arguments)``; inside an `Fp32`, the island of functions that a forward pass calls in many places."""
+    return function(*arguments)
+
+
+def multihead_attention(layer: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The official ``GroundingDinoMultiheadAttention`` without the tuple around its result.
+
+    Args:
+        queries, keys, values: (B, Q, D), (B, K, D), (B, K, D).
+        mask: additive, broadcast to (B, heads, Q, K).
+    """
+    attended: Tensor = layer(queries=queries, keys=keys, values=values, attention_mask=mask)[0]
+    return attended
+
+
+def fusion_attention(
+    layer: nn.Module, vision: Tensor, text: Tensor, cells: Tensor, tokens: Tensor, of_text: Island, stream: Island
+) -> tuple[Tensor, Tensor]:
+    """The official fusion layer: image cells look at tokens and tokens at cells, both added to their own.
+
+    Forced by ``attn_weights.max()`` over the whole batch, which makes a row's rounding depend on its neighbours, and by
+    ``masked_fill_`` in place; a softmax subtracts its row's maximum anyway.
+
+    Args:
+        layer: a ``GroundingDinoFusionLayer``.
+        vision: (B, N, D); text: (B, T, D).
+        cells: (B, N) bool, cells of the photo; tokens: (B, T) bool, tokens that are no padding.
+        of_text, stream: call what is done to the tokens, and the norms and sums.
+
+    Returns:
+        vision and text of the same shapes.
+    """
+    attention = layer.attn
+    vision, text = stream(layer.layer_norm_vision, vision), of_text(layer.layer_norm_text, text)
+
+    def heads(values: Tensor) -> Tensor:
+        return values.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)  # (B, heads, *, d)
+
+    scores = heads(attention.vision_proj(vision) * attention.scale) @ heads(of_text(attention.text_proj, text)).transpose(2, 3)
+    to_text = (scores + additive_mask(tokens)[:, None, None, :]).softmax(-1)  # (B, heads, N, T)
+    to_vision = (scores.transpose(2, 3) + additive_mask(cells)[:, None, None, :]).softmax(-1)  # (B, heads, T, N)
+    seen_text = (to_text @ heads(of_text(attention.values_text_proj, text))).transpose(1, 2).flatten(2)
+    seen_vision = (to_vision @ heads(attention.values_vision_proj(vision))).transpose(1, 2).flatten(2)
+    return (
+        stream(_added, vision, layer.vision_param, attention.out_vision_proj(seen_text)),
+        of_text(_added, text, layer.text_param, of_text(attention.out_text_proj, seen_vision)),
+    )
+
+
+def _added(stream: Tensor, gain: Tensor, seen: Tensor) -> Tensor:
+    return stream + gain * seen
+
+
+def deformable_attention(
+    layer: nn.Module, queries: Tensor, vision: Tensor, reference: Tensor, levels: Levels, sample: Sampler, project: Island
+) -> Tensor:
+    """Multi-scale deformable attention (arXiv 2010.04159, equation 3).
+
+    Forced by level shapes given as tensors and a data-dependent check of them.
+
+    Args:
+        layer: a ``GroundingDinoMultiscaleDeformableAttention``.
+        queries: (B, Q, D), positions added.
+        vision: (B, N, D) the cells' features.
+        reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes (centre, sides), in 0..1 of the canvas.
+        sample: reads between the cells, from `sampler`.
+        project: calls the layer's last projection.
+
+    Returns:
+        (B, Q, D).
+    """
+    heads, points, count = layer.n_heads, layer.n_points, len(levels.shapes)
+    values = torch.where(levels.valid[..., None], layer.value_proj(vision), 0.0)
+    offsets = layer.sampling_offsets(queries).unflatten(-1, (heads, count, points, 2))  # (B, Q, heads, L, P, 2)
+    weights = layer.attention_weights(queries).unflatten(-1, (heads, count * points)).softmax(-1)
+    weights = weights.unflatten(-1, (count, points))
+    return project(layer.output_proj, sample(values, offsets, reference, weights, levels.shapes))
+
+
+Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[tuple[int, int]]], Tensor]
+"""(values (B, N, heads * d), offsets (B, Q, heads, L, P, 2) in cells, reference (B, Q, L, 2 or 4), weights
+(B, Q, heads, L, P), level shapes) to the weighted bilinear samples (B, Q, heads * d); 0 outside a level."""
+
+
+def sampler(sampling: Sampling) -> Sampler:
+    """How deformable attention reads between cells.
+
+    ``grid-sample`` is one GridSample a level. It stays FP32 as a whole: TensorRT takes pixels and places of one type only
+    ("`input` and `grid` must be of same type"), and places in half lie up to 0.04 cells off.
+    ``gather`` is one gather of four corners and one product for all levels, values in half, places in FP32. It moves four
+    times the memory, and is there for runtimes whose GridSample is wrong (TensorRT#4813).
+    ``plugin`` is one node for all levels, which the full TensorRT gives to its own kernel (`deformable_plugin`). FP32, for
+    the reason of GridSample.
+    """
+    if sampling == "gather":
+        return GatherSampler()
+    one_type = "coordinates need more than 11 bits, and {} has one type for all"
+    if sampling == "plugin":
+        return Fp32(_sampled_by_plugin, why=one_type.format("the plugin"))
+    return Fp32(_grid_sampled, why=one_type.format("GridSample"))
+
+
+def _places(offsets: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """(B, Q, heads, L, P, 2) where to read, x and y in 0..1 of each level."""
+    if reference.shape[-1] == 2:
+        cells = offsets.new_tensor([[width, height] for height, width in shapes])
+        return reference[:, :, None, :, None] + offsets / cells[:, None]
+    points = offsets.shape[-2]
+    return reference[:, :, None, :, None, :2] + offsets / points * reference[:, :, None, :, None, 2:] * 0.5
+
+
+def _grid_sampled(
+    values: Tensor, offsets: Tensor, reference: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]
+) -> Tensor:
+    places = _places(offsets, reference, shapes)
+    parts = values.split([height * width for height, width in shapes], 1)
+    # One level's samples in memory at a time, not all of them stacked.
+    attended = values.new_zeros(())
+    for level, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+        attended = attended + _sampled(part, shape, places[:, :, :, level], weights[:, :, :, level])
+    return attended
+
+
+def _sampled(values: Tensor, shape: tuple[int, int], places: Tensor, weights: Tensor) -> Tensor:
+    """Weighted bilinear samples of one level: (B, Q, heads * d) from values (B, h * w, heads * d), places
+    (B, Q, heads, P, 2) in 0..1 and weights (B, Q, heads, P)."""
+    batch, queries, heads, points = weights.shape
+    width = values.shape[2] // heads
+    # Shapes are spelled out: dividing a merged axis again makes tracing prove each time that it divides.
+    image = values.reshape(batch, -1, heads, width).permute(0, 2, 3, 1).reshape(batch * heads, width, *shape)
+    grid = (2 * places - 1).transpose(1, 2).reshape(batch * heads, queries, points, 2)
+    samples = functional.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    summed = (samples * weights.transpose(1, 2).reshape(batch * heads, 1, queries, points)).sum(-1)  # (B heads, d, Q)
+    return summed.reshape(batch, heads * width, queries).transpose(1, 2)
+
+
+def _sampled_by_plugin(
+    values: Tensor, offsets: Tensor, reference: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]
+) -> Tensor:
+    if not torch.compiler.is_exporting():  # the node computes nothing in torch
+        return _grid_sampled(values, offsets, reference, weights, shapes)
+    by_head = values.unflatten(2, (weights.shape[2], -1))
+    return plugin_sampled(by_head, _places(offsets, reference, shapes), weights, shapes).flatten(2)
+
+
+class GatherSampler(nn.Module):
+    """Bilinear samples without GridSample, see `sampler`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.corners = Fp32(_corners, why="coordinates need more than 11 bits")
+
+    def forward(
+        self, values: Tensor, offsets: Tensor, reference: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        batch, queries, heads, _, _ = weights.shape
+        width = values.shape[2] // heads
+        index, share = self.corners(offsets, reference, weights, shapes)  # (B, heads, Q, K) each, K = 4 L P
+        by_head = values.reshape(batch, -1, heads, width).transpose(1, 2)  # (B, heads, N, d)
+        flat = index.reshape(batch, heads, -1, 1).expand(-1, -1, -1, width)
+        read = by_head.gather(2, flat).reshape(batch, heads, queries, -1, width)  # (B, heads, Q, K, d)
+        summed = (share[:, :, :, None] @ read).reshape(batch, heads, queries, width)
+        return summed.transpose(1, 2).reshape(batch, queries, heads * width)
+
+
+def _corners(offsets: Tensor, reference: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """The four cells around each place: their numbers among all cells, and their share of the attended value, 0 outside."""
+    sides = offsets.new_tensor([[width, height] for height, width in shapes])  # (L, 2)
+    ends = [height * width for height, width in shapes]
+    starts = torch.tensor([sum(ends[:level]) for level in range(len(ends))], device=offsets.device)  # (L,)
+    at = _places(offsets, reference, shapes) * sides[:, None] - 0.5  # (B, Q, heads, L, P, 2), in cells
+    low = at.floor()
+    rest = at - low
+    index, share = [], []
+    for right in (0, 1):
+        for below in (0, 1):
+            corner = low + low.new_tensor([right, below])
+            inside = ((corner >= 0) & (corner < sides[:, None])).all(-1)
+            x, y = torch.minimum(corner.clamp(min=0), sides[:, None] - 1).long().unbind(-1)
+            across = rest[..., 0] if right else 1 - rest[..., 0]
+            down = rest[..., 1] if below else 1 - rest[..., 1]
+            index.append(starts[:, None] + y * sides[:, :1].long() + x)
+            share.append(torch.where(inside, across * down * weights, 0.0))
+    both = [torch.stack(each, -1).transpose(1, 2).flatten(3) for each in (index, share)]
+    return both[0], both[1]
+
+
+# ---- Swin ----
+
+
+def swin_features(backbone: nn.Module, pixels: Tensor) -> list[Tensor]:
+    """The feature maps of transformers' ``SwinBackbone``: a list of (B, C, h, w), finest first.
+
+    Forced by its merging of batch and windows, which tracing with a free batch must divide again in every layer, and by
+    masks repeated for every row of the batch: here windows are an axis of their own.
+
+    Args:
+        pixels: (B, 3, H, W) float32, normalised.
+    """
+    swin = backbone.swin
+    pad = swin.embeddings.patch_embeddings.maybe_pad(pixels, pixels.shape[2], pixels.shape[3])
+    cells = swin.embeddings.norm(swin.embeddings.patch_embeddings.projection(pad).permute(0, 2, 3, 1))  # (B, h, w, C)
+    maps = []
+    for number, stage in enumerate(swin.encoder.layers, start=1):
+        for block in stage.blocks:
+            cells = _swin_block(block, cells)
+        if f"stage{number}" in backbone.out_features:
+            maps.append(backbone.hidden_states_norms[f"stage{number}"](cells).permute(0, 3, 1, 2))
+        if stage.downsample is not None:
+            merge = stage.downsample
+            even = merge.maybe_pad(cells, cells.shape[1], cells.shape[2])
+            quarters = [even[:, row::2, column::2] for column in range(2) for row in range(2)]
+            cells = merge.reduction(merge.norm(torch.cat(quarters, -1)))
+    return maps
+
+
+def _swin_block(block: nn.Module, cells: Tensor) -> Tensor:
+    """One ``SwinLayer`` on (B, h, w, C), whose windows never shrink (``always_partition``)."""
+    batch, height, width, channels = cells.shape
+    side, shift = block.window_size, block.shift_size
+    padded, _ = block.maybe_pad(block.layernorm_before(cells), height, width)
+    whole_height, whole_width = padded.shape[1:3]
+    if shift:
+        padded = padded.roll((-shift, -shift), (1, 2))
+    rows, columns = whole_height // side, whole_width // side
+    windows = padded.reshape(batch, rows, side, columns, side, channels).transpose(2, 3)
+    windows = windows.reshape(batch, rows * columns, side * side, channels)
+    mask = block.get_attn_mask(whole_height, whole_width, cells.dtype, cells.device)  # (windows, side^2, side^2) or None
+    windows = _swin_attention(block.attention, windows, mask).reshape(batch, rows, columns, side, side, channels)
+    merged = windows.transpose(2, 3).reshape(batch, whole_height, whole_width, channels)
+    if shift:
+        merged = merged.roll((shift, shift), (1, 2))
+    cells = cells + merged[:, :height, :width]
+    return cells + block.mlp(block.layernorm_after(cells))
+
+
+def _swin_attention(attention: nn.Module, windows: Tensor, mask: Tensor | None) -> Tensor:
+    """``SwinAttention`` on (B, windows, side^2, C)."""
+
+    def heads(values: Tensor) -> Tensor:  # (B, windows, heads, side^2, d)
+        return values.unflatten(-1, (attention.num_attention_heads, attention.head_dim)).transpose(2, 3)
+
+    queries, keys = heads(attention.q_proj(windows) * attention.scaling), heads(attention.k_proj(windows))
+    scores = queries @ keys.transpose(3, 4) + attention.relative_position_bias()[None]
+    if mask is not None:
+        scores = scores + mask[None, :, None]
+    return attention.o_proj((scores.softmax(-1) @ heads(attention.v_proj(windows))).transpose(2, 3).flatten(3))

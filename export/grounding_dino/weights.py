@@ -1,0 +1,301 @@
+"""Weights and vocabulary of Grounding-DINO: official checkpoints under the names of transformers' classes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from torch import Tensor
+from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
+
+from ...documents import parse_json, read_bytes
+from ...errors import WeightsError
+from ..weights import (
+    Download,
+    cache_folder,
+    download,
+    find_weights,
+    load_exactly,
+    random_seed,
+    read_checkpoint,
+    spread,
+    weights_record,
+)
+
+OFFICIAL: Mapping[str, Mapping[str, object]] = {
+    "swin_t": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},
+    "swin_b": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
+}
+"""Backbones by variant (groundingdino/models/GroundingDINO/backbone/swin_transformer.py: swin_T_224_1k, swin_B_384_22k)."""
+
+_RELEASES = "https://github.com/IDEA-Research/GroundingDINO/releases/download"
+KNOWN = {
+    "swint_ogc": Download(
+        f"{_RELEASES}/v0.1.0-alpha/groundingdino_swint_ogc.pth",
+        "3b3ca2563c77c69f651d7bd133e97139c186df06231157a64c507099c52bc799",
+    ),
+    "swinb_cogcoor": Download(
+        f"{_RELEASES}/v0.1.0-alpha2/groundingdino_swinb_cogcoor.pth",
+        "46270f7a822e6906b655b729c90613e48929d0f2bb8b9b76fd10a856f3ac6ab7",
+    ),
+}
+VOCABULARY = Download(
+    "https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt",
+    "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+)
+
+
+# ---- loading ----
+
+
+def load(
+    build: Callable[[], GroundingDinoForObjectDetection], variant: str, weights: str
+) -> tuple[GroundingDinoForObjectDetection, dict[str, str], Path | None]:
+    """The model in evaluation mode, what the manifest says of its weights, and where they lie.
+
+    Args:
+        build: makes the model of ``variant``, randomly initialised.
+        weights: ``random:SEED``, a path, a known name, or ``mini``.
+
+    Raises:
+        WeightsError: the weights cannot be had, or belong to another architecture.
+    """
+    seed = random_seed(weights)
+    if seed is not None:
+        model = seeded(build, seed)
+        return model, weights_record(weights, None, model), None
+    path = find_weights(weights, KNOWN, model="grounding-dino")
+    with torch.random.fork_rng(devices=[]):
+        model = build()
+    what = f"Grounding-DINO {variant}"
+    if (path / "config.json").is_file():
+        _check_config(path / "config.json", model.config, what)
+    load_exactly(model, transformers_names(read_checkpoint(path), model), path=path, what=what)
+    return model.eval(), weights_record(weights, path, model), path
+
+
+TEXT_GAIN = 1 / 8
+"""What training makes of the gains of the last norm of the text, 1 at first: see `seeded`."""
+
+
+@torch.no_grad()
+def seeded(build: Callable[[], GroundingDinoForObjectDetection], seed: int) -> GroundingDinoForObjectDetection:
+    """A model of official initialisation under ``seed``, then spread as trained weights are.
+
+    A logit is the plain product of a query with a token, both normed to about 16 in 256 channels. Untrained that gives
+    logits of deviation 13, from -46 to 55 (Swin-T, seed 0), of which training leaves what a focal loss on sigmoids wants:
+    published ones lie between -6.0 and -0.2 (grounding-dino-tiny, "a cat.", nine numbers in transformers' test), those of the
+    small model trained here between -8.9 and -0.8. There the gains of the text's last norm went from 1 to 0.127, and all
+    others stayed near 1. MM-Grounding-DINO, made for training from nothing, divides by 16 (``log_scale="auto"``). With
+    `TEXT_GAIN` the logits of six photographs have deviations of 1.7 to 3.2 and lie between -7 and 11.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build()
+    spread(model, seed)
+    norm = model.model.encoder.layers[-1].text_enhancer_layer.layer_norm_after
+    norm.weight.mul_(TEXT_GAIN)
+    norm.bias.mul_(TEXT_GAIN)
+    return model.eval()
+
+
+_COMPARED: tuple[tuple[str | None, tuple[str, ...]], ...] = (
+    ("backbone_config", ("model_type", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "out_indices")),
+    ("text_config", ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")),
+    (None, ("d_model", "num_queries", "num_feature_levels", "encoder_layers", "decoder_layers", "encoder_ffn_dim")),
+    (None, ("encoder_attention_heads", "decoder_attention_heads", "two_stage", "embedding_init_target", "max_text_len")),
+    (None, ("layer_norm_eps", "positional_embedding_temperature", "activation_function", "position_embedding_type")),
+)
+"""Settings that do not show in the shapes of weights, by the part of the configuration they stand in."""
+MAX_CONFIG = 1 << 20
+"""Bytes; the published ones have ten thousand."""
+
+
+def _check_config(path: Path, own: GroundingDinoConfig, what: str) -> None:
+    hint = "take the config.json that was published with the weights"
+    data = read_bytes(path, hint=hint, error=WeightsError, max_bytes=MAX_CONFIG)
+    found = parse_json(data, str(path), hint=hint, error=WeightsError)
+    # Only what is compared: a configuration of its own makes lists as long as any number in it says.
+    kept: dict[str, Any] = {}
+    for part, names in _COMPARED:
+        values = found if part is None or not isinstance(found, dict) else found.get(part) or {}
+        if not isinstance(values, dict):
+            raise WeightsError(f"{path}: expected the configuration of a Grounding-DINO, got {values!r:.80}", hint=hint)
+        own_part = {name: values[name] for name in (*names, "out_features") if name in values}
+        kept |= own_part if part is None else {part: own_part} if values else {}
+    try:
+        told = GroundingDinoConfig.from_dict(kept)
+    except Exception as error:  # transformers raises its own classes, and whatever a wrong type leads to
+        raise WeightsError(f"{path}: expected the configuration of a Grounding-DINO: {error!s:.200}", hint=hint) from None
+    faults = []
+    for part, names in _COMPARED:
+        for name in names:
+            want, have = (getattr(getattr(each, part) if part else each, name, None) for each in (own, told))
+            want, have = (list(each) if isinstance(each, tuple) else each for each in (want, have))
+            if want != have:
+                faults.append(f"{part + '.' if part else ''}{name} {have!s:.80} instead of {want}")
+    if faults:
+        raise WeightsError(f"{path}: not the configuration of {what}: {'; '.join(faults[:4])}", hint="check --variant")
+
+
+# ---- names ----
+
+_RENAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    # official .pth, outside in
+    (r"^backbone\.0\.norm(\d)\.", lambda m: f"model.backbone.conv_encoder.model.hidden_states_norms.stage{int(m[1]) + 1}."),
+    (r"^backbone\.0\.patch_embed\.proj\.", "SWIN.embeddings.patch_embeddings.projection."),
+    (r"^backbone\.0\.patch_embed\.norm\.", "SWIN.embeddings.norm."),
+    (r"^backbone\.0\.layers\.", "SWIN.encoder.layers."),
+    (r"^(SWIN.*\.blocks\.\d+)\.norm1\.", r"\1.layernorm_before."),
+    (r"^(SWIN.*\.blocks\.\d+)\.norm2\.", r"\1.layernorm_after."),
+    (r"^(SWIN.*)\.attn\.relative_position_bias_table$", r"\1.attention.relative_position_bias.relative_position_bias_table"),
+    (r"^(SWIN.*)\.attn\.proj\.", r"\1.attention.o_proj."),
+    (r"^(SWIN.*)\.attn\.(\w)\.", r"\1.attention.\2_proj."),
+    (r"^input_proj\.", "model.input_proj_vision."),
+    (r"^bert\.", "model.text_backbone."),
+    (r"^feat_map\.", "model.text_projection."),
+    (r"^transformer\.tgt_embed\.", "model.query_position_embeddings."),
+    (r"^transformer\.enc_out_bbox_embed\.", "model.encoder_output_bbox_embed."),
+    (r"^transformer\.encoder\.text_layers\.(\d+)\.", r"ENCODER.\1.text_enhancer_layer."),
+    (r"^transformer\.encoder\.fusion_layers\.(\d+)\.", r"ENCODER.\1.fusion_layer."),
+    (r"^transformer\.encoder\.layers\.(\d+)\.", r"ENCODER.\1.deformable_layer."),
+    (r"^(ENCODER.*)text_enhancer_layer\.norm1\.", r"\1text_enhancer_layer.layer_norm_before."),
+    (r"^(ENCODER.*)text_enhancer_layer\.norm2\.", r"\1text_enhancer_layer.layer_norm_after."),
+    (r"^(ENCODER.*)deformable_layer\.norm1\.", r"\1deformable_layer.self_attn_layer_norm."),
+    (r"^(ENCODER.*)deformable_layer\.norm2\.", r"\1deformable_layer.final_layer_norm."),
+    (r"^(ENCODER.*)\.gamma_v$", r"\1.vision_param"),
+    (r"^(ENCODER.*)\.gamma_l$", r"\1.text_param"),
+    (r"^(ENCODER.*)\.layer_norm_v\.", r"\1.layer_norm_vision."),
+    (r"^(ENCODER.*)\.layer_norm_l\.", r"\1.layer_norm_text."),
+    (r"^(ENCODER.*)\.attn\.(values_|out_)?v_proj\.", r"\1.attn.\2vision_proj."),
+    (r"^(ENCODER.*)\.attn\.(values_|out_)?l_proj\.", r"\1.attn.\2text_proj."),
+    (r"^transformer\.decoder\.norm\.", "model.decoder.layer_norm."),
+    (r"^transformer\.decoder\.ref_point_head\.", "model.decoder.reference_points_head."),
+    (r"^transformer\.decoder\.layers\.", "DECODER."),
+    # The trap: its norms are numbered by age, not by place.
+    (r"^(DECODER\.\d+)\.norm1\.", r"\1.encoder_attn_layer_norm."),
+    (r"^(DECODER\.\d+)\.norm2\.", r"\1.self_attn_layer_norm."),
+    (r"^(DECODER\.\d+)\.norm3\.", r"\1.final_layer_norm."),
+    (r"^(DECODER\.\d+)\.catext_norm\.", r"\1.encoder_attn_text_layer_norm."),
+    (r"^(DECODER\.\d+)\.cross_attn\.", r"\1.encoder_attn."),
+    (r"^(DECODER\.\d+)\.ca_text\.", r"\1.encoder_attn_text."),
+    (r"^((?:ENCODER|DECODER).*)\.linear([12])\.", r"\1.fc\2."),
+    (r"^transformer\.decoder\.bbox_embed\.", "model.decoder.bbox_embed."),
+    (r"^transformer\.", "model."),
+    (r"^ENCODER\.", "model.encoder.layers."),
+    (r"^DECODER\.", "model.decoder.layers."),
+    (r"^SWIN\.", "model.backbone.conv_encoder.model.swin."),
+    # safetensors written by transformers 4, as on the hub
+    (r"^(model\.backbone\.conv_encoder\.model)\.(encoder|embeddings)\.", r"\1.swin.\2."),
+    (r"^(.*\.swin\..*)\.attention\.self\.(query|key|value)\.", lambda m: f"{m[1]}.attention.{m[2][0]}_proj."),
+    (r"^(.*\.swin\..*)\.attention\.self\.relative", r"\1.attention.relative_position_bias.relative"),
+    (r"^(.*\.swin\..*)\.attention\.output\.dense\.", r"\1.attention.o_proj."),
+    (r"^(.*\.swin\..*)\.intermediate\.dense\.", r"\1.mlp.fc1."),
+    (r"^(.*\.swin\..*\.blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+]
+"""Applied in this order; capitals stand for a prefix until the end."""
+
+_DROPPED = re.compile(r"relative_position_index$|^bert\.pooler\.|position_ids$|^label_enc\.")
+"""Buffers that follow from the configuration, BERT's unused pooler, and the denoising labels of training."""
+
+
+def transformers_names(state: Mapping[str, Tensor], model: GroundingDinoForObjectDetection) -> dict[str, Tensor]:
+    """A checkpoint's tensors under the names of ``model``'s state dict.
+
+    Takes the official ``.pth`` (938 keys of Swin-T, perhaps under ``module.``), files of transformers 4 and 5, and files
+    from which tied tensors were left out. Unknown names stay, for ``load_exactly`` to name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        name = name.removeprefix("module.")
+        if not _DROPPED.search(name):
+            for part, values in _split(name, value):
+                renamed[_renamed(part)] = values
+    own = model.state_dict()
+    for name in own.keys() - renamed.keys():
+        if name.startswith("model.backbone.conv_encoder.model.swin.layernorm."):
+            renamed[name] = own[name]  # transformers builds Swin's final norm, which no feature map passes
+        if tied := re.fullmatch(r"(?:model\.decoder\.)?bbox_embed\.\d+\.(.*)", name):
+            first = f"bbox_embed.0.{tied[1]}"  # one head for all layers (dec_pred_bbox_embed_share)
+            if first in renamed:
+                renamed[name] = renamed[first]
+    return renamed
+
+
+def _split(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
+    """Swin's ``qkv`` and ``in_proj`` of torch's attention are three of transformers' tensors, one above the other."""
+    for joined, parts in (
+        (r"\.attn\.qkv\.", (".attn.q.", ".attn.k.", ".attn.v.")),
+        (r"\.in_proj_", (".query.", ".key.", ".value.")),
+    ):
+        if re.search(joined, name) and value.shape[0] % 3 == 0:
+            return [(re.sub(joined, part, name), each) for part, each in zip(parts, value.chunk(3), strict=True)]
+    return [(name, value)]
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+# ---- vocabulary ----
+
+
+def bert_tokenizer(weights: Path | None) -> tokenizers.Tokenizer:
+    """The tokenizer of bert-base-uncased, which official checkpoints need and the ``.pth`` files do not hold.
+
+    Looked for beside the weights (``tokenizer.json``, ``vocab.txt``), then in ``$WSSS_BERT_VOCAB``, then downloaded once.
+
+    Raises:
+        WeightsError: it is nowhere and cannot be downloaded, or it is another vocabulary.
+    """
+    folder = weights if weights is None or weights.is_dir() else weights.parent
+    places = [] if folder is None else [folder / "tokenizer.json", folder / "vocab.txt"]
+    if os.environ.get("WSSS_BERT_VOCAB"):
+        places.insert(0, Path(os.environ["WSSS_BERT_VOCAB"]))
+        if not places[0].is_file():
+            raise WeightsError(f"WSSS_BERT_VOCAB: no such file: {places[0]}", hint="give bert-base-uncased's vocab.txt")
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        path = _downloaded_vocabulary()
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path)) if path.suffix == ".json" else wordpiece(path)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise WeightsError(f"{path}: expected the vocabulary of bert-base-uncased, {error}") from None
+    ids = [tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", ".", "?")]
+    if ids != [0, 101, 102, 1012, 1029] or tokenizer.get_vocab_size() != 30522:
+        raise WeightsError(
+            f"{path}: expected the 30,522 tokens of bert-base-uncased, got {tokenizer.get_vocab_size()} with other special ids",
+            hint=f"bring {VOCABULARY.url}",
+        )
+    return tokenizer
+
+
+def _downloaded_vocabulary() -> Path:
+    try:
+        return download(VOCABULARY, model="grounding-dino")
+    except WeightsError as error:
+        raise WeightsError(
+            f"the vocabulary of bert-base-uncased is needed: {error.message}",
+            hint=f"bring {VOCABULARY.url} and put it beside the weights, at {cache_folder() / VOCABULARY.file},"
+            " or name it in WSSS_BERT_VOCAB",
+        ) from None
+
+
+def wordpiece(vocabulary: Path) -> tokenizers.Tokenizer:
+    """A lower-casing BERT tokenizer from a ``vocab.txt``, one token a line."""
+    model = tokenizers.models.WordPiece.from_file(str(vocabulary), unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 101), ("[SEP]", 102)]
+    )
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    return tokenizer

@@ -1,0 +1,446 @@
+"""The precision doctor: which few nodes of a graph must stay FP32 so that it does its task in half precision.
+
+It goes by measurement alone, on calibration feeds, in three steps:
+
+1. *Range.* The float32 graph is run once with every node beside its half-precision twin (`half_arithmetic.examine`). Nodes
+   that write or read a value beyond the type's largest number are suspects.
+2. *Cost.* If the graph without them still misses its tolerance, stretches of the graph are put in half alone, everything
+   else in FP32, and the outputs' error against the tolerance is what that stretch costs. The costliest are split again
+   and again until they are small; as many stay FP32 as the tolerance needs.
+3. *Need.* Every group found is put back in half, by halves and down to single nodes, and stays there if the outputs hold.
+
+A suspect whose value comes near the limit without passing it (`HEADROOM`) stays FP32 without trial: calibration sees few
+photographs. What cannot be seen here is said in `half_arithmetic`.
+
+Cost: one run with twins (15 to 20 float32 runs), then trials of the whole graph with rounding switched (3 to 5 float32 runs
+each) on every feed, about ``runs`` of them at most: 1 where nothing fails, 3 to 30 for an overflow, up to 160 where digits
+are missing. SAM ViT-B at 1024 pixels: 170 s of processor time with twins, 49 s a trial. Memory: four to five times what the
+float32 graph works in (measured on the mini encoder), however deep it is, and its weights; a copy of these goes to the
+temporary folder.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ...errors import WsssError
+from ..family import Feeds, Graph, Tolerance
+from .instrumentation import clone
+from .lowering import SCOPES, Half
+from .simulation import INNER_PEAK, LARGEST, ROUNDING, NodeFacts, Plan, Rounding, examine
+from .work import COUNTED, count
+
+AIM = 0.8
+"""Share of each tolerance that calibration may use up: the gate looks at other feeds."""
+HEADROOM = 2.0
+"""A value that comes within this factor of the largest number is treated as beyond it."""
+NEAR_TIE = Tolerance(
+    relative=2e-2,
+    measure=lambda got, want, name: (float(got[name].max()), float(got[name].max())),
+    why="scores of the chosen lie that near to the best, as a share of the largest",
+)
+"""How good the float32 choice must be by the scores in half; as ``HALF_TIE`` of the Grounding-DINO gate."""
+CALIBRATION_SEED = 20_240_511
+"""Of the samples of `examine_graph`; the gate and tracing use others."""
+STRETCHES = 16
+"""Parts that the graph is cut into at first."""
+SMALL = 0.005
+"""Share of all multiply-adds below which a stretch is not worth splitting before it is tried in half."""
+SUMS = frozenset({*COUNTED, "ReduceSum", "ReduceMean", "ReduceL2", "LayerNormalization", "InstanceNormalization", "AveragePool"})
+"""Ops that add up many numbers: their error is called accumulation."""
+DIFFERENCES = frozenset({"Add", "Sub", "Sum"})
+"""Ops whose result may be small beside its terms."""
+
+OVERFLOW, NAN = "overflow", "nan"
+CANCELLATION, ACCUMULATION, RESOLUTION = "cancellation", "accumulation", "resolution"
+REASONS: Mapping[str, str] = {
+    OVERFLOW: "values beyond what half holds, or near it",
+    NAN: "all that a mask leaves of a row is infinite in half, and the result not a number",
+    CANCELLATION: "some results are small beside their terms, the terms' rounding is not",
+    ACCUMULATION: "rounding of many terms adds up",
+    RESOLUTION: "the tolerance needs more digits of this value than half has",
+}
+"""Why a node stays FP32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A node that must stay FP32."""
+
+    name: str
+    op: str
+    where: str
+    """Path of the module it was traced from; empty when the graph does not tell."""
+    reason: str
+    """A key of `REASONS`."""
+    peak: float
+    """Largest magnitude that it writes."""
+    local_error: float
+    """Of its results, from inputs that are right but for rounding."""
+    multiply_adds: int
+    tried: bool
+    """Whether it was put back in half by itself and the outputs left the tolerance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What the doctor found."""
+
+    half: Half
+    kept: tuple[Kept, ...]
+    """In the order of the graph."""
+    nodes: int
+    """How many could compute in half."""
+    forced: int
+    """Nodes that `lower` keeps by itself: constants lost in half, counts."""
+    tolerance: Mapping[str, str]
+    before: Mapping[str, tuple[float, float]]
+    """Error and largest difference of each output with every node in half; nan where half gives no numbers."""
+    after: Mapping[str, tuple[float, float]]
+    """The same with ``kept`` in FP32."""
+    share: float
+    """Of the multiply-adds, in FP32."""
+    runs: int
+    """Trials of the whole graph, each on all feeds."""
+
+    @property
+    def keep(self) -> frozenset[str]:
+        """Names for `precision.lower`."""
+        return frozenset(node.name for node in self.kept)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """The names, with the reason of each: as `precision.islands` gives them."""
+        return {node.name: f"{node.reason}: {REASONS[node.reason]}" for node in self.kept}
+
+    def as_json(self) -> dict[str, object]:
+        """All of it, for a file; what is no finite number as a string."""
+        told: dict[str, object] = _for_json(asdict(self))  # type: ignore[assignment]
+        return told
+
+    def report(self) -> str:
+        """For people: lines of plain text."""
+        kept = f"{len(self.kept)} of {self.nodes} nodes stay FP32, with {100 * self.share:.1f} % of the multiply-adds"
+        lines = [f"{kept}; {self.forced} more do anyway (constants that {self.half} loses, counts). {self.runs} trials."]
+        for name, allowed in self.tolerance.items():
+            lines.append(f"  {name}: error {_said(self.before[name])} in {self.half}, {_said(self.after[name])} now; {allowed}")
+        for reason, number in Counter(node.reason for node in self.kept).most_common():
+            lines.append(f"  {reason} ({number}): {REASONS[reason]}")
+            lines += [f"    {_line(node)}" for node in self.kept if node.reason == reason]
+        return "\n".join(lines)
+
+
+def diagnose(
+    source: ir.Model | Path,
+    feeds: Sequence[Feeds],
+    tolerance: Mapping[str, Tolerance],
+    *,
+    half: Half = "fp16",
+    float16: AbstractSet[str] = frozenset(),
+    choices: Sequence[str] = (),
+    ties: Callable[[Feeds, Feeds], Feeds] = lambda feeds, outputs: {},
+    runs: int = 200,
+    threads: int = 0,
+    log: Callable[[str], None] = lambda line: None,
+) -> Diagnosis:
+    """Finds the nodes that must stay FP32.
+
+    Args:
+        source: a float32 graph, in memory or a file; not changed.
+        feeds: real values, every one with other rows; each is measured by itself.
+        tolerance: of outputs by name, against the float32 graph.
+        half: fp16 or bf16.
+        float16: inputs and outputs that are float16 by contract.
+        choices: outputs of a TopK, see `half_arithmetic.Rounding`.
+        ties: (one of ``feeds``, the float32 graph's outputs) to what else the measures of ``tolerance`` look for in a reference.
+        runs: trials of the whole graph at most; where they end, what was found so far is taken, and is not the smallest.
+        threads: of ONNX Runtime, 0 for all cores.
+        log: told of the progress.
+
+    Raises:
+        WsssError: the tolerance is missed with every node in FP32.
+    """
+    plan = Plan(source, half)
+    feeds = [_rounded_inputs(each, float16) for each in feeds]
+    io = {str(value.name): "float16" if value.name in float16 else "float32" for value in _ends(plan)}
+    facts, outputs = examine(plan, feeds, threads)
+    reference = [{**ties(each, its), **its} for each, its in zip(feeds, outputs, strict=True)]
+    work = count(clone(plan.model), feeds[0])
+    with Rounding(plan, io, choices, threads) as rounding:
+        trials = _Trials(
+            rounding, feeds, reference, {**tolerance, **{f"{name}.gap": NEAR_TIE for name in choices}}, choices, runs
+        )
+        search = _Search(plan, facts, work, trials, log)
+        before = trials.errors(frozenset())
+        keep = search.run()
+        after = trials.errors(keep)
+    return Diagnosis(
+        half=half,
+        kept=tuple(search.told(name) for name in plan.nodes if name in keep),
+        nodes=len(plan.nodes),
+        forced=len(plan.forced),
+        tolerance={name: str(allowed) for name, allowed in tolerance.items()},
+        before={name: before[name] for name in tolerance},
+        after={name: after[name] for name in tolerance},
+        share=sum(work.get(name, 0) for name in plan.float32_nodes(keep)) / max(sum(work.values()), 1),
+        runs=trials.done,
+    )
+
+
+def examine_graph(graph: Graph, model: ir.Model, *, rows: int = 3, log: Callable[[str], None] = lambda line: None) -> Diagnosis:
+    """The findings on a family's graph, on rows of its own samples and in its half-precision tolerance.
+
+    Args:
+        graph: with its half-precision contract (`Graph.at`).
+        model: traced from it, float32.
+        rows: how many, each by itself, as in the gate but others.
+    """
+    if graph.whole:
+        feeds = [graph.sample(min(rows, graph.axes[graph.row_axis].max), CALIBRATION_SEED)]
+    else:
+        rows = min(rows, graph.axes[graph.row_axis].max)
+        sample = graph.sample(rows, CALIBRATION_SEED)
+        feeds = [graph.take(sample, [row]) for row in range(rows)]
+    float16 = {spec.name for spec in (*graph.inputs, *graph.outputs) if spec.dtype == "float16"}
+    choices = (graph.ties,) if graph.ties else ()
+    return diagnose(model, feeds, graph.tolerance, float16=float16, choices=choices, ties=graph.reference, log=log)
+
+
+class _Trials:
+    """Runs of the whole graph, remembered."""
+
+    def __init__(
+        self,
+        rounding: Rounding,
+        feeds: Sequence[Feeds],
+        reference: Sequence[Feeds],
+        tolerance: Mapping[str, Tolerance],
+        choices: Sequence[str],
+        most: int,
+    ) -> None:
+        self._rounding, self._feeds, self._reference = rounding, feeds, reference
+        self._tolerance, self._choices, self._most = tolerance, choices, most
+        self._known: dict[frozenset[str], dict[str, tuple[float, float]]] = {}
+        self.done = 0
+
+    @property
+    def left(self) -> int:
+        return self._most - self.done
+
+    def errors(self, keep: frozenset[str]) -> dict[str, tuple[float, float]]:
+        """By output, the worst over the feeds."""
+        if keep not in self._known:
+            self.done += 1
+            self._known[keep] = self._measured(keep)
+        return self._known[keep]
+
+    def _measured(self, keep: frozenset[str]) -> dict[str, tuple[float, float]]:
+        worst = {name: (0.0, 0.0) for name in self._tolerance}
+        for feeds, want in zip(self._feeds, self._reference, strict=True):
+            got = self._rounding(feeds, keep, {name: want[name] for name in self._choices})
+            with np.errstate(invalid="ignore", over="ignore"):
+                for name, allowed in self._tolerance.items():
+                    worst[name] = _larger(worst[name], allowed.measure(got, want, name))
+        return worst
+
+    def cost(self, keep: frozenset[str]) -> float:
+        """Largest error over its tolerance; infinite where an output is no number. Not above `AIM` holds."""
+        costs = [
+            max(_share_used(error, allowed.relative), worst / (allowed.absolute or math.inf))
+            for (error, worst), allowed in zip(self.errors(keep).values(), self._tolerance.values(), strict=True)
+        ]
+        return math.inf if any(math.isnan(cost) for cost in costs) else max(costs)
+
+    def holds(self, keep: frozenset[str]) -> bool:
+        return self.cost(keep) <= AIM
+
+
+class _Search:
+    def __init__(
+        self, plan: Plan, facts: Mapping[str, NodeFacts], work: Mapping[str, int], trials: _Trials, log: Callable[[str], None]
+    ) -> None:
+        self.plan, self.facts, self.work, self.trials, self.log = plan, facts, work, trials, log
+        self.order = {name: number for number, name in enumerate(plan.nodes)}
+        self.ops = {str(node.name): node for node in plan.model.graph}
+        limit = LARGEST[plan.half]
+        self.beyond = plan.touching(lambda name: self._peak(name) > limit)
+        near = plan.touching(lambda name: limit / HEADROOM < self._peak(name) <= limit)
+        inner = {frozenset({name}) for name in plan.nodes if self._inner(name) > limit / HEADROOM}
+        self.near: frozenset[str] = frozenset().union(*near, *inner)
+        self.tried: set[str] = set()
+
+    def run(self) -> frozenset[str]:
+        keep = self.near
+        if self.trials.holds(keep):
+            return keep
+        groups = [group - keep for group in self.beyond if group - keep]
+        keep = keep.union(*groups)
+        self.log(f"{len(keep)} of {len(self.order)} nodes touch values beyond {LARGEST[self.plan.half]:g}")
+        if not self.trials.holds(keep):
+            costly = self._costly(keep)
+            groups += costly
+            keep = keep.union(*costly)
+        return self._needed(keep, groups)
+
+    def told(self, name: str) -> Kept:
+        node, facts = self.ops[name], self.facts.get(name, NodeFacts(0.0, 0.0, 0.0, 0.0))
+        return Kept(
+            name=name,
+            op=node.op_type,
+            where=_module_of(node.metadata_props),
+            reason=self._reason(name, facts),
+            peak=facts.peak,
+            local_error=facts.local_error,
+            multiply_adds=self.work.get(name, 0),
+            tried=name in self.tried,
+        )
+
+    def _reason(self, name: str, facts: NodeFacts) -> str:
+        if math.isnan(facts.local_error) and self._reads_mask(name):
+            return NAN
+        if name in self.near or any(name in group for group in self.beyond):
+            return OVERFLOW
+        op, large = self.ops[name].op_type, 8 * ROUNDING[self.plan.half]
+        if op in SUMS and facts.local_error > large:
+            return ACCUMULATION
+        if op in DIFFERENCES and facts.worst_error > large:
+            return CANCELLATION
+        return RESOLUTION
+
+    def _reads_mask(self, name: str) -> bool:
+        """Whether what it reads beyond the limit is negative alone."""
+        limit, sources = LARGEST[self.plan.half], [value.producer() for value in self.ops[name].inputs if value is not None]
+        facts = [self.facts[str(node.name)] for node in sources if node is not None and str(node.name) in self.facts]
+        return any(each.peak > limit for each in facts) and all(each.highest <= limit for each in facts)
+
+    def _peak(self, name: str) -> float:
+        return self.facts[name].peak if name in self.facts else 0.0
+
+    def _inner(self, name: str) -> float:
+        inner = INNER_PEAK.get(self.ops[name].op_type)
+        return inner(self._peak(name)) if inner else 0.0
+
+    def _share(self, nodes: Iterable[str]) -> float:
+        return sum(self.work.get(name, 0) for name in nodes) / max(sum(self.work.values()), 1)
+
+    def _costly(self, keep: frozenset[str]) -> list[frozenset[str]]:
+        """Stretches of the graph that must join ``keep`` for the outputs to hold."""
+        everything = frozenset(self.order)
+        if not self.trials.holds(everything):
+            raise WsssError(
+                f"precision: with every node in FP32 the outputs are {self.trials.cost(everything):.2g} of their tolerance",
+                hint="the outputs' own type, or constants and inputs in half, cost more than the tolerance allows",
+            )
+        stretches = _parts([name for name in self.order if name not in keep], STRETCHES)
+        costs = {stretch: self._cost_alone(stretch) for stretch in stretches}
+        while self.trials.left > self._reserve():
+            wanted = _prefix(costs)
+            coarse = [each for each in wanted if len(each) > 1 and (len(each) > STRETCHES or self._share(each) > SMALL)]
+            if not coarse:
+                break
+            worst = max(coarse, key=lambda each: (self._share(each), len(each)))
+            del costs[worst]
+            costs |= {part: self._cost_alone(part) for part in _parts(sorted(worst, key=self.order.__getitem__), 2)}
+        ranked = sorted(costs, key=lambda each: costs[each], reverse=True)
+        taken = len(_prefix(costs))
+        while not self.trials.holds(keep.union(*ranked[:taken])):
+            taken += 1
+        self.log(f"{taken} stretches of {sum(map(len, ranked[:taken]))} nodes cost the most")
+        return ranked[:taken]
+
+    def _cost_alone(self, stretch: frozenset[str]) -> float:
+        return self.trials.cost(frozenset(self.order) - stretch)
+
+    def _reserve(self) -> int:
+        """Trials that are left to the last step."""
+        return self.trials.done // 2
+
+    def _needed(self, keep: frozenset[str], groups: Sequence[frozenset[str]]) -> frozenset[str]:
+        """``keep`` without what can go back to half, the heaviest first."""
+        by_range = frozenset().union(*self.beyond)  # known to be needed, unless all it does is to mask: last
+        waiting = list(groups)
+        while waiting and self.trials.left > 1:
+            group = max(waiting, key=lambda each: (not each & by_range, self._share(each), len(each)))
+            waiting.remove(group)
+            if self.trials.holds(keep - group):
+                keep -= group
+            elif len(group) == 1:
+                self.tried |= group
+            else:
+                waiting += _parts(sorted(group, key=self.order.__getitem__), 2)
+        return keep
+
+
+def _share_used(error: float, allowed: float) -> float:
+    if not math.isfinite(error) or allowed == 0 < error:
+        return math.inf
+    return error / allowed if error else 0.0
+
+
+def _prefix(costs: Mapping[frozenset[str], float]) -> list[frozenset[str]]:
+    """The costliest, without which the others together (rounding errors add up as squares) should hold."""
+    ranked = sorted(costs, key=lambda each: costs[each], reverse=True)
+    rest = 0.0
+    for place in range(len(ranked) - 1, -1, -1):
+        rest = math.hypot(rest, costs[ranked[place]])
+        if rest > AIM:
+            return ranked[: place + 1]
+    return ranked[:1]
+
+
+def _parts(names: Sequence[str], number: int) -> list[frozenset[str]]:
+    cuts = [round(place * len(names) / number) for place in range(number + 1)]
+    return [frozenset(names[low:high]) for low, high in pairwise(cuts) if high > low]
+
+
+def _larger(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    return tuple(math.nan if math.isnan(a) or math.isnan(b) else max(a, b) for a, b in zip(one, other, strict=True))  # type: ignore[return-value]
+
+
+def _rounded_inputs(feeds: Feeds, float16: AbstractSet[str]) -> Feeds:
+    return {
+        name: value.astype(np.float16).astype(np.float32) if name in float16 else _float32(value) for name, value in feeds.items()
+    }
+
+
+def _float32(value: np.ndarray) -> np.ndarray:
+    return value.astype(np.float32) if value.dtype == np.float16 else value
+
+
+def _ends(plan: Plan) -> list[ir.Value]:
+    return [*plan.model.graph.inputs, *plan.model.graph.outputs]
+
+
+def _module_of(metadata: Mapping[str, str]) -> str:
+    """The innermost module that the exporter noted for a node."""
+    scopes = [str(each) for each in ast.literal_eval(metadata.get(SCOPES, "[]"))]
+    return scopes[-2] if len(scopes) > 1 else ""
+
+
+def _for_json(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _for_json(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_for_json(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _said(error: tuple[float, float]) -> str:
+    return "no number" if math.isnan(error[0]) else f"{error[0]:.2g}"
+
+
+def _line(node: Kept) -> str:
+    where = f" in {node.where}" if node.where else ""
+    work = f", {node.multiply_adds / 1e6:.3g} M multiply-adds" if node.multiply_adds else ""
+    proof = "" if node.tried else "; not tried by itself"
+    return f"{node.op} {node.name}{where}: up to {node.peak:.3g}, local error {node.local_error:.1e}{work}{proof}"

@@ -1,0 +1,154 @@
+"""COCO: instances and panoptic segmentation.
+
+    images/train/NAME.jpg                 the photographs as they are
+    annotations/instances_train.json      objects of `instances` with compressed RLE, box, area, score and quality
+    annotations/panoptic_train.json       their segments, and background as stuff
+    annotations/panoptic_train/NAME.png   segment ids as R + 256 G + 65536 B, 0 void
+
+Category ids are label values; background, in the panoptic file, is C + 1, for COCO keeps 0 for nothing. The panoptic files
+are lossless; instances do not know void. ``score`` and ``quality`` are the box's, absent where an object has none.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from ... import __version__
+from ...batch import VOID
+from .dataset import Loss
+from .instances import Instances, instances_of, spans_of
+from .labelled import Labelled
+
+_ROWS = 256
+"""Coloured at a time: ids take four times the memory of a label map."""
+
+
+class CocoWriter:
+    """Writes COCO's files. An image's and an annotation's id is its place in the store, from 1."""
+
+    def __init__(self, root: Path, classes: tuple[str, ...], splits: tuple[str, ...], files: ExitStack) -> None:
+        (root / "annotations").mkdir()
+        self._splits = {split: _Split(root, split, classes, files) for split in splits}
+        self._background = len(classes) + 1
+        self._images = self._objects = self._void = self._pixels = 0
+
+    def add(self, item: Labelled) -> Path:
+        name, split = item.name(flat=False), self._splits[item.split]
+        self._images += 1
+        self._void += int(item.count[VOID])
+        self._pixels += item.label_map.size
+        height, width = item.shape
+        split.images.add({"id": self._images, "file_name": name + item.ending, "height": height, "width": width})
+        instances = instances_of(item)
+        segments = []
+        for one in instances.each:
+            self._objects += 1
+            common = {
+                "category_id": one.label,
+                "bbox": [one.left, one.top, one.right - one.left, one.bottom - one.top],
+                "area": one.area_px,
+                "iscrowd": 0,
+            }
+            told = {} if one.score is None else {"score": one.score, "quality": one.quality}
+            mask = {"segmentation": compressed_rle(instances.crop(one), one.top, one.left, item.shape)}
+            split.objects.add({"id": self._objects, "image_id": self._images, **common, **mask, **told})
+            segments.append({"id": one.number, **common})
+        if item.count[0]:
+            number = len(instances.each) + 1
+            segments.append({"id": number, "category_id": self._background, **_extent(item.label_map == 0), "iscrowd": 0})
+        split.segments.add({"image_id": self._images, "file_name": f"{name}.png", "segments_info": segments})
+        _save_panoptic(split.panoptic / f"{name}.png", instances, item.label_map)
+        return Path("images", item.split, name + item.ending)
+
+    def finish(self) -> list[Loss]:
+        for split in self._splits.values():
+            split.finish()
+        share = self._void / max(self._pixels, 1)
+        return [Loss(self._void, f"void pixels ({share:.2%} of all) are in no instance; the panoptic files keep them")]
+
+
+def compressed_rle(crop: np.ndarray, top: int, left: int, size: tuple[int, int]) -> dict[str, Any]:
+    """An object as COCO's compressed RLE: ``size`` and ``counts``, a string.
+
+    Args:
+        crop: (h, w) bool, the object in its box; top, left: where that is.
+        size: (height, width) of the image.
+    """
+    # COCO counts down the columns, background first; from the crop, so that a large image costs no more than its objects.
+    spans = spans_of(crop.T, top=left, left=top, stride=size[0])
+    counts = np.diff(spans.ravel(), prepend=0, append=size[0] * size[1]).tolist()
+    if not counts[-1]:  # pycocotools leaves it out
+        counts.pop()
+    told = coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
+    return {"size": list(size), "counts": told["counts"].decode("ascii")}
+
+
+class _Array:
+    """A JSON array written item by item into a temporary file, for files that hold several."""
+
+    def __init__(self, folder: Path, files: ExitStack) -> None:
+        self._file = tempfile.TemporaryFile("w+", dir=folder, encoding="utf-8", newline="\n")  # noqa: SIM115
+        files.callback(self._file.close)
+        self._between = "\n"
+
+    def add(self, value: dict[str, Any]) -> None:
+        self._file.write(self._between + json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+        self._between = ",\n"
+
+    def copy_to(self, target: TextIO) -> None:
+        self._file.seek(0)
+        target.write("[")
+        shutil.copyfileobj(self._file, target)
+        target.write("\n]")
+
+
+class _Split:
+    def __init__(self, root: Path, name: str, classes: tuple[str, ...], files: ExitStack) -> None:
+        self._root, self._name = root / "annotations", name
+        (root / "images" / name).mkdir(parents=True)
+        self.panoptic = self._root / f"panoptic_{name}"
+        self.panoptic.mkdir()
+        self.images, self.objects, self.segments = (_Array(self._root, files) for _ in range(3))
+        self._things = [{"id": label, "name": each, "supercategory": ""} for label, each in enumerate(classes, 1)]
+        self._all = [{**each, "isthing": 1} for each in self._things]
+        self._all.append({"id": len(classes) + 1, "name": "background", "supercategory": "", "isthing": 0})
+
+    def finish(self) -> None:
+        self._write("instances", self._things, self.objects)
+        self._write("panoptic", self._all, self.segments)
+
+    def _write(self, task: str, categories: list[dict[str, Any]], annotations: _Array) -> None:
+        info = {"description": "pseudo-labels made with wsss: nobody drew them", "version": __version__}
+        with (self._root / f"{task}_{self._name}.json").open("w", encoding="utf-8", newline="\n") as file:
+            file.write(f'{{"info":{json.dumps(info)},\n"categories":{json.dumps(categories, ensure_ascii=False)},\n"images":')
+            self.images.copy_to(file)
+            file.write(',\n"annotations":')
+            annotations.copy_to(file)
+            file.write("}\n")
+
+
+def _save_panoptic(path: Path, instances: Instances, label_map: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colours = np.empty((*label_map.shape, 3), np.uint8)
+    for top in range(0, len(label_map), _ROWS):
+        rows = slice(top, top + _ROWS)
+        ids = np.where(label_map[rows] == 0, len(instances.each) + 1, instances.map[rows])
+        for channel in range(3):
+            colours[rows, :, channel] = ids >> 8 * channel & 255
+    with path.open("xb") as file:
+        Image.fromarray(colours).save(file, format="PNG")
+
+
+def _extent(mask: np.ndarray) -> dict[str, Any]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    top, left = int(rows[0]), int(columns[0])
+    return {"bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top], "area": int(mask.sum())}

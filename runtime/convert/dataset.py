@@ -1,0 +1,180 @@
+"""A label store as a data set of another tool: VOC, COCO, YOLO, CVAT, Label Studio, Hugging Face.
+
+Each format is a writer in a module ``format_*`` that documents its folder. Images go through one by one, so that memory does
+not grow with them; the data set is built in a temporary folder beside ``out`` and renamed when it is whole (`publishing`; a power
+cut is not covered: the files are not synchronized one by one). The same store gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from ...classes import palette
+from ...errors import StoreError, UsageError
+from ...files import publishing
+from ...photographs import FORMATS as FILE_FORMATS
+from ...store.local import read_run
+from .labelled import Labelled, ascii_safe, check_images, place_image, read_labelled
+
+FORMATS = ("voc", "coco", "yolo", "cvat", "label-studio", "hf")
+WITH_SPLITS = ("voc", "coco", "yolo", "hf")
+_ORIENTATION = 0x0112
+"""EXIF: 1 is upright, 2 to 8 are turned or mirrored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Something of the store that a format cannot hold, said when ``count`` is not 0."""
+
+    count: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.count:,} {self.what}"
+
+
+class Writer(Protocol):
+    """Writes one format. Made by an `OpenWriter`."""
+
+    def add(self, item: Labelled) -> Path:
+        """Writes what is known of one image; returns where in the folder the photograph itself belongs."""
+
+    def finish(self) -> list[Loss]:
+        """Writes what can be written at the end only."""
+
+
+OpenWriter = Callable[[Path, tuple[str, ...], tuple[str, ...], ExitStack], Writer]
+"""Takes the folder, the names of the classes (label 1 first) and of the splits, and what closes the files it opens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a conversion did."""
+
+    images: int
+    left_out: int
+    """Images of the store that failed and have no label."""
+    losses: tuple[str, ...]
+    """What the format could not hold, with its measure; and what readers may trip over."""
+
+
+def writer_of(to: str) -> OpenWriter:
+    """The writer of a format of `FORMATS`.
+
+    Raises:
+        ModuleNotFoundError: it needs a package of the extra ``formats``.
+    """
+    if to not in FORMATS:
+        raise UsageError(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}")
+    # The formats import this module; and COCO's needs a package that not everyone has.
+    if to == "coco":
+        from .coco import CocoWriter
+
+        return CocoWriter
+    from .hf import HuggingFaceWriter
+    from .label_studio import LabelStudioWriter
+    from .voc import CvatWriter, VocWriter
+    from .yolo import YoloWriter
+
+    writers: dict[str, OpenWriter] = {
+        "voc": VocWriter,
+        "yolo": YoloWriter,
+        "cvat": CvatWriter,
+        "label-studio": LabelStudioWriter,
+        "hf": HuggingFaceWriter,
+    }
+    return writers[to]
+
+
+def convert(
+    store: Path,
+    images: Path,
+    out: Path,
+    to: str,
+    *,
+    link: bool = False,
+    val: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Writes the finished images of a label store as a data set.
+
+    Args:
+        images: the folder that was labelled, or the one image. Its files are never changed.
+        out: absent or an empty folder.
+        to: one of `FORMATS`.
+        link: hard links instead of copies of the photographs; needs one file system.
+        val: share of the images that goes into the split ``val`` (see `read_labelled`).
+        progress: told images done and in all.
+
+    Raises:
+        StoreError: no store, nothing in it, a damaged label, or ``out`` cannot be written.
+        ImageError: photographs that are missing or changed since they were labelled.
+        ModuleNotFoundError: the format needs a package that is not installed.
+    """
+    if not 0 <= val < 1:
+        raise UsageError(f"--val: expected a share in 0..1, below 1, got {val}")
+    if val and to not in WITH_SPLITS:
+        raise UsageError(f"--val: {to} has no splits", hint=f"those that have: {', '.join(WITH_SPLITS)}")
+    open_writer = writer_of(to)
+    classes = tuple(read_run(store)["classes"])
+    total, left_out = check_images(store, images)
+    _check_empty(out)
+    item: Labelled | None = None
+    try:
+        # Resolved: where ``out`` is a link to an empty folder, the data set goes there.
+        with publishing(out.resolve(), error=StoreError, sync=False) as building, ExitStack() as files:
+            writer = open_writer(building, classes, ("train", "val") if val else ("train",), files)
+            done = turned = 0
+            for item in read_labelled(store, images, val=val):
+                target = building / writer.add(item)
+                place_image(item, target, link=link)
+                turned += is_turned(target)
+                done += 1
+                if progress:
+                    progress(done, total)
+            losses = [*writer.finish(), Loss(turned, "images carry an EXIF rotation; their labels fit readers that apply it")]
+    except OSError as error:
+        raise _unwritten(out, item, error, link) from None
+    return Conversion(images=done, left_out=left_out, losses=tuple(str(loss) for loss in losses if loss.count))
+
+
+def save_indexed(path: Path, values: np.ndarray) -> None:
+    """Writes (H, W) uint8 as an 8-bit palette PNG with VOC's colours. Raises FileExistsError: there is one already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(values)
+    image.putpalette(palette().tobytes())
+    with path.open("xb") as file:
+        image.save(file, format="PNG")
+
+
+def is_turned(path: Path) -> bool:
+    """Whether a photograph is shown turned or mirrored, so that its label fits only readers that apply its EXIF rotation."""
+    with Image.open(path, formats=FILE_FORMATS) as image:
+        return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+
+
+def _check_empty(out: Path) -> None:
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise StoreError(f"--out {out}: is there already", hint="give a new or empty folder")
+    except OSError as error:
+        raise StoreError(f"--out {out}: cannot be read: {error.strerror}") from None
+
+
+def _unwritten(out: Path, item: Labelled | None, error: OSError, link: bool) -> StoreError:
+    where = f"--out {out}: {ascii_safe(item.path)}: " if item else f"--out {out}: "
+    if error.errno == errno.EXDEV:
+        return StoreError(f"{where}is on another file system, where no hard link leads", hint="leave --link out")
+    if item and error.errno == errno.EEXIST:
+        return StoreError(f"{where}another image of the store has the same name", hint="names that differ in case alone do")
+    if error.errno == errno.ENAMETOOLONG:
+        return StoreError(f"{where}its name is too long for the format", hint="cvat, coco, label-studio and hf keep folders")
+    return StoreError(f"{where}cannot be written: {error.strerror or error}", hint="nothing was left behind")

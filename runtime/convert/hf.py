@@ -1,0 +1,81 @@
+"""Hugging Face ``imagefolder``: ``load_dataset("imagefolder", data_dir=OUT)`` gives ``image``, ``mask`` and the rest.
+
+    train/metadata.jsonl      a line an image: file_name, mask_file_name, path, objects
+    train/images/NAME.jpg     the photographs as they are
+    train/masks/NAME.png      8-bit palette: 0 background, 1..C classes, 255 void
+    README.md                 the splits, told outright: they would be guessed from folder names such as ``test``
+    classes.json              names by label
+
+Lossless: ``objects`` holds the boxes as the store does: category (name), bbox (x, y, width, height in pixels), score, quality.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+from ...batch import VOID
+from .dataset import Loss, save_indexed
+from .labelled import Labelled, void_name
+
+
+class HuggingFaceWriter:
+    """Writes an imagefolder."""
+
+    def __init__(self, root: Path, classes: tuple[str, ...], splits: tuple[str, ...], files: ExitStack) -> None:
+        self._root, self._classes = root, classes
+        for split in splits:
+            (root / split).mkdir()
+        self._lines = {
+            split: files.enter_context((root / split / "metadata.jsonl").open("w", encoding="utf-8", newline="\n"))
+            for split in splits
+        }
+        names = {0: "background", **dict(enumerate(classes, 1)), VOID: void_name(classes)}
+        (root / "classes.json").write_text(json.dumps(names, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        table = "\n".join(f"| {label} | {_cell(name)} |" for label, name in names.items())
+        told = "\n".join(f'  - split: {split}\n    path: "{split}/**"' for split in splits)
+        (root / "README.md").write_text(_README.format(splits=told, table=table), encoding="utf-8")
+
+    def add(self, item: Labelled) -> Path:
+        name = item.name(flat=False)
+        save_indexed(self._root / item.split / "masks" / f"{name}.png", item.label_map)
+        boxes = [(box, *box.xyxy_image) for box in item.boxes]
+        line = {
+            "file_name": f"images/{name}{item.ending}",
+            "mask_file_name": f"masks/{name}.png",
+            "path": item.path.encode("utf-8", "surrogateescape").decode("utf-8", "replace"),
+            "objects": {
+                "category": [self._classes[box.label - 1] for box, *_ in boxes],
+                "bbox": [[x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)] for _, x0, y0, x1, y1 in boxes],
+                "score": [box.score for box, *_ in boxes],
+                "quality": [box.quality for box, *_ in boxes],
+            },
+        }
+        self._lines[item.split].write(json.dumps(line, ensure_ascii=False) + "\n")
+        return Path(item.split, "images", name + item.ending)
+
+    def finish(self) -> list[Loss]:
+        return []
+
+
+def _cell(name: str) -> str:
+    return name.replace("|", "\\|")
+
+
+_README = """---
+task_categories:
+- image-segmentation
+configs:
+- config_name: default
+  drop_labels: true
+  data_files:
+{splits}
+---
+
+Pseudo-labels made with wsss: nobody drew them. A mask's pixel is one of
+
+| label | class |
+|---|---|
+{table}
+"""

@@ -1,0 +1,150 @@
+"""Boxes in forms of our own: a JSON object of photographs to lists of boxes, and the manifest of a label store.
+
+{"a/dog.jpg": [{"label": "dog", "xyxy": [48, 240, 195, 371], "score": 0.9}]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...documents import parse_json
+from ...errors import WsssError
+from .boxes import Annotation, Corners, GivenBox, finite, looks_like_sides, short, sides_error, size_of
+from .names import Entries
+
+EXAMPLE = '{"label": "dog", "xyxy": [48, 240, 195, 371], "score": 0.9}'
+
+
+@dataclass(frozen=True)
+class _Entry:
+    boxes: list[Any]
+    height: object = None
+    width: object = None
+
+
+class JsonBoxes:
+    """Boxes of a JSON object (`BoxSource`). Raises WsssError where the whole file is of another form.
+
+    Args:
+        document: photograph's name to a list of ``{"label": str, "xyxy": four numbers, "score": 0..1 or absent}``.
+        where: what messages call the file.
+    """
+
+    def __init__(self, document: Mapping[str, Any], where: str) -> None:
+        if not all(isinstance(value, list) for value in document.values()):
+            odd = next(name for name, value in document.items() if not isinstance(value, list))
+            raise WsssError(
+                f"{where}: expected a JSON object of image names to lists of boxes, got {short(document[odd])} for {odd!r}",
+                hint=f'{{"a/dog.jpg": [{EXAMPLE}]}}, a COCO file, or the manifest.jsonl of a label store',
+            )
+        self._set({name: _Entry(boxes) for name, boxes in document.items()}, where, upright=False)
+
+    def _set(self, entries: Mapping[str, _Entry], where: str, *, upright: bool) -> None:
+        self._entries, self._where, self._upright = entries, where, upright
+        self._names = Entries(entries, where)
+        _check_all(entries, where)
+
+    def find(self, photo: str) -> str | None:
+        return self._names.find(photo)
+
+    def missing(self, photo: str) -> WsssError:
+        return self._names.missing(photo)
+
+    def all_keys(self) -> Iterable[str]:
+        return self._entries
+
+    def read(self, key: str) -> Annotation:
+        entry, where = self._entries[key], f"{self._where}: {key}"
+        return Annotation(
+            where=where,
+            boxes=[box_from(each, where) for each in entry.boxes],
+            size=size_of(entry.height, entry.width, where),
+            upright=self._upright,
+            maybe_sides=not self._upright,
+        )
+
+
+class ManifestBoxes(JsonBoxes):
+    """Boxes of a label store's manifest (`BoxSource`): lines with ``path`` and ``boxes``; those of failed images are left out.
+
+    Raises:
+        WsssError: a line of another form, or no box at all: a store of a segmenter has none.
+    """
+
+    def __init__(self, text: str, where: str) -> None:
+        entries: dict[str, _Entry] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            at = f"{where}: line {number}"
+            record = parse_json(line, at)
+            if not isinstance(record, dict) or not isinstance(record.get("path"), str):
+                raise WsssError(f"{at}: expected a line of a label store's manifest, got {short(record)}", hint=_MANIFEST)
+            if "error" in record:
+                entries.pop(record["path"], None)
+                continue
+            if not isinstance(record.get("boxes"), list):
+                raise WsssError(f"{at}: expected a list of boxes, got {short(record.get('boxes'))}", hint=_MANIFEST)
+            entries[record["path"]] = _Entry(record["boxes"], record.get("height"), record.get("width"))
+        if not any(entry.boxes for entry in entries.values()):
+            raise WsssError(
+                f"{where}: no line has a box", hint="take the store of a chain: one made with --model segmenter has no boxes"
+            )
+        self._set(entries, where, upright=True)
+
+
+_MANIFEST = 'a line is {"path": "a/dog.jpg", "boxes": [...], "height": 375, "width": 500, ...}, as wsss label writes it'
+
+
+def box_from(box: object, where: str) -> GivenBox:
+    """A box from ``{"label": str, "xyxy": four finite numbers, "score": 0..1 or absent}``. Raises WsssError."""
+    corners = corners_from(box.get("xyxy")) if isinstance(box, dict) else None
+    if not isinstance(box, dict) or not isinstance(box.get("label"), str) or corners is None:
+        raise WsssError(f"{where}: expected a box, got {short(box)}", hint=_what_is_wrong(box))
+    return GivenBox(box["label"], corners, score_from(box, where))
+
+
+def corners_from(value: object) -> Corners | None:
+    """Four finite numbers; None for anything else."""
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    a, b, c, d = (finite(number) for number in value)
+    return None if a is None or b is None or c is None or d is None else (a, b, c, d)
+
+
+def score_from(box: Mapping[str, Any], where: str) -> float:
+    """The ``score`` of a box, 1 where there is none. Raises WsssError unless it is in 0..1."""
+    score = finite(box.get("score", 1.0))
+    if score is None or not 0 <= score <= 1:
+        in_percent = score is not None and score > 1
+        raise WsssError(
+            f"{where}: expected a score in 0..1, got {short(box['score'])}",
+            hint="divide scores in percent by 100" if in_percent else "leave the score out where there is none: it counts as 1",
+        )
+    return score
+
+
+def _check_all(entries: Mapping[str, _Entry], where: str) -> None:
+    """Raises WsssError where any box shows that the whole file has other scores or coordinates than ours."""
+    corners: list[Corners] = []
+    for name, entry in entries.items():
+        for box in entry.boxes:
+            if not isinstance(box, dict):
+                continue
+            if (finite(box.get("score")) or 0) > 1:
+                score_from(box, f"{where}: {name}")
+            if (four := corners_from(box.get("xyxy"))) is not None:
+                corners.append(four)
+    if looks_like_sides(corners):
+        raise sides_error(where)
+
+
+def _what_is_wrong(box: object) -> str:
+    if isinstance(box, dict) and "bbox" in box:
+        return f"corners are written under xyxy: {EXAMPLE}; bbox (x, y, width, height) is read in COCO files"
+    numbers = box.get("xyxy") if isinstance(box, dict) else None
+    if isinstance(numbers, list) and any(isinstance(number, str) for number in numbers):
+        return f"numbers stand without quotes: {EXAMPLE}"
+    return EXAMPLE

@@ -1,0 +1,177 @@
+"""Stages replaced by what the user already knows: class names per image (``--labels``), boxes per image (``--boxes``)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ...batch import MOST_BOXES, Boxes, Images, Labels, Photograph
+from ...classes import ClassList
+from ...documents import read_json
+from ...errors import WsssError
+from .boxes import Annotation, GivenBox, place
+from .forms import open_boxes
+from .names import ClassNames, Entries, image_key, listed, stem_of
+
+Warn = Callable[[str], None]
+_LABELS = '{"a/dog.jpg": ["dog"]}'
+_TWINS = (
+    "name annotations a/dog.jpg.xml for a/dog.jpg, in folders as the photographs are, or say which in <filename> and <folder>"
+)
+
+
+class GivenLabels:
+    """Tags from a file instead of CLIP; every score is 1.
+
+    Args:
+        path: JSON, image name to a list of class names: ``{"a/dog.jpg": ["dog"]}``.
+        ignore_unknown: leave out names that are not in the list instead of refusing the file.
+
+    Raises:
+        WsssError: the file is of another form, or names a class that is not in the list.
+    """
+
+    def __init__(self, path: Path, classes: ClassList, *, ignore_unknown: bool = False) -> None:
+        where = f"--labels {path}"
+        document = read_json(path, where=where, hint=_LABELS)
+        if not isinstance(document, dict) or not all(isinstance(names, list) for names in document.values()):
+            raise WsssError(f"{where}: expected a JSON object of image names to lists of class names", hint=_LABELS)
+        known = ClassNames(classes, ignore_unknown=ignore_unknown)
+        self._path, self._classes = path, len(known)
+        self._entries = Entries(document, str(path))
+        self._present: dict[str, list[int]] = {}
+        self.ignored: Counter[str] = Counter()
+        """Names that were left out, and how often."""
+        for image, names in document.items():
+            found = [(name, known.find(name, f"{where}: {image}")) for name in names]
+            self._present[image] = [label for _, label in found if label is not None]
+            self.ignored.update(name for name, label in found if label is None)
+        _check_ignored(self.ignored, any(self._present.values()), where, classes)
+
+    def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> WsssError | None:
+        """Why this image cannot be labelled, or None. ``twins``: photographs of the run with the same stem, itself too."""
+        if (entry := self._entries.find(photo.name)) is None:
+            return self._entries.missing(photo.name)
+        sharing = [name for name in twins if self._entries.find(name) == entry]
+        return _ambiguous(f"{self._path}: {entry}", sharing, "rename one of them") if len(sharing) > 1 else None
+
+    def __call__(self, images: Images) -> Labels:
+        score = np.zeros((len(images), self._classes), np.float32)
+        for row, photo in enumerate(images):
+            entry = self._entries.find(photo.name)
+            assert entry is not None  # `missing` was asked
+            score[row, [label - 1 for label in self._present[entry]]] = 1
+        return Labels(score, score > 0)
+
+
+class GivenBoxes:
+    """Boxes from files instead of Grounding-DINO; what the tags say does not matter to them.
+
+    Args:
+        path: in any form of `open_boxes`.
+        ignore_unknown: leave out boxes of classes that are not in the list instead of failing their image.
+        threshold: leave out boxes of a lower score; None takes all.
+        warn: told of boxes that were left out, cut, sorted, or whose frame had to be assumed.
+
+    Raises:
+        WsssError: as `open_boxes`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        classes: ClassList,
+        *,
+        ignore_unknown: bool = False,
+        threshold: float | None = None,
+        warn: Warn = lambda message: None,
+    ) -> None:
+        self._warn, self._threshold = warn, threshold or 0.0
+        self._classes = ClassNames(classes, ignore_unknown=ignore_unknown)
+        self._source = open_boxes(path)
+        self.ignored: Counter[str] = Counter()
+        """Names that are left out, and how many boxes they have, over all annotations."""
+        if ignore_unknown:
+            self._count_ignored(f"--boxes {path}", classes)
+
+    def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> WsssError | None:
+        """Why this image cannot be labelled, or None. ``twins``: photographs of the run with the same stem, itself too."""
+        try:
+            annotation, _, _ = self._of(photo)
+        except WsssError as error:
+            return error
+        key = self._source.find(photo.name)
+        sharing = [name for name in twins if self._source.find(name) == key]
+        if len(sharing) < 2 or (owner := _owner(annotation, sharing)) == photo.name:
+            return None
+        if owner:
+            return WsssError(f"{annotation.where}: is the annotation of {owner}, as it says itself", hint=_TWINS)
+        return _ambiguous(annotation.where, sharing, _TWINS)
+
+    def __call__(self, images: Images, labels: Labels) -> Boxes:
+        parts = [Boxes.none()]
+        for row, photo in enumerate(images):
+            annotation, boxes, notes = self._of(photo)
+            for note in notes:
+                self._warn(f"{photo.name}: {note}")
+            if boxes:
+                found = Boxes(
+                    np.array([box.xyxy for box in boxes], np.float32),
+                    np.array([box.score for box in boxes], np.float32),
+                    np.array([self._classes.find(box.name, annotation.where) for box in boxes], np.int64),
+                    np.full(len(boxes), row, np.int64),
+                )
+                parts.append(found)
+        return Boxes.join(parts)
+
+    def _of(self, photo: Photograph) -> tuple[Annotation, list[GivenBox], list[str]]:
+        """A photograph's annotation, its boxes in pixels of the photograph, and what there is to say of them."""
+        if (key := self._source.find(photo.name)) is None:
+            raise self._source.missing(photo.name)
+        annotation = self._source.read(key)
+        known = [box for box in annotation.boxes if self._classes.find(box.name, annotation.where) is not None]
+        strong = [box for box in known if box.score >= self._threshold]
+        boxes, notes = place(replace(annotation, boxes=strong), photo)
+        if len(boxes) > MOST_BOXES:
+            raise WsssError(
+                f"{annotation.where}: {len(boxes)} boxes, an image may have {MOST_BOXES}", hint="keep those of the highest scores"
+            )
+        return annotation, boxes, notes
+
+    def _count_ignored(self, where: str, classes: ClassList) -> None:
+        known = False
+        for key in self._source.all_keys():
+            try:
+                annotation = self._source.read(key)
+            except WsssError:  # its image, if there is one, will say it
+                continue
+            unknown = [box.name for box in annotation.boxes if self._classes.find(box.name, annotation.where) is None]
+            known |= len(unknown) < len(annotation.boxes)
+            self.ignored.update(unknown)
+        _check_ignored(self.ignored, known, where, classes)
+
+
+def _owner(annotation: Annotation, sharing: Sequence[str]) -> str | None:
+    """The photograph that an annotation names, of those that it may be of; None where it does not tell."""
+    filename = image_key(annotation.filename)
+    named = [name for name in sharing if filename in ("", stem_of(name), image_key(name).rpartition("/")[2])]
+    if len(named) > 1 and annotation.folder:
+        folder = image_key(annotation.folder)
+        named = [name for name in named if image_key(name).rpartition("/")[0].rpartition("/")[2] == folder]
+    return named[0] if len(named) == 1 else None
+
+
+def _ambiguous(where: str, sharing: Sequence[str], hint: str) -> WsssError:
+    return WsssError(f"{where}: of {len(sharing)} photographs, and only one can be meant: {listed(sharing, 4)}", hint=hint)
+
+
+def _check_ignored(ignored: Counter[str], any_known: bool, where: str, classes: ClassList) -> None:
+    if ignored and not any_known:
+        raise WsssError(
+            f"{where}: none of its classes is in this run's list: {listed(list(ignored))}",
+            hint=f"--ignore-unknown would leave out everything; --classes has {listed(classes.names)}",
+        )

@@ -1,0 +1,1 @@
+"""A run over a folder of images: listing, reading ahead, batching, writing the label store."""

@@ -1,0 +1,273 @@
+"""What the user already knows: class names and boxes from files, each mistake named with its file and image."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from wsss.batch import Labels
+from wsss.classes import class_list
+from wsss.errors import WsssError
+from wsss.runtime.given.forms import given_hash
+from wsss.runtime.given.stages import GivenBoxes, GivenLabels
+
+if TYPE_CHECKING:
+    from ..conftest import World
+
+CLASSES = class_list(["dog", "cat", "potted plant"])
+NOTHING = Labels(np.zeros((0, 3), np.float32), np.zeros((0, 3), bool))
+XML = (
+    "<annotation><object><name>{}</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>6</ymax></bndbox>"
+    "</object></annotation>"
+)
+
+
+def written(path: Path, told: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(told if isinstance(told, str) else json.dumps(told), encoding="utf-8")
+    return path
+
+
+# ---- labels ----
+
+
+def test_labels_by_name(world: World, tmp_path: Path) -> None:
+    path = written(tmp_path / "labels.json", {"a.jpg": ["cat"], "sub/b.jpg": [], "c.jpg": ["potted plant", "dog", "dog"]})
+    given = GivenLabels(path, CLASSES)
+    labels = given([world.photo(3, 3, name) for name in ("c.jpg", "sub/b.jpg", "a.jpg")])
+    assert labels.present.tolist() == [[True, False, True], [False, False, False], [False, True, False]]
+    assert labels.score.dtype == np.float32
+    assert np.array_equal(labels.score, labels.present)
+    assert given([]).present.shape == (0, 3)
+    assert given.missing(world.photo(3, 3, "a.jpg")) is None
+    error = given.missing(world.photo(3, 3, "b.jpg"))
+    assert error is not None
+    assert error.message == f"has no entry in {path}"
+    assert "the file has 'sub/b.jpg'" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("a/caf\u00e9.jpg", "dog"),
+        ("a/cafe\u0301.jpg", "Dog"),
+        ("./a/caf\u00e9.jpg", " dog "),
+        ("a\\caf\u00e9.jpg", "DOG"),
+        (".\\a\\.\\cafe\u0301.jpg", "dog"),
+    ],
+)
+def test_names_are_matched_as_people_write_them(world: World, tmp_path: Path, key: str, name: str) -> None:
+    path = written(tmp_path / "labels.json", {key: [name, "potted_plant"]})
+    boxes = written(tmp_path / "boxes.json", {key: [{"label": name, "xyxy": [0, 0, 2, 3]}]})
+    for photo in (world.photo(3, 3, "a/caf\u00e9.jpg"), world.photo(3, 3, "a/cafe\u0301.jpg")):
+        assert GivenLabels(path, CLASSES).missing(photo) is None
+        assert GivenLabels(path, CLASSES)([photo]).present.tolist() == [[True, False, True]]
+        assert GivenBoxes(boxes, CLASSES).missing(photo) is None
+        assert GivenBoxes(boxes, CLASSES)([photo], NOTHING).label.tolist() == [1]
+
+
+@pytest.mark.parametrize("keys", [("a/x.jpg", "./a/x.jpg"), ("a/x.jpg", "a\\x.jpg"), ("caf\u00e9.jpg", "cafe\u0301.jpg")])
+def test_two_entries_of_one_photograph(tmp_path: Path, keys: tuple[str, str]) -> None:
+    path = written(tmp_path / "x.json", {key: [] for key in keys})
+    for given in (GivenLabels, GivenBoxes):
+        with pytest.raises(WsssError, match="are the same photograph"):
+            given(path, CLASSES)
+
+
+def test_one_entry_for_two_photographs(world: World, tmp_path: Path) -> None:
+    path = written(tmp_path / "x.json", {"caf\u00e9.jpg": []})
+    for given in (GivenLabels(path, CLASSES), GivenBoxes(path, CLASSES)):
+        for name in (both := ("caf\u00e9.jpg", "cafe\u0301.jpg")):
+            assert "of 2 photographs" in str(given.missing(world.photo(3, 3, name), both))
+        assert given.missing(world.photo(3, 3, "caf\u00e9.jpg"), ("caf\u00e9.jpg", "sub/caf\u00e9.jpg")) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("", "expected JSON"),
+        ("{", "expected JSON"),
+        ([], "expected a JSON object of image names"),
+        ({"a.jpg": "dog"}, "expected a JSON object of image names"),
+        ({"a.jpg": ["dgo"]}, "a.jpg: the class 'dgo' is not in this run's list: dog, cat, potted plant"),
+        ({"a.jpg": [1]}, "a.jpg: expected the name of a class, got 1"),
+        ('{"a.jpg": [], "a.jpg": ["dog"]}', "the key 'a.jpg' stands twice"),
+    ],
+)
+def test_bad_labels(tmp_path: Path, told: object, said: str) -> None:
+    path = written(tmp_path / "labels.json", told)
+    with pytest.raises(WsssError, match=re.escape(said)) as caught:
+        GivenLabels(path, CLASSES)
+    assert caught.value.message.startswith(f"--labels {path}")
+    assert caught.value.hint
+
+
+def test_the_nearest_class_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path / "labels.json", {"a.jpg": ["Poted_Plant"]})
+    with pytest.raises(WsssError) as caught:
+        GivenLabels(path, CLASSES)
+    assert "did you mean 'potted plant'?" in caught.value.hint
+    assert "--ignore-unknown" in caught.value.hint
+
+
+def test_no_labels_file(tmp_path: Path) -> None:
+    with pytest.raises(WsssError, match=r"--labels .*none\.json: cannot be read"):
+        GivenLabels(tmp_path / "none.json", CLASSES)
+
+
+# ---- classes that are not in the list ----
+
+
+def test_unknown_classes_are_left_out_and_counted(world: World, tmp_path: Path) -> None:
+    given = GivenLabels(written(tmp_path / "l.json", {"a": ["dog", "cow"], "b": ["cow", "yak"]}), CLASSES, ignore_unknown=True)
+    assert given([world.photo(3, 3, "a"), world.photo(3, 3, "b")]).present.tolist() == [[True, False, False], [False] * 3]
+    assert given.ignored == {"cow": 2, "yak": 1}
+    for name, label in (("a", "dog"), ("b", "cow"), ("c", "cow"), ("d", "Cat")):
+        written(tmp_path / "xml" / f"{name}.xml", XML.format(label))
+    written(tmp_path / "xml" / "broken.xml", "<")
+    boxes = GivenBoxes(tmp_path / "xml", CLASSES, ignore_unknown=True)
+    assert boxes.ignored == {"cow": 2}
+    photos = [world.photo(9, 9, f"{name}.jpg") for name in "abd"]
+    assert [boxes.missing(photo) for photo in photos] == [None] * 3
+    assert boxes(photos, NOTHING).image.tolist() == [0, 2]
+    error = GivenBoxes(tmp_path / "xml", CLASSES).missing(photos[1])
+    assert "b.xml: the class 'cow' is not in this run's list" in str(error)
+
+
+def test_leaving_out_everything_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WsssError, match="none of its classes is in this run's list: cow"):
+        GivenLabels(written(tmp_path / "l.json", {"a": ["cow"]}), CLASSES, ignore_unknown=True)
+    written(tmp_path / "xml" / "a.xml", XML.format("cow"))
+    with pytest.raises(WsssError, match="none of its classes"):
+        GivenBoxes(tmp_path / "xml", CLASSES, ignore_unknown=True)
+
+
+# ---- which form ----
+
+
+def test_boxes_from_a_voc_folder(world: World, tmp_path: Path) -> None:
+    """Beside the image's own folders, or all in one folder."""
+    written(tmp_path / "xml" / "sub" / "x.xml", XML.format("potted plant"))
+    written(tmp_path / "xml" / "flat.xml", "<annotation/>")
+    written(tmp_path / "xml" / "readme.txt", "made by us")
+    given = GivenBoxes(tmp_path / "xml", CLASSES)
+    boxes = given([world.photo(375, 500, "deep/flat.jpg"), world.photo(375, 500, "sub/x.jpg")], NOTHING)
+    assert boxes.image.tolist() == [1]
+    assert boxes.label.tolist() == [3]
+    assert boxes.score.tolist() == [1]
+    assert boxes.xyxy_image.tolist() == [[0, 0, 5, 6]]
+    assert boxes.xyxy_image.dtype == np.float32
+
+
+def test_a_name_says_nothing_about_the_form(world: World, tmp_path: Path) -> None:
+    box = {"label": "cat", "xyxy": [1, 2, 30, 40], "score": 0.25}
+    coco = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "categories": [{"id": 7, "name": "cat"}],
+        "annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 29, 38], "score": 0.25}],
+    }
+    line = json.dumps({"path": "a.jpg", "label": "a.png", "boxes": [box], "height": 60, "width": 60})
+    for number, text in enumerate(
+        (json.dumps({"a.jpg": [box]}), json.dumps(coco), line + "\n", line + "\n" + line.replace("a.jpg", "b"))
+    ):
+        path = written(tmp_path / f"boxes{number}.txt", "\ufeff" + text)
+        boxes = GivenBoxes(path, CLASSES)([world.photo(60, 60, "a.jpg")], NOTHING)
+        assert boxes.xyxy_image.tolist() == [[1, 2, 30, 40]]
+        assert (boxes.label.tolist(), boxes.score.tolist()) == ([2], [0.25])
+
+
+def test_a_folder_of_two_forms(tmp_path: Path) -> None:
+    written(tmp_path / "x.xml", "<annotation/>")
+    written(tmp_path / "x.txt", "0 0.5 0.5 0.1 0.1\n")
+    with pytest.raises(WsssError, match=r"holds VOC XML files and YOLO labels: x\.xml, x\.txt"):
+        GivenBoxes(tmp_path, CLASSES)
+
+
+def test_a_folder_of_no_form(tmp_path: Path) -> None:
+    written(tmp_path / "instances.json", "{}")
+    written(tmp_path / "notes.txt", "nothing")
+    with pytest.raises(WsssError, match="got a folder with none of them") as caught:
+        GivenBoxes(tmp_path, CLASSES)
+    assert caught.value.hint == f"give the file itself: --boxes {tmp_path / 'instances.json'}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected JSON"),
+        ("7", "expected a JSON object of image names to lists of boxes, got 7"),
+        ("[]", "expected a JSON object of image names to lists of boxes"),
+        ("[1]", "expected a JSON object of image names to lists of boxes"),
+        ('{"a.jpg": {}}', "expected a JSON object of image names to lists of boxes"),
+        ("{", "expected JSON"),
+        ("<annotations/>", "expected a folder of XML files"),
+        ("0 0.5 0.5 0.1 0.1", "expected JSON"),
+        ('{"a.jpg": [{"label": "dog", "xyxy": [NaN, 0, 1, 1]}]}', "expected finite numbers, got NaN"),
+        ('{"a.jpg": [], "a.jpg": []}', "the key 'a.jpg' stands twice"),
+        ('[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]', "a COCO file with its images"),
+    ],
+)
+def test_a_bad_boxes_file(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(WsssError, match=said) as caught:
+        GivenBoxes(written(tmp_path / "boxes.json", text), CLASSES)
+    assert caught.value.message.startswith(f"--boxes {tmp_path / 'boxes.json'}")
+    assert caught.value.hint
+
+
+def test_no_boxes_there(tmp_path: Path) -> None:
+    with pytest.raises(WsssError, match="no such file or folder") as caught:
+        GivenBoxes(tmp_path / "none", CLASSES)
+    assert "VOC XML" in caught.value.hint
+
+
+# ---- the hash ----
+
+
+def test_the_hash_of_what_is_given_tells_every_change(tmp_path: Path) -> None:
+    written(tmp_path / "xml" / "a.xml", "<a/>")
+    written(tmp_path / "xml" / "sub" / "b.xml", "<b/>")
+    written(tmp_path / "xml" / "notes.txt", "not looked at")
+    seen = [given_hash(tmp_path / "xml")]
+    (tmp_path / "xml" / "notes.txt").write_text("still not")
+    assert given_hash(tmp_path / "xml") == seen[0]
+    (tmp_path / "xml" / "sub" / "b.xml").write_text("<c/>")
+    seen.append(given_hash(tmp_path / "xml"))
+    (tmp_path / "xml" / "a.xml").rename(tmp_path / "xml" / "aa.xml")
+    seen.append(given_hash(tmp_path / "xml"))
+    (tmp_path / "xml" / "c.XML").write_text("<c/>")
+    seen.append(given_hash(tmp_path / "xml"))
+    seen.append(given_hash(tmp_path / "xml" / "aa.xml"))
+    assert len(set(seen)) == 5
+    with pytest.raises(WsssError, match="cannot be read: No such file"):
+        given_hash(tmp_path / "none")
+
+
+def test_the_hash_of_an_xml_folder_is_the_one_that_stores_have(tmp_path: Path) -> None:
+    """Of versions before this one: their stores go on."""
+    written(tmp_path / "a.xml", "<a/>")
+    assert given_hash(tmp_path) == "84e75bd2edc8ddac2f2ade63a61005174ed7478d6d85a668c6960aa73fa9a16b"
+    assert given_hash(tmp_path / "a.xml") == "ac454bcc10e8043d062bbef0ccc1f3c60b7c71ec1e9d03506ed07a9c2a1a5992"
+
+
+def test_the_hash_covers_the_list_of_classes(tmp_path: Path) -> None:
+    written(tmp_path / "labels" / "train" / "a.txt", "0 0.5 0.5 0.1 0.1\n")
+    written(tmp_path / "data.yaml", "names: [dog, cat]\n")
+    before = given_hash(tmp_path / "labels" / "train")
+    written(tmp_path / "data.yaml", "names: [cat, dog]\n")
+    assert given_hash(tmp_path / "labels" / "train") != before
+
+
+def test_the_hash_of_a_store_is_its_manifest(tmp_path: Path) -> None:
+    line = json.dumps({"path": "a.jpg", "boxes": [{"label": "dog", "xyxy": [0, 0, 1, 1]}]})
+    written(tmp_path / "run.json", {})
+    written(tmp_path / "manifest.jsonl", line + "\n")
+    before = given_hash(tmp_path)
+    written(tmp_path / "history.jsonl", "{}")
+    assert given_hash(tmp_path) == before
+    written(tmp_path / "manifest-0-of-2.jsonl", line + "\n")
+    assert given_hash(tmp_path) != before

@@ -1,0 +1,152 @@
+"""Boxes of YOLO labels and their lists of classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wsss.batch import Labels, Photograph
+from wsss.classes import class_list
+from wsss.errors import WsssError
+from wsss.runtime.given.names import twins_of
+from wsss.runtime.given.stages import GivenBoxes
+
+CLASSES = class_list(["cat", "dog"])
+NOTHING = Labels(np.zeros((0, 2), np.float32), np.zeros((0, 2), bool))
+
+
+def folder(tmp_path: Path, text: str, names: str = "dog\ncat\n", list_name: str = "classes.txt") -> Path:
+    (tmp_path / "labels" / "train").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "labels" / "train" / "x.txt").write_text(text)
+    (tmp_path / "labels" / "train" / "empty.txt").write_text("")
+    if names:
+        (tmp_path / list_name).write_text(names)
+    return tmp_path / "labels" / "train"
+
+
+def photo(name: str = "x.jpg", orientation: int = 1) -> Photograph:
+    return Photograph(name=name, pixels=np.zeros((40, 80, 3), np.uint8), orientation=orientation)
+
+
+@pytest.mark.parametrize(
+    ("line", "xyxy", "score"),
+    [
+        ("0 0.5 0.5 0.25 0.5", [30, 10, 50, 30], 1),
+        ("0 0.5 0.5 0.25 0.5 0.75", [30, 10, 50, 30], 0.75),
+        ("0 0.25 0.5 0.5 0.25 0.75 0.5 0.5 0.75", [20, 10, 60, 30], 1),
+        ("0 0.25 0.5 0.5 0.25 0.75 0.5 0.5 0.75 0.5", [20, 10, 60, 30], 0.5),
+        ("  0   0.0125 0.0250 2.5e-2 5e-2  ", [0, 0, 2, 2], 1),
+    ],
+)
+def test_lines(tmp_path: Path, line: str, xyxy: list[float], score: float) -> None:
+    given = GivenBoxes(folder(tmp_path, f"{line}\n\n1 0.5 0.5 1 1\n"), CLASSES)
+    assert given.missing(photo()) is None
+    boxes = given([photo("empty.jpg"), photo()], NOTHING)
+    assert boxes.image.tolist() == [1, 1]
+    assert boxes.xyxy_image == pytest.approx(np.array([xyxy, [0, 0, 80, 40]]), abs=1e-4)
+    assert boxes.label.tolist() == [2, 1], "classes are those of the list beside the labels, not of the run"
+    assert boxes.score.tolist() == [score, 1]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("2 0.5 0.5 0.1 0.1", "class 2 of a list of 2"),
+        ("0 0.5 0.5 0.1", "expected a line of YOLO labels"),
+        ("0.0 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
+        ("9" * 5000 + " 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
+        ("dog 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
+        ("0 0.5 0.5 0.1 nan", "expected a line of YOLO labels"),
+        ("0 40 20 10 10", "expected shares in 0..1"),
+        ("0 0.5 0.5 0.1 0.1 17", "expected shares in 0..1"),
+        ("0 0.5 0.5 -0.005 0.1", "expected a width and height of at least 0"),
+        ("0 0.7 0.5 0.9 0.9\n0 0.1 0.1 0.2 0.2", "got what looks like corners"),
+        ("0 0.5 0.5 0.001 0.1", "no box remains of 1"),
+    ],
+)
+def test_bad_lines(tmp_path: Path, line: str, said: str) -> None:
+    labels = folder(tmp_path, f"{line}\n")
+    (labels / "good.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    error = GivenBoxes(labels, CLASSES).missing(photo())
+    assert error is not None
+    assert said in error.message
+    assert "x.txt" in error.message
+    assert error.hint
+
+
+def test_a_photograph_without_a_file_has_none(tmp_path: Path) -> None:
+    error = GivenBoxes(folder(tmp_path, "0 0.5 0.5 0.1 0.1"), CLASSES).missing(photo("y.jpg"))
+    assert error is not None
+    assert "has no labels y.txt" in error.message
+    assert "an empty file" in error.hint
+
+
+def test_one_file_for_two_photographs(tmp_path: Path) -> None:
+    given = GivenBoxes(folder(tmp_path, "0 0.5 0.5 0.1 0.1"), CLASSES)
+    twins = twins_of(["x.jpg", "x.png", "y.png"])
+    for name in ("x.jpg", "x.png"):
+        assert "of 2 photographs, and only one can be meant: x.jpg, x.png" in str(given.missing(photo(name), twins[name]))
+
+
+def test_a_photograph_that_exif_turns_is_announced(tmp_path: Path) -> None:
+    notes: list[str] = []
+    given = GivenBoxes(folder(tmp_path, "0 0.5 0.5 0.25 0.5"), CLASSES, warn=notes.append)
+    assert given([photo(orientation=6)], NOTHING).xyxy_image.tolist() == [[30, 10, 50, 30]]
+    assert "turned by EXIF" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("list_name", "names"),
+    [
+        ("labels/train/classes.txt", "dog\ncat\n\n"),
+        ("labels/obj.names", "\ufeffdog\r\ncat"),
+        ("data.yaml", "path: .\nnames: [dog, cat]\n"),
+        ("data.yaml", "names:\n- dog\n- cat\nnc: 2\n"),
+        ("coco.yml", "names:\n  1: cat\n  0: dog\n"),
+    ],
+)
+def test_lists_of_classes(tmp_path: Path, list_name: str, names: str) -> None:
+    labels = folder(tmp_path, "0 0.5 0.5 0.25 0.5", "")
+    (tmp_path / list_name).write_text(names, encoding="utf-8")
+    (tmp_path / "other.yaml").write_text("epochs: 3\n")
+    assert GivenBoxes(labels, CLASSES)([photo()], NOTHING).label.tolist() == [2]
+
+
+def test_the_nearest_list_counts_and_two_must_agree(tmp_path: Path) -> None:
+    labels = folder(tmp_path, "0 0.5 0.5 0.25 0.5", "cat\ndog\n")
+    (labels / "classes.txt").write_text("dog\ncat\n")
+    assert GivenBoxes(labels, CLASSES)([photo()], NOTHING).label.tolist() == [2]
+    (labels / "data.yaml").write_text("names: [dog, cat]\n")
+    assert GivenBoxes(labels, CLASSES)([photo()], NOTHING).label.tolist() == [2]
+    (labels / "data.yaml").write_text("names: [cat, dog]\n")
+    with pytest.raises(WsssError, match=r"several lists of classes that differ: classes\.txt, data\.yaml"):
+        GivenBoxes(labels, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("list_name", "names", "said"),
+    [
+        ("x.md", "", "YOLO labels without a list of classes"),
+        ("classes.txt", "dog\n\ncat\n", "an empty line among the names"),
+        ("classes.txt", "", "an empty line|no names|class 0 of a list of 0"),
+        ("data.yaml", "names: dog", "expected a list of names"),
+        ("data.yaml", "names: [1, 2]", "expected a list of names"),
+        ("data.yaml", "names: {1: dog, 2: cat}", "expected a list of names"),
+        ("data.yaml", "names: [dog, cat", "expected YAML"),
+        ("data.yaml", "names: !!python/object/apply:os.system [true]", "expected YAML"),
+    ],
+)
+def test_bad_lists_of_classes(tmp_path: Path, list_name: str, names: str, said: str) -> None:
+    labels = folder(tmp_path, "0 0.5 0.5 0.25 0.5", "")
+    (tmp_path / list_name).write_text(names)
+    with pytest.raises(WsssError, match=said) as caught:
+        if error := GivenBoxes(labels, CLASSES).missing(photo()):
+            raise error
+    assert caught.value.hint
+
+
+def test_keypoints_follow_the_box(tmp_path: Path) -> None:
+    labels = folder(tmp_path, "0 0.5 0.5 0.25 0.5 0.1 0.1 2 0.2 0.2 0", "names: [dog]\nkpt_shape: [2, 3]\n", "data.yaml")
+    assert GivenBoxes(labels, CLASSES)([photo()], NOTHING).xyxy_image.tolist() == [[30, 10, 50, 30]]

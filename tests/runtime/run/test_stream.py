@@ -1,0 +1,158 @@
+"""The stages at once: photographs of one canvas share a batch, nothing waits for ever, memory is bounded by a budget."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from wsss.errors import StoreError
+from wsss.runtime.device import Turns
+from wsss.runtime.labeler import Labeler
+from wsss.runtime.run import stream
+from wsss.runtime.run.stream import Receipt, Stream, Task
+from wsss.store import local as labelstore
+from wsss.store.local import LabelFolder
+
+if TYPE_CHECKING:
+    from ..conftest import World
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> LabelFolder:
+    for name in ("labels", ".tmp"):
+        (tmp_path / name).mkdir()
+    return LabelFolder(tmp_path / "labels", tmp_path / ".tmp")
+
+
+def start(world: World, folder: Path, labels: LabelFolder, *, batch: int = 2, at_once: int = 1, callers: int = 1) -> Stream:
+    labeler = Labeler.open(world.bundle, classes=world.classes)
+    labeler.device.turn, labeler.device.callers = Turns(at_once), callers
+    return Stream(labeler, folder, labels, batch=batch, stop=threading.Event())
+
+
+def tasks_of(folder: Path) -> list[Task]:
+    return [Task(number, path.name, path.name) for number, path in enumerate(sorted(folder.iterdir()))]
+
+
+@pytest.fixture
+def folder(world: World, tmp_path: Path) -> Path:
+    """Photographs lying and standing in turn."""
+    for number in range(12):
+        world.save(tmp_path / "in" / f"{number:02}.png", *((30, 40) if number % 2 else (40, 30)), red=(2, 2, 20, 20))
+    return tmp_path / "in"
+
+
+def test_photographs_of_one_canvas_share_the_detector_s_calls(world: World, folder: Path, labels: LabelFolder) -> None:
+    receipts = [receipt for group in start(world, folder, labels).run(tasks_of(folder)) for receipt in group]
+    assert sorted(receipt.number for receipt in receipts) == list(range(12))
+    for canvas in ("32x48", "48x32"):
+        assert world.rows("grounding-dino", f"image-{canvas}") == [2, 2, 2], "full calls, though the shapes alternate"
+
+
+def test_the_only_one_of_its_shape_does_not_wait_for_the_end(world: World, tmp_path: Path, labels: LabelFolder) -> None:
+    for number in range(60):
+        world.save(tmp_path / "in" / f"{number:02}.png", *((40, 30) if number == 0 else (30, 40)), red=(2, 2, 20, 20))
+    order = [
+        receipt.number for group in start(world, tmp_path / "in", labels).run(tasks_of(tmp_path / "in")) for receipt in group
+    ]
+    assert 2 < order.index(0) < 20
+
+
+def test_what_came_does_not_wait_for_tasks_that_are_late(world: World, folder: Path, labels: LabelFolder) -> None:
+    done = threading.Event()
+
+    def late() -> Iterator[Task | None]:
+        first, *rest = tasks_of(folder)
+        yield first
+        while not done.wait(0.01):
+            yield None
+        yield from rest
+
+    seen: list[Receipt] = []
+    for group in start(world, folder, labels, batch=8).run(late()):
+        seen += group
+        done.set()
+    assert [seen[0].number, len(seen)] == [0, 12]
+
+
+def test_a_full_disk_ends_a_stream_whose_tasks_are_late(
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def endless() -> Iterator[Task | None]:
+        yield from tasks_of(folder)[:3]
+        while True:
+            yield None
+
+    monkeypatch.setattr(labelstore, "_save", no_room)
+    before = threading.active_count()
+    with pytest.raises(StoreError, match="No space left"):
+        list(start(world, folder, labels).run(endless()))
+    assert threading.active_count() == before, "no thread is left behind"
+
+
+def test_two_batches_wait_before_the_encoder(world: World, folder: Path, labels: LabelFolder) -> None:
+    """While it computes, the detector goes on until two batches wait and one is in hand: one late batch costs nothing."""
+    going_on, detected = threading.Event(), list[int]()
+    encoder = world.engine("sam", "encoder")
+    script = encoder.script
+
+    def held(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        if not going_on.is_set():
+            deadline = time.monotonic() + 2
+            while time.monotonic() < deadline and len(detected) < 8:
+                detected[:] = [1] * sum(map(sum, (world.rows("grounding-dino", f"image-{c}") for c in ("32x48", "48x32"))))
+                time.sleep(0.01)
+            going_on.set()
+        return script(feeds)
+
+    encoder.script = held
+    receipts = [receipt for group in start(world, folder, labels, at_once=2).run(tasks_of(folder)) for receipt in group]
+    assert len(receipts) == 12
+    assert len(detected) == 8, "of two images each: one encoded, two waiting, one in the detector's hand"
+
+
+@pytest.mark.parametrize("callers", [1, 2])
+def test_an_encoder_that_holds_its_callers_has_the_next_call_waiting(
+    world: World, folder: Path, labels: LabelFolder, callers: int
+) -> None:
+    encoder, inside, most = world.engine("sam", "encoder"), list[int](), list[int]()
+    script = encoder.script
+
+    def held(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        inside.append(1)
+        time.sleep(0.1)
+        most.append(len(inside))
+        inside.pop()
+        return script(feeds)
+
+    encoder.script = held
+    receipts = [r for group in start(world, folder, labels, at_once=3, callers=callers).run(tasks_of(folder)) for r in group]
+    assert sorted(receipt.number for receipt in receipts) == list(range(12))
+    assert max(most) == callers
+
+
+@pytest.mark.parametrize("limit", ["PIXEL_BYTES", "free_bytes"])
+@pytest.mark.parametrize("small", [0, 10**9])
+def test_large_photographs_come_one_by_one(
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch, small: int, limit: str
+) -> None:
+    """A budget smaller than any two photographs: everything is labelled all the same."""
+    if limit == "PIXEL_BYTES":
+        monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 3)
+    else:
+        monkeypatch.setattr(stream, "free_bytes", lambda: 4 * 1300 * 3)
+    monkeypatch.setattr(stream, "SMALL", small)
+    receipts = [receipt for group in start(world, folder, labels).run(tasks_of(folder)) for receipt in group]
+    assert len(receipts) == 12
+    assert world.rows("grounding-dino", "image-32x48") == [1] * 6

@@ -1,0 +1,177 @@
+"""Several workers, one store: the same bytes as one, also when workers die."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from wsss.errors import StoreError, WsssError, WsssWarning
+from wsss.runtime.labeler import Labeler
+from wsss.runtime.run.label_folder import Summary, label_folder
+from wsss.runtime.run.stream import Task
+from wsss.runtime.run.workers import Workers, _Dealer, _Worker
+from wsss.spec import write_manifest
+from wsss.store.local import read_records
+
+if TYPE_CHECKING:
+    from ..conftest import World
+
+SCRIPTED = """
+import errno, importlib.util, os, signal, sys
+from pathlib import Path
+from wsss import labelstore
+from wsss.errors import WsssError
+from wsss.runtime import pipeline, stream
+
+spec = importlib.util.spec_from_file_location("scripted_world", {conftest!r})
+module = sys.modules["scripted_world"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+
+def open_labeler(bundle, *, dies_once="", dies_of="", margin=0.1, full=False, refuses=""):
+    if refuses:
+        raise WsssError(refuses, hint="do something")
+    world = module.World(bundle)
+    pipeline.open_graph = world.open_graph
+    read = stream.read_file
+    def read_file(folder, name):
+        if name == dies_of or (name == dies_once and Path(bundle, "die").exists()):
+            Path(bundle, "die").unlink(missing_ok=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(folder, name)
+    stream.read_file = read_file
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if full:
+        labelstore._save = no_room
+    return pipeline.Labeler.open(bundle, classes=world.classes, rules=pipeline.Rules(margin=margin))
+"""
+Crew = Callable[..., Workers]
+
+
+@pytest.fixture
+def crew(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Crew:
+    """``crew({...}, {...})``: workers with scripted engines, each opened with these arguments."""
+    (tmp_path / "scripted_labeler.py").write_text(SCRIPTED.format(conftest=str(Path(__file__).parents[2] / "conftest.py")))
+    monkeypatch.syspath_prepend(tmp_path)
+    import scripted_labeler  # type: ignore[import-not-found]
+
+    def start(*each: dict[str, object]) -> Workers:
+        return Workers([("cpu", partial(scripted_labeler.open_labeler, world.bundle, **how)) for how in each], batch=2)
+
+    return start
+
+
+@pytest.fixture
+def many(world: World, tmp_path: Path) -> Path:
+    for number in range(24):
+        world.save(tmp_path / "many" / f"{number:02}.png", 30, 40, red=(number, 2, 20 + number % 5, 20))
+    (tmp_path / "many" / "10-bad.jpg").write_bytes(b"no")
+    return tmp_path / "many"
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "history.jsonl"}
+
+
+def quiet(_: str) -> None: ...
+
+
+@pytest.fixture
+def whole(world: World, many: Path, tmp_path: Path) -> dict[str, bytes]:
+    label_folder(Labeler.open(world.bundle, classes=world.classes), many, tmp_path / "whole", warn=quiet)
+    return contents(tmp_path / "whole")
+
+
+def test_two_workers_make_the_same_store(crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    seen: list[Summary] = []
+    with crew({}, {}) as workers:
+        summary = label_folder(workers, many, tmp_path / "out", warn=quiet, progress=seen.append)
+    assert (summary.labelled, summary.failed, summary.images) == (24, 1, 25)
+    assert summary.engine_seconds > 0
+    assert all(summary.stage_seconds[stage] > 0 for stage in ("tag", "detect", "segment", "fuse"))
+    assert contents(tmp_path / "out") == whole
+    assert len(seen) > 1
+
+
+def test_workers_warn_of_strange_classes_once(crew: Crew, world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("clip", "grounding-dino", "sam"):
+        write_manifest(world.bundle / name, dataclasses.replace(world.model(name).manifest, variant="mini"))
+    with pytest.warns(WsssWarning, match="none of the 3 classes is among them") as caught, crew({}, {}):
+        pass
+    assert len(caught) == 1
+    assert "WsssWarning" not in capfd.readouterr().err, "not in each process"
+
+
+def test_a_dead_worker_s_images_are_redone_by_the_other(
+    crew: Crew, world: World, many: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    (world.bundle / "die").touch()
+    said: list[str] = []
+    with crew({"dies_once": "05.png"}, {"dies_once": "05.png"}) as workers:
+        summary = label_folder(workers, many, tmp_path / "out", warn=said.append)
+    assert (summary.labelled, summary.failed) == (24, 1)
+    assert any("the worker on cpu died (SIGKILL)" in line for line in said)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_an_image_that_kills_workers_fails_and_the_run_goes_on(crew: Crew, many: Path, tmp_path: Path) -> None:
+    with crew(*[{"dies_of": "23.png"}] * 3) as workers:
+        summary = label_folder(workers, many, tmp_path / "out", warn=quiet)
+    assert summary.labelled + summary.failed == summary.images == 25
+    failed = {record["path"]: record["error"] for record in read_records(tmp_path / "out") if "error" in record}
+    assert "2 workers died" in failed["23.png"]
+
+
+def test_when_all_workers_die_the_store_goes_on_later(
+    crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes], world: World
+) -> None:
+    with crew({"dies_of": "20.png"}) as workers, pytest.raises(WsssError, match="all workers died") as caught:
+        label_folder(workers, many, tmp_path / "out", warn=quiet)
+    assert "goes on" in caught.value.hint
+    label_folder(Labeler.open(world.bundle, classes=world.classes), many, tmp_path / "out", warn=quiet)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_what_a_worker_cannot_do_is_said(crew: Crew, many: Path, tmp_path: Path) -> None:
+    with pytest.raises(WsssError, match="no such bundle") as caught:
+        crew({}, {"refuses": "no such bundle"})
+    assert caught.value.hint == "do something"
+    with pytest.raises(WsssError, match="would label with other settings"):
+        crew({}, {"margin": 0.3})
+    with crew({"full": True}) as workers, pytest.raises(StoreError, match="No space left"):
+        label_folder(workers, many, tmp_path / "out", warn=quiet)
+
+
+def test_stopped_workers_finish_what_they_began(
+    crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes], world: World
+) -> None:
+    for number in range(500):
+        world.save(many / f"more-{number}.png", 30, 40, blue=(3, 3, 30, 30))
+    stop = threading.Event()
+    with crew({}, {}) as workers:
+        summary = label_folder(workers, many, tmp_path / "out", stop=stop, progress=lambda _: stop.set(), warn=quiet)
+    assert summary.stopped
+    assert 0 < summary.labelled < 520
+    assert len(list((tmp_path / "out" / "labels").rglob("*.png"))) == summary.labelled
+
+
+def test_no_task_is_dealt_far_ahead_of_the_oldest_in_hand() -> None:
+    def worker() -> _Worker:
+        return _Worker("x", None, None)  # type: ignore[arg-type]
+
+    slow, quick = worker(), worker()
+    dealer = _Dealer((Task(number, f"{number}", "") for number in range(10_000)), batch=2)
+    assert [task.number for task in dealer.deal(slow, [slow, quick])] == list(range(12))
+    last = -1
+    while hand := dealer.deal(quick, [slow, quick]):
+        last = hand[-1].number
+        quick.in_hand.clear()
+    assert last == 4095
+    slow.in_hand.clear()
+    assert dealer.deal(quick, [slow, quick])

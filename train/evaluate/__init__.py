@@ -1,0 +1,1 @@
+"""Score label maps and image-level labels against the truth."""

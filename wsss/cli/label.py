@@ -1,0 +1,269 @@
+"""``wsss label``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError, WsssError, WsssWarning
+from .common import BundleFlag, ask, choice, clock, end_progress, log, needs
+from .events import Events, set_level
+
+if TYPE_CHECKING:
+    from ..runtime.run.label_folder import Crew, Summary
+
+EPILOG = """--labels: {"a/dog.jpg": ["dog"]}
+
+--boxes: {"a/dog.jpg": [{"label": "dog", "xyxy": [48, 240, 195, 371], "score": 0.9}]} in pixels of the photograph; a COCO file
+(images, annotations, categories); a folder of VOC XML files, or of YOLO labels with classes.txt or data.yaml beside them; a
+label store. docs/boxes.md shows each."""
+
+
+def label(
+    images: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder of images (sub-folders too), one image, a list (LIST.txt: a path or URL a line), or s3://, gs:// and "
+            "the like (pip install 'wsss[remote]')."
+        ),
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help='voc, coco, mini, a file, or names: "dog, potted plant".')] = None,
+    bundle: BundleFlag = "bundle",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="chain (CLIP, Grounding-DINO, SAM), or segmenter: the trained one of the bundle, with its own classes."
+        ),
+    ] = "chain",
+    out: Annotated[
+        str | None, typer.Option(help="Label store to write or continue: a folder, or s3://, gs:// and the like.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto, ort, trt, trt-rtx or eager.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    devices: Annotated[
+        str | None, typer.Option(help="Several, a worker process for each: 0,1 (GPUs), or cpu,cpu. Takes the place of --device.")
+    ] = None,
+    on: Annotated[str | None, typer.Option("--on", help="ray: on a Ray cluster (pip install 'wsss[ray]').")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster. Default: RAY_ADDRESS, or the one of this machine, or a new one on it.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Labelers on the cluster. Default: its GPUs, or its cores if it has none.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images labelled together. Default: what the engines were built for.")
+    ] = None,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Use TensorRT engines that were not compared with PyTorch; the store records it.")
+    ] = False,
+    labels: Annotated[str | None, typer.Option(help="JSON of image names to class names; replaces CLIP.")] = None,
+    boxes: Annotated[
+        str | None,
+        typer.Option(
+            help="VOC XML or YOLO folder, COCO or own JSON, or a label store (docs/boxes.md); replaces CLIP and Grounding-DINO."
+        ),
+    ] = None,
+    ignore_unknown: Annotated[
+        bool,
+        typer.Option("--ignore-unknown", help="Leave out what --labels and --boxes say of classes not in --classes; counted."),
+    ] = False,
+    gate: Annotated[bool, typer.Option(help="CLIP decides which classes the detector looks for.")] = True,
+    tag_threshold: Annotated[float | None, typer.Option(help="Least CLIP probability of a class; default: the bundle's.")] = None,
+    box_threshold: Annotated[
+        float | None, typer.Option(help="Least score of a box, a mean over its phrase's tokens; default: the bundle's.")
+    ] = None,
+    nms: Annotated[float, typer.Option(help="Boxes of one class with a larger IoU are one object.")] = 0.5,
+    nms_across: Annotated[float, typer.Option(help="Boxes of two classes with a larger IoU are one object.")] = 0.8,
+    margin: Annotated[float, typer.Option(help="Void where another class comes within this share of the winner.")] = 0.1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try the images again that failed before.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N, I from 0 to N - 1: label that share of the images; N runs may share a store.")
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print events as JSON, one a line; the last one is the summary.")
+    ] = False,
+    log_level: Annotated[
+        str | None, typer.Option(help="debug, info, warning or error. Default: info; warning where stderr is no terminal.")
+    ] = None,
+) -> None:
+    """Label a folder of images. Run it again to go on where it stopped."""
+    set_level(log_level)
+    events = Events(json_output)
+    warnings.simplefilter("ignore", WsssWarning)  # those of Labeler.open, which this command logs
+    example = "wsss label photos --classes voc --bundle bundle --out store"
+    choice("--model", model, ("chain", "segmenter"))
+    for flag, value in (("IMAGES", images), ("--classes", classes), ("--out", out)):
+        if value is None and not (flag == "--classes" and model == "segmenter"):
+            ask(flag, example)
+    share = parse_shard(shard)
+    check_cluster(on, device, devices, ray_address, workers)
+    from ..runtime.images import check_images
+    from ..runtime.labeler import Labeler, Rules, strange_to_mini
+    from ..runtime.run.label_folder import label_folder
+    from ..runtime.run.sources import listing, source_of, store_of
+    from ..runtime.run.workers import Workers
+
+    assert images is not None and out is not None
+    source, store = source_of(images), store_of(out)
+    check_images(listing(source, store))  # said before the engines are loaded, which takes a while
+    rules = Rules(
+        tag_threshold=tag_threshold, box_threshold=box_threshold, nms=nms, nms_across=nms_across, margin=margin, gate=gate
+    )
+    places = parse_devices(devices) if devices else [device]
+    openers = [
+        (
+            place,
+            partial(
+                Labeler.open,
+                bundle,
+                classes=classes,
+                model=model,
+                engine=engine,
+                device=place,
+                unverified=unverified,
+                labels=labels,
+                boxes=boxes,
+                ignore_unknown=ignore_unknown,
+                rules=rules,
+            ),
+        )
+        for place in places
+    ]
+    try:
+        with contextlib.ExitStack() as stack:
+            crew: Labeler | Crew
+            if on == "ray":
+                with needs("ray"):
+                    from ..runtime.ray.executor import RayCrew
+                gpu = None if device == "auto" else device == "cuda"
+                how = RayCrew(openers[0][1], address=ray_address, workers=workers, gpu=gpu, batch=batch, log=log)
+                crew = stack.enter_context(how)
+            else:
+                crew = stack.enter_context(Workers(openers, batch=batch)) if len(openers) > 1 else openers[0][1]()
+            told = {"engine": crew.settings["engine"], "classes": len(crew.classes.names)}
+            log(f"engine {told['engine']}, {told['classes']} classes")
+            events.tell("started", images=images, store=out, **told)
+            if message := strange_to_mini(crew.classes, crew.settings):
+                events.warn(message)
+            stop = stack.enter_context(stop_on_signals())
+            summary = label_folder(
+                crew,
+                source,
+                store,
+                batch=batch,
+                retry_failed=retry_failed,
+                shard=share,
+                stop=stop,
+                progress=events.progress,
+                failed=events.failed,
+                warn=events.warn,
+            )
+    except WsssError as error:
+        events.tell("error", message=error.message, hint=error.hint)
+        raise
+    except KeyboardInterrupt:
+        end_progress()
+        log(f"interrupted; what is in {out} is whole. The same command goes on.", logging.WARNING)
+        raise SystemExit(130) from None
+    end_progress()
+    _tell_summary(summary, out, events)
+    if summary.stopped:
+        log(f"stopped; what is in {out} is whole. The same command goes on.", logging.WARNING)
+        raise SystemExit(130)
+    if summary.failed or summary.folders_failed:
+        log(
+            "hint: what failed is named above; images that are mended are labelled by the same command, "
+            "--retry-failed tries all of them again",
+            logging.WARNING,
+        )
+        raise SystemExit(1)
+
+
+def parse_devices(text: str) -> list[str]:
+    """``0,1`` as cuda:0 and cuda:1; ``cpu`` and ``cuda:2`` as they are. Raises UsageError for anything else."""
+    found = [each.strip() for each in text.split(",")]
+    for each in found:
+        if not (each == "cpu" or each.removeprefix("cuda:").isdecimal()):
+            raise UsageError(
+                f"--devices: expected numbers of GPUs or cpu, got {each!r}", hint="--devices 0,1 or --devices cpu,cpu"
+            )
+    return [f"cuda:{each}" if each.isdecimal() else each for each in found]
+
+
+def check_cluster(on: str | None, device: str, devices: str | None, ray_address: str | None, workers: int | None) -> None:
+    """Raises UsageError for flags that do not go together: where a labeler runs on a cluster, the cluster decides."""
+    if on is None:
+        for flag, value in (("--ray-address", ray_address), ("--workers", workers)):
+            if value is not None:
+                raise UsageError(f"{flag} is for --on ray", hint="several devices of this machine: --devices 0,1")
+        return
+    choice("--on", on, ("ray",))
+    if devices is not None:
+        raise UsageError("--devices is for this machine, --on ray for a cluster", hint="--on ray --workers 8")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(
+            f"--device {device}: on a cluster it is auto, cpu or cuda", hint="Ray gives each labeler a GPU of its own"
+        )
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """``2/8`` as (2, 8). Raises UsageError unless 0 <= I < N."""
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UsageError(f"--shard: expected I/N with I from 0 to N - 1, got {text!r}", hint="--shard 0/4 is the first of four")
+    return int(number), int(count)
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Sets the event at the first Ctrl-C, or the SIGTERM of a scheduler; at the second one the process ends at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, _: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)  # what is in the store is whole at any moment
+        stop.set()
+        log("finishing the batches in hand; once more ends at once", logging.WARNING)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell_summary(summary: Summary, out: str, events: Events) -> None:
+    from ..runtime.images import describe_left_out
+
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_seconds.items())
+    padding = "" if summary.padding is None else f"; {summary.padding:.0%} of the detector's canvases were padding"
+    log(f"{stages}; engines {summary.engine_seconds:.1f} s{padding}", logging.DEBUG)
+    if events.json_output:
+        events.tell("finished", store=out, **dataclasses.asdict(summary))
+        return
+    rate = summary.labelled / summary.seconds if summary.seconds else 0.0
+    folders = f" and {summary.folders_failed} sub-folders" if summary.folders_failed else ""
+    notes = [
+        summary.describe_empty(),
+        f"{summary.warned} with next to no range" if summary.warned else "",
+        f"left out: {describe_left_out(summary.left_out)}" if summary.left_out else "",
+    ]
+    before = f" ({summary.failed_before} of them failed: --retry-failed)" if summary.failed_before else ""
+    typer.echo(
+        f"{out}: {summary.labelled} labelled ({summary.boxes} boxes), {summary.skipped} already done{before}, "
+        f"{summary.failed} failed{folders}, "
+        f"{clock(summary.seconds)}, {rate:.1f} images/s" + "".join(f"; {note}" for note in notes if note)
+    )

@@ -1,0 +1,60 @@
+"""``wsss verify``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from .common import JsonFlag, by_model, log, needs
+
+if TYPE_CHECKING:
+    from ..spec import Flavour, Model
+
+
+def verify(
+    bundle: Annotated[str, typer.Argument(help="Folder of exported models, or 'mini'.")],
+    weights: Annotated[list[str] | None, typer.Option(help="Where the weights are now, if they moved: MODEL=PATH.")] = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Run the parity gate again on every graph, and on a GPU on every TensorRT engine: per output, batch size and row."""
+    from ..runtime.labeler import MINI
+    from ..spec import open_bundle
+
+    opened = open_bundle(MINI if bundle == "mini" else Path(bundle))
+    with needs("export"):
+        from ..export.exporting import verify_model, verify_plans
+    given = by_model(weights or [], tuple(opened.models()))
+    told: list[dict[str, Any]] = []
+    for name in opened.models():
+        model = opened.model(name)
+        for graph, parity in verify_model(model, given.get(name), log).items():
+            told += [{"model": name, "graph": graph, "engine": "ort", **dataclasses.asdict(row)} for row in parity.rows]
+        for flavour in _flavours(model):
+            for graph, spec in verify_plans(model, flavour, given.get(name), log).manifest.graphs.items():
+                verdict = spec.plans[flavour].parity
+                assert verdict is not None
+                told += [{"model": name, "graph": graph, "engine": flavour, **dataclasses.asdict(row)} for row in verdict.rows]
+    if json_output:
+        typer.echo(json.dumps(told, indent=1))
+        return
+    for row in told:
+        typer.echo(
+            f"{row['model'] + '/' + row['graph']:28} {row['engine']:7} {row['output']:10} batch {row['batch']:<3} "
+            f"worst row {row['row']:<3} against {row['against']:9}  error {row['error']:.1e}"
+        )
+    typer.echo(f"{bundle}: {len({(row['model'], row['graph']) for row in told})} graphs equal their reference")
+
+
+def _flavours(model: Model) -> list[Flavour]:
+    """The kinds of TensorRT engines that a model has, where there is a GPU to run them on."""
+    from ..engines.plan import find_gpus
+
+    there = sorted({flavour for graph in model.manifest.graphs.values() for flavour in graph.plans})
+    if there and not find_gpus():
+        log(f"{model.manifest.family}: its {', '.join(there)} engines are left out: no GPU here")
+        return []
+    return cast("list[Flavour]", there)

@@ -1,0 +1,431 @@
+"""The label store: the folder that a run writes and a trainer reads. With `manifest`, this alone knows its format.
+
+    labels/<image>.png     8-bit palette, original size: 0 background, 1..C classes, 255 void
+    confidence/<image>.png 8-bit grey, 255 is certain; only where a segmenter made the labels
+    manifest.jsonl         one line a finished image, or its error; sorted by path
+    manifest-I-of-N.jsonl  the same of shard I, until the last of the shards folds it into manifest.jsonl
+    classes.json           names by label value
+    run.json               every setting that decided the labels
+    history.jsonl          one line a run: when, how many images, how many seconds
+
+All but the history follows from the images, the classes and the settings: a run that was killed and continued leaves the
+same bytes as one that was not.
+
+An image is published in two steps, each whole or not at all: its PNG (temporary file, fsync, rename), then its line.
+A line without its PNG cannot happen; a PNG without its line is done again. Lines are appended; where that breaks their
+order (a new image between old ones), they are sorted when the run ends, or by the next one.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ..classes import ClassList, palette
+from ..documents import read_bytes
+from ..errors import ImageError, StoreError
+from ..files import replacing, sync_folder
+from ..files import write_atomically as write_atomically
+from ..photographs import MOST_PIXELS
+from .format import Record as Record
+from .format import (
+    Selection,
+    W,
+    cannot_write,
+    check_complete,
+    check_same,
+    history_of,
+    inside,
+    json_of,
+    line_of,
+    names_by_value,
+    parse_run,
+    run_of,
+)
+from .lines import Line, check_regular, cut_torn_line, merged, sections_of, side_by_side, still_true
+from .lock import lock
+
+Shard = tuple[int, int]
+"""(I, N): the I-th of N runs that share a store, counted from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelFolder:
+    """Where label maps are published; several processes may hold one. ``temporary`` is on the same file system."""
+
+    folder: Path
+    temporary: Path
+
+    def write(self, name: str, label_map: np.ndarray) -> None:
+        """Publishes a label map (H, W) uint8 whole or not at all. ``sync`` makes its name outlast a power cut.
+
+        Raises:
+            ImageError: the file system takes no such name. StoreError: it cannot be written.
+        """
+        self._publish(self.folder / name, name, partial(_save, label_map))
+
+    def write_confidence(self, name: str, confidence: np.ndarray) -> None:
+        """Publishes the confidence (H, W) uint8 of a label map, 255 is certain, as ``confidence/<name>`` beside ``labels/``.
+
+        Raises:
+            As ``write``.
+        """
+        picture = Image.fromarray(confidence)
+        self._publish(self.folder.parent / "confidence" / name, name, partial(picture.save, format="PNG"))
+
+    def _publish(self, path: Path, name: str, save: Callable[[BinaryIO], None]) -> None:
+        try:
+            inside(self.folder.parent, path.parent.relative_to(self.folder.parent).as_posix())
+            make_folder(path.parent, within=self.folder.parent)  # a store that was moved away is not begun anew
+            with replacing(path, temporary=self.temporary) as file:
+                save(file)
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ):
+                raise ImageError(f"{name}: a label cannot have this name: {error.strerror}") from None
+            raise cannot_write(self.folder.parent, f"the label {name}", error) from None
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Waits until the labels of these names would outlast a power cut. Raises OSError."""
+        for parent in sorted({(self.folder / name).parent for name in names}):
+            sync_folder(parent)
+
+
+class LabelStore:
+    """A label store open for writing, locked against other runs.
+
+    Args:
+        folder: made when absent; an existing store of the same settings is continued.
+        classes: the run's class list.
+        settings: what decides the labels; a store never mixes two of them.
+        shard: this run is one of several that write the store at the same time, each its own images.
+
+    Raises:
+        StoreError: not writable, not a store, a store of other settings or classes, or in use by another run.
+    """
+
+    def __init__(self, folder: Path, classes: ClassList, settings: Mapping[str, Any], *, shard: Shard | None = None) -> None:
+        part = "" if shard is None else f"-{shard[0]}-of-{shard[1]}"
+        self.folder = folder
+        self.labels = LabelFolder(folder / "labels", folder / f".tmp{part}")
+        self._shard = shard
+        self._manifest = folder / f"manifest{part}.jsonl"
+        run = run_of(classes, settings)
+        try:
+            with ExitStack() as stack:
+                self._open(run, classes, part, stack)
+                self._stack = stack.pop_all()
+        except OSError as error:
+            raise StoreError(
+                f"--out {folder}: cannot be written: {error.strerror}", hint="give a folder you may write to"
+            ) from None
+
+    def _open(self, run: dict[str, Any], classes: ClassList, part: str, stack: ExitStack) -> None:
+        _check_folder(self.folder)
+        make_folder(self.folder)
+        self._lock = stack.enter_context(lock(self.folder / ".lock", shared=self._shard is not None))
+        if part:
+            stack.enter_context(lock(self.folder / f".lock{part}"))
+        if (self.folder / "run.json").exists():
+            check_same(self.folder, _parse_run(self.folder), run)
+        for path in (self.labels.temporary, self.labels.folder):
+            inside(self.folder, path.name)
+        shutil.rmtree(self.labels.temporary, ignore_errors=True)  # what a killed run was in the middle of
+        stack.callback(shutil.rmtree, self.labels.temporary, ignore_errors=True)
+        make_folder(self.labels.temporary)
+        for path, value in ((self.folder / "run.json", run), (self.folder / "classes.json", names_by_value(classes))):
+            if not path.exists():  # run.json first: from here on the folder is known as a store
+                write_atomically(path, json_of(value), temporary=self.labels.temporary)
+        make_folder(self.labels.folder)
+        self._lines = _open_lines(self._manifest)
+        stack.callback(self._close_lines)
+
+    def __enter__(self) -> LabelStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Sorts the lines where that is needed, unless other shards are still at work, and lets the store go."""
+        with self._stack:
+            if self._lock.alone():
+                with suppress(OSError, StoreError):  # nothing is lost: the next run sorts them
+                    self._fold()
+
+    def has_label(self, name: str) -> bool:
+        """Is there a label map of this name?"""
+        return (self.labels.folder / name).is_file()
+
+    def select(self, images: Iterable[W], is_current: Callable[[W, Record], bool]) -> Selection:
+        """Drops the lines of images that must be done again, and counts.
+
+        Args:
+            images: sorted by name. Lines of other images stay.
+            is_current: does this line still tell the truth about this image?
+
+        Raises:
+            StoreError: the manifest is damaged or cannot be written.
+        """
+        told = Selection()
+
+        def drop(label: str) -> None:
+            path = self.labels.folder / label
+            inside(self.folder, path.parent.relative_to(self.folder).as_posix())
+            path.unlink(missing_ok=True)
+
+        with self._writing("the manifest"):
+            lines = still_true(images, self._merged(), is_current, told, drop, others=self._shard is None)
+            self._rewrite(self._manifest, lines)
+            if self._shard is None:
+                self._remove_parts()
+        return told
+
+    def missing(self, images: Iterable[W]) -> Iterator[W]:
+        """Those of the images, sorted by name, that have no line yet; lines written from now on do not count."""
+        lines = merged(sections_of(self._manifest))
+        return (image for image, line in side_by_side(images, lines) if image is not None and line is None)
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Publishes the lines of images whose labels are written.
+
+        Raises:
+            StoreError: the disk is full or broken. None of the lines, or whole ones only, are in the manifest.
+        """
+        with self._writing(f"the line of {records[0]['path']}"):
+            self.labels.sync(record["label"] for record in records if "error" not in record)
+            size = os.fstat(self._lines).st_size
+            try:
+                _write_all(self._lines, b"".join(map(line_of, records)))
+                os.fsync(self._lines)
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(self._lines, size)
+                raise
+
+    def write(self, record: Record, label_map: np.ndarray | None) -> None:
+        """Publishes one image: its label map (H, W) uint8 if it has one, then its line. Raises as its two steps do."""
+        if label_map is not None:
+            self.labels.write(record["label"], label_map)
+        self.append([record])
+
+    def add_history(self, told: Mapping[str, Any]) -> None:
+        """Notes what a run did. Raises StoreError."""
+        with self._writing("the history"):
+            handle = _open_lines(self.folder / "history.jsonl")
+            try:
+                _write_all(handle, line_of(dict(told)))
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def _merged(self) -> Iterator[Line]:
+        return merged([section for file in _manifests(self.folder) for section in sections_of(file)])
+
+    def _fold(self) -> None:
+        files = _manifests(self.folder)
+        if len(files) > 1 or any(len(sections_of(file)) > 1 for file in files):
+            self._rewrite(self.folder / "manifest.jsonl", self._merged())
+            self._remove_parts()
+
+    def _rewrite(self, manifest: Path, lines: Iterable[Line]) -> None:
+        self._close_lines()  # Windows does not replace an open file
+        try:
+            with replacing(manifest, temporary=self.labels.temporary) as file:
+                file.writelines(line.data for line in lines)
+            sync_folder(self.folder)
+        finally:
+            self._lines = _open_lines(self._manifest)
+
+    def _close_lines(self) -> None:
+        handle, self._lines = self._lines, -1
+        if handle >= 0:
+            os.close(handle)
+
+    def _remove_parts(self) -> None:
+        for path in _manifests(self.folder):
+            if path.name != "manifest.jsonl":
+                path.unlink()
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(self.folder, what, error) from None
+
+
+def read_records(folder: Path) -> Iterator[Record]:
+    """The lines of a store by path, one an image, also while a run writes it; a line cut by a crash is left out.
+
+    Raises:
+        StoreError: a damaged line, or the manifest cannot be read.
+    """
+    try:
+        sections = [section for file in _manifests(folder) for section in sections_of(file)]
+        yield from (line.record for line in merged(sections))
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename or folder}: cannot be read: {error.strerror or error}", hint="check its permissions"
+        ) from None
+
+
+def read_labelled_records(folder: Path, fields: Collection[str]) -> Iterator[Record]:
+    """The lines of the labelled images of a store, each with these fields and with no class but the store's.
+
+    Raises:
+        StoreError: as `read_records` and `read_run`; or a line lacks a field, or names a class that the store lacks.
+    """
+    names = set(read_run(folder)["classes"])
+    for record in read_records(folder):
+        if "error" not in record:
+            check_complete(record, names, fields, folder / "manifest.jsonl")
+            yield record
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The settings of a store. Raises StoreError when ``folder`` is none."""
+    if not os.path.exists(folder / "run.json"):  # unlike Path's, false where it cannot be asked
+        raise StoreError(f"{folder}: expected a label store (with run.json)", hint="wsss label makes one")
+    return _parse_run(folder)
+
+
+def read_history(folder: Path) -> list[Record]:
+    """What each run of a store noted, the first one first; empty when there is nothing to read.
+
+    Only what is whole counts: images labelled, seconds, and seconds by stage.
+    """
+    path = folder / "history.jsonl"
+    try:
+        check_regular(path)
+        lines = read_bytes(path, error=StoreError).splitlines(keepends=True)
+    except (OSError, StoreError):
+        return []
+    return [record for line in lines if line.endswith(b"\n") and (record := history_of(line)) is not None]
+
+
+def write_label(path: Path, label_map: np.ndarray) -> None:
+    """Writes a label map (H, W) uint8 as an 8-bit palette PNG with VOC's colours, atomically. Raises OSError."""
+    make_folder(path.parent)
+    with replacing(path) as file:
+        _save(label_map, file)
+    sync_folder(path.parent)
+
+
+def label_path(store: Path, label: str) -> Path:
+    """Where the label map of a line is. Raises StoreError where a link leads it out of the store."""
+    return inside(store, f"labels/{label}")
+
+
+def read_label(path: Path, *, shape: tuple[int, int] | None = None) -> np.ndarray:
+    """A label map (H, W) uint8 from an 8-bit palette or grey PNG.
+
+    Args:
+        shape: the height and width that it must have; looked at before anything is decoded.
+
+    Raises:
+        StoreError: anything else, also a file that would take more than `MOST_PIXELS`.
+    """
+    hint = "delete it and run wsss label again: it is made anew"
+    data = read_bytes(path, hint=hint, error=StoreError)
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            # Pillow stretches grey of fewer bits to 0..255, which makes other labels of them. Byte 24: IHDR's bit depth.
+            mode = f"{data[24]}-bit grey" if image.mode == "L" and data[24] != 8 else f"mode {image.mode}"
+            if mode not in ("mode P", "mode L"):
+                raise StoreError(f"{path}: expected an 8-bit palette PNG, got {mode}", hint=hint)
+            height, width = image.height, image.width
+            if shape and (height, width) != shape:
+                raise StoreError(f"{path}: is {width} x {height} pixels, the photograph was {shape[1]} x {shape[0]}", hint=hint)
+            if height * width > MOST_PIXELS:
+                raise StoreError(f"{path}: expected at most {MOST_PIXELS:,} pixels, got {width} x {height}", hint=hint)
+            return np.array(image)
+    except StoreError:
+        raise
+    except MemoryError:
+        raise StoreError(f"{path}: this machine lacks the memory to decode it", hint=hint) from None
+    except UnidentifiedImageError:  # its own words hold a memory address
+        raise StoreError(f"{path}: not a readable label: no PNG", hint=hint) from None
+    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
+        raise StoreError(f"{path}: not a readable label: {error or type(error).__name__}", hint=hint) from None
+
+
+def make_folder(folder: Path, within: Path | None = None) -> None:
+    """Makes a folder and those above it, where missing, to outlast a power cut; ``within`` must be there. Raises OSError."""
+    if folder.is_dir():
+        return
+    if folder == within:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    make_folder(folder.parent, within)
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another thread or shard was faster, or it is a file
+        if not folder.is_dir():
+            raise
+    sync_folder(folder.parent)
+
+
+def png_of(label_map: np.ndarray) -> memoryview:
+    """A label map (H, W) uint8 as an 8-bit palette PNG with VOC's colours."""
+    image = Image.fromarray(label_map)  # mode L; with a palette it becomes P
+    image.putpalette(_palette())
+    buffer = io.BytesIO()  # Pillow would write a file in many small pieces
+    image.save(buffer, format="PNG")
+    return buffer.getbuffer()
+
+
+def _save(label_map: np.ndarray, file: BinaryIO) -> None:
+    file.write(png_of(label_map))
+
+
+@lru_cache(maxsize=1)
+def _palette() -> bytes:
+    return palette().tobytes()
+
+
+def _open_lines(path: Path) -> int:
+    check_regular(path)  # through a link, another file would be cut and appended to
+    new = not path.exists()
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags, 0o666)
+    cut_torn_line(handle)
+    if new:
+        sync_folder(path.parent)
+    return handle
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
+def _manifests(folder: Path) -> list[Path]:
+    """manifest.jsonl, if there is one, then those of shards, whose lines are newer."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if re.fullmatch(r"manifest(-\d+-of-\d+)?\.jsonl", path.name)]
+    return sorted(found, key=lambda path: (path.name != "manifest.jsonl", path.name))
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir() or (folder / "run.json").exists():
+        return
+    if any(not path.name.startswith((".tmp", ".lock")) for path in folder.iterdir()):  # a crash may leave these
+        raise StoreError(f"--out {folder}: the folder is not empty and holds no label store", hint="give a new or empty folder")
+
+
+def _parse_run(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    return parse_run(read_bytes(path, hint="give a new --out", error=StoreError), path)
