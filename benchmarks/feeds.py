@@ -146,7 +146,7 @@ def _image_of_box(want: _Wanted) -> np.ndarray:
 
 
 def _upsampling(want: _Wanted) -> np.ndarray:
-    """(length, side): each row a weighted mean of two neighbours, as linear upsampling has it."""
+    """(length, side): each row a weighted mean of two neighbors, as linear upsampling has it."""
     length, side = want.shape
     at = np.linspace(0, side - 1, length)
     low = np.minimum(at.astype(int), side - 2)

@@ -1,7 +1,7 @@
 """What one call of a graph costs at least: multiply-adds and bytes, from its file and the shapes of its inputs.
 
-Shapes are inferred by ONNX, the graph is not run: a SAM ViT-H is counted in a second. `wsss.export.precision.work` counts the same
-node by node in a run of its own; the tests hold one against the other.
+Shapes are inferred by ONNX, the graph is not run: a SAM ViT-H is counted in a second. `wsss.export.precision.work` counts the
+same node by node in a run of its own; the tests compare the two.
 """
 
 from __future__ import annotations

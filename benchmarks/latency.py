@@ -39,7 +39,7 @@ from .ceiling import Ceiling
 from .feeds import feeds_for, load_of, row_axis
 from .graph_work import Work, work_of
 
-LEAST_CALLS, MOST_CALLS = 3, 1000
+LEAST_CALLS, MAX_CALLS = 3, 1000
 WARM_UP = {"cpu": 1, "cuda": 3}
 """Untimed calls. TensorRT captures its CUDA graph at the second one and replays it from the third on."""
 
@@ -185,12 +185,12 @@ def on_device(
 @contextmanager
 def _in_gpu_memory(feeds: Mapping[str, np.ndarray], flavour: Flavour, index: int) -> Iterator[tuple[Mapping[str, Tensor], Wait]]:
     from ..engines import trt
-    from ..engines.buffers import Cuda, Landing, Stream
+    from ..engines.buffers import Cuda, StagingBuffer, Stream
     from ..engines.tensors import CudaTensor
 
     cuda = Cuda(trt.load_modules(flavour)[1], index)
     stream = Stream(cuda)
-    landings = {name: Landing(cuda, array.nbytes) for name, array in feeds.items()}
+    landings = {name: StagingBuffer(cuda, array.nbytes) for name, array in feeds.items()}
 
     def wait(outputs: Mapping[str, Tensor]) -> None:
         for tensor in outputs.values():
@@ -216,7 +216,7 @@ def _timed(engine: Engine, feeds: Mapping[str, Tensor], wait: Wait, seconds: flo
         wait(engine(feeds))
     times: list[float] = []
     begun = time.perf_counter()
-    while len(times) < LEAST_CALLS or (time.perf_counter() - begun < seconds and len(times) < MOST_CALLS):
+    while len(times) < LEAST_CALLS or (time.perf_counter() - begun < seconds and len(times) < MAX_CALLS):
         start = time.perf_counter()
         wait(engine(feeds))
         times.append((time.perf_counter() - start) * 1e3)

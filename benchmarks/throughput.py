@@ -1,9 +1,9 @@
-"""The chain end to end, as ``wsss label`` runs it: files read, decoded, labelled and written, stages overlapping.
+"""The chain end to end, as ``wsss label`` runs it: files read, decoded, labeled and written, stages overlapping.
 
 `ChainResult`, and as JSON:
 
 ``engine``, ``device``, ``batch``, ``models``
-    What ran: images labelled together; variant and precision of each model.
+    What ran: images labeled together; variant and precision of each model.
 ``images``, ``failed``, ``boxes_an_image``, ``seconds``, ``per_second``
     Timed images (those before, which warm everything up, are not among them), boxes found in each, time, images a second.
 ``stages``
@@ -17,7 +17,7 @@
     Multiply-adds in 1e9 that the models spent on an image, and the rate over what the machine's best matrix product
     allows. None where they were not counted.
 ``reference``, ``agreement``, ``agreement_miou``
-    FP32 graphs of the same weights in ONNX Runtime on the CPU labelled the same images: share of pixels with the same
+    FP32 graphs of the same weights in ONNX Runtime on the CPU labeled the same images: share of pixels with the same
     label, and mIoU with the reference for truth. None where there are no such graphs, or nothing else ran.
 ``truth_miou``
     mIoU against the truth of drawn scenes; None for photographs, and for models that were not trained on them.
@@ -108,7 +108,7 @@ def measure_chain(
         work: an empty folder for images and label stores.
         engine, device: from `wsss.engines.opening.choose`.
         images: a folder of photographs; None draws scenes of the mini models' world.
-        count: images, the first by name. repeat: each is labelled that many times, as files of their own.
+        count: images, the first by name. repeat: each is labeled that many times, as files of their own.
         boxes: this many drawn boxes in each image take the place of what the tagger and the detector, which run all the
             same, find: the work of trained weights with untrained ones (`with_load`).
         ceiling: of this machine, for the share of the bound.
@@ -162,7 +162,7 @@ def measure_chain(
 
 
 def gather_images(work: Path, images: Path | None, count: int, repeat: int) -> list[str]:
-    """Puts the images to be labelled into ``work/images``; returns their names, every first copy before the second.
+    """Puts the images to be labeled into ``work/images``; returns their names, every first copy before the second.
 
     Raises:
         ImageError: ``images`` holds none.

@@ -16,15 +16,12 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import OutOfMemory, WsssError
-
-if TYPE_CHECKING:
-    from .tensors import CudaTensor
 
 LEGACY_STREAM = 1
 """Handle of CUDA's default stream, in which libraries compute that say nothing of streams (PyTorch's default, pycuda)."""
@@ -40,6 +37,22 @@ _KINDS: dict[Direction, str] = {
 
 class CudaError(WsssError):
     """A call that CUDA refused."""
+
+
+class OnDevice(Protocol):
+    """A tensor in GPU memory, as `Cuda.to_host` reads it."""
+
+    @property
+    def block(self) -> Block: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[np.generic]: ...
+    @property
+    def size_bytes(self) -> int: ...
+    def check(self) -> None:
+        """Raise FeedError where a later call has overwritten it."""
+        ...
 
 
 class Cuda:
@@ -151,7 +164,7 @@ class Cuda:
             while blocks:
                 blocks.pop().free()
 
-    def to_host(self, tensor: CudaTensor) -> npt.NDArray[np.generic]:
+    def to_host(self, tensor: OnDevice) -> npt.NDArray[np.generic]:
         """A copy of a tensor on the host, through pinned memory. Waits until it is computed and copied."""
         self.use()
         with self._to_host:
@@ -300,7 +313,7 @@ class Pinned:
         self._cuda.call("cudaFreeHost", self.address)
 
 
-class Landing:
+class StagingBuffer:
     """Where an input of an engine lands that cannot be read where it is: made at the first such input, then reused.
 
     Args:

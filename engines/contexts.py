@@ -27,11 +27,11 @@ Shape = tuple[int, ...]
 Inputs = tuple[tuple[Shape, int], ...]
 """(shape, address) of every input, in the order of the engine's names."""
 
-MOST_GRAPHS = 16
+MAX_GRAPHS = 16
 """CUDA graphs of one engine. Each costs a context: what TensorRT keeps beside weights and activations."""
 CREDIT = 8
 """How many newcomers a graph withstands after it was used."""
-MOST_SEEN = 256
+MAX_SEEN = 256
 """Inputs that came once are remembered this long."""
 
 
@@ -46,7 +46,7 @@ class Captured:
 
 
 class Contexts:
-    """A deserialised plan that computes in one stream.
+    """A deserialized plan that computes in one stream.
 
     Args:
         trt: ``tensorrt`` or ``tensorrt_rtx``.
@@ -167,11 +167,11 @@ class Contexts:
             return False
         seen = self._seen.pop(inputs, 0) + 1
         self._seen[inputs] = seen
-        if len(self._seen) > MOST_SEEN:
+        if len(self._seen) > MAX_SEEN:
             self._seen.popitem(last=False)
         if seen < 2:
             return False
-        if len(self.graphs) >= MOST_GRAPHS:
+        if len(self.graphs) >= MAX_GRAPHS:
             oldest = next(iter(self.graphs))
             self.graphs[oldest].credit -= 1
             if self.graphs[oldest].credit > 0:

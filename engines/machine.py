@@ -22,7 +22,9 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
+from ..cores import cores
 from ..errors import WsssError
+from ..extras import install_line
 from ..spec import Flavour
 from .plan import MODULES, find_gpus
 
@@ -64,7 +66,7 @@ class Library:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ability:
+class Capability:
     """What one engine can do on this machine."""
 
     engine: str
@@ -106,7 +108,7 @@ class Machine:
     """Packages that each extra of wsss still lacks; empty when it is complete."""
     troubles: tuple[str, ...] = ()
     """What is wrong though nothing is missing, each with the way out."""
-    abilities: tuple[Ability, ...] = ()
+    abilities: tuple[Capability, ...] = ()
 
 
 @lru_cache(maxsize=1)
@@ -119,7 +121,7 @@ def machine() -> Machine:
     facts = {
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": cores(),
         "memory_mib": _memory_mib(),
         "python": platform.python_version(),
         "gpus": gpus,
@@ -135,15 +137,15 @@ def machine() -> Machine:
     return Machine(**facts, abilities=abilities_of(Machine(**facts)))  # type: ignore[arg-type]
 
 
-def abilities_of(known: Machine) -> tuple[Ability, ...]:
+def abilities_of(known: Machine) -> tuple[Capability, ...]:
     """What each engine can do on a machine, the best one first."""
     return (
         _ability_of_tensorrt(known, "trt"),
         _ability_of_tensorrt(known, "trt-rtx"),
         _ability_of_ort_on_cuda(known),
-        Ability(engine="ort", device="cpu", builds=False, runs="CPUExecutionProvider" in known.providers)
+        Capability(engine="ort", device="cpu", builds=False, runs="CPUExecutionProvider" in known.providers)
         if known.providers
-        else Ability(
+        else Capability(
             engine="ort",
             device="cpu",
             builds=False,
@@ -156,45 +158,48 @@ def abilities_of(known: Machine) -> tuple[Ability, ...]:
     )
 
 
-def _ability_of_tensorrt(known: Machine, flavour: Flavour) -> Ability:
+def _ability_of_tensorrt(known: Machine, flavour: Flavour) -> Capability:
     library, ahead = known.tensorrt.get(flavour), flavour == "trt-rtx"
     why, fix, builds = "", "", False
     if library is None:
-        why, fix = f"{MODULES[flavour]} is not installed", f"pip install 'wsss[{flavour}]'"
+        why, fix = f"{MODULES[flavour]} is not installed", install_line(flavour)
     elif library.trouble:
-        why, fix = f"{MODULES[flavour]} cannot be loaded: {library.trouble}", f"pip install --force-reinstall 'wsss[{flavour}]'"
+        why, fix = (
+            f"{MODULES[flavour]} cannot be loaded: {library.trouble}",
+            install_line(flavour).replace("install", "install --force-reinstall", 1),
+        )
     elif "cuda-bindings" not in known.packages:
-        why, fix, builds = "cuda-bindings is not installed", f"pip install 'wsss[{flavour}]'", ahead
+        why, fix, builds = "cuda-bindings is not installed", install_line(flavour), ahead
     elif not known.gpus:
         why, builds = _without_gpu(known), ahead
     elif ahead and known.gpus[0].target not in library.capabilities:
         knows = ", ".join(library.capabilities)
         why = f"TensorRT-RTX {library.version} knows {knows}, this GPU is {known.gpus[0].target}"
-        fix, builds = "pip install 'wsss[trt]', or wsss label --engine ort", True
+        fix, builds = f"{install_line('trt')}, or wsss label --engine ort", True
     else:
         builds = True
-    return Ability(engine=flavour, device="cuda", builds=builds, runs=not why, why=why, fix=fix)
+    return Capability(engine=flavour, device="cuda", builds=builds, runs=not why, why=why, fix=fix)
 
 
-def _ability_of_ort_on_cuda(known: Machine) -> Ability:
+def _ability_of_ort_on_cuda(known: Machine) -> Capability:
     why = fix = ""
     if not known.gpus:
         why = _without_gpu(known)
     elif "CUDAExecutionProvider" not in known.providers:
         why, fix = "this onnxruntime has no CUDA provider", ONE_ONNXRUNTIME
-    return Ability(engine="ort", device="cuda", builds=False, runs=not why, why=why, fix=fix)
+    return Capability(engine="ort", device="cuda", builds=False, runs=not why, why=why, fix=fix)
 
 
-def _ability_of_eager(known: Machine, device: str) -> Ability:
+def _ability_of_eager(known: Machine, device: str) -> Capability:
     why = fix = ""
     lacks = known.extras.get("export", () if "torch" in known.packages else ("torch",))
     if lacks:
-        why, fix = f"needs {', '.join(lacks)}", "pip install 'wsss[export]'"
+        why, fix = f"needs {', '.join(lacks)}", install_line("export")
     elif device == "cuda" and not known.gpus:
         why = _without_gpu(known)
     elif device == "cuda" and known.torch_cuda is None:
         why, fix = "this torch was built for the CPU", "pip install --force-reinstall torch torchvision"
-    return Ability(engine="eager", device=device, builds=False, runs=not why, why=why, fix=fix)
+    return Capability(engine="eager", device=device, builds=False, runs=not why, why=why, fix=fix)
 
 
 def _without_gpu(known: Machine) -> str:

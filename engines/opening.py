@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal, cast
 
 from ..errors import BundleError, UsageError, WsssError
+from ..extras import install_line
 from ..spec import Flavour, Model
 from .engine import Engine
 from .plan import Gpu, checked_plan, find_gpus
@@ -52,7 +53,7 @@ def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", un
     try:
         reference = importlib.import_module("wsss.export.reference")
     except ModuleNotFoundError as error:
-        raise WsssError(f"--engine eager: needs {error.name}", hint="pip install 'wsss[export]'") from None
+        raise WsssError(f"--engine eager: needs {error.name}", hint=install_line("export")) from None
     return cast(Callable[..., Engine], reference.open_eager)(model, graph, device=place)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import BundleError, WsssError
+from ..extras import install_line
 from ..spec import Flavour, GraphSpec, Model, PlanSpec, check_file
 
 MODULES: dict[Flavour, str] = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
@@ -36,7 +37,7 @@ def find_gpus() -> tuple[Gpu, ...]:
     try:
         from cuda.bindings import runtime
     except ModuleNotFoundError:
-        raise WsssError("TensorRT engines need cuda-bindings", hint="pip install 'wsss[trt-rtx]'") from None
+        raise WsssError("TensorRT engines need cuda-bindings", hint=install_line("trt-rtx")) from None
     _, version = runtime.cudaDriverGetVersion()
     status, count = runtime.cudaGetDeviceCount()
     if status != runtime.cudaError_t.cudaSuccess:
@@ -57,9 +58,7 @@ def tensorrt_module(flavour: Flavour) -> ModuleType:
     try:
         return importlib.import_module(MODULES[flavour])
     except ModuleNotFoundError:
-        raise WsssError(
-            f"--engine {flavour}: needs the package {MODULES[flavour]}", hint=f"pip install 'wsss[{flavour}]'"
-        ) from None
+        raise WsssError(f"--engine {flavour}: needs the package {MODULES[flavour]}", hint=install_line(flavour)) from None
     except ImportError as error:  # a library of CUDA that cannot be loaded
         raise WsssError(f"--engine {flavour}: {MODULES[flavour]} cannot be loaded: {error}") from None
 

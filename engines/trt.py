@@ -20,8 +20,9 @@ import numpy as np
 
 from ..batch import Tensor
 from ..errors import BundleError, FeedError, WsssError
+from ..extras import install_line
 from ..spec import Flavour, GraphSpec, TensorSpec
-from .buffers import Block, Cuda, Event, Landing, Stream
+from .buffers import Block, Cuda, Event, StagingBuffer, Stream
 from .contexts import Contexts
 from .engine import check_feeds, contract
 from .plan import tensorrt_module
@@ -36,7 +37,7 @@ def load_modules(flavour: Flavour) -> tuple[ModuleType, ModuleType]:
     try:
         runtime = importlib.import_module("cuda.bindings.runtime")
     except ModuleNotFoundError:
-        raise WsssError(f"--engine {flavour}: needs the package cuda-bindings", hint=f"pip install 'wsss[{flavour}]'") from None
+        raise WsssError(f"--engine {flavour}: needs the package cuda-bindings", hint=install_line(flavour)) from None
     except (ImportError, RuntimeError) as error:  # older ones look for the driver while they load
         raise WsssError(f"--engine {flavour}: cuda-bindings cannot be loaded: {error}") from None
     return tensorrt_module(flavour), runtime
@@ -62,7 +63,7 @@ class TrtEngine:
         self.inputs, self.outputs, self.axes = contract(spec)
         self._where = f"{plan.parent.name}/{plan.stem}"
         self._lock = threading.Lock()
-        self._landings: dict[str, Landing] = {}
+        self._landings: dict[str, StagingBuffer] = {}
         self._blocks: dict[str, Block] = {}
         with ExitStack() as opened:
             self._cuda = cuda = Cuda(runtime, device)
@@ -185,10 +186,10 @@ class TrtEngine:
             if isinstance(tensor, CudaTensor) and tensor.block not in self._blocks.values():
                 tensor.check()  # again: a call of its engine in another thread may have come between
 
-    def _landing(self, name: str) -> Landing:
+    def _landing(self, name: str) -> StagingBuffer:
         if name not in self._landings:
             spec = self.inputs[name]
-            self._landings[name] = Landing(self._cuda, _size_bytes(self._largest(spec), spec))
+            self._landings[name] = StagingBuffer(self._cuda, _size_bytes(self._largest(spec), spec))
         return self._landings[name]
 
     # ---- the contract ----
@@ -233,7 +234,7 @@ def _size_bytes(shape: tuple[int, ...], spec: TensorSpec) -> int:
     return math.prod(shape) * np.dtype(spec.dtype).itemsize
 
 
-def _free(*kinds: Mapping[str, Block] | Mapping[str, Landing]) -> None:
+def _free(*kinds: Mapping[str, Block] | Mapping[str, StagingBuffer]) -> None:
     for memory in kinds:
         for each in memory.values():
             each.free()

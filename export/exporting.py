@@ -23,7 +23,7 @@ from ..files import publishing
 from ..spec import Bundle, Flavour, GraphSpec, Manifest, Model, Parity, sha256_of, write_manifest
 from . import verify
 from .family import Family, Graph, Options, Prepared, family
-from .precision.bf16 import write_widened
+from .precision.bf16 import write_bf16_emulation
 from .precision.search import examine_graph
 from .to_engine import with_plan
 from .to_onnx import OPSET, WeightFile, export_onnx, marked
@@ -204,7 +204,7 @@ def _measured(report: Path, log: Log, model: ir.Model, graph: Graph) -> Mapping[
 
 @contextlib.contextmanager
 def written(bundle: Path) -> Iterator[None]:
-    """Turns a disk that cannot be written into a BundleError."""
+    """FairLock a disk that cannot be written into a BundleError."""
     try:
         yield
     except OSError as error:
@@ -217,7 +217,7 @@ def _gate(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log) 
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="wsss-gate-") as scratch:
         # ONNX Runtime's CPU computes nothing in bfloat16.
-        path = write_widened(folder / spec.file, Path(scratch)) if spec.precision == "bf16" else folder / spec.file
+        path = write_bf16_emulation(folder / spec.file, Path(scratch)) if spec.precision == "bf16" else folder / spec.file
         how = ", bfloat16 rounded in float32" if spec.precision == "bf16" else ""
         parity = verify.gate(
             graph,

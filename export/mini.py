@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # ---- Grounding-DINO ----
 
 GROUNDING_DINO_WORDS = (
-    "a an and at bar black blob blue box brown bird boat bottle bus can car cat chair checkered circle coloured cone cow"
-    " crescent cross dark diamond disc dog dotted drop faint flat green grey ground heart hexagon horse in indigo large"
+    "a an and at bar black blob blue box brown bird boat bottle bus can car cat chair checkered circle colored cone cow"
+    " crescent cross dark diamond disc dog dotted drop faint flat green gray ground heart hexagon horse in indigo large"
     " light line lime object of on orange oval person pink plain plant polygon potted purple red ring round shape sheep"
     " small sofa spotted square squiggle star striped table teal the thin thing three train tree triangle two violet"
     " white with yellow arrow"
@@ -55,7 +55,7 @@ def grounding_dino_mini_tokenizer() -> tokenizers.Tokenizer:
 
 
 def build_grounding_dino_mini() -> transformers.GroundingDinoForObjectDetection:
-    """Grounding-DINO of 1.9 M parameters, randomly initialised, in the official class.
+    """Grounding-DINO of 1.9 M parameters, randomly initialized, in the official class.
 
     As the full-size model: Swin features of strides 8 and 16 and a further level by a strided convolution, BERT, fusion
     encoder, two-stage queries. Smaller: three Swin stages of 32, 64 and 128 channels with windows of 6 (the frame's
@@ -155,7 +155,7 @@ def build_sam_mini(side_px: int = 256, patch_px: int = 8) -> Sam:
 
 CLIP_MINI_WORDS = (  # noqa: SIM905
     "a an the of in on and with photo picture clean origami ground faint stripes plain gradient noisy background"
-    " red green blue yellow purple orange white pink teal grey brown dark black coloured striped checkered dotted"
+    " red green blue yellow purple orange white pink teal gray brown dark black colored striped checkered dotted"
     " disc triangle ring star hexagon crescent cross arrow drop box diamond heart polygon blob bar squiggle"
 ).split()
 """Every word of the drawn scenes' prompts. Order and spelling fix the token ids, so a change needs new weights."""
@@ -167,7 +167,7 @@ CLIP_MINI_CONTEXT = 16
 def build_clip_mini() -> open_clip.CLIP:
     """A CLIP of 1.5 M parameters in open_clip's own class, with random weights, on the CPU, in training mode.
 
-    Images are (B, 3, 96, 96) float32, RGB, normalised with OpenAI's mean and standard deviation; prompts are
+    Images are (B, 3, 96, 96) float32, RGB, normalized with OpenAI's mean and standard deviation; prompts are
     (N, 16) int64 from ``clip_mini_tokenizer``; both embeddings have 64 values.
 
     The image tower is the RN50 of CLIP (arXiv:2103.00020, section 2.4) in small: 4 stages of 1 or 2 blocks and

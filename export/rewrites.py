@@ -10,7 +10,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     """Pixels (B, H, W, 3) uint8 RGB to (B, H, W, 3) float32, zero mean and unit deviation; half loses a step of 255 here."""
 
     mean: Tensor

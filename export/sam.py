@@ -1,6 +1,6 @@
 """SAM (arXiv:2304.02643) out of the segment_anything package: image encoder, box decoder and the fusing graph.
 
-Pixels go in as the host resized them; normalisation, the zeroing of the padding and the gather of each box's image
+Pixels go in as the host resized them; normalization, the zeroing of the padding and the gather of each box's image
 embedding are part of the graphs. Boxes of different images share a decoder call, which the official decoder cannot.
 """
 
@@ -16,14 +16,14 @@ from segment_anything import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from ..batch import MOST_BOXES
+from ..batch import MAX_BOXES
 from ..errors import UsageError, WeightsError
 from ..spec import AxisRange, Preprocess, TensorSpec
 from . import fuse
 from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
 from .mini import build_sam_mini
 from .precision.lowering import Fp32
-from .rewrites import Normalise, SamBlock, with_channel_norms
+from .rewrites import Normalize, SamBlock, with_channel_norms
 from .verify import photograph
 from .weights import Download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record
 
@@ -48,7 +48,7 @@ BOXES = AxisRange(1, 16, 64)
 """Boxes per decoder call."""
 IMAGES = 16
 """Embeddings a decoder call can choose from, at most (more if the encoder's batch is larger)."""
-MASKS = AxisRange(1, 16, MOST_BOXES)
+MASKS = AxisRange(1, 16, MAX_BOXES)
 """Masks fused in one image; more than a decoder call gives, because a photograph may need several."""
 
 _URL = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -148,12 +148,12 @@ class Encoder(nn.Module):
         self.patch_embed, self.pos_embed, self.neck = vit.patch_embed, vit.pos_embed, with_channel_norms(vit.neck)
         self.blocks = nn.ModuleList(SamBlock(block, vit.pos_embed.shape[1]) for block in vit.blocks)
         mean, std = sam.pixel_mean.flatten().tolist(), sam.pixel_std.flatten().tolist()
-        self.normalise = Fp32(Normalise(mean, std), why="half would lose part of a pixel's step")
+        self.normalize = Fp32(Normalize(mean, std), why="half would lose part of a pixel's step")
         self.register_buffer("step", torch.arange(vit.img_size))
 
     def forward(self, pixels: Tensor, size: Tensor) -> Tensor:
         inside = (self.step < size[:, :1])[:, :, None] & (self.step < size[:, 1:])[:, None, :]  # (B, S, S)
-        x = torch.where(inside[..., None], self.normalise(pixels), 0.0).permute(0, 3, 1, 2)
+        x = torch.where(inside[..., None], self.normalize(pixels), 0.0).permute(0, 3, 1, 2)
         x = self.patch_embed(x) + self.pos_embed  # (B, G, G, C)
         for block in self.blocks:
             x = block(x)
@@ -171,8 +171,8 @@ class CornerWaves(nn.Module):
         self.register_buffer("frequencies", frequencies)
 
     def forward(self, boxes: Tensor) -> Tensor:
-        centred = 2 * ((boxes.reshape(-1, 2, 2) + 0.5) / self.side_px) - 1
-        angle = 2 * math.pi * (centred @ self.frequencies)
+        centered = 2 * ((boxes.reshape(-1, 2, 2) + 0.5) / self.side_px) - 1
+        angle = 2 * math.pi * (centered @ self.frequencies)
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 

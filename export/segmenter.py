@@ -4,7 +4,7 @@ A photograph keeps the scale it was trained on at: its own, or one shorter side 
 holds it, and a larger one is read in overlapping tiles. Settings of the manifest (all read by the runtime):
 
 - ``classes``: names by label value from 1; label 0 is background.
-- ``overlap_px``: how far neighbouring tiles reach into each other; a pixel is read from the tile whose edge is farther.
+- ``overlap_px``: how far neighboring tiles reach into each other; a pixel is read from the tile whose edge is farther.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..train.checkpoint import RECORD, RunRecord, load_run, weights_file
 from ..train.model import Segmenter, build_segmenter
 from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, gap_of_choices
 from .precision.lowering import Fp32
-from .rewrites import Normalise
+from .rewrites import Normalize
 from .sam import MEAN, STD
 from .verify import photograph
 from .weights import random_seed, spread, weights_record
@@ -149,15 +149,15 @@ class LabelGraph(nn.Module):
     def __init__(self, segmenter: nn.Module, record: RunRecord) -> None:
         super().__init__()
         self.segmenter = segmenter
-        self.normalise = Fp32(Normalise(record.mean, record.std), why="half would lose part of a pixel's step")
+        self.normalize = Fp32(Normalize(record.mean, record.std), why="half would lose part of a pixel's step")
         self.decide = Fp32(_decide, why="the softmax and the largest of its values")
 
     def forward(self, pixels: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W) uint8 label of the largest logit, and (B, H, W) uint8 its probability, 255 is one."""
         rows = torch.arange(pixels.shape[1], device=pixels.device)[None, :, None] < size[:, 0, None, None]
         columns = torch.arange(pixels.shape[2], device=pixels.device)[None, None, :] < size[:, 1, None, None]
-        # Zero is the mean colour: what the training pads with.
-        values = torch.where((rows & columns)[..., None], self.normalise(pixels), 0.0).permute(0, 3, 1, 2)
+        # Zero is the mean color: what the training pads with.
+        values = torch.where((rows & columns)[..., None], self.normalize(pixels), 0.0).permute(0, 3, 1, 2)
         decided: tuple[Tensor, Tensor] = self.decide(self.segmenter(values))
         return decided
 
@@ -168,7 +168,7 @@ def _decide(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def image_graph(segmenter: Segmenter, record: RunRecord, canvas: tuple[int, int], batch: AxisRange) -> Graph:
-    """Graph ``image-HxW``: see `LabelGraph`. Reference: the trained module itself on one normalised, padded photograph."""
+    """Graph ``image-HxW``: see `LabelGraph`. Reference: the trained module itself on one normalized, padded photograph."""
     height, width = canvas
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (record.mean, record.std))
 

@@ -52,7 +52,7 @@ def build_plans(model: Model, options: BuildOptions, log: Log) -> Model:
 
     Raises:
         WsssError: the library or a GPU is missing, or TensorRT refuses a graph; says which and why.
-        KeyboardInterrupt: after the running build was cancelled; plans already built stay.
+        KeyboardInterrupt: after the running build was canceled; plans already built stay.
     """
     trt = tensorrt_module(options.flavour)
     gpu = _gpu_for(options)
@@ -124,10 +124,10 @@ def _build(trt: ModuleType, model: Model, spec: GraphSpec, options: BuildOptions
     config.add_optimization_profile(_profile(builder, spec, axes))
     target = gpu.name if gpu else _set_capabilities(trt, config, options.capabilities)
     cache = _timing_cache(config, options, gpu, trt.__version__)
-    with _cancelled_by_ctrl_c() as cancelled:
-        config.progress_monitor = _monitor(trt, where, cancelled)
+    with _cancelled_by_ctrl_c() as canceled:
+        config.progress_monitor = _monitor(trt, where, canceled)
         serialized = builder.build_serialized_network(network, config)
-    if cancelled.is_set():
+    if canceled.is_set():
         raise KeyboardInterrupt
     if serialized is None:
         raise WsssError(
@@ -258,8 +258,8 @@ def _logger(trt: ModuleType) -> Any:
     return Logger()
 
 
-def _monitor(trt: ModuleType, where: str, cancelled: threading.Event) -> Any:
-    """Says on a terminal how far a build is, and ends it when ``cancelled`` is set. Called from TensorRT's threads."""
+def _monitor(trt: ModuleType, where: str, canceled: threading.Event) -> Any:
+    """Says on a terminal how far a build is, and ends it when ``canceled`` is set. Called from TensorRT's threads."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -274,7 +274,7 @@ def _monitor(trt: ModuleType, where: str, cancelled: threading.Event) -> Any:
                 print(
                     f"\r\x1b[K{where}: {phase[:60]} {step + 1}/{self._steps.get(phase, 0)}", end="", file=sys.stderr, flush=True
                 )
-            return not cancelled.is_set()
+            return not canceled.is_set()
 
         def phase_finish(self, phase: str) -> None:
             if self._steps.pop(phase, None) and not self._steps and sys.stderr.isatty():
@@ -286,17 +286,17 @@ def _monitor(trt: ModuleType, where: str, cancelled: threading.Event) -> Any:
 @contextlib.contextmanager
 def _cancelled_by_ctrl_c() -> Iterator[threading.Event]:
     """An event that Ctrl-C sets instead of raising in the middle of TensorRT's code."""
-    cancelled = threading.Event()
+    canceled = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
-        cancelled.set()
+        canceled.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield cancelled
+        yield canceled
         return
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield cancelled
+        yield canceled
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -31,7 +31,7 @@ INLINE_BYTES = 1024
 """Tensors up to this size stay in the graph file: they are constants, not weights."""
 ALIGNMENT = 64
 TRACED_ROWS = 3
-"""Neither 0 nor 1, which torch.export specialises, nor a size that occurs in any model."""
+"""Neither 0 nor 1, which torch.export specializes, nor a size that occurs in any model."""
 
 
 class WeightFile:

@@ -2,7 +2,7 @@
 
 Run at batch 1, 2 and the largest, with other pixels, sizes, captions and boxes in every row. Each row is compared with
 the official module at batch 1, and with the graph's own result for that row alone: a graph can agree on average and
-still leak one row into its neighbour.
+still leak one row into its neighbor.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def weights_record(source: str, path: Path | None, module: nn.Module) -> dict[st
 def spread(module: nn.Module, seed: int) -> None:
     """Gives seeded weights the spread of trained ones: uneven channels, norm gains far from 1, a few outlier channels.
 
-    Default initialisation is too kind: every channel alike, norms at 1, zeros in the heads; errors in channel order,
+    Default initialization is too kind: every channel alike, norms at 1, zeros in the heads; errors in channel order,
     precision and masks cancel out in it. Trained transformers have outlier channels (arXiv 2208.07339, section 4).
     """
     generator = torch.Generator().manual_seed(seed)

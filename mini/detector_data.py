@@ -51,7 +51,7 @@ class Pool:
     pixels: Tensor
     """(S, H, W, 3) uint8 RGB, zero outside the image."""
     owner: Tensor
-    """(S, H, W) uint8: 0 is no object, k is object k - 1; nearest neighbour."""
+    """(S, H, W) uint8: 0 is no object, k is object k - 1; nearest neighbor."""
     valid: Tensor
     """(S, 2) int64, height and width of the image within the bucket."""
     labels: Tensor
@@ -91,7 +91,7 @@ def shrunk(batch: Pool, scale: float) -> Pool:
     return Pool(pixels, owner, (batch.valid * scale).round().long(), batch.labels, batch.boxes)
 
 
-def normalised(pixels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def normalized(pixels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Model input from padded pixels.
 
     Args:
@@ -99,7 +99,7 @@ def normalised(pixels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         valid: (B, 2) int64, height and width of each image.
 
     Returns:
-        (B, 3, H, W) float32, normalised, exactly 0 in the padding; and (B, H, W) int64, 1 on the image.
+        (B, 3, H, W) float32, normalized, exactly 0 in the padding; and (B, H, W) int64, 1 on the image.
     """
     height, width = pixels.shape[1:3]
     rows = torch.arange(height, device=pixels.device)[None, :, None] < valid[:, 0, None, None]
@@ -124,8 +124,8 @@ def drawn_batch(pools: dict[tuple[int, int], Pool], size: int, rng: np.random.Ge
                 for values in (pixels, owner):
                     image = values[row, :height, :width]
                     image.copy_(image.flip(axis))
-                centre = boxes[row, :, 1 - axis]
-                boxes[row, :, 1 - axis] = torch.where(labels[row] > 0, 1 - centre, centre)
+                center = boxes[row, :, 1 - axis]
+                boxes[row, :, 1 - axis] = torch.where(labels[row] > 0, 1 - center, center)
     if rng.random() < 0.5:
         pixels, owner, valid = pixels.transpose(1, 2), owner.transpose(1, 2), valid.flip(1)
         boxes = boxes[..., [1, 0, 3, 2]]

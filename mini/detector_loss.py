@@ -80,7 +80,7 @@ class DenseHeads(nn.Module):
             if inside.any():
                 ys, xs = (torch.arange(extent, device=device) + 0.5 for extent in owner.shape[1:])
                 valid = batch.valid.to(device) / stride  # (B, 2), cells
-                centre = torch.stack(
+                center = torch.stack(
                     [
                         xs[None, None, :] / valid[:, 1, None, None].expand(-1, len(ys), len(xs)),
                         ys[None, :, None] / valid[:, 0, None, None].expand(-1, len(ys), len(xs)),
@@ -88,7 +88,7 @@ class DenseHeads(nn.Module):
                     -1,
                 )
                 target = boxes[rows.to(device), owner]  # (B, h, w, 4)
-                shift = torch.cat([(target[..., :2] - centre) * 8, torch.log(target[..., 2:].clamp(min=0.01)) + 1.5], -1)
+                shift = torch.cat([(target[..., :2] - center) * 8, torch.log(target[..., 2:].clamp(min=0.01)) + 1.5], -1)
                 total = total + functional.smooth_l1_loss(output[..., -4:][inside], shift[inside], beta=0.1)
         return total
 

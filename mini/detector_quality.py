@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou, nms
 
 from ..export.mini import grounding_dino_mini_tokenizer
-from .detector_data import Captions, draw_pool, encoded_captions, moved, normalised
+from .detector_data import Captions, draw_pool, encoded_captions, moved, normalized
 from .scenes import CLASSES
 
 NMS_IOU, NMS_IOU_ACROSS = 0.6, 0.8
@@ -72,7 +72,7 @@ def evaluate(model: transformers.GroundingDinoForObjectDetection, count: int, *,
                 named.append(sorted([*present.tolist(), *rng.permutation(absent)[:2].tolist()]))
             captions = moved(encoded_captions(named, tokenizer), device)
             valid = pool.valid[start : start + 8].to(device)
-            pixels, mask = normalised(pool.pixels[start : start + 8].to(device), valid)
+            pixels, mask = normalized(pool.pixels[start : start + 8].to(device), valid)
             for row, (score, label, boxes) in enumerate(detections(model, pixels, mask, captions, least=0.02)):
                 objects += np.bincount(labels[row][labels[row] > 0].numpy(), minlength=len(objects))
                 overlap = box_iou(boxes.cpu(), truth[row])

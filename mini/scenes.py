@@ -1,6 +1,6 @@
 """Drawn scenes with exact truth: the world the mini models live in. numpy and Pillow only.
 
-A class is a shape with a texture or a colour ("red disc", "striped box"). Distractors share one of these with
+A class is a shape with a texture or a color ("red disc", "striped box"). Distractors share one of these with
 a class, never all of them, and belong to no class. Everything follows from ``(split, seed)`` through PCG64.
 """
 
@@ -16,27 +16,16 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..classes import MINI_CLASSES
+
 Split = Literal["train", "held-out"]
 Points = np.ndarray  # (P, 2) float64, x and y within the unit circle
 
-CLASSES: tuple[str, ...] = (
-    "red disc",
-    "green triangle",
-    "blue ring",
-    "yellow star",
-    "purple hexagon",
-    "orange crescent",
-    "white cross",
-    "pink arrow",
-    "teal drop",
-    "striped box",
-    "checkered diamond",
-    "dotted heart",
-)
+CLASSES = MINI_CLASSES
 """The object classes; label i is ``CLASSES[i - 1]``."""
 
 GROUNDS: tuple[str, ...] = ("plain ground", "gradient ground", "noisy ground", "faint stripes")
-DISTRACTORS: tuple[str, ...] = ("grey polygon", "coloured blob", "brown bar", "dark squiggle")
+DISTRACTORS: tuple[str, ...] = ("grey polygon", "colored blob", "brown bar", "dark squiggle")
 BACKGROUNDS: tuple[str, ...] = GROUNDS + DISTRACTORS
 """Names of what belongs to no class: kinds of ground, then kinds of distractor."""
 
@@ -52,7 +41,7 @@ _SPLIT_ID: dict[str, int] = {"train": 0, "held-out": 1}
 _CROP_ID = 2
 
 # (hue in degrees, its jitter), saturation range, value range
-_COLOURS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, float]]] = {
+_COLORS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, float]]] = {
     "red": ((357, 6), (0.78, 0.95), (0.70, 0.95)),
     "orange": ((25, 5), (0.82, 0.98), (0.85, 1.00)),
     "yellow": ((53, 4), (0.75, 0.95), (0.85, 1.00)),
@@ -91,9 +80,9 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """Something drawn in its own window: colour (h, w, 3) float32 0-255, cover (h, w) float32 0-1."""
+    """Something drawn in its own window: color (h, w, 3) float32 0-255, cover (h, w) float32 0-1."""
 
-    colour: np.ndarray
+    color: np.ndarray
     cover: np.ndarray
     area_px: int
 
@@ -163,14 +152,14 @@ _UPRIGHT_SHAPES: dict[str, float] = {"triangle": -90, "star": -90, "box": 45}
 # ---- one item in its window ----
 
 
-def _rgb(rng: np.random.Generator, colour: str) -> np.ndarray:
-    (hue, spread), saturation, value = _COLOURS[colour]
+def _rgb(rng: np.random.Generator, color: str) -> np.ndarray:
+    (hue, spread), saturation, value = _COLORS[color]
     hsv = ((hue + rng.uniform(-spread, spread)) % 360 / 360, rng.uniform(*saturation), rng.uniform(*value))
     return np.array(colorsys.hsv_to_rgb(*hsv), dtype=np.float32) * 255
 
 
 def _textured(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray, softness: float) -> np.ndarray:
-    """A light and a dark colour of any hue, mixed by the pattern; u and v (h, w) run from -1 to 1 in the object."""
+    """A light and a dark color of any hue, mixed by the pattern; u and v (h, w) run from -1 to 1 in the object."""
     light = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.0, 0.45), rng.uniform(0.9, 1.0)))
     dark = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.5, 0.9), rng.uniform(0.15, 0.5)))
     if texture == "striped":
@@ -187,17 +176,17 @@ def _textured(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarr
 
 
 def _painted(rng: np.random.Generator, outline: Points, diameter: float, degrees: float, fill: str, hole: float = 0.0) -> _Item:
-    """Draws an outline of this diameter, filled with a colour name or a texture name, ``hole`` of its radius open."""
+    """Draws an outline of this diameter, filled with a color name or a texture name, ``hole`` of its radius open."""
     turn = np.deg2rad(degrees)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     points = outline @ rotation.T * (diameter / 2)
-    side = np.ceil(np.abs(points).max(axis=0)).astype(int) * 2 + 2  # (w, h), the object's centre in the middle
+    side = np.ceil(np.abs(points).max(axis=0)).astype(int) * 2 + 2  # (w, h), the object's center in the middle
     scale = 4 if diameter < 100 else 2  # supersampling
     canvas = Image.new("L", (int(side[0]) * scale, int(side[1]) * scale))
-    pen, centre = ImageDraw.Draw(canvas), side * scale / 2 - 0.5
-    pen.polygon([(float(x), float(y)) for x, y in points * scale + centre], fill=255)
+    pen, center = ImageDraw.Draw(canvas), side * scale / 2 - 0.5
+    pen.polygon([(float(x), float(y)) for x, y in points * scale + center], fill=255)
     if hole:
-        pen.polygon([(float(x), float(y)) for x, y in points * scale * hole + centre], fill=0)
+        pen.polygon([(float(x), float(y)) for x, y in points * scale * hole + center], fill=0)
     cover = np.asarray(canvas.reduce(scale), dtype=np.float32) / 255
 
     x = (np.arange(side[0], dtype=np.float32) + 0.5 - side[0] / 2) / (diameter / 2)
@@ -205,13 +194,13 @@ def _painted(rng: np.random.Generator, outline: Points, diameter: float, degrees
     u = x * np.float32(np.cos(turn)) + y * np.float32(np.sin(turn))
     v = y * np.float32(np.cos(turn)) - x * np.float32(np.sin(turn))
     if fill in _TEXTURES:
-        colour = _textured(rng, fill, u, v, softness=min(1.0, 12 / diameter))
+        color = _textured(rng, fill, u, v, softness=min(1.0, 12 / diameter))
     else:
-        colour = np.broadcast_to(_rgb(rng, fill), (*cover.shape, 3))
+        color = np.broadcast_to(_rgb(rng, fill), (*cover.shape, 3))
     # shading: one side a little darker, and a lamp's direction of its own
     lamp, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.0, 0.16)
     shade = 1 - strength * (0.5 + 0.5 * (x * np.float32(np.cos(lamp)) + y * np.float32(np.sin(lamp))))
-    return _Item(colour * shade[..., None].astype(np.float32), cover, int((cover >= 0.5).sum()))
+    return _Item(color * shade[..., None].astype(np.float32), cover, int((cover >= 0.5).sum()))
 
 
 def _object(rng: np.random.Generator, label: int, diameter: float) -> _Item:
@@ -232,12 +221,12 @@ def _distractor(rng: np.random.Generator, kind: str, diameter: float) -> _Item:
         outline = np.array([[-1, -half], [1, -half], [1, half], [-1, half]])
         return _painted(rng, outline, diameter * 1.3, degrees, "brown")
     angle = np.linspace(0, 2 * np.pi, 72, endpoint=False)
-    if kind == "coloured blob":
+    if kind == "colored blob":
         radius = np.full(72, 0.62)
         for waves in (2, 3, 4):
             radius += rng.uniform(0.10, 0.22) * np.sin(waves * angle + rng.uniform(0, 6))
         outline = _regular(72) * radius[:, None]
-        fill = str(rng.choice([*list(_COLOURS)[:8], *_TEXTURES]))
+        fill = str(rng.choice([*list(_COLORS)[:8], *_TEXTURES]))
         return _painted(rng, outline, diameter, degrees, fill)
     spine = np.linspace(-1, 1, 40)
     wave = 0.35 * np.sin(spine * rng.uniform(4, 8) + rng.uniform(0, 6)) + rng.uniform(-0.2, 0.2) * spine
@@ -250,7 +239,7 @@ def _distractor(rng: np.random.Generator, kind: str, diameter: float) -> _Item:
 
 
 def _ground(rng: np.random.Generator, kind: str, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) float32, muted colours between dark and middle grey, so that white and yellow stand out."""
+    """(H, W, 3) float32, muted colors between dark and middle gray, so that white and yellow stand out."""
 
     def muted() -> np.ndarray:
         hsv = (rng.random(), rng.uniform(0.0, 0.32), rng.uniform(0.20, 0.66))
@@ -284,7 +273,7 @@ def _paste(pixels: np.ndarray, item: _Item, left: int, top: int) -> None:
     """Blends the item's window into (H, W, 3) float32 pixels, clipped to the image."""
     window, inner = _overlap(pixels.shape, item.cover.shape, left, top)
     cover = item.cover[inner][..., None]
-    pixels[window] += (item.colour[inner] - pixels[window]) * cover
+    pixels[window] += (item.color[inner] - pixels[window]) * cover
 
 
 def _overlap(
@@ -445,7 +434,7 @@ def draw_crop(seed: int, *, side: int) -> tuple[np.ndarray, int]:
 def write_scenes(folder: Path, count: int, *, seed: int = 0, split: Split = "held-out") -> list[Path]:
     """Writes scenes ``seed`` to ``seed + count - 1`` and their truth; returns the JPEG paths.
 
-    - ``images/<stem>.jpg``: the photographs, and nothing else, so that the folder can be labelled as it is;
+    - ``images/<stem>.jpg``: the photographs, and nothing else, so that the folder can be labeled as it is;
     - ``truth/<stem>.png``: 8-bit palette label maps, 0 background;
     - ``labels.json``: file name -> class names, as ``wsss label --labels`` takes it;
     - ``truth.json``: file name -> the objects' ``labels`` (from 1) and ``xyxy_image``.
@@ -472,7 +461,7 @@ def write_scenes(folder: Path, count: int, *, seed: int = 0, split: Split = "hel
 
 
 def _palette() -> list[int]:
-    """The VOC colour map, 256 RGB triples flat (VOCdevkit ``VOClabelcolormap.m``)."""
+    """The VOC color map, 256 RGB triples flat (VOCdevkit ``VOClabelcolormap.m``)."""
     flat: list[int] = []
     for index in range(256):
         channels = [0, 0, 0]

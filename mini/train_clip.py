@@ -67,9 +67,9 @@ CALIBRATION_SEED = 10**12
 class Views:
     """A batch of training views.
 
-    pixels: (B, 3, 96, 96) float32, normalised.
+    pixels: (B, 3, 96, 96) float32, normalized.
     present, undecided: (B, 12) bool, per class; never both.
-    cells: (B, 6, 6) int64, class under the centre of each cell, 0 is background.
+    cells: (B, 6, 6) int64, class under the center of each cell, 0 is background.
     """
 
     pixels: Tensor
@@ -136,7 +136,7 @@ class _Run:
 
     def __init__(self, checkpoint: Path, device: torch.device) -> None:
         self.checkpoint, self.device = checkpoint, device
-        self.model = _initialised(build_clip_mini()).to(device)
+        self.model = _initialized(build_clip_mini()).to(device)
         self.average = build_clip_mini().to(device).eval()
         self.average.load_state_dict(self.model.state_dict())
         self.dense = nn.Conv2d(256, len(CLASSES) + 1, 1).to(device)  # on the third stage; not part of the weights
@@ -259,8 +259,8 @@ def _likeness(text: Tensor) -> Tensor:
     return cosine[:, others].square().mean()
 
 
-def _initialised(model: open_clip.CLIP) -> open_clip.CLIP:
-    """open_clip's initialisation, with token embeddings large enough (0.5, not 0.02) to tell prompts apart."""
+def _initialized(model: open_clip.CLIP) -> open_clip.CLIP:
+    """open_clip's initialization, with token embeddings large enough (0.5, not 0.02) to tell prompts apart."""
     nn.init.normal_(model.token_embedding.weight, std=0.5)
     nn.init.normal_(model.positional_embedding, std=0.02)
     model.visual.to(memory_format=torch.channels_last)
@@ -306,10 +306,10 @@ class ScenePool:
         self.singles.extend(map(self._single, range(start, start + NEW_SINGLES)))
 
     def _scene(self, number: int) -> Photograph:
-        """Every second scene shows a coloured blob: at first nearly all errors were blobs taken for a class by colour."""
+        """Every second scene shows a colored blob: at first nearly all errors were blobs taken for a class by color."""
         for attempt in range(SCENE_TRIES):
             scene = draw_scene(self._first + number * SCENE_TRIES + attempt)
-            if number % 2 == 0 or "coloured blob" in scene.distractors:
+            if number % 2 == 0 or "colored blob" in scene.distractors:
                 break
         return as_photograph(scene, 75 + number % 21)
 
@@ -318,10 +318,10 @@ class ScenePool:
 
 
 def draw_single(seed: int) -> Scene:
-    """One thing large in a square: as often an object as a distractor, mostly a blob in a class's colour or texture.
+    """One thing large in a square: as often an object as a distractor, mostly a blob in a class's color or texture.
 
     Both are drawn in the same way, so that outlines alone tell them apart. Without these pictures the tower stops at
-    colours and textures, which already give F1 0.93; with distractors only, it learns the look of such pictures.
+    colors and textures, which already give F1 0.93; with distractors only, it learns the look of such pictures.
     """
     rng = np.random.default_rng([3, seed])  # 0 to 2 are the streams of scenes.py
     side_px = int(np.exp(rng.uniform(np.log(80), np.log(320))))
@@ -345,7 +345,7 @@ def draw_single(seed: int) -> Scene:
     if label:
         instance[put(drawing._object(rng, label, side_px * share), 0.55 * (1 - share))] = 1
     else:
-        kind = str(rng.choice(DISTRACTORS)) if rng.random() < 0.15 else "coloured blob"
+        kind = str(rng.choice(DISTRACTORS)) if rng.random() < 0.15 else "colored blob"
         put(drawing._distractor(rng, kind, side_px * share), 0.55 * (1 - share))
     return Scene(
         pixels=drawing._finish(rng, pixels),
@@ -426,9 +426,9 @@ def _augmented(
         pixels[turned] = np.flip(pixels[turned], axis)
         cells[turned] = np.flip(cells[turned], axis)
     gain = rng.uniform(0.85, 1.15, (len(pixels), 1)) * rng.uniform(0.96, 1.04, (len(pixels), 3))
-    colour = _channels_first(pixels).mul_(torch.from_numpy(gain.astype(np.float32))[:, :, None, None]).clamp_(0, 1)
+    color = _channels_first(pixels).mul_(torch.from_numpy(gain.astype(np.float32))[:, :, None, None]).clamp_(0, 1)
     return Views(
-        _normalised(colour),
+        _normalized(color),
         torch.from_numpy(present),
         torch.from_numpy(undecided),
         torch.from_numpy(cells.astype(np.int64)),
@@ -440,8 +440,8 @@ def _channels_first(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
 
 
-def _normalised(colour: Tensor) -> Tensor:
-    return (colour - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+def _normalized(color: Tensor) -> Tensor:
+    return (color - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 # ---- measuring ----
@@ -474,7 +474,7 @@ def score_scenes(model: open_clip.CLIP, photographs: Iterable[Photograph]) -> tu
     for photograph in photographs:
         windows = view_windows(*photograph.scene.label.shape)
         views = np.stack([squash(photograph.image, window) for window in windows])
-        pixels = _normalised(_channels_first(views)).to(device)
+        pixels = _normalized(_channels_first(views)).to(device)
         logits = model.logit_scale.exp() * model.encode_image(pixels, normalize=True) @ names.T  # (14, 20)
         share, margin = logits.softmax(dim=1), logits - logits[:, len(CLASSES) :].logsumexp(dim=1, keepdim=True)
         softmax_scores.append(share[:, : len(CLASSES)].amax(dim=0).cpu().numpy())

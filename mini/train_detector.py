@@ -27,7 +27,7 @@ import transformers
 from torch import Tensor, nn
 
 from ..export.mini import build_grounding_dino_mini, grounding_dino_mini_tokenizer
-from .detector_data import Pool, draw_pool, drawn_batch, drawn_caption, encoded_captions, moved, normalised, shrunk
+from .detector_data import Pool, draw_pool, drawn_batch, drawn_caption, encoded_captions, moved, normalized, shrunk
 from .detector_loss import DenseHeads, detection_loss, prepare, projected_features
 from .detector_quality import Quality, evaluate
 
@@ -142,7 +142,7 @@ def train_step(
     batch = drawn_batch(pools, WARM_BATCH if warming else BATCH, rng)
     if progress < SMALL_SHARE:
         batch = shrunk(batch, SMALL_SCALE)
-    pixels, mask = normalised(batch.pixels.to(device), batch.valid.to(device))
+    pixels, mask = normalized(batch.pixels.to(device), batch.valid.to(device))
     if warming:
         loss = run.dense(projected_features(run.model, pixels, mask), batch)
     else:

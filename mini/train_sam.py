@@ -48,7 +48,7 @@ class Batch:
     """Scenes in the model's frame, their boxes flat beside them."""
 
     pixels: Tensor
-    """(B, 3, side, side) float32, RGB, normalised, zero right and below of the image."""
+    """(B, 3, side, side) float32, RGB, normalized, zero right and below of the image."""
     xyxy_model: Tensor
     """(N, 4) float32, jittered boxes in pixels of the model's input."""
     image: Tensor
@@ -56,7 +56,7 @@ class Batch:
     cover: Tensor
     """(N, L, L) float32, 0-1: how much of each low-resolution cell the object fills. L is four cells per patch."""
     label: Tensor
-    """(B, L, L) int64, the class at each cell's centre, 0 background: for the auxiliary loss."""
+    """(B, L, L) int64, the class at each cell's center, 0 background: for the auxiliary loss."""
 
 
 # ---- scenes into the model's frame ----
@@ -181,10 +181,10 @@ def losses(logits: Tensor, predicted_iou: Tensor, cover: Tensor, near: Tensor) -
 
 def near_boxes(xyxy_model: Tensor, side_px: int, cells: int) -> Tensor:
     """(N, cells, cells) float32: 1 within each box grown by a quarter on every side, ``FAR_WEIGHT`` elsewhere."""
-    centre = (torch.arange(cells, device=xyxy_model.device) + 0.5) * (side_px / cells)
+    center = (torch.arange(cells, device=xyxy_model.device) + 0.5) * (side_px / cells)
     low, high = xyxy_model[:, :2], xyxy_model[:, 2:]
     grow = (high - low) / 4
-    inside = (centre[None, :, None] > (low - grow)[:, None]) & (centre[None, :, None] < (high + grow)[:, None])
+    inside = (center[None, :, None] > (low - grow)[:, None]) & (center[None, :, None] < (high + grow)[:, None])
     both = inside[:, None, :, 0] & inside[:, :, None, 1]  # (N, y, x)
     return torch.where(both, 1.0, FAR_WEIGHT)
 

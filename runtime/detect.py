@@ -1,6 +1,6 @@
 """Where the classes are: Grounding-DINO on a caption of the classes that an image holds.
 
-A phrase's text features do not depend on its neighbours in the caption (sub-sentence mask, positions restart in each
+A phrase's text features do not depend on its neighbors in the caption (sub-sentence mask, positions restart in each
 phrase), so the text graph runs once per phrase and run, and the features of any caption are a concatenation. Each class
 is scored from the tokens of its own phrases, never by matching words.
 """
@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..batch import MOST_BOXES, Boxes, Images, Labels, Photograph
+from ..batch import MAX_BOXES, Boxes, Images, Labels, Photograph
 from ..classes import ClassList
 from ..engines.engine import Engine
 from ..frame import Frame, frame_for
@@ -183,7 +183,7 @@ def boxes_from_logits(
     Args:
         logits: (Q, T) float32. cxcywh: (Q, 4) float32 in 0..1 of the photograph.
         threshold: on the mean of the sigmoid scores of a phrase's tokens, as the reference's COCO evaluation scores
-            (`PostProcessCocoGrounding`: sigmoid times a span-normalised map). Its `predict()` takes a maximum over
+            (`PostProcessCocoGrounding`: sigmoid times a span-normalized map). Its `predict()` takes a maximum over
             tokens instead, so thresholds meant for that are not comparable. A class's best phrase counts.
     """
     probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
@@ -203,7 +203,7 @@ def suppress(boxes: Boxes, same: float, across: float) -> Boxes:
     Grounding-DINO has none inside: its 900 queries repeat objects.
 
     Returns:
-        The boxes kept, by image, best first, at most ``MOST_BOXES`` an image.
+        The boxes kept, by image, best first, at most ``MAX_BOXES`` an image.
     """
     order = np.lexsort((-boxes.score, boxes.image))
     boxes = boxes.keep(order)
@@ -215,7 +215,7 @@ def suppress(boxes: Boxes, same: float, across: float) -> Boxes:
         rivals = np.array(kept[first:], np.int64)
         overlap = box_iou(boxes.xyxy_image[row], boxes.xyxy_image[rivals])
         limit = np.where(boxes.label[rivals] == boxes.label[row], same, across)
-        if len(rivals) < MOST_BOXES and not (overlap > limit).any():
+        if len(rivals) < MAX_BOXES and not (overlap > limit).any():
             kept.append(row)
     return boxes.keep(np.array(kept, np.int64))
 

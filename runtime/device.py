@@ -27,8 +27,8 @@ class CutSmaller(Exception):
     """An engine lowered the range of an axis after running out of memory: whoever cut the calls must cut them again."""
 
 
-class Turns:
-    """Turns are given in the order of asking. A lock of Python's would go back to the stage that has just let it go, and
+class FairLock:
+    """FairLock are given in the order of asking. A lock of Python's would go back to the stage that has just let it go, and
     starve those that make that stage's next input.
 
     Args:
@@ -74,7 +74,7 @@ class Device:
         its callers gives each of them results of its own."""
         self.seconds = 0.0
         self.warn: Callable[[str], None] = lambda message: None
-        self.turn = Turns(at_once + self.callers - 1)  # who waits within an engine takes no other's turn
+        self.turn = FairLock(at_once + self.callers - 1)  # who waits within an engine takes no other's turn
         self._counting = threading.Lock()
         self._waited = threading.local()
 

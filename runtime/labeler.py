@@ -26,8 +26,8 @@ from .device import Device, cut_to_fit
 from .fuse import Fuser
 from .given.forms import given_hash
 from .given.names import twins_of
-from .given.stages import GivenBoxes, GivenLabels
-from .segment import Outliner
+from .given.stages import BoxesFromFile, LabelsFromFile
+from .segment import MaskPredictor
 from .tag import Tagger
 from .trained_segmenter import SegmenterStage, classes_of, no_boxes, no_masks
 
@@ -37,7 +37,7 @@ Q = ParamSpec("Q")
 S = TypeVar("S")
 
 USUAL_BATCH = 8
-"""Images labelled together where no engine says otherwise."""
+"""Images labeled together where no engine says otherwise."""
 MINI = Path(__file__).resolve().parent.parent / "mini" / "bundle"
 """The bundle shipped with the package, called ``mini``: small models of the same classes, trained on drawn scenes."""
 
@@ -194,12 +194,12 @@ class Labeler:
 
         if ignore_unknown and not labels and not boxes:
             raise UsageError("--ignore-unknown goes with --labels or --boxes")
-        given_labels = GivenLabels(Path(labels), known, ignore_unknown=ignore_unknown) if labels else None
+        given_labels = LabelsFromFile(Path(labels), known, ignore_unknown=ignore_unknown) if labels else None
         given_boxes = None
         tag: Callable[[Images], Labels]
         detect: Callable[[Images, Labels], Boxes]
         if boxes:
-            detect = given_boxes = GivenBoxes(
+            detect = given_boxes = BoxesFromFile(
                 Path(boxes),
                 known,
                 ignore_unknown=ignore_unknown,
@@ -230,7 +230,7 @@ class Labeler:
             )
             resolve("box_threshold", detector.threshold, dino.manifest.settings["box_threshold"])
         sam = take("sam")
-        segment = Outliner(sam, opener(sam, "encoder"), opener(sam, "decoder"))
+        segment = MaskPredictor(sam, opener(sam, "encoder"), opener(sam, "decoder"))
         fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin)
         if told := {name: given_hash(Path(path)) for name, path in (("labels", labels), ("boxes", boxes)) if path}:
             settings["given"] = told
@@ -269,13 +269,13 @@ class Labeler:
         return self.pseudo_label(photos)
 
     def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> str | None:
-        """Why this image cannot be labelled, or None: ``--labels`` or ``--boxes`` say nothing of it, or nothing that fits it.
+        """Why this image cannot be labeled, or None: ``--labels`` or ``--boxes`` say nothing of it, or nothing that fits it.
 
         Args:
             twins: photographs of the run with the same stem, this one too, that might share its annotation (`twins_of`).
         """
         for stage in (self.tag.stage, self.detect.stage):
-            if isinstance(stage, (GivenLabels, GivenBoxes)) and (error := stage.missing(photo, twins)):
+            if isinstance(stage, (LabelsFromFile, BoxesFromFile)) and (error := stage.missing(photo, twins)):
                 return f"{photo.name}: {error.message}" + (f"; {error.hint}" if error.hint else "")
         return None
 
@@ -287,7 +287,7 @@ class Labeler:
     def usual_batch(self) -> int:
         """Images to label together: as many as SAM's encoder, the slowest engine as a rule, was built for (``opt``)."""
         stage = self.segment.stage
-        return stage.usual_batch() if isinstance(stage, Outliner) else USUAL_BATCH
+        return stage.usual_batch() if isinstance(stage, MaskPredictor) else USUAL_BATCH
 
     def padding(self) -> float | None:
         """Share of the detector's canvases so far that was no photograph; None without a detector."""

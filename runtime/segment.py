@@ -26,7 +26,7 @@ class Embedded:
     frames: list[Frame | None]
 
 
-class Outliner:
+class MaskPredictor:
     """SAM's encoder and decoder engines.
 
     Args:

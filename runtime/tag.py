@@ -102,7 +102,7 @@ def _span(length: int, number: int, level: int) -> tuple[int, int]:
 
 
 def embed_prompts(model: Model, text: Engine, prompts: list[tuple[str, ...]], names: Sequence[str] = ()) -> np.ndarray:
-    """One unit vector a class: each template of each prompt is embedded and normalised, averaged, normalised again.
+    """One unit vector a class: each template of each prompt is embedded and normalized, averaged, normalized again.
 
     Args:
         prompts: one or more wordings per class.

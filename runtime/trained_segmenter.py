@@ -106,7 +106,7 @@ def canvas_for(canvases: Sequence[tuple[int, int]], size: tuple[int, int]) -> tu
 def tiles(image: int, size: tuple[int, int], canvas: tuple[int, int], overlap: int) -> Iterator[Tile]:
     """Tiles that cover a photograph of (height, width), evenly spaced, each pixel owned by exactly one.
 
-    Neighbours share at least ``overlap`` pixels and meet in the middle of what they share.
+    Neighbors share at least ``overlap`` pixels and meet in the middle of what they share.
     """
     for seen_y, owned_y in spans(size[0], canvas[0], overlap):
         for seen_x, owned_x in spans(size[1], canvas[1], overlap):

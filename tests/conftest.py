@@ -1,7 +1,7 @@
 """What the tests share: a world so simple that scripted engines label it exactly, and the command line in-process.
 
-Photographs are black with pure red, green and blue rectangles. The scripted CLIP sees which colours a view holds, the
-scripted Grounding-DINO puts a box round all pixels of a colour, the scripted SAM outlines the box's main colour, and the
+Photographs are black with pure red, green and blue rectangles. The scripted CLIP sees which colors a view holds, the
+scripted Grounding-DINO puts a box round all pixels of a color, the scripted SAM outlines the box's main color, and the
 scripted fusion follows the rule of `export/fuse.py`. Every row of a batch is answered by itself. Ranges of the free axes
 are tiny, so that batches of a few photographs are already fed in several calls.
 """
@@ -30,8 +30,8 @@ from wsss.engines.fake import FakeEngine, without_padding
 from wsss.spec import AxisRange, DType, GraphSpec, Manifest, Model, Preprocess, TensorSpec, open_bundle, sha256_of, write_manifest
 
 Feeds = Mapping[str, np.ndarray]
-COLOURS = ("red", "green", "blue")
-WORDS = {word: number for number, word in enumerate(("[UNK]", *COLOURS, "grass", "photo", "[CLS]", "[SEP]", ".", "[END]", "sky"))}
+COLORS = ("red", "green", "blue")
+WORDS = {word: number for number, word in enumerate(("[UNK]", *COLORS, "grass", "photo", "[CLS]", "[SEP]", ".", "[END]", "sky"))}
 TEXT, VIEW, SIDE = 16, 8, 32
 Box = tuple[int, int, int, int]
 
@@ -40,20 +40,20 @@ def tensors(**told: tuple[tuple[int | str, ...], DType]) -> tuple[TensorSpec, ..
     return tuple(TensorSpec(name, shape, dtype) for name, (shape, dtype) in told.items())
 
 
-def of_colour(pixels: np.ndarray) -> np.ndarray:
+def of_color(pixels: np.ndarray) -> np.ndarray:
     """(..., 3) uint8 to (..., 3) bool: is it red, green, blue? Blends at edges are none of them."""
     strong = pixels > 127
     return strong & (strong.sum(axis=-1, keepdims=True) == 1)
 
 
 def see_view(feeds: Feeds) -> Feeds:
-    found = of_colour(feeds["pixels"]).any(axis=(1, 2))  # (V, 3)
+    found = of_color(feeds["pixels"]).any(axis=(1, 2))  # (V, 3)
     embedding = np.concatenate([found, np.full((len(found), 1), 0.5)], axis=1).astype(np.float32)
     return {"embedding": embedding / np.linalg.norm(embedding, axis=1, keepdims=True)}
 
 
 def read_sentence(feeds: Feeds) -> Feeds:
-    embedding = np.stack([(feeds["tokens"] == WORDS[word]).any(axis=1) for word in (*COLOURS, "grass")], axis=1)
+    embedding = np.stack([(feeds["tokens"] == WORDS[word]).any(axis=1) for word in (*COLORS, "grass")], axis=1)
     return {"embedding": embedding.astype(np.float32)}
 
 
@@ -62,30 +62,30 @@ def read_phrases(feeds: Feeds) -> Feeds:
     return {"features": np.eye(TEXT, dtype=np.float32)[feeds["tokens"]]}
 
 
-def find_colours(feeds: Feeds) -> Feeds:
-    """Query q is colour q: sure of the tokens that name it, if any of its pixels is in the photograph."""
+def find_colors(feeds: Feeds) -> Feeds:
+    """Query q is color q: sure of the tokens that name it, if any of its pixels is in the photograph."""
     assert not feeds["text"][feeds["phrase"] < 0].any(), "padding must be zeros"
     rows, tokens = feeds["phrase"].shape
     logits = np.full((rows, 3, tokens), -4, np.float32)
     boxes = np.full((rows, 3, 4), 0.5, np.float32)
-    seen = of_colour(without_padding(feeds["pixels"], feeds["size"]))
+    seen = of_color(without_padding(feeds["pixels"], feeds["size"]))
     for row, (height, width) in enumerate(feeds["size"]):
-        for colour in range(3):
-            y, x = np.nonzero(seen[row, :, :, colour])
+        for color in range(3):
+            y, x = np.nonzero(seen[row, :, :, color])
             if len(y):
                 corners = np.array([x.min() / width, y.min() / height, (x.max() + 1) / width, (y.max() + 1) / height])
-                boxes[row, colour] = [*(corners[:2] + corners[2:]) / 2, *corners[2:] - corners[:2]]
-                logits[row, colour] = 8 * feeds["text"][row, :, WORDS[COLOURS[colour]]] - 4
+                boxes[row, color] = [*(corners[:2] + corners[2:]) / 2, *corners[2:] - corners[:2]]
+                logits[row, color] = 8 * feeds["text"][row, :, WORDS[COLORS[color]]] - 4
     return {"logits": logits, "boxes": boxes, "query": np.tile(np.arange(3), (rows, 1))}
 
 
 def encode(feeds: Feeds) -> Feeds:
     pixels = without_padding(feeds["pixels"], feeds["size"])
-    return {"embedding": of_colour(pixels).transpose(0, 3, 1, 2).astype(np.float32)}
+    return {"embedding": of_color(pixels).transpose(0, 3, 1, 2).astype(np.float32)}
 
 
 def decode(feeds: Feeds) -> Feeds:
-    """The box's main colour inside the box, logits of +-4."""
+    """The box's main color inside the box, logits of +-4."""
     logits = np.full((len(feeds["boxes"]), SIDE, SIDE), -4, np.float32)
     for row, (box, image) in enumerate(zip(feeds["boxes"].round().astype(int), feeds["image"], strict=True)):
         x0, y0, x1, y1 = box
@@ -162,7 +162,7 @@ SCRIPTS: dict[
 CANVASES = ((32, 48), (48, 32))
 for _height, _width in CANVASES:
     SCRIPTS["grounding-dino", f"image-{_height}x{_width}"] = (
-        find_colours,
+        find_colors,
         tensors(
             pixels=(("batch", _height, _width, 3), "uint8"),
             size=(("batch", 2), "int64"),
@@ -240,7 +240,7 @@ class World:
     """A bundle on disk, the engines that play it, and photographs."""
 
     bundle: Path
-    classes: ClassList = field(default_factory=lambda: class_list(COLOURS))
+    classes: ClassList = field(default_factory=lambda: class_list(COLORS))
     engines: dict[tuple[str, str], FakeEngine] = field(default_factory=dict)
     """What was opened so far, by model and graph."""
 
@@ -265,20 +265,20 @@ class World:
         return [call[next(iter(engine.inputs))][0] for call in engine.calls]
 
     @staticmethod
-    def scene(height: int, width: int, **colours: Box) -> np.ndarray:
-        """(height, width, 3) uint8, black with a rectangle (x0, y0, x1, y1) of each colour."""
+    def scene(height: int, width: int, **colors: Box) -> np.ndarray:
+        """(height, width, 3) uint8, black with a rectangle (x0, y0, x1, y1) of each color."""
         pixels = np.zeros((height, width, 3), np.uint8)
-        for colour, (x0, y0, x1, y1) in colours.items():
+        for color, (x0, y0, x1, y1) in colors.items():
             pixels[y0:y1, x0:x1] = 0
-            pixels[y0:y1, x0:x1, COLOURS.index(colour)] = 255
+            pixels[y0:y1, x0:x1, COLORS.index(color)] = 255
         return pixels
 
-    def photo(self, height: int, width: int, name: str = "x.png", **colours: Box) -> Photograph:
-        return Photograph(name=name, pixels=self.scene(height, width, **colours))
+    def photo(self, height: int, width: int, name: str = "x.png", **colors: Box) -> Photograph:
+        return Photograph(name=name, pixels=self.scene(height, width, **colors))
 
-    def save(self, path: Path, height: int, width: int, **colours: Box) -> Path:
+    def save(self, path: Path, height: int, width: int, **colors: Box) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(self.scene(height, width, **colours)).save(path)
+        Image.fromarray(self.scene(height, width, **colors)).save(path)
         return path
 
 
@@ -294,7 +294,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 @pytest.fixture
 def photos(world: World, tmp_path: Path) -> Path:
-    """Five photographs: nothing, one, two and three colours, one of them in a sub-folder and upright."""
+    """Five photographs: nothing, one, two and three colors, one of them in a sub-folder and upright."""
     folder = tmp_path / "photos"
     world.save(folder / "black.png", 30, 40)
     world.save(folder / "green.png", 64, 64, green=(16, 16, 48, 48))

@@ -45,14 +45,14 @@ from wsss.runtime.run.sources import listing, source_of
 from wsss.spec import Model, open_bundle, sha256_of
 from wsss.store.local import read_label
 
-from .conftest import COLOURS, SCRIPTS, SETTINGS, World, write_model
+from .conftest import COLORS, SCRIPTS, SETTINGS, World, write_model
 from .mutations import Mutate, damaged, json_changed, tokens_changed
 
 SECONDS = 20
 """What takes longer hangs."""
 SLOW = 60
 """A call of a library that cannot be interrupted ends the process after this many seconds, with every thread's stack."""
-CLASSES = class_list(COLOURS)
+CLASSES = class_list(COLORS)
 
 Files = Mapping[str, tuple[bytes, Mutate]]
 """Undamaged files by their path below a case's folder, and what damages them; each is damaged in turn."""
@@ -179,7 +179,7 @@ OWN = {"scene.png": [{"label": "red", "xyxy": [2, 3, 30, 20], "score": 0.9}, {"l
 COCO: dict[str, Any] = {
     "images": [{"id": 1, "file_name": "scene.png", "width": 60, "height": 40}],
     "annotations": [{"id": 7, "image_id": 1, "category_id": 3, "bbox": [2, 3, 28, 17], "area": 476, "iscrowd": 0}],
-    "categories": [{"id": 3, "name": "red", "supercategory": "colour"}, {"id": 4, "name": "blue"}],
+    "categories": [{"id": 3, "name": "red", "supercategory": "color"}, {"id": 4, "name": "blue"}],
 }
 LINE = {"path": "scene.png", "label": "scene.png", "height": 40, "width": 60, "boxes": OWN["scene.png"]}
 XML = """<annotation>
@@ -472,14 +472,14 @@ def bundle_weights(case: Case) -> None:
 
 
 def write_store(folder: Path) -> None:
-    """A store of three photographs that scripted engines labelled, one of them unreadable; a file that nothing may touch."""
+    """A store of three photographs that scripted engines labeled, one of them unreadable; a file that nothing may touch."""
     write_bundle(folder / "bundle")
-    for name, colours in {
+    for name, colors in {
         "a.png": {"red": (4, 4, 20, 20)},
         "sub/b.png": {"blue": (0, 0, 40, 10), "green": (4, 12, 30, 28)},
     }.items():
         (folder / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(World.scene(32, 48, **colours)).save(folder / "photos" / name)
+        Image.fromarray(World.scene(32, 48, **colors)).save(folder / "photos" / name)
     (folder / "photos" / "broken.jpg").write_bytes(b"no")
     labeler = Labeler.open(folder / "bundle", classes=CLASSES)
     label_folder(labeler, folder / "photos", folder / "store", warn=lambda message: None)
@@ -518,7 +518,7 @@ def use_store(case: Case) -> None:
         go_on,
         lambda: write_report(store, photos, case.folder / "out" / "report.html"),
         lambda: convert(store, photos, case.folder / "out", formats[case.number // 7 % len(formats)]),
-        lambda: run_command(case.folder, "eval", "truth", "store", "--classes", ",".join(COLOURS), "--workers", "1"),
+        lambda: run_command(case.folder, "eval", "truth", "store", "--classes", ",".join(COLORS), "--workers", "1"),
         lambda: look_through(store, photos),
         give,
         lambda: run_command(case.folder, "eval", "store", "truth", "--json", "--workers", "1"),
@@ -607,7 +607,7 @@ def write_segmenter(folder: Path) -> None:
         architecture="unet",
         encoder="mobilenet_v2",
         options=options,
-        classes=COLOURS,
+        classes=COLORS,
         mean=(123.0, 116.0, 103.0),
         std=(58.0, 57.0, 57.0),
         crop=32,
@@ -676,7 +676,7 @@ def image_labels(_: Path) -> Files:
 def image_labels_of_eval(case: Case) -> None:
     from wsss.train.evaluate.labels import read_image_labels
 
-    present = read_image_labels(case.file, COLOURS, ["scene", "2007_000032"])
+    present = read_image_labels(case.file, COLORS, ["scene", "2007_000032"])
     assert present.shape == (2, 3) and present.dtype == bool
 
 

@@ -107,7 +107,7 @@ def test_windows_locks_are_exclusive_and_shards_are_refused(tmp_path: Path) -> N
 
         import wsss, numpy, PIL.Image  # imported as what it is: only the lock sees Windows
         here, sys.platform = sys.platform, "win32"
-        import wsss.store.lock
+        import wsss.lock
         sys.platform = here
 
         from wsss.classes import class_list

@@ -26,7 +26,7 @@ Value = str | int | float | bool | list[int] | list[float]
 Tables = Mapping[str, Any]
 """A configuration as TOML gives it: ``{"seed": 0, "data": {"crop": 321}}``; only what is told."""
 
-MOST_PARTS = 4
+MAX_PARTS = 4
 """Of a setting's name: no table lies deeper."""
 Architecture = Literal["deeplabv2", "deeplabv3plus", "upernet", "unet", "smp-segformer", "segformer", "mask2former"]
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -77,7 +77,7 @@ class DataArgs:
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Colour jitter of brightness, contrast, saturation and hue, as torchvision's ColorJitter takes them."""
+    """Color jitter of brightness, contrast, saturation and hue, as torchvision's ColorJitter takes them."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """RGB on the 0-255 scale, subtracted."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -121,7 +121,7 @@ class DataArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class LossArgs:
-    """What is minimised; `wsss.train.loss` cites each paper."""
+    """What is minimized; `wsss.train.loss` cites each paper."""
 
     kind: Literal["cross-entropy", "bootstrapped", "symmetric", "masks"] = "cross-entropy"
     """masks: the set loss of mask2former, and of no other architecture."""
@@ -279,7 +279,7 @@ def typed(assignment: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise UsageError(f"--set {assignment}: expected TABLE.KEY=VALUE", hint="for example --set data.crop=321")
     parts = key.strip().split(".")
-    if len(parts) > MOST_PARTS:
+    if len(parts) > MAX_PARTS:
         raise UsageError(f"--set {key[:60]}: expected TABLE.KEY, got {len(parts)} parts", hint="for example --set data.crop=321")
     try:
         read = parse_toml(f"value = {text}", "--set", error=UsageError)

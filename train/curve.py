@@ -83,8 +83,8 @@ def draw(folder: Path) -> Path:
     panels[0].set_ylabel("loss")
     panels[0].set_ylim(bottom=0)
     rates = panels[0].twinx()
-    rates.plot(_column(losses, "step"), _column(losses, "rate"), color="tab:grey", linewidth=1)
-    rates.set_ylabel("learning rate", color="tab:grey")
+    rates.plot(_column(losses, "step"), _column(losses, "rate"), color="tab:gray", linewidth=1)
+    rates.set_ylabel("learning rate", color="tab:gray")
     rates.set_ylim(bottom=0)
     if scores:
         panels[1].plot(_column(scores, "step"), _column(scores, "miou"), color="tab:green", marker=".")

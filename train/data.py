@@ -39,7 +39,7 @@ class Batch:
     """Crops of one forward pass."""
 
     pixels: Tensor
-    """(B, 3, crop, crop) float32, RGB, normalised."""
+    """(B, 3, crop, crop) float32, RGB, normalized."""
     label: Tensor
     """(B, crop, crop) uint8, 255 is not learned from."""
     confidence: Tensor
@@ -130,7 +130,7 @@ class Crops(Dataset[Batch | WsssError]):
             cut = random_crop(resized(pixels, size), resized_label(label, size), self._args)
             image, mask = self._augment(*cut)
         return Batch(
-            pixels=normalised(image, self._args)[None],
+            pixels=normalized(image, self._args)[None],
             label=mask[None],
             confidence=torch.tensor([item.confidence]),
             item=torch.tensor([row]),
@@ -168,7 +168,7 @@ def resized_label(label: np.ndarray, size: tuple[int, int]) -> tv_tensors.Mask:
 
 
 def random_crop(image: tv_tensors.Image, label: tv_tensors.Mask, args: DataArgs) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """A square of ``args.crop`` pixels, padded with the mean colour and void; see ``args.largest_share``."""
+    """A square of ``args.crop`` pixels, padded with the mean color and void; see ``args.largest_share``."""
     side = args.crop
     across, down = (max(side - length, 0) for length in (label.shape[1], label.shape[0]))
     if across or down:  # on both sides, so that the crop lies anywhere around it
@@ -187,12 +187,12 @@ def random_crop(image: tv_tensors.Image, label: tv_tensors.Mask, args: DataArgs)
 
 
 def augmentation(args: DataArgs) -> v2.Transform:
-    """Flip and colour jitter."""
+    """Flip and color jitter."""
     flip = v2.RandomHorizontalFlip(args.flip)
     return v2.Compose([flip, v2.ColorJitter(*args.jitter)]) if any(args.jitter) else flip
 
 
-def normalised(image: Tensor, args: DataArgs) -> Tensor:
+def normalized(image: Tensor, args: DataArgs) -> Tensor:
     """(..., 3, H, W) uint8 to float32."""
     mean, std = (torch.tensor(value)[:, None, None] for value in (args.mean, args.std))
     return (image.as_subclass(Tensor).float() - mean) / std

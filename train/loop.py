@@ -96,7 +96,7 @@ def train(
     """Trains a segmenter on a label store, or goes on where the same run was stopped.
 
     Args:
-        store: made by ``wsss label``. images: the folder that was labelled. out: the run's folder (`wsss.train.checkpoint`).
+        store: made by ``wsss label``. images: the folder that was labeled. out: the run's folder (`wsss.train.checkpoint`).
         log: told what happens, one line each. watch: told how it stands. Of several processes only the first tells.
 
     Raises:
@@ -197,7 +197,7 @@ def _source(store: Path, images: Path, out: Path, config: Config, world: World, 
         log(f"looking through {store}")
         survey = look_through(store, images)
         if survey.failed:
-            log(f"{survey.failed} images of the store could not be labelled and are left out")
+            log(f"{survey.failed} images of the store could not be labeled and are left out")
         write_survey(out / SURVEY, survey)
     world.wait()
     survey = read_survey(out / SURVEY)
@@ -215,7 +215,7 @@ def check_labelled(store: Path, training: Sequence[Item]) -> None:
     pixels = [sum(counts) for counts in zip(*(item.pixels for item in training), strict=True)]
     if not any(pixels):
         raise StoreError(
-            f"{store}: no pixel of the {len(training)} images to train on is labelled: all are void (255)",
+            f"{store}: no pixel of the {len(training)} images to train on is labeled: all are void (255)",
             hint="wsss report shows the labels; a binary mask holds the number of its class, not 255",
         )
     if not any(pixels[1:]):
@@ -243,7 +243,7 @@ def remarks(classes: Sequence[str], training: Sequence[Item], held_out: Sequence
         )
     elif held_out and not any(any(item.pixels) for item in held_out):
         found.append(
-            f"the {len(held_out)} images kept out hold no labelled pixel: no validation can score, the last weights count"
+            f"the {len(held_out)} images kept out hold no labeled pixel: no validation can score, the last weights count"
         )
     return tuple(found)
 
@@ -358,7 +358,7 @@ def _validate(run: Run, source: Source, log: Log) -> float | None:
     progress = run.progress
     miou = validate(run.kept, source.store, source.images, source.held_out, run.config, run.world)
     if miou is None:
-        log(f"step {progress.step}: no mIoU: the {len(source.held_out)} images kept out hold no labelled pixel")
+        log(f"step {progress.step}: no mIoU: the {len(source.held_out)} images kept out hold no labeled pixel")
         return None
     log(f"step {progress.step}: mIoU {miou:.4f} on {len(source.held_out)} images kept out, against the store's labels")
     if progress.best_miou is None or miou > progress.best_miou:
@@ -393,7 +393,7 @@ def _write_page(run: Run, source: Source) -> None:
 
 @contextmanager
 def memory_for(config: Config) -> Iterator[None]:
-    """Turns a lack of memory, on a GPU or not, into the settings that need less of it."""
+    """FairLock a lack of memory, on a GPU or not, into the settings that need less of it."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

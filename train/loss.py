@@ -1,4 +1,4 @@
-"""What is minimised, pixel by pixel.
+"""What is minimized, pixel by pixel.
 
 A loss is a sum over the pixels divided by what they weigh. The divisor is told from outside: it is added up over all forward
 passes of a step and over all processes first, so that a step's gradient does not depend on how its batch was divided, as a
@@ -43,7 +43,7 @@ class Criterion(Protocol):
 
 
 class PixelLoss(nn.Module):
-    """Cross-entropy over pixels and its kin for noisy labels, weighed by class and by the store's confidence.
+    """Cross-entropy over pixels and its kin for noisy labels, weighted by class and by the store's confidence.
 
     - ``cross-entropy``: -log p(y).
     - ``bootstrapped``: the label is mixed with the network's own probabilities, Reed et al., arXiv:1412.6596, section 3.1

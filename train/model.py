@@ -77,7 +77,7 @@ class Segmenter(nn.Module):
         """Logits of every label at every pixel.
 
         Args:
-            pixels: (B, 3, H, W) float, RGB, normalised; H and W multiples of ``multiple_of``.
+            pixels: (B, 3, H, W) float, RGB, normalized; H and W multiples of ``multiple_of``.
 
         Returns:
             (B, C, H, W); their softmax is the probability of each label.

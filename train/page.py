@@ -53,9 +53,9 @@ def _card(name: str, pixels: np.ndarray, label: np.ndarray, predicted: np.ndarra
 
 
 def _legend(classes: tuple[str, ...]) -> str:
-    colours = palette()
+    colors = palette()
     return "".join(
-        f'<span class="key"><i style="background:rgb({",".join(map(str, colours[label]))})"></i>{html.escape(name)}</span>'
+        f'<span class="key"><i style="background:rgb({",".join(map(str, colors[label]))})"></i>{html.escape(name)}</span>'
         for label, name in enumerate(classes, 1)
     )
 

@@ -68,7 +68,7 @@ schedule = "poly"
 power = 0.9
 """,
     "segformer": """
-source = '''SegFormer, arXiv:2105.15203, section 4.1, the ADE20K schedule; colour jitter as mmsegmentation's \
+source = '''SegFormer, arXiv:2105.15203, section 4.1, the ADE20K schedule; color jitter as mmsegmentation's \
 PhotoMetricDistortion (brightness 32/255, contrast and saturation 0.5, hue 18/180). \
 Not as there: 40,000 steps for 160,000'''
 

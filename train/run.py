@@ -69,7 +69,7 @@ class Run:
         """Step 0 of a training that starts from these weights, on the world's device.
 
         Raises:
-            UsageError: synchronised statistics without GPUs.
+            UsageError: synchronized statistics without GPUs.
         """
         segmenter = segmenter.to(world.device, memory_format=memory_format(config))
         if config.model.batch_norm == "sync":

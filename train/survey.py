@@ -1,11 +1,10 @@
-"""A look through a label store before training: is every image there, unchanged, and labelled within the list? No torch."""
+"""A look through a label store before training: is every image there, unchanged, and labeled within the list? No torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..batch import VOID
+from ..cores import cores
 from ..errors import ImageError, StoreError
 from ..photographs import read_file
 from ..store.format import check_complete, photograph_of
@@ -25,14 +25,14 @@ SHOWN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One labelled image of a store."""
+    """One labeled image of a store."""
 
     path: str
     """Below the folder of images."""
     label: str
     """Below the store's ``labels``."""
     sha256: str
-    """Of the image file, when it was labelled."""
+    """Of the image file, when it was labeled."""
     confidence: tuple[float, ...]
     """(C + 1) in [0, 1]: how sure the store is of background and of each class in this image."""
     pixels: tuple[int, ...]
@@ -47,7 +47,7 @@ class Survey:
     items: tuple[Item, ...]
     """In the order of their paths."""
     failed: int
-    """Images that could not be labelled, and are left out."""
+    """Images that could not be labeled, and are left out."""
     digest: str
     """Of class list, images, labels and confidence: two surveys of the same digest train the same weights."""
 
@@ -69,7 +69,7 @@ def look_through(store: Path, images: Path, progress: Callable[[int, int], None]
         progress: told how many of how many images are done.
 
     Raises:
-        StoreError: nothing labelled; or images missing or changed since, labels missing, of another size than their image,
+        StoreError: nothing labeled; or images missing or changed since, labels missing, of another size than their image,
             or outside the class list. Counts them and names the first.
     """
     classes: list[str] = read_run(store)["classes"]
@@ -84,7 +84,7 @@ def look_through(store: Path, images: Path, progress: Callable[[int, int], None]
     items: list[Item] = []
     problems: list[str] = []
     digest = hashlib.sha256(json.dumps(classes).encode())
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         looked = pool.map(lambda record: _look_at(store, images, record, classes), labelled)
         for done, (record, found) in enumerate(zip(labelled, looked, strict=True), 1):
             if isinstance(found, str):
@@ -100,7 +100,7 @@ def look_through(store: Path, images: Path, progress: Callable[[int, int], None]
             f"{store}: {len(problems)} of {len(labelled)} images cannot be trained on:\n  "
             + "\n  ".join(problems[:SHOWN])
             + more,
-            hint=f"give --images the folder that was labelled (now {images}); wsss label does changed images again",
+            hint=f"give --images the folder that was labeled (now {images}); wsss label does changed images again",
         )
     failed = len(records) - len(labelled)
     return Survey(classes=tuple(classes), items=tuple(items), failed=failed, digest=digest.hexdigest())
@@ -146,7 +146,7 @@ def class_confidence(record: Record, classes: Sequence[str], pixels: Sequence[in
 
     Returns:
         (C + 1) values in [0, 1]. A class: the mean of box score x mask quality over its boxes, by the pixels that each
-        one won; without a box but with pixels (a segmenter labelled it) its score. Background: one minus the score of the
+        one won; without a box but with pixels (a segmenter labeled it) its score. Background: one minus the score of the
         surest class that was tagged but has no pixel, since that object then lies in the background. A manifest without
         boxes says nothing: 1.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import WsssError
 from .args import Config, DataArgs
-from .data import normalised, read_pair, resized, working_size
+from .data import normalized, read_pair, resized, working_size
 from .distributed import World
 from .evaluate.metrics import confusion_matrix, mean_iou
 from .model import Segmenter
@@ -26,7 +26,7 @@ def validate(
 ) -> float | None:
     """mIoU with background over whole images at their own size, against the store's labels, as one confusion matrix.
 
-    Each process takes its share of the items; all return the same. None where no pixel of the images is labelled.
+    Each process takes its share of the items; all return the same. None where no pixel of the images is labeled.
 
     Raises:
         WsssError: the network's output is not a number.
@@ -61,16 +61,16 @@ def whole_image_logits(
     segmenter: Segmenter, pixels: np.ndarray, args: DataArgs, device: torch.device, *, scale: float = 1.0, mirrored: bool = False
 ) -> Tensor:
     """(C, H, W) logits of one photograph (H, W, 3) uint8, as it was trained on: resized to ``shorter_px``, padded to the right
-    and below with the mean colour. What was resized comes back bilinearly (as mmsegmentation's ``resize`` of the logits).
+    and below with the mean color. What was resized comes back bilinearly (as mmsegmentation's ``resize`` of the logits).
 
     Args:
         scale: a further factor of the photograph's size. mirrored: seen from left to right.
     """
-    image = normalised(resized(pixels, working_size(pixels.shape[:2], args, scale)), args).to(device)
+    image = normalized(resized(pixels, working_size(pixels.shape[:2], args, scale)), args).to(device)
     image = image.flip(-1) if mirrored else image
     height, width = image.shape[1:]
     right, below = -width % segmenter.multiple_of, -height % segmenter.multiple_of
-    padded = F.pad(image, (0, right, 0, below))  # normalised: zero is the mean
+    padded = F.pad(image, (0, right, 0, below))  # normalized: zero is the mean
     logits: Tensor = segmenter(padded[None])[..., :height, :width]
     logits = logits.flip(-1) if mirrored else logits
     if (height, width) != pixels.shape[:2]:

@@ -58,7 +58,7 @@ def load_initial(segmenter: Segmenter, config: Config, classes: tuple[str, ...])
 
     Raises:
         WeightsError: the source is missing or unreadable, fills neither the network nor its encoder, or has other classes.
-        UsageError: published weights that were trained with another normalisation than ``data.mean`` and ``data.std``.
+        UsageError: published weights that were trained with another normalization than ``data.mean`` and ``data.std``.
     """
     args, init = config.model, config.model.init
     if init == "none":

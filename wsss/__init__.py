@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .errors import WsssError
 
 __version__ = "0.1.0"
 __all__ = ["Labeler", "PseudoLabels", "WsssError", "__version__"]
-
-# In a checkout the folders `export/`, `engines/`, ... stand beside this one instead of inside it.
-_CHECKOUT = Path(__file__).resolve().parent.parent
-if (_CHECKOUT / "pyproject.toml").is_file():
-    __path__.append(str(_CHECKOUT))
-
-from .errors import WsssError  # noqa: E402  (needs no mapped folder, and is the name users catch)
 
 if TYPE_CHECKING:
     from .batch import PseudoLabels

@@ -14,7 +14,7 @@ from .frame import Frame
 
 VOID = 255
 """Label of a pixel nobody should learn from."""
-MOST_BOXES = 256
+MAX_BOXES = 256
 """Of one image: what the fusion graph takes. Beyond it the weakest detections are dropped."""
 
 

@@ -1,4 +1,4 @@
-"""Class lists: names, what CLIP and the detector are told for each, negative prompts, colours.
+"""Class lists: names, what CLIP and the detector are told for each, negative prompts, colors.
 
 A list comes by name (``voc``, ``coco``, ``mini``), from a file, or as names on the command line:
 
@@ -34,14 +34,29 @@ from .errors import ClassError
 _log = logging.getLogger("wsss")
 
 LISTS = ("voc", "coco", "mini")
-MOST_CLASSES = 254
+MAX_CLASSES = 254
 """An 8-bit label has 256 values: 0 is background, 255 is void."""
+MINI_CLASSES = (
+    "red disc",
+    "green triangle",
+    "blue ring",
+    "yellow star",
+    "purple hexagon",
+    "orange crescent",
+    "white cross",
+    "pink arrow",
+    "teal drop",
+    "striped box",
+    "checkered diamond",
+    "dotted heart",
+)
+"""Of the drawn scenes that the embedded models are trained on."""
 _SPLITTING = ".?,;:[]"
 """Signs that end a phrase in a caption (Grounding-DINO: ``.``, ``?``, special tokens in brackets) or an entry of a list."""
 _FILE = re.compile(r"[/\\]|\.(txt|json|names|csv|tsv|toml|ya?ml|pbtxt)$", re.IGNORECASE)
-MOST_LETTERS = 500
+MAX_LETTERS = 500
 """Of a name or wording: CLIP reads 77 tokens of about four letters."""
-MOST_WORDINGS = 1_000
+MAX_WORDINGS = 1_000
 """Of one class, and of negatives: CLIP reads each of them in each of its templates."""
 _NO_CLASS = frozenset(
     ("background", "bg", "void", "ignore", "ignored", "ignore region", "unlabeled", "unlabelled", "dontcare", "don't care")
@@ -138,7 +153,7 @@ class Names:
 
     def nearest(self, name: str) -> str | None:
         """The name most like ``name``, or None."""
-        near = difflib.get_close_matches(cleaned(name[:MOST_LETTERS]), self._cleaned, n=1)
+        near = difflib.get_close_matches(cleaned(name[:MAX_LETTERS]), self._cleaned, n=1)
         return self._names[self._cleaned[near[0]] - 1] if near else None
 
 
@@ -189,9 +204,7 @@ def class_list(entries: Iterable[str]) -> ClassList:
 def named_list(name: str) -> ClassList:
     """A built-in list: ``voc`` (20 classes), ``coco`` (80) or ``mini`` (the 12 of the drawn scenes)."""
     if name == "mini":
-        from .mini.scenes import CLASSES
-
-        return class_list(CLASSES)
+        return class_list(MINI_CLASSES)
     table = {"voc": _VOC, "coco": _COCO}[name]
     names, prompts, phrases = zip(*(_columns(row) for row in table.strip().splitlines()), strict=True)
     return ClassList(names=names, prompts=tuple((each,) for each in prompts), phrases=tuple((each,) for each in phrases))
@@ -217,25 +230,23 @@ def cleaned(text: str, *, keep: str = "") -> str:
 
 
 def palette() -> npt.NDArray[np.uint8]:
-    """VOC's colour map: (256, 3) uint8 RGB; 0 is black, 255 (void) is (224, 224, 192).
+    """VOC's color map: (256, 3) uint8 RGB; 0 is black, 255 (void) is (224, 224, 192).
 
     Source: VOC 2012 devkit, VOClabelcolormap.m: the bits of a label are dealt to red, green and blue, highest first.
     """
-    colours = np.zeros((256, 3), dtype=np.uint8)
+    colors = np.zeros((256, 3), dtype=np.uint8)
     for label in range(256):
         for bit in range(8):
-            colours[label, bit % 3] |= (label >> bit & 1) << (7 - bit // 3)
-    return colours
+            colors[label, bit % 3] |= (label >> bit & 1) << (7 - bit // 3)
+    return colors
 
 
 def _list_of(entries: Entries, where: str = "") -> ClassList:
     """Raw entries cleaned and checked; with ``where``, what may not be meant is warned of."""
     _check_count(len(entries.classes))
     for count, what in ((len(entries.negatives), "negatives"), *((_wordings_in(each), each.name) for each in entries.classes)):
-        if count > MOST_WORDINGS:
-            raise ClassError(
-                f"{excerpt(what)}: expected at most {MOST_WORDINGS} wordings, got {count}", hint="keep the best ones"
-            )
+        if count > MAX_WORDINGS:
+            raise ClassError(f"{excerpt(what)}: expected at most {MAX_WORDINGS} wordings, got {count}", hint="keep the best ones")
     names, prompts, phrases = [], [], []
     for each in entries.classes:
         both = _wordings((each.name, *each.synonyms))
@@ -266,7 +277,7 @@ def _without_background(entries: Entries, where: str) -> Entries:
         ClassError: one stands among the classes, so that all labels after it would move.
     """
     classes = list(entries.classes)
-    if len(classes) > MOST_CLASSES + len(_NO_CLASS):
+    if len(classes) > MAX_CLASSES + len(_NO_CLASS):
         _check_count(len(classes))
     none = [_is_background(each.name) for each in classes]
     first = none.index(False) if False in none else len(none)
@@ -291,12 +302,12 @@ def _without_background(entries: Entries, where: str) -> Entries:
 
 
 def _is_background(name: str) -> bool:
-    return cleaned(name[:MOST_LETTERS]) in _NO_CLASS
+    return cleaned(name[:MAX_LETTERS]) in _NO_CLASS
 
 
 def _check_count(count: int) -> None:
-    if count > MOST_CLASSES:
-        raise ClassError(f"{count} classes, an 8-bit label map holds {MOST_CLASSES}", hint="split the list")
+    if count > MAX_CLASSES:
+        raise ClassError(f"{count} classes, an 8-bit label map holds {MAX_CLASSES}", hint="split the list")
 
 
 def _wordings_in(entry: Entry) -> int:
@@ -324,9 +335,9 @@ def _check_name(name: str) -> None:
 def _check_wordings(where: str, wordings: Iterable[str]) -> None:
     """Raises ClassError for what no one types: control characters, halves of surrogate pairs, names without end."""
     for wording in wordings:
-        if len(wording) > MOST_LETTERS:
+        if len(wording) > MAX_LETTERS:
             raise ClassError(
-                f"{where} has a name of {len(wording):,} letters, {excerpt(wording, 30)}, at most {MOST_LETTERS} are read",
+                f"{where} has a name of {len(wording):,} letters, {excerpt(wording, 30)}, at most {MAX_LETTERS} are read",
                 hint="give a short name",
             )
         if sign := next((each for each in wording if not _is_typed(each)), None):

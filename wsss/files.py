@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import WsssError
-from .store.lock import NoLocks, lock
+from .lock import NoLocks, lock
 
 _COUNT = itertools.count(secrets.randbits(48))  # machines that share a folder may have processes of one number
 

@@ -34,13 +34,13 @@ class Frame:
         return (np.asarray(xyxy_model, np.float64) / self._scale()).astype(np.float32)
 
     def xyxy_image_from_cxcywh(self, cxcywh: Array) -> Array:
-        """Boxes (N, 4) float32 in the photograph, clipped to it, from centre and size in 0..1 of the valid part.
+        """Boxes (N, 4) float32 in the photograph, clipped to it, from center and size in 0..1 of the valid part.
 
         Grounding-DINO's boxes are relative to the unpadded photograph (its valid ratios), so padding plays no part.
         """
         height, width = self.image
-        centre, size = np.asarray(cxcywh, np.float64)[:, :2], np.asarray(cxcywh, np.float64)[:, 2:]
-        corners = np.concatenate([centre - size / 2, centre + size / 2], axis=1)
+        center, size = np.asarray(cxcywh, np.float64)[:, :2], np.asarray(cxcywh, np.float64)[:, 2:]
+        corners = np.concatenate([center - size / 2, center + size / 2], axis=1)
         corners = corners * [width, height, width, height]
         return np.clip(corners, 0, [width, height, width, height]).astype(np.float32)
 
@@ -134,7 +134,7 @@ def upsample_matrix(side: int, canvas: int, valid: int, image: int) -> Array:
 
 
 def bilinear_matrix(source: int, target: int) -> Array:
-    """(target, source) float64: ``torch.nn.functional.interpolate`` bilinear, half-pixel centres, no antialiasing."""
+    """(target, source) float64: ``torch.nn.functional.interpolate`` bilinear, half-pixel centers, no antialiasing."""
     low, high, share = bilinear_taps(source, target)
     matrix, rows = np.zeros((target, source)), np.arange(target)
     matrix[rows, low] = 1 - share
@@ -151,6 +151,6 @@ def bilinear_taps(source: int, target: int) -> tuple[Array, Array, Array]:
     """
     scale = np.float64(np.float32(source) / np.float32(target))
     # Exact in float64 until the one rounding: 24 bits times at most 15.
-    centre = np.maximum((scale * (np.arange(target) + 0.5) - 0.5).astype(np.float32), np.float32(0))
-    low = np.minimum(centre.astype(np.int64), source - 1)
-    return low, np.minimum(low + 1, source - 1), centre.astype(np.float64) - low
+    center = np.maximum((scale * (np.arange(target) + 0.5) - 0.5).astype(np.float32), np.float32(0))
+    low = np.minimum(center.astype(np.int64), source - 1)
+    return low, np.minimum(low + 1, source - 1), center.astype(np.float64) - low

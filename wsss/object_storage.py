@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from .errors import WsssError
+from .extras import install_line
 
 T = TypeVar("T")
 
@@ -238,14 +239,14 @@ def _open(url: str, _: int) -> tuple[Any, str]:
     except ModuleNotFoundError as error:
         if error.name and not error.name.startswith("fsspec"):
             raise
-        raise WsssError(f"{url}: needs fsspec, which is not installed", hint="pip install 'wsss[remote]'") from None
+        raise WsssError(f"{url}: needs fsspec, which is not installed", hint=install_line("remote")) from None
     how: dict[str, Any] = {"use_listings_cache": False}
     if url.startswith(("s3://", "s3a://")):
         how["max_concurrency"] = 2  # of 50 MB each, when a long manifest is written
     try:
         fs, root = url_to_fs(url, **how)
     except ImportError as error:
-        raise WsssError(f"{url}: {error}", hint="pip install 'wsss[remote]'") from None
+        raise WsssError(f"{url}: {error}", hint=install_line("remote")) from None
     except ValueError as error:
         raise WsssError(f"{url}: expected s3://, gs:// or another URL that fsspec opens: {error}") from None
     return fs, str(root).rstrip("/")

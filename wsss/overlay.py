@@ -18,12 +18,12 @@ def overlay(pixels: np.ndarray, label_map: np.ndarray, *, strength: float = 0.55
     Returns:
         (H, W, 3) uint8.
     """
-    colours = palette()[label_map]
+    colors = palette()[label_map]
     inner = np.zeros(label_map.shape, bool)
     inner[1:, :] |= label_map[1:, :] != label_map[:-1, :]
     inner[:, 1:] |= label_map[:, 1:] != label_map[:, :-1]
     share = np.where(inner, 1.0, np.where(label_map == 0, 0.0, strength))[:, :, None]
-    return np.round(pixels * (1 - share) + colours * share).astype(np.uint8)
+    return np.round(pixels * (1 - share) + colors * share).astype(np.uint8)
 
 
 def shrink(image: np.ndarray, longest_px: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Decoding photographs: the labelling run and the trainer see the same pixels."""
+"""Decoding photographs: the labeling run and the trainer see the same pixels."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ SUFFIXES = {**USUAL_SUFFIXES, ".jfif": "JPEG", ".jpe": "JPEG", **_optional_suffi
 """Endings, in lower case, of the files that are taken from a folder."""
 FORMATS = tuple(sorted(set(SUFFIXES.values())))
 """The only decoders that untrusted files may reach."""
-MOST_PIXELS = 178_956_970
+MAX_PIXELS = 178_956_970
 """512 MB as RGB: where Pillow itself begins to refuse."""
-MOST_BYTES = 1 << 30
-"""Of a file: as many as ``MOST_PIXELS`` take with 16 bits a channel, uncompressed."""
+MAX_BYTES = 1 << 30
+"""Of a file: as many as ``MAX_PIXELS`` take with 16 bits a channel, uncompressed."""
 _BAND = 512
 """Rows that are made RGB at a time."""
 LEAST_RANGE = 16
@@ -108,7 +108,7 @@ def read_file(folder: Path | Place, name: str) -> ImageFile:
         where=name,
         hint="check the path and its permissions; an image must be a file of its own",
         error=ImageError,
-        max_bytes=MOST_BYTES,
+        max_bytes=MAX_BYTES,
     )
     return ImageFile(name=name, data=data, mtime_ns=status.st_mtime_ns, sha256=hashlib.sha256(data).hexdigest())
 
@@ -142,7 +142,7 @@ def count_pixels(file: ImageFile) -> int:
 def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph:
     """Decodes one image.
 
-    EXIF rotation is applied; grey, palette, CMYK and 16-bit images become 8-bit RGB; transparency is laid over white;
+    EXIF rotation is applied; gray, palette, CMYK and 16-bit images become 8-bit RGB; transparency is laid over white;
     of an animation the first frame counts.
 
     Args:
@@ -150,7 +150,7 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
             long as its shorter side keeps this many pixels.
 
     Raises:
-        ImageError: of a format not in ``FORMATS``, truncated, or more than ``MOST_PIXELS`` (a decompression bomb).
+        ImageError: of a format not in ``FORMATS``, truncated, or more than ``MAX_PIXELS`` (a decompression bomb).
     """
     name = file.name
     again = "copy it again from where it came, or leave it out"
@@ -159,9 +159,9 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
     _damage.found = False
     try:
         with Image.open(io.BytesIO(file.data), formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
+            if image.width * image.height > MAX_PIXELS:
                 raise ImageError(
-                    f"{name}: expected at most {MOST_PIXELS:,} pixels, got {image.width} x {image.height}", hint="make it smaller"
+                    f"{name}: expected at most {MAX_PIXELS:,} pixels, got {image.width} x {image.height}", hint="make it smaller"
                 )
             if image.mode == "F":
                 raise ImageError(
@@ -183,7 +183,7 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
         ) from None
     except Image.DecompressionBombError:
         raise ImageError(
-            f"{name}: expected at most {MOST_PIXELS:,} pixels, got a decompression bomb", hint="make it smaller"
+            f"{name}: expected at most {MAX_PIXELS:,} pixels, got a decompression bomb", hint="make it smaller"
         ) from None
     except MemoryError:
         raise ImageError(f"{name}: this machine lacks the memory to decode it", hint="make it smaller") from None

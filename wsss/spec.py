@@ -29,7 +29,7 @@ Flavour = Literal["trt", "trt-rtx"]
 """TensorRT, and TensorRT for RTX: the same API in two libraries."""
 Resize = Literal["squash", "longest", "shorter", "short-longest", "none"]
 MODELS = ("clip", "grounding-dino", "sam")
-"""Models of the labelling chain, in data-flow order; each is a folder of a bundle."""
+"""Models of the labeling chain, in data-flow order; each is a folder of a bundle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class AxisRange:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How a photograph becomes a graph's ``pixels``: resized on the host, normalised and masked inside the graph."""
+    """How a photograph becomes a graph's ``pixels``: resized on the host, normalized and masked inside the graph."""
 
     resize: Resize
     """squash: to the canvas, aspect lost. longest: longest side to ``longest_px``. short-longest: short side to
@@ -127,7 +127,7 @@ class PlanSpec:
     """Of the weights beside it."""
     precision: Precision
     axes: Mapping[str, AxisRange]
-    """The optimisation profile: range of every free axis, within the graph's."""
+    """The optimization profile: range of every free axis, within the graph's."""
     builder: str
     """Version of the library that built it, the only one that may run it."""
     target: str

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...classes import parse_classes
-from ...cli.common import clock, needs
 from ...errors import UsageError, WsssError
+from ...extras import needs
 from ...runtime.labeler import MINI, Labeler
 from ...runtime.run.label_folder import Summary, label_folder
 from ...spec import open_bundle
@@ -161,7 +161,7 @@ def _label(recipe: Recipe, labeler: Labeler, photographs: Path, store: Path) -> 
             recipe.log(f"{store.name}: {done}/{summary.images} images, {summary.failed} failed")
 
     summary = label_folder(labeler, photographs, store, batch=recipe.batch, progress=progress, warn=recipe.log)
-    recipe.log(f"{store.name}: {summary.labelled} labelled, {summary.skipped} done before, {summary.failed} failed")
+    recipe.log(f"{store.name}: {summary.labelled} labeled, {summary.skipped} done before, {summary.failed} failed")
 
 
 def _scored(recipe: Recipe, store: Path, split: Split, what: str) -> Iterator[Row]:
@@ -232,7 +232,7 @@ def _training_facts(trained: Trained, record: RunRecord) -> Iterator[tuple[str, 
 
 
 def _step(now: Status) -> str:
-    return f"step {now.step}/{now.steps}  loss {now.loss:.4f}  rate {now.rate:.2e}  {clock(now.seconds_left)} left"
+    return f"step {now.step}/{now.steps}  loss {now.loss:.4f}  rate {now.rate:.2e}  {now.seconds_left / 60:.0f} min left"
 
 
 def draw_voc(folder: Path, *, train: int, aug: int, val: int, seed: int = 7_000_000) -> Path:
@@ -308,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--classes", help="class list; default: the data set's")
     shared.add_argument("--engine", default="auto", help="auto, ort, trt, trt-rtx or eager")
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N, of the chain")
-    shared.add_argument("--batch", type=int, default=8, help="images labelled together")
+    shared.add_argument("--batch", type=int, default=8, help="images labeled together")
     shared.add_argument("--labels", help="true image labels (JSON, as wsss label takes it) in CLIP's place; the table says so")
     shared.add_argument("--preset", help="schedule of the segmenter; default: deeplabv2-voc, deeplabv2-coco")
     shared.add_argument("--config", help="TOML file of training settings")

@@ -50,7 +50,7 @@ class DataSet:
     name: str
     """``voc``, ``coco``, or another in the layout of one of them."""
     scored: tuple[Split, ...]
-    """The splits whose pseudo-labels are scored; the last one holds all images to be labelled and trained on."""
+    """The splits whose pseudo-labels are scored; the last one holds all images to be labeled and trained on."""
     val: Split
 
     @property

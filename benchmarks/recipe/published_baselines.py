@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rival:
+class PublishedBaseline:
     """One row of the field's table; None where the paper has no number, or none that we know."""
 
     method: str
@@ -25,8 +25,8 @@ class Rival:
     source: str
 
 
-RIVALS = (
-    Rival(
+PUBLISHED_BASELINES = (
+    PublishedBaseline(
         method="Chen & Sun",
         told="nothing",
         network="-",
@@ -35,7 +35,7 @@ RIVALS = (
         coco_val=54.6,
         source="arXiv:2310.13026, zero-shot SAM; the nearest fair rival",
     ),
-    Rival(
+    PublishedBaseline(
         method="Sun et al.",
         told="image labels",
         network="DeepLabV2 ResNet-101",
@@ -44,7 +44,7 @@ RIVALS = (
         coco_val=55.6,
         source="arXiv:2305.01586, SAM on image labels",
     ),
-    Rival(
+    PublishedBaseline(
         method="FMA-WSSS",
         told="image labels",
         network="Swin-L",
@@ -53,7 +53,7 @@ RIVALS = (
         coco_val=55.4,
         source="arXiv:2312.03585; an index of papers lists 82.6 for VOC val",
     ),
-    Rival(
+    PublishedBaseline(
         method="DS-CRF",
         told="image labels",
         network="DINOv3-L",
@@ -62,7 +62,7 @@ RIVALS = (
         coco_val=56.5,
         source="as its authors report",
     ),
-    Rival(
+    PublishedBaseline(
         method="WeCLIP+",
         told="image labels",
         network="frozen CLIP and DINO, one stage",
@@ -71,7 +71,7 @@ RIVALS = (
         coco_val=56.3,
         source="doi:10.1109/TPAMI.2025.3543191, abstract",
     ),
-    Rival(
+    PublishedBaseline(
         method="SAM 3, training-free",
         told="nothing",
         network="SAM 3 itself",
@@ -106,12 +106,12 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-def rows_beside(dataset: str, ours: Rival) -> list[tuple[str, ...]]:
+def rows_beside(dataset: str, ours: PublishedBaseline) -> list[tuple[str, ...]]:
     """The field's table for one data set (``voc`` or ``coco``) with our own row last, a heading first."""
     named = {"voc": ("voc_val", "voc_test"), "coco": ("coco_val",)}[dataset]
     titles = {"voc_val": "VOC val", "voc_test": "VOC test", "coco_val": "COCO val"}
     rows: list[tuple[str, ...]] = [("method", "told", "network", *(titles[name] for name in named), "source")]
-    for each in (*RIVALS, ours):
+    for each in (*PUBLISHED_BASELINES, ours):
         values = [getattr(each, name) for name in named]
         if each is ours or any(value is not None for value in values):
             cells = ["-" if value is None else f"{value:.1f}" for value in values]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...train.evaluate.report import Scores
-from .published_baselines import PAPER, Rival, aligned, percent, rows_beside
+from .published_baselines import PAPER, PublishedBaseline, aligned, percent, rows_beside
 
 TITLES = {"voc": "PASCAL VOC 2012", "coco": "MS COCO 2014"}
 PROTOCOL = "mIoU in % from one confusion matrix of all images, background included; void (255) and missing predictions are wrong."
@@ -19,7 +19,7 @@ class Row:
     split: str
     images: int
     missing: int
-    """Images that could not be labelled; they count as wrong."""
+    """Images that could not be labeled; they count as wrong."""
     crf: bool
     scores: Scores
 
@@ -67,7 +67,7 @@ def _beside(result: Result) -> str:
         notes.append(f"{percent(best.scores['miou'])} by {best.what}")
     if result.deviation:
         notes.append("other lists, not comparable")
-    ours = Rival(
+    ours = PublishedBaseline(
         method="this run",
         told=result.told,
         network=result.network,

@@ -10,12 +10,12 @@ Settings in the manifest:
 ``context_length``, ``pad``, ``start``, ``end``
     C, and the ids of the tokens that fill, begin and end a prompt; -1 where the tokenizer has none.
 ``templates``
-    A name's embedding is the mean over these prompts, normalised again.
+    A name's embedding is the mean over these prompts, normalized again.
 ``backgrounds``
     Names that stand for "none of the classes"; those that collide with a class of the run are left out.
 ``views``
     Levels of a grid: level k looks at k x k windows, evenly spaced, each covering 2 / (k + 1) of both sides. A class is in an
-    image if any view shows it: the official centre crop would lose what lies at the border.
+    image if any view shows it: the official center crop would lose what lies at the border.
 ``rule``, ``threshold``
     How a view scores a class, see `runtime.tag`: ``softmax`` over all classes and backgrounds, or ``background``, alone
     against the backgrounds. A class is present where its score reaches the threshold in any view.
@@ -41,7 +41,7 @@ from ...spec import AxisRange, Preprocess, TensorSpec
 from .. import weights as checkpoints
 from ..family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance
 from ..precision.lowering import Fp32
-from ..rewrites import Normalise
+from ..rewrites import Normalize
 from ..verify import photograph
 from . import weights as clip_weights
 from .tokenizer import special_ids, tokenizer_from_open_clip
@@ -107,7 +107,7 @@ def prepare(variant: str, weights_name: str, options: Options) -> Prepared:
             canvases=((height, width),),
             mean=_on_255(recipe.mean),
             std=_on_255(recipe.std),
-            source=f"open_clip {open_clip.__version__}, pretrained.py; squashed instead of centre-cropped",
+            source=f"open_clip {open_clip.__version__}, pretrained.py; squashed instead of center-cropped",
         ),
         settings={
             "logit_scale": float(model.logit_scale.detach().exp()),
@@ -120,22 +120,22 @@ def prepare(variant: str, weights_name: str, options: Options) -> Prepared:
 
 
 class ImageTower(nn.Module):
-    """``encode_image`` from raw pixels; normalisation lives in the graph."""
+    """``encode_image`` from raw pixels; normalization lives in the graph."""
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
-        self.normalise = Fp32(Normalise(mean, std), why="half would lose part of a pixel's step")
+        self.normalize = Fp32(Normalize(mean, std), why="half would lose part of a pixel's step")
         self.unit = Fp32(partial(F.normalize, dim=-1), why="a sum of squares; what is compared leaves in float32")
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, S, S, 3) uint8 to (B, D) float32."""
-        embedding: Tensor = self.unit(self.model.encode_image(self.normalise(pixels).permute(0, 3, 1, 2)))
+        embedding: Tensor = self.unit(self.model.encode_image(self.normalize(pixels).permute(0, 3, 1, 2)))
         return embedding
 
 
 class TextTower(nn.Module):
-    """``encode_text``, normalised."""
+    """``encode_text``, normalized."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

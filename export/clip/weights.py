@@ -111,7 +111,7 @@ def known_variant(name: str) -> str:
 
 
 def build(variant: str, *, quick_gelu: bool = False) -> nn.Module:
-    """open_clip's model, float32 on the CPU in evaluation mode, values as initialised.
+    """open_clip's model, float32 on the CPU in evaluation mode, values as initialized.
 
     Raises:
         WeightsError: a tower is defined on the Hugging Face hub and cannot be reached.

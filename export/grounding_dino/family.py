@@ -5,7 +5,7 @@ The official classes are transformers'. Settings of the manifest (read by the ru
 - ``cls``, ``sep``, ``dot``, ``pad``: token ids. A caption is [CLS], each phrase's pieces and a dot, [SEP].
 - ``max_tokens``: most tokens of a caption, with [CLS] and [SEP]; the reference cuts there silently.
 - ``score_rule``: how the scores of a class come from those of its tokens. ``mean``, without the dot, is the official
-  COCO evaluation (demo/test_ap_on_coco.py: a span-normalised map); ``predict()`` of the demo takes a maximum.
+  COCO evaluation (demo/test_ap_on_coco.py: a span-normalized map); ``predict()`` of the demo takes a maximum.
 - ``box_threshold``: least score, under that rule. 0.3 is upstream's number for the maximum (README.md).
 - ``queries``: boxes that each photo gives, before any threshold or suppression.
 - ``sampling``: how deformable attention reads between cells, for the record (`grounding_dino_layers.sampler`).
@@ -177,7 +177,7 @@ def assemble(
 
 
 def build_official(variant: str) -> GroundingDinoForObjectDetection:
-    """Swin-T or Swin-B in the official configuration, randomly initialised."""
+    """Swin-T or Swin-B in the official configuration, randomly initialized."""
     backbone = transformers.SwinConfig(**OFFICIAL[variant], drop_path_rate=0.0, out_indices=[2, 3, 4])
     return GroundingDinoForObjectDetection(GroundingDinoConfig(backbone_config=backbone, text_config=transformers.BertConfig()))
 
@@ -376,7 +376,7 @@ def official_detections(
 
 
 def official_pixels(feeds: Feeds) -> tuple[Tensor, Tensor]:
-    """(1, 3, H, W) float32 normalised then zero-padded, and (1, H, W) int64 mask: what the official processor makes."""
+    """(1, 3, H, W) float32 normalized then zero-padded, and (1, H, W) int64 mask: what the official processor makes."""
     height, width = feeds["size"][0]
     photo = torch.from_numpy(feeds["pixels"][:1, :height, :width]).permute(0, 3, 1, 2)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

@@ -22,7 +22,7 @@ from transformers.models.grounding_dino import modeling_grounding_dino as offici
 
 from ..family import Sampling
 from ..precision.lowering import Fp32
-from ..rewrites import Normalise
+from ..rewrites import Normalize
 from .layers import (
     OFFICIAL_MARGIN,
     Levels,
@@ -101,7 +101,7 @@ class ImageGraph(nn.Module):
         self.of_text = Fp32(call, why="the few tokens that all cells and queries read")
         self.stream = Fp32(call, why="sums and norms of what runs through all layers")
         self.project = Fp32(call, why="deformable attention reads much the same everywhere: rounded weights err alike everywhere")
-        self.normalise = Fp32(Normalise(MEAN, STD), why="half would lose part of a pixel's step")
+        self.normalize = Fp32(Normalize(MEAN, STD), why="half would lose part of a pixel's step")
         self.geometry = Fp32(self._geometry, why="coordinates and the sines of their multiples")
         self.choose = Fp32(self._choose, why="top-k of near-equal scores, and logits of coordinates")
         self.refine = Fp32(self._refine, why="box heads: the logit of a coordinate cancels near both ends")
@@ -132,7 +132,7 @@ class ImageGraph(nn.Module):
 
         Returns:
             logits: (B, Q, T) float32 before the sigmoid, -inf on padding.
-            boxes: (B, Q, 4) float32, centre x, centre y, width, height in 0..1 of the photo, not of the canvas.
+            boxes: (B, Q, 4) float32, center x, center y, width, height in 0..1 of the photo, not of the canvas.
             query: (B, Q) int64, the encoder cell each query starts from, best first.
         """
         levels, places = self.geometry(size)
@@ -178,7 +178,7 @@ class ImageGraph(nn.Module):
         inside = (torch.arange(height, device=pixels.device)[None, :, None] < size[:, 0, None, None]) & (
             torch.arange(width, device=pixels.device)[None, None, :] < size[:, 1, None, None]
         )
-        values = torch.where(inside[..., None], self.normalise(pixels), 0.0).permute(0, 3, 1, 2)
+        values = torch.where(inside[..., None], self.normalize(pixels), 0.0).permute(0, 3, 1, 2)
         maps = swin_features(self.core.backbone.conv_encoder.model, values)
         features = [self.level(project, each) for project, each in zip(self.core.input_proj_vision, maps, strict=False)]
         for project in self.core.input_proj_vision[len(maps) :]:
@@ -189,7 +189,7 @@ class ImageGraph(nn.Module):
     def _choose(self, vision: Tensor, text: Tensor, is_token: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         """(B, Q) the best cells, and (B, Q, 4) their proposed boxes."""
         sides = torch.cat([vision.new_full((h * w, 2), 0.05 * 2.0**level) for level, (h, w) in enumerate(self.shapes)])
-        proposals = torch.cat([levels.centres, sides[None].expand_as(levels.centres)], -1)  # (B, N, 4)
+        proposals = torch.cat([levels.centers, sides[None].expand_as(levels.centers)], -1)  # (B, N, 4)
         usable = ((proposals > 0.01) & (proposals < 0.99)).all(-1) & levels.valid
         # Finite also for cells outside the photo; a usable proposal lies between 0.01 and 0.99 and is not clamped.
         proposals = inverse_sigmoid(proposals).masked_fill(~usable[..., None], BEYOND)

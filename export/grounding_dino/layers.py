@@ -55,12 +55,12 @@ class Levels:
     """(B, L, 2) float32, columns and rows of cells that the photo covers."""
     valid: Tensor
     """(B, N) bool, cells that the photo covers."""
-    centres: Tensor
-    """(B, N, 2) float32, x and y of each cell's centre in 0..1 of the photo (beyond 1 outside it)."""
+    centers: Tensor
+    """(B, N, 2) float32, x and y of each cell's center in 0..1 of the photo (beyond 1 outside it)."""
     ratios: Tensor
     """(B, L, 2) float32, share of the canvas that the photo covers, across and down."""
     reference: Tensor
-    """(B, N, L, 2) float32, x and y of each cell's centre in 0..1 of each level's canvas."""
+    """(B, N, L, 2) float32, x and y of each cell's center in 0..1 of each level's canvas."""
 
     @staticmethod
     def from_valid(shapes: Sequence[tuple[int, int]], rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Levels:
@@ -68,12 +68,12 @@ class Levels:
         counts = torch.stack([torch.stack([c.sum(1), r.sum(1)], -1) for r, c in zip(rows, columns, strict=True)], 1).float()
         valid = torch.cat([(r[:, :, None] & c[:, None, :]).flatten(1) for r, c in zip(rows, columns, strict=True)], 1)
         cells = counts.new_tensor([[width, height] for height, width in shapes])  # (L, 2)
-        centres = []
+        centers = []
         for level, (height, width) in enumerate(shapes):
             x = (torch.arange(width, device=valid.device) + 0.5) / counts[:, level, 0:1]  # (B, w)
             y = (torch.arange(height, device=valid.device) + 0.5) / counts[:, level, 1:2]  # (B, h)
-            centres.append(torch.cat(_of_cells(x[..., None], y[..., None]), -1))
-        points, ratios = torch.cat(centres, 1), counts / cells
+            centers.append(torch.cat(_of_cells(x[..., None], y[..., None]), -1))
+        points, ratios = torch.cat(centers, 1), counts / cells
         return Levels(shapes, counts, valid, points, ratios, points[:, :, None] * ratios[:, None])
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -149,7 +149,7 @@ def fusion_attention(
 ) -> tuple[Tensor, Tensor]:
     """The official fusion layer: image cells look at tokens and tokens at cells, both added to their own.
 
-    Forced by ``attn_weights.max()`` over the whole batch, which makes a row's rounding depend on its neighbours, and by
+    Forced by ``attn_weights.max()`` over the whole batch, which makes a row's rounding depend on its neighbors, and by
     ``masked_fill_`` in place; a softmax subtracts its row's maximum anyway.
 
     Args:
@@ -193,7 +193,7 @@ def deformable_attention(
         layer: a ``GroundingDinoMultiscaleDeformableAttention``.
         queries: (B, Q, D), positions added.
         vision: (B, N, D) the cells' features.
-        reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes (centre, sides), in 0..1 of the canvas.
+        reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes (center, sides), in 0..1 of the canvas.
         sample: reads between the cells, from `sampler`.
         project: calls the layer's last projection.
 
@@ -326,7 +326,7 @@ def swin_features(backbone: nn.Module, pixels: Tensor) -> list[Tensor]:
     masks repeated for every row of the batch: here windows are an axis of their own.
 
     Args:
-        pixels: (B, 3, H, W) float32, normalised.
+        pixels: (B, 3, H, W) float32, normalized.
     """
     swin = backbone.swin
     pad = swin.embeddings.patch_embeddings.maybe_pad(pixels, pixels.shape[2], pixels.shape[3])

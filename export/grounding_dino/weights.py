@@ -59,7 +59,7 @@ def load(
     """The model in evaluation mode, what the manifest says of its weights, and where they lie.
 
     Args:
-        build: makes the model of ``variant``, randomly initialised.
+        build: makes the model of ``variant``, randomly initialized.
         weights: ``random:SEED``, a path, a known name, or ``mini``.
 
     Raises:
@@ -85,7 +85,7 @@ TEXT_GAIN = 1 / 8
 
 @torch.no_grad()
 def seeded(build: Callable[[], GroundingDinoForObjectDetection], seed: int) -> GroundingDinoForObjectDetection:
-    """A model of official initialisation under ``seed``, then spread as trained weights are.
+    """A model of official initialization under ``seed``, then spread as trained weights are.
 
     A logit is the plain product of a query with a token, both normed to about 16 in 256 channels. Untrained that gives
     logits of deviation 13, from -46 to 55 (Swin-T, seed 0), of which training leaves what a focal loss on sigmoids wants:

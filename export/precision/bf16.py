@@ -16,7 +16,7 @@ from .instrumentation import insert, typed
 from .lowering import MOVES
 
 
-def write_widened(source: Path, folder: Path) -> Path:
+def write_bf16_emulation(source: Path, folder: Path) -> Path:
     """Writes the widened form of a graph file, with weights of its own, into ``folder`` and returns its path."""
     model = ir.load(source)
     _widen(model.graph)

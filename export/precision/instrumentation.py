@@ -1,6 +1,6 @@
 """Graphs opened up for measuring: a copy is given more inputs and outputs, and ONNX Runtime computes it as it is written.
 
-No optimisation is allowed to change a copy: what is measured is the graph, not what a runtime makes of it.
+No optimization is allowed to change a copy: what is measured is the graph, not what a runtime makes of it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def typed(value: ir.Value, *, like: ir.Value) -> ir.Value:
 
 
 class Session:
-    """ONNX Runtime on the CPU over a graph, without optimisation; a context manager, because large weights pass by a file.
+    """ONNX Runtime on the CPU over a graph, without optimization; a context manager, because large weights pass by a file.
 
     Args:
         model: read, not changed.

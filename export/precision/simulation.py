@@ -2,7 +2,7 @@
 
 ONNX Runtime's CPU has few float16 kernels: it computes in float32 from one node to the next and rounds only where it must
 (``(x * 1000) / 1000`` in float16 stays finite for x = 100). A lowered graph therefore looks better there than it is.
-Here every tensor that would be float16 on a GPU is rounded for certain, by a Cast there and back that no optimisation
+Here every tensor that would be float16 on a GPU is rounded for certain, by a Cast there and back that no optimization
 removes, and becomes infinite where float16 ends.
 
 Not seen: what happens inside of a node. Sums are in float32 here, as they are in TensorRT's matrix products and norms

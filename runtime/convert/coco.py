@@ -24,12 +24,12 @@ from pycocotools import mask as coco_mask
 
 from ... import __version__
 from ...batch import VOID
-from .dataset import Loss
+from .base import Loss
 from .instances import Instances, instances_of, spans_of
 from .labelled import Labelled
 
 _ROWS = 256
-"""Coloured at a time: ids take four times the memory of a label map."""
+"""Colored at a time: ids take four times the memory of a label map."""
 
 
 class CocoWriter:
@@ -138,14 +138,14 @@ class _Split:
 
 def _save_panoptic(path: Path, instances: Instances, label_map: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    colours = np.empty((*label_map.shape, 3), np.uint8)
+    colors = np.empty((*label_map.shape, 3), np.uint8)
     for top in range(0, len(label_map), _ROWS):
         rows = slice(top, top + _ROWS)
         ids = np.where(label_map[rows] == 0, len(instances.each) + 1, instances.map[rows])
         for channel in range(3):
-            colours[rows, :, channel] = ids >> 8 * channel & 255
+            colors[rows, :, channel] = ids >> 8 * channel & 255
     with path.open("xb") as file:
-        Image.fromarray(colours).save(file, format="PNG")
+        Image.fromarray(colors).save(file, format="PNG")
 
 
 def _extent(mask: np.ndarray) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A label store as a data set of another tool: VOC, COCO, YOLO, CVAT, Label Studio, Hugging Face.
 
-Each format is a writer in a module ``format_*`` that documents its folder. Images go through one by one, so that memory does
+Each format is a writer in a module of its own, which documents its folder. Images go through one by one, so that memory does
 not grow with them; the data set is built in a temporary folder beside ``out`` and renamed when it is whole (`publishing`; a power
 cut is not covered: the files are not synchronized one by one). The same store gives the same bytes.
 """
@@ -12,47 +12,20 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
 from PIL import Image
 
-from ...classes import palette
 from ...errors import StoreError, UsageError
 from ...files import publishing
 from ...photographs import FORMATS as FILE_FORMATS
 from ...store.local import read_run
+from .base import Loss, OpenWriter
 from .labelled import Labelled, ascii_safe, check_images, place_image, read_labelled
 
 FORMATS = ("voc", "coco", "yolo", "cvat", "label-studio", "hf")
 WITH_SPLITS = ("voc", "coco", "yolo", "hf")
 _ORIENTATION = 0x0112
 """EXIF: 1 is upright, 2 to 8 are turned or mirrored."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Something of the store that a format cannot hold, said when ``count`` is not 0."""
-
-    count: int
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.count:,} {self.what}"
-
-
-class Writer(Protocol):
-    """Writes one format. Made by an `OpenWriter`."""
-
-    def add(self, item: Labelled) -> Path:
-        """Writes what is known of one image; returns where in the folder the photograph itself belongs."""
-
-    def finish(self) -> list[Loss]:
-        """Writes what can be written at the end only."""
-
-
-OpenWriter = Callable[[Path, tuple[str, ...], tuple[str, ...], ExitStack], Writer]
-"""Takes the folder, the names of the classes (label 1 first) and of the splits, and what closes the files it opens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +47,7 @@ def writer_of(to: str) -> OpenWriter:
     """
     if to not in FORMATS:
         raise UsageError(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}")
-    # The formats import this module; and COCO's needs a package that not everyone has.
+    # COCO's needs a package that not everyone has.
     if to == "coco":
         from .coco import CocoWriter
 
@@ -107,7 +80,7 @@ def convert(
     """Writes the finished images of a label store as a data set.
 
     Args:
-        images: the folder that was labelled, or the one image. Its files are never changed.
+        images: the folder that was labeled, or the one image. Its files are never changed.
         out: absent or an empty folder.
         to: one of `FORMATS`.
         link: hard links instead of copies of the photographs; needs one file system.
@@ -116,7 +89,7 @@ def convert(
 
     Raises:
         StoreError: no store, nothing in it, a damaged label, or ``out`` cannot be written.
-        ImageError: photographs that are missing or changed since they were labelled.
+        ImageError: photographs that are missing or changed since they were labeled.
         ModuleNotFoundError: the format needs a package that is not installed.
     """
     if not 0 <= val < 1:
@@ -144,15 +117,6 @@ def convert(
     except OSError as error:
         raise _unwritten(out, item, error, link) from None
     return Conversion(images=done, left_out=left_out, losses=tuple(str(loss) for loss in losses if loss.count))
-
-
-def save_indexed(path: Path, values: np.ndarray) -> None:
-    """Writes (H, W) uint8 as an 8-bit palette PNG with VOC's colours. Raises FileExistsError: there is one already."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(values)
-    image.putpalette(palette().tobytes())
-    with path.open("xb") as file:
-        image.save(file, format="PNG")
 
 
 def is_turned(path: Path) -> bool:

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ...batch import VOID
-from .dataset import Loss, save_indexed
+from .base import Loss, save_indexed
 from .labelled import Labelled, void_name
 
 

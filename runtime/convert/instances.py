@@ -147,8 +147,8 @@ def _share_out(label_map: np.ndarray, label: int, boxes: Sequence[Box], numbers:
         numbers[label_map == label] = first
         return
     height, width = label_map.shape
-    across = np.stack([_from_centre(box.xyxy_image[0], box.xyxy_image[2], width) for box in boxes])  # (N, W)
-    down = np.stack([_from_centre(box.xyxy_image[1], box.xyxy_image[3], height) for box in boxes])  # (N, H)
+    across = np.stack([_from_center(box.xyxy_image[0], box.xyxy_image[2], width) for box in boxes])  # (N, W)
+    down = np.stack([_from_center(box.xyxy_image[1], box.xyxy_image[3], height) for box in boxes])  # (N, H)
     for top in range(0, height, band := max(1, _BAND // width)):
         mine = label_map[top : top + band] == label
         nearest = np.full(mine.shape, np.inf, np.float32)
@@ -167,8 +167,8 @@ def _share_out(label_map: np.ndarray, label: int, boxes: Sequence[Box], numbers:
         numbers[top : top + band][mine] = owner[mine]
 
 
-def _from_centre(low: float, high: float, size: int) -> np.ndarray:
-    """How far each pixel centre of an axis is from a box's centre, in half sides of the box: (size,) float32."""
+def _from_center(low: float, high: float, size: int) -> np.ndarray:
+    """How far each pixel center of an axis is from a box's center, in half sides of the box: (size,) float32."""
     return (np.abs(np.arange(size) + 0.5 - (low + high) / 2) / max((high - low) / 2, 0.5)).astype(np.float32)
 
 

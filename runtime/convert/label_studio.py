@@ -2,7 +2,7 @@
 
     images/NAME.jpg   the photographs as they are
     tasks.json        to import
-    config.xml        the labelling interface, to paste
+    config.xml        the labeling interface, to paste
 
 Lossless: an object is a region with its score, void is a label of its own, background is what no region covers. Images are
 addressed as Label Studio serves local files: LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true,
@@ -22,7 +22,7 @@ import numpy as np
 
 from ...batch import VOID
 from ...classes import palette
-from .dataset import Loss
+from .base import Loss
 from .instances import instances_of, spans_of
 from .labelled import Labelled, void_name
 
@@ -115,9 +115,9 @@ def _region(name: str, label: str, spans: np.ndarray, size: tuple[int, int], sco
 
 
 def _config(classes: tuple[str, ...], void: str) -> str:
-    colours = palette().tolist()
+    colors = palette().tolist()
     labels = "\n".join(
-        f'    <Label value={quoteattr(name)} background="#{bytes(colours[label]).hex()}"/>'
+        f'    <Label value={quoteattr(name)} background="#{bytes(colors[label]).hex()}"/>'
         for label, name in [*enumerate(classes, 1), (VOID, void)]
     )
     return f"""<View>

@@ -1,6 +1,6 @@
 """The finished images of a label store, one by one, as the converters take them, and the names they get elsewhere.
 
-Names. A photograph is told apart by its path below the folder that was labelled. In a data set it keeps that path without
+Names. A photograph is told apart by its path below the folder that was labeled. In a data set it keeps that path without
 its ending; what a list file, a shell or a flat folder could trip over is percent-encoded (RFC 3986, as
 `urllib.parse.quote` does), so that ``a/my dog.jpg`` becomes ``a%2Fmy%20dog`` where a format is flat. Where two photographs
 differ in their ending alone the ending stays, behind an encoded dot: ``dog%2Ejpg`` and ``dog%2Epng``; where they differ in
@@ -58,7 +58,7 @@ class Labelled:
     """
 
     path: str
-    """Below the folder that was labelled, with forward slashes."""
+    """Below the folder that was labeled, with forward slashes."""
     label: str
     """Its label's path below ``labels/``."""
     file: Path
@@ -110,7 +110,7 @@ def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[La
     """The finished images of a store, in the order of its manifest; one is held at a time.
 
     Args:
-        images: the folder that was labelled, or the one image.
+        images: the folder that was labeled, or the one image.
         val: share of the images that goes into the split ``val``: those whose name's hash falls below it, so that an
             image stays in its split when others come and go.
 
@@ -175,22 +175,22 @@ def check_images(store: Path, images: Path) -> tuple[int, int]:
             if size != record.get("bytes", size):
                 changed.append(record["path"])
     if total == 0:
-        raise StoreError(f"{store}: no labelled image in it", hint="run wsss label first")
+        raise StoreError(f"{store}: no labeled image in it", hint="run wsss label first")
     if gone:
         raise ImageError(
-            f"--images {images}: has {len(gone)} of the {total} labelled images no more: {_listed(gone)}",
+            f"--images {images}: has {len(gone)} of the {total} labeled images no more: {_listed(gone)}",
             hint="give the folder that was labelled",
         )
     if changed:
         raise ImageError(
-            f"--images {images}: {len(changed)} of the {total} images changed since they were labelled: {_listed(changed)}",
+            f"--images {images}: {len(changed)} of the {total} images changed since they were labeled: {_listed(changed)}",
             hint="run the same wsss label again: it does the changed ones",
         )
     return total, failed
 
 
 def place_image(item: Labelled, target: Path, *, link: bool) -> None:
-    """Copies a photograph as it is, or makes a hard link to it, and checks that it is the one that was labelled.
+    """Copies a photograph as it is, or makes a hard link to it, and checks that it is the one that was labeled.
 
     Raises:
         ImageError: its content changed since. OSError: it cannot be read, written or linked.

@@ -1,6 +1,6 @@
 """Masks as polygons that a filler turns back into the same masks.
 
-The corners are centres of the mask's border pixels, as OpenCV's findContours gives them, and fillers of this convention
+The corners are centers of the mask's border pixels, as OpenCV's findContours gives them, and fillers of this convention
 (`cv2.fillPoly`, with which ultralytics and supervision read YOLO-seg) paint the border as well as the inside. A region is
 one polygon: each of its holes hangs on a path that goes there and back over the region's own pixels, so that nothing is
 painted that was not in the mask.
@@ -119,14 +119,14 @@ def _walk(loops: list[_Loop], outline: int) -> list[int]:
 
 
 def _corners(pixels: list[int], stride: int) -> np.ndarray:
-    """Without what lies on a straight line between its neighbours: (P, 2) int64, x and y in the mask."""
+    """Without what lies on a straight line between its neighbors: (P, 2) int64, x and y in the mask."""
     y, x = np.divmod(np.array(pixels, np.int64), stride)
     points = np.stack([x - 1, y - 1], axis=1)
     moved = np.any(points != np.roll(points, -1, axis=0), axis=1)
     if not moved.any():
         return points[:1]
     points = points[moved]
-    # Steps are to one of the eight neighbours, or level: their signs are their directions.
+    # Steps are to one of the eight neighbors, or level: their signs are their directions.
     come = np.sign(points - np.roll(points, 1, axis=0))
     go = np.sign(np.roll(points, -1, axis=0) - points)
     return points[np.any(come != go, axis=1)]

@@ -1,10 +1,10 @@
 """PASCAL VOC's folders for segmentation, and CVAT's "segmentation mask 1.1", which is the same with objects beside it.
 
     JPEGImages/                    the photographs as they are
-    SegmentationClass/NAME.png     8-bit palette, VOC's colours: 0 background, 1..C classes, 255 void
+    SegmentationClass/NAME.png     8-bit palette, VOC's colors: 0 background, 1..C classes, 255 void
     SegmentationObject/NAME.png    CVAT only: 1..254 objects of `instances`, 255 void
     ImageSets/Segmentation/*.txt   a name a line
-    labelmap.txt                   name:r,g,b:: of each label, void too: CVAT and datumaro refuse colours not declared
+    labelmap.txt                   name:r,g,b:: of each label, void too: CVAT and datumaro refuse colors not declared
 
 VOC is flat; CVAT keeps folders, for it finds an image by its path.
 """
@@ -20,11 +20,11 @@ import numpy as np
 from ...batch import VOID
 from ...classes import palette
 from ...errors import ClassError
-from .dataset import Loss, save_indexed
+from .base import Loss, save_indexed
 from .instances import Instances, instances_of
 from .labelled import Labelled, void_name
 
-MOST_OBJECTS = VOID - 1
+MAX_OBJECTS = VOID - 1
 """Of an image in SegmentationObject."""
 
 
@@ -77,18 +77,18 @@ class CvatWriter:
     def finish(self) -> list[Loss]:
         return [
             Loss(self._scores, "scores of objects have no place in CVAT masks"),
-            Loss(self._merged, f"objects share a number with another of their class: an image has {MOST_OBJECTS} at most"),
+            Loss(self._merged, f"objects share a number with another of their class: an image has {MAX_OBJECTS} at most"),
         ]
 
 
 def write_label_map(path: Path, classes: tuple[str, ...]) -> None:
     """Writes labelmap.txt: ``name:r,g,b:parts:actions``, the last two empty."""
     named = {0: "background", **dict(enumerate(classes, 1)), VOID: void_name(classes)}
-    colours = palette().tolist()
+    colors = palette().tolist()
     for name in named.values():
         if name.startswith("#"):
             raise ClassError(f"the class {name!r} would be a comment in labelmap.txt", hint="take the format coco or hf")
-    lines = [f"{name}:{','.join(map(str, colours[label]))}::" for label, name in named.items()]
+    lines = [f"{name}:{','.join(map(str, colors[label]))}::" for label, name in named.items()]
     path.write_text("\n".join(["# label:color_rgb:parts:actions", *lines, ""]), encoding="utf-8")
 
 
@@ -101,9 +101,9 @@ def _open_list(root: Path, name: str) -> TextIO:
 def _numbered(instances: Instances, label_map: np.ndarray) -> tuple[np.ndarray, int]:
     """Objects as (H, W) uint8, void 255; and how many had to share a number: the smallest, within their class."""
     alone = instances.each
-    if len(alone) > MOST_OBJECTS:
+    if len(alone) > MAX_OBJECTS:
         classes = {each.label for each in alone}
-        alone = tuple(sorted(alone, key=lambda each: (-each.area_px, each.number))[: MOST_OBJECTS - len(classes)])
+        alone = tuple(sorted(alone, key=lambda each: (-each.area_px, each.number))[: MAX_OBJECTS - len(classes)])
     own = {each.number for each in alone}
     number = np.zeros(len(instances.each) + 1, np.uint8)
     given: dict[int, int] = {}

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from ...batch import VOID
-from .dataset import Loss
+from .base import Loss
 from .instances import instances_of
 from .labelled import Labelled
 from .polygons import polygons_of
 
 _INTO_PIXEL = 0.25
 """Where in its pixel a corner is written: readers cut (ultralytics) or round (supervision) to whole pixels, and come to the
-same pixel from here only. Its centre, 0.5, is rounded up by some."""
+same pixel from here only. Its center, 0.5, is rounded up by some."""
 
 
 class YoloWriter:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...batch import MOST_BOXES, Boxes, Images, Labels, Photograph
+from ...batch import MAX_BOXES, Boxes, Images, Labels, Photograph
 from ...classes import ClassList
 from ...documents import read_json
 from ...errors import WsssError
@@ -24,7 +24,7 @@ _TWINS = (
 )
 
 
-class GivenLabels:
+class LabelsFromFile:
     """Tags from a file instead of CLIP; every score is 1.
 
     Args:
@@ -53,7 +53,7 @@ class GivenLabels:
         _check_ignored(self.ignored, any(self._present.values()), where, classes)
 
     def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> WsssError | None:
-        """Why this image cannot be labelled, or None. ``twins``: photographs of the run with the same stem, itself too."""
+        """Why this image cannot be labeled, or None. ``twins``: photographs of the run with the same stem, itself too."""
         if (entry := self._entries.find(photo.name)) is None:
             return self._entries.missing(photo.name)
         sharing = [name for name in twins if self._entries.find(name) == entry]
@@ -68,7 +68,7 @@ class GivenLabels:
         return Labels(score, score > 0)
 
 
-class GivenBoxes:
+class BoxesFromFile:
     """Boxes from files instead of Grounding-DINO; what the tags say does not matter to them.
 
     Args:
@@ -99,7 +99,7 @@ class GivenBoxes:
             self._count_ignored(f"--boxes {path}", classes)
 
     def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> WsssError | None:
-        """Why this image cannot be labelled, or None. ``twins``: photographs of the run with the same stem, itself too."""
+        """Why this image cannot be labeled, or None. ``twins``: photographs of the run with the same stem, itself too."""
         try:
             annotation, _, _ = self._of(photo)
         except WsssError as error:
@@ -136,9 +136,9 @@ class GivenBoxes:
         known = [box for box in annotation.boxes if self._classes.find(box.name, annotation.where) is not None]
         strong = [box for box in known if box.score >= self._threshold]
         boxes, notes = place(replace(annotation, boxes=strong), photo)
-        if len(boxes) > MOST_BOXES:
+        if len(boxes) > MAX_BOXES:
             raise WsssError(
-                f"{annotation.where}: {len(boxes)} boxes, an image may have {MOST_BOXES}", hint="keep those of the highest scores"
+                f"{annotation.where}: {len(boxes)} boxes, an image may have {MAX_BOXES}", hint="keep those of the highest scores"
             )
         return annotation, boxes, notes
 

@@ -17,7 +17,7 @@ from ...errors import WsssError
 from .boxes import Annotation, GivenBox, size_of
 from .names import image_key, stem_of
 
-MOST_BYTES = 1 << 24
+MAX_BYTES = 1 << 24
 """Of one annotation: 16 MiB."""
 _CHILDREN = {"folder", "filename", "path", "source", "owner", "size", "segmented", "object", "database", "verified"}
 _HINT = "--boxes wants one VOC XML file an image, of its name"
@@ -98,7 +98,7 @@ def read_voc_xml(path: Path) -> Annotation:
         WsssError: unreadable, not a VOC annotation, with objects that have no box, or in an encoding that is not declared.
     """
     where = str(path)
-    root = _parsed(read_bytes(path, hint=_HINT, max_bytes=MOST_BYTES), where)
+    root = _parsed(read_bytes(path, hint=_HINT, max_bytes=MAX_BYTES), where)
     if root.tag != "annotation":
         raise WsssError(
             f"{where}: expected a VOC annotation, whose root is <annotation>, got <{root.tag}>", hint=_other_kind(root)

@@ -1,6 +1,6 @@
 """Boxes of YOLO labels: a folder of text files named as the photographs, and the list of classes beside it.
 
-    0 0.35 0.52 0.20 0.31           class, then x and y of the centre, width and height, as shares of the photograph's sides
+    0 0.35 0.52 0.20 0.31           class, then x and y of the center, width and height, as shares of the photograph's sides
     0 0.35 0.52 0.20 0.31 0.87      with a confidence, as predictions are saved
     0 0.25 0.36 0.45 0.36 0.45 0.67 class, then x and y of a region's corners, whose bounding box is taken
 
@@ -26,10 +26,10 @@ from .voc import AnnotationFolder
 _LINE = re.compile(rb"\s*(\d+(\s+[-+.\deE]+){4,}\s*($|[\r\n])|$)")
 """How a label file begins, if it is not empty."""
 LISTS = ("classes.txt", "obj.names")
-MOST_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 """Of a list of classes."""
 _HINT = "put classes.txt (a name a line), a .names file or data.yaml beside the labels, or one or two folders above"
-_FORM = "a line is: class x-centre y-centre width height, shares of the photograph's sides, for example 0 0.5 0.5 0.2 0.3"
+_FORM = "a line is: class x-center y-center width height, shares of the photograph's sides, for example 0 0.5 0.5 0.2 0.3"
 _SLACK = 0.01
 """Beyond 0..1: rounding."""
 
@@ -69,11 +69,11 @@ class YoloBoxes:
                 sides.append(xywh)
                 boxes.append(GivenBox(self._names[label], (x - w / 2, y - h / 2, x + w / 2, y + h / 2), score))
         if _beyond(boxes) and all(x < w and y < h for x, y, w, h in sides):
-            raise WsssError(f"{path}: expected centres and sides, got what looks like corners x0 y0 x1 y1", hint=_FORM)
+            raise WsssError(f"{path}: expected centers and sides, got what looks like corners x0 y0 x1 y1", hint=_FORM)
         return Annotation(where=str(path), boxes=boxes, shares=True)
 
     def _line(self, fields: list[str], at: str) -> tuple[int, Corners, float]:
-        """Class, (x, y, width, height) with x and y of the centre, and score."""
+        """Class, (x, y, width, height) with x and y of the center, and score."""
         numbers = [_number(each) for each in fields[1:]]
         values = [number for number in numbers if number is not None]
         if not re.fullmatch(r"[0-9]{1,9}", fields[0]) or len(values) < len(numbers) or len(values) < 4:
@@ -126,7 +126,7 @@ def class_file(folder: Path) -> Path:
 
 def read_names(path: Path) -> tuple[list[str], bool]:
     """The names of a list of classes, and whether labels have keypoints (data.yaml's ``kpt_shape``). Raises WsssError."""
-    text = decode_text(read_bytes(path, hint=_HINT, max_bytes=MOST_BYTES), str(path))
+    text = decode_text(read_bytes(path, hint=_HINT, max_bytes=MAX_BYTES), str(path))
     if path.suffix.lower() not in (".yaml", ".yml"):
         names = [line.strip() for line in text.splitlines()]
         while names and not names[-1]:
@@ -160,7 +160,7 @@ def _has_names(path: Path) -> bool:
         return False
     try:
         with path.open("rb") as file:
-            return re.search(rb"^names\s*:", file.read(MOST_BYTES), re.MULTILINE) is not None
+            return re.search(rb"^names\s*:", file.read(MAX_BYTES), re.MULTILINE) is not None
     except OSError:
         return False
 

@@ -50,7 +50,7 @@ QUIET_SECONDS = 60.0
 """Seconds without a receipt after which the user is told what the cluster has free."""
 
 
-class RayCrew:
+class RayExecutor:
     """Labelers on a Ray cluster, for one run.
 
     Args:
@@ -100,7 +100,7 @@ class RayCrew:
             self.close()
             raise
 
-    def __enter__(self) -> RayCrew:
+    def __enter__(self) -> RayExecutor:
         return self
 
     def __exit__(self, *_: object) -> None:

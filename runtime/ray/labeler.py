@@ -23,7 +23,7 @@ import ray
 from ...errors import StoreError, WsssError, WsssWarning
 from ...photographs import Place
 from ...store.format import LabelWriter
-from ..run.label_folder import Alone, Summary
+from ..run.label_folder import LocalExecutor, Summary
 from ..run.stream import Receipt, Task
 from ..run.workers import DEATHS, Opener
 
@@ -110,7 +110,7 @@ class RayLabeler:
                     f"--on ray: the labeler on {self._host} would label with other settings than the first one",
                     hint="the bundle must be the same on every node; name the engine with --engine",
                 )
-            self._work = _Work(Alone(labeler, batch=batch), folder, labels, stop)
+            self._work = _Work(LocalExecutor(labeler, batch=batch), folder, labels, stop)
         except WsssError as error:
             self._error = _error_of(error)
 
@@ -151,7 +151,7 @@ class RayLabeler:
 class _Work:
     """A labeler that runs as long as its process; calls add their tasks and wait for the receipts."""
 
-    def __init__(self, executor: Alone, folder: Path | Place, labels: LabelWriter, stop: threading.Event) -> None:
+    def __init__(self, executor: LocalExecutor, folder: Path | Place, labels: LabelWriter, stop: threading.Event) -> None:
         self.executor, self._stop = executor, stop
         self.warnings: list[str] = []
         self._inbox: SimpleQueue[list[Task]] = SimpleQueue()

@@ -28,7 +28,7 @@ from ...store.local import Record, read_history, read_labelled_records, read_rec
 from .doubt import Doubt, Floors, doubt, floors_of
 from .thumbnails import Progress, Thumbnails, make_thumbnails, publish, remove_thumbnails
 
-MOST_IMAGES = 10_000
+MAX_IMAGES = 10_000
 """Images in the gallery by default; the summary counts all of them."""
 THUMBNAIL_PX = 384
 _ASSETS = Path(__file__).with_name("assets")
@@ -42,7 +42,7 @@ class Totals:
 
     images: int = 0
     empty: int = 0
-    """Images in which nothing was labelled."""
+    """Images in which nothing was labeled."""
     boxes: int = 0
     pixels: int = 0
     void_pixels: int = 0
@@ -54,7 +54,7 @@ class Totals:
     """Images tagged with a class that have no box of it."""
 
     def add(self, record: Record, floors: Floors) -> None:
-        """Counts a labelled image; its tags only where they mean something."""
+        """Counts a labeled image; its tags only where they mean something."""
         found = {box["label"] for box in record["boxes"]} if floors.boxed else record["classes"].keys()
         self.images += 1
         self.empty += not found
@@ -74,7 +74,7 @@ def write_report(
     images: Path,
     page: Path,
     *,
-    limit: int = MOST_IMAGES,
+    limit: int = MAX_IMAGES,
     thumbnail_px: int = THUMBNAIL_PX,
     progress: Progress | None = None,
 ) -> Path:
@@ -138,7 +138,7 @@ def _count(store: Path, limit: int, floors: Floors) -> tuple[Totals, list[list[s
 
 def _about(store: Path, images: Path, page: Path, run: dict[str, Any], totals: Totals) -> dict[str, Any]:
     """All of the page's data that is not about single images."""
-    colours = palette()
+    colors = palette()
     return {
         "title": store.resolve().name,
         "files": quote(f"{page.stem}.files/"),
@@ -156,7 +156,7 @@ def _about(store: Path, images: Path, page: Path, run: dict[str, Any], totals: T
         "classes": [
             {
                 "name": name,
-                "colour": f"rgb({', '.join(map(str, colours[label]))})",
+                "color": f"rgb({', '.join(map(str, colors[label]))})",
                 "images": totals.class_images[name],
                 "boxes": totals.class_boxes[name],
                 "pixels": totals.class_pixels[name],

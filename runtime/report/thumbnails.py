@@ -19,16 +19,16 @@ import numpy as np
 from PIL import Image
 
 from ...classes import palette
+from ...cores import cores
 from ...errors import ImageError, StoreError
 from ...files import write_atomically
 from ...photographs import decode, read_file
 from ...store.format import photograph_of
 from ...store.local import Record, label_path, read_label
-from ..run.stream import cores
 
 FORMAT = 1
 """Raised when thumbnails of the same input look different from before; old ones are then made anew."""
-_COLOURS = palette()
+_COLORS = palette()
 _OURS = re.compile(r"[0-9a-f]{20}\.(jpg|png)|\.[^/]*\.tmp")
 
 Progress = Callable[[int, int], None]
@@ -48,9 +48,9 @@ class Thumbnails:
 def make_thumbnails(
     store: Path, images: Path, records: Sequence[Record], folder: Path, longest_px: int, progress: Progress | None = None
 ) -> list[Thumbnails]:
-    """Thumbnails of labelled images, in their order, made on all cores; what ``folder`` has already is reused.
+    """Thumbnails of labeled images, in their order, made on all cores; what ``folder`` has already is reused.
 
-    A photograph or label that is missing, unreadable or no longer what was labelled gets a note instead.
+    A photograph or label that is missing, unreadable or no longer what was labeled gets a note instead.
 
     Args:
         store: the label store. images: the folder its images are in. records: lines of its manifest, none a failure.
@@ -88,7 +88,7 @@ def remove_thumbnails(folder: Path, keep: Iterable[Thumbnails]) -> None:
 
 
 def label_picture(label_map: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """A label map in the palette's colours with a white line round every region, background clear.
+    """A label map in the palette's colors with a white line round every region, background clear.
 
     Args:
         label_map: (H, W) uint8. size: (width, height) of the picture, which samples the map's pixels.
@@ -101,15 +101,15 @@ def label_picture(label_map: np.ndarray, size: tuple[int, int]) -> Image.Image:
     columns = ((np.arange(size[0]) + 0.5) * width / size[0]).astype(int)
     small = label_map[rows[:, None], columns]
     around = np.pad(small, 1, mode="edge")
-    neighbours = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
-    edge = (small != 0) & np.logical_or.reduce([small != each for each in neighbours])
-    colours = _COLOURS.copy()
+    neighbors = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
+    edge = (small != 0) & np.logical_or.reduce([small != each for each in neighbors])
+    colors = _COLORS.copy()
     free = np.flatnonzero(np.bincount(small.ravel(), minlength=256) == 0)
-    if len(free):  # else a picture of 256 labels has no colour left for lines
+    if len(free):  # else a picture of 256 labels has no color left for lines
         small = np.where(edge, free[-1], small).astype(np.uint8)
-        colours[free[-1]] = 255
+        colors[free[-1]] = 255
     picture = Image.fromarray(small, mode="P")
-    picture.putpalette(colours.tobytes())
+    picture.putpalette(colors.tobytes())
     picture.info["transparency"] = 0
     return picture
 

@@ -80,7 +80,7 @@ Failed = Callable[[str, str], None]
 """Told of an image that failed: its path, and why."""
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """Whoever labels: a labeler in this process, or several in others."""
 
     @property
@@ -99,7 +99,7 @@ class Crew(Protocol):
         ...
 
 
-class Alone:
+class LocalExecutor:
     """A labeler in this process."""
 
     def __init__(self, labeler: Labeler, *, batch: int | None) -> None:
@@ -146,7 +146,7 @@ class Tasks:
 
 
 def label_folder(
-    labeler: Labeler | Crew,
+    labeler: Labeler | Executor,
     folder: Path | Source,
     out: Path | RemoteFolder,
     *,
@@ -164,7 +164,7 @@ def label_folder(
 
     Args:
         folder, out: on this machine or not (`sources`, `remote`).
-        labeler: one, or a crew of several on devices of their own.
+        labeler: one, or a executor of several on devices of their own.
         batch: images that a labeler is given together; None takes what its engines were built for.
         retry_failed: try the images again that a former run could not label.
         shard: (I, N): only the I-th of N shares of the images, counted from 0; N runs may write one store at a time.
@@ -176,29 +176,29 @@ def label_folder(
     Raises:
         ImageError: no images. StoreError: the store cannot be written or belongs to other settings.
     """
-    crew = Alone(labeler, batch=batch) if isinstance(labeler, Labeler) else labeler
+    executor = LocalExecutor(labeler, batch=batch) if isinstance(labeler, Labeler) else labeler
     images, wanted = listing(folder, out, shard), listing(folder, out, shard)
     check_images(listing(folder, out))
     failed = failed or (lambda _, error: warn(f"failed: {printable(error)}"))
     start = time.perf_counter()
     stop = stop or threading.Event()
-    for flag, names in crew.settings.get("ignored", {}).items():
+    for flag, names in executor.settings.get("ignored", {}).items():
         counts = ", ".join(f"{name} ({count})" for name, count in names.items())
         warn(f"--ignore-unknown: left out of --{flag}: {printable(counts)}")
-    with _store(out, crew, shard) as store:
-        found = _Tally(crew)
+    with _store(out, executor, shard) as store:
+        found = _Tally(executor)
         told = store.select(wanted, found.of_kept(_Check(store.has_label, folder, retry_failed)))
         summary = Summary(images=told.images, skipped=told.done, failed_before=told.failed)
         _tell_left_out(wanted.left_out, summary, warn, failed)
-        twins = twins_of(found.name for found in listing(folder, out)) if "given" in crew.settings else {}
+        twins = twins_of(found.name for found in listing(folder, out)) if "given" in executor.settings else {}
         tasks = Tasks(store.missing(images), told.images - told.done, twins)
-        with closing(crew.work(tasks, folder, store.labels, stop, warn)) as receipts:
+        with closing(executor.work(tasks, folder, store.labels, stop, warn)) as receipts:
             for records in _in_order(receipts):
                 store.append(records)
                 _count(summary, records, failed, warn)
                 found.add(records)
                 found.report(summary)
-                crew.report(summary)
+                executor.report(summary)
                 summary.seconds = time.perf_counter() - start
                 if progress:
                     progress(summary)
@@ -213,10 +213,10 @@ def label_folder(
     return summary
 
 
-def _store(out: Path | RemoteFolder, crew: Crew, shard: Shard | None) -> LabelStore | RemoteStore:
+def _store(out: Path | RemoteFolder, executor: Executor, shard: Shard | None) -> LabelStore | RemoteStore:
     if isinstance(out, Path):
-        return LabelStore(out, crew.classes, crew.settings, shard=shard)
-    return RemoteStore(out, crew.classes, crew.settings, shard=shard)
+        return LabelStore(out, executor.classes, executor.settings, shard=shard)
+    return RemoteStore(out, executor.classes, executor.settings, shard=shard)
 
 
 @dataclass(frozen=True)
@@ -265,11 +265,11 @@ def _in_order(receipts: Iterable[list[Receipt]]) -> Iterator[list[Record]]:
 
 
 class _Tally:
-    """Which classes the images hold: those that are labelled now, and those that were before."""
+    """Which classes the images hold: those that are labeled now, and those that were before."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._by_pixels = "segmenter" in crew.settings.get("models", {})
-        self._never = dict.fromkeys(crew.classes.names)
+    def __init__(self, executor: Executor) -> None:
+        self._by_pixels = "segmenter" in executor.settings.get("models", {})
+        self._never = dict.fromkeys(executor.classes.names)
         self._empty = self._warned = 0
 
     def of_kept(self, check: Callable[[Found, Record], bool]) -> Callable[[Found, Record], bool]:

@@ -20,7 +20,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Handover(Generic[T]):
+class BoundedQueue(Generic[T]):
     """A bounded queue from one thread to another; either side may end it."""
 
     def __init__(self, depth: int) -> None:
@@ -64,7 +64,7 @@ class Handover(Generic[T]):
             yield item
 
 
-def behind(
+def prefetched(
     source: Generator[T, None, None], depth: int = 1, *, on_close: Callable[[], None] = lambda: None
 ) -> Generator[T, None, None]:
     """The items of a generator, made by a thread of their own, up to ``depth`` ahead.
@@ -74,7 +74,7 @@ def behind(
     Args:
         on_close: frees the source from whatever it may be waiting for, which nobody wants any more.
     """
-    queue: Handover[T] = Handover(depth)
+    queue: BoundedQueue[T] = BoundedQueue(depth)
 
     def work() -> None:
         error: BaseException | None = None
@@ -97,7 +97,7 @@ def behind(
         thread.join()
 
 
-class Hands:
+class PriorityThreadPool:
     """Threads that do the most urgent of what is waiting first, and of equally urgent work what came first."""
 
     def __init__(self, count: int) -> None:

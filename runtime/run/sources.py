@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from ...errors import ImageError, UsageError
 from ...object_storage import Entry, RemoteFolder, hint_of, is_url
-from ...photographs import MOST_BYTES, SUFFIXES, ImageFile, Place, read_file, stamp_of
+from ...photographs import MAX_BYTES, SUFFIXES, ImageFile, Place, read_file, stamp_of
 from ..images import Folder, Found, LeftOut, Listing, is_of_shard, label_of
 
 SORTED_AT_ONCE = 200_000
@@ -73,8 +73,8 @@ class RemoteImages:
         try:
             # Before the bytes: an object that is written anew in between has another etag than its line, and is read again.
             entry = self.folder.entry(name)
-            if entry.size > MOST_BYTES:
-                raise ImageError(f"{name}: expected at most {MOST_BYTES:,} bytes, got {entry.size:,}", hint="make it smaller")
+            if entry.size > MAX_BYTES:
+                raise ImageError(f"{name}: expected at most {MAX_BYTES:,} bytes, got {entry.size:,}", hint="make it smaller")
             data = self.folder.read(name, 0, entry.size) if entry.size else b""
         except OSError as error:
             raise ImageError(f"{name}: cannot be read: {error.strerror or error}", hint=hint_of(error)) from None

@@ -7,7 +7,6 @@ The engines take turns on the device (`device`), so that it always has the next 
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections import deque
@@ -21,6 +20,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from ...batch import VOID, Boxes, Labels, Masks, Photograph, PseudoLabels
+from ...cores import cores
 from ...errors import ImageError, OutOfMemory, WsssError
 from ...photographs import ImageFile, Place, count_pixels, decode, read_file
 from ...store.format import LabelWriter
@@ -28,8 +28,8 @@ from ...store.local import Record
 from ..device import free_bytes
 from ..images import Prepares
 from ..labeler import Labeler
-from ..segment import Embedded, Outliner
-from .prefetch import Budget, Hands, behind
+from ..segment import Embedded, MaskPredictor
+from .prefetch import Budget, PriorityThreadPool, prefetched
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ NOTHING: Mapping[str, int | str] = {"bytes": 0, "mtime_ns": 0, "sha256": ""}
 
 
 class Task(NamedTuple):
-    """An image to be labelled, the ``number``-th of a run."""
+    """An image to be labeled, the ``number``-th of a run."""
 
     number: int
     name: str
@@ -119,7 +119,7 @@ class Stream:
         labeler: the chain.
         folder: the images'.
         labels: where label maps go.
-        batch: images labelled together.
+        batch: images labeled together.
         stop: when set, no further batch is begun.
     """
 
@@ -128,7 +128,7 @@ class Stream:
         self._size, self._stop = batch, stop
         self._over = threading.Event()
         self._budget = Budget(min(PIXEL_BYTES, free_bytes() // 4))
-        self._hands = Hands(cores())
+        self._pool = PriorityThreadPool(cores())
         self._readers = None if isinstance(folder, Path) else ThreadPoolExecutor(READERS, "read")
         self._writers = ThreadPoolExecutor(WRITERS, "write")
         self._encoders = ThreadPoolExecutor(labeler.device.callers, "encode")
@@ -149,17 +149,17 @@ class Stream:
             stack.callback(self._encoders.shutdown, cancel_futures=True)
             if self._readers:
                 stack.callback(self._readers.shutdown, cancel_futures=True)
-            stack.callback(self._hands.close)
-            loaded = self._behind(self._load(tasks), 2 * self._size)
-            tagged = self._behind(self._through(self._tag, self._batches(loaded)))
-            encoding = self._behind(self._encoding(self._through(self._detect, tagged)))
-            encoded = self._behind(self._results(encoding))
-            outlined = self._behind(self._through(self._outline, encoded))
-            fused = self._behind(self._through(self._fuse, outlined))
-            yield from stack.enter_context(closing(self._behind(self._write(fused))))
+            stack.callback(self._pool.close)
+            loaded = self._prefetched(self._load(tasks), 2 * self._size)
+            tagged = self._prefetched(self._through(self._tag, self._batches(loaded)))
+            encoding = self._prefetched(self._encoding(self._through(self._detect, tagged)))
+            encoded = self._prefetched(self._results(encoding))
+            outlined = self._prefetched(self._through(self._outline, encoded))
+            fused = self._prefetched(self._through(self._fuse, outlined))
+            yield from stack.enter_context(closing(self._prefetched(self._write(fused))))
 
-    def _behind(self, source: Generator[T, None, None], depth: int = AHEAD) -> Generator[T, None, None]:
-        return behind(source, depth, on_close=self._abandon)
+    def _prefetched(self, source: Generator[T, None, None], depth: int = AHEAD) -> Generator[T, None, None]:
+        return prefetched(source, depth, on_close=self._abandon)
 
     def _abandon(self) -> None:
         """Lets those go on to their end who wait for what may never come: tasks, or room for a photograph."""
@@ -200,13 +200,13 @@ class Stream:
                 yield None
             self._budget.take(loading.amount)
             if isinstance(loading.photo, ImageFile):
-                loading.photo = self._hands.submit(URGENCY["read"], decode, loading.photo)
+                loading.photo = self._pool.submit(URGENCY["read"], decode, loading.photo)
             yield loading
 
     def _begin(self, task: Task) -> Future[Loading]:
         if self._readers:  # that only wait; decoding is for the others
             return self._readers.submit(self._read, task, 0)
-        return self._hands.submit(URGENCY["read"], self._read, task, SMALL)
+        return self._pool.submit(URGENCY["read"], self._read, task, SMALL)
 
     def _read(self, task: Task, small: int) -> Loading:
         """A task's file, decoded at once if it has fewer pixels than ``small``."""
@@ -313,14 +313,14 @@ class Stream:
     def _encode(self, batch: Batch) -> None:
         """The first half of `segment`, so that the next batch is encoded while this one is decoded."""
         stage = self._labeler.segment.stage
-        if isinstance(stage, Outliner):
+        if isinstance(stage, MaskPredictor):
             assert batch.boxes is not None
             batch.embedded = self._labeler.segment.part(stage.encode, batch.photos, batch.boxes)
 
     def _outline(self, batch: Batch) -> None:
         assert batch.boxes is not None
         stage = self._labeler.segment.stage
-        if isinstance(stage, Outliner) and batch.embedded is not None:
+        if isinstance(stage, MaskPredictor) and batch.embedded is not None:
             batch.masks = self._labeler.segment.part(stage.decode, batch.embedded, batch.boxes)
         else:
             batch.masks = self._labeler.segment(batch.photos, batch.boxes)
@@ -341,7 +341,7 @@ class Stream:
             share = -(-len(photos) // cores())  # a job for each of many small photographs would cost more than it does
             for start in range(0, len(photos), share):
                 some = list(zip(photos[start : start + share], batch[start : start + share], strict=True))
-                made = self._hands.submit(URGENCY[name], _prepare_all, stage, some)
+                made = self._pool.submit(URGENCY[name], _prepare_all, stage, some)
                 for photo, out in some:
                     photo.ahead[name] = made, out
 
@@ -372,11 +372,6 @@ class Stream:
 def _prepare_all(stage: Prepares, photos: list[tuple[Photograph, np.ndarray]]) -> None:
     for photo, out in photos:
         stage.prepare(photo, out)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _failed(task: Task, error: WsssError, file: Mapping[str, int | str]) -> Receipt:

@@ -26,7 +26,7 @@ from ...errors import StoreError, WsssError, WsssWarning
 from ...photographs import Place
 from ...store.format import LabelWriter
 from ..labeler import Labeler, strange_to_mini
-from .label_folder import Alone, Summary, Warn
+from .label_folder import LocalExecutor, Summary, Warn
 from .stream import NOTHING, Receipt, Task
 
 Opener = Callable[[], Labeler]
@@ -50,7 +50,7 @@ class _Worker:
 
 
 class Workers:
-    """A crew of labelers, each in a process of its own, for one run.
+    """A executor of labelers, each in a process of its own, for one run.
 
     Args:
         openers: one a worker, with the name of its device.
@@ -265,10 +265,10 @@ def _serve(pipe: Connection, opener: Opener, batch: int | None, share: set[int])
     if start == "end":
         return
     folder, labels = start
-    crew, told = Alone(labeler, batch=batch), Summary()
+    executor, told = LocalExecutor(labeler, batch=batch), Summary()
     try:
-        for receipts in crew.work(_tasks(inbox), folder, labels, stop, lambda message: say("warn", message)):
-            crew.report(told)
+        for receipts in executor.work(_tasks(inbox), folder, labels, stop, lambda message: say("warn", message)):
+            executor.report(told)
             say("receipts", receipts, told)
     except StoreError as error:
         say("broken", error.message, error.hint)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     Run = Callable[..., Answer]
 
-COLOURS = "red, green, blue"
+COLORS = "red, green, blue"
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def quick(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
 
 @pytest.fixture
 def run(quick: World, photos: Path, wsss: Run) -> Run:
-    flags = ("--bundle", quick.bundle, "--images", photos, "--classes", COLOURS, "--seconds", "0", "--engine", "ort")
+    flags = ("--bundle", quick.bundle, "--images", photos, "--classes", COLORS, "--seconds", "0", "--engine", "ort")
     return lambda *more: wsss("bench", *flags, *more)
 
 
@@ -167,7 +167,7 @@ def test_waiting_is_what_a_thread_did_not_work() -> None:
 
 def test_the_load_of_trained_weights(quick: World, photos: Path, tmp_path: Path) -> None:
     told = measure_chain(
-        quick.bundle, tmp_path / "work", engine="ort", device="cpu", images=photos, classes=COLOURS, batch=2, boxes=4
+        quick.bundle, tmp_path / "work", engine="ort", device="cpu", images=photos, classes=COLORS, batch=2, boxes=4
     )
     assert told.boxes_an_image == 4.0 and told.images == 5 and told.batch == 2
     records = list(read_records(tmp_path / "work" / "timed"))
@@ -185,7 +185,7 @@ def test_a_reference_is_labelled_too(quick: World, photos: Path, tmp_path: Path)
         engine="ort",
         device="cpu",
         images=photos,
-        classes=COLOURS,
+        classes=COLORS,
         count=4,
         repeat=2,
         reference=quick.bundle,

@@ -1,7 +1,7 @@
 """The part of CUDA and TensorRT that the engine uses, on the host, built to punish.
 
 Memory: a "device address" is a number that no host code can follow; new memory is full of rubbish, freed memory faults.
-Order: a stream is a queue of which nothing runs until something makes it run. Synchronising runs that stream alone, and of
+Order: a stream is a queue of which nothing runs until something makes it run. Synchronizing runs that stream alone, and of
 others just as much as its waits ask for: whoever forgot to wait reads rubbish or is overwritten. ``shuffle`` runs random
 streams a little at every call instead, always in an order that a GPU might choose.
 Graphs: a capture records what would have been queued, with the pointers of that moment. As TensorRT warns, a graph whose

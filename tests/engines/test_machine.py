@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from wsss.engines import machine as facts
-from wsss.engines.machine import Ability, GpuFacts, Library, Machine, abilities_of, machine, missing_extras
+from wsss.engines.machine import Capability, GpuFacts, Library, Machine, abilities_of, machine, missing_extras
 from wsss.engines.plan import Gpu
 from wsss.errors import WsssError
 
@@ -37,7 +37,7 @@ def with_gpu(capability: str, **changes: Any) -> Machine:
     return dataclasses.replace(CPU_ONLY, gpus=(gpu,), driver="580.1", cuda="13.0", **changes)
 
 
-def ability(known: Machine, engine: str, device: str = "cuda") -> Ability:
+def ability(known: Machine, engine: str, device: str = "cuda") -> Capability:
     return next(each for each in abilities_of(known) if (each.engine, each.device) == (engine, device))
 
 

@@ -445,7 +445,7 @@ def test_another_address_is_never_replayed_with_the_old_one(bench: Bench) -> Non
 
 
 def test_graphs_are_bounded_and_the_unused_go(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contexts, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(contexts, "MAX_GRAPHS", 2)
     engine = bench.open("double", double)
     xs = [foreign(bench.gpu, X + number) for number in range(3)]
 
@@ -470,7 +470,7 @@ def test_graphs_are_bounded_and_the_unused_go(bench: Bench, monkeypatch: pytest.
 
 
 def test_what_came_once_is_not_remembered_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contexts, "MOST_SEEN", 2)
+    monkeypatch.setattr(contexts, "MAX_SEEN", 2)
     engine = bench.open("double", double)
     for rows in (1, 2, 3, 1):
         engine({"x": np.ones((rows, 3), np.float32)})

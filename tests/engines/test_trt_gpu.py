@@ -63,7 +63,7 @@ def ort(model: Model, graph: str) -> OrtEngine:
 
 
 def photographs(count: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Blobs of colour, and the part of the canvas that they fill."""
+    """Blobs of color, and the part of the canvas that they fill."""
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (count, 16, 16, 3), np.uint8)
     size = random.integers(128, 257, (count, 2), np.int64)

@@ -135,7 +135,7 @@ def test_the_gate_lets_the_right_one_pass(model: str, name: str, precision: Prec
 # ---- in a label map alone ----
 
 
-class Colours(nn.Module):
+class Colors(nn.Module):
     """Logits (B, 4, H, W) of nothing, red, green and blue.
 
     Args:
@@ -159,7 +159,7 @@ class Colours(nn.Module):
 
 def segmenter_graph(precision: Precision, network: nn.Module) -> Graph:
     record = RunRecord(
-        architecture="colours",
+        architecture="colors",
         encoder="none",
         options={},
         classes=("red", "green", "blue"),
@@ -204,7 +204,7 @@ IN_LABEL_MAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("fault", IN_LABEL_MAPS)
 def test_the_gate_catches_in_a_label_map(fault: str, precision: Precision) -> None:
-    graph = segmenter_graph(precision, Colours())
+    graph = segmenter_graph(precision, Colors())
     with pytest.raises(ParityError, match="'label_map'"):
         judge(graph, Spoiled(graph, outputs=partial(changed, "label_map", IN_LABEL_MAPS[fault])))
 
@@ -212,19 +212,19 @@ def test_the_gate_catches_in_a_label_map(fault: str, precision: Precision) -> No
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_gate_catches_a_class_that_is_never_chosen(precision: Precision) -> None:
     with pytest.raises(ParityError, match="'label_map'"):
-        judge(segmenter_graph(precision, Colours()), Spoiled(segmenter_graph(precision, Colours(unseen=3))))
+        judge(segmenter_graph(precision, Colors()), Spoiled(segmenter_graph(precision, Colors(unseen=3))))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_ties_in_a_label_map_are_none_of_its_faults(precision: Precision) -> None:
     """Green and blue tie in every pixel: a rounding error turns many over; half a logit is an error."""
-    graph = segmenter_graph(precision, Colours(blue_over_green=0.0))
+    graph = segmenter_graph(precision, Colors(blue_over_green=0.0))
     feeds = graph.sample(1, verify.SEED)
-    rounded = Spoiled(segmenter_graph(precision, Colours(blue_over_green=1e-5)))
+    rounded = Spoiled(segmenter_graph(precision, Colors(blue_over_green=1e-5)))
     assert (graph.reference(feeds, {})["label_map"] != rounded(feeds)["label_map"]).any()
     judge(graph, rounded)
     with pytest.raises(ParityError, match="'label_map'"):
-        judge(graph, Spoiled(segmenter_graph(precision, Colours(blue_over_green=0.5))))
+        judge(graph, Spoiled(segmenter_graph(precision, Colors(blue_over_green=0.5))))
 
 
 def fuse_graph(precision: Precision) -> Graph:

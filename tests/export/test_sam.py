@@ -160,7 +160,7 @@ class Swapped(nn.Module):
 
 
 def wrong_mean(encoder: sam.Encoder) -> nn.Module:
-    encoder.normalise.inner.mean += 1
+    encoder.normalize.inner.mean += 1
     return encoder
 
 
@@ -277,7 +277,7 @@ def test_a_truncated_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
         sam.load("mini", str(tmp_path / "cut.pth"))
 
 
-def test_another_variant_is_recognised(tmp_path: Path) -> None:
+def test_another_variant_is_recognized(tmp_path: Path) -> None:
     large = {"image_encoder.pos_embed": torch.zeros(1, 64, 64, 1024)}
     large |= {f"image_encoder.blocks.{i}.norm1.weight": torch.zeros(1) for i in range(24)}
     torch.save(large, tmp_path / "large.pth")

@@ -46,7 +46,7 @@ def test_chain_labels_scenes() -> None:
 
 
 @pytest.mark.parametrize("gate", [True, False])
-def test_row_does_not_see_its_neighbours(gate: bool) -> None:
+def test_row_does_not_see_its_neighbors(gate: bool) -> None:
     labeler = Labeler.open("mini", classes="mini", rules=Rules(gate=gate))
     together = labeler.pseudo_label(PHOTOGRAPHS[:8]).label_maps
     for photo, label_map in zip(PHOTOGRAPHS[:8], together, strict=True):

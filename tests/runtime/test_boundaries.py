@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from wsss import Labeler
-from wsss.batch import MOST_BOXES, Boxes, Labels, Masks, Photograph
+from wsss.batch import MAX_BOXES, Boxes, Labels, Masks, Photograph
 from wsss.classes import class_list
 from wsss.engines.fake import FakeEngine, without_padding
 from wsss.errors import FeedError, UsageError
@@ -21,7 +21,7 @@ from wsss.runtime.fuse import Fuser
 from wsss.runtime.labeler import Rules
 from wsss.runtime.run.label_folder import label_folder
 from wsss.runtime.run.sources import local_path, source_of
-from wsss.runtime.segment import Outliner
+from wsss.runtime.segment import MaskPredictor
 from wsss.runtime.tag import Tagger
 from wsss.spec import AxisRange, Model
 
@@ -72,7 +72,7 @@ def test_each_image_of_a_call_has_its_own_valid_size(world: World) -> None:
     answer = encoder.script
     encoder.script = lambda feeds: (seen.extend(feeds["size"].tolist()), answer(feeds))[1]
     photos = [world.photo(16, 8), world.photo(8, 16), world.photo(64, 48)]
-    Outliner(world.model("sam"), encoder, world.engine("sam", "decoder"))(
+    MaskPredictor(world.model("sam"), encoder, world.engine("sam", "decoder"))(
         photos, boxes_of((0, (0, 0, 8, 8)), (1, (0, 0, 8, 8)), (2, (0, 0, 8, 8)))
     )
     assert seen == [[32, 16], [16, 32], [32, 24]]
@@ -113,7 +113,7 @@ def many(count: int, image: int = 0, score: float = 0.5) -> Boxes:
 
 
 def test_most_boxes() -> None:
-    assert MOST_BOXES == 256
+    assert MAX_BOXES == 256
 
 
 @pytest.mark.parametrize("count", [255, 256, 257, 300])

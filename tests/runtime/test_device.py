@@ -15,7 +15,7 @@ from wsss.batch import Tensor
 from wsss.engines.engine import Engine
 from wsss.engines.fake import FakeEngine
 from wsss.errors import OutOfMemory
-from wsss.runtime.device import CutSmaller, Device, Turns, cut_to_fit, free_bytes
+from wsss.runtime.device import CutSmaller, Device, FairLock, cut_to_fit, free_bytes
 from wsss.runtime.labeler import Labeler
 from wsss.runtime.run.label_folder import label_folder
 from wsss.runtime.run.stream import Stream
@@ -86,7 +86,7 @@ def test_the_smallest_call_that_does_not_fit_is_an_error() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_turns_are_given_in_the_order_of_asking(at_once: int) -> None:
-    turns, order, inside, most = Turns(at_once), list[int](), 0, 0
+    turns, order, inside, most = FairLock(at_once), list[int](), 0, 0
     lock = threading.Lock()
 
     def take(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Photographs as users have them: turned, grey, transparent, 16-bit, broken; and the folders they are in."""
+"""Photographs as users have them: turned, gray, transparent, 16-bit, broken; and the folders they are in."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_16_bit_grey_keeps_its_high_byte(tmp_path: Path, suffix: str) -> None:
     assert pixels[0, :, 0].tolist() == [0, 0, 1, 0x12, 255]
 
 
-def test_16_bit_colour(tmp_path: Path) -> None:
+def test_16_bit_color(tmp_path: Path) -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -172,9 +172,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, data: bytes, said: str) ->
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice: bool) -> None:
     Image.fromarray(RGB).save(tmp_path / "x.png")
-    monkeypatch.setattr(photographs, "MOST_PIXELS", 54)
+    monkeypatch.setattr(photographs, "MAX_PIXELS", 54)
     read_photograph(tmp_path, "x.png")
-    monkeypatch.setattr(photographs, "MOST_PIXELS", 53)
+    monkeypatch.setattr(photographs, "MAX_PIXELS", 53)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 if twice else 53)
     with pytest.raises(ImageError, match=r"x\.png: .*(at most 53 pixels, got 9 x 6|decompression bomb)"):
         read_photograph(tmp_path, "x.png")
@@ -239,7 +239,7 @@ def test_heic_is_taken_where_a_plugin_decodes_it(tmp_path: Path) -> None:
         pytest.param(np.arange(4096, dtype=np.uint16).reshape(64, 64), True, id="12 bits in 16"),
         pytest.param(np.arange(4096, dtype=np.uint16).reshape(64, 64) << 4, False, id="12 bits, shifted"),
         pytest.param(np.full((64, 64, 4), [90, 10, 200, 0], np.uint8), True, id="transparent"),
-        pytest.param(np.full((64, 64), 7, np.uint8), True, id="one grey"),
+        pytest.param(np.full((64, 64), 7, np.uint8), True, id="one gray"),
         pytest.param(np.kron(np.eye(2), np.ones((32, 32))).astype(np.uint8) * 15, True, id="15 levels apart"),
         pytest.param(np.kron(np.eye(2), np.ones((32, 32))).astype(np.uint8) * 16, False, id="16 levels apart"),
         pytest.param(np.pad(np.full((1, 1), 255, np.uint8), ((3, 60), (5, 58))), False, id="one bright pixel"),

@@ -27,7 +27,7 @@ DETECT = {("grounding-dino", "text"), DINO}
 TAG = {("clip", "image"), ("clip", "text")}
 
 
-def two_colours(world: World) -> np.ndarray:
+def two_colors(world: World) -> np.ndarray:
     return world.scene(32, 48, red=(0, 0, 20, 20), blue=(24, 8, 48, 32))
 
 
@@ -39,7 +39,7 @@ def test_no_image(world: World) -> None:
 
 def test_pixels_in_labels_out(world: World) -> None:
     """Canvases of 32 px for a scene of 32 x 48: masks come back to within a pixel of the drawn edges."""
-    result = Labeler.open(world.bundle, classes=world.classes).label(two_colours(world))
+    result = Labeler.open(world.bundle, classes=world.classes).label(two_colors(world))
     (label_map,) = result.label_maps
     assert (label_map.shape, label_map.dtype) == ((32, 48), np.uint8)
     truth = np.zeros((32, 48), np.uint8)
@@ -56,7 +56,7 @@ def test_one_path_several_and_arrays(world: World, photos: Path) -> None:
     labeler = Labeler.open(world.bundle, classes=world.classes)
     assert labeler.label(photos / "red.png").names == ["red.png"]
     assert labeler.label(str(photos / "red.png")).names == ["red.png"]
-    mixed = labeler.label([photos / "sub" / "three.png", two_colours(world)])
+    mixed = labeler.label([photos / "sub" / "three.png", two_colors(world)])
     assert mixed.names == ["three.png", "1"]
     assert [each.shape for each in mixed.label_maps] == [(90, 60), (32, 48)]
 
@@ -66,7 +66,7 @@ def test_one_path_several_and_arrays(world: World, photos: Path) -> None:
 )
 def test_an_array_of_another_shape_is_refused(world: World, image: np.ndarray) -> None:
     with pytest.raises(WsssError, match=r"image 1: expected \(H, W, 3\) uint8 RGB"):
-        Labeler.open(world.bundle, classes=world.classes).label([two_colours(world), image])
+        Labeler.open(world.bundle, classes=world.classes).label([two_colors(world), image])
 
 
 def test_a_file_that_is_no_image(world: World, tmp_path: Path) -> None:
@@ -87,14 +87,14 @@ def test_without_a_wanted_class_the_detector_is_not_opened_and_sam_not_run(world
 
 
 def test_in_a_batch_only_the_images_with_a_class_reach_the_detector(world: World) -> None:
-    Labeler.open(world.bundle, classes=world.classes).label([world.scene(32, 48), two_colours(world), world.scene(32, 48)])
+    Labeler.open(world.bundle, classes=world.classes).label([world.scene(32, 48), two_colors(world), world.scene(32, 48)])
     assert world.rows(*DINO) == [1]
     assert world.rows("sam", "encoder") == [1]
 
 
 def test_without_a_box_sam_does_not_run(world: World) -> None:
     labeler = Labeler.open(world.bundle, classes=world.classes, rules=Rules(box_threshold=1.0))
-    result = labeler.label([two_colours(world), world.scene(32, 48)])
+    result = labeler.label([two_colors(world), world.scene(32, 48)])
     assert world.rows(*DINO) == [1]
     assert world.rows("sam", "encoder") == world.rows("sam", "decoder") == world.rows("sam", "fuse") == []
     assert not result.label_maps[0].any()
@@ -103,14 +103,14 @@ def test_without_a_box_sam_does_not_run(world: World) -> None:
 
 def test_each_image_alone_is_as_in_a_batch_of_strangers(world: World) -> None:
     rng = np.random.default_rng(0)
-    colours = ("red", "green", "blue")
+    colors = ("red", "green", "blue")
     scenes = []
     for _ in range(12):
         height, width = rng.integers(20, 90, 2)
         boxes = {}
-        for colour in rng.permutation(colours)[: rng.integers(0, 4)]:
+        for color in rng.permutation(colors)[: rng.integers(0, 4)]:
             x0, y0 = rng.integers(0, width - 12), rng.integers(0, height - 12)
-            boxes[colour] = (x0, y0, x0 + rng.integers(8, width), y0 + rng.integers(8, height))
+            boxes[color] = (x0, y0, x0 + rng.integers(8, width), y0 + rng.integers(8, height))
         scenes.append(world.scene(height, width, **boxes))
     labeler = Labeler.open(world.bundle, classes=world.classes)
     together = labeler.label(scenes)
@@ -137,13 +137,13 @@ def keep_only(world: World, *models: str) -> None:
 def test_all_three_models(world: World) -> None:
     labeler = Labeler.open(world.bundle, classes=world.classes)
     assert list(labeler.settings["models"]) == ["clip", "grounding-dino", "sam"]
-    labeler.label(two_colours(world))
+    labeler.label(two_colors(world))
     assert set(world.engines) == TAG | DETECT | SAM
 
 
 def test_without_the_gate_clip_is_not_needed(world: World) -> None:
     keep_only(world, "grounding-dino", "sam")
-    result = Labeler.open(world.bundle, classes=world.classes, rules=Rules(gate=False)).label(two_colours(world))
+    result = Labeler.open(world.bundle, classes=world.classes, rules=Rules(gate=False)).label(two_colors(world))
     assert set(world.engines) == DETECT | SAM
     assert result.labels.present.all()
     assert result.boxes.label.tolist() == [1, 3]
@@ -153,7 +153,7 @@ def test_given_labels_replace_clip(world: World, tmp_path: Path) -> None:
     keep_only(world, "grounding-dino", "sam")
     path = given(tmp_path, {"0": ["blue"]})
     labeler = Labeler.open(world.bundle, classes=world.classes, labels=path)
-    assert labeler.label(two_colours(world)).boxes.label.tolist() == [3]
+    assert labeler.label(two_colors(world)).boxes.label.tolist() == [3]
     assert set(world.engines) == DETECT | SAM
     assert list(labeler.settings["models"]) == ["grounding-dino", "sam"]
 
@@ -162,7 +162,7 @@ def test_given_boxes_replace_clip_and_the_detector(world: World, tmp_path: Path)
     keep_only(world, "sam")
     path = given(tmp_path, {"0": [{"label": "red", "xyxy": [0, 0, 20, 20]}]})
     labeler = Labeler.open(world.bundle, classes=world.classes, boxes=path)
-    assert np.unique(labeler.label(two_colours(world)).label_maps[0]).tolist() == [0, 1]
+    assert np.unique(labeler.label(two_colors(world)).label_maps[0]).tolist() == [0, 1]
     assert set(world.engines) == SAM
     assert list(labeler.settings["models"]) == ["sam"]
 
@@ -173,9 +173,9 @@ def test_an_image_without_an_entry_is_named(world: World, tmp_path: Path) -> Non
         Labeler.open(world.bundle, classes=world.classes, labels=path),
         Labeler.open(world.bundle, classes=world.classes, boxes=path),
     ):
-        assert labeler.missing(Photograph(name="0", pixels=two_colours(world))) is None
+        assert labeler.missing(Photograph(name="0", pixels=two_colors(world))) is None
         with pytest.raises(WsssError, match=r"^1: has no entry in .*given\.json"):
-            labeler.label([two_colours(world)] * 2)
+            labeler.label([two_colors(world)] * 2)
 
 
 @pytest.mark.parametrize("model", ["clip", "grounding-dino", "sam"])
@@ -248,7 +248,7 @@ def test_rules_outside_0_to_1_are_refused_as_typed(name: str, value: float) -> N
 def test_seconds_of_each_stage_since_last_asked(world: World) -> None:
     labeler = Labeler.open(world.bundle, classes=class_list(["red"]))
     assert labeler.take_seconds() == {"tag": 0, "detect": 0, "segment": 0, "fuse": 0}
-    labeler.label(two_colours(world))
+    labeler.label(two_colors(world))
     assert all(seconds > 0 for seconds in labeler.take_seconds().values())
     assert sum(labeler.take_seconds().values()) == 0
 

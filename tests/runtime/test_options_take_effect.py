@@ -21,7 +21,7 @@ from wsss.runtime import detect, fuse, tag
 from wsss.runtime.labeler import Rules
 from wsss.runtime.run import label_folder as run
 
-from ..conftest import COLOURS, WORDS, write_model
+from ..conftest import COLORS, WORDS, write_model
 
 if TYPE_CHECKING:
     from wsss.spec import Model
@@ -125,7 +125,7 @@ WIDE, LOW = (0.0, 0.0, 40.0, 20.0), (0.0, 0.0, 40.0, 17.0)  # IoU 0.85
     ],
 )
 def test_nms(world: World, label: Label, tmp_path: Path, flags: list[str], right_edge: int) -> None:
-    """Two boxes on one red bar: where they are two objects, the second one's end is labelled too."""
+    """Two boxes on one red bar: where they are two objects, the second one's end is labeled too."""
     world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
     find(world, ("red", 0.8, LEFT), ("red", 0.7, RIGHT))
     label_map = label(*flags)["a"]
@@ -193,7 +193,7 @@ def test_labels_and_boxes(world: World, label: Label, tmp_path: Path) -> None:
 
 
 def test_ignore_unknown(world: World, label: Label, tmp_path: Path) -> None:
-    """Without it, an image whose file names a class that is not in the list fails; with it, its other boxes are labelled."""
+    """Without it, an image whose file names a class that is not in the list fails; with it, its other boxes are labeled."""
     world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 20, 20), blue=(24, 8, 48, 32))
     boxes = [{"label": "red", "xyxy": [0, 0, 20, 20]}, {"label": "cow", "xyxy": [24, 8, 48, 32]}]
     (tmp_path / "boxes.json").write_text(json.dumps({"a.png": boxes}))
@@ -287,7 +287,7 @@ def test_retry_failed(world: World, label: Label, monkeypatch: pytest.MonkeyPatc
     world.save(tmp_path / "photos" / "a.png", 32, 48, red=(4, 4, 24, 24))
     world.save(tmp_path / "photos" / "b.png", 64, 96, red=(4, 4, 24, 24))
     with monkeypatch.context() as small:
-        small.setattr("wsss.photographs.MOST_PIXELS", 32 * 48)
+        small.setattr("wsss.photographs.MAX_PIXELS", 32 * 48)
         assert list(label(code=1)) == ["a"]
     assert list(label()) == ["a"], "a failure is remembered"
     assert list(label("--retry-failed")) == ["a", "b"]
@@ -335,4 +335,4 @@ def test_every_rule_is_an_option_and_has_a_test_here() -> None:
     names = {field.name for field in dataclasses.fields(Rules)}
     assert names <= tested
     assert names <= defaults_of(label_command).keys()
-    assert set(COLOURS) == {"red", "green", "blue"}
+    assert set(COLORS) == {"red", "green", "blue"}

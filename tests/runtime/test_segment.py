@@ -11,7 +11,7 @@ import pytest
 
 from wsss.batch import Boxes, Tensor
 from wsss.engines.fake import FakeEngine
-from wsss.runtime.segment import Outliner, calls_by_image
+from wsss.runtime.segment import MaskPredictor, calls_by_image
 
 if TYPE_CHECKING:
     from ..conftest import World
@@ -33,8 +33,8 @@ def test_an_images_boxes_stay_together_where_they_fit(image: list[int], most: in
     assert [call.tolist() for call in calls_by_image(np.array(image, np.int64), most)] == calls
 
 
-def outliner(world: World) -> Outliner:
-    return Outliner(world.model("sam"), world.engine("sam", "encoder"), world.engine("sam", "decoder"))
+def outliner(world: World) -> MaskPredictor:
+    return MaskPredictor(world.model("sam"), world.engine("sam", "encoder"), world.engine("sam", "decoder"))
 
 
 def boxes(*rows: tuple[int, tuple[int, int, int, int]]) -> Boxes:
@@ -121,7 +121,7 @@ def test_masks_outlive_the_calls_of_an_engine_that_reuses_its_memory(world: Worl
     photos = [world.photo(32, 32, red=(4 * i, 0, 4 * i + 8, 8)) for i in range(5)]
     found = boxes(*((i, (4 * i, 0, 4 * i + 8, 8)) for i in range(5)))
     decoder = Reusing(world.engine("sam", "decoder"))
-    masks = Outliner(world.model("sam"), Reusing(world.engine("sam", "encoder")), decoder)(photos, found)
+    masks = MaskPredictor(world.model("sam"), Reusing(world.engine("sam", "encoder")), decoder)(photos, found)
     assert len(masks.logits) == 3
     for part, expected in zip(masks.logits, outliner(world)(photos, found).logits, strict=True):
         assert np.array_equal(np.asarray(part), np.asarray(expected))

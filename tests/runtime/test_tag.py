@@ -70,7 +70,7 @@ def test_no_image_has_no_tags(world: World) -> None:
     assert labels.score.shape == labels.present.shape == (0, 3)
 
 
-def test_colours_are_seen(world: World) -> None:
+def test_colors_are_seen(world: World) -> None:
     labels = tagger(world)([world.photo(30, 30), world.photo(40, 60, red=(0, 0, 30, 40), blue=(30, 0, 60, 40))])
     assert labels.present.tolist() == [[False, False, False], [True, False, True]]
     assert labels.score.dtype == np.float32
@@ -143,7 +143,7 @@ def test_threshold(world: World, threshold: float | None, present: bool) -> None
     assert np.array_equal(labels.present, labels.score >= (0.5 if threshold is None else threshold))
 
 
-def test_prompts_are_averaged_and_normalised_again(world: World) -> None:
+def test_prompts_are_averaged_and_normalized_again(world: World) -> None:
     words = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
     words /= np.linalg.norm(words, axis=1, keepdims=True)
     engine = FakeEngine(world.model("clip").graph("text"), lambda feeds: {"embedding": words[feeds["tokens"][:, 0]]})

@@ -20,7 +20,7 @@ from wsss.train.data import (
     augmentation,
     batches,
     class_weights,
-    normalised,
+    normalized,
     random_crop,
     repeat_factors,
     resized,
@@ -176,7 +176,7 @@ def test_labels_move_with_their_pixels() -> None:
         assert set(mask.unique().tolist()) <= {0, 8, 255}, "no class between two others"
         assert image.shape == (3, 32, 32) and mask.shape == (32, 32)
         assert ((image[0] > 127) == (mask == 8))[known].float().mean() > 0.95, "but for the blurred seam"
-        assert (image[:, ~known] == torch.tensor([[124], [116], [104]])).all(), "the mean colour round a small image"
+        assert (image[:, ~known] == torch.tensor([[124], [116], [104]])).all(), "the mean color round a small image"
         row = mask[16][known[16]]
         flipped += int(len(row) and row[0] > row[-1])
     assert 3 < flipped < 17
@@ -184,7 +184,7 @@ def test_labels_move_with_their_pixels() -> None:
 
 def test_normalising_is_the_published_arithmetic() -> None:
     image = torch.tensor([0, 128, 255], dtype=torch.uint8)[:, None, None]
-    value = normalised(image, DataArgs())
+    value = normalized(image, DataArgs())
     expected = [(0 / 255 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (255 / 255 - 0.406) / 0.225]
     assert value.flatten().tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -193,7 +193,7 @@ def test_normalising_is_the_published_arithmetic() -> None:
 def test_an_image_that_changes_on_the_way_is_named(scenes: Scenes, workers: int) -> None:
     crops = crops_of(scenes)
     Image.new("RGB", (56, 48)).save(scenes[1] / "scene-02.png")
-    with pytest.raises(StoreError, match=r"scene-02\.png: the image has changed since it was labelled\n") as caught:
+    with pytest.raises(StoreError, match=r"scene-02\.png: the image has changed since it was labeled\n") as caught:
         list(islice(batches(crops, positions(ARGS), workers=workers, pin=False), 3))
     assert caught.value.hint == "label it again"
 

@@ -360,7 +360,7 @@ def relabel(scenes: Scenes, change: Callable[[int, Any], Any]) -> None:
 @pytest.mark.parametrize(
     ("label", "said"),
     [
-        (255, r"no pixel of the 6 images to train on is labelled: all are void"),
+        (255, r"no pixel of the 6 images to train on is labeled: all are void"),
         (0, "hold background alone, none of the 12 classes"),
     ],
 )
@@ -380,8 +380,8 @@ def test_a_validation_that_cannot_score_says_so(scenes: Scenes, tmp_path: Path) 
     said: list[str] = []
     result = run(scenes, tmp_path / "run", log=said.append)
     assert (result.miou, result.best_step) == (None, None)
-    assert any("the 2 images kept out hold no labelled pixel" in warning for warning in result.warnings)
-    assert said.count("step 4: no mIoU: the 2 images kept out hold no labelled pixel") == 1
+    assert any("the 2 images kept out hold no labeled pixel" in warning for warning in result.warnings)
+    assert said.count("step 4: no mIoU: the 2 images kept out hold no labeled pixel") == 1
     assert not any("mIoU -1" in line or "mIoU nan" in line for line in said)
     assert not (tmp_path / "run" / "best.safetensors").exists()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]

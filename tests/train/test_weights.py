@@ -193,7 +193,7 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         load_initial(unet(), config("hub:imaginet", encoder="resnet18"), CLASSES)
 
 
-def test_published_weights_want_their_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_weights_want_their_normalization(monkeypatch: pytest.MonkeyPatch) -> None:
     from segmentation_models_pytorch import encoders
 
     source = unet(seed=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wsss.classes import MOST_CLASSES, ClassList, backgrounds_for, cleaned, palette, parse_classes
+from wsss.classes import MAX_CLASSES, ClassList, backgrounds_for, cleaned, palette, parse_classes
 from wsss.errors import ClassError, WsssError
 
 BACKGROUNDS = (
@@ -125,7 +125,7 @@ def test_json_gives_the_detector_its_own_phrases(tmp_path: Path) -> None:
         ("dog [SEP], cat", "has [ ]", "'dog SEP'"),
         ("dog; cat", "has ;", "'dog cat'"),
         ("background, dog", "labels 0", "remove"),
-        (",".join(f"thing{n}" for n in range(MOST_CLASSES + 1)), "255 classes", "split"),
+        (",".join(f"thing{n}" for n in range(MAX_CLASSES + 1)), "255 classes", "split"),
     ],
 )
 def test_mistakes_are_named_with_a_way_out(text: str, said: str, hint: str) -> None:
@@ -161,7 +161,7 @@ def test_mistakes_in_files_name_the_file(tmp_path: Path, file: str, content: byt
 
 
 def test_254_classes_fit() -> None:
-    assert len(parse_classes(",".join(f"thing{number}" for number in range(MOST_CLASSES)))) == 254
+    assert len(parse_classes(",".join(f"thing{number}" for number in range(MAX_CLASSES)))) == 254
 
 
 def test_a_list_made_in_python_is_checked_too() -> None:
@@ -188,8 +188,8 @@ def test_backgrounds_that_are_classes_are_dropped(text: str, dropped: set[str]) 
 
 
 def test_palette_is_vocs() -> None:
-    colours = palette()
-    assert (colours.shape, colours.dtype) == ((256, 3), np.uint8)
+    colors = palette()
+    assert (colors.shape, colors.dtype) == ((256, 3), np.uint8)
     known = {
         0: (0, 0, 0),
         1: (128, 0, 0),
@@ -199,5 +199,5 @@ def test_palette_is_vocs() -> None:
         20: (0, 64, 128),
         255: (224, 224, 192),
     }
-    assert {label: tuple(int(value) for value in colours[label]) for label in known} == known
-    assert len({tuple(row) for row in colours.tolist()}) == 256
+    assert {label: tuple(int(value) for value in colors[label]) for label in known} == known
+    assert len({tuple(row) for row in colors.tolist()}) == 256

@@ -13,7 +13,7 @@ import pytest
 from wsss import files
 from wsss.errors import BundleError
 from wsss.files import publishing, restore, write_atomically
-from wsss.store.lock import lock
+from wsss.lock import lock
 
 KILLED = """
 import os, signal, sys
@@ -134,7 +134,7 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
 
 
 def test_without_locks_folders_are_published_and_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsss.store.lock.fcntl", None)
+    monkeypatch.setattr("wsss.lock.fcntl", None)
     (tmp_path / ".clip.partial-0123abcd").mkdir()
     publish(tmp_path / "clip", "old")
     publish(tmp_path / "clip", "new")

@@ -1,4 +1,4 @@
-"""Pictures of label maps: right colours, and thumbnails that never grow."""
+"""Pictures of label maps: right colors, and thumbnails that never grow."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from wsss.classes import palette
 from wsss.overlay import overlay, shrink
 
 
-def test_overlay_colours_labels_and_leaves_background_clear() -> None:
+def test_overlay_colors_labels_and_leaves_background_clear() -> None:
     pixels = np.full((3, 5, 3), 100, np.uint8)
     label_map = np.zeros((3, 5), np.uint8)
     label_map[:, 3:] = 1
     shown = overlay(pixels, label_map, strength=0.5)
     assert (shown.shape, shown.dtype) == ((3, 5, 3), np.uint8)
     assert shown[0, 0].tolist() == [100, 100, 100]
-    assert shown[0, 3].tolist() == palette()[1].tolist(), "the outline is the colour itself"
+    assert shown[0, 3].tolist() == palette()[1].tolist(), "the outline is the color itself"
     assert shown[0, 4].tolist() == [round(v) for v in (100 + palette()[1].astype(float)) / 2]
 
 

@@ -27,7 +27,7 @@ def boundary(label_map: np.ndarray, distance_px: int) -> np.ndarray:
     found = np.ones((height, width), bool)  # and so it stays where the square does not fit into the image
     beside = label_map[:, 1:] != label_map[:, :-1]  # (H, W - 1)
     below = label_map[1:] != label_map[:-1]  # (H - 1, W)
-    # A square holds two labels where two neighbours in it differ.
+    # A square holds two labels where two neighbors in it differ.
     found[distance_px : height - distance_px, distance_px : width - distance_px] = _any_in_window(
         beside, side, side - 1
     ) | _any_in_window(below, side - 1, side)

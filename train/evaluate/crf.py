@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import ImageError, StoreError, WsssError
+from ...extras import install_line
 from ...photographs import SUFFIXES, read_photograph
 from .files import plain_name
 
@@ -34,7 +35,7 @@ def check_crf() -> None:
     except ImportError:
         raise WsssError(
             "--crf: needs pydensecrf, which is not installed",
-            hint="pip install 'wsss[crf]'; it is compiled, which wants a C++ compiler and Python 3.12 or older",
+            hint=f"{install_line('crf')}; it is compiled, which wants a C++ compiler and Python 3.12 or older",
         ) from None
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ...documents import read_bytes, read_text
 from ...errors import StoreError, WsssError
-from ...photographs import MOST_PIXELS, SUFFIXES
+from ...photographs import MAX_PIXELS, SUFFIXES
 from ...store.local import read_records, read_run
 
 VOC_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
@@ -240,9 +240,9 @@ def read_indexed(path: Path) -> IndexedMap:
                 if color == 4
                 else "colors are no labels: map them back to indices first, or give the folder of index PNGs",
             )
-        if width * height > MOST_PIXELS:
+        if width * height > MAX_PIXELS:
             raise StoreError(
-                f"{path}: {width} x {height} pixels, at most {MOST_PIXELS:,} are decoded",
+                f"{path}: {width} x {height} pixels, at most {MAX_PIXELS:,} are decoded",
                 hint="give maps of the photographs' size",
             )
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:

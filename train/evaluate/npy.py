@@ -20,9 +20,9 @@ import numpy as np
 from ...documents import read_bytes
 from ...errors import WsssError
 
-MOST_BYTES = 256 * 2**20
+MAX_BYTES = 256 * 2**20
 """COCO 2014's 122,218 images of 80 classes take 60 MB."""
-MOST_OPCODES = 6_000_000
+MAX_OPCODES = 6_000_000
 """COCO 2014 takes half of them."""
 _DTYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 _ARRAYS = {f"{module}.multiarray {name}": name for module in ("numpy.core", "numpy._core") for name in ("_reconstruct", "scalar")}
@@ -60,7 +60,7 @@ def read_label_dictionary(path: Path) -> dict[str | int, np.ndarray]:
     Raises:
         WsssError: unreadable, no such dict, or a pickle that asks for anything else than names, numbers and arrays.
     """
-    file = io.BytesIO(read_bytes(path, hint=_HINT, max_bytes=MOST_BYTES))
+    file = io.BytesIO(read_bytes(path, hint=_HINT, max_bytes=MAX_BYTES))
     try:
         major, _ = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
@@ -93,8 +93,8 @@ def _values_from_pickle(file: io.BytesIO) -> object:
         return values
 
     for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if number >= MOST_OPCODES:  # one byte may become a list of 64
-            raise ValueError(f"a pickle of more than {MOST_OPCODES:,} steps")
+        if number >= MAX_OPCODES:  # one byte may become a list of 64
+            raise ValueError(f"a pickle of more than {MAX_OPCODES:,} steps")
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass

@@ -53,8 +53,8 @@ def _draw(matrix: np.ndarray, names: Sequence[str]) -> Image.Image:
             value = share[row, column]
             x, y = left + column * cell, top + row * cell
             # The square root lets confusions of one per cent be seen.
-            colour = tuple(int(each) for each in np.round(255 + (DARK - 255) * value**0.5))
-            draw.rectangle((x, y, x + cell - 1, y + cell - 1), colour if totals[row] else (235, 235, 235), (225, 225, 225))
+            color = tuple(int(each) for each in np.round(255 + (DARK - 255) * value**0.5))
+            draw.rectangle((x, y, x + cell - 1, y + cell - 1), color if totals[row] else (235, 235, 235), (225, 225, 225))
             if with_numbers and round(100 * value):
                 number = f"{100 * value:.0f}"
                 draw.text((x + cell / 2, y + cell / 2), number, WHITE if value > 0.2 else INK, font, anchor="mm")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...cores import cores
 from ...errors import StoreError, WsssError
 from .boundary import boundary_counts
 from .checks import FACTS, facts_of
@@ -79,7 +80,7 @@ def count_pairs(
     matrix, boundary, facts, pixels = _zeros(len(names))
     present = np.zeros((len(todo), len(names)), bool)
     done = 0
-    with closing(_in_turn(tasks, names) if alone else _in_processes(tasks, names, workers or _cores())) as results:
+    with closing(_in_turn(tasks, names) if alone else _in_processes(tasks, names, workers or cores())) as results:
         for counts in results:
             matrix += counts.matrix
             boundary += counts.boundary
@@ -191,7 +192,3 @@ def _read(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
             hint = "COCO's category ids go to 90 with gaps; label maps use 1 to 80 without them"
         raise StoreError(f"{path}: label {label}, the class list ends at {classes}", hint=hint)
     return indexed.labels, facts_of(path, indexed, names)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from ..errors import UsageError, WsssError
+from ..errors import UsageError
 from ..object_storage import is_url
 from .config import FILE
 
@@ -22,17 +21,6 @@ BundleFlag = Annotated[
     str, typer.Option("--bundle", help="Folder of exported models, or 'mini' for the small ones that come with wsss.")
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
-
-
-@contextlib.contextmanager
-def needs(extra: str) -> Iterator[None]:
-    """Turns a missing package of an extra into the line that installs it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("wsss"):
-            raise
-        raise WsssError(f"this command needs {error.name}, which is not installed", hint=f"pip install 'wsss[{extra}]'") from None
 
 
 def ask(flag: str, example: str) -> NoReturn:

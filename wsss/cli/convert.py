@@ -10,13 +10,14 @@ from typing import Annotated
 
 import typer
 
-from .common import JsonFlag, ask, choice, end_progress, log, needs, on_this_machine
+from ..extras import needs
+from .common import JsonFlag, ask, choice, end_progress, log, on_this_machine
 
 _NEXT = {
     "yolo": "yolo segment train data={out}/data.yaml",
     "cvat": "zip what is in {out} and import it as 'Segmentation mask 1.1'; the task needs the labels of labelmap.txt, void too",
     "label-studio": "set LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={out}, "
-    "add {out}/images as local storage, paste config.xml as the labelling interface and import tasks.json",
+    "add {out}/images as local storage, paste config.xml as the labeling interface and import tasks.json",
     "hf": 'datasets.load_dataset("{out}")',
 }
 """How the tool opens it, where that is not plain."""

@@ -47,7 +47,7 @@ def lines_of(found: Machine) -> Iterator[str]:
         yield f"{flavour:10} {library.version}{knows}"
     for extra, lacks in found.extras.items():
         if lacks:
-            fix = ONE_ONNXRUNTIME if extra == "gpu" else f"pip install 'wsss[{extra}]'"
+            fix = ONE_ONNXRUNTIME if extra == "gpu" else install_line(extra)
             yield f"extra      {extra}: lacks {', '.join(lacks)}   {fix}"
     for trouble in found.troubles:
         yield f"trouble    {trouble}"

@@ -25,9 +25,9 @@ class Events:
     With ``json_output`` every event is a line on stdout, an object whose ``event`` is one of
 
         started    what the run was asked for
-        failed     image, error: an image that could not be labelled; the run goes on
+        failed     image, error: an image that could not be labeled; the run goes on
         warning    message: anything else that is worth a look
-        progress   images, done, labelled, failed, seconds, images_per_second, seconds_left; at most one a second
+        progress   images, done, labeled, failed, seconds, images_per_second, seconds_left; at most one a second
         error      message, hint: the run ended because of it
         finished   the summary; the last line of every run that ended well or was stopped (``stopped``)
 
@@ -65,7 +65,7 @@ class Events:
         )
 
     def failed(self, image: str, error: str) -> None:
-        """An image that could not be labelled."""
+        """An image that could not be labeled."""
         from ..runtime.run.label_folder import printable
 
         self.tell("failed", image=image, error=error)

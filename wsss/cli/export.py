@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ..errors import UsageError
-from .common import ask, by_model, choice, log, needs
+from ..extras import needs
+from .common import ask, by_model, choice, log
 
 if TYPE_CHECKING:
     from ..export.family import Sampling

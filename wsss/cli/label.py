@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError, WsssError, WsssWarning
-from .common import BundleFlag, ask, choice, clock, end_progress, log, needs
+from ..extras import needs
+from .common import BundleFlag, ask, choice, clock, end_progress, log
 from .events import Events, set_level
 
 if TYPE_CHECKING:
-    from ..runtime.run.label_folder import Crew, Summary
+    from ..runtime.run.label_folder import Executor, Summary
 
 EPILOG = """--labels: {"a/dog.jpg": ["dog"]}
 
@@ -61,7 +62,7 @@ def label(
         int | None, typer.Option(min=1, help="Labelers on the cluster. Default: its GPUs, or its cores if it has none.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Images labelled together. Default: what the engines were built for.")
+        int | None, typer.Option(min=1, help="Images labeled together. Default: what the engines were built for.")
     ] = None,
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Use TensorRT engines that were not compared with PyTorch; the store records it.")
@@ -141,23 +142,23 @@ def label(
     ]
     try:
         with contextlib.ExitStack() as stack:
-            crew: Labeler | Crew
+            executor: Labeler | Executor
             if on == "ray":
                 with needs("ray"):
-                    from ..runtime.ray.executor import RayCrew
+                    from ..runtime.ray.executor import RayExecutor
                 gpu = None if device == "auto" else device == "cuda"
-                how = RayCrew(openers[0][1], address=ray_address, workers=workers, gpu=gpu, batch=batch, log=log)
-                crew = stack.enter_context(how)
+                how = RayExecutor(openers[0][1], address=ray_address, workers=workers, gpu=gpu, batch=batch, log=log)
+                executor = stack.enter_context(how)
             else:
-                crew = stack.enter_context(Workers(openers, batch=batch)) if len(openers) > 1 else openers[0][1]()
-            told = {"engine": crew.settings["engine"], "classes": len(crew.classes.names)}
+                executor = stack.enter_context(Workers(openers, batch=batch)) if len(openers) > 1 else openers[0][1]()
+            told = {"engine": executor.settings["engine"], "classes": len(executor.classes.names)}
             log(f"engine {told['engine']}, {told['classes']} classes")
             events.tell("started", images=images, store=out, **told)
-            if message := strange_to_mini(crew.classes, crew.settings):
+            if message := strange_to_mini(executor.classes, executor.settings):
                 events.warn(message)
             stop = stack.enter_context(stop_on_signals())
             summary = label_folder(
-                crew,
+                executor,
                 source,
                 store,
                 batch=batch,
@@ -182,7 +183,7 @@ def label(
         raise SystemExit(130)
     if summary.failed or summary.folders_failed:
         log(
-            "hint: what failed is named above; images that are mended are labelled by the same command, "
+            "hint: what failed is named above; images that are mended are labeled by the same command, "
             "--retry-failed tries all of them again",
             logging.WARNING,
         )
@@ -263,7 +264,7 @@ def _tell_summary(summary: Summary, out: str, events: Events) -> None:
     ]
     before = f" ({summary.failed_before} of them failed: --retry-failed)" if summary.failed_before else ""
     typer.echo(
-        f"{out}: {summary.labelled} labelled ({summary.boxes} boxes), {summary.skipped} already done{before}, "
+        f"{out}: {summary.labelled} labeled ({summary.boxes} boxes), {summary.skipped} already done{before}, "
         f"{summary.failed} failed{folders}, "
         f"{clock(summary.seconds)}, {rate:.1f} images/s" + "".join(f"; {note}" for note in notes if note)
     )

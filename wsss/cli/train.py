@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonFlag, ask, clock, end_progress, log, needs, on_this_machine
+from ..extras import needs
+from .common import JsonFlag, ask, clock, end_progress, log, on_this_machine
 
 if TYPE_CHECKING:
     from ..train.loop import Status

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .common import JsonFlag, by_model, log, needs
+from ..extras import needs
+from .common import JsonFlag, by_model, log
 
 if TYPE_CHECKING:
     from ..spec import Flavour, Model

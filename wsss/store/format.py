@@ -18,24 +18,24 @@ from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 
-from ..batch import MOST_BOXES
-from ..classes import MOST_CLASSES, ClassList
+from ..batch import MAX_BOXES
+from ..classes import MAX_CLASSES, ClassList
 from ..documents import parse_json
 from ..errors import StoreError
-from ..photographs import MOST_PIXELS
+from ..photographs import MAX_PIXELS
 
 Record = dict[str, Any]
 """A line of the manifest.
 
-path: of the image below the folder that was labelled, or as the list named it. label: of its label map below ``labels/``.
+path: of the image below the folder that was labeled, or as the list named it. label: of its label map below ``labels/``.
 bytes, mtime_ns (of an object in a store: etag), sha256: of the image file. sha256 is empty where it could not be read.
 error: why it has no label. Without it:
-height, width: pixels, their product at most `MOST_PIXELS`. void_px: of the label map.
-classes: scores in 0..1 by name. boxes: at most `MOST_BOXES`, each with label, score in 0..1, quality (the mask's predicted
+height, width: pixels, their product at most `MAX_PIXELS`. void_px: of the label map.
+classes: scores in 0..1 by name. boxes: at most `MAX_BOXES`, each with label, score in 0..1, quality (the mask's predicted
 IoU, not clipped), xyxy (pixels) and won_px.
 """
-MOST_LINE = 1 << 20
-"""Bytes of a line: `MOST_BOXES` boxes take 50,000."""
+MAX_LINE = 1 << 20
+"""Bytes of a line: `MAX_BOXES` boxes take 50,000."""
 _MOST_SIGNS = 1 << 16
 """Of any text in a line."""
 _MOST_ERROR = 1 << 12
@@ -151,15 +151,15 @@ def _problem(record: object) -> str:
         if key in record and not _is_text(record[key]):
             return f"{key}: expected a text, got {_short(record[key])}"
     height, width = record.get("height", 1), record.get("width", 1)
-    if not 0 < height * width <= MOST_PIXELS:
-        return f"height, width: expected at most {MOST_PIXELS:,} pixels, got {height} x {width}"
-    if type(classes := record.get("classes", _EMPTY)) is not dict or len(classes) > MOST_CLASSES:
-        return f"classes: expected an object of at most {MOST_CLASSES} scores, got {_short(classes)}"
+    if not 0 < height * width <= MAX_PIXELS:
+        return f"height, width: expected at most {MAX_PIXELS:,} pixels, got {height} x {width}"
+    if type(classes := record.get("classes", _EMPTY)) is not dict or len(classes) > MAX_CLASSES:
+        return f"classes: expected an object of at most {MAX_CLASSES} scores, got {_short(classes)}"
     for name, score in classes.items():
         if not _is_text(name) or not _is_share(score):
             return f"classes: expected scores in 0..1, got {_short({name: score})}"
-    if type(boxes := record.get("boxes", _NONE)) is not list or len(boxes) > MOST_BOXES:
-        return f"boxes: expected at most {MOST_BOXES} boxes, got {_short(boxes)}"
+    if type(boxes := record.get("boxes", _NONE)) is not list or len(boxes) > MAX_BOXES:
+        return f"boxes: expected at most {MAX_BOXES} boxes, got {_short(boxes)}"
     for box in boxes:
         if problem := _problem_of_box(box):
             return f"boxes: {problem}"
@@ -179,7 +179,7 @@ def _problem_of_box(box: object) -> str:
     if type(corners) is not list or len(corners) != 4:
         return f"xyxy: expected four numbers, got {_short(corners)}"
     for edge in corners:
-        if type(edge) not in _NUMBERS or not -MOST_PIXELS <= edge <= MOST_PIXELS:
+        if type(edge) not in _NUMBERS or not -MAX_PIXELS <= edge <= MAX_PIXELS:
             return f"xyxy: expected four numbers, got {_short(corners)}"
     if corners[0] > corners[2] or corners[1] > corners[3]:
         return f"xyxy: expected the upper left corner first, got {_short(corners)}"
@@ -234,7 +234,7 @@ def is_below(name: str, *, windows: bool = os.name == "nt") -> bool:
 
 
 def history_of(line: bytes) -> Record | None:
-    """What a line of ``history.jsonl`` says, None where it is damaged: labelled, seconds and stage_seconds have numbers."""
+    """What a line of ``history.jsonl`` says, None where it is damaged: labeled, seconds and stage_seconds have numbers."""
     try:
         record = _DECODER.decode(line.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
@@ -248,7 +248,7 @@ def history_of(line: bytes) -> Record | None:
 
 
 def check_complete(record: Record, names: Collection[str], fields: Collection[str], where: object) -> None:
-    """Check that the line of a labelled image has what its reader needs.
+    """Check that the line of a labeled image has what its reader needs.
 
     Args:
         names: the store's classes. fields: of the line. where: the manifest.
@@ -333,8 +333,8 @@ def parse_run(data: bytes, file: object) -> dict[str, Any]:
     if run.get("format", 1) != 1:
         raise StoreError(f"{file}: expected format 1, got {_short(run['format'])}", hint="take the wsss that wrote it")
     names = run.get("classes")
-    if not isinstance(names, list) or not 0 < len(names) <= MOST_CLASSES:
-        raise refuse(f"classes, 1 to {MOST_CLASSES} names", names)
+    if not isinstance(names, list) or not 0 < len(names) <= MAX_CLASSES:
+        raise refuse(f"classes, 1 to {MAX_CLASSES} names", names)
     for name in names:
         if not isinstance(name, str) or not name or not name.isprintable() or len(name) > _MOST_SIGNS:
             raise refuse("the name of a class", name)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from ..errors import StoreError
-from .format import MOST_LINE, Record, Selection, W, parse_line
+from .format import MAX_LINE, Record, Selection, W, parse_line
 
 _HINT = "delete that line: its image is done again"
 
@@ -43,7 +43,7 @@ class Section:
             left = self.stop - self.start
             while left > 0:
                 try:
-                    line = line_from(file.readline(MOST_LINE + 1))
+                    line = line_from(file.readline(MAX_LINE + 1))
                 except ValueError:
                     raise StoreError(f"{self.file}: was changed while it was read", hint="run the command again") from None
                 left -= len(line.data)
@@ -60,8 +60,8 @@ def sections_of(file: Path) -> list[Section]:
     start = stop = 0
     last = ""
     with open_regular(file) as lines:
-        for number, data in enumerate(iter(lambda: lines.readline(MOST_LINE + 1), b""), 1):
-            if not data.endswith(b"\n") and len(data) <= MOST_LINE:
+        for number, data in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), 1):
+            if not data.endswith(b"\n") and len(data) <= MAX_LINE:
                 break  # the crash
             try:
                 line = line_from(data)
@@ -88,8 +88,8 @@ def records_of(file: Path) -> Iterator[Record]:
 
 def line_from(data: bytes) -> Line:
     """Check a line of a manifest. Raises ValueError, which says what is wrong with it."""
-    if len(data) > MOST_LINE:
-        raise ValueError(f"longer than {MOST_LINE:,} bytes")
+    if len(data) > MAX_LINE:
+        raise ValueError(f"longer than {MAX_LINE:,} bytes")
     if not data.endswith(b"\n"):
         raise ValueError("it has no line break")
     record = parse_line(data)

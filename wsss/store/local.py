@@ -1,7 +1,7 @@
 """The label store: the folder that a run writes and a trainer reads. With `manifest`, this alone knows its format.
 
     labels/<image>.png     8-bit palette, original size: 0 background, 1..C classes, 255 void
-    confidence/<image>.png 8-bit grey, 255 is certain; only where a segmenter made the labels
+    confidence/<image>.png 8-bit gray, 255 is certain; only where a segmenter made the labels
     manifest.jsonl         one line a finished image, or its error; sorted by path
     manifest-I-of-N.jsonl  the same of shard I, until the last of the shards folds it into manifest.jsonl
     classes.json           names by label value
@@ -38,7 +38,8 @@ from ..documents import read_bytes
 from ..errors import ImageError, StoreError
 from ..files import replacing, sync_folder
 from ..files import write_atomically as write_atomically
-from ..photographs import MOST_PIXELS
+from ..lock import lock
+from ..photographs import MAX_PIXELS
 from .format import Record as Record
 from .format import (
     Selection,
@@ -55,7 +56,6 @@ from .format import (
     run_of,
 )
 from .lines import Line, check_regular, cut_torn_line, merged, sections_of, side_by_side, still_true
-from .lock import lock
 
 Shard = tuple[int, int]
 """(I, N): the I-th of N runs that share a store, counted from 0."""
@@ -282,7 +282,7 @@ def read_records(folder: Path) -> Iterator[Record]:
 
 
 def read_labelled_records(folder: Path, fields: Collection[str]) -> Iterator[Record]:
-    """The lines of the labelled images of a store, each with these fields and with no class but the store's.
+    """The lines of the labeled images of a store, each with these fields and with no class but the store's.
 
     Raises:
         StoreError: as `read_records` and `read_run`; or a line lacks a field, or names a class that the store lacks.
@@ -304,7 +304,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def read_history(folder: Path) -> list[Record]:
     """What each run of a store noted, the first one first; empty when there is nothing to read.
 
-    Only what is whole counts: images labelled, seconds, and seconds by stage.
+    Only what is whole counts: images labeled, seconds, and seconds by stage.
     """
     path = folder / "history.jsonl"
     try:
@@ -316,7 +316,7 @@ def read_history(folder: Path) -> list[Record]:
 
 
 def write_label(path: Path, label_map: np.ndarray) -> None:
-    """Writes a label map (H, W) uint8 as an 8-bit palette PNG with VOC's colours, atomically. Raises OSError."""
+    """Writes a label map (H, W) uint8 as an 8-bit palette PNG with VOC's colors, atomically. Raises OSError."""
     make_folder(path.parent)
     with replacing(path) as file:
         _save(label_map, file)
@@ -329,27 +329,27 @@ def label_path(store: Path, label: str) -> Path:
 
 
 def read_label(path: Path, *, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """A label map (H, W) uint8 from an 8-bit palette or grey PNG.
+    """A label map (H, W) uint8 from an 8-bit palette or gray PNG.
 
     Args:
         shape: the height and width that it must have; looked at before anything is decoded.
 
     Raises:
-        StoreError: anything else, also a file that would take more than `MOST_PIXELS`.
+        StoreError: anything else, also a file that would take more than `MAX_PIXELS`.
     """
     hint = "delete it and run wsss label again: it is made anew"
     data = read_bytes(path, hint=hint, error=StoreError)
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            # Pillow stretches grey of fewer bits to 0..255, which makes other labels of them. Byte 24: IHDR's bit depth.
-            mode = f"{data[24]}-bit grey" if image.mode == "L" and data[24] != 8 else f"mode {image.mode}"
+            # Pillow stretches gray of fewer bits to 0..255, which makes other labels of them. Byte 24: IHDR's bit depth.
+            mode = f"{data[24]}-bit gray" if image.mode == "L" and data[24] != 8 else f"mode {image.mode}"
             if mode not in ("mode P", "mode L"):
                 raise StoreError(f"{path}: expected an 8-bit palette PNG, got {mode}", hint=hint)
             height, width = image.height, image.width
             if shape and (height, width) != shape:
                 raise StoreError(f"{path}: is {width} x {height} pixels, the photograph was {shape[1]} x {shape[0]}", hint=hint)
-            if height * width > MOST_PIXELS:
-                raise StoreError(f"{path}: expected at most {MOST_PIXELS:,} pixels, got {width} x {height}", hint=hint)
+            if height * width > MAX_PIXELS:
+                raise StoreError(f"{path}: expected at most {MAX_PIXELS:,} pixels, got {width} x {height}", hint=hint)
             return np.array(image)
     except StoreError:
         raise
@@ -377,7 +377,7 @@ def make_folder(folder: Path, within: Path | None = None) -> None:
 
 
 def png_of(label_map: np.ndarray) -> memoryview:
-    """A label map (H, W) uint8 as an 8-bit palette PNG with VOC's colours."""
+    """A label map (H, W) uint8 as an 8-bit palette PNG with VOC's colors."""
     image = Image.fromarray(label_map)  # mode L; with a palette it becomes P
     image.putpalette(_palette())
     buffer = io.BytesIO()  # Pillow would write a file in many small pieces

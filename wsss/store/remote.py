@@ -34,7 +34,7 @@ from ..documents import MAX_BYTES
 from ..errors import ImageError, StoreError
 from ..object_storage import Presence, RemoteFolder, hint_of
 from .format import (
-    MOST_LINE,
+    MAX_LINE,
     Record,
     Selection,
     W,
@@ -97,7 +97,7 @@ class _Row:
         for file in self.files:
             where = f"{self.folder}/{file}"
             try:
-                for number, data in enumerate(self.folder.lines(file, MOST_LINE), 1):
+                for number, data in enumerate(self.folder.lines(file, MAX_LINE), 1):
                     try:
                         line = line_from(data)
                         if line.path <= last:
@@ -253,7 +253,7 @@ class RemoteStore:
         if history := [entry.name for entry in self.folder.walk("history/")]:
             files = [entry.name for entry in self.folder.scan()[0] if entry.name == "history.jsonl"]
             self.folder.write_lines(
-                "history.jsonl", (line for file in (*files, *history) for line in self.folder.lines(file, MOST_LINE))
+                "history.jsonl", (line for file in (*files, *history) for line in self.folder.lines(file, MAX_LINE))
             )
             self.folder.delete(history)
 

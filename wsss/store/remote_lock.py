@@ -22,8 +22,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..errors import StoreError
+from ..lock import holder_name
 from ..object_storage import RemoteFolder
-from .lock import holder_name
 
 BEAT, LEASE = 8.0, 30.0
 """Seconds between signs of life, and without one until a lock is dead."""

@@ -73,7 +73,7 @@ class BertAdapter(nn.Module):
 
 
 def official_model(backbone: Mapping[str, Any], bert: transformers.BertConfig, tokenizer: Any, **changes: object) -> nn.Module:
-    """groundingdino-py's model in its Swin-T configuration, randomly initialised, without reaching for the network.
+    """groundingdino-py's model in its Swin-T configuration, randomly initialized, without reaching for the network.
 
     Args:
         backbone: sizes of its Swin, as in ``OFFICIAL``.
@@ -116,7 +116,7 @@ def official_output(model: nn.Module, pixels: Tensor, padding: Tensor, caption: 
     """The official forward pass of one photograph.
 
     Args:
-        pixels: (1, 3, H, W) float32, normalised, zero in the padding.
+        pixels: (1, 3, H, W) float32, normalized, zero in the padding.
         padding: (1, H, W) bool, True on padding.
         caption: phrases, each with its dot.
         query: (Q,) int64 feature cells to start from, checked to be near ties; None leaves the choice to the model.
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path for path in sorted(options.photographs.glob("*.jpg")) if _fits(path, model.manifest.preprocess, (height, width))
     ]
     rows = measure(model, checkpoint, paths[: options.count], options.work / "rows.jsonl", batch=options.batch)
-    summary = summarise(rows, model)
+    summary = summarize(rows, model)
     write_result(RESULT, summary)
 
 
@@ -318,7 +318,7 @@ def _cells(query: np.ndarray, size: tuple[int, ...]) -> Iterator[tuple[int, int,
         yield level, row, column
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], model: Model) -> dict[str, Any]:
+def summarize(rows: Sequence[Mapping[str, Any]], model: Model) -> dict[str, Any]:
     """Worst parity and mean padding effect over all photographs, with the rows."""
     padding = {name: float(np.nanmean([row["padding"][name] for row in rows])) for name in rows[0]["padding"]}
     return {

@@ -262,7 +262,7 @@ FAULTS = (residual_stream, norm_variance, fusion_logits, box_refinement, masked_
 
 
 def toy_sam() -> Sam:
-    """SAM of two blocks on 64 pixels, randomly initialised."""
+    """SAM of two blocks on 64 pixels, randomly initialized."""
     build = build_sam_mini(side_px=64)
     build.image_encoder.blocks = build.image_encoder.blocks[1:3]  # one with windows, the global one
     return build.eval().requires_grad_(False)

@@ -28,7 +28,7 @@ from wsss.export import sam
 from wsss.export.exporting import export_model, tool_versions
 from wsss.export.family import Options
 from wsss.photographs import read_photograph
-from wsss.runtime.segment import Outliner
+from wsss.runtime.segment import MaskPredictor
 from wsss.spec import AxisRange, Bundle, Model
 
 from ..harness import RESULTS, study_parser, write_result
@@ -111,9 +111,9 @@ def measure(model: Model, predictor: SamPredictor, voc: Path, names: Sequence[st
         )
 
 
-def outliner(model: Model) -> Outliner:
+def outliner(model: Model) -> MaskPredictor:
     """The runtime's stage on ONNX Runtime."""
-    return Outliner(model, *(OrtEngine(model.path(name), model.graph(name)) for name in ("encoder", "decoder")))
+    return MaskPredictor(model, *(OrtEngine(model.path(name), model.graph(name)) for name in ("encoder", "decoder")))
 
 
 def boxes_of(annotation: Path, image: int) -> Boxes:

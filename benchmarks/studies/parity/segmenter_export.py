@@ -1,4 +1,4 @@
-"""Exported segmenters at their real size against the trained module: ``python -m wsss.benchmarks.studies.parity.segmenter_export FOLDER``.
+"""Exported segmenters at their real size against the trained module.
 
 FOLDER has real photographs and true masks (JPEGImages/, SegmentationClass/). Each network is shortly trained on them, rare
 classes weighed up, so that its answers are decided and differ from place to place; exported at 512 x 512 in FP32 and FP16

@@ -1,6 +1,6 @@
 """Does the report put the worst labels first? ``python -m wsss.benchmarks.studies.quality.doubt_ranking``.
 
-Drawn scenes have exact truth. An image's error is 1 - the mean IoU of the classes that are in it or were labelled in it;
+Drawn scenes have exact truth. An image's error is 1 - the mean IoU of the classes that are in it or were labeled in it;
 the order by doubt (`runtime/report/doubt.py`) is held against the order by error, and so is each of doubt's parts alone. The
 weights were chosen on 120 other scenes, those of ``wsss demo --count 120``.
 """
@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def measure(count: int, folder: Path) -> dict[str, Any]:
-    """How well doubt orders ``count`` held-out scenes, drawn and labelled below ``folder``."""
+    """How well doubt orders ``count`` held-out scenes, drawn and labeled below ``folder``."""
     write_scenes(folder, count, seed=SEED)
     store = folder / "store"
     label_folder(Labeler.open("mini", classes="mini", engine="ort"), folder / "images", store)

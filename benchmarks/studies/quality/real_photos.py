@@ -1,4 +1,4 @@
-"""The full-size chain on a folder of real photographs: ``python -m wsss.benchmarks.studies.quality.real_photos IMAGES --bundle DIR``.
+"""The full-size chain on a folder of real photographs.
 
 Seconds of every stage and the peak memory of the process. With seeded weights the labels mean nothing; what is measured
 is that the chain completes and what it costs. CLIP's gate is measured and then opened for the detector (``--classes``

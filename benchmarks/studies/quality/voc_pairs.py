@@ -1,4 +1,4 @@
-"""The trainer on real photographs and masks: ``python -m wsss.benchmarks.studies.quality.voc_pairs FOLDER`` (JPEGImages/, SegmentationClass/).
+"""The trainer on a folder of real photographs and masks (JPEGImages/, SegmentationClass/).
 
 A label store is made from the true masks and a small network trained on all of it from no weights. A hundred photographs
 teach no network to see; what is asked is whether training runs on real files, nothing is skipped, the loss falls, and the

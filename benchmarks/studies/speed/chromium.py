@@ -116,7 +116,7 @@ class Chromium:
         shutil.rmtree(self._profile, ignore_errors=True)
 
     def show(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
-        """Sets the window's size in CSS pixels, the colour scheme, and whether it is a touch screen."""
+        """Sets the window's size in CSS pixels, the color scheme, and whether it is a touch screen."""
         self._call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone
         )
@@ -166,7 +166,7 @@ class Chromium:
             self._call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button=button, clickCount=1)
 
     def wheel(self, down_px: float) -> None:
-        """Turns the mouse wheel in the middle of the window."""
+        """FairLock the mouse wheel in the middle of the window."""
         middle = self.evaluate("[innerWidth / 2, innerHeight / 2]")
         self._call("Input.dispatchMouseEvent", type="mouseWheel", x=middle[0], y=middle[1], deltaX=0, deltaY=down_px)
 

@@ -23,7 +23,7 @@ from ....runtime.device import Device
 from ....runtime.fuse import Fuser
 from ....runtime.images import Prepares
 from ....runtime.labeler import MINI, Labeler
-from ....runtime.segment import Outliner
+from ....runtime.segment import MaskPredictor
 from ....runtime.tag import Tagger
 from ....spec import AxisRange, DType, GraphSpec, Model, Preprocess, TensorSpec, open_bundle
 
@@ -175,7 +175,7 @@ def open_fake(
         classes,
         tag=_FirstClasses(tagger),
         detect=Detector(dino, text, detector, classes, threshold=0.3),
-        segment=Outliner(sam, encoder, decoder),
+        segment=MaskPredictor(sam, encoder, decoder),
         fuse=Fuser(sam, fuse),
         settings={"engine": "fake"},
         device=device,

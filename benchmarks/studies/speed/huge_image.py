@@ -45,13 +45,13 @@ WINDOWS, WINDOW_PX = 40, 300
 
 
 def write_inputs(folder: Path, size: tuple[int, int], boxes: int) -> None:
-    """``photos/huge.jpg`` of this size (height, width), smooth colours, and ``boxes.json`` of VOC's classes."""
+    """``photos/huge.jpg`` of this size (height, width), smooth colors, and ``boxes.json`` of VOC's classes."""
     random = np.random.default_rng(0)
     (folder / "photos").mkdir(parents=True)
     coarse = Image.fromarray(random.integers(0, 256, (27, 36, 3)).astype(np.uint8))
     coarse.resize((size[1], size[0]), Image.Resampling.BICUBIC).save(folder / "photos" / NAME, quality=90)
-    centre, half = random.uniform(0, 1, (boxes, 2)), random.uniform(0.02, 0.3, (boxes, 2))
-    edges = np.concatenate([np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)], axis=1) * ([size[1], size[0]] * 2)
+    center, half = random.uniform(0, 1, (boxes, 2)), random.uniform(0.02, 0.3, (boxes, 2))
+    edges = np.concatenate([np.clip(center - half, 0, 1), np.clip(center + half, 0, 1)], axis=1) * ([size[1], size[0]] * 2)
     told = [
         {"label": ("dog", "cat", "person")[number % 3], "score": round(0.3 + 0.6 * number / boxes, 3), "xyxy": xyxy.tolist()}
         for number, xyxy in enumerate(edges)

@@ -78,7 +78,7 @@ def _line(folder: Path, image: Found) -> dict[str, Any]:
 
 def ray_cost(folder: Path, count: int, workers: int) -> dict[str, Any]:
     """CPU of the driver an image, images a second, and the driver's memory, with labelers that compute nothing."""
-    from ....runtime.ray.executor import RayCrew
+    from ....runtime.ray.executor import RayExecutor
 
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -91,9 +91,9 @@ def ray_cost(folder: Path, count: int, workers: int) -> dict[str, Any]:
     def progress(summary: Summary) -> None:
         marks[1:] = [(time.perf_counter(), time.process_time(), summary.labelled + summary.failed)]
 
-    with RayCrew(partial(open_fake, SMALL), address="local", workers=workers, gpu=False, batch=8) as crew:
+    with RayExecutor(partial(open_fake, SMALL), address="local", workers=workers, gpu=False, batch=8) as executor:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        label_folder(crew, folder / "photos", folder / "out", progress=progress)
+        label_folder(executor, folder / "photos", folder / "out", progress=progress)
     assert len(list(read_records(folder / "out"))) == count
     (start, start_cpu, already), (end, end_cpu, total) = marks
     return {

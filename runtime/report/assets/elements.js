@@ -21,7 +21,7 @@ function element(tag, told = {}, ...children) {
   return node;
 }
 
-const swatch = (row) => element("i", { className: "swatch", "--colour": report.classes[row].colour });
+const swatch = (row) => element("i", { className: "swatch", "--color": report.classes[row].color });
 
 // Seconds of a stage, short enough for a line.
 function duration(seconds) {

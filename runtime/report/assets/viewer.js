@@ -87,7 +87,7 @@ function drawBoxes() {
   find("viewer-boxes").replaceChildren(...boxes.map(([row, score, , x0, y0, x1, y1]) =>
     element("div", {
       className: "box",
-      "--colour": report.classes[row].colour,
+      "--color": report.classes[row].color,
       "--left": x0 / 1000, "--top": y0 / 1000, "--width": (x1 - x0) / 1000, "--height": (y1 - y0) / 1000,
     }, element("span", {}, swatch(row), `${report.classes[row].name} ${(score / 1000).toFixed(2)}`))));
 }

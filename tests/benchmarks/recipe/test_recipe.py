@@ -113,7 +113,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same(drawn: Path, unbroken: tuple[Pa
             run(of(drawn, tmp_path / "run", log=stop_at(word)))
     lines.clear()
     result = run(of(drawn, tmp_path / "run", log=stop_at("")))
-    assert "labels: 0 labelled, 5 done before, 0 failed" in lines and "val-1: 0 labelled, 3 done before, 0 failed" in lines
+    assert "labels: 0 labeled, 5 done before, 0 failed" in lines and "val-1: 0 labeled, 3 done before, 0 failed" in lines
     assert not any(line.startswith("step ") for line in lines), "the training is finished"
     for mine, its in zip(result.rows, unbroken[1].rows, strict=True):
         assert mine.scores["confusion"] == its.scores["confusion"]

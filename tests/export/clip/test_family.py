@@ -23,7 +23,7 @@ from wsss.engines.eager import EagerEngine  # noqa: E402
 from wsss.errors import ParityError, UsageError, WeightsError  # noqa: E402
 from wsss.export import exporting  # noqa: E402
 from wsss.export.clip import family as clip  # noqa: E402
-from wsss.export.clip import weights as clip_weights
+from wsss.export.clip import weights as clip_weights  # noqa: E402
 from wsss.export.family import Feeds, Graph, Options, Prepared  # noqa: E402
 from wsss.export.mini import build_clip_mini  # noqa: E402
 from wsss.export.verify import gate  # noqa: E402
@@ -106,7 +106,7 @@ def test_the_gate_sees_swapped_rows(name: str) -> None:
         judged(graph, lambda rows: rows[::-1])
 
 
-def test_the_gate_sees_another_mean_order_of_colours_and_activation() -> None:
+def test_the_gate_sees_another_mean_order_of_colors_and_activation() -> None:
     prepared = clip.prepare("toy-vit", "random:0", THREE)
     graph = graphs(prepared)["image"]
     model = graph.module.model

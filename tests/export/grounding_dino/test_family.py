@@ -20,7 +20,7 @@ from wsss.engines.ort import OrtEngine  # noqa: E402
 from wsss.errors import ParityError, UsageError, WeightsError  # noqa: E402
 from wsss.export.family import Feeds, Graph, Options, Prepared, Sampling, family  # noqa: E402
 from wsss.export.grounding_dino import family as grounding_dino  # noqa: E402
-from wsss.export.grounding_dino import weights as grounding_dino_weights
+from wsss.export.grounding_dino import weights as grounding_dino_weights  # noqa: E402
 from wsss.export.grounding_dino.graphs import TextGraph, level_shapes  # noqa: E402
 from wsss.export.mini import grounding_dino_mini_tokenizer  # noqa: E402
 from wsss.export.to_onnx import OPSET, WeightFile, export_onnx  # noqa: E402

@@ -15,7 +15,7 @@ from wsss.errors import ParityError
 from wsss.export.exporting import export_model, verify_model
 from wsss.export.family import Options, Tolerance, family
 from wsss.export.precision import lowering as precision
-from wsss.export.precision.bf16 import write_widened
+from wsss.export.precision.bf16 import write_bf16_emulation
 from wsss.export.precision.lowering import lower
 from wsss.export.to_engine import BuildOptions, build_plans
 from wsss.spec import AxisRange, open_bundle
@@ -44,7 +44,7 @@ def test_every_result_is_rounded_as_bfloat16_is(tmp_path: Path) -> None:
     lower(model, "bf16", {"wide"}, {"x": "float32", "y": "float32"})
     ir.save(model, tmp_path / "g.onnx")
     (tmp_path / "wide").mkdir()
-    path = write_widened(tmp_path / "g.onnx", tmp_path / "wide")
+    path = write_bf16_emulation(tmp_path / "g.onnx", tmp_path / "wide")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     (y,) = session.run(None, {"x": x, "shape": np.array([2, 4])})

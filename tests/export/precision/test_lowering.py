@@ -89,7 +89,7 @@ def test_a_kept_node_reads_and_writes_float32() -> None:
     assert reads["first"] == reads["third"] == [HALF, HALF]
 
 
-def test_neighbouring_islands_have_no_cast_between_them() -> None:
+def test_neighboring_islands_have_no_cast_between_them() -> None:
     _, reads, proto = lowered(CHAIN, "first", "second", "third")
     assert casts(proto) == [] and reads["first"] == [FLOAT, FLOAT]
 

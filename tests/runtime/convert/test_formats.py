@@ -350,9 +350,9 @@ def copy(made: Path, tmp_path: Path) -> Path:
 def test_missing_and_changed_images_are_named(copy: Path, tmp_path: Path) -> None:
     (copy / "photos/dog.png").unlink()
     (copy / "photos/line\nbreak.jpg").unlink()
-    with pytest.raises(ImageError, match=r"has 2 of the 13 labelled images no more: dog\.png, 'line\\nbreak\.jpg'"):
+    with pytest.raises(ImageError, match=r"has 2 of the 13 labeled images no more: dog\.png, 'line\\nbreak\.jpg'"):
         convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
-    with pytest.raises(ImageError, match="has 13 of the 13 labelled images no more: .* and 3 more") as error:
+    with pytest.raises(ImageError, match="has 13 of the 13 labeled images no more: .* and 3 more") as error:
         convert(copy / "store", tmp_path / "elsewhere", tmp_path / "out", "voc")
     assert "the folder that was labelled" in error.value.hint
 
@@ -360,7 +360,7 @@ def test_missing_and_changed_images_are_named(copy: Path, tmp_path: Path) -> Non
 def test_an_image_of_another_size_is_named(copy: Path, tmp_path: Path) -> None:
     with (copy / "photos/dog.jpg").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ImageError, match=r"1 of the 13 images changed since they were labelled: dog\.jpg"):
+    with pytest.raises(ImageError, match=r"1 of the 13 images changed since they were labeled: dog\.jpg"):
         convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
 
 
@@ -517,7 +517,7 @@ def test_links_over_file_systems_say_what_to_do(made: Path, tmp_path: Path, monk
 def test_a_store_without_a_label(tmp_path: Path) -> None:
     with LabelStore(tmp_path / "store", class_list(CLASSES), {}):
         pass
-    with pytest.raises(StoreError, match="no labelled image in it"):
+    with pytest.raises(StoreError, match="no labeled image in it"):
         convert(tmp_path / "store", tmp_path, tmp_path / "out", "voc")
 
 
@@ -757,8 +757,8 @@ def test_coco_panoptic_is_the_label_map(made: Path, coco: Path) -> None:
     names = {image["id"]: original_path(image["file_name"]) for image in told["images"]}
     found = {}
     for each in told["annotations"]:
-        colours = np.array(Image.open(coco / "annotations/panoptic_train" / each["file_name"])).astype(int)
-        ids = colours[..., 0] + 256 * colours[..., 1] + 256**2 * colours[..., 2]
+        colors = np.array(Image.open(coco / "annotations/panoptic_train" / each["file_name"])).astype(int)
+        ids = colors[..., 0] + 256 * colors[..., 1] + 256**2 * colors[..., 2]
         label_map = np.full(ids.shape, 255, np.uint8)
         for segment in each["segments_info"]:
             mask = ids == segment["id"]

@@ -10,7 +10,7 @@ from wsss.runtime.convert.polygons import polygons_of
 
 
 def filled(polygon: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The even-odd rule at pixel centres, edges painted; edges are level, upright or diagonal only."""
+    """The even-odd rule at pixel centers, edges painted; edges are level, upright or diagonal only."""
     y, x = np.indices(shape)
     inside, edge = np.zeros(shape, bool), np.zeros(shape, bool)
     for (x0, y0), (x1, y1) in zip(polygon.tolist(), np.roll(polygon, -1, axis=0).tolist(), strict=True):

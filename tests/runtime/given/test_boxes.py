@@ -14,7 +14,7 @@ from wsss.batch import Boxes, Labels, Photograph
 from wsss.classes import class_list
 from wsss.photographs import read_photograph
 from wsss.runtime.given.boxes import turned
-from wsss.runtime.given.stages import GivenBoxes
+from wsss.runtime.given.stages import BoxesFromFile
 
 CLASSES = class_list(["dog", "cat"])
 NOTHING = Labels(np.zeros((0, 2), np.float32), np.zeros((0, 2), bool))
@@ -46,7 +46,7 @@ def black(height: int, width: int, orientation: int = 1) -> Photograph:
 
 def found(path: Path, photo: Photograph) -> tuple[Boxes, list[str]]:
     notes: list[str] = []
-    given = GivenBoxes(path, CLASSES, warn=notes.append)
+    given = BoxesFromFile(path, CLASSES, warn=notes.append)
     error = given.missing(photo)
     assert error is None, error
     return given([photo], NOTHING), notes
@@ -54,7 +54,7 @@ def found(path: Path, photo: Photograph) -> tuple[Boxes, list[str]]:
 
 def refused(path: Path, photo: Photograph, *words: str) -> None:
     """The image fails with these words in its message, and a hint."""
-    error = GivenBoxes(path, CLASSES).missing(photo)
+    error = BoxesFromFile(path, CLASSES).missing(photo)
     assert error is not None
     assert error.hint
     for word in words:

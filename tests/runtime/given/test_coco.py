@@ -12,7 +12,7 @@ import pytest
 from wsss.batch import Boxes, Labels, Photograph
 from wsss.classes import class_list
 from wsss.errors import WsssError
-from wsss.runtime.given.stages import GivenBoxes
+from wsss.runtime.given.stages import BoxesFromFile
 
 CLASSES = class_list(["dog", "potted plant"])
 NOTHING = Labels(np.zeros((0, 2), np.float32), np.zeros((0, 2), bool))
@@ -37,17 +37,17 @@ def annotation(**changes: Any) -> dict[str, Any]:
     return {"image_id": 9, "category_id": 18, "bbox": [1, 2, 10, 20]} | changes
 
 
-def given(tmp_path: Path, document: object, notes: list[str] | None = None) -> GivenBoxes:
+def given(tmp_path: Path, document: object, notes: list[str] | None = None) -> BoxesFromFile:
     path = tmp_path / "coco.json"
     path.write_text(json.dumps(document))
-    return GivenBoxes(path, CLASSES, warn=(notes if notes is not None else []).append)
+    return BoxesFromFile(path, CLASSES, warn=(notes if notes is not None else []).append)
 
 
 def photo(name: str = "a/x.jpg", height: int = 40, width: int = 60) -> Photograph:
     return Photograph(name=name, pixels=np.zeros((height, width, 3), np.uint8))
 
 
-def boxes(stage: GivenBoxes, *photos: Photograph) -> Boxes:
+def boxes(stage: BoxesFromFile, *photos: Photograph) -> Boxes:
     assert [stage.missing(each) for each in photos] == [None] * len(photos)
     return stage(photos, NOTHING)
 

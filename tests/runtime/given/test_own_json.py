@@ -11,7 +11,7 @@ import pytest
 from wsss.batch import Labels, Photograph
 from wsss.classes import class_list
 from wsss.errors import WsssError
-from wsss.runtime.given.stages import GivenBoxes
+from wsss.runtime.given.stages import BoxesFromFile
 
 CLASSES = class_list(["dog", "cat"])
 NOTHING = Labels(np.zeros((0, 2), np.float32), np.zeros((0, 2), bool))
@@ -34,7 +34,7 @@ def lines(path: Path, *records: dict[str, object]) -> Path:
 
 def test_own_json(tmp_path: Path) -> None:
     path = written(tmp_path / "b.json", {"a.jpg": [BOX, {"label": "dog", "xyxy": [0, 0, 5.5, 6]}], "b.jpg": []})
-    given = GivenBoxes(path, CLASSES)
+    given = BoxesFromFile(path, CLASSES)
     boxes = given([photo("b.jpg"), photo("a.jpg")], NOTHING)
     assert boxes.image.tolist() == [1, 1]
     assert boxes.label.tolist() == [2, 1]
@@ -65,7 +65,7 @@ def test_own_json(tmp_path: Path) -> None:
 )
 def test_a_bad_box_is_named_with_its_image(tmp_path: Path, box: object, said: str, hint: str) -> None:
     path = written(tmp_path / "boxes.json", {"a.jpg": [box], "b.jpg": [BOX]})
-    given = GivenBoxes(path, CLASSES)
+    given = BoxesFromFile(path, CLASSES)
     error = given.missing(photo("a.jpg"))
     assert error is not None
     assert f"{path}: a.jpg: " in error.message
@@ -78,7 +78,7 @@ def test_scores_in_percent_are_a_fault_of_the_file(tmp_path: Path) -> None:
     """An image whose scores are all below 1 % would pass."""
     path = written(tmp_path / "b.json", {"a.jpg": [BOX | {"score": 0.9}], "b.jpg": [BOX | {"score": 87}]})
     with pytest.raises(WsssError, match=r"b\.jpg: expected a score in 0\.\.1, got 87") as caught:
-        GivenBoxes(path, CLASSES)
+        BoxesFromFile(path, CLASSES)
     assert "percent" in caught.value.hint
 
 
@@ -86,12 +86,12 @@ def test_width_and_height_are_a_fault_of_the_file(tmp_path: Path) -> None:
     """An image whose objects are all wider than far from the edge would pass."""
     path = written(tmp_path / "b.json", {"a.jpg": [BOX], "b.jpg": [BOX | {"xyxy": [40, 1, 15, 50]}]})
     with pytest.raises(WsssError, match="got what looks like x, y, width, height"):
-        GivenBoxes(path, CLASSES)
+        BoxesFromFile(path, CLASSES)
 
 
 def test_too_many_boxes(tmp_path: Path) -> None:
     path = written(tmp_path / "b.json", {"a.jpg": [BOX] * 257, "b.jpg": [BOX] * 256 + [BOX | {"xyxy": [70, 70, 80, 80]}]})
-    given = GivenBoxes(path, CLASSES)
+    given = BoxesFromFile(path, CLASSES)
     assert "257 boxes, an image may have 256" in str(given.missing(photo("a.jpg")))
     assert given.missing(photo("b.jpg")) is None, "one is outside"
 
@@ -104,7 +104,7 @@ def test_a_manifest(tmp_path: Path) -> None:
         {"path": "d.jpg", "boxes": [BOX], "height": 30, "width": 60},
         {"path": "a.jpg", "boxes": [BOX], "height": 60, "width": 60},
     )
-    given = GivenBoxes(path, CLASSES)
+    given = BoxesFromFile(path, CLASSES)
     assert given([photo("a.jpg")], NOTHING).xyxy_image.tolist() == [[1, 2, 30, 40]], "the last line of a path counts"
     assert "has no entry in" in str(given.missing(photo("c.jpg")))
     assert "annotates a photograph of 60 x 30" in str(given.missing(photo("d.jpg")))
@@ -114,7 +114,7 @@ def test_a_store_and_its_shards(tmp_path: Path) -> None:
     written(tmp_path / "run.json", {"classes": ["dog", "cat"]})
     lines(tmp_path / "manifest-1-of-2.jsonl", {"path": "b.jpg", "boxes": [BOX]}, {"path": "a.jpg", "boxes": []})
     lines(tmp_path / "manifest.jsonl", {"path": "a.jpg", "boxes": [BOX]})
-    given = GivenBoxes(tmp_path, CLASSES)
+    given = BoxesFromFile(tmp_path, CLASSES)
     assert given([photo("a.jpg"), photo("b.jpg")], NOTHING).image.tolist() == [1]
 
 
@@ -122,7 +122,7 @@ def test_a_stores_boxes_are_those_of_the_upright_photograph(tmp_path: Path) -> N
     """A store knows no other: a square photograph that EXIF turns needs no announcement."""
     notes: list[str] = []
     path = lines(tmp_path / "m", {"path": "a.jpg", "boxes": [BOX], "height": 60, "width": 60})
-    given = GivenBoxes(path, CLASSES, warn=notes.append)
+    given = BoxesFromFile(path, CLASSES, warn=notes.append)
     assert given([photo("a.jpg", orientation=6)], NOTHING).xyxy_image.tolist() == [[1, 2, 30, 40]]
     assert notes == []
 
@@ -140,19 +140,19 @@ def test_a_stores_boxes_are_those_of_the_upright_photograph(tmp_path: Path) -> N
 def test_a_bad_line(tmp_path: Path, second: str, said: str) -> None:
     path = written(tmp_path / "m", json.dumps({"path": "x", "boxes": [BOX]}) + "\n" + second + "\n")
     with pytest.raises(WsssError, match=said) as caught:
-        GivenBoxes(path, CLASSES)
+        BoxesFromFile(path, CLASSES)
     assert caught.value.hint
 
 
 def test_a_store_without_boxes(tmp_path: Path) -> None:
     """A segmenter's: every photograph would be background."""
     with pytest.raises(WsssError, match="no line has a box"):
-        GivenBoxes(lines(tmp_path / "m", {"path": "a.jpg", "boxes": []}), CLASSES)
+        BoxesFromFile(lines(tmp_path / "m", {"path": "a.jpg", "boxes": []}), CLASSES)
 
 
 def test_the_threshold_leaves_out_weak_boxes(tmp_path: Path) -> None:
     path = written(tmp_path / "b.json", {"a.jpg": [BOX, BOX | {"score": 0.5, "label": "dog"}], "b.jpg": [BOX]})
-    given = GivenBoxes(path, CLASSES, threshold=0.3)
+    given = BoxesFromFile(path, CLASSES, threshold=0.3)
     assert [given.missing(photo(name)) for name in ("a.jpg", "b.jpg")] == [None, None]
     boxes = given([photo("a.jpg"), photo("b.jpg")], NOTHING)
     assert (boxes.label.tolist(), boxes.score.tolist()) == ([1], [0.5])

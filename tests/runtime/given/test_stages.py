@@ -14,7 +14,7 @@ from wsss.batch import Labels
 from wsss.classes import class_list
 from wsss.errors import WsssError
 from wsss.runtime.given.forms import given_hash
-from wsss.runtime.given.stages import GivenBoxes, GivenLabels
+from wsss.runtime.given.stages import BoxesFromFile, LabelsFromFile
 
 if TYPE_CHECKING:
     from ..conftest import World
@@ -38,7 +38,7 @@ def written(path: Path, told: object) -> Path:
 
 def test_labels_by_name(world: World, tmp_path: Path) -> None:
     path = written(tmp_path / "labels.json", {"a.jpg": ["cat"], "sub/b.jpg": [], "c.jpg": ["potted plant", "dog", "dog"]})
-    given = GivenLabels(path, CLASSES)
+    given = LabelsFromFile(path, CLASSES)
     labels = given([world.photo(3, 3, name) for name in ("c.jpg", "sub/b.jpg", "a.jpg")])
     assert labels.present.tolist() == [[True, False, True], [False, False, False], [False, True, False]]
     assert labels.score.dtype == np.float32
@@ -65,23 +65,23 @@ def test_names_are_matched_as_people_write_them(world: World, tmp_path: Path, ke
     path = written(tmp_path / "labels.json", {key: [name, "potted_plant"]})
     boxes = written(tmp_path / "boxes.json", {key: [{"label": name, "xyxy": [0, 0, 2, 3]}]})
     for photo in (world.photo(3, 3, "a/caf\u00e9.jpg"), world.photo(3, 3, "a/cafe\u0301.jpg")):
-        assert GivenLabels(path, CLASSES).missing(photo) is None
-        assert GivenLabels(path, CLASSES)([photo]).present.tolist() == [[True, False, True]]
-        assert GivenBoxes(boxes, CLASSES).missing(photo) is None
-        assert GivenBoxes(boxes, CLASSES)([photo], NOTHING).label.tolist() == [1]
+        assert LabelsFromFile(path, CLASSES).missing(photo) is None
+        assert LabelsFromFile(path, CLASSES)([photo]).present.tolist() == [[True, False, True]]
+        assert BoxesFromFile(boxes, CLASSES).missing(photo) is None
+        assert BoxesFromFile(boxes, CLASSES)([photo], NOTHING).label.tolist() == [1]
 
 
 @pytest.mark.parametrize("keys", [("a/x.jpg", "./a/x.jpg"), ("a/x.jpg", "a\\x.jpg"), ("caf\u00e9.jpg", "cafe\u0301.jpg")])
 def test_two_entries_of_one_photograph(tmp_path: Path, keys: tuple[str, str]) -> None:
     path = written(tmp_path / "x.json", {key: [] for key in keys})
-    for given in (GivenLabels, GivenBoxes):
+    for given in (LabelsFromFile, BoxesFromFile):
         with pytest.raises(WsssError, match="are the same photograph"):
             given(path, CLASSES)
 
 
 def test_one_entry_for_two_photographs(world: World, tmp_path: Path) -> None:
     path = written(tmp_path / "x.json", {"caf\u00e9.jpg": []})
-    for given in (GivenLabels(path, CLASSES), GivenBoxes(path, CLASSES)):
+    for given in (LabelsFromFile(path, CLASSES), BoxesFromFile(path, CLASSES)):
         for name in (both := ("caf\u00e9.jpg", "cafe\u0301.jpg")):
             assert "of 2 photographs" in str(given.missing(world.photo(3, 3, name), both))
         assert given.missing(world.photo(3, 3, "caf\u00e9.jpg"), ("caf\u00e9.jpg", "sub/caf\u00e9.jpg")) is None
@@ -102,7 +102,7 @@ def test_one_entry_for_two_photographs(world: World, tmp_path: Path) -> None:
 def test_bad_labels(tmp_path: Path, told: object, said: str) -> None:
     path = written(tmp_path / "labels.json", told)
     with pytest.raises(WsssError, match=re.escape(said)) as caught:
-        GivenLabels(path, CLASSES)
+        LabelsFromFile(path, CLASSES)
     assert caught.value.message.startswith(f"--labels {path}")
     assert caught.value.hint
 
@@ -110,41 +110,41 @@ def test_bad_labels(tmp_path: Path, told: object, said: str) -> None:
 def test_the_nearest_class_is_named(tmp_path: Path) -> None:
     path = written(tmp_path / "labels.json", {"a.jpg": ["Poted_Plant"]})
     with pytest.raises(WsssError) as caught:
-        GivenLabels(path, CLASSES)
+        LabelsFromFile(path, CLASSES)
     assert "did you mean 'potted plant'?" in caught.value.hint
     assert "--ignore-unknown" in caught.value.hint
 
 
 def test_no_labels_file(tmp_path: Path) -> None:
     with pytest.raises(WsssError, match=r"--labels .*none\.json: cannot be read"):
-        GivenLabels(tmp_path / "none.json", CLASSES)
+        LabelsFromFile(tmp_path / "none.json", CLASSES)
 
 
 # ---- classes that are not in the list ----
 
 
 def test_unknown_classes_are_left_out_and_counted(world: World, tmp_path: Path) -> None:
-    given = GivenLabels(written(tmp_path / "l.json", {"a": ["dog", "cow"], "b": ["cow", "yak"]}), CLASSES, ignore_unknown=True)
+    given = LabelsFromFile(written(tmp_path / "l.json", {"a": ["dog", "cow"], "b": ["cow", "yak"]}), CLASSES, ignore_unknown=True)
     assert given([world.photo(3, 3, "a"), world.photo(3, 3, "b")]).present.tolist() == [[True, False, False], [False] * 3]
     assert given.ignored == {"cow": 2, "yak": 1}
     for name, label in (("a", "dog"), ("b", "cow"), ("c", "cow"), ("d", "Cat")):
         written(tmp_path / "xml" / f"{name}.xml", XML.format(label))
     written(tmp_path / "xml" / "broken.xml", "<")
-    boxes = GivenBoxes(tmp_path / "xml", CLASSES, ignore_unknown=True)
+    boxes = BoxesFromFile(tmp_path / "xml", CLASSES, ignore_unknown=True)
     assert boxes.ignored == {"cow": 2}
     photos = [world.photo(9, 9, f"{name}.jpg") for name in "abd"]
     assert [boxes.missing(photo) for photo in photos] == [None] * 3
     assert boxes(photos, NOTHING).image.tolist() == [0, 2]
-    error = GivenBoxes(tmp_path / "xml", CLASSES).missing(photos[1])
+    error = BoxesFromFile(tmp_path / "xml", CLASSES).missing(photos[1])
     assert "b.xml: the class 'cow' is not in this run's list" in str(error)
 
 
 def test_leaving_out_everything_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WsssError, match="none of its classes is in this run's list: cow"):
-        GivenLabels(written(tmp_path / "l.json", {"a": ["cow"]}), CLASSES, ignore_unknown=True)
+        LabelsFromFile(written(tmp_path / "l.json", {"a": ["cow"]}), CLASSES, ignore_unknown=True)
     written(tmp_path / "xml" / "a.xml", XML.format("cow"))
     with pytest.raises(WsssError, match="none of its classes"):
-        GivenBoxes(tmp_path / "xml", CLASSES, ignore_unknown=True)
+        BoxesFromFile(tmp_path / "xml", CLASSES, ignore_unknown=True)
 
 
 # ---- which form ----
@@ -155,7 +155,7 @@ def test_boxes_from_a_voc_folder(world: World, tmp_path: Path) -> None:
     written(tmp_path / "xml" / "sub" / "x.xml", XML.format("potted plant"))
     written(tmp_path / "xml" / "flat.xml", "<annotation/>")
     written(tmp_path / "xml" / "readme.txt", "made by us")
-    given = GivenBoxes(tmp_path / "xml", CLASSES)
+    given = BoxesFromFile(tmp_path / "xml", CLASSES)
     boxes = given([world.photo(375, 500, "deep/flat.jpg"), world.photo(375, 500, "sub/x.jpg")], NOTHING)
     assert boxes.image.tolist() == [1]
     assert boxes.label.tolist() == [3]
@@ -176,7 +176,7 @@ def test_a_name_says_nothing_about_the_form(world: World, tmp_path: Path) -> Non
         (json.dumps({"a.jpg": [box]}), json.dumps(coco), line + "\n", line + "\n" + line.replace("a.jpg", "b"))
     ):
         path = written(tmp_path / f"boxes{number}.txt", "\ufeff" + text)
-        boxes = GivenBoxes(path, CLASSES)([world.photo(60, 60, "a.jpg")], NOTHING)
+        boxes = BoxesFromFile(path, CLASSES)([world.photo(60, 60, "a.jpg")], NOTHING)
         assert boxes.xyxy_image.tolist() == [[1, 2, 30, 40]]
         assert (boxes.label.tolist(), boxes.score.tolist()) == ([2], [0.25])
 
@@ -185,14 +185,14 @@ def test_a_folder_of_two_forms(tmp_path: Path) -> None:
     written(tmp_path / "x.xml", "<annotation/>")
     written(tmp_path / "x.txt", "0 0.5 0.5 0.1 0.1\n")
     with pytest.raises(WsssError, match=r"holds VOC XML files and YOLO labels: x\.xml, x\.txt"):
-        GivenBoxes(tmp_path, CLASSES)
+        BoxesFromFile(tmp_path, CLASSES)
 
 
 def test_a_folder_of_no_form(tmp_path: Path) -> None:
     written(tmp_path / "instances.json", "{}")
     written(tmp_path / "notes.txt", "nothing")
     with pytest.raises(WsssError, match="got a folder with none of them") as caught:
-        GivenBoxes(tmp_path, CLASSES)
+        BoxesFromFile(tmp_path, CLASSES)
     assert caught.value.hint == f"give the file itself: --boxes {tmp_path / 'instances.json'}"
 
 
@@ -214,14 +214,14 @@ def test_a_folder_of_no_form(tmp_path: Path) -> None:
 )
 def test_a_bad_boxes_file(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(WsssError, match=said) as caught:
-        GivenBoxes(written(tmp_path / "boxes.json", text), CLASSES)
+        BoxesFromFile(written(tmp_path / "boxes.json", text), CLASSES)
     assert caught.value.message.startswith(f"--boxes {tmp_path / 'boxes.json'}")
     assert caught.value.hint
 
 
 def test_no_boxes_there(tmp_path: Path) -> None:
     with pytest.raises(WsssError, match="no such file or folder") as caught:
-        GivenBoxes(tmp_path / "none", CLASSES)
+        BoxesFromFile(tmp_path / "none", CLASSES)
     assert "VOC XML" in caught.value.hint
 
 

@@ -12,7 +12,7 @@ from wsss.classes import class_list
 from wsss.errors import WsssError
 from wsss.runtime.given.boxes import GivenBox
 from wsss.runtime.given.names import twins_of
-from wsss.runtime.given.stages import GivenBoxes
+from wsss.runtime.given.stages import BoxesFromFile
 from wsss.runtime.given.voc import read_voc_xml
 
 CLASSES = class_list(["dog", "cat", "potted plant"])
@@ -35,8 +35,8 @@ def photo(name: str) -> Photograph:
 
 
 def reasons(folder: Path, *names: str) -> dict[str, str]:
-    """Why each of a run's photographs cannot be labelled; empty where it can."""
-    given, twins = GivenBoxes(folder, CLASSES), twins_of(names)
+    """Why each of a run's photographs cannot be labeled; empty where it can."""
+    given, twins = BoxesFromFile(folder, CLASSES), twins_of(names)
     return {name: str(given.missing(photo(name), twins.get(name, ())) or "") for name in names}
 
 
@@ -135,7 +135,7 @@ def test_two_files_of_one_image(tmp_path: Path) -> None:
     written(tmp_path / "x.xml", "<annotation/>")
     written(tmp_path / "x.XML", "<annotation/>")
     with pytest.raises(WsssError, match="of the same image"):
-        GivenBoxes(tmp_path, CLASSES)
+        BoxesFromFile(tmp_path, CLASSES)
 
 
 @pytest.mark.parametrize(

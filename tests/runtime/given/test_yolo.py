@@ -11,7 +11,7 @@ from wsss.batch import Labels, Photograph
 from wsss.classes import class_list
 from wsss.errors import WsssError
 from wsss.runtime.given.names import twins_of
-from wsss.runtime.given.stages import GivenBoxes
+from wsss.runtime.given.stages import BoxesFromFile
 
 CLASSES = class_list(["cat", "dog"])
 NOTHING = Labels(np.zeros((0, 2), np.float32), np.zeros((0, 2), bool))
@@ -41,7 +41,7 @@ def photo(name: str = "x.jpg", orientation: int = 1) -> Photograph:
     ],
 )
 def test_lines(tmp_path: Path, line: str, xyxy: list[float], score: float) -> None:
-    given = GivenBoxes(folder(tmp_path, f"{line}\n\n1 0.5 0.5 1 1\n"), CLASSES)
+    given = BoxesFromFile(folder(tmp_path, f"{line}\n\n1 0.5 0.5 1 1\n"), CLASSES)
     assert given.missing(photo()) is None
     boxes = given([photo("empty.jpg"), photo()], NOTHING)
     assert boxes.image.tolist() == [1, 1]
@@ -69,7 +69,7 @@ def test_lines(tmp_path: Path, line: str, xyxy: list[float], score: float) -> No
 def test_bad_lines(tmp_path: Path, line: str, said: str) -> None:
     labels = folder(tmp_path, f"{line}\n")
     (labels / "good.txt").write_text("0 0.5 0.5 0.1 0.1\n")
-    error = GivenBoxes(labels, CLASSES).missing(photo())
+    error = BoxesFromFile(labels, CLASSES).missing(photo())
     assert error is not None
     assert said in error.message
     assert "x.txt" in error.message
@@ -77,14 +77,14 @@ def test_bad_lines(tmp_path: Path, line: str, said: str) -> None:
 
 
 def test_a_photograph_without_a_file_has_none(tmp_path: Path) -> None:
-    error = GivenBoxes(folder(tmp_path, "0 0.5 0.5 0.1 0.1"), CLASSES).missing(photo("y.jpg"))
+    error = BoxesFromFile(folder(tmp_path, "0 0.5 0.5 0.1 0.1"), CLASSES).missing(photo("y.jpg"))
     assert error is not None
     assert "has no labels y.txt" in error.message
     assert "an empty file" in error.hint
 
 
 def test_one_file_for_two_photographs(tmp_path: Path) -> None:
-    given = GivenBoxes(folder(tmp_path, "0 0.5 0.5 0.1 0.1"), CLASSES)
+    given = BoxesFromFile(folder(tmp_path, "0 0.5 0.5 0.1 0.1"), CLASSES)
     twins = twins_of(["x.jpg", "x.png", "y.png"])
     for name in ("x.jpg", "x.png"):
         assert "of 2 photographs, and only one can be meant: x.jpg, x.png" in str(given.missing(photo(name), twins[name]))
@@ -92,7 +92,7 @@ def test_one_file_for_two_photographs(tmp_path: Path) -> None:
 
 def test_a_photograph_that_exif_turns_is_announced(tmp_path: Path) -> None:
     notes: list[str] = []
-    given = GivenBoxes(folder(tmp_path, "0 0.5 0.5 0.25 0.5"), CLASSES, warn=notes.append)
+    given = BoxesFromFile(folder(tmp_path, "0 0.5 0.5 0.25 0.5"), CLASSES, warn=notes.append)
     assert given([photo(orientation=6)], NOTHING).xyxy_image.tolist() == [[30, 10, 50, 30]]
     assert "turned by EXIF" in notes[0]
 
@@ -111,18 +111,18 @@ def test_lists_of_classes(tmp_path: Path, list_name: str, names: str) -> None:
     labels = folder(tmp_path, "0 0.5 0.5 0.25 0.5", "")
     (tmp_path / list_name).write_text(names, encoding="utf-8")
     (tmp_path / "other.yaml").write_text("epochs: 3\n")
-    assert GivenBoxes(labels, CLASSES)([photo()], NOTHING).label.tolist() == [2]
+    assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).label.tolist() == [2]
 
 
 def test_the_nearest_list_counts_and_two_must_agree(tmp_path: Path) -> None:
     labels = folder(tmp_path, "0 0.5 0.5 0.25 0.5", "cat\ndog\n")
     (labels / "classes.txt").write_text("dog\ncat\n")
-    assert GivenBoxes(labels, CLASSES)([photo()], NOTHING).label.tolist() == [2]
+    assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).label.tolist() == [2]
     (labels / "data.yaml").write_text("names: [dog, cat]\n")
-    assert GivenBoxes(labels, CLASSES)([photo()], NOTHING).label.tolist() == [2]
+    assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).label.tolist() == [2]
     (labels / "data.yaml").write_text("names: [cat, dog]\n")
     with pytest.raises(WsssError, match=r"several lists of classes that differ: classes\.txt, data\.yaml"):
-        GivenBoxes(labels, CLASSES)
+        BoxesFromFile(labels, CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +142,11 @@ def test_bad_lists_of_classes(tmp_path: Path, list_name: str, names: str, said: 
     labels = folder(tmp_path, "0 0.5 0.5 0.25 0.5", "")
     (tmp_path / list_name).write_text(names)
     with pytest.raises(WsssError, match=said) as caught:
-        if error := GivenBoxes(labels, CLASSES).missing(photo()):
+        if error := BoxesFromFile(labels, CLASSES).missing(photo()):
             raise error
     assert caught.value.hint
 
 
 def test_keypoints_follow_the_box(tmp_path: Path) -> None:
     labels = folder(tmp_path, "0 0.5 0.5 0.25 0.5 0.1 0.1 2 0.2 0.2 0", "names: [dog]\nkpt_shape: [2, 3]\n", "data.yaml")
-    assert GivenBoxes(labels, CLASSES)([photo()], NOTHING).xyxy_image.tolist() == [[30, 10, 50, 30]]
+    assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).xyxy_image.tolist() == [[30, 10, 50, 30]]

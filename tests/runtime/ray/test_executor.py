@@ -59,7 +59,7 @@ def open_labeler(bundle, *, dies_once="", dies_of="", margin=0.1, full=False, re
         labelstore._save = no_room
     return pipeline.Labeler.open(bundle, classes=world.classes, rules=pipeline.Rules(margin=margin))
 """
-Crew = Callable[..., Any]
+Executor = Callable[..., Any]
 NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
 
 
@@ -89,16 +89,16 @@ def cluster(modules: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
-def crew(cluster: Any, modules: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Crew:
-    """``crew(...)``: labelers with scripted engines, opened with these arguments."""
-    from wsss.runtime.ray.executor import RayCrew
+def executor(cluster: Any, modules: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Executor:
+    """``executor(...)``: labelers with scripted engines, opened with these arguments."""
+    from wsss.runtime.ray.executor import RayExecutor
 
     monkeypatch.syspath_prepend(modules)
     import scripted_ray  # type: ignore[import-not-found]
 
-    def start(workers: int = 3, *, gpu: bool | None = False, **how: object) -> RayCrew:
+    def start(workers: int = 3, *, gpu: bool | None = False, **how: object) -> RayExecutor:
         opener = partial(scripted_ray.open_labeler, world.bundle, **how)
-        return RayCrew(opener, workers=workers, gpu=gpu, batch=2)
+        return RayExecutor(opener, workers=workers, gpu=gpu, batch=2)
 
     return start
 
@@ -143,11 +143,11 @@ def whole(world: World, many: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 def test_three_nodes_make_the_same_store_though_a_labeler_is_killed(
-    crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes], world: World
+    executor: Executor, many: Path, tmp_path: Path, whole: dict[str, bytes], world: World
 ) -> None:
     (world.bundle / "die").touch()
     said: list[str] = []
-    with crew(dies_once="30.png") as labelers:
+    with executor(dies_once="30.png") as labelers:
         summary = label_folder(labelers, many, tmp_path / "out", warn=said.append)
     assert not (world.bundle / "die").exists()
     assert (summary.labelled, summary.failed, summary.images) == (60, 2, 62)
@@ -157,8 +157,10 @@ def test_three_nodes_make_the_same_store_though_a_labeler_is_killed(
     assert contents(tmp_path / "out") == whole
 
 
-def test_an_image_that_kills_labelers_fails_alone(crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
-    with crew(2, dies_of="23.png") as labelers:
+def test_an_image_that_kills_labelers_fails_alone(
+    executor: Executor, many: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    with executor(2, dies_of="23.png") as labelers:
         summary = label_folder(labelers, many, tmp_path / "out", warn=quiet)
     assert (summary.labelled, summary.failed) == (59, 3)
     failed = {record["path"]: record["error"] for record in read_records(tmp_path / "out") if "error" in record}
@@ -167,28 +169,28 @@ def test_an_image_that_kills_labelers_fails_alone(crew: Crew, many: Path, tmp_pa
     assert labels == {name: data for name, data in whole.items() if name.startswith("labels/") and name != "labels/23.png"}
 
 
-def test_what_a_labeler_cannot_do_is_said(crew: Crew, many: Path, tmp_path: Path) -> None:
+def test_what_a_labeler_cannot_do_is_said(executor: Executor, many: Path, tmp_path: Path) -> None:
     with pytest.raises(WsssError, match="no such bundle") as caught:
-        crew(1, refuses="no such bundle")
+        executor(1, refuses="no such bundle")
     assert caught.value.hint == "do something"
-    with crew(1, full=True) as labelers, pytest.raises(StoreError, match="No space left"):
+    with executor(1, full=True) as labelers, pytest.raises(StoreError, match="No space left"):
         label_folder(labelers, many, tmp_path / "out", warn=quiet)
 
 
 def test_a_run_whose_driver_is_killed_goes_on_and_may_be_stopped(
-    crew: Crew, cluster: Any, world: World, more: Path, modules: Path, tmp_path: Path, whole: dict[str, bytes]
+    executor: Executor, cluster: Any, world: World, more: Path, modules: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     out = tmp_path / "out"
     script = f"""
         from functools import partial
         from pathlib import Path
         import scripted_ray
-        from wsss.runtime.ray.executor import RayCrew
+        from wsss.runtime.ray.executor import RayExecutor
         from wsss.runtime.run.label_folder import label_folder
 
         opener = partial(scripted_ray.open_labeler, Path({str(world.bundle)!r}), slow=0.05)
-        with RayCrew(opener, address={cluster.address!r}, workers=2, gpu=False, batch=2) as crew:
-            label_folder(crew, Path({str(more)!r}), Path({str(out)!r}), progress=lambda _: print("progress", flush=True))
+        with RayExecutor(opener, address={cluster.address!r}, workers=2, gpu=False, batch=2) as executor:
+            label_folder(executor, Path({str(more)!r}), Path({str(out)!r}), progress=lambda _: print("progress", flush=True))
     """
     env = {**os.environ, "PYTHONPATH": f"{modules}:{Path(__file__).parents[3]}"}
     driver = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=env, stdout=subprocess.PIPE, text=True)
@@ -199,7 +201,7 @@ def test_a_run_whose_driver_is_killed_goes_on_and_may_be_stopped(
     records = list(read_records(out))
     assert 0 < len(records) < 400
     stop = threading.Event()
-    with crew(2, slow=0.05) as labelers:
+    with executor(2, slow=0.05) as labelers:
         summary = label_folder(labelers, more, out, stop=stop, progress=lambda _: stop.set(), warn=quiet)
     assert summary.stopped
     assert summary.skipped == len(records)
@@ -210,7 +212,7 @@ def test_a_run_whose_driver_is_killed_goes_on_and_may_be_stopped(
 
 
 def test_a_node_that_is_lost_is_not_waited_for(  # the last one: it takes a node away
-    crew: Crew, cluster: Any, many: Path, tmp_path: Path, whole: dict[str, bytes]
+    executor: Executor, cluster: Any, many: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     lost = threading.Event()
 
@@ -219,7 +221,7 @@ def test_a_node_that_is_lost_is_not_waited_for(  # the last one: it takes a node
             lost.set()
             cluster.remove_node(cluster.others[-1], allow_graceful=False)
 
-    with crew(slow=0.2) as labelers:
+    with executor(slow=0.2) as labelers:
         summary = label_folder(labelers, many, tmp_path / "out", progress=lose, warn=quiet)
     assert (summary.labelled, summary.failed) == (60, 2)
     assert contents(tmp_path / "out") == whole
@@ -236,7 +238,7 @@ def test_the_command_asks_for_a_cluster(
         asked.append({**opener.keywords, **how})
         raise WsssError("no cluster today")
 
-    monkeypatch.setattr(on_ray, "RayCrew", refuse)
+    monkeypatch.setattr(on_ray, "RayExecutor", refuse)
     words = ["label", photos, "--classes", "red, green, blue", "--bundle", world.bundle, "--out", tmp_path / "out", "--on", "ray"]
     assert wsss(*words).code == 1
     assert wsss(*words, "--ray-address", "head:6379", "--workers", "4", "--device", "cuda", "--batch", "3").code == 1

@@ -74,7 +74,7 @@ def test_seconds_an_image_over_all_runs(store: Path, photos: Path, tmp_path: Pat
 def test_the_classes_are_counted(store: Path, photos: Path, tmp_path: Path) -> None:
     red, green, blue = data_of(write_report(store, photos, tmp_path / "page.html"))["classes"]
     assert red["name"] == "red"
-    assert red["colour"] == f"rgb({', '.join(map(str, palette()[1]))})"
+    assert red["color"] == f"rgb({', '.join(map(str, palette()[1]))})"
     assert [(each["images"], each["boxes"], each["unboxed"]) for each in (red, green, blue)] == [(4, 4, 0), (2, 2, 0), (2, 2, 0)]
     # Rectangles of conftest.photos: 20x20, 24x32, 20x30, 20x20; the scripted SAM outlines on a coarse grid.
     assert red["pixels"] == pytest.approx(400 + 768 + 600 + 400, rel=0.15)

@@ -1,4 +1,4 @@
-"""Thumbnails: right colours, made once, made again when what they show has changed, and notes instead of crashes."""
+"""Thumbnails: right colors, made once, made again when what they show has changed, and notes instead of crashes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shown(picture: Image.Image) -> np.ndarray:
     return np.array(picture.convert("RGBA"))
 
 
-def test_a_label_has_its_colours_a_white_line_and_a_clear_background() -> None:
+def test_a_label_has_its_colors_a_white_line_and_a_clear_background() -> None:
     label_map = np.zeros((7, 9), np.uint8)
     label_map[1:6, 1:6] = 2
     label_map[:, 8] = 255
@@ -52,7 +52,7 @@ def test_a_smaller_label_samples_the_middle_of_each_patch() -> None:
     assert (shown(label_picture(label_map, (3, 3)))[:, :, 3] > 0).tolist() == [[False] * 3, [False, True, False], [False] * 3]
 
 
-def test_a_label_of_all_values_keeps_its_colours() -> None:
+def test_a_label_of_all_values_keeps_its_colors() -> None:
     label_map = np.arange(256, dtype=np.uint8).reshape(16, 16)
     assert (shown(label_picture(label_map, (16, 16)))[:, :, :3].reshape(-1, 3) == palette()).all()
 

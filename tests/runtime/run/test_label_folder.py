@@ -249,7 +249,7 @@ def test_images_that_hold_nothing_and_classes_never_found(world: World, photos: 
     said.clear()
     second = run(world, photos, out, warn=said.append)
     assert (second.skipped, second.labelled, second.empty, second.never_found) == (2, 1, 2, ["red", "blue"])
-    assert second.warned == 2, "those that were labelled before count too"
+    assert second.warned == 2, "those that were labeled before count too"
     assert said[-1] == "2 of 3 images hold none of the classes; never found: red, blue"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from wsss.runtime.images import stacked
-from wsss.runtime.run.prefetch import Budget, Hands, behind
+from wsss.runtime.run.prefetch import Budget, PriorityThreadPool, prefetched
 
 
 def counting(made: list[int], count: int = 100) -> Generator[int, None, None]:
@@ -22,13 +22,13 @@ def counting(made: list[int], count: int = 100) -> Generator[int, None, None]:
 
 def test_all_items_in_order_through_several_threads() -> None:
     made: list[int] = []
-    squares = behind((number * number for number in behind(counting(made), 3)), 2)
+    squares = prefetched((number * number for number in prefetched(counting(made), 3)), 2)
     assert list(squares) == [number * number for number in range(100)]
 
 
 def test_no_more_is_made_than_fits() -> None:
     made: list[int] = []
-    items = behind(counting(made), 4)
+    items = prefetched(counting(made), 4)
     assert next(items) == 0
     time.sleep(0.05)
     assert len(made) <= 1 + 4 + 1, "one taken, four waiting, one in hand"
@@ -45,7 +45,7 @@ def test_closing_ends_the_threads_and_the_source() -> None:
         finally:
             closed.set()
 
-    items = behind(behind(source()))
+    items = prefetched(prefetched(source()))
     assert next(items) == 1
     items.close()
     assert closed.wait(1)
@@ -57,7 +57,7 @@ def test_an_error_comes_after_the_items_before_it() -> None:
         yield 1
         raise ValueError("broken")
 
-    items = behind(behind(source()))
+    items = prefetched(prefetched(source()))
     assert next(items) == 1
     with pytest.raises(ValueError, match="broken"):
         next(items)
@@ -71,7 +71,7 @@ def test_closing_frees_a_source_that_waits() -> None:
         free.wait()
         yield 2
 
-    items = behind(source(), on_close=free.set)
+    items = prefetched(source(), on_close=free.set)
     assert next(items) == 1
     items.close()
     assert free.is_set()
@@ -117,7 +117,7 @@ def test_rows_side_by_side_are_stacked_without_a_copy() -> None:
 
 
 def test_hands_do_the_most_urgent_first_and_then_what_came_first() -> None:
-    hands, gate, done = Hands(1), threading.Event(), list[str]()
+    hands, gate, done = PriorityThreadPool(1), threading.Event(), list[str]()
     hands.submit(0, gate.wait)
     futures = [hands.submit(urgency, done.append, name) for urgency, name in ((0, "c"), (2, "a"), (0, "d"), (1, "b"))]
     gate.set()
@@ -128,7 +128,7 @@ def test_hands_do_the_most_urgent_first_and_then_what_came_first() -> None:
 
 
 def test_hands_pass_errors_on_and_drop_what_waits_when_closed() -> None:
-    hands, gate = Hands(1), threading.Event()
+    hands, gate = PriorityThreadPool(1), threading.Event()
     broken = hands.submit(0, lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         broken.result(timeout=5)

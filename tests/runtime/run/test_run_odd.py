@@ -1,4 +1,4 @@
-"""A folder of everything that users have: each file ends in exactly one line, good ones labelled, bad ones named, no crash."""
+"""A folder of everything that users have: each file ends in exactly one line, good ones labeled, bad ones named, no crash."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def encoded(image: Image.Image, kind: str, **how: object) -> bytes:
     return buffer.getvalue()
 
 
-def png_of(width: int, height: int, data: bytes = b"", depth: int = 8, colour: int = 0) -> bytes:
+def png_of(width: int, height: int, data: bytes = b"", depth: int = 8, color: int = 0) -> bytes:
     """A PNG whose header claims a size, whatever its data."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
@@ -215,11 +215,11 @@ def test_every_odd_file_ends_in_one_line(world: World, folder: Path, tmp_path: P
 
 
 def test_the_chain_sees_what_is_in_them(world: World, folder: Path, tmp_path: Path) -> None:
-    """Where the colour survives the format, the red rectangle is found and outlined."""
+    """Where the color survives the format, the red rectangle is found and outlined."""
     label_folder(Labeler.open(world.bundle, classes=world.classes), folder, tmp_path / "store", warn=lambda _: None)
     found = {record["path"]: record for record in read_records(tmp_path / "store") if record.get("boxes")}
-    colourful = {name for name in GOOD if name.startswith(("turned", "twin", "sub", "moving", "-rf", "old", "dots"))}
-    assert colourful <= set(found)
+    colorful = {name for name in GOOD if name.startswith(("turned", "twin", "sub", "moving", "-rf", "old", "dots"))}
+    assert colorful <= set(found)
     upright = read_label(tmp_path / "store" / "labels" / found["turned-6.png"]["label"])
     assert np.array_equal(upright > 0, np.rot90(read_label(tmp_path / "store" / "labels" / "old.png") > 0, -1))
 

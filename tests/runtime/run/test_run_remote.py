@@ -120,7 +120,7 @@ def test_any_mix_of_here_and_there_makes_the_same_labels(
     assert by_image(found, lambda name: (tmp_path / "from-there" / name).read_bytes()) == want
     for name, out in ((photos, "from-here"), (photos_url, "there")):
         answer = label(name, f"{bucket.url}/{out}")
-        assert (answer.code, answer.out.split(",")[0]) == (0, f"{bucket.url}/{out}: 5 labelled (7 boxes)")
+        assert (answer.code, answer.out.split(",")[0]) == (0, f"{bucket.url}/{out}: 5 labeled (7 boxes)")
         assert by_image(records(bucket, out), lambda name, out=out: bucket.get(f"{out}/{name}")) == want  # type: ignore[misc]
     assert bucket.keys("from-here/") == [
         "from-here/classes.json",
@@ -136,15 +136,15 @@ def test_any_mix_of_here_and_there_makes_the_same_labels(
 
 
 def test_one_object_and_a_list(label: Run, bucket: Bucket, photos: Path, photos_url: str, tmp_path: Path) -> None:
-    assert "1 labelled (1 boxes)" in label(f"{photos_url}/red.png", f"{bucket.url}/one").out
+    assert "1 labeled (1 boxes)" in label(f"{photos_url}/red.png", f"{bucket.url}/one").out
     assert list(records(bucket, "one")) == ["red.png"]
     names = [f"{photos_url}/two.png", "photos/green.png", f"{photos_url}/none.png", "photos/green.png"]
     (tmp_path / "list.txt").write_text("\n".join(names))
     answer = label("list.txt", "store")
-    assert (answer.code, "2 labelled (3 boxes), 0 already done, 1 failed" in answer.out) == (1, True)
+    assert (answer.code, "2 labeled (3 boxes), 0 already done, 1 failed" in answer.out) == (1, True)
     assert f"failed: {photos_url}/none.png: cannot be read: not found" in answer.err
     again = label("list.txt", "store")
-    assert (again.code, "0 labelled (0 boxes), 3 already done (1 of them failed" in again.out) == (0, True)
+    assert (again.code, "0 labeled (0 boxes), 3 already done (1 of them failed" in again.out) == (0, True)
     for record in read_records(tmp_path / "store"):
         assert "error" in record or read_label(tmp_path / "store" / "labels" / record["label"]).any()
 
@@ -157,7 +157,7 @@ def test_only_what_changed_is_done_again(label: Run, bucket: Bucket, world: Worl
     label(photos_url, out)
     before = bucket.contents("store")
     answer = label(photos_url, out)
-    assert "0 labelled (0 boxes), 5 already done, 0 failed" in answer.out
+    assert "0 labeled (0 boxes), 5 already done, 0 failed" in answer.out
     assert bucket.contents("store") == before
 
     bucket.put("photos/red.png", world.save(tmp_path / "x.png", 48, 64, green=(8, 8, 32, 40)).read_bytes())
@@ -167,7 +167,7 @@ def test_only_what_changed_is_done_again(label: Run, bucket: Bucket, world: Worl
     part = {"Bucket": bucket.name, "Key": "photos/two.png", "UploadId": same["UploadId"]}
     tag = bucket.client.upload_part(**part, PartNumber=1, Body=bucket.get("photos/two.png"))["ETag"]
     bucket.client.complete_multipart_upload(**part, MultipartUpload={"Parts": [{"ETag": tag, "PartNumber": 1}]})
-    assert "3 labelled (2 boxes), 3 already done, 0 failed" in label(photos_url, out).out
+    assert "3 labeled (2 boxes), 3 already done, 0 failed" in label(photos_url, out).out
     assert list(records(bucket)) == sorted([*NAMES, "new.png"])
     assert list(records(bucket)["red.png"]["classes"]) == ["green"]
     assert bucket.get("store/labels/green.png.png") == before["labels/green.png.png"]
@@ -178,13 +178,13 @@ def test_a_bad_object_is_named_and_tried_again_when_asked(label: Run, bucket: Bu
     bucket.put("photos/bad.jpg", b"no image")
     bucket.put("photos/empty.jpg", b"")
     answer = label(photos_url, out)
-    assert (answer.code, "5 labelled (7 boxes), 0 already done, 2 failed" in answer.out) == (1, True)
+    assert (answer.code, "5 labeled (7 boxes), 0 already done, 2 failed" in answer.out) == (1, True)
     assert "failed: bad.jpg: not a readable image" in answer.err
     assert records(bucket)["bad.jpg"]["etag"]
     assert "7 already done (2 of them failed: --retry-failed)" in label(photos_url, out).out
     assert "5 already done, 2 failed" in label(photos_url, out, "--retry-failed").out
     bucket.put("photos/bad.jpg", bucket.get("photos/two.png"))
-    assert "1 labelled (2 boxes), 6 already done (1 of them failed" in label(photos_url, out).out
+    assert "1 labeled (2 boxes), 6 already done (1 of them failed" in label(photos_url, out).out
     assert len(records(bucket)) == 7
 
 
@@ -321,7 +321,7 @@ def test_an_object_that_may_not_be_read_fails_by_name(
 
     monkeypatch.setattr(RemoteFolder, "read", forbidden)
     answer = label(photos_url, f"{bucket.url}/store")
-    assert (answer.code, "4 labelled (6 boxes), 0 already done, 1 failed" in answer.out) == (1, True)
+    assert (answer.code, "4 labeled (6 boxes), 0 already done, 1 failed" in answer.out) == (1, True)
     assert "failed: red.png: cannot be read: Access Denied" in answer.err
 
 

@@ -125,7 +125,7 @@ def test_an_object_is_read_and_stamped(bucket: Bucket) -> None:
 
 def test_an_object_that_is_too_long_is_not_read(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.put("a.jpg", b"12345")
-    monkeypatch.setattr(sources, "MOST_BYTES", 4)
+    monkeypatch.setattr(sources, "MAX_BYTES", 4)
     monkeypatch.setattr(RemoteFolder, "read", None)
     with pytest.raises(ImageError, match=r"a\.jpg: expected at most 4 bytes, got 5"):
         RemoteImages(RemoteFolder(bucket.url)).read("a.jpg")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from wsss.errors import StoreError
-from wsss.runtime.device import Turns
+from wsss.runtime.device import FairLock
 from wsss.runtime.labeler import Labeler
 from wsss.runtime.run import stream
 from wsss.runtime.run.stream import Receipt, Stream, Task
@@ -34,7 +34,7 @@ def labels(tmp_path: Path) -> LabelFolder:
 
 def start(world: World, folder: Path, labels: LabelFolder, *, batch: int = 2, at_once: int = 1, callers: int = 1) -> Stream:
     labeler = Labeler.open(world.bundle, classes=world.classes)
-    labeler.device.turn, labeler.device.callers = Turns(at_once), callers
+    labeler.device.turn, labeler.device.callers = FairLock(at_once), callers
     return Stream(labeler, folder, labels, batch=batch, stop=threading.Event())
 
 
@@ -147,7 +147,7 @@ def test_an_encoder_that_holds_its_callers_has_the_next_call_waiting(
 def test_large_photographs_come_one_by_one(
     world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch, small: int, limit: str
 ) -> None:
-    """A budget smaller than any two photographs: everything is labelled all the same."""
+    """A budget smaller than any two photographs: everything is labeled all the same."""
     if limit == "PIXEL_BYTES":
         monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 3)
     else:

@@ -51,12 +51,12 @@ def open_labeler(bundle, *, dies_once="", dies_of="", margin=0.1, full=False, re
         labelstore._save = no_room
     return pipeline.Labeler.open(bundle, classes=world.classes, rules=pipeline.Rules(margin=margin))
 """
-Crew = Callable[..., Workers]
+Executor = Callable[..., Workers]
 
 
 @pytest.fixture
-def crew(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Crew:
-    """``crew({...}, {...})``: workers with scripted engines, each opened with these arguments."""
+def executor(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Executor:
+    """``executor({...}, {...})``: workers with scripted engines, each opened with these arguments."""
     (tmp_path / "scripted_labeler.py").write_text(SCRIPTED.format(conftest=str(Path(__file__).parents[2] / "conftest.py")))
     monkeypatch.syspath_prepend(tmp_path)
     import scripted_labeler  # type: ignore[import-not-found]
@@ -88,9 +88,9 @@ def whole(world: World, many: Path, tmp_path: Path) -> dict[str, bytes]:
     return contents(tmp_path / "whole")
 
 
-def test_two_workers_make_the_same_store(crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_two_workers_make_the_same_store(executor: Executor, many: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
     seen: list[Summary] = []
-    with crew({}, {}) as workers:
+    with executor({}, {}) as workers:
         summary = label_folder(workers, many, tmp_path / "out", warn=quiet, progress=seen.append)
     assert (summary.labelled, summary.failed, summary.images) == (24, 1, 25)
     assert summary.engine_seconds > 0
@@ -99,29 +99,29 @@ def test_two_workers_make_the_same_store(crew: Crew, many: Path, tmp_path: Path,
     assert len(seen) > 1
 
 
-def test_workers_warn_of_strange_classes_once(crew: Crew, world: World, capfd: pytest.CaptureFixture[str]) -> None:
+def test_workers_warn_of_strange_classes_once(executor: Executor, world: World, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("clip", "grounding-dino", "sam"):
         write_manifest(world.bundle / name, dataclasses.replace(world.model(name).manifest, variant="mini"))
-    with pytest.warns(WsssWarning, match="none of the 3 classes is among them") as caught, crew({}, {}):
+    with pytest.warns(WsssWarning, match="none of the 3 classes is among them") as caught, executor({}, {}):
         pass
     assert len(caught) == 1
     assert "WsssWarning" not in capfd.readouterr().err, "not in each process"
 
 
 def test_a_dead_worker_s_images_are_redone_by_the_other(
-    crew: Crew, world: World, many: Path, tmp_path: Path, whole: dict[str, bytes]
+    executor: Executor, world: World, many: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     (world.bundle / "die").touch()
     said: list[str] = []
-    with crew({"dies_once": "05.png"}, {"dies_once": "05.png"}) as workers:
+    with executor({"dies_once": "05.png"}, {"dies_once": "05.png"}) as workers:
         summary = label_folder(workers, many, tmp_path / "out", warn=said.append)
     assert (summary.labelled, summary.failed) == (24, 1)
     assert any("the worker on cpu died (SIGKILL)" in line for line in said)
     assert contents(tmp_path / "out") == whole
 
 
-def test_an_image_that_kills_workers_fails_and_the_run_goes_on(crew: Crew, many: Path, tmp_path: Path) -> None:
-    with crew(*[{"dies_of": "23.png"}] * 3) as workers:
+def test_an_image_that_kills_workers_fails_and_the_run_goes_on(executor: Executor, many: Path, tmp_path: Path) -> None:
+    with executor(*[{"dies_of": "23.png"}] * 3) as workers:
         summary = label_folder(workers, many, tmp_path / "out", warn=quiet)
     assert summary.labelled + summary.failed == summary.images == 25
     failed = {record["path"]: record["error"] for record in read_records(tmp_path / "out") if "error" in record}
@@ -129,32 +129,32 @@ def test_an_image_that_kills_workers_fails_and_the_run_goes_on(crew: Crew, many:
 
 
 def test_when_all_workers_die_the_store_goes_on_later(
-    crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes], world: World
+    executor: Executor, many: Path, tmp_path: Path, whole: dict[str, bytes], world: World
 ) -> None:
-    with crew({"dies_of": "20.png"}) as workers, pytest.raises(WsssError, match="all workers died") as caught:
+    with executor({"dies_of": "20.png"}) as workers, pytest.raises(WsssError, match="all workers died") as caught:
         label_folder(workers, many, tmp_path / "out", warn=quiet)
     assert "goes on" in caught.value.hint
     label_folder(Labeler.open(world.bundle, classes=world.classes), many, tmp_path / "out", warn=quiet)
     assert contents(tmp_path / "out") == whole
 
 
-def test_what_a_worker_cannot_do_is_said(crew: Crew, many: Path, tmp_path: Path) -> None:
+def test_what_a_worker_cannot_do_is_said(executor: Executor, many: Path, tmp_path: Path) -> None:
     with pytest.raises(WsssError, match="no such bundle") as caught:
-        crew({}, {"refuses": "no such bundle"})
+        executor({}, {"refuses": "no such bundle"})
     assert caught.value.hint == "do something"
     with pytest.raises(WsssError, match="would label with other settings"):
-        crew({}, {"margin": 0.3})
-    with crew({"full": True}) as workers, pytest.raises(StoreError, match="No space left"):
+        executor({}, {"margin": 0.3})
+    with executor({"full": True}) as workers, pytest.raises(StoreError, match="No space left"):
         label_folder(workers, many, tmp_path / "out", warn=quiet)
 
 
 def test_stopped_workers_finish_what_they_began(
-    crew: Crew, many: Path, tmp_path: Path, whole: dict[str, bytes], world: World
+    executor: Executor, many: Path, tmp_path: Path, whole: dict[str, bytes], world: World
 ) -> None:
     for number in range(500):
         world.save(many / f"more-{number}.png", 30, 40, blue=(3, 3, 30, 30))
     stop = threading.Event()
-    with crew({}, {}) as workers:
+    with executor({}, {}) as workers:
         summary = label_folder(workers, many, tmp_path / "out", stop=stop, progress=lambda _: stop.set(), warn=quiet)
     assert summary.stopped
     assert 0 < summary.labelled < 520

@@ -134,7 +134,7 @@ def test_true_labels_from_a_file(score: Run, tmp_path: Path) -> None:
     store(tmp_path / "store")
     (tmp_path / "labels.json").write_text(json.dumps({"a.jpg": ["cat"], "sub/b.jpg": [], "c.jpg": ["cat"]}))
     told = json.loads(score("--json", "--labels", "labels.json", predicted="store").out)
-    # cat: sub/b 0.5 wrong, a 0.2 right, c (not labelled, so 0) right
+    # cat: sub/b 0.5 wrong, a 0.2 right, c (not labeled, so 0) right
     assert told["labels"]["map"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert told["labels"]["recall"] == pytest.approx(1 / 2)
     refused(score("--labels", "labels.json"), 1, "--labels labels.json: predicted is no label store")

@@ -27,14 +27,14 @@ def write(path: Path, label_map: np.ndarray = MAP, mode: str = "P") -> Path:
     return path
 
 
-def packed_png(path: Path, rows: list[bytes], width: int, depth: int, colour: int) -> Path:
+def packed_png(path: Path, rows: list[bytes], width: int, depth: int, color: int) -> Path:
     """A PNG made by hand, with any bit depth."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
-    palette = chunk(b"PLTE", bytes(range(48))) if colour == 3 else b""
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, color, 0, 0, 0)
+    palette = chunk(b"PLTE", bytes(range(48))) if color == 3 else b""
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
     return path
@@ -50,14 +50,14 @@ def test_palette_and_grey_are_read_as_indices(tmp_path: Path, mode: str) -> None
     assert np.array_equal(found, MAP)
 
 
-@pytest.mark.parametrize("colour", [0, 3], ids=["grey", "palette"])
+@pytest.mark.parametrize("color", [0, 3], ids=["grey", "palette"])
 @pytest.mark.parametrize(
     ("depth", "row", "want"), [(1, 0b10110000, [1, 0, 1, 1]), (2, 0b00011011, [0, 1, 2, 3]), (4, None, [7, 0, 15, 2])]
 )
-def test_few_bits_are_not_stretched(tmp_path: Path, depth: int, colour: int, row: int | None, want: list[int]) -> None:
-    """Pillow shows a grey PNG of 2 bits as 0, 85, 170, 255: other labels, and void."""
+def test_few_bits_are_not_stretched(tmp_path: Path, depth: int, color: int, row: int | None, want: list[int]) -> None:
+    """Pillow shows a gray PNG of 2 bits as 0, 85, 170, 255: other labels, and void."""
     data = bytes([0x70, 0xF2]) if row is None else bytes([row])
-    found = read_label_map(packed_png(tmp_path / "a.png", [data, data], 4, depth, colour))
+    found = read_label_map(packed_png(tmp_path / "a.png", [data, data], 4, depth, color))
     assert found.tolist() == [want, want]
     assert found.dtype == np.uint8
 
@@ -69,7 +69,7 @@ def test_sixteen_bits_hold_labels_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
-def test_colours_are_no_labels(tmp_path: Path, mode: str) -> None:
+def test_colors_are_no_labels(tmp_path: Path, mode: str) -> None:
     Image.fromarray(MAP).convert(mode).save(tmp_path / "a.png")
     with pytest.raises(StoreError, match=rf"a\.png: expected labels as indices .* got mode {mode}") as caught:
         read_label_map(tmp_path / "a.png")

@@ -151,7 +151,7 @@ def test_what_never_ends_or_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read_label_dictionary(tmp_path / "pipe.npy")
     np.save(tmp_path / "labels.npy", {"a": np.ones(3)}, allow_pickle=True)  # type: ignore[arg-type]
     assert list(read_label_dictionary(tmp_path / "labels.npy")) == ["a"]
-    monkeypatch.setattr(evaluate_pickle, "MOST_OPCODES", 9)
+    monkeypatch.setattr(evaluate_pickle, "MAX_OPCODES", 9)
     with pytest.raises(WsssError, match="a pickle of more than 9 steps"):
         read_label_dictionary(tmp_path / "labels.npy")
 

@@ -52,11 +52,11 @@ def refused(answer: Answer, code: int, *said: str) -> None:
 def test_label_a_folder_and_again(label: Run, tmp_path: Path) -> None:
     first = label("--log-level", "info")
     assert first.code == 0
-    counts = r"store: 5 labelled \(7 boxes\), 0 already done, 0 failed, 0:\d\d, [\d.]+ images/s"
+    counts = r"store: 5 labeled \(7 boxes\), 0 already done, 0 failed, 0:\d\d, [\d.]+ images/s"
     notes = "; 1 of 5 images hold none of the classes; 1 with next to no range\n"
     assert re.fullmatch(counts + notes, first.out)
     assert "engine ort, 3 classes" in first.err
-    assert "store: 0 labelled (0 boxes), 5 already done" in label().out
+    assert "store: 0 labeled (0 boxes), 5 already done" in label().out
     assert sorted(path.name for path in (tmp_path / "store" / "labels").rglob("*.png")) == [
         *("black.png", "green.png", "red.png", "three.png", "two.png")
     ]
@@ -185,9 +185,9 @@ def test_given_labels_and_boxes(label: Run, tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text(json.dumps({"red.png": ["red"], "green.png": []}))
     answer = label("--labels", "labels.json")
     assert answer.code == 1, "three photographs have no entry"
-    assert "2 labelled (1 boxes), 0 already done, 3 failed" in answer.out
+    assert "2 labeled (1 boxes), 0 already done, 3 failed" in answer.out
     boxes = label("--boxes", "store/manifest.jsonl", "--out", "second")
-    assert "2 labelled (1 boxes), 0 already done, 3 failed" in boxes.out
+    assert "2 labeled (1 boxes), 0 already done, 3 failed" in boxes.out
 
 
 def test_a_bad_image_is_named_and_the_exit_code_tells(label: Run, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_bad_image_is_named_and_the_exit_code_tells(label: Run, tmp_path: Path
     answer = label()
     assert answer.code == 1
     assert "failed: bad.jpg: not a readable image" in answer.err
-    assert "5 labelled (7 boxes), 0 already done, 1 failed" in answer.out
+    assert "5 labeled (7 boxes), 0 already done, 1 failed" in answer.out
     assert label("--retry-failed").code == 1
 
 

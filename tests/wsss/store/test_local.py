@@ -69,7 +69,7 @@ def test_a_label_is_an_8_bit_palette_png_with_exact_values(store: LabelStore, fo
         assert (image.mode, image.size) == ("P", (3, 2))
         assert np.array_equal(np.array(image), LABEL_MAP)
         assert image.getpalette() == palette().ravel().tolist()
-        assert np.array(image.convert("RGB"))[1, 0].tolist() == [224, 224, 192], "VOC's colour of void"
+        assert np.array(image.convert("RGB"))[1, 0].tolist() == [224, 224, 192], "VOC's color of void"
     assert np.array_equal(read_label(path), LABEL_MAP)
     assert path.stat().st_mode & 0o777 == 0o644
     assert list(read_records(folder)) == [record("a/b/dog")]
@@ -554,7 +554,7 @@ def test_grey_of_four_bits_which_pillow_stretches_is_refused(tmp_path: Path) -> 
         b"\x89PNG\r\n\x1a\n"
         + b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     )
-    with pytest.raises(StoreError, match="got 4-bit grey"):
+    with pytest.raises(StoreError, match="got 4-bit gray"):
         read_label(path)
 
 

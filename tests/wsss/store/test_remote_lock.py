@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from wsss.errors import StoreError
+from wsss.lock import holder_name
 from wsss.object_storage import RemoteFolder
 from wsss.store import remote_lock
-from wsss.store.lock import holder_name
 from wsss.store.remote_lock import Lease
 from wsss.store.remote_lock import remote_lock as lock
 

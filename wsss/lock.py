@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import StoreError, WsssError
+from .errors import StoreError, WsssError
 
 if sys.platform == "win32":
     import msvcrt
