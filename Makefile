@@ -47,7 +47,8 @@ formats: build/formats-venv/.installed
 # On a machine with an NVIDIA GPU: engines, parity and speed into benchmarks/results/gpu-NAME.json; goes on where it was cut.
 # Installs nothing and needs no network. ARGS="--full" adds the large models, ARGS="--bundle DIR" takes graphs made elsewhere.
 gpu-check:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m wsss.benchmarks.gpu_check --out benchmarks/results $(ARGS)
+	bash .ci/tree
+	PYTHONPATH=build/tree $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m wsss.benchmarks.gpu_check --out benchmarks/results $(ARGS)
 
 # Trains the models of the bundle `mini` from nothing and exports them; resumes where it was stopped.
 mini: $(VENV)/.installed

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..batch import Tensor
 from ..errors import BundleError, OutOfMemory, WsssError
-from ..onnxfile import external_files
+from ..reading.onnx_files import external_files
 from ..spec import GraphSpec, TensorSpec
 from .engine import check_feeds, contract
 from .machine import ONE_ONNXRUNTIME

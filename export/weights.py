@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoints
 from ..errors import WeightsError
 from ..files import sync_folder
+from ..reading import checkpoints
 from ..spec import sha256_of
 
 

@@ -60,7 +60,7 @@ def test_photographs_and_documents_are_read(tmp_path: Path) -> None:
         """
         from pathlib import Path
         from PIL import Image
-        from wsss.documents import read_json
+        from wsss.reading.documents import read_json
         from wsss.photographs import read_photograph
 
         Image.new("RGB", (3, 2)).save("a.png")

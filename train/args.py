@@ -19,8 +19,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from ..documents import parse_toml, read_toml
 from ..errors import UsageError
+from ..reading.documents import parse_toml, read_toml
 
 Value = str | int | float | bool | list[int] | list[float]
 Tables = Mapping[str, Any]

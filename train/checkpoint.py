@@ -23,9 +23,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checkpoints import check_safetensors
-from ..documents import parse_json, read_bytes
 from ..errors import UsageError, WeightsError
+from ..reading.checkpoints import check_safetensors
+from ..reading.documents import parse_json, read_bytes
 from ..store.local import write_atomically
 from .model import Segmenter, build_segmenter
 

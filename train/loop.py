@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..documents import read_json
 from ..errors import StoreError, WeightsError, WsssError
+from ..reading.documents import read_json
 from . import curve
 from .args import Config, deciding
 from .checkpoint import BEST, LAST, RunRecord, load_run, read_record, save_best, write_json, write_record

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import read_checkpoint, reason
 from ..errors import UsageError, WeightsError
+from ..reading.checkpoints import read_checkpoint, reason
 from ..spec import sha256_of
 from .args import Config
 from .model import Segmenter

@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from . import documents
 from .errors import ClassError
+from .reading import documents
 
 MAX_JSON_BYTES = 1 << 26
 """COCO's instances_val2014.json has 158 MB, instances_val2017.json 20 MB. Parsed JSON takes about six times its size."""

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, _imaging, features
 
 from .batch import Photograph
-from .documents import read_regular
 from .errors import ImageError
+from .reading.documents import read_regular
 
 
 def _optional_suffixes() -> dict[str, str]:

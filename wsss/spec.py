@@ -16,11 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from .documents import parse_json, read_bytes
 from .errors import BundleError, SpecError
 from .files import restore, write_atomically
-from .jsontypes import checked
-from .onnxfile import external_files
+from .reading.documents import parse_json, read_bytes
+from .reading.onnx_files import external_files
+from .reading.typed_json import checked
 
 FORMAT = 1
 DType = Literal["float32", "float16", "uint8", "int64", "bool"]

@@ -26,8 +26,8 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor, nn
 
-from ...documents import parse_json, read_bytes
 from ...errors import UsageError, WeightsError
+from ...reading.documents import parse_json, read_bytes
 from ...spec import sha256_of
 from .. import weights as checkpoints
 

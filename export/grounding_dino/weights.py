@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
-from ...documents import parse_json, read_bytes
 from ...errors import WeightsError
+from ...reading.documents import parse_json, read_bytes
 from ..weights import (
     Download,
     cache_folder,

@@ -8,8 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...documents import decode_text, parse_json, read_bytes
 from ...errors import WsssError
+from ...reading.documents import decode_text, parse_json, read_bytes
 from .boxes import BoxSource, short
 from .coco import CocoBoxes, is_coco, refuse_detections
 from .own_json import JsonBoxes, ManifestBoxes

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...documents import parse_json
 from ...errors import WsssError
+from ...reading.documents import parse_json
 from .boxes import Annotation, Corners, GivenBox, finite, looks_like_sides, short, sides_error, size_of
 from .names import Entries
 

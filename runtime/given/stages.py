@@ -11,8 +11,8 @@ import numpy as np
 
 from ...batch import MAX_BOXES, Boxes, Images, Labels, Photograph
 from ...classes import ClassList
-from ...documents import read_json
 from ...errors import WsssError
+from ...reading.documents import read_json
 from .boxes import Annotation, GivenBox, place
 from .forms import open_boxes
 from .names import ClassNames, Entries, image_key, listed, stem_of

@@ -12,8 +12,8 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...documents import decode_text, read_bytes
 from ...errors import WsssError
+from ...reading.documents import decode_text, read_bytes
 from .boxes import Annotation, GivenBox, size_of
 from .names import image_key, stem_of
 

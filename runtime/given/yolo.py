@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from ...documents import decode_text, read_bytes, read_text
 from ...errors import WsssError
+from ...reading.documents import decode_text, read_bytes, read_text
 from .boxes import Annotation, Corners, GivenBox, finite, short
 from .names import stem_of
 from .voc import AnnotationFolder

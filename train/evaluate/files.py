@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from ...documents import read_bytes, read_text
 from ...errors import StoreError, WsssError
 from ...photographs import MAX_PIXELS, SUFFIXES
+from ...reading.documents import read_bytes, read_text
 from ...store.local import read_records, read_run
 
 VOC_FOLDERS = ("SegmentationClass", "SegmentationClassAug")

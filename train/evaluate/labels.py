@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ...classes import Names
-from ...documents import read_json
 from ...errors import WsssError
+from ...reading.documents import read_json
 from .files import list_lines, plain_name
 from .npy import read_label_dictionary
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ...documents import read_bytes
 from ...errors import WsssError
+from ...reading.documents import read_bytes
 
 MAX_BYTES = 256 * 2**20
 """COCO 2014's 122,218 images of 80 classes take 60 MB."""

@@ -19,8 +19,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from ..documents import read_toml
 from ..errors import UsageError
+from ..reading.documents import read_toml
 
 FILE = "wsss.toml"
 _COMMA = ("classes", "devices")

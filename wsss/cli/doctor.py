@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ..extras import install_line
 from .common import JsonFlag
 
 if TYPE_CHECKING:

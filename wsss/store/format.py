@@ -20,9 +20,9 @@ import numpy as np
 
 from ..batch import MAX_BOXES
 from ..classes import MAX_CLASSES, ClassList
-from ..documents import parse_json
 from ..errors import StoreError
 from ..photographs import MAX_PIXELS
+from ..reading.documents import parse_json
 
 Record = dict[str, Any]
 """A line of the manifest.

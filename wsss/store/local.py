@@ -34,12 +34,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..classes import ClassList, palette
-from ..documents import read_bytes
 from ..errors import ImageError, StoreError
 from ..files import replacing, sync_folder
 from ..files import write_atomically as write_atomically
 from ..lock import lock
 from ..photographs import MAX_PIXELS
+from ..reading.documents import read_bytes
 from .format import Record as Record
 from .format import (
     Selection,

@@ -30,9 +30,9 @@ import numpy as np
 from PIL import Image
 
 from ..classes import ClassList
-from ..documents import MAX_BYTES
 from ..errors import ImageError, StoreError
 from ..object_storage import Presence, RemoteFolder, hint_of
+from ..reading.documents import MAX_BYTES
 from .format import (
     MAX_LINE,
     Record,

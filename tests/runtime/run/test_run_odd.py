@@ -181,7 +181,7 @@ def test_every_odd_file_ends_in_one_line(world: World, folder: Path, tmp_path: P
     (folder / "secret.jpg").chmod(0)
     expected["secret.jpg"] = "Permission denied"
     if os.geteuid() == 0:
-        monkeypatch.setattr("wsss.documents.os.open", as_for_others(os.open))
+        monkeypatch.setattr("wsss.reading.documents.os.open", as_for_others(os.open))
     assert len(GOOD) + len(expected) > 45
     said: list[str] = []
 

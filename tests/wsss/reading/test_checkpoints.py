@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from wsss import checkpoints
-from wsss.checkpoints import read_checkpoint
 from wsss.errors import WeightsError
+from wsss.reading import checkpoints
+from wsss.reading.checkpoints import read_checkpoint
 
 torch = pytest.importorskip("torch")
 

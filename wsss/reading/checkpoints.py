@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import WeightsError
+from ..errors import WeightsError
 
 MAX_HEADER_BYTES = 1 << 24
 """Of a safetensors file. A tensor takes about 100 bytes, and the largest models have some ten thousand."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from wsss.documents import parse_json, parse_toml, read_bytes, read_json, read_text, read_toml
 from wsss.errors import ClassError, WsssError
+from wsss.reading.documents import parse_json, parse_toml, read_bytes, read_json, read_text, read_toml
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .errors import WsssError
+from ..errors import WsssError
 
 MAX_BYTES = 1 << 28
 """Of a text file: 256 MiB. The instances of COCO's training set take 450 bytes a box, so half a million boxes fit."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import BundleError
+from ..errors import BundleError
 
 _HOLDS: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},

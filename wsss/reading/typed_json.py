@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import SpecError
+from ..errors import SpecError
 
 MAX_DEPTH = 16
 """Of lists and objects in a value of any kind."""
