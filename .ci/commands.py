@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from wsss.cli import app
+from wsss.cli.main import app
 
 PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
 HEAD = """\

@@ -39,9 +39,9 @@ from ..errors import BundleError, WsssError
 from ..frame import frame_for
 from ..mini.scenes import CLASSES, write_scenes
 from ..photographs import path_of
-from ..runtime.images import Folder
 from ..runtime.labeler import MINI, Labeler, Timed
 from ..runtime.run.label_folder import Summary, label_folder
+from ..runtime.run.listing import Folder
 from ..runtime.tag import view_windows
 from ..spec import Bundle, open_bundle
 from ..store.local import Record, read_label, read_records

@@ -18,7 +18,7 @@ from ..classes import ClassList
 from ..engines.engine import Engine
 from ..frame import Frame, frame_for
 from ..spec import Model
-from .images import made_ahead, on_canvas, stacked
+from .canvas import made_ahead, on_canvas, stacked
 from .text import open_tokenizer, tokenize_phrases
 
 

@@ -10,7 +10,7 @@ from ..batch import Boxes, Images, Masks, Photograph, Tensor
 from ..engines.engine import Engine, outliving
 from ..frame import Frame, frame_for
 from ..spec import Model
-from .images import made_ahead, on_canvas, stacked
+from .canvas import made_ahead, on_canvas, stacked
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from ..classes import ClassList, backgrounds_for
 from ..engines.engine import Engine
 from ..frame import Frame
 from ..spec import Model
-from .images import made_ahead, on_canvas, stacked
+from .canvas import made_ahead, on_canvas, stacked
 from .text import open_tokenizer, tokenize_prompts
 
 

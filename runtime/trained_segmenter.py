@@ -18,7 +18,7 @@ from ..engines.engine import Engine
 from ..errors import UsageError
 from ..frame import resized
 from ..spec import Model
-from .images import resized_pixels
+from .canvas import resized_pixels
 
 
 @dataclass(frozen=True, slots=True)

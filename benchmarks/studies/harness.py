@@ -13,7 +13,7 @@ from typing import Any
 
 from ... import __version__
 
-RESULTS = Path(__file__).parents[2] / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def study_parser(spec: ModuleSpec | None, doc: str | None) -> argparse.ArgumentParser:

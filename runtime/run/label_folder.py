@@ -22,8 +22,8 @@ from ...store.format import LabelWriter
 from ...store.local import LabelStore, Record, Shard
 from ...store.remote import RemoteStore
 from ..given.names import twins_of
-from ..images import SIDECARS, Found, LeftOut, check_images, describe_left_out
 from ..labeler import Labeler
+from .listing import SIDECARS, Found, LeftOut, check_images, describe_left_out
 from .sources import Source, listing
 from .stream import Receipt, Stream, Task
 

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from ...errors import ImageError, UsageError
 from ...object_storage import Entry, RemoteFolder, hint_of, is_url
 from ...photographs import MAX_BYTES, SUFFIXES, ImageFile, Place, read_file, stamp_of
-from ..images import Folder, Found, LeftOut, Listing, is_of_shard, label_of
+from .listing import Folder, Found, LeftOut, Listing, is_of_shard, label_of
 
 SORTED_AT_ONCE = 200_000
 """Lines of a list in memory at a time."""

@@ -25,8 +25,8 @@ from ...errors import ImageError, OutOfMemory, WsssError
 from ...photographs import ImageFile, Place, count_pixels, decode, read_file
 from ...store.format import LabelWriter
 from ...store.local import Record
+from ..canvas import Prepares
 from ..device import free_bytes
-from ..images import Prepares
 from ..labeler import Labeler
 from ..segment import Embedded, MaskPredictor
 from .prefetch import Budget, PriorityThreadPool, prefetched

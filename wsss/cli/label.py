@@ -108,9 +108,9 @@ def label(
             ask(flag, example)
     share = parse_shard(shard)
     check_cluster(on, device, devices, ray_address, workers)
-    from ..runtime.images import check_images
     from ..runtime.labeler import Labeler, Rules, strange_to_mini
     from ..runtime.run.label_folder import label_folder
+    from ..runtime.run.listing import check_images
     from ..runtime.run.sources import listing, source_of, store_of
     from ..runtime.run.workers import Workers
 
@@ -247,7 +247,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 
 def _tell_summary(summary: Summary, out: str, events: Events) -> None:
-    from ..runtime.images import describe_left_out
+    from ..runtime.run.listing import describe_left_out
 
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_seconds.items())
     padding = "" if summary.padding is None else f"; {summary.padding:.0%} of the detector's canvases were padding"

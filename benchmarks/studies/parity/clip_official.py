@@ -34,7 +34,7 @@ from wsss.export.exporting import export_model, tool_versions
 from wsss.export.family import Options
 from wsss.frame import frame_for
 from wsss.photographs import read_photograph
-from wsss.runtime.images import on_canvas
+from wsss.runtime.canvas import on_canvas
 from wsss.spec import AxisRange, Bundle, Model
 
 from ..harness import RESULTS, study_parser, write_result

@@ -42,7 +42,7 @@ from wsss.export.grounding_dino.weights import OFFICIAL, bert_tokenizer
 from wsss.export.weights import spread
 from wsss.frame import frame_for, resized
 from wsss.photographs import read_photograph
-from wsss.runtime.images import on_canvas
+from wsss.runtime.canvas import on_canvas
 from wsss.spec import AxisRange, Bundle, Model, Preprocess
 
 from ..harness import RESULTS, study_parser, write_result

@@ -29,7 +29,7 @@ from ....export.grounding_dino import family as grounding_dino
 from ....export.precision.work import float32_share
 from ....frame import frame_for
 from ....photographs import read_photograph
-from ....runtime.images import on_canvas
+from ....runtime.canvas import on_canvas
 from ....runtime.text import open_tokenizer
 from ....spec import AxisRange, Bundle, Model, Precision
 from ..harness import RESULTS, read_result, study_parser, write_result

@@ -18,10 +18,10 @@ from ....batch import Images, Labels, Photograph
 from ....classes import parse_classes
 from ....engines.engine import Engine
 from ....engines.fake import FakeEngine, Script
+from ....runtime.canvas import Prepares
 from ....runtime.detect import Detector
 from ....runtime.device import Device
 from ....runtime.fuse import Fuser
-from ....runtime.images import Prepares
 from ....runtime.labeler import MINI, Labeler
 from ....runtime.segment import MaskPredictor
 from ....runtime.tag import Tagger

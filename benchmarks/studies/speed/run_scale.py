@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ....runtime.images import Found
 from ....runtime.run.label_folder import Summary, label_folder
+from ....runtime.run.listing import Found
 from ....runtime.run.sources import listing
 from ....store.local import LabelStore, read_records
 from ..harness import RESULTS, about, study_parser, write_result

@@ -26,7 +26,7 @@ from wsss.errors import ImageError, StoreError, UsageError, WsssError
 from wsss.photographs import read_photograph
 from wsss.runtime.convert.dataset import FORMATS, Conversion, convert, is_turned
 from wsss.runtime.convert.labelled import Labelled, original_path, read_labelled
-from wsss.runtime.images import Folder
+from wsss.runtime.run.listing import Folder
 from wsss.store.local import LabelStore, read_label, read_records
 
 if TYPE_CHECKING:

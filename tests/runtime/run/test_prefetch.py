@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError
 import numpy as np
 import pytest
 
-from wsss.runtime.images import stacked
+from wsss.runtime.canvas import stacked
 from wsss.runtime.run.prefetch import Budget, PriorityThreadPool, prefetched
 
 

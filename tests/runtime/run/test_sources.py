@@ -13,8 +13,8 @@ import pytest
 from wsss.errors import ImageError, UsageError
 from wsss.object_storage import RemoteFolder
 from wsss.photographs import read_file, stamp_of
-from wsss.runtime.images import check_images, label_of
 from wsss.runtime.run import sources
+from wsss.runtime.run.listing import check_images, label_of
 from wsss.runtime.run.sources import FileList, RemoteImages, listing, local_path, source_of, store_of
 
 if TYPE_CHECKING:

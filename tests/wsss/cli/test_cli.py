@@ -109,7 +109,7 @@ def test_a_sub_folder_that_cannot_be_read_fails_and_the_run_goes_on(
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr("wsss.runtime.images.os.scandir", refuse)
+    monkeypatch.setattr("wsss.runtime.run.listing.os.scandir", refuse)
     answer = label("--json")
     assert answer.code == 1
     events = [json.loads(line) for line in answer.out.splitlines()]
@@ -148,7 +148,7 @@ def test_streams_that_are_closed(tmp_path: Path) -> None:
         assert answer.stdout == ("" if ">&-" in stdout else f"wsss {__version__}\n")
     # A file that took the place of a closed stream would get its lines.
     program = (
-        "import sys; from wsss import cli; cli._open_streams(); file = open('new.txt', 'w'); "
+        "import sys; from wsss.cli import main as cli; cli._open_streams(); file = open('new.txt', 'w'); "
         "print('line', file=sys.stderr, flush=True); print(file.fileno(), file=file)"
     )
     with contextlib.chdir(tmp_path):

@@ -25,8 +25,9 @@ from wsss import photographs
 from wsss.errors import ImageError
 from wsss.frame import Frame
 from wsss.photographs import read_photograph
-from wsss.runtime import images as images_module
-from wsss.runtime.images import Folder, check_images, describe_left_out, label_names, on_canvas
+from wsss.runtime.canvas import on_canvas
+from wsss.runtime.run import listing as images_module
+from wsss.runtime.run.listing import Folder, check_images, describe_left_out, label_names
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8)
 

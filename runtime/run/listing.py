@@ -1,4 +1,4 @@
-"""Finding photographs, naming their labels, and putting them on the models' canvases."""
+"""Which images a folder holds, and how their labels are called."""
 
 from __future__ import annotations
 
@@ -7,21 +7,15 @@ import os
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
-import numpy as np
-from PIL import Image
+from ...errors import ImageError
+from ...photographs import SUFFIXES, USUAL_SUFFIXES
 
-from ..batch import Photograph
-from ..errors import ImageError
-from ..frame import Frame
-from ..photographs import SUFFIXES, USUAL_SUFFIXES
-
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _LONGEST_NAME = 255
 """Bytes of a file's name on most file systems."""
 _LONGEST_ENDING = 12
@@ -255,59 +249,3 @@ def _hashed(name: str, whole: str) -> str:
     end = f".{hashlib.sha256(os.fsencode(whole)).hexdigest()[:12]}.png"
     stem = os.fsencode(name)[: _LONGEST_NAME - len(end)]
     return stem.decode("utf-8", "ignore" if len(os.fsencode(name)) > len(stem) else "surrogateescape") + end
-
-
-@runtime_checkable
-class Prepares(Protocol):
-    """A stage that looks at pixels: what it takes of a photograph can be made ahead."""
-
-    def room(self, photo: Photograph) -> tuple[int, ...]:
-        """Shape of what ``prepare`` makes."""
-        ...
-
-    def prepare(self, photo: Photograph, out: np.ndarray) -> np.ndarray:
-        """The stage's input of this photograph, uint8, written into ``out``, which is black."""
-        ...
-
-
-def made_ahead(photo: Photograph, name: str, stage: Prepares) -> np.ndarray:
-    """A stage's input of this photograph: the one prepared ahead if there is one, once, otherwise made now."""
-    if name not in photo.ahead:
-        return stage.prepare(photo, np.zeros(stage.room(photo), np.uint8))
-    made, out = photo.ahead.pop(name)
-    made.result()
-    return out
-
-
-def stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """``np.stack``, without a copy where the parts lie side by side in one array, as a batch prepared ahead does."""
-    first = parts[0]
-    if all(
-        part.base is first.base is not None
-        and part.flags.c_contiguous
-        and part.ctypes.data == first.ctypes.data + number * first.nbytes
-        and part.shape == first.shape
-        for number, part in enumerate(parts)
-    ):
-        return np.lib.stride_tricks.as_strided(first, (len(parts), *first.shape), (first.nbytes, *first.strides), writeable=False)
-    return np.stack(parts)
-
-
-def on_canvas(pixels: np.ndarray | Image.Image, frame: Frame, filter: str, out: np.ndarray | None = None) -> np.ndarray:
-    """A photograph resized into its frame, top left on a black canvas: (H, W, 3) uint8.
-
-    PIL's antialiased resize, as the references of CLIP, Grounding-DINO and SAM use on their images.
-
-    Args:
-        out: the canvas, black; None makes one.
-    """
-    height, width = frame.valid
-    canvas = np.zeros((*frame.canvas, 3), np.uint8) if out is None else out
-    canvas[:height, :width] = resized_pixels(pixels, frame.valid, filter)
-    return canvas
-
-
-def resized_pixels(pixels: np.ndarray | Image.Image, size: tuple[int, int], filter: str) -> np.ndarray:
-    """(h, w, 3) uint8 at this (height, width) by PIL's antialiased resize; the given pixels where they have it."""
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    return np.asarray(image.resize(size[::-1], _FILTERS[filter]) if size[::-1] != image.size else pixels)

@@ -1,0 +1,51 @@
+"""Pages that are made from commands and result files are up to date; what they show exists."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from wsss.benchmarks.studies.tables import PAGES, TABLES, updated
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_result_files(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert updated(text) == text, "run: python -m wsss.benchmarks.studies.tables"
+
+
+def test_every_table_stands_somewhere() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert {name for name in TABLES if f"<!-- table: {name} -->" in text} == set(TABLES)
+
+
+def test_the_command_reference_is_that_of_the_commands() -> None:
+    spec = importlib.util.spec_from_file_location("command_reference", ROOT / ".ci" / "commands.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: make docs"
+
+
+@pytest.mark.parametrize("page", [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name)
+def test_files_and_modules_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    folders = "wsss|export|engines|runtime|train|mini|benchmarks|tests|docs"
+    for name in re.findall(rf"`((?:{folders})/[\w/.-]*)`", text):
+        if "*" not in name and "NAME" not in name:
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+    for name in re.findall(r"python -m (wsss[\w.]*)", text):
+        assert importlib.util.find_spec(name) is not None, f"{page.name} names {name}"
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_readme_fits_one_screen_and_shows_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert "make demo" in text and "make test" in text
