@@ -32,9 +32,10 @@ pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\.
 SCRIPTED = """
 import errno, importlib.util, os, signal, sys, time
 from pathlib import Path
-from wsss import labelstore
+from wsss.store import local as labelstore
 from wsss.errors import WsssError
-from wsss.runtime import pipeline, stream
+from wsss.runtime import labeler as pipeline
+from wsss.runtime.run import stream
 
 spec = importlib.util.spec_from_file_location("scripted_world", {conftest!r})
 module = sys.modules["scripted_world"] = importlib.util.module_from_spec(spec)

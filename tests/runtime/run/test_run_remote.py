@@ -36,8 +36,10 @@ import importlib.util, os, signal, sys, threading
 spec = importlib.util.spec_from_file_location("scripted_world", {conftest!r})
 module = sys.modules["scripted_world"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-from wsss import remote, remote_store
-from wsss.runtime import pipeline, run, sources
+from wsss import object_storage as remote
+from wsss.store import remote as remote_store
+from wsss.runtime import labeler as pipeline
+from wsss.runtime.run import label_folder as run, sources
 
 def open_labeler(bundle):
     world = module.World(bundle)

@@ -203,7 +203,7 @@ def test_an_interrupt_says_how_to_go_on(label: Run, monkeypatch: pytest.MonkeyPa
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wsss.runtime.run.label_folder", stop)
+    monkeypatch.setattr("wsss.runtime.run.label_folder.label_folder", stop)
     answer = label()
     assert answer.code == 130
     assert "The same command goes on." in answer.err
