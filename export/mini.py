@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 # ---- Grounding-DINO ----
 
 GROUNDING_DINO_WORDS = (
-    "a an and at bar black blob blue box brown bird boat bottle bus can car cat chair checkered circle colored cone cow"
-    " crescent cross dark diamond disc dog dotted drop faint flat green gray ground heart hexagon horse in indigo large"
+    "a an and at bar black blob blue box brown bird boat bottle bus can car cat chair checkered circle coloured cone cow"
+    " crescent cross dark diamond disc dog dotted drop faint flat green grey ground heart hexagon horse in indigo large"
     " light line lime object of on orange oval person pink plain plant polygon potted purple red ring round shape sheep"
     " small sofa spotted square squiggle star striped table teal the thin thing three train tree triangle two violet"
     " white with yellow arrow"
 )
-"""Whole words of the mini tokenizer, apart by spaces, in the order of their ids; any other word falls into letters."""
+"""Whole words of the mini tokenizer, apart by spaces; any other word falls into letters. Order and spelling fix the ids."""
 
 GROUNDING_DINO_VOCABULARY = 1100
 """More than 1,029, because transformers hard-codes the ids of [CLS], [SEP], the dot and the question mark."""
@@ -155,7 +155,7 @@ def build_sam_mini(side_px: int = 256, patch_px: int = 8) -> Sam:
 
 CLIP_MINI_WORDS = (  # noqa: SIM905
     "a an the of in on and with photo picture clean origami ground faint stripes plain gradient noisy background"
-    " red green blue yellow purple orange white pink teal gray brown dark black colored striped checkered dotted"
+    " red green blue yellow purple orange white pink teal grey brown dark black coloured striped checkered dotted"
     " disc triangle ring star hexagon crescent cross arrow drop box diamond heart polygon blob bar squiggle"
 ).split()
 """Every word of the drawn scenes' prompts. Order and spelling fix the token ids, so a change needs new weights."""

@@ -25,7 +25,7 @@ CLASSES = MINI_CLASSES
 """The object classes; label i is ``CLASSES[i - 1]``."""
 
 GROUNDS: tuple[str, ...] = ("plain ground", "gradient ground", "noisy ground", "faint stripes")
-DISTRACTORS: tuple[str, ...] = ("grey polygon", "colored blob", "brown bar", "dark squiggle")
+DISTRACTORS: tuple[str, ...] = ("grey polygon", "coloured blob", "brown bar", "dark squiggle")
 BACKGROUNDS: tuple[str, ...] = GROUNDS + DISTRACTORS
 """Names of what belongs to no class: kinds of ground, then kinds of distractor."""
 
@@ -221,7 +221,7 @@ def _distractor(rng: np.random.Generator, kind: str, diameter: float) -> _Item:
         outline = np.array([[-1, -half], [1, -half], [1, half], [-1, half]])
         return _painted(rng, outline, diameter * 1.3, degrees, "brown")
     angle = np.linspace(0, 2 * np.pi, 72, endpoint=False)
-    if kind == "colored blob":
+    if kind == "coloured blob":
         radius = np.full(72, 0.62)
         for waves in (2, 3, 4):
             radius += rng.uniform(0.10, 0.22) * np.sin(waves * angle + rng.uniform(0, 6))

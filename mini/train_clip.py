@@ -309,7 +309,7 @@ class ScenePool:
         """Every second scene shows a colored blob: at first nearly all errors were blobs taken for a class by color."""
         for attempt in range(SCENE_TRIES):
             scene = draw_scene(self._first + number * SCENE_TRIES + attempt)
-            if number % 2 == 0 or "colored blob" in scene.distractors:
+            if number % 2 == 0 or "coloured blob" in scene.distractors:
                 break
         return as_photograph(scene, 75 + number % 21)
 
@@ -345,7 +345,7 @@ def draw_single(seed: int) -> Scene:
     if label:
         instance[put(drawing._object(rng, label, side_px * share), 0.55 * (1 - share))] = 1
     else:
-        kind = str(rng.choice(DISTRACTORS)) if rng.random() < 0.15 else "colored blob"
+        kind = str(rng.choice(DISTRACTORS)) if rng.random() < 0.15 else "coloured blob"
         put(drawing._distractor(rng, kind, side_px * share), 0.55 * (1 - share))
     return Scene(
         pixels=drawing._finish(rng, pixels),

@@ -126,7 +126,7 @@ def images(_: Path) -> Files:
     turned[0x0112] = 6
     made = {
         "rgb.jpg": encoded(scene, "JPEG", exif=turned),
-        "grey.jpg": encoded(scene.convert("L"), "JPEG", progressive=True),
+        "gray.jpg": encoded(scene.convert("L"), "JPEG", progressive=True),
         "cmyk.jpg": encoded(scene.convert("CMYK"), "JPEG"),
         "rgb.png": encoded(scene, "PNG"),
         "palette.png": encoded(scene.convert("P"), "PNG", transparency=0),
@@ -159,7 +159,7 @@ def label_maps(_: Path) -> Files:
     label = (np.arange(24 * 32).reshape(24, 32) // 200).astype(np.uint8)
     palette = Image.fromarray(label)
     palette.putpalette(bytes(range(256)) * 3)
-    made = {"palette.png": palette, "grey.png": Image.fromarray(label), "wide.png": Image.fromarray(label.astype(np.uint16))}
+    made = {"palette.png": palette, "gray.png": Image.fromarray(label), "wide.png": Image.fromarray(label.astype(np.uint16))}
     files = {name: (encoded(image, "PNG"), damaged) for name, image in made.items()}
     return {**files, "four.png": (encoded(palette, "PNG", bits=4), damaged)}
 

@@ -336,7 +336,7 @@ def _value(value: Any, hint: Any, key: str) -> Any:
         if not isinstance(value, Mapping):
             raise UsageError(f"{key}: expected a table [{key}], got {reprlib.repr(value)}", hint=f"--set {key}.NAME=VALUE")
         for name, each in value.items():
-            if not all(_is_plain(one) for one in (each if isinstance(each, list) else [each])):
+            if not _is_plain(each):
                 raise UsageError(
                     f"{key}.{name[:60]}: expected a word, numbers, or true or false, got {reprlib.repr(each)}",
                     hint="what the architecture's constructor takes",
@@ -351,7 +351,10 @@ def _value(value: Any, hint: Any, key: str) -> Any:
     return value
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, Mapping | list):
+        inner = list(value.values()) if isinstance(value, Mapping) else value
+        return depth > 0 and all(_is_plain(each, depth - 1) for each in inner)
     return isinstance(value, str | bool) or (isinstance(value, int | float) and abs(value) < 1 << 63)  # NaN is not
 
 

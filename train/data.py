@@ -1,4 +1,4 @@
-"""Labelled images as training batches.
+"""Labeled images as training batches.
 
 Which image comes when, and how it is changed, follows from (seed, position) alone; position counts the images since the
 beginning of the run. Hence a resumed run sees what the unbroken one would have seen, and two processes with half the batch
@@ -141,7 +141,7 @@ def read_pair(store: Path, images: Path, item: Item) -> tuple[np.ndarray, np.nda
     """A photograph (H, W, 3) uint8 RGB and its label map (H, W) uint8. Raises StoreError if it is not what was surveyed."""
     photo = read_photograph(images, item.path)
     if photo.sha256 != item.sha256:
-        raise StoreError(f"{images / item.path}: the image has changed since it was labelled", hint="label it again")
+        raise StoreError(f"{images / item.path}: the image has changed since it was labeled", hint="label it again")
     label = read_label(store / "labels" / item.label)
     if label.shape != photo.shape:
         raise StoreError(f"{item.path}: the image is {photo.shape} pixels, its label {label.shape}", hint="label it again")

@@ -78,7 +78,7 @@ def look_through(store: Path, images: Path, progress: Callable[[int, int], None]
     for record in labelled:
         check_complete(record, classes, ("sha256", "height", "width"), store / "manifest.jsonl")
     if not labelled:
-        said = f"none of its {len(records)} images could be labelled" if records else "no image in it yet"
+        said = f"none of its {len(records)} images could be labeled" if records else "no image in it yet"
         raise StoreError(f"{store}: {said}", hint="wsss label fills a store; wsss report shows what went wrong")
 
     items: list[Item] = []
@@ -115,7 +115,7 @@ def _look_at(store: Path, images: Path, record: Record, classes: Sequence[str]) 
     except StoreError as error:
         return error.message
     if sha256 != record["sha256"]:
-        return "the image has changed since it was labelled"
+        return "the image has changed since it was labeled"
     try:
         label_map = read_label(label_path(store, record["label"]))
         label_digest = hashlib.sha256(label_map.tobytes()).hexdigest()

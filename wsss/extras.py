@@ -13,9 +13,7 @@ from .errors import WsssError
 
 def install_line(extra: str) -> str:
     """The line that adds an extra to this installation: from its folder, its git address, or the package index."""
-    origin: dict[str, object] = {}
-    with suppress(metadata.PackageNotFoundError, ValueError):
-        origin = json.loads(metadata.distribution("wsss").read_text("direct_url.json") or "{}")
+    origin = _origin()
     url = str(origin.get("url", ""))
     if url.startswith("file://"):
         editable = "-e " if "dir_info" in origin else ""
@@ -23,6 +21,15 @@ def install_line(extra: str) -> str:
     if "vcs_info" in origin:
         return f"pip install 'wsss[{extra}] @ git+{url}'"
     return f"pip install 'wsss[{extra}]'"
+
+
+def _origin() -> dict[str, object]:
+    """``direct_url.json`` (PEP 610); build leftovers in the current folder are distributions too, but have none."""
+    for found in metadata.distributions(name="wsss"):
+        with suppress(ValueError):
+            if text := found.read_text("direct_url.json"):
+                return dict(json.loads(text))
+    return {}
 
 
 @contextmanager

@@ -265,12 +265,12 @@ def _config_beside(path: Path, variant: str) -> Mapping[str, Any]:
             if numbers != [True] * 3:
                 raise WeightsError(f"{config}: {name}: expected three numbers in {least:g}..1, got {value!r}"[:300], hint=hint)
             recipe[name] = tuple(value)
-    for part, name, allowed in (
-        (recipe, "interpolation", ("bicubic", "bilinear", "random")),  # random: either, in open_clip's training
-        (model, "quick_gelu", (True, False)),
+    for part, name, allowed, words in (
+        (recipe, "interpolation", ["bicubic", "bilinear", "random"], "bicubic, bilinear or random"),  # random: in training
+        (model, "quick_gelu", [True, False], "true or false"),
     ):
         if name in part and part[name] not in allowed:
-            raise WeightsError(f"{config}: {name}: expected one of {allowed}, got {part[name]!r}"[:300], hint=hint)
+            raise WeightsError(f"{config}: {name}: expected {words}, got {part[name]!r}"[:300], hint=hint)
     return {**recipe, "quick_gelu": model.get("quick_gelu", False)}
 
 

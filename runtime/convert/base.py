@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ...classes import palette
-from .labelled import Labelled
+from .labeled import Labeled
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Loss:
 class Writer(Protocol):
     """Writes one format. Made by an `OpenWriter`."""
 
-    def add(self, item: Labelled) -> Path:
+    def add(self, item: Labeled) -> Path:
         """Writes what is known of one image; returns where in the folder the photograph itself belongs."""
 
     def finish(self) -> list[Loss]:

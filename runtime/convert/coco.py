@@ -26,7 +26,7 @@ from ... import __version__
 from ...batch import VOID
 from .base import Loss
 from .instances import Instances, instances_of, spans_of
-from .labelled import Labelled
+from .labeled import Labeled
 
 _ROWS = 256
 """Colored at a time: ids take four times the memory of a label map."""
@@ -41,7 +41,7 @@ class CocoWriter:
         self._background = len(classes) + 1
         self._images = self._objects = self._void = self._pixels = 0
 
-    def add(self, item: Labelled) -> Path:
+    def add(self, item: Labeled) -> Path:
         name, split = item.name(flat=False), self._splits[item.split]
         self._images += 1
         self._void += int(item.count[VOID])

@@ -20,7 +20,7 @@ from ...files import publishing
 from ...photographs import FORMATS as FILE_FORMATS
 from ...store.local import read_run
 from .base import Loss, OpenWriter
-from .labelled import Labelled, ascii_safe, check_images, place_image, read_labelled
+from .labeled import Labeled, ascii_safe, check_images, place_image, read_labelled
 
 FORMATS = ("voc", "coco", "yolo", "cvat", "label-studio", "hf")
 WITH_SPLITS = ("voc", "coco", "yolo", "hf")
@@ -100,7 +100,7 @@ def convert(
     classes = tuple(read_run(store)["classes"])
     total, left_out = check_images(store, images)
     _check_empty(out)
-    item: Labelled | None = None
+    item: Labeled | None = None
     try:
         # Resolved: where ``out`` is a link to an empty folder, the data set goes there.
         with publishing(out.resolve(), error=StoreError, sync=False) as building, ExitStack() as files:
@@ -133,7 +133,7 @@ def _check_empty(out: Path) -> None:
         raise StoreError(f"--out {out}: cannot be read: {error.strerror}") from None
 
 
-def _unwritten(out: Path, item: Labelled | None, error: OSError, link: bool) -> StoreError:
+def _unwritten(out: Path, item: Labeled | None, error: OSError, link: bool) -> StoreError:
     where = f"--out {out}: {ascii_safe(item.path)}: " if item else f"--out {out}: "
     if error.errno == errno.EXDEV:
         return StoreError(f"{where}is on another file system, where no hard link leads", hint="leave --link out")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ...batch import VOID
 from .base import Loss, save_indexed
-from .labelled import Labelled, void_name
+from .labeled import Labeled, void_name
 
 
 class HuggingFaceWriter:
@@ -37,7 +37,7 @@ class HuggingFaceWriter:
         told = "\n".join(f'  - split: {split}\n    path: "{split}/**"' for split in splits)
         (root / "README.md").write_text(_README.format(splits=told, table=table), encoding="utf-8")
 
-    def add(self, item: Labelled) -> Path:
+    def add(self, item: Labeled) -> Path:
         name = item.name(flat=False)
         save_indexed(self._root / item.split / "masks" / f"{name}.png", item.label_map)
         boxes = [(box, *box.xyxy_image) for box in item.boxes]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .labelled import Box, Labelled
+from .labeled import Box, Labeled
 
 _BAND = 1 << 17
 """Pixels compared with all boxes at a time; bounds the memory of a large image."""
@@ -60,7 +60,7 @@ class Instances:
         return self.map[one.top : one.bottom, one.left : one.right] == one.number
 
 
-def instances_of(item: Labelled) -> Instances:
+def instances_of(item: Labeled) -> Instances:
     """The objects of an image: by class, within a class as the store lists the boxes or as the regions begin."""
     numbers = np.zeros(item.shape, np.int32)
     owners: list[tuple[int, Box | None]] = []

@@ -24,7 +24,7 @@ from ...batch import VOID
 from ...classes import palette
 from .base import Loss
 from .instances import instances_of, spans_of
-from .labelled import Labelled, void_name
+from .labeled import Labeled, void_name
 
 _LENGTH_BITS = (3, 4, 8, 16)
 
@@ -40,7 +40,7 @@ class LabelStudioWriter:
         self._tasks = files.enter_context((root / "tasks.json").open("w", encoding="utf-8", newline="\n"))
         self._tasks.write("[")
 
-    def add(self, item: Labelled) -> Path:
+    def add(self, item: Labeled) -> Path:
         place = Path("images", item.name(flat=False) + item.ending)
         self._count += 1
         instances = instances_of(item)

@@ -22,7 +22,7 @@ from ...classes import palette
 from ...errors import ClassError
 from .base import Loss, save_indexed
 from .instances import Instances, instances_of
-from .labelled import Labelled, void_name
+from .labeled import Labeled, void_name
 
 MAX_OBJECTS = VOID - 1
 """Of an image in SegmentationObject."""
@@ -38,7 +38,7 @@ class VocWriter:
         self._scores = self._other = 0
         write_label_map(root / "labelmap.txt", classes)
 
-    def add(self, item: Labelled) -> Path:
+    def add(self, item: Labeled) -> Path:
         name = item.name(flat=True)
         save_indexed(self._root / "SegmentationClass" / f"{name}.png", item.label_map)
         for split in {item.split, "trainval"} & self._lists.keys():
@@ -63,7 +63,7 @@ class CvatWriter:
         self._scores = self._merged = 0
         write_label_map(root / "labelmap.txt", classes)
 
-    def add(self, item: Labelled) -> Path:
+    def add(self, item: Labeled) -> Path:
         name = item.name(flat=False)
         instances = instances_of(item)
         numbers, merged = _numbered(instances, item.label_map)

@@ -17,7 +17,7 @@ import numpy as np
 from ...batch import VOID
 from .base import Loss
 from .instances import instances_of
-from .labelled import Labelled
+from .labeled import Labeled
 from .polygons import polygons_of
 
 _INTO_PIXEL = 0.25
@@ -39,7 +39,7 @@ class YoloWriter:
         lines += [f"  {number}: {json.dumps(name, ensure_ascii=False)}" for number, name in enumerate(classes)]
         (root / "data.yaml").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
-    def add(self, item: Labelled) -> Path:
+    def add(self, item: Labeled) -> Path:
         name = item.name(flat=True)
         height, width = item.shape
         instances = instances_of(item)

@@ -99,13 +99,13 @@ def _annotation_files(folder: Path) -> list[Path]:
     found = sorted(each for each in folder.rglob("*") if each.suffix.lower() in (".xml", ".txt") and each.is_file())
     annotations = [each for each in found if each.suffix.lower() == ".xml"]
     texts = [each for each in found if each.suffix.lower() == ".txt" and each.name.lower() not in LISTS]
-    labelled = next((each for each in texts if is_label_file(each)), None)
-    if annotations and labelled:
+    labeled = next((each for each in texts if is_label_file(each)), None)
+    if annotations and labeled:
         raise WsssError(
-            f"--boxes {folder}: holds VOC XML files and YOLO labels: {annotations[0].name}, {labelled.name}",
+            f"--boxes {folder}: holds VOC XML files and YOLO labels: {annotations[0].name}, {labeled.name}",
             hint="give a folder with one of the two",
         )
-    return texts if labelled else annotations
+    return texts if labeled else annotations
 
 
 def _is_manifest(text: str) -> bool:

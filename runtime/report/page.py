@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from ...classes import palette
 from ...errors import ImageError, StoreError, UsageError
-from ...store.local import Record, read_history, read_labelled_records, read_records, read_run
+from ...store.local import Record, read_history, read_labeled_records, read_records, read_run
 from .doubt import Doubt, Floors, doubt, floors_of
 from .thumbnails import Progress, Thumbnails, make_thumbnails, publish, remove_thumbnails
 
@@ -96,17 +96,17 @@ def write_report(
     run = read_run(store)
     files = page.with_name(f"{page.stem}.files")
     _refuse_among_photographs(store, images, page)
-    floors = floors_of(run, read_labelled_records(store, _FIELDS))
+    floors = floors_of(run, read_labeled_records(store, _FIELDS))
     totals, failures = _count(store, limit, floors)
     if not totals.images + totals.failed:
         raise StoreError(f"{store}: no image in it yet", hint="run wsss label first")
-    pairs = ((doubt(record, floors), record) for record in read_labelled_records(store, _FIELDS))
+    pairs = ((doubt(record, floors), record) for record in read_labeled_records(store, _FIELDS))
     gallery = heapq.nlargest(limit, pairs, key=lambda pair: pair[0].total)
     thumbnails = make_thumbnails(store, images, [record for _, record in gallery], files, thumbnail_px, progress)
     if gallery and not any(each.photo for each in thumbnails):
         raise ImageError(
             f"--images {images}: has none of the store's images, for example {thumbnails[0].note}",
-            hint="give the folder that was labelled",
+            hint="give the folder that was labeled",
         )
     data = {
         **_about(store, images, page, run, totals),
@@ -125,7 +125,7 @@ def write_report(
 
 def _count(store: Path, limit: int, floors: Floors) -> tuple[Totals, list[list[str]]]:
     totals = Totals()
-    for record in read_labelled_records(store, _FIELDS):
+    for record in read_labeled_records(store, _FIELDS):
         totals.add(record, floors)
     failures: list[list[str]] = []
     for record in read_records(store):

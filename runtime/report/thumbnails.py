@@ -146,7 +146,7 @@ def _make(store: Path, images: Path, record: Record, folder: Path, longest_px: i
 def _photo(images: Path, record: Record, size: tuple[int, int]) -> Image.Image:
     file = read_file(photograph_of(images, record["path"]), record["path"])
     if file.sha256 != record["sha256"]:
-        raise ImageError(f"{record['path']}: is another file than the one that was labelled")
+        raise ImageError(f"{record['path']}: is another file than the one that was labeled")
     photo = decode(file, shorter_side_px=2 * min(size))
     return Image.fromarray(photo.pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
 

@@ -178,7 +178,7 @@ def test_the_load_of_trained_weights(quick: World, photos: Path, tmp_path: Path)
     assert (boxes.xyxy_image[:, 2:] > boxes.xyxy_image[:, :2]).all()
 
 
-def test_a_reference_is_labelled_too(quick: World, photos: Path, tmp_path: Path) -> None:
+def test_a_reference_is_labeled_too(quick: World, photos: Path, tmp_path: Path) -> None:
     told = measure_chain(
         quick.bundle,
         tmp_path / "work",

@@ -17,6 +17,7 @@ from wsss.engines import machine as facts
 from wsss.engines.machine import Capability, GpuFacts, Library, Machine, abilities_of, machine, missing_extras
 from wsss.engines.plan import Gpu
 from wsss.errors import WsssError
+from wsss.extras import install_line
 
 RTX = Library(version="1.7.1", capabilities=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"))
 CPU_ONLY = Machine(
@@ -67,11 +68,11 @@ def test_rtx_knows_some_compute_capabilities(capability: str, runs: bool) -> Non
     assert (rtx.builds, rtx.runs) == (True, runs)
     if not runs:
         assert f"this GPU is sm{capability.replace('.', '')}" in rtx.why and "sm89" in rtx.why
-        assert "wsss[trt]" in rtx.fix
+        assert install_line("trt") in rtx.fix
 
 
 def test_full_tensorrt_needs_its_package_and_cuda_bindings() -> None:
-    assert ability(with_gpu("9.0"), "trt").fix == "pip install 'wsss[trt]'"
+    assert ability(with_gpu("9.0"), "trt").fix == install_line("trt")
     full = {"trt": Library(version="10.14")}
     assert ability(with_gpu("9.0", tensorrt=full), "trt").runs
     without = ability(with_gpu("9.0", tensorrt=full, packages={}), "trt")
@@ -191,7 +192,7 @@ def test_doctor_needs_nothing_and_imports_no_torch() -> None:
     run = "import sys; sys.argv = ['wsss', 'doctor'{}]; from wsss.cli.main import main; main()"
     bare = subprocess.run([sys.executable, "-c", f"{hide}\n{run.format('')}"], capture_output=True, text=True)
     assert bare.returncode == 0 and bare.stderr == "", bare.stderr
-    assert "pip install 'wsss[trt-rtx]'" in bare.stdout
+    assert install_line("trt-rtx") in bare.stdout
     told = "import atexit; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
     here = subprocess.run([sys.executable, "-c", told + run.format(", '--json'")], capture_output=True, text=True)
     assert here.returncode == 0, here.stderr
@@ -207,5 +208,5 @@ def test_doctor_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "GPU, sm90, 24000 MiB" in text and "580.1, CUDA up to 13.0" in text
     assert "this GPU is sm90" in text
     assert "trouble    a mix" in text
-    assert "gpu: lacks onnxruntime-gpu" in text and "pip install 'wsss[gpu]'" not in text
+    assert "gpu: lacks onnxruntime-gpu" in text and install_line("gpu") not in text
     assert "export: lacks" not in text

@@ -14,6 +14,7 @@ from wsss.engines import opening
 from wsss.engines.opening import choose, open_graph
 from wsss.engines.ort import OrtEngine
 from wsss.errors import BundleError, UsageError, WsssError
+from wsss.extras import install_line
 from wsss.spec import GraphSpec, Manifest, Model, Preprocess
 
 if TYPE_CHECKING:
@@ -92,4 +93,4 @@ def test_eager_without_torch_says_what_to_install(model: Model, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(WsssError, match="--engine eager: needs torch") as caught:
         open_graph(model, "double", "eager")
-    assert caught.value.hint == "pip install 'wsss[export]'"
+    assert caught.value.hint == install_line("export")

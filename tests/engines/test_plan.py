@@ -12,6 +12,7 @@ import pytest
 from wsss.engines import opening, plan
 from wsss.engines.plan import Gpu, checked_plan
 from wsss.errors import BundleError, WsssError
+from wsss.extras import install_line
 from wsss.spec import AxisRange, GraphSpec, Manifest, Model, Parity, PlanSpec, Preprocess, sha256_of
 
 HERE = Gpu(0, "NVIDIA Test 4090", "8.9", "13.0", 24 << 30)
@@ -119,7 +120,7 @@ def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(plan.MODULES, "trt", "a_library_that_is_not_there")
     with pytest.raises(WsssError, match="needs the package") as caught:
         plan.tensorrt_module("trt")
-    assert caught.value.hint == "pip install 'wsss[trt]'"
+    assert caught.value.hint == install_line("trt")
 
 
 # ---- --engine auto ----

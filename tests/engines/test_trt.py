@@ -26,6 +26,7 @@ from wsss.engines.engine import outliving
 from wsss.engines.tensors import CudaTensor
 from wsss.engines.trt import TrtEngine, load_modules
 from wsss.errors import BundleError, FeedError, OutOfMemory, WsssError
+from wsss.extras import install_line
 from wsss.spec import AxisRange, GraphSpec, TensorSpec
 
 _spec = importlib.util.spec_from_file_location("simulated_gpu", Path(__file__).with_name("simulated_gpu.py"))
@@ -947,7 +948,7 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(WsssError) as caught:
         load_modules(flavour)
-    assert (caught.value.message, caught.value.hint) == (said, f"pip install 'wsss[{flavour}]'")
+    assert (caught.value.message, caught.value.hint) == (said, install_line(flavour))
 
 
 # ---- the simulation itself ----

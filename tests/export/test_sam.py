@@ -273,7 +273,7 @@ def test_another_architecture_is_named(
 
 def test_a_truncated_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:100_000])
-    with pytest.raises(WeightsError, match=r"cut\.pth: cannot be read"):
+    with pytest.raises(WeightsError, match=r"cut\.pth: not a readable file of weights"):
         sam.load("mini", str(tmp_path / "cut.pth"))
 
 

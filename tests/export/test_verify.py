@@ -216,7 +216,7 @@ def test_a_row_alone_that_chose_otherwise_is_held_to_the_reference() -> None:
         gate(graph, engine, engine_name="toy", reference_name="numpy", where="toy")
 
 
-def test_photographs_are_all_different_and_not_grey() -> None:
+def test_photographs_are_all_different_and_not_gray() -> None:
     rng = np.random.default_rng(0)
     one, other = photograph(rng, 40, 60), photograph(rng, 40, 60)
     assert one.shape == (40, 60, 3) and one.dtype == np.uint8

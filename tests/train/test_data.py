@@ -182,7 +182,7 @@ def test_labels_move_with_their_pixels() -> None:
     assert 3 < flipped < 17
 
 
-def test_normalising_is_the_published_arithmetic() -> None:
+def test_normalizing_is_the_published_arithmetic() -> None:
     image = torch.tensor([0, 128, 255], dtype=torch.uint8)[:, None, None]
     value = normalized(image, DataArgs())
     expected = [(0 / 255 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (255 / 255 - 0.406) / 0.225]

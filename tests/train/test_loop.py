@@ -229,6 +229,8 @@ def test_a_checkpoint_of_other_classes(scenes: Scenes, tmp_path: Path) -> None:
     told = json.loads((scenes[0] / "run.json").read_text())
     told["classes"][0] = "violet disc"
     (scenes[0] / "run.json").write_text(json.dumps(told))
+    manifest = scenes[0] / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"red disc"', '"violet disc"'))
     with pytest.raises(
         WeightsError, match=r"its checkpoint tells 12 classes apart \(red disc, .* the store has 12 \(violet disc"
     ):

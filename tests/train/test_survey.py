@@ -66,7 +66,7 @@ def missing(store: Path, images: Path) -> str:
 def changed(store: Path, images: Path) -> str:
     with Image.open(images / "scene-03.png") as image:
         image.rotate(180).save(images / "scene-03.png")
-    return "scene-03.png: the image has changed since it was labelled"
+    return "scene-03.png: the image has changed since it was labeled"
 
 
 def unlabelled(store: Path, images: Path) -> str:
@@ -107,7 +107,7 @@ def test_an_empty_store(tmp_path: Path) -> None:
         look_through(tmp_path / "empty", tmp_path)
     with LabelStore(tmp_path / "empty", class_list(["dog"]), {}) as out:
         out.write({"path": "a.png", "label": "a.png", "bytes": 0, "sha256": "", "error": "no"}, None)
-    with pytest.raises(StoreError, match="none of its 1 images could be labelled"):
+    with pytest.raises(StoreError, match="none of its 1 images could be labeled"):
         look_through(tmp_path / "empty", tmp_path)
     with pytest.raises(StoreError, match="expected a label store"):
         look_through(tmp_path, tmp_path)

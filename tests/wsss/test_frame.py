@@ -184,7 +184,7 @@ def test_what_no_canvas_holds_is_shrunk_onto_the_one_that_keeps_it_largest(
         ([0.5, 0.5, 0, 0], [250, 150, 250, 150]),
     ],
 )
-def test_boxes_from_centre_and_size_ignore_padding(cxcywh: list[float], xyxy: list[float]) -> None:
+def test_boxes_from_center_and_size_ignore_padding(cxcywh: list[float], xyxy: list[float]) -> None:
     frame = Frame(image=(300, 500), valid=(60, 100), canvas=(128, 128))
     assert np.allclose(frame.xyxy_image_from_cxcywh(np.array([cxcywh])), [xyxy], atol=1e-4)
     assert frame.xyxy_image_from_cxcywh(np.zeros((0, 4))).shape == (0, 4)

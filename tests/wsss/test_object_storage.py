@@ -14,6 +14,7 @@ import pytest
 
 from wsss import object_storage as remote
 from wsss.errors import WsssError
+from wsss.extras import install_line
 from wsss.object_storage import Presence, RemoteFolder, is_url
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
     remote._open.cache_clear()
     with pytest.raises(WsssError, match=package.partition(".")[0]) as caught:
         RemoteFolder(url).scan()
-    assert caught.value.hint == "pip install 'wsss[remote]'"
+    assert caught.value.hint == install_line("remote")
 
 
 def test_nothing_needs_fsspec_but_a_url() -> None:

@@ -281,7 +281,7 @@ def read_records(folder: Path) -> Iterator[Record]:
         ) from None
 
 
-def read_labelled_records(folder: Path, fields: Collection[str]) -> Iterator[Record]:
+def read_labeled_records(folder: Path, fields: Collection[str]) -> Iterator[Record]:
     """The lines of the labeled images of a store, each with these fields and with no class but the store's.
 
     Raises:

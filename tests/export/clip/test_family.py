@@ -381,10 +381,10 @@ def test_damaged_files_are_refused(official: Path, tmp_path: Path) -> None:
         ("preprocess_cfg", [], "_cfg"),
         ("preprocess_cfg", {"mean": 0.5}, "mean"),
         ("preprocess_cfg", {"mean": [0.5, 0.5]}, "mean"),
-        ("preprocess_cfg", {"mean": [123.7, 116.3, 103.5]}, "mean: expected numbers of the 0-1 scale"),
-        ("preprocess_cfg", {"std": [0.2, 0.2, 0]}, "std: expected numbers above 0"),
+        ("preprocess_cfg", {"mean": [123.7, 116.3, 103.5]}, "mean: expected three numbers in 0..1"),
+        ("preprocess_cfg", {"std": [0.2, 0.2, 0]}, "std: expected three numbers in 0.001..1"),
         ("preprocess_cfg", {"std": [0.2, 0.2, "0.2"]}, "std"),
-        ("preprocess_cfg", {"interpolation": "nearest"}, "interpolation: expected bicubic or bilinear"),
+        ("preprocess_cfg", {"interpolation": "nearest"}, "interpolation: expected bicubic, bilinear or random"),
     ],
 )
 def test_a_config_that_says_nonsense_is_refused(official: Path, part: str, value: object, said: str) -> None:

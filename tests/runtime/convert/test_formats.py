@@ -23,9 +23,10 @@ from PIL import Image
 
 from wsss.classes import class_list, palette
 from wsss.errors import ImageError, StoreError, UsageError, WsssError
+from wsss.extras import install_line
 from wsss.photographs import read_photograph
 from wsss.runtime.convert.dataset import FORMATS, Conversion, convert, is_turned
-from wsss.runtime.convert.labelled import Labelled, original_path, read_labelled
+from wsss.runtime.convert.labeled import Labeled, original_path, read_labelled
 from wsss.runtime.run.listing import Folder
 from wsss.store.local import LabelStore, read_label, read_records
 
@@ -270,7 +271,7 @@ def test_memory_holds_one_image_at_a_time(made: Path, tmp_path: Path, monkeypatc
     ],
 )
 def test_names_go_there_and_back(path: str, label: str, flat: str, nested: str) -> None:
-    item = Labelled(
+    item = Labeled(
         path=path,
         label=label,
         file=Path(),
@@ -354,7 +355,7 @@ def test_missing_and_changed_images_are_named(copy: Path, tmp_path: Path) -> Non
         convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
     with pytest.raises(ImageError, match="has 13 of the 13 labeled images no more: .* and 3 more") as error:
         convert(copy / "store", tmp_path / "elsewhere", tmp_path / "out", "voc")
-    assert "the folder that was labelled" in error.value.hint
+    assert "the folder that was labeled" in error.value.hint
 
 
 def test_an_image_of_another_size_is_named(copy: Path, tmp_path: Path) -> None:
@@ -368,7 +369,7 @@ def test_an_image_of_another_size_is_named(copy: Path, tmp_path: Path) -> None:
 def test_another_content_of_the_same_size_is_noticed(copy: Path, tmp_path: Path, link: bool) -> None:
     path = copy / "photos/dog.jpg"
     path.write_bytes(path.read_bytes()[:-3] + b"abc")
-    with pytest.raises(ImageError, match=r"dog\.jpg: changed since it was labelled"):
+    with pytest.raises(ImageError, match=r"dog\.jpg: changed since it was labeled"):
         convert(copy / "store", copy / "photos", tmp_path / "out", "voc", link=link)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"], "nothing is left behind"
 
@@ -498,7 +499,7 @@ def test_a_full_disk_leaves_nothing(made: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_two_images_of_one_name_are_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a file system that does not tell case, should the store's names meet there after all."""
-    monkeypatch.setattr("wsss.runtime.convert.labelled.Labelled.name", lambda self, *, flat: "same")
+    monkeypatch.setattr("wsss.runtime.convert.labeled.Labeled.name", lambda self, *, flat: "same")
     for to in ("voc", "yolo", "cvat", "hf"):
         with pytest.raises(StoreError, match=r"a b/my dog\.jpg: another image of the store has the same name"):
             convert(made / "store", made / "photos", tmp_path / "out", to)
@@ -531,7 +532,7 @@ def test_flags_that_mean_nothing(made: Path, tmp_path: Path) -> None:
             convert(made / "store", made / "photos", tmp_path / "out", to, val=val)
 
 
-def test_one_labelled_image_instead_of_a_folder(made: Path, tmp_path: Path) -> None:
+def test_one_labeled_image_instead_of_a_folder(made: Path, tmp_path: Path) -> None:
     photo = read_photograph(made / "photos/dog.jpg", "dog.jpg")
     record = next(each for each in read_records(made / "store") if each["path"] == "dog.jpg")
     with LabelStore(tmp_path / "store", class_list(CLASSES), {}) as store:
@@ -579,7 +580,7 @@ def test_the_command_asks_for_what_is_missing(wsss: Callable[..., Answer], monke
     answer = wsss("convert", made / "store", "--to", "coco", "--images", made / "photos", "--out", "y")
     assert answer.code == 1
     assert "needs pycocotools, which is not installed" in answer.err
-    assert "hint: pip install 'wsss[formats]'" in answer.err
+    assert f"hint: {install_line('formats')}" in answer.err
 
 
 # ---- VOC ----
@@ -654,7 +655,7 @@ def test_cvat_as_files(made: Path, converted: Callable[..., Path]) -> None:
 
 def test_cvat_with_more_objects_than_an_image_can_number() -> None:
     from wsss.runtime.convert.instances import instances_of
-    from wsss.runtime.convert.labelled import Labelled, count_labels
+    from wsss.runtime.convert.labeled import Labeled, count_labels
     from wsss.runtime.convert.voc import _numbered
 
     label_map = np.zeros((60, 60), np.uint8)
@@ -662,7 +663,7 @@ def test_cvat_with_more_objects_than_an_image_can_number() -> None:
     label_map[2::4, ::4] = 2
     label_map[:, 1::8] = label_map[:, ::8]
     label_map[2, 0:3] = 2
-    item = Labelled(
+    item = Labeled(
         path="a.jpg",
         label="a.png",
         file=Path(),
@@ -684,7 +685,7 @@ def test_cvat_with_more_objects_than_an_image_can_number() -> None:
 
 
 def test_void_has_a_name_of_its_own() -> None:
-    from wsss.runtime.convert.labelled import void_name
+    from wsss.runtime.convert.labeled import void_name
 
     assert void_name(("dog",)) == "void"
     assert void_name(("Void", "void_")) == "void__"

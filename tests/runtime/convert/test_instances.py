@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from wsss.runtime.convert.instances import Instances, connected_regions, instances_of, runs_of, spans_of
-from wsss.runtime.convert.labelled import Box, Labelled, count_labels
+from wsss.runtime.convert.labeled import Box, Labeled, count_labels
 
 
-def labelled(label_map: np.ndarray, *boxes: Box) -> Labelled:
-    return Labelled(
+def labelled(label_map: np.ndarray, *boxes: Box) -> Labeled:
+    return Labeled(
         path="a.jpg",
         label="a.png",
         file=Path("a.jpg"),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from wsss.errors import StoreError, WsssError
+from wsss.extras import install_line
 from wsss.runtime.labeler import Labeler
 from wsss.runtime.run.label_folder import Summary, label_folder
 from wsss.store.local import read_records
@@ -284,4 +285,4 @@ def test_without_ray_the_command_says_what_to_install(
     monkeypatch.setitem(sys.modules, "ray", None)
     answer = wsss("label", photos, "--classes", "red", "--bundle", world.bundle, "--out", tmp_path / "out", "--on", "ray")
     assert answer.code == 1
-    assert "pip install 'wsss[ray]'" in answer.err
+    assert install_line("ray") in answer.err

@@ -165,7 +165,7 @@ def test_what_is_missing_changed_or_damaged_gets_a_note(make: Maker, world: Worl
     assert made["red.png"].photo == made["green.png"].photo == made["two.png"].label == made["black.png"].label == ""
     assert made["red.png"].label and made["two.png"].photo
     assert made["red.png"].note == "red.png: cannot be read: No such file or directory"
-    assert made["green.png"].note == "green.png: is another file than the one that was labelled"
+    assert made["green.png"].note == "green.png: is another file than the one that was labeled"
     assert "two.png: not a readable label" in made["two.png"].note
     assert made["black.png"].note == "labels/black.png: No such file or directory"
     assert not made["sub/three.png"].note

@@ -181,7 +181,7 @@ def test_other_given_labels_are_refused(world: World, photos: Path, out: Path, t
         label_folder(labeler, photos, out)
 
 
-def test_a_store_inside_the_folder_is_not_labelled(world: World, photos: Path) -> None:
+def test_a_store_inside_the_folder_is_not_labeled(world: World, photos: Path) -> None:
     out = photos / "store"
     assert run(world, photos, out).images == 5
     summary = run(world, photos, out)
@@ -224,7 +224,7 @@ def test_a_store_of_another_version_or_from_before_thresholds_were_kept_goes_on(
         run(world, photos, out, rules=Rules(tag_threshold=0.4))
 
 
-def test_a_labelled_image_that_became_unreadable_is_not_done(world: World, photos: Path, out: Path) -> None:
+def test_a_labeled_image_that_became_unreadable_is_not_done(world: World, photos: Path, out: Path) -> None:
     run(world, photos, out)
     (photos / "red.png").unlink()
     (photos / "red.png").symlink_to("gone.png")
@@ -382,7 +382,7 @@ def test_progress_counts_up_after_each_batch(world: World, photos: Path, out: Pa
     assert seen[-1] == (5, 5)
 
 
-def test_a_labelled_image_that_became_unreadable_is_done_again_and_one_that_was_is_not(
+def test_a_labeled_image_that_became_unreadable_is_done_again_and_one_that_was_is_not(
     world: World, photos: Path, out: Path
 ) -> None:
     run(world, photos, out)

@@ -64,7 +64,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
         assert png(tmp_path, Image.fromarray(RGB), f"x.{suffix}", exif=exif).shape == pixels.shape, suffix
 
 
-def test_grey_becomes_three_equal_channels(tmp_path: Path) -> None:
+def test_gray_becomes_three_equal_channels(tmp_path: Path) -> None:
     pixels = png(tmp_path, Image.fromarray(RGB[:, :, 0]))
     assert np.array_equal(pixels, np.repeat(RGB[:, :, :1], 3, axis=2))
 
@@ -115,7 +115,7 @@ def test_cmyk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_grey_keeps_its_high_byte(tmp_path: Path, suffix: str) -> None:
+def test_16_bit_gray_keeps_its_high_byte(tmp_path: Path, suffix: str) -> None:
     wide = np.array([[0, 255, 256, 0x1234, 0xFFFF]], np.uint16)
     pixels = png(tmp_path, Image.fromarray(wide), f"x.{suffix}")
     assert pixels[0, :, 0].tolist() == [0, 0, 1, 0x12, 255]

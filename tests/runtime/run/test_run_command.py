@@ -87,7 +87,7 @@ def test_levels_of_logs(label: Run, photos: Path, level: str | None, shown: set[
     answer = label(*(["--log-level", level] if level else []))
     lines = {"stages": "fuse 0.", "engine": "engine ort, 3 classes", "failed": "failed: bad.jpg: "}
     assert {name for name, text in lines.items() if text in answer.err} == shown
-    assert "5 labelled" in answer.out
+    assert "5 labeled" in answer.out
 
 
 def test_a_level_that_is_none(label: Run) -> None:
@@ -119,7 +119,7 @@ def test_a_signal_stops_after_what_is_in_hand(
     done = len(list(read_records(tmp_path / "store")))
     assert 0 < done < 45
     assert signal.getsignal(number) == before
-    assert f"{45 - done} labelled" in label().out
+    assert f"{45 - done} labeled" in label().out
 
 
 def test_a_second_signal_ends_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_devices_that_mean_nothing(label: Run, text: str) -> None:
 
 
 def test_one_device_needs_no_worker(label: Run) -> None:
-    assert "5 labelled" in label("--devices", "cpu").out
+    assert "5 labeled" in label("--devices", "cpu").out
 
 
 def test_a_worker_that_cannot_start_is_one_message(label: Run) -> None:

@@ -61,13 +61,13 @@ def palette_with_transparency() -> bytes:
 
 JPEG, PNG, WEBP = encoded(PHOTO, "JPEG", quality=95), encoded(PHOTO, "PNG"), encoded(PHOTO, "WEBP", lossless=True)
 TIFF, BMP = encoded(PHOTO, "TIFF"), encoded(PHOTO, "BMP")
-GREY = PHOTO.convert("L")
+GRAY = PHOTO.convert("L")
 GOOD: dict[str, tuple[bytes, tuple[int, int]]] = {
     **{f"turned-{n}.png": (turned(n), (24, 36) if n <= 4 else (36, 24)) for n in range(1, 9)},
     "turned.jpg": (turned(6, "JPEG"), (36, 24)),
     "turned.webp": (turned(8, "WEBP"), (36, 24)),
-    "grey.jpg": (encoded(GREY, "JPEG"), (24, 36)),
-    "grey-alpha.png": (encoded(PHOTO.convert("LA"), "PNG"), (24, 36)),
+    "gray.jpg": (encoded(GRAY, "JPEG"), (24, 36)),
+    "gray-alpha.png": (encoded(PHOTO.convert("LA"), "PNG"), (24, 36)),
     "alpha.png": (encoded(PHOTO.convert("RGBA"), "PNG"), (24, 36)),
     "palette.png": (palette_with_transparency(), (24, 36)),
     "cmyk.jpg": (encoded(PHOTO.convert("CMYK"), "JPEG"), (24, 36)),
@@ -77,9 +77,9 @@ GOOD: dict[str, tuple[bytes, tuple[int, int]]] = {
     "one.png": (encoded(PHOTO.resize((1, 1)), "PNG"), (1, 1)),
     "wide.png": (encoded(PHOTO.resize((30000, 1)), "PNG"), (1, 30000)),
     "high.png": (encoded(PHOTO.resize((1, 30000)), "PNG"), (30000, 1)),
-    "moving.webp": (encoded(PHOTO, "WEBP", save_all=True, append_images=[GREY], lossless=True), (24, 36)),
-    "moving.png": (encoded(PHOTO, "PNG", save_all=True, append_images=[GREY.convert("RGB")]), (24, 36)),
-    "pages.tif": (encoded(PHOTO.copy(), "TIFF", save_all=True, append_images=[GREY.copy()]), (24, 36)),
+    "moving.webp": (encoded(PHOTO, "WEBP", save_all=True, append_images=[GRAY], lossless=True), (24, 36)),
+    "moving.png": (encoded(PHOTO, "PNG", save_all=True, append_images=[GRAY.convert("RGB")]), (24, 36)),
+    "pages.tif": (encoded(PHOTO.copy(), "TIFF", save_all=True, append_images=[GRAY.copy()]), (24, 36)),
     "a png in truth.jpg": (PNG, (24, 36)),
     " spaces  in it .jpg": (JPEG, (24, 36)),
     "日本語 ñ 🐕.jpg": (JPEG, (24, 36)),

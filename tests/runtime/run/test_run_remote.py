@@ -198,9 +198,9 @@ def test_other_settings_are_refused(label: Run, bucket: Bucket, photos_url: str)
     assert bucket.contents("store") == before
 
 
-def test_a_store_among_the_photographs_is_not_labelled(label: Run, bucket: Bucket, photos_url: str) -> None:
+def test_a_store_among_the_photographs_is_not_labeled(label: Run, bucket: Bucket, photos_url: str) -> None:
     for done in (0, 5):
-        assert f"{5 - done} labelled" in (answer := label(photos_url, f"{photos_url}/store")).out
+        assert f"{5 - done} labeled" in (answer := label(photos_url, f"{photos_url}/store")).out
         assert f"{done} already done" in answer.out
 
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from wsss.errors import StoreError, WsssError
+from wsss.extras import install_line
 from wsss.train.evaluate.crf import ALIKE, SMOOTH, STEPS, SURE, find_photographs, read_photograph_of, refine
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def test_without_the_package(scene: np.ndarray, wsss: Callable[..., Answer], mon
     answer = wsss("eval", "predicted", "truth", "--classes", "dog, cat", "--crf", "images")
     assert answer.code == 1
     assert "--crf: needs pydensecrf" in answer.err
-    assert "pip install 'wsss[crf]'" in answer.err
+    assert install_line("crf") in answer.err
     assert wsss("eval", "predicted", "truth", "--classes", "dog, cat").code == 0
 
 

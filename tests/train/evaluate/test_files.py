@@ -44,13 +44,13 @@ def packed_png(path: Path, rows: list[bytes], width: int, depth: int, color: int
 
 
 @pytest.mark.parametrize("mode", ["P", "L"])
-def test_palette_and_grey_are_read_as_indices(tmp_path: Path, mode: str) -> None:
+def test_palette_and_gray_are_read_as_indices(tmp_path: Path, mode: str) -> None:
     found = read_label_map(write(tmp_path / "a.png", mode=mode))
     assert found.dtype == np.uint8
     assert np.array_equal(found, MAP)
 
 
-@pytest.mark.parametrize("color", [0, 3], ids=["grey", "palette"])
+@pytest.mark.parametrize("color", [0, 3], ids=["gray", "palette"])
 @pytest.mark.parametrize(
     ("depth", "row", "want"), [(1, 0b10110000, [1, 0, 1, 1]), (2, 0b00011011, [0, 1, 2, 3]), (4, None, [7, 0, 15, 2])]
 )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from wsss import __version__
+from wsss.extras import install_line
 from wsss.spec import write_manifest
 from wsss.store.local import read_records, read_run
 
@@ -414,7 +415,7 @@ def test_a_missing_extra_says_what_to_install(wsss: Run, monkeypatch: pytest.Mon
     for module in [name for name in sys.modules if name.startswith("wsss.export")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "torch", None)
-    refused(wsss("export", "--model", "sam"), 1, "needs torch, which is not installed", "hint: pip install 'wsss[export]'")
+    refused(wsss("export", "--model", "sam"), 1, "needs torch, which is not installed", f"hint: {install_line('export')}")
 
 
 # ---- a fresh process ----

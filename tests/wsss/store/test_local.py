@@ -545,7 +545,7 @@ def test_a_label_is_measured_before_it_is_decoded(
     assert caught.value.hint
 
 
-def test_grey_of_four_bits_which_pillow_stretches_is_refused(tmp_path: Path) -> None:
+def test_gray_of_four_bits_which_pillow_stretches_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     rows = zlib.compress(b"\0\x12\0\x30")  # a filter byte and two pixels a row
     header = struct.pack(">IIBBBBB", 2, 2, 4, 0, 0, 0, 0)

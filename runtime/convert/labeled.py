@@ -24,7 +24,7 @@ from ...batch import VOID
 from ...errors import ImageError, StoreError
 from ...store.format import ascii_safe as ascii_safe
 from ...store.format import is_below, photograph_of
-from ...store.local import Record, label_path, read_label, read_labelled_records, read_records, read_run
+from ...store.local import Record, label_path, read_label, read_labeled_records, read_records, read_run
 
 NAMED = 10
 """At most this many files are named in one message."""
@@ -50,7 +50,7 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Labelled:
+class Labeled:
     """One finished image.
 
     label_map: (H, W) uint8, 0 background, 1..C classes, 255 void; EXIF rotation applied.
@@ -106,7 +106,7 @@ def original_path(file_name: str) -> str:
     return unquote(stem, errors="surrogateescape") + ("" if dot and unquote(kept) == ending[1:] else ending)
 
 
-def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[Labelled]:
+def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[Labeled]:
     """The finished images of a store, in the order of its manifest; one is held at a time.
 
     Args:
@@ -120,7 +120,7 @@ def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[La
     classes: list[str] = read_run(store)["classes"]
     known = np.zeros(256, bool)
     known[: len(classes) + 1] = known[VOID] = True
-    for record in read_labelled_records(store, FIELDS):
+    for record in read_labeled_records(store, FIELDS):
         label = label_path(store, record["label"])
         label_map = read_label(label, shape=(record["height"], record["width"]))
         count = count_labels(label_map)
@@ -129,7 +129,7 @@ def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[La
                 f"{label}: holds the label {strange[0]}, the store has {len(classes)} classes",
                 hint="delete it and run wsss label again",
             )
-        yield Labelled(
+        yield Labeled(
             path=record["path"],
             label=record["label"],
             file=photograph_of(images, record["path"]),
@@ -179,7 +179,7 @@ def check_images(store: Path, images: Path) -> tuple[int, int]:
     if gone:
         raise ImageError(
             f"--images {images}: has {len(gone)} of the {total} labeled images no more: {_listed(gone)}",
-            hint="give the folder that was labelled",
+            hint="give the folder that was labeled",
         )
     if changed:
         raise ImageError(
@@ -189,7 +189,7 @@ def check_images(store: Path, images: Path) -> tuple[int, int]:
     return total, failed
 
 
-def place_image(item: Labelled, target: Path, *, link: bool) -> None:
+def place_image(item: Labeled, target: Path, *, link: bool) -> None:
     """Copies a photograph as it is, or makes a hard link to it, and checks that it is the one that was labeled.
 
     Raises:
@@ -208,7 +208,7 @@ def place_image(item: Labelled, target: Path, *, link: bool) -> None:
                 copy.write(chunk)
     if digest.hexdigest() != item.sha256:
         raise ImageError(
-            f"{item.file}: changed since it was labelled", hint="run the same wsss label again: it does the changed ones"
+            f"{item.file}: changed since it was labeled", hint="run the same wsss label again: it does the changed ones"
         )
 
 
