@@ -130,7 +130,10 @@ def _random(variant: str, seed: int) -> tuple[Segmenter, RunRecord]:
 
 @torch.no_grad()
 def _settle_statistics(segmenter: Segmenter, seed: int) -> None:
-    """Gives batch norms the statistics of what reaches them, as training does: with 0 and 1 random layers explode."""
+    """Give batch norms the statistics of what reaches them, as training does: with 0 and 1 random layers explode.
+
+    Computed in float64, so that the weights of a seed are the same on every processor and with any number of threads.
+    """
     norms = [module for module in segmenter.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     rng = np.random.default_rng(seed)
     pixels = torch.from_numpy(np.stack([photograph(rng, 256, 256) for _ in range(4)])).permute(0, 3, 1, 2)
@@ -138,9 +141,9 @@ def _settle_statistics(segmenter: Segmenter, seed: int) -> None:
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
-    for _ in norms[:1]:
-        segmenter(values)
-    segmenter.eval()
+    if norms:
+        segmenter.double()(values.double())
+    segmenter.float().eval()
 
 
 class LabelGraph(nn.Module):

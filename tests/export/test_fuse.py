@@ -43,7 +43,8 @@ def test_two_matrices_are_sams_two_resizes(height: int, width: int) -> None:
     frame = frame_for(PREPROCESS, height, width)
     want = Sam.postprocess_masks(Canvas(), logits, frame.valid, (height, width))[0, 0].numpy()
     got = frame.mask_rows(LOGITS) @ logits[0, 0].numpy() @ frame.mask_columns(LOGITS).T
-    assert np.abs(got - want).max() <= 1e-4  # white noise of +-20, the worst case for an interpolation
+    # White noise of +-20 is the worst case for an interpolation; without fused multiply-add the difference is up to 3e-4.
+    assert np.abs(got - want).max() <= 1e-3
 
 
 def voted(

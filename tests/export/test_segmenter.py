@@ -100,6 +100,18 @@ def test_random_weights_export_and_pass_the_gate_row_by_row(variant: str, tmp_pa
     assert len(model.manifest.settings["classes"]) == 20
 
 
+def test_random_weights_are_the_same_with_any_number_of_threads() -> None:
+    """They make the hash that a bundle records."""
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(segmenter._random("deeplabv3plus/resnet50", 1)[0].state_dict())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(found[0].values(), found[1].values(), strict=True))
+
+
 def test_half_precision_agrees_and_tensorrt_builds_it(taught: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'wsss[trt-rtx]'")
     model = exported("trained", str(taught), tmp_path, Options(precision="fp16", **{**SMALL, "batch": AxisRange(1, 2, 8)}))
