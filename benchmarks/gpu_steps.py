@@ -384,7 +384,7 @@ def _joined(engine: str, ceilings: Mapping[str, Ceiling], boxes: int, folders: S
 
 def run(kind: str, arguments: Sequence[str], ceilings: Mapping[str, Ceiling]) -> Any:
     """Run one step by its kind, with the arguments of the command line."""
-    paths = [Path(each) for each in arguments]
+    paths = [Path(argument) for argument in arguments]
     if "ort" in arguments and importlib.util.find_spec("torch") is not None:
         importlib.import_module("torch")  # loads the CUDA libraries of its wheels, which onnxruntime-gpu then finds
     steps: dict[str, Callable[[], Any]] = {

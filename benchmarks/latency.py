@@ -118,7 +118,7 @@ def measure_graph(
                 moved = sum(_size_bytes(tensor) for tensor in (*feeds.values(), *outputs.values()))
             total = None if work is None else work.weight_bytes + moved
             bound = ceiling.bound_ms(work.multiply_adds, total or 0) if ceiling and work else None
-            p50, p90, p99 = (float(each) for each in np.percentile(times, (50, 90, 99)))
+            p50, p90, p99 = (float(value) for value in np.percentile(times, (50, 90, 99)))
             yield GraphRow(
                 model=model.manifest.family,
                 variant=model.manifest.variant,

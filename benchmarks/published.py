@@ -48,4 +48,4 @@ PUBLISHED = (
 def published_for(manifests: Iterable[Manifest]) -> list[Published]:
     """The figures for exactly these models; none for other variants."""
     have = {(manifest.family, manifest.variant) for manifest in manifests}
-    return [each for each in PUBLISHED if (each.family, each.variant) in have]
+    return [figure for figure in PUBLISHED if (figure.family, figure.variant) in have]

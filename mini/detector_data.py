@@ -105,7 +105,7 @@ def normalized(pixels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.arange(height, device=pixels.device)[None, :, None] < valid[:, 0, None, None]
     mask = rows & (torch.arange(width, device=pixels.device)[None, None, :] < valid[:, 1, None, None])  # (B, H, W)
     values = pixels.permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(each, device=pixels.device)[:, None, None] for each in (MEAN, STD))
+    mean, std = (torch.tensor(channels, device=pixels.device)[:, None, None] for channels in (MEAN, STD))
     return (values - mean) / std * mask[:, None], mask.long()
 
 

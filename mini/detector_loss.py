@@ -166,7 +166,7 @@ def layer_loss(logits: Tensor, boxes: Tensor, captions: Captions, batch: Pool, c
         targets[row, queries] = spans[owners] * quality
         matched.append(boxes[row, queries])
         true_boxes.append(truth[owners])
-    count = max(sum(len(each) for each in matched), 1)
+    count = max(sum(map(len, matched)), 1)
     loss = varifocal(logits, targets, captions.mask) / count
     if matched:
         found, truth = torch.cat(matched), torch.cat(true_boxes)

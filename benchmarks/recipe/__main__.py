@@ -256,7 +256,7 @@ def draw_voc(folder: Path, *, train: int, aug: int, val: int, seed: int = 7_000_
         if not (folder / link).exists():
             (folder / link).symlink_to(target)
     for name, listed in (("train", names[:train]), ("trainaug", names), ("val", names_val)):
-        (lists / f"{name}.txt").write_text("".join(f"{each}\n" for each in listed))
+        (lists / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in listed))
     return folder
 
 
@@ -294,7 +294,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     layers += [read_config(Path(options.config))] if options.config else []
     layers += [{"model": {"init": options.init}}] if options.init else []
     layers += [{"optimizer": {"steps": options.steps}}] if options.steps else []
-    layers += [typed(each) for each in options.set]
+    layers += [typed(setting) for setting in options.set]
     return Recipe(
         data=data,
         out=out,

@@ -87,7 +87,7 @@ def voc(data: Path, *, trainaug: bool = True) -> DataSet:
     """
     images = data / "JPEGImages"
     if not images.is_dir():
-        inside = next((each for each in (data / "VOC2012", data / "VOCdevkit" / "VOC2012") if each.is_dir()), None)
+        inside = next((folder for folder in (data / "VOC2012", data / "VOCdevkit" / "VOC2012") if folder.is_dir()), None)
         raise WsssError(
             f"--data {data}: expected VOC 2012 with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/",
             hint=f"--data {inside}" if inside else "VOCtrainval_11-May-2012.tar unpacks to VOCdevkit/VOC2012",

@@ -48,9 +48,9 @@ def quality() -> str:
 def parity() -> str:
     """FP32 graphs at full size against the official implementations."""
     rows: list[Row] = []
-    for each in sorted(result("clip-official"), key=lambda each: -each["photographs"]):
-        how = f"{each['photographs']} photographs, {each['prompts']} prompts"
-        rows.append([f"CLIP {each['variant']}", "open_clip, one at a time", how, f"cosine 1 - {1 - _worst_cosine(each):.0e}"])
+    for row in sorted(result("clip-official"), key=lambda row: -row["photographs"]):
+        count = f"{row['photographs']} photographs, {row['prompts']} prompts"
+        rows.append([f"CLIP {row['variant']}", "open_clip, one at a time", count, f"cosine 1 - {1 - _worst_cosine(row):.0e}"])
     dino = result("grounding-dino-official")
     far = dino["parity"]
     difference = f"logits {far['logits']:.1e} (of up to {far['largest_logit']:.0f}), boxes {far['boxes']:.0e}"
@@ -200,7 +200,7 @@ def summary() -> str:
     """The README's table."""
     quality, sam, dino = result("mini-quality"), result("sam-official")["summary"], result("grounding-dino-official")
     mini = result("mini-half")
-    clip = min(_worst_cosine(each) for each in result("clip-official"))
+    clip = min(map(_worst_cosine, result("clip-official")))
     return table(
         ["what", "measured"],
         [

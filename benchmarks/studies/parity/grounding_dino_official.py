@@ -28,8 +28,10 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from wsss.batch import Photograph
 from wsss.classes import parse_classes
 from wsss.engines.ort import OrtEngine
 from wsss.export.exporting import tool_versions
@@ -231,13 +233,21 @@ def _caption(number: int) -> list[str]:
 
 def _feeds(model: Model, text: OrtEngine, paths: Sequence[Path], captions: Sequence[Sequence[str]]) -> Feeds:
     """The feeds of a batch, as the runtime makes them."""
-    preprocess, settings = model.manifest.preprocess, model.manifest.settings
-    tokenizer = bert_tokenizer(model.folder)
-    frames, pixels = [], []
-    for path in paths:
-        photo = read_photograph(path.parent, path.name)
-        frames.append(frame_for(preprocess, *photo.shape))
-        pixels.append(on_canvas(photo.pixels, frames[-1], preprocess.filter))
+    photographs = [read_photograph(path.parent, path.name) for path in paths]
+    return {**canvas_feeds(model, photographs), **caption_feeds(model, text, bert_tokenizer(model.folder), captions)}
+
+
+def canvas_feeds(model: Model, photographs: Sequence[Photograph]) -> Feeds:
+    """Photographs on a model's canvases, as the runtime puts them: ``pixels`` (B, H, W, 3) uint8 and ``size`` (B, 2) int64."""
+    preprocess = model.manifest.preprocess
+    frames = [frame_for(preprocess, *photo.shape) for photo in photographs]
+    pixels = [on_canvas(photo.pixels, frame, preprocess.filter) for photo, frame in zip(photographs, frames, strict=True)]
+    return {"pixels": np.stack(pixels), "size": np.array([frame.valid for frame in frames], np.int64)}
+
+
+def caption_feeds(model: Model, text: OrtEngine, tokenizer: Tokenizer, captions: Sequence[Sequence[str]]) -> Feeds:
+    """Feeds of Grounding-DINO's image graph for captions of several phrases, with features from its text graph."""
+    settings = model.manifest.settings
 
     def pieces(phrase: str) -> list[int]:
         return [*tokenizer.encode(phrase, add_special_tokens=False).ids, settings["dot"]]
@@ -247,8 +257,7 @@ def _feeds(model: Model, text: OrtEngine, paths: Sequence[Path], captions: Seque
         return np.array(text(feeds)["features"])[0]
 
     sentences = [[[settings["cls"]], *map(pieces, caption), [settings["sep"]]] for caption in captions]
-    size = np.array([frame.valid for frame in frames], np.int64)
-    return {"pixels": np.stack(pixels), "size": size, **grounding_dino.caption_feeds(sentences, features)}
+    return grounding_dino.caption_feeds(sentences, features)
 
 
 def compare(official: nn.Module, feeds: Feeds, caption: str, ours: Feeds) -> dict[str, Any]:

@@ -23,14 +23,13 @@ from ....classes import parse_classes
 from ....engines.ort import OrtEngine
 from ....export.exporting import tool_versions
 from ....export.family import Feeds, Graph, Options, Prepared, family
-from ....export.grounding_dino import family as grounding_dino
 from ....export.precision.work import float32_share
 from ....frame import frame_for
 from ....photographs import read_photograph
-from ....runtime.canvas import on_canvas
 from ....runtime.text import open_tokenizer
 from ....spec import AxisRange, Model, Precision
 from ..harness import RESULTS, exported_model, log, read_result, study_parser, write_result
+from .grounding_dino_official import canvas_feeds, caption_feeds
 from .sam_official import boxes_of
 
 RESULT = RESULTS / "half-precision.json"
@@ -116,7 +115,7 @@ def _sam_boxes(model: Model, prepared: Prepared, voc: Path, names: Sequence[str]
     for number, name in enumerate(names):
         frame = frame_for(model.manifest.preprocess, *read_photograph(voc / "JPEGImages", f"{name}.jpg").shape)
         some = boxes_of(voc / "Annotations" / f"{name}.xml", number)
-        boxes.append(np.stack([frame.xyxy_model_from_image(each) for each in some.xyxy_image]))
+        boxes.append(np.stack([frame.xyxy_model_from_image(xyxy) for xyxy in some.xyxy_image]))
         images.append(some.image)
     return {"embedding": embedding, "boxes": np.concatenate(boxes), "image": np.concatenate(images)}
 
@@ -126,19 +125,12 @@ def _clip_pixels(model: Model, prepared: Prepared, voc: Path, names: Sequence[st
 
 
 def _detector_feeds(model: Model, prepared: Prepared, voc: Path, names: Sequence[str]) -> Feeds:
-    text, settings = OrtEngine(model.path("text"), model.graph("text")), model.manifest.settings
-    tokenizer, classes = open_tokenizer(model), parse_classes("voc").names
-
-    def features(tokens: list[int]) -> np.ndarray:
-        return np.array(text({"tokens": np.array([tokens]), "mask": np.ones((1, len(tokens)), np.bool_)})["features"])[0]
-
+    text, classes = OrtEngine(model.path("text"), model.graph("text")), parse_classes("voc").names
     captions = []
     for name in names:  # two to five classes, different for each photograph
         first = sum(name.encode())
-        phrases = [classes[(first + step) % len(classes)] for step in range(2 + first % 4)]
-        pieces = [[*tokenizer.encode(phrase, add_special_tokens=False).ids, settings["dot"]] for phrase in phrases]
-        captions.append([[settings["cls"]], *pieces, [settings["sep"]]])
-    caption = grounding_dino.caption_feeds(captions, features)
+        captions.append([classes[(first + step) % len(classes)] for step in range(2 + first % 4)])
+    caption = caption_feeds(model, text, open_tokenizer(model), captions)
     return {**_on_canvases(model, voc, names), **caption, "text": caption["text"].astype(np.float16)}
 
 
@@ -151,12 +143,7 @@ _FEEDS: dict[tuple[str, str], Callable[[Model, Prepared, Path, Sequence[str]], F
 
 
 def _on_canvases(model: Model, voc: Path, names: Sequence[str]) -> Feeds:
-    photographs = [read_photograph(voc / "JPEGImages", f"{name}.jpg") for name in names]
-    frames = [frame_for(model.manifest.preprocess, *photograph.shape) for photograph in photographs]
-    pixels = [
-        on_canvas(each.pixels, frame, model.manifest.preprocess.filter) for each, frame in zip(photographs, frames, strict=True)
-    ]
-    return {"pixels": np.stack(pixels), "size": np.array([frame.valid for frame in frames], np.int64)}
+    return canvas_feeds(model, [read_photograph(voc / "JPEGImages", f"{name}.jpg") for name in names])
 
 
 def _is_landscape(voc: Path, name: str) -> bool:

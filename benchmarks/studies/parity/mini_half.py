@@ -9,7 +9,6 @@ true boxes at the decoder's resolution; and mIoU of the FP16 chain's label maps 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,11 @@ from typing import Any
 import numpy as np
 
 from ....batch import Images, Masks
-from ....mini.scenes import draw_scene, write_scenes
-from ....photographs import read_photograph
 from ....runtime.labeler import Labeler
 from ....train.evaluate.metrics import mean_iou
 from ...confusion import mask_iou, total_confusion
 from ..harness import RESULTS, about, study_parser, write_result
-from ..quality.mini_quality import SEED, true_boxes
+from ..quality.mini_quality import held_out_scenes, label_maps
 
 RESULT = RESULTS / "mini-half.json"
 BATCH = 8
@@ -31,12 +28,8 @@ BATCH = 8
 
 def measure(bundle: str, count: int, folder: Path, engine: str) -> dict[str, Any]:
     """Run both chains on ``count`` scenes, written below ``folder``."""
-    paths = write_scenes(folder, count, seed=SEED)
-    images = [read_photograph(folder / "images", path.name) for path in paths]
-    scenes = [draw_scene(SEED + number, split="held-out") for number in range(count)]
-    boxes = folder / "boxes.json"
-    boxes.write_text(json.dumps({path.name: true_boxes(scene) for path, scene in zip(paths, scenes, strict=True)}))
-    full, half = (_label_maps(Labeler.open(name, classes="mini", engine=engine), images) for name in ("mini", bundle))
+    images, scenes, boxes = held_out_scenes(count, folder)
+    full, half = (label_maps(Labeler.open(name, classes="mini", engine=engine), images) for name in ("mini", bundle))
     truth = [scene.label for scene in scenes]
     masks = [_masks(Labeler.open(name, classes="mini", engine=engine, boxes=boxes), images) for name in ("mini", bundle)]
     overlaps = np.array([mask_iou(one, other) for one, other in zip(*masks, strict=True)])
@@ -54,11 +47,6 @@ def measure(bundle: str, count: int, folder: Path, engine: str) -> dict[str, Any
         "label_map_miou": round(_miou(full, half), 5),
         "share_of_pixels_equal": round(float(np.mean([(a == b).mean() for a, b in zip(full, half, strict=True)])), 6),
     }
-
-
-def _label_maps(labeler: Labeler, images: Images) -> list[np.ndarray]:
-    starts = range(0, len(images), BATCH)
-    return [label_map for start in starts for label_map in labeler.pseudo_label(images[start : start + BATCH]).label_maps]
 
 
 def _masks(labeler: Labeler, images: Images) -> list[np.ndarray]:

@@ -28,15 +28,12 @@ SEED = 2_000_000
 
 def measure(count: int, folder: Path) -> dict[str, Any]:
     """mIoU and label F1 of the chain and of its variants on ``count`` held-out JPEG scenes, written below ``folder``."""
-    paths = write_scenes(folder, count, seed=SEED)
-    images = [read_photograph(folder / "images", path.name) for path in paths]
-    scenes = [draw_scene(SEED + number, split="held-out") for number in range(count)]
-    (folder / "boxes.json").write_text(json.dumps({p.name: true_boxes(s) for p, s in zip(paths, scenes, strict=True)}))
+    images, scenes, boxes = held_out_scenes(count, folder)
     variants: dict[str, dict[str, Any]] = {
         "chain": {},
         "without the CLIP gate": {"rules": Rules(gate=False)},
         "true labels": {"labels": folder / "labels.json"},
-        "true boxes": {"boxes": folder / "boxes.json"},
+        "true boxes": {"boxes": boxes},
     }
     result: dict[str, Any] = {}
     for name, options in variants.items():
@@ -60,14 +57,30 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
 
 def _score(labeler: Labeler, images: Images, scenes: list[Scene]) -> tuple[np.ndarray, dict[str, float]]:
     results = [labeler.pseudo_label(images[start : start + 8]) for start in range(0, len(images), 8)]
-    label_maps = [label_map for result in results for label_map in result.label_maps]
+    predicted_maps = [label_map for result in results for label_map in result.label_maps]
     present = np.array([np.isin(np.arange(1, len(CLASSES) + 1), scene.labels) for scene in scenes])
     predicted = np.concatenate([result.labels.present for result in results])
     truth = (scene.label for scene in scenes)
-    return total_confusion(zip(truth, label_maps, strict=True)), label_scores(present, predicted)
+    return total_confusion(zip(truth, predicted_maps, strict=True)), label_scores(present, predicted)
 
 
-def true_boxes(scene: Scene) -> list[dict[str, Any]]:
+def held_out_scenes(count: int, folder: Path) -> tuple[Images, list[Scene], Path]:
+    """Write held-out scenes below ``folder``; returns their images, the scenes, and a file of their true boxes."""
+    paths = write_scenes(folder, count, seed=SEED)
+    images = [read_photograph(folder / "images", path.name) for path in paths]
+    scenes = [draw_scene(SEED + number, split="held-out") for number in range(count)]
+    boxes = {path.name: _true_boxes(scene) for path, scene in zip(paths, scenes, strict=True)}
+    (folder / "boxes.json").write_text(json.dumps(boxes))
+    return images, scenes, folder / "boxes.json"
+
+
+def label_maps(labeler: Labeler, images: Images, batch: int = 8) -> list[np.ndarray]:
+    """The chain's label maps of some images."""
+    starts = range(0, len(images), batch)
+    return [label_map for start in starts for label_map in labeler.pseudo_label(images[start : start + batch]).label_maps]
+
+
+def _true_boxes(scene: Scene) -> list[dict[str, Any]]:
     """The true boxes of a scene, in the format of ``wsss label --boxes``."""
     pairs = zip(scene.labels.tolist(), scene.xyxy_image.tolist(), strict=True)
     return [{"label": CLASSES[label - 1], "xyxy": xyxy, "score": 1.0} for label, xyxy in pairs]
@@ -75,8 +88,7 @@ def true_boxes(scene: Scene) -> list[dict[str, Any]]:
 
 def _alone_against_batch(images: Images) -> dict[str, float]:
     labeler = Labeler.open("mini", classes="mini")
-    together = [m for start in range(0, len(images), 8) for m in labeler.pseudo_label(images[start : start + 8]).label_maps]
-    alone = [labeler.pseudo_label([image]).label_maps[0] for image in images]
+    together, alone = label_maps(labeler, images), label_maps(labeler, images, batch=1)
     different = [int((a != b).sum()) for a, b in zip(alone, together, strict=True)]
     return {
         "images": len(images),

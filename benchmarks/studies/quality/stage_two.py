@@ -22,6 +22,7 @@ from ....train.loop import train
 from ....train.presets import preset
 from ...confusion import total_confusion
 from ..harness import RESULTS, about, log, set_threads, study_parser, write_result
+from .mini_quality import label_maps
 from .scene_stores import held_out_miou, true_labels, write_scene_store
 
 RESULT = RESULTS / "stage-two.json"
@@ -60,10 +61,8 @@ def measure(work: Path, *, images: int, held_out: int, steps: int) -> dict[str, 
 def _chain_miou(labeler: Labeler, folder: Path, paths: list[Path]) -> float:
     """mIoU of the chain's label maps on held-out scenes; void counts as a miss."""
     images = [read_photograph(folder / "images", path.name) for path in paths]
-    starts = range(0, len(images), 8)
-    label_maps = [label_map for start in starts for label_map in labeler.pseudo_label(images[start : start + 8]).label_maps]
     truth = (np.array(Image.open(folder / "truth" / f"{path.stem}.png")) for path in paths)
-    return mean_iou(total_confusion(zip(truth, label_maps, strict=True)))
+    return mean_iou(total_confusion(zip(truth, label_maps(labeler, images), strict=True)))
 
 
 def main() -> None:
