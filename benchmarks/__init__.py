@@ -1,1 +1,1 @@
-"""Measurements, each beside the bound or the published number it is held against."""
+"""Measurements of speed and quality, beside the machine's maximum or published numbers."""

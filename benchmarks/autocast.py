@@ -1,6 +1,6 @@
-"""PyTorch on a GPU with half-precision products: the last resort of a machine without TensorRT and ONNX Runtime's CUDA provider.
+"""PyTorch on a GPU with half-precision products, for machines without TensorRT and ONNX Runtime's CUDA provider.
 
-It tells what the GPU can do with a graph's arithmetic, not what our engines do: it is timed, never used for labels.
+It measures how fast the GPU computes a graph's operations, not our engines: it is timed, never used for labels.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from ..spec import Model
 
 
 class AutocastEngine:
-    """The module that a graph was traced from, under autocast to float16; takes and gives tensors of torch.
+    """The module from which a graph was traced, under autocast to float16; takes and returns torch tensors.
 
     Args:
         device: a torch device, ``cuda:0``.
 
     Raises:
-        WsssError: the model has no such graph, or its weights are gone.
+        WsssError: the model has no such graph, or its weights are missing.
     """
 
     def __init__(self, model: Model, graph: str, device: str) -> None:
         self.inputs, self.outputs, self.axes = contract(model.graph(graph))
-        made = (make() for make in prepare_again(model.manifest).graphs)
-        module = next((each.module for each in made if each.name == graph), None)
+        graphs = (make() for make in prepare_again(model.manifest).graphs)
+        module = next((candidate.module for candidate in graphs if candidate.name == graph), None)
         if module is None:
-            raise WsssError(f"{model.folder.name}/{graph}: its exporter makes no such graph")
+            raise WsssError(f"{model.folder.name}/{graph}: the exporter has no such graph")
         self._module, self._device = module.eval().to(device), torch.device(device)
 
     @torch.inference_mode()
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         with torch.autocast(self._device.type, torch.float16):
-            answer = self._module(*(feeds[name] for name in self.inputs))
-        return dict(zip(self.outputs, (answer,) if isinstance(answer, torch.Tensor) else answer, strict=True))
+            outputs = self._module(*(feeds[name] for name in self.inputs))
+        return dict(zip(self.outputs, (outputs,) if isinstance(outputs, torch.Tensor) else outputs, strict=True))
 
     def resident(self, feeds: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], None]]:
-        """Feeds on the device, and how to wait for outputs."""
+        """Feeds on the device, and a function that waits for outputs."""
         tensors = {name: torch.from_numpy(array).to(self._device) for name, array in feeds.items()}
-        tensors = {name: each.float() if each.dtype == torch.float16 else each for name, each in tensors.items()}
+        tensors = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
 
         def wait(outputs: Mapping[str, Any]) -> None:
             if self._device.type == "cuda":

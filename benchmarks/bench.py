@@ -1,23 +1,23 @@
-"""``wsss bench``: a bundle on this machine, graph by graph and as a chain, beside what the machine could do at best.
+"""``wsss bench``: speed of a bundle on this machine, graph by graph and as a chain, beside the machine's measured maximum.
 
 The report (`run_bench`, ``wsss bench --json``) is one object:
 
 ``wsss``, ``commit``, ``date``, ``machine``
-    What was measured, when and on what (`wsss.engines.machine.Machine`). ``commit`` is None outside of a git checkout.
+    Version, time and machine (`wsss.engines.machine.Machine`). ``commit`` is None outside of a git checkout.
 ``bundle``, ``engine``, ``device``
-    As chosen, ``auto`` resolved.
+    The bundle, engine and device used, with ``auto`` resolved.
 ``ceilings``
-    By precision: matrix product and copy measured on the spot (`wsss.benchmarks.ceiling`).
+    By precision: matrix product and copy measured before (`wsss.benchmarks.ceiling`).
 ``graphs``
     A row for each graph and batch size (`wsss.benchmarks.latency`).
 ``chain``
     The chain end to end (`wsss.benchmarks.throughput`), or None.
 ``published``
-    What others report for the same models (`wsss.benchmarks.published`).
+    Published speeds of the same models (`wsss.benchmarks.published`).
 ``left_out``
     What was not measured, each with the reason.
 
-A CSV file gets one row for each graph and batch size and one for the chain (``COLUMNS``); an existing file is continued.
+A CSV file gets one row for each graph and batch size and one for the chain (``COLUMNS``); rows are added to an existing file.
 """
 
 from __future__ import annotations
@@ -44,24 +44,13 @@ from .published import published_for
 from .throughput import CHAIN_MODELS, measure_chain, reference_for
 
 COLUMNS = (
-    *(
-        "date",
-        "commit",
-        "wsss",
-        "processor",
-        "cores",
-        "gpu",
-        "power_limit_w",
-        "driver",
-        "cuda",
-        "onnxruntime",
-        "tensorrt",
-        "torch",
-    ),
+    *("date", "commit", "wsss", "processor", "cores", "gpu", "power_limit_w", "driver", "cuda"),
+    *("onnxruntime", "tensorrt", "torch"),
     *("engine", "device", "model", "variant", "graph", "precision", "batch", "unit", "calls", "p50_ms", "p90_ms", "p99_ms"),
     *("per_second", "gmacs", "share_of_bound", "teraflops", "gigabytes_per_second", "parity", "agreement"),
 )
-"""Of the CSV file. ``parity`` (largest error of the gate) and ``agreement`` (pixels as in FP32): quality beside speed."""
+"""Columns of the CSV file. Quality stands beside speed: ``parity`` is the gate's largest error, ``agreement`` the share of pixels
+labeled as in FP32."""
 Report = dict[str, Any]
 Log = Callable[[str], None]
 
@@ -74,27 +63,27 @@ class BenchOptions:
     engine: str = "auto"
     device: str = "auto"
     models: tuple[str, ...] = ()
-    """Of the bundle; empty takes all, and the chain."""
+    """Models of the bundle to measure; empty measures all, and the chain."""
     batches: tuple[int, ...] = ()
-    """Entries of a call; empty takes one and the usual number of each graph. The chain takes the largest, or 8."""
+    """Batch sizes; empty takes 1 and the usual batch of each graph. The chain takes the largest, or 8."""
     images: Path | None = None
     """Photographs for the chain; None draws scenes."""
     classes: str | None = None
-    """Of the chain; None takes the drawn scenes' classes, or VOC's for photographs."""
+    """Classes of the chain; None takes those of the drawn scenes, or VOC's for photographs."""
     count: int = 24
-    """Images of the chain."""
+    """Images that the chain labels."""
     boxes: int | None = None
-    """This many boxes in each image, whatever the detector finds."""
+    """Number of random boxes in each image that replace the detector's; None keeps the detector's."""
     seconds: float = 0.3
     """Time for each graph and batch size."""
     unverified: bool = False
-    """TensorRT: take engines whose gate has not run."""
+    """TensorRT: accept engines whose gate has not run."""
     reference: Path | None = None
-    """FP32 graphs of the same weights; None takes the shipped ones where they are."""
+    """FP32 graphs of the same weights; None takes the shipped ones where they have these weights."""
 
 
 def run_bench(options: BenchOptions, log: Log) -> Report:
-    """Measures a bundle; see the top of this file.
+    """Measure a bundle; the module docstring describes the report.
 
     Raises:
         WsssError: no such bundle or model, or none of its graphs can be run here.
@@ -148,8 +137,9 @@ def run_bench(options: BenchOptions, log: Log) -> Report:
                 unverified=options.unverified,
             )
     else:
-        lacks = [name for name in CHAIN_MODELS if name not in bundle.models()]
-        left_out.append("the chain: " + (f"the bundle has no {', '.join(lacks)}" if lacks else "--model asks for graphs alone"))
+        missing = [name for name in CHAIN_MODELS if name not in bundle.models()]
+        reason = f"the bundle has no {', '.join(missing)}" if missing else "--model selects graphs alone"
+        left_out.append(f"the chain: {reason}")
     return {
         "wsss": __version__,
         "commit": commit(),
@@ -158,10 +148,10 @@ def run_bench(options: BenchOptions, log: Log) -> Report:
         "bundle": "mini" if options.bundle == MINI else str(options.bundle),
         "engine": engine,
         "device": device,
-        "ceilings": {precision: dataclasses.asdict(found) for precision, found in ceilings.items()},
+        "ceilings": {precision: dataclasses.asdict(ceiling) for precision, ceiling in ceilings.items()},
         "graphs": [dataclasses.asdict(row) for row in rows],
         "chain": None if chain is None else dataclasses.asdict(chain),
-        "published": [dataclasses.asdict(each) for each in published_for(model.manifest for model in models)],
+        "published": [dataclasses.asdict(figure) for figure in published_for(model.manifest for model in models)],
         "left_out": left_out,
     }
 
@@ -173,8 +163,8 @@ def commit() -> str | None:
         return None
     try:
         head, changes = (
-            subprocess.run(["git", *asked], cwd=root, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-            for asked in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -185,14 +175,14 @@ def commit() -> str | None:
 
 
 def table(report: Report) -> Iterator[str]:
-    """The report, line by line."""
+    """The report as lines of text."""
     host = report["machine"]
-    gpu = next((each["name"] for each in host["gpus"]), "")
+    gpu = next((gpu["name"] for gpu in host["gpus"]), "")
     where = gpu if report["device"] != "cpu" and gpu else f"{host['processor']}, {host['cores']} cores"
     yield f"{report['bundle']} in {report['engine']} on {report['device']}: {where}"
     for precision, best in report["ceilings"].items():
         yield (
-            f"best here in {precision}: {_shown(best['teraflops'])} TFLOP/s, {_shown(best['gigabytes_per_second'])} GB/s "
+            f"maximum here in {precision}: {_shown(best['teraflops'])} TFLOP/s, {_shown(best['gigabytes_per_second'])} GB/s "
             f"({best['how']})"
         )
     yield ""
@@ -209,10 +199,10 @@ def table(report: Report) -> Iterator[str]:
     if report["chain"]:
         yield ""
         yield from _chain_lines(report["chain"])
-    for each in report["published"]:
+    for figure in report["published"]:
         yield (
-            f"published  {each['family']} {each['variant']}: {each['per_second']:g} images/s, {each['what']}, {each['machine']} "
-            f"({each['source']})"
+            f"published  {figure['family']} {figure['variant']}: {figure['per_second']:g} images/s, {figure['what']}, "
+            f"{figure['machine']} ({figure['source']})"
         )
     for reason in report["left_out"]:
         yield f"left out   {reason}"
@@ -223,9 +213,9 @@ def _chain_lines(chain: Mapping[str, Any]) -> Iterator[str]:
         f"chain      {_shown(chain['per_second'])} images/s, {chain['images']} images in batches of {chain['batch']}, "
         f"{chain['boxes_an_image']} boxes an image, {chain['seconds']:.1f} s, {chain['failed']} failed"
     )
-    for stage, told in chain["stages"].items():
-        waiting = f", its thread waited {told['waiting']:.2f} s" if "waiting" in told else ""
-        yield f"  {stage:8} {told['seconds']:8.2f} s{waiting}"
+    for stage, times in chain["stages"].items():
+        waiting = f", its thread waited {times['waiting']:.2f} s" if "waiting" in times else ""
+        yield f"  {stage:8} {times['seconds']:8.2f} s{waiting}"
     yield f"  engines  {chain['engine_seconds']:8.2f} s, {_share(chain['engine_share'])} of the time"
     if chain["gmacs_an_image"] is not None:
         yield f"  work     {_shown(chain['gmacs_an_image'])} Gmac an image, {_share(chain['share_of_bound'])} of the matrix bound"
@@ -239,7 +229,7 @@ def _chain_lines(chain: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _shown(value: float | None) -> str:
-    """Four digits at most, no exponent."""
+    """A number with at most four digits and without an exponent."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 1000 else f"{value:.4g}" if value >= 0.001 or value == 0 else f"{value:.6f}"
@@ -257,20 +247,20 @@ def _parity(value: float | None) -> str:
 
 
 def append_csv(path: Path, report: Report) -> int:
-    """Adds the report's rows to a CSV file, which is made when there is none; returns how many.
+    """Add the report's rows to a CSV file, new or existing; returns their number.
 
     Raises:
         WsssError: the file has other columns, or cannot be written.
     """
     rows = list(csv_rows(report))
     try:
-        there = path.read_text(encoding="utf-8") if path.is_file() else ""
-        head = next(csv.reader([there.partition("\n")[0]]), [])
-        if there and head != list(COLUMNS):
+        existing = path.read_text(encoding="utf-8") if path.is_file() else ""
+        head = next(csv.reader([existing.partition("\n")[0]]), [])
+        if existing and head != list(COLUMNS):
             raise WsssError(f"{path}: expected the columns {', '.join(COLUMNS[:4])}, ..., got {', '.join(head[:4])}, ...")
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        if not there:
+        if not existing:
             writer.writeheader()
         writer.writerows(rows)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,11 +288,12 @@ def csv_rows(report: Report) -> Iterator[dict[str, Any]]:
     }
     for row in report["graphs"]:
         best = report["ceilings"][row["precision"]]
-        told = {**common, **best, **row}
-        yield {name: told.get(name) for name in COLUMNS}
+        values = {**common, **best, **row}
+        yield {name: values.get(name) for name in COLUMNS}
     if chain := report["chain"]:
         precisions = {models.split()[-1] for models in chain["models"].values()}
-        told = {
+        values = {
+            **common,
             **{name: chain[name] for name in ("batch", "per_second", "share_of_bound", "agreement")},
             "model": "chain",
             "variant": " ".join(models.split()[0] for models in chain["models"].values()),
@@ -311,5 +302,4 @@ def csv_rows(report: Report) -> Iterator[dict[str, Any]]:
             "calls": chain["images"],
             "gmacs": chain["gmacs_an_image"],
         }
-        told = {**common, **told}
-        yield {name: told.get(name) for name in COLUMNS}
+        yield {name: values.get(name) for name in COLUMNS}

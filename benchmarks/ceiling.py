@@ -1,7 +1,7 @@
-"""What this machine can do at best, measured on the spot: a large matrix product and a large copy.
+"""Maximum compute rate and memory bandwidth of this machine, measured by a large matrix product and a large copy.
 
-`Ceiling` as JSON: ``teraflops`` (two operations a multiply-add, best of several products), ``gigabytes_per_second`` (read and
-written, best of several copies; None where it could not be measured) and ``how`` both were measured.
+`Ceiling` in JSON: ``teraflops`` (two operations for a multiply-add, best of several products), ``gigabytes_per_second`` (read and
+write together, best of several copies; None where it could not be measured) and ``how`` both were measured.
 """
 
 from __future__ import annotations
@@ -23,37 +23,38 @@ from ..errors import WsssError
 from ..spec import GraphSpec, Manifest, Model, Precision, Preprocess, TensorSpec, sha256_of, write_manifest
 
 CPU_SIDE, GPU_SIDE = 1536, 8192
-"""Of the matrices: large enough that more does not raise the rate."""
+"""Side of the matrices: larger ones do not give a higher rate."""
 CPU_COPY_BYTES, GPU_COPY_BYTES = 128 << 20, 4 << 30
 REPEATS = 5
 GRAPH_SIDE, GRAPH_PRODUCTS = 4096, 16
-"""Of the graph that is measured where torch is missing."""
+"""Side and number of matrix products in the graph that is measured where torch is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
-    """The best this machine reaches in one precision."""
+    """Maximum compute rate and bandwidth in one precision."""
 
     teraflops: float | None
     gigabytes_per_second: float | None
     how: str
+    """Library, precision and size of the measurement."""
 
     def bound_ms(self, multiply_adds: float, size_bytes: float) -> float | None:
-        """Least time for that many multiply-adds and bytes, whichever takes longer; None where it is not known."""
+        """Minimum time for these multiply-adds and bytes, the longer of the two; None where the compute rate is unknown."""
         times = [2 * multiply_adds / self.teraflops * 1e-9] if self.teraflops else []
         times += [size_bytes / self.gigabytes_per_second * 1e-6] if self.gigabytes_per_second else []
         return max(times) if self.teraflops else None
 
 
 def measure_ceiling(engine: str, device: str, precision: Precision) -> Ceiling:
-    """The best of this machine for graphs of a precision.
+    """Measure the maximum of this machine for graphs of a precision.
 
     Args:
-        engine: measures the product on a GPU where torch cannot.
+        engine: used to measure the product on a GPU when torch cannot.
         device: ``cpu`` or ``cuda:N``, from `wsss.engines.opening.choose`.
     """
     if device == "cpu":
-        # Half precision gains nothing on a CPU: it is computed in float32.
+        # On a CPU half precision is computed in float32.
         return Ceiling(teraflops=_cpu_product(), gigabytes_per_second=_cpu_copy(), how="numpy, float32, all cores; one copy")
     index = int(device.partition(":")[2] or 0)
     if _torch_sees_cuda():
@@ -67,7 +68,7 @@ def measure_ceiling(engine: str, device: str, precision: Precision) -> Ceiling:
 
 
 def best_seconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """The shortest of several runs, after one that does not count."""
+    """The shortest time of several runs, after one untimed run."""
     run()
     times = []
     for _ in range(repeats):
@@ -120,9 +121,11 @@ def _by_torch(index: int, precision: Precision) -> Ceiling:
 
     product = 2 * GPU_SIDE**3 / timed(lambda: torch.matmul(one, other, out=out), 10) * 1e-12
     copied = 2 * size / timed(lambda: target.copy_(source), 5) * 1e-9
-    words = "float32 with TF32" if precision == "fp32" else str(dtype).removeprefix("torch.")
+    precision_name = "float32 with TF32" if precision == "fp32" else str(dtype).removeprefix("torch.")
     return Ceiling(
-        teraflops=product, gigabytes_per_second=copied, how=f"torch {torch.__version__}: {words} {GPU_SIDE}^3, random; copy_"
+        teraflops=product,
+        gigabytes_per_second=copied,
+        how=f"torch {torch.__version__}: {precision_name} {GPU_SIDE}^3, random; copy_",
     )
 
 
@@ -130,7 +133,7 @@ def _by_torch(index: int, precision: Precision) -> Ceiling:
 
 
 def _gpu_copy(index: int) -> float | None:
-    """GB/s of a copy within the GPU's memory by cuda-bindings, None where they are missing."""
+    """GB/s of a copy within the GPU's memory with cuda-bindings, None where they are missing."""
     try:
         gpus = find_gpus()
         runtime = importlib.import_module("cuda.bindings.runtime")
@@ -142,7 +145,7 @@ def _gpu_copy(index: int) -> float | None:
 
 
 def copied_by(runtime: ModuleType, index: int, size_bytes: int) -> float:
-    """GB/s of a copy of that many bytes, read and written, by CUDA's runtime."""
+    """GB/s, read and write together, of a copy of ``size_bytes`` by CUDA's runtime."""
     from ..engines.buffers import Block, Cuda, Stream
 
     cuda = Cuda(runtime, index)
@@ -162,7 +165,7 @@ def copied_by(runtime: ModuleType, index: int, size_bytes: int) -> float:
 
 
 def product_by_graph(engine: str, device: str, precision: Precision, side: int, products: int) -> float:
-    """TFLOP/s of a graph of nothing but matrix products, on any engine.
+    """TFLOP/s of a graph of matrix products alone, on any engine.
 
     Raises:
         WsssError: the engine cannot be built or run. ImportError: onnx is missing.
@@ -176,7 +179,7 @@ def product_by_graph(engine: str, device: str, precision: Precision, side: int, 
             model = build_plans(model, BuildOptions(flavour=engine, device=index), lambda line: None)
         loaded = open_graph(model, "product", engine, device=device, unverified=True)
         feeds = {"scale": np.ones((1, 1), np.float32 if precision == "fp32" else np.float16)}
-        seconds = best_seconds(lambda: np.asarray(loaded(feeds)["largest"]))  # the host waits for the one number
+        seconds = best_seconds(lambda: np.asarray(loaded(feeds)["largest"]))  # the host waits for the result, one number
         return 2 * products * side**3 / seconds * 1e-12
 
 
@@ -184,7 +187,7 @@ def _product_model(folder: Path, precision: Precision, side: int, products: int)
     from onnx import TensorProto, helper, numpy_helper, save
 
     kind, dtype = (TensorProto.FLOAT, np.float32) if precision == "fp32" else (TensorProto.FLOAT16, np.float16)
-    # Scaled so that products of products keep their size.
+    # Scaled so that repeated products keep their magnitude.
     matrix = (np.random.default_rng(0).standard_normal((side, side), np.float32) / np.sqrt(side)).astype(dtype)
     nodes = [helper.make_node("Mul", ["matrix", "scale"], ["y0"])]
     nodes += [helper.make_node("MatMul", [f"y{n}", "matrix"], [f"y{n + 1}"]) for n in range(products)]

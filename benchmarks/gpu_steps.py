@@ -1,9 +1,9 @@
-"""What each step of `wsss.benchmarks.gpu_check` does, in a process of its own.
+"""The steps of `wsss.benchmarks.gpu_check`, each run in a separate process.
 
     python -m wsss.benchmarks.gpu_steps KIND [ARGUMENT ...] --result FILE [--record FILE]
 
-The result is written as JSON to FILE; the shapes of all results are told in `gpu_check`. A step that ran but found
-something wrong (a graph that fails the gate) writes its result and exits with 1.
+The result is written as JSON to FILE; `gpu_check` describes the results of all steps. A step that ran but found an error (a
+graph that fails the gate) writes its result and exits with 1.
 """
 
 from __future__ import annotations
@@ -28,27 +28,15 @@ from ..engines.machine import machine
 from ..engines.opening import FLAVOURS, open_graph
 from ..errors import BundleError, WeightsError, WsssError
 from ..runtime.labeler import MINI
-from ..spec import (
-    AxisRange,
-    Bundle,
-    Flavour,
-    GraphSpec,
-    Manifest,
-    Model,
-    Parity,
-    TensorSpec,
-    open_bundle,
-    sha256_of,
-    write_manifest,
-)
+from ..spec import AxisRange, Bundle, Flavour, GraphSpec, Model, Parity, TensorSpec, open_bundle
 from .ceiling import Ceiling, measure_ceiling
 from .latency import Opener, measure_graph
-from .steps import LEFT_OUT
+from .steps import LEFT_OUT, log
 from .throughput import CHAIN_MODELS, measure_chain
 
 if TYPE_CHECKING:
     from ..engines.engine import Engine
-    from ..export.family import Family, Graph
+    from ..export.family import Graph
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
@@ -56,57 +44,57 @@ MODULES = (
     *("safetensors", "tokenizers", "PIL", "typer", "pytest", "cuda.bindings.runtime", "tensorrt_rtx", "tensorrt", "ml_dtypes"),
 )
 BATCHES = (1, 4, 8, 16)
-"""Entries of a call, as far as the engine takes them, beside the graph's usual number."""
+"""Batch sizes to time, where the engine supports them, in addition to the graph's usual one."""
 SCENES, REPEAT, CHAIN_BATCH = 64, 4, 16
-PLACE = "cuda:0"
+DEVICE = "cuda:0"
 
 
 class LeftOut(Exception):
-    """There is nothing to do here; the message says why."""
+    """A step does not apply to this machine; the message gives the reason."""
 
 
 def step_machine() -> dict[str, Any]:
-    """Facts of this machine, and what can be imported."""
+    """Describe this machine and the packages that can be imported."""
     return {**dataclasses.asdict(machine()), "modules": {name: _importable(name) for name in MODULES}}
 
 
 def step_ceiling() -> dict[str, Any]:
-    """The best of this GPU."""
-    return {each: dataclasses.asdict(measure_ceiling("ort", PLACE, each)) for each in ("fp16", "fp32")}
+    """Measure the maximum compute rate and bandwidth of this GPU."""
+    return {precision: dataclasses.asdict(measure_ceiling("ort", DEVICE, precision)) for precision in ("fp16", "fp32")}
 
 
 def step_probe(flavour: Flavour) -> dict[str, Any]:
-    """Does a tiny engine of this library build, load and compute here?"""
+    """Check whether a tiny engine of this library builds, loads and computes here."""
     from ..engines.trt import load_modules
 
     trt, _ = load_modules(flavour)
-    own = flavour == "trt-rtx" and hasattr(getattr(trt, "ComputeCapability", None), "CURRENT")
-    attempts = [_attempt(trt, flavour, target) for target in ("portable", *(("this GPU",) if own else ()))]
+    can_target_gpu = flavour == "trt-rtx" and hasattr(getattr(trt, "ComputeCapability", None), "CURRENT")
+    attempts = [_attempt(trt, flavour, target) for target in ("portable", *(("this GPU",) if can_target_gpu else ()))]
     return {"version": trt.__version__, "capability": machine().gpus[0].target, "attempts": attempts}
 
 
 def step_graphs_of_mini(bundle: Path, *brought: Path) -> dict[str, str]:
-    """The small models' graphs: brought along, exported in FP16, or the shipped ones in FP32."""
-    told = {}
+    """Put the small models' graphs into ``bundle``: from a given bundle, exported in FP16, or the shipped ones in FP32."""
+    origins = {}
     for name in CHAIN_MODELS:
         shutil.rmtree(bundle / name, ignore_errors=True)
         source = _find(brought, name, "mini")
         if source is not None:
             shutil.copytree(source, bundle / name)
-            told[name] = f"{Bundle(bundle).model(name).manifest.precision}, brought along"
+            origins[name] = f"{Bundle(bundle).model(name).manifest.precision}, brought along"
             continue
         try:
             _export_mini(name, bundle)
-            told[name] = "fp16, exported here"
+            origins[name] = "fp16, exported here"
         except (ImportError, WsssError) as error:
             shutil.rmtree(bundle / name, ignore_errors=True)
             shutil.copytree(MINI / name, bundle / name)
-            told[name] = f"fp32, as shipped: {error}"
-    return told
+            origins[name] = f"fp32, as shipped: {error}"
+    return origins
 
 
 def step_graphs(bundle: Path, name: str, variant: str, *brought: Path) -> dict[str, Any]:
-    """A full-size model in FP16: brought along, or traced with random weights and not gated."""
+    """Put a full-size model in FP16 into ``bundle``: from a given bundle, or exported with random weights without the gate."""
     begun = time.monotonic()
     source = _find(brought, name, variant)
     try:
@@ -114,62 +102,60 @@ def step_graphs(bundle: Path, name: str, variant: str, *brought: Path) -> dict[s
             shutil.rmtree(bundle / name, ignore_errors=True)
             shutil.copytree(source, bundle / name)
         else:
-            from ..export.family import family
-
-            _trace(family(name), variant, bundle)
+            _export_without_gate(name, variant, bundle)
     except ImportError as error:
         raise LeftOut(f"needs {error.name or error}") from None
-    except WeightsError as error:  # a vocabulary that is not here
+    except WeightsError as error:  # BERT's vocabulary is missing
         raise LeftOut(f"{error}") from None
     size = sum(path.stat().st_size for path in (bundle / name).iterdir())
-    told = {"seconds": round(time.monotonic() - begun, 1), "megabytes": round(size / 1e6)}
-    return {**told, "brought": source is not None}
+    seconds = round(time.monotonic() - begun, 1)
+    return {"seconds": seconds, "megabytes": round(size / 1e6), "brought": source is not None}
 
 
 def step_engines(bundle: Path, flavour: Flavour) -> dict[str, Any]:
-    """Engines of every graph of a bundle."""
+    """Build an engine for every graph of a bundle."""
     from ..export.to_engine import BuildOptions, build_plans
 
-    told = {}
+    built = {}
     for name in open_bundle(bundle).models():
-        model = build_plans(open_bundle(bundle).model(name), BuildOptions(flavour=flavour), _say)
+        model = build_plans(open_bundle(bundle).model(name), BuildOptions(flavour=flavour), log)
         for graph, spec in model.manifest.graphs.items():
             plan = spec.plans[flavour]
             size = (model.folder / plan.file).stat().st_size
-            told[f"{name}/{graph}"] = {"seconds": plan.seconds, "megabytes": round(size / 1e6, 1), "target": plan.target}
+            built[f"{name}/{graph}"] = {"seconds": plan.seconds, "megabytes": round(size / 1e6, 1), "target": plan.target}
     mark_of(bundle, flavour).touch()
-    return told
+    return built
 
 
 def step_gate(bundle: Path, engine: str, rows: int) -> dict[str, Any]:
-    """Every graph in this engine against the official modules.
+    """Compare every graph in this engine with the official modules.
 
     Args:
-        rows: most rows of a call, without entering a verdict; 0 runs the whole gate, and enters it for TensorRT.
+        rows: largest batch; no verdict is recorded. 0 runs the whole gate, and records the verdict of TensorRT engines.
     """
-    told: dict[str, Any] = {}
+    verdicts: dict[str, Any] = {}
     for name in open_bundle(bundle).models():
         model = open_bundle(bundle).model(name)
         try:
             if rows == 0 and engine in FLAVOURS:
-                told |= _gate_plans(model, engine)
+                verdicts |= _gate_plans(model, engine)
             else:
-                told |= _gate_rows(model, engine, rows)
+                verdicts |= _gate_rows(model, engine, rows)
         except ImportError as error:
-            told[name] = {"passed": None, "why": f"left out: needs {error.name or error}"}
+            verdicts[name] = {"passed": None, "why": f"left out: needs {error.name or error}"}
         except WsssError as error:
-            told[name] = {"passed": False, "why": error.message}
-    return told
+            verdicts[name] = {"passed": False, "why": error.message}
+    return verdicts
 
 
 def step_tests() -> dict[str, str]:
-    """The tests marked ``gpu``."""
+    """Run the tests marked ``gpu``."""
     if importlib.util.find_spec("pytest") is None:
         raise LeftOut("needs pytest")
     if not (ROOT / "tests").is_dir():
         raise LeftOut("needs a checkout with its tests")
-    asked = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
-    run = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = (run.stdout.strip().splitlines() or [""])[-1]
     if run.returncode == 5:
         raise LeftOut("no test is marked gpu")
@@ -179,7 +165,7 @@ def step_tests() -> dict[str, str]:
 
 
 def step_latency(bundle: Path, engine: str, ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
-    """Each graph at several batch sizes."""
+    """Time each graph at several batch sizes."""
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for name in open_bundle(bundle).models():
@@ -192,7 +178,7 @@ def step_latency(bundle: Path, engine: str, ceilings: Mapping[str, Ceiling]) -> 
                     graph,
                     (*BATCHES, min(usual, 64)),
                     engine=engine,
-                    device=PLACE,
+                    device=DEVICE,
                     ceiling=ceilings.get(spec.precision),
                     seconds=0.4,
                     open_engine=opener(engine),
@@ -206,15 +192,15 @@ def step_latency(bundle: Path, engine: str, ceilings: Mapping[str, Ceiling]) -> 
 
 
 def step_chain(bundle: Path, engine: str, ceilings: Mapping[str, Ceiling], boxes: int) -> dict[str, Any]:
-    """The chain end to end; the small models' label maps against FP32 on the CPU."""
+    """Time the chain end to end; the small models' label maps are compared with FP32 on the CPU."""
     if engine == "eager":
-        raise LeftOut("PyTorch measures single graphs here")
+        raise LeftOut("with PyTorch only single graphs are measured")
     with tempfile.TemporaryDirectory() as folder:
-        told = measure_chain(
+        result = measure_chain(
             bundle,
             Path(folder),
             engine=engine,
-            device=PLACE,
+            device=DEVICE,
             batch=CHAIN_BATCH,
             classes="voc" if boxes else "mini",
             count=SCENES,
@@ -224,32 +210,32 @@ def step_chain(bundle: Path, engine: str, ceilings: Mapping[str, Ceiling], boxes
             reference=None if boxes else MINI,
             unverified=True,
         )
-    return dataclasses.asdict(told)
+    return dataclasses.asdict(result)
 
 
-# ---- what the steps need ----
+# ---- helpers of the steps ----
 
 
 def _importable(name: str) -> str:
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # whatever a package that does not fit this machine raises
+    except Exception as error:  # a package that does not fit this machine may raise anything
         return f"no: {type(error).__name__}: {error}".split("\n")[0]
     return f"yes {getattr(module, '__version__', '')}".strip()
 
 
 def _attempt(trt: Any, flavour: Flavour, target: str) -> dict[str, Any]:
-    """Builds a half-precision product of 8 rows with 64 x 32 weights, loads it, runs it, compares it with numpy."""
+    """Build a half-precision product of 8 rows with 64 x 32 weights, load it, run it, and compare it with numpy."""
     from ..engines.trt import TrtEngine
 
-    told: dict[str, Any] = {"target": target, "builds": False, "runs": False}
+    attempt: dict[str, Any] = {"target": target, "builds": False, "runs": False}
     rng = np.random.default_rng(0)
     x, weights = rng.normal(size=(8, 64)).astype(np.float16), rng.normal(size=(64, 32)).astype(np.float16)
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "tiny.plan"
         try:
             plan.write_bytes(_tiny_plan(trt, weights, target))
-            told["builds"] = True
+            attempt["builds"] = True
             spec = GraphSpec(
                 file="tiny.onnx",
                 inputs=(TensorSpec("x", (8, 64), "float16"),),
@@ -261,15 +247,15 @@ def _attempt(trt: Any, flavour: Flavour, target: str) -> dict[str, Any]:
             with TrtEngine(plan, spec, flavour=flavour) as engine:
                 for _ in range(4):  # enqueued, captured, replayed
                     y = np.asarray(engine({"x": x})["y"]).astype(np.float32)
-            told["difference"] = float(np.abs(y - x.astype(np.float32) @ weights.astype(np.float32)).max())
-            told["runs"] = told["difference"] < 0.1  # half of 64 products of about 1: rounding gives 0.02
-        except Exception as error:  # every library says no in its own way, and its words are the result
-            told["error"] = f"{type(error).__name__}: {error}"
-    return told
+            attempt["difference"] = float(np.abs(y - x.astype(np.float32) @ weights.astype(np.float32)).max())
+            attempt["runs"] = attempt["difference"] < 0.1  # rounding of 64 products of about 1 in FP16 gives 0.02
+        except Exception as error:  # each library raises its own classes; the result records the message
+            attempt["error"] = f"{type(error).__name__}: {error}"
+    return attempt
 
 
 def _tiny_plan(trt: Any, weights: np.ndarray, target: str) -> bytes:
-    said: list[str] = []
+    errors: list[str] = []
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
@@ -277,7 +263,7 @@ def _tiny_plan(trt: Any, weights: np.ndarray, target: str) -> bytes:
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                said.append(message.split("\n")[0])
+                errors.append(message.split("\n")[0])
 
     logger = Logger()
     builder = trt.Builder(logger)
@@ -295,14 +281,14 @@ def _tiny_plan(trt: Any, weights: np.ndarray, target: str) -> bytes:
         config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise WsssError(f"the builder refuses a matrix product: {'; '.join(said) or 'no reason given'}")
+        raise WsssError(f"the builder refuses a matrix product: {'; '.join(errors) or 'no reason given'}")
     return bytes(plan)
 
 
 def _gate_plans(model: Model, flavour: Flavour) -> dict[str, Any]:
     from ..export.exporting import verify_plans
 
-    graphs = verify_plans(model, flavour, None, _say).manifest.graphs
+    graphs = verify_plans(model, flavour, None, log).manifest.graphs
     return {f"{model.manifest.family}/{graph}": _verdict(spec.plans[flavour].parity) for graph, spec in graphs.items()}
 
 
@@ -310,68 +296,41 @@ def _gate_rows(model: Model, engine: str, rows: int) -> dict[str, Any]:
     from ..export.exporting import prepare_again
     from ..export.verify import gate
 
-    told: dict[str, Any] = {}
+    verdicts: dict[str, Any] = {}
     for make in prepare_again(model.manifest).graphs:
         graph = make().at(model.manifest.precision)
         where = f"{model.manifest.family}/{graph.name}"
         try:
             loaded = opener(engine)(model, graph.name)
-            graph = dataclasses.replace(graph, axes=_fewer(graph, loaded, rows))
-            told[where] = _verdict(gate(graph, loaded, engine_name=engine, reference_name="official", where=where))
+            graph = dataclasses.replace(graph, axes=_axes_with_rows(graph, loaded, rows))
+            verdicts[where] = _verdict(gate(graph, loaded, engine_name=engine, reference_name="official", where=where))
             getattr(loaded, "close", lambda: None)()
         except WsssError as error:
-            told[where] = {"passed": False, "why": error.message}
-    return told
+            verdicts[where] = {"passed": False, "why": error.message}
+    return verdicts
 
 
 def _export_mini(name: str, bundle: Path) -> None:
     from ..export.exporting import export_model
     from ..export.family import Options, family
 
-    export_model(family(name), variant="mini", weights="mini", bundle=bundle, options=Options(precision="fp16"), log=_say)
+    export_model(family(name), variant="mini", weights="mini", bundle=bundle, options=Options(precision="fp16"), log=log)
 
 
-def _trace(exporter: Family, variant: str, bundle: Path) -> None:
-    """As `wsss.export.exporting.export_model`, without the gate: on random weights, for timing, it would take the longest."""
-    from ..export.exporting import TOKENIZER, WEIGHTS, tool_versions
-    from ..export.family import Options
-    from ..export.to_onnx import OPSET, WeightFile, export_onnx
+def _export_without_gate(name: str, variant: str, bundle: Path) -> None:
+    """Export a full-size model in FP16 with random weights, for timing only; the gate would take most of the time."""
+    from ..export.exporting import export_model
+    from ..export.family import Options, family
 
-    # As in use, but for larger batches where the GPUs that this is run on have room: Grounding-DINO's engine takes 550 MB a
+    # Batch ranges as in use, but larger where the GPUs that run this check have room. Grounding-DINO's engine takes 550 MB a
     # photograph, and TensorRT-RTX refused to build it for sixteen within 8 GiB.
-    most = AxisRange(1, 4, 8) if exporter.name == "grounding-dino" or variant == "vit_h" else AxisRange(1, 8, 16)
-    prepared = exporter.prepare(variant, "random:0", Options(batch=most, precision="fp16"))
-    folder = bundle / f".{exporter.name}.partial"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    store, graphs = WeightFile(folder / WEIGHTS), {}
-    for make in prepared.graphs:
-        graph = make().at("fp16")
-        path = folder / f"{graph.name}.onnx"
-        islands = export_onnx(graph, path, store, precision="fp16")
-        graphs[graph.name] = dataclasses.replace(graph.spec(path.name, OPSET), precision="fp16", islands=islands)
-        _say(f"{exporter.name}: {graph.name} traced")
-    if prepared.tokenizer is not None:
-        prepared.tokenizer.save(str(folder / TOKENIZER))
-    manifest = Manifest(
-        family=exporter.name,
-        variant=prepared.variant,
-        precision="fp16",
-        preprocess=prepared.preprocess,
-        graphs=graphs,
-        settings=dict(prepared.settings),
-        tokenizer=None if prepared.tokenizer is None else TOKENIZER,
-        weights=dict(prepared.weights),
-        tools=tool_versions(),
-        files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
-    )
-    write_manifest(folder, manifest)
-    shutil.rmtree(bundle / exporter.name, ignore_errors=True)
-    folder.rename(bundle / exporter.name)
+    batch = AxisRange(1, 4, 8) if name == "grounding-dino" or variant == "vit_h" else AxisRange(1, 8, 16)
+    options = Options(batch=batch, precision="fp16")
+    export_model(family(name), variant=variant, weights="random:0", bundle=bundle, options=options, log=log, gate=False)
 
 
-def _fewer(graph: Graph, loaded: Engine, rows: int) -> dict[str, AxisRange]:
-    """The axes of an engine with at most that many rows; all else as wide as it is. 0 changes nothing."""
+def _axes_with_rows(graph: Graph, loaded: Engine, rows: int) -> dict[str, AxisRange]:
+    """The axis ranges of an engine, with its batch limited to ``rows``; 0 sets no limit."""
     axes = dict(loaded.axes)
     if rows:
         most = min(axes[graph.row_axis].max, rows)
@@ -386,7 +345,7 @@ def _verdict(parity: Parity | None) -> dict[str, Any]:
 
 
 def _find(brought: Sequence[Path], name: str, variant: str) -> Path | None:
-    """The folder of a model among bundles that were brought along."""
+    """The folder of a model in one of the given bundles, None where no bundle holds it."""
     for bundle in brought:
         try:
             model = Bundle(bundle).model(name)
@@ -398,28 +357,24 @@ def _find(brought: Sequence[Path], name: str, variant: str) -> Path | None:
 
 
 def mark_of(bundle: Path, flavour: str) -> Path:
-    """A file that is there once the last engine of a bundle is built."""
+    """The file that marks a bundle whose engines are all built."""
     return bundle / f".engines-{flavour}"
 
 
 def opener(engine: str) -> Opener:
-    """How a graph is opened: as the runtime does, or in PyTorch with half-precision products."""
+    """How to open a graph: as the runtime does, or in PyTorch under autocast for ``eager``."""
     if engine == "eager":
         from .autocast import AutocastEngine
 
-        return lambda model, graph: AutocastEngine(model, graph, PLACE)
-    return lambda model, graph: open_graph(model, graph, engine, device=PLACE, unverified=True)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+        return lambda model, graph: AutocastEngine(model, graph, DEVICE)
+    return lambda model, graph: open_graph(model, graph, engine, device=DEVICE, unverified=True)
 
 
 # ---- the command line ----
 
 
 def _joined(engine: str, ceilings: Mapping[str, Ceiling], boxes: int, folders: Sequence[Path]) -> dict[str, Any]:
-    """The chain of models that lie in bundles of their own."""
+    """Time the chain with models from several bundles."""
     with tempfile.TemporaryDirectory() as folder:
         for bundle in folders:
             for name in Bundle(bundle).models():
@@ -428,8 +383,8 @@ def _joined(engine: str, ceilings: Mapping[str, Ceiling], boxes: int, folders: S
 
 
 def run(kind: str, arguments: Sequence[str], ceilings: Mapping[str, Ceiling]) -> Any:
-    """One step by its kind; arguments as typed."""
-    paths = [Path(each) for each in arguments]
+    """Run one step by its kind, with the arguments of the command line."""
+    paths = [Path(argument) for argument in arguments]
     if "ort" in arguments and importlib.util.find_spec("torch") is not None:
         importlib.import_module("torch")  # loads the CUDA libraries of its wheels, which onnxruntime-gpu then finds
     steps: dict[str, Callable[[], Any]] = {
@@ -448,41 +403,38 @@ def run(kind: str, arguments: Sequence[str], ceilings: Mapping[str, Ceiling]) ->
 
 
 def wrong_in(result: Any) -> list[str]:
-    """What a result says went wrong: graphs that did not run, or did not pass the gate."""
+    """The errors in a step's result: graphs that did not run, or did not pass the gate."""
     if not isinstance(result, dict):
         return []
-    failed = (
-        [f"{name}: {why}" for name, why in result.get("failed", {}).items()] if isinstance(result.get("failed"), dict) else []
-    )
-    gates = [
-        f"{name}: {told.get('why')}" for name, told in result.items() if isinstance(told, dict) and told.get("passed") is False
-    ]
-    return failed + gates
+    failed = result.get("failed")  # a number in the result of a chain
+    errors = [f"{name}: {why}" for name, why in failed.items()] if isinstance(failed, dict) else []
+    verdicts = ((name, verdict) for name, verdict in result.items() if isinstance(verdict, dict))
+    return errors + [f"{name}: {verdict.get('why')}" for name, verdict in verdicts if verdict.get("passed") is False]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of the module."""
+    """Run the command line of the module."""
     parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.gpu_steps")
     parser.add_argument("kind")
     parser.add_argument("arguments", nargs="*")
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--record", type=Path)
-    told = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     ceilings: dict[str, Ceiling] = {}
-    if told.record is not None and told.record.is_file():
-        steps = json.loads(told.record.read_text(encoding="utf-8"))["steps"]
+    if options.record is not None and options.record.is_file():
+        steps = json.loads(options.record.read_text(encoding="utf-8"))["steps"]
         measured = steps.get("ceiling", {}).get("result") or {}
         ceilings = {precision: Ceiling(**best) for precision, best in measured.items()}
     try:
-        result = run(told.kind, told.arguments, ceilings)
+        result = run(options.kind, options.arguments, ceilings)
     except LeftOut as reason:
         result = {LEFT_OUT: f"{reason}"}
     except WsssError as error:
-        _say(f"{error.message}")
+        log(error.message)
         raise SystemExit(1) from None
-    told.result.write_text(json.dumps(result), encoding="utf-8")
+    options.result.write_text(json.dumps(result), encoding="utf-8")
     if wrong := wrong_in(result):
-        _say("\n".join(wrong))
+        log("\n".join(wrong))
         raise SystemExit(1)
 
 

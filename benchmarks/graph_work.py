@@ -1,7 +1,7 @@
-"""What one call of a graph costs at least: multiply-adds and bytes, from its file and the shapes of its inputs.
+"""Multiply-adds and weight bytes of a call of a graph, from its file and the shapes of its inputs.
 
-Shapes are inferred by ONNX, the graph is not run: a SAM ViT-H is counted in a second. `wsss.export.precision.work` counts the
-same node by node in a run of its own; the tests compare the two.
+ONNX infers the shapes and the graph is not run: a SAM ViT-H takes a second. `wsss.export.precision.work` counts the same node by
+node in a real run; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Of one call."""
+    """Cost of one call."""
 
     multiply_adds: int
-    """Of matrix products and convolutions; all else is bound by memory."""
+    """Multiply-adds of matrix products and convolutions; all other nodes are bound by memory."""
     weight_bytes: int
-    """As stored; a call reads them once."""
+    """Size of the weights as stored; a call reads them once."""
 
 
 def work_of(path: Path, feeds: Mapping[str, np.ndarray]) -> Work:
     """Multiply-adds and weights of a graph for feeds of these shapes.
 
     Raises:
-        WsssError: no ONNX graph, or the shape of a product depends on values; says of which tensor.
+        WsssError: the file is not an ONNX graph, or the shape of a product depends on values; the message names the tensor.
         ImportError: onnx is not installed.
     """
     import onnx
 
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf has its own classes for each way a file can be broken
+    except Exception as error:  # protobuf raises many classes for damaged files
         raise WsssError(f"{path}: expected an ONNX graph: {error}") from None
     for value in model.graph.input:
         for dim, length in zip(value.type.tensor_type.shape.dim, feeds[value.name].shape, strict=True):
             dim.dim_value = length
     for value in model.graph.output:
-        value.type.tensor_type.ClearField("shape")  # named axes would stop the inference
+        value.type.tensor_type.ClearField("shape")  # named axes would stop the shape inference
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes: dict[str, Shape] = {}
     for value in (*inferred.value_info, *inferred.input, *inferred.output):
@@ -59,7 +59,7 @@ def work_of(path: Path, feeds: Mapping[str, np.ndarray]) -> Work:
     try:
         counted = sum(_multiply_adds(node, shapes) for node in inferred.node)
     except KeyError as error:
-        raise WsssError(f"{path}: the shape of {error.args[0]!r} cannot be told without running the graph") from None
+        raise WsssError(f"{path}: the shape of {error.args[0]!r} cannot be inferred without running the graph") from None
     return Work(counted, weights)
 
 
@@ -72,6 +72,6 @@ def _multiply_adds(node: object, shapes: Mapping[str, Shape]) -> int:
     if op == "MatMul":
         return prod(shapes[outputs[0]]) * shapes[inputs[0]][-1]
     if op == "Gemm":
-        transposed = any(each.name == "transA" and each.i for each in node.attribute)  # type: ignore[attr-defined]
+        transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)  # type: ignore[attr-defined]
         return prod(shapes[outputs[0]]) * shapes[inputs[0]][0 if transposed else -1]
     return 0

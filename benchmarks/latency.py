@@ -1,24 +1,24 @@
-"""Each graph of a bundle alone: latency by batch size, and the share of what the machine could do at best.
+"""Latency of each graph of a bundle by batch size, and its share of the machine's measured maximum.
 
-One row (`GraphRow`, and as JSON) for each graph and batch size:
+Fields of `GraphRow`, one for each graph and batch size, also in JSON:
 
 ``model``, ``variant``, ``graph``, ``precision``, ``engine``, ``device``
-    What ran. ``precision`` is the graph's arithmetic.
+    What was measured. ``precision`` is that of the graph.
 ``batch``, ``unit``
-    Entries of one call, and what they are: images, prompts, phrases, boxes or masks.
+    Batch size of a call, and its unit: images, prompts, phrases, boxes or masks.
 ``calls``
-    Timed calls, after untimed ones.
+    Number of timed calls, after the warm-up.
 ``p50_ms``, ``p90_ms``, ``p99_ms``
-    Of one call, inputs already on the device, until its outputs are ready there. Loading and building are not in it.
+    Percentiles of the time of a call, from inputs on the device to outputs on the device, without loading and building.
 ``per_second``
-    Entries a second. On a GPU calls are queued one after the other and waited for once, as the chain does.
+    Entries of the batch a second. On a GPU, calls are queued and waited for once, as the chain does.
 ``gmacs``, ``bytes``
     Multiply-adds of one call in 1e9, counted from the graph; bytes of weights, inputs and outputs. None without onnx.
 ``bound_ms``, ``share_of_bound``
-    What the call takes at least on this machine (`wsss.benchmarks.ceiling`), and that over what it took.
+    The minimum time of the call on this machine (`wsss.benchmarks.ceiling`), and its share of the measured time.
 ``parity``
-    Largest error of the gate that the graph, or its TensorRT engine, has passed against the official FP32 module; None
-    when it has not. Quality beside speed.
+    Largest error in the parity gate of the graph, or of its TensorRT engine, against the official FP32 module; None when it
+    has not passed the gate.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from .graph_work import Work, work_of
 
 LEAST_CALLS, MAX_CALLS = 3, 1000
 WARM_UP = {"cpu": 1, "cuda": 3}
-"""Untimed calls. TensorRT captures its CUDA graph at the second one and replays it from the third on."""
+"""Untimed calls. TensorRT captures its CUDA graph at the second call and replays it from the third on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphRow:
-    """One graph at one batch size; the fields are told at the top of this file."""
+    """One graph at one batch size; the module docstring describes the fields."""
 
     model: str
     variant: str
@@ -69,11 +69,11 @@ class GraphRow:
 
 
 Opener = Callable[[Model, str], Engine]
-"""(model, graph) to its loaded engine."""
+"""Opens an engine, given a model and the name of a graph."""
 
 
 def opener_of(engine: str, device: str, *, unverified: bool = False) -> Opener:
-    """The usual way to an engine, for names from `wsss.engines.opening.choose`."""
+    """Open engines as the runtime does, for names from `wsss.engines.opening.choose`."""
     return lambda model, graph: open_graph(model, graph, engine, device=device, unverified=unverified)
 
 
@@ -89,23 +89,23 @@ def measure_graph(
     unverified: bool = False,
     open_engine: Opener | None = None,
 ) -> Iterator[GraphRow]:
-    """Times one graph.
+    """Time one graph.
 
     Args:
-        batches: entries of a call; those outside the engine's range are left out. Empty takes one and the usual number.
+        batches: batch sizes; those outside the engine's range are left out. Empty takes 1 and the usual batch.
         engine, device: from `wsss.engines.opening.choose`.
-        ceiling: of this machine in the graph's precision; None leaves the bound out.
-        seconds: time for each batch size, warm-up and pipelining not counted.
-        unverified: TensorRT: take an engine whose gate has not run.
-        open_engine: opens the engine another way.
+        ceiling: of this machine in the graph's precision; None leaves out the bound.
+        seconds: time for each batch size, without warm-up and queued calls.
+        unverified: TensorRT: accept an engine whose gate has not run.
+        open_engine: another way to open the engine.
 
     Raises:
-        WsssError: the engine cannot be opened, or nobody knows what to feed it.
+        WsssError: the engine cannot be opened, or there is no rule for one of its inputs.
     """
     spec = model.graph(graph)
     loaded = (open_engine or opener_of(engine, device, unverified=unverified))(model, graph)
     counted = loaded.axes[row_axis(spec, loaded.axes)]
-    sizes = sorted({each for each in batches if counted.min <= each <= counted.max} or {counted.min, counted.opt})
+    sizes = sorted({size for size in batches if counted.min <= size <= counted.max} or {counted.min, counted.opt})
     try:
         for size in sizes:
             load = load_of(spec, loaded.axes, size)
@@ -118,7 +118,7 @@ def measure_graph(
                 moved = sum(_size_bytes(tensor) for tensor in (*feeds.values(), *outputs.values()))
             total = None if work is None else work.weight_bytes + moved
             bound = ceiling.bound_ms(work.multiply_adds, total or 0) if ceiling and work else None
-            p50, p90, p99 = (float(each) for each in np.percentile(times, (50, 90, 99)))
+            p50, p90, p99 = (float(value) for value in np.percentile(times, (50, 90, 99)))
             yield GraphRow(
                 model=model.manifest.family,
                 variant=model.manifest.variant,
@@ -146,7 +146,7 @@ def measure_graph(
 
 
 def parity_of(model: Model, graph: str, engine: str) -> float | None:
-    """The largest error of the gate that this graph, in this engine, has passed; None when it has not."""
+    """The largest error of this graph in this engine in the parity gate; None when it has not passed the gate."""
     spec = model.graph(graph)
     verdict: Parity | None = spec.parity
     if engine in FLAVOURS:
@@ -163,23 +163,23 @@ Wait = Callable[[Mapping[str, Tensor]], None]
 def on_device(
     feeds: Mapping[str, np.ndarray], loaded: Engine, engine: str, device: str
 ) -> Iterator[tuple[Mapping[str, Tensor], Wait]]:
-    """Feeds where the engine reads them without a copy, and how to wait for its outputs."""
+    """Put feeds where the engine reads them without a copy; yields them with a function that waits for outputs."""
     index = int(device.partition(":")[2] or 0)
-    own = getattr(loaded, "resident", None)
-    if own is not None:  # an engine of another kind, that of `autocast`
-        yield own(feeds)
+    resident = getattr(loaded, "resident", None)
+    if resident is not None:  # the engine of `autocast`
+        yield resident(feeds)
     elif device != "cpu" and engine == "ort":
         from ..engines.ort import OrtTensor
         from ..engines.ort_library import onnxruntime
 
         value = onnxruntime.OrtValue.ortvalue_from_numpy
-        # ONNX Runtime itself waits at the end of each call.
+        # ONNX Runtime waits at the end of each call.
         yield {name: OrtTensor(value(array, "cuda", index)) for name, array in feeds.items()}, lambda outputs: None
     elif device != "cpu" and engine in FLAVOURS:
-        with _in_gpu_memory(feeds, engine, index) as told:
-            yield told
+        with _in_gpu_memory(feeds, engine, index) as resident_feeds_and_wait:
+            yield resident_feeds_and_wait
     else:
-        yield feeds, lambda outputs: None  # PyTorch's engine takes and gives arrays of the host
+        yield feeds, lambda outputs: None  # PyTorch's engine takes and returns arrays in host memory
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def _in_gpu_memory(feeds: Mapping[str, np.ndarray], flavour: Flavour, index: int
 
     cuda = Cuda(trt.load_modules(flavour)[1], index)
     stream = Stream(cuda)
-    landings = {name: StagingBuffer(cuda, array.nbytes) for name, array in feeds.items()}
+    buffers = {name: StagingBuffer(cuda, array.nbytes) for name, array in feeds.items()}
 
     def wait(outputs: Mapping[str, Tensor]) -> None:
         for tensor in outputs.values():
@@ -200,12 +200,12 @@ def _in_gpu_memory(feeds: Mapping[str, np.ndarray], flavour: Flavour, index: int
 
     try:
         for name, array in feeds.items():
-            landings[name].from_host(array, array.dtype, stream)
+            buffers[name].from_host(array, array.dtype, stream)
         stream.finish()
-        yield {name: CudaTensor(landings[name].block, array.shape, array.dtype) for name, array in feeds.items()}, wait
+        yield {name: CudaTensor(buffers[name].block, array.shape, array.dtype) for name, array in feeds.items()}, wait
     finally:
-        for landing in landings.values():
-            landing.free()
+        for buffer in buffers.values():
+            buffer.free()
         stream.close()
         cuda.close()
 
@@ -237,10 +237,10 @@ def _work(model: Model, graph: str, feeds: Mapping[str, np.ndarray]) -> Work | N
 
 
 def _size_bytes(tensor: Tensor) -> int:
-    told = getattr(tensor, "nbytes", None)  # tensors of torch have types of their own
-    return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize if told is None else int(told)
+    size = getattr(tensor, "nbytes", None)  # for torch tensors, whose dtype numpy does not know
+    return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize if size is None else int(size)
 
 
 def _digits(value: float) -> float:
-    """Four significant digits: what the next run would give again is fewer."""
+    """Round to four significant digits, more than a second run would reproduce."""
     return float(f"{value:.4g}")

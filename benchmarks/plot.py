@@ -1,4 +1,4 @@
-"""A bench report as a picture: what each graph reached, beside what the machine allows. Drawn with Pillow."""
+"""Plot a bench report: the rate of each graph beside the machine's maximum. Drawn with Pillow."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ INK, FAINT, REACHED, BOUND = (30, 30, 34), (120, 120, 128), (38, 104, 166), (214
 
 
 def write_plot(path: Path, report: Mapping[str, Any]) -> None:
-    """Draws entries a second of each graph and batch size, on a logarithmic axis, over a paler bar for the bound.
+    """Draw the rate of each graph and batch size as a bar on a logarithmic axis, over a paler bar for the bound.
 
     Raises:
-        WsssError: the file cannot be written, or its name is of no picture.
+        WsssError: the file cannot be written, or its ending is not that of an image format.
     """
     rows = report["graphs"]
     height = TOP_PX + len(rows) * (BAR_PX + GAP_PX) + 40
@@ -29,7 +29,9 @@ def write_plot(path: Path, report: Mapping[str, Any]) -> None:
     host = report["machine"]
     where = next((gpu["name"] for gpu in host["gpus"]), None) if report["device"] != "cpu" else None
     draw.text((20, 18), f"{report['bundle']} in {report['engine']} on {where or host['processor']}", INK, large)
-    draw.text((20, 52), "entries a second (dark), and what the machine's best matrix product and copy allow (pale)", FAINT, small)
+    draw.text(
+        (20, 52), "entries a second (dark), and the maximum by the machine's best matrix product and copy (pale)", FAINT, small
+    )
 
     limits = [bound for row in rows if (bound := rate_of_bound(row))]
     rates = [row["per_second"] for row in rows]
@@ -63,5 +65,5 @@ def write_plot(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def rate_of_bound(row: Mapping[str, Any]) -> float | None:
-    """Entries a second that the machine allows; None where it is not known."""
+    """Maximum rate of the machine in entries a second; None where it is not known."""
     return None if not row["share_of_bound"] else float(row["per_second"] / row["share_of_bound"])

@@ -1,4 +1,4 @@
-"""Speeds that others have published for the models we export, to print beside our own. Other machines, other pipelines."""
+"""Published speeds of the models we export, printed beside our own. They were measured on other machines and pipelines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PUBLISHED = (
         variant="swin_t",
         what="TensorRT FP16, about",
         per_second=27,
-        machine="not said",
+        machine="machine unknown",
         source="reports of users, no paper",
     ),
 )
@@ -48,4 +48,4 @@ PUBLISHED = (
 def published_for(manifests: Iterable[Manifest]) -> list[Published]:
     """The figures for exactly these models; none for other variants."""
     have = {(manifest.family, manifest.variant) for manifest in manifests}
-    return [each for each in PUBLISHED if (each.family, each.variant) in have]
+    return [figure for figure in PUBLISHED if (figure.family, figure.variant) in have]

@@ -1,12 +1,12 @@
-"""A long check in steps: each in a process of its own, recorded at once, and not done again once it is done.
+"""A long check in steps: each runs in a separate process, is recorded at once, and is not repeated when it is done.
 
 The record is one JSON file:
 
 ``identity``
-    What the results belong to: machine, libraries, sources. A record of another identity is begun anew.
+    The machine, libraries and sources that the results belong to. A record with another identity is discarded.
 ``steps``
-    By name: ``status`` (`Status`), ``seconds``, ``result`` (what the step itself wrote, if anything), ``error`` (the end of
-    what it printed, when it failed), ``reason`` (why it was left out).
+    By name: ``status`` (`Status`), ``seconds``, ``result`` (what the step wrote, if anything), ``error`` (the end of its
+    output, when it failed), ``reason`` (why it was left out).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,96 +25,101 @@ from typing import Any, Literal
 
 Status = Literal["done", "failed", "timed out", "left out"]
 TAIL = 2000
-"""Characters kept of what a failed step printed: the end says why."""
+"""Characters kept of a failed step's output: its end gives the reason."""
 LEFT_OUT = "left out"
-"""Key of a step's result that says why there was nothing to do."""
+"""Key of a step's result that gives the reason why the step does not apply."""
 Log = Callable[[str], None]
+
+
+def log(line: str) -> None:
+    """Print a line of progress to stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One piece of a check."""
+    """One step of a check."""
 
     name: str
     command: Sequence[str]
-    """Is given ``--result FILE`` and may write its result there as JSON. ``{"left out": "why"}`` is no failure."""
+    """Gets ``--result FILE`` appended, and may write its result there as JSON. ``{"left out": "why"}`` is not a failure."""
     limit_s: float
-    """It is ended after this long."""
+    """The process is ended after this time."""
     needs: tuple[str, ...] = ()
-    """Steps that must be done before; without one of them this one is left out."""
+    """Steps that must be done first; the step is left out where one of them is not."""
     product: Path | None = None
-    """What it leaves on disk. A step that is done is done again when a later one needs it and this is gone."""
+    """A file that the step creates. A finished step runs again when a later one needs it and this file is missing."""
 
 
 class Record:
-    """The results so far, in a file that is whole at any moment.
+    """The results so far, in a file that is complete at any moment.
 
     Args:
-        path: read when it is there and of this identity.
-        identity: what results belong to.
+        path: read when it exists and has this identity.
+        identity: the machine, libraries and sources that results belong to.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
-        self.told: dict[str, Any] = {"identity": dict(identity), "steps": {}}
+        self.content: dict[str, Any] = {"identity": dict(identity), "steps": {}}
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return
-        if isinstance(before, dict) and before.get("identity") == self.told["identity"]:
-            self.told = before
+        if isinstance(before, dict) and before.get("identity") == self.content["identity"]:
+            self.content = before
 
     @property
     def steps(self) -> dict[str, dict[str, Any]]:
-        """What is known of each step."""
-        steps: dict[str, dict[str, Any]] = self.told["steps"]
+        """The record of each step, by name."""
+        steps: dict[str, dict[str, Any]] = self.content["steps"]
         return steps
 
     def is_done(self, name: str) -> bool:
-        """Whether a step has ended well."""
+        """Whether a step has finished without an error."""
         return bool(self.steps.get(name, {}).get("status") == "done")
 
     def result(self, name: str) -> Any:
-        """What a step wrote, None when it has written nothing."""
+        """The result of a step, None when it has written none."""
         return self.steps.get(name, {}).get("result")
 
-    def enter(self, name: str, **told: Any) -> None:
-        """Keeps what is known of a step, in the file too."""
-        self.steps[name] = {key: value for key, value in told.items() if value is not None}
+    def enter(self, name: str, **entries: Any) -> None:
+        """Record a step and save the file; entries that are None are left out."""
+        self.steps[name] = {key: value for key, value in entries.items() if value is not None}
         self.save()
 
     def save(self) -> None:
-        """Writes the file, whole or not at all."""
+        """Write the file whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(self.told, indent=1, ensure_ascii=False) + "\n")
+            file.write(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
 
 
 def run_steps(steps: Iterable[Step], record: Record, *, ends: float, log: Log) -> list[str]:
-    """Runs what is not done yet, in order.
+    """Run the steps that are not done yet, in order.
 
     Args:
-        ends: `time.monotonic` at which no step runs any more; those not begun by then are not recorded.
-        log: told of each step.
+        ends: `time.monotonic` at which no step may still run; steps not begun by then are not recorded.
+        log: called with a line for each step.
 
     Returns:
-        Names of the steps that there was no time for.
+        Names of the steps for which the time did not suffice.
     """
     steps = list(steps)
-    wanted = _to_do(steps, record)
+    pending = _to_do(steps, record)
     late = []
     for step in steps:
-        if step.name not in wanted:
+        if step.name not in pending:
             log(f"{step.name}: done before")
             continue
-        if lacks := [name for name in step.needs if not record.is_done(name)]:
-            if not any(name in late for name in lacks):
-                record.enter(step.name, status="left out", reason=f"needs {', '.join(lacks)}")
-                log(f"{step.name}: left out, needs {', '.join(lacks)}")
+        if missing := [name for name in step.needs if not record.is_done(name)]:
+            if not any(name in late for name in missing):
+                record.enter(step.name, status="left out", reason=f"needs {', '.join(missing)}")
+                log(f"{step.name}: left out, needs {', '.join(missing)}")
                 continue
             late.append(step.name)
             continue
@@ -121,20 +127,20 @@ def run_steps(steps: Iterable[Step], record: Record, *, ends: float, log: Log) -
         if left <= 0:
             late.append(step.name)
             continue
-        told = run_step(step, min(step.limit_s, left))
-        if told["status"] == "timed out" and left < step.limit_s:
-            late.append(step.name)  # it was the whole check's time that ended: the next run tries again
-        record.enter(step.name, **told)
-        why = told.get("reason") or str(told.get("error") or "").strip().split("\n")[-1]
-        log(f"{step.name}: {told['status']}, {told['seconds']:.0f} s{f': {why}' if why else ''}")
+        entry = run_step(step, min(step.limit_s, left))
+        if entry["status"] == "timed out" and left < step.limit_s:
+            late.append(step.name)  # the time of the whole check ended, not that of the step: the next run tries again
+        record.enter(step.name, **entry)
+        why = entry.get("reason") or str(entry.get("error") or "").strip().split("\n")[-1]
+        log(f"{step.name}: {entry['status']}, {entry['seconds']:.0f} s{f': {why}' if why else ''}")
     return late
 
 
 def run_step(step: Step, limit_s: float) -> dict[str, Any]:
-    """Runs one step in a process of its own, which is ended with all that it started when the time is over.
+    """Run one step in a separate process, which is ended with all its children when the time is over.
 
     Returns:
-        ``status``, ``seconds``, ``result``, ``error``, ``reason``: as in the record, None where there is none.
+        ``status``, ``seconds``, ``result``, ``error`` and ``reason`` as in the record; None where there is none.
     """
     with tempfile.TemporaryDirectory() as folder:
         result_file, printed = Path(folder) / "result.json", Path(folder) / "printed"
@@ -151,41 +157,41 @@ def run_step(step: Step, limit_s: float) -> dict[str, Any]:
                 if process.poll() is None or code is None:
                     _end(process)
         seconds = round(time.monotonic() - begun, 1)
-        said = printed.read_bytes().decode(errors="replace")[-TAIL:].strip()
+        output_end = printed.read_bytes().decode(errors="replace")[-TAIL:].strip()
         result = _read(result_file)
-    told: dict[str, Any] = {"seconds": seconds, "result": result, "error": None, "reason": None}
+    entry: dict[str, Any] = {"seconds": seconds, "result": result, "error": None, "reason": None}
     if code is None:
-        return {**told, "status": "timed out", "error": f"{said}\nended after {seconds:.0f} s".strip()}
+        return {**entry, "status": "timed out", "error": f"{output_end}\nended after {seconds:.0f} s".strip()}
     if code < 0:
-        return {**told, "status": "failed", "error": f"{said}\nended by {signal.Signals(-code).name}".strip()}
+        return {**entry, "status": "failed", "error": f"{output_end}\nended by {signal.Signals(-code).name}".strip()}
     if code > 0:
-        return {**told, "status": "failed", "error": said or f"exit {code}"}
+        return {**entry, "status": "failed", "error": output_end or f"exit {code}"}
     if isinstance(result, dict) and LEFT_OUT in result:
-        return {**told, "status": "left out", "result": None, "reason": result[LEFT_OUT]}
-    return {**told, "status": "done"}
+        return {**entry, "status": "left out", "result": None, "reason": result[LEFT_OUT]}
+    return {**entry, "status": "done"}
 
 
 def _to_do(steps: Sequence[Step], record: Record) -> set[str]:
-    """Names of the steps to run: those not done, and those they build on whose product is gone."""
+    """Names of the steps to run: those not done, and those that they need and whose product is missing."""
     by_name = {step.name: step for step in steps}
-    wanted: set[str] = set()
+    pending: set[str] = set()
 
-    def want(step: Step) -> None:
-        wanted.add(step.name)
+    def add(step: Step) -> None:
+        pending.add(step.name)
         for name in step.needs:
             needed = by_name.get(name)
             gone = needed is not None and needed.product is not None and not needed.product.exists()
-            if needed is not None and name not in wanted and gone:
-                want(needed)
+            if needed is not None and name not in pending and gone:
+                add(needed)
 
     for step in steps:
         if not record.is_done(step.name):
-            want(step)
-    return wanted
+            add(step)
+    return pending
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a step's process and those of its session."""
+    """End a step's process and all processes of its session."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

@@ -1,26 +1,26 @@
-"""The chain end to end, as ``wsss label`` runs it: files read, decoded, labeled and written, stages overlapping.
+"""Throughput of the chain as ``wsss label`` runs it: files are read, decoded, labeled and written by overlapping stages.
 
-`ChainResult`, and as JSON:
+Fields of `ChainResult`, also in JSON:
 
 ``engine``, ``device``, ``batch``, ``models``
-    What ran: images labeled together; variant and precision of each model.
+    What was measured. ``batch``: images labeled together; ``models``: variant and precision of each model.
 ``images``, ``failed``, ``boxes_an_image``, ``seconds``, ``per_second``
-    Timed images (those before, which warm everything up, are not among them), boxes found in each, time, images a second.
+    Timed images (without those of the warm-up), failed ones, boxes found in each, time, and images a second.
 ``stages``
-    Of ``tag``, ``detect``, ``segment`` and ``fuse`` the ``seconds`` that it worked, and of each thread (segmenting and
-    fusing share one) the ``waiting``: time in which it had no input, no room for its result, or not its turn on the device.
+    For ``tag``, ``detect``, ``segment`` and ``fuse`` the ``seconds`` of work; for each thread (segmenting and fusing share one)
+    ``waiting``: time without input, without room for the result, or without access to the device.
 ``engine_seconds``, ``engine_share``
-    Time in which an engine computed, and its share of all: what is missing from 1, the device stood idle.
+    Time in which an engine computed, and its share of the whole; for the rest the device was idle.
 ``padding``
-    Share of the detector's canvases that was no photograph; None without a detector.
+    Share of the detector's canvases that was padding; None without a detector.
 ``gmacs_an_image``, ``share_of_bound``
-    Multiply-adds in 1e9 that the models spent on an image, and the rate over what the machine's best matrix product
-    allows. None where they were not counted.
+    Multiply-adds in 1e9 for each image, and the rate as a share of what the machine's best matrix product allows. None where
+    they were not counted.
 ``reference``, ``agreement``, ``agreement_miou``
-    FP32 graphs of the same weights in ONNX Runtime on the CPU labeled the same images: share of pixels with the same
-    label, and mIoU with the reference for truth. None where there are no such graphs, or nothing else ran.
+    Comparison with FP32 graphs of the same weights in ONNX Runtime on the CPU: share of pixels with the same label, and mIoU
+    with the reference as truth. None where there are no such graphs, or where they are what was measured.
 ``truth_miou``
-    mIoU against the truth of drawn scenes; None for photographs, and for models that were not trained on them.
+    mIoU against the truth of drawn scenes; None for photographs, and for models not trained on drawn scenes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import numpy as np
 from ..batch import Boxes, Images, Labels
 from ..errors import BundleError, WsssError
 from ..frame import frame_for
-from ..mini.scenes import CLASSES, write_scenes
+from ..mini.scenes import write_scenes
 from ..photographs import path_of
 from ..runtime.labeler import MINI, Labeler, Timed
 from ..runtime.run.label_folder import Summary, label_folder
@@ -45,25 +45,26 @@ from ..runtime.run.listing import Folder
 from ..runtime.tag import view_windows
 from ..spec import Bundle, open_bundle
 from ..store.local import Record, read_label, read_records
-from ..train.evaluate.metrics import confusion_matrix, mean_iou
+from ..train.evaluate.metrics import mean_iou
 from .ceiling import Ceiling
+from .confusion import total_confusion
 from .feeds import feeds_for, load_of
 from .graph_work import work_of
 
 SEED = 4_000_000
-"""First of the drawn scenes; training and the other benchmarks draw others."""
+"""First of the drawn scenes; trainings and other benchmarks use other ones."""
 THREADS = (("tag",), ("detect",), ("segment", "fuse"))
-"""Stages by the thread they share (`wsss.runtime.run.stream`)."""
+"""Stages by thread (`wsss.runtime.run.stream`)."""
 CHAIN_MODELS = ("clip", "grounding-dino", "sam")
 TAGS = 3
-"""Classes that an image is said to hold where its boxes are drawn."""
+"""Number of classes given to each image that gets random boxes."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChainResult:
-    """The chain on one machine; the fields are told at the top of this file."""
+    """Throughput of the chain; the module docstring describes the fields."""
 
     engine: str
     device: str
@@ -102,18 +103,18 @@ def measure_chain(
     reference: Path | None = None,
     unverified: bool = False,
 ) -> ChainResult:
-    """Labels images with a bundle, once to warm up and once to be timed.
+    """Label images with a bundle, once to warm up and once for the measurement.
 
     Args:
         work: an empty folder for images and label stores.
         engine, device: from `wsss.engines.opening.choose`.
-        images: a folder of photographs; None draws scenes of the mini models' world.
-        count: images, the first by name. repeat: each is labeled that many times, as files of their own.
-        boxes: this many drawn boxes in each image take the place of what the tagger and the detector, which run all the
-            same, find: the work of trained weights with untrained ones (`with_load`).
+        images: a folder of photographs; None draws scenes.
+        count: number of images, the first by name. repeat: number of copies of each.
+        boxes: this number of random boxes in each image replaces what tagger and detector find; both still run. It gives
+            untrained weights the work of trained ones (`with_load`).
         ceiling: of this machine, for the share of the bound.
         reference: a bundle of FP32 graphs of the same weights.
-        unverified: TensorRT: take engines whose gate has not run.
+        unverified: TensorRT: accept engines whose gate has not run.
 
     Raises:
         WsssError: a model or engine is missing, or there are no images.
@@ -122,7 +123,7 @@ def measure_chain(
     labeler = Labeler.open(bundle, classes=classes, engine=engine, device=device, unverified=unverified)
     if boxes is not None:
         with_load(labeler, boxes)
-    # On a GPU all shapes come once before, or kernels would be chosen and graphs be captured while the clock runs.
+    # On a GPU all shapes are warmed up, or kernels would be chosen and CUDA graphs captured during the measurement.
     warm = names if device != "cpu" else names[: 2 * batch]
     _label(labeler, work, "warm", warm, batch)
     summary = _label(labeler, work, "timed", names, batch)
@@ -130,7 +131,7 @@ def measure_chain(
     gmacs = gmacs_an_image(open_bundle(bundle), records)
     rate = summary.labelled / summary.seconds
     bound = ceiling.bound_ms(gmacs * 1e9, 0) if ceiling and gmacs else None
-    told = ChainResult(
+    result = ChainResult(
         engine=engine,
         device=device,
         batch=batch,
@@ -148,9 +149,9 @@ def measure_chain(
         share_of_bound=None if bound is None else float(f"{rate * bound * 1e-3:.4g}"),
     )
     quality: dict[str, float | str] = {}
-    drawn = images is None and all(variant.startswith("mini ") for variant in told.models.values())
+    drawn = images is None and all(variant.startswith("mini ") for variant in result.models.values())
     if drawn and boxes is None:
-        quality["truth_miou"] = round(_miou(work / "truth", work / "timed", len(CLASSES)), 4)
+        quality["truth_miou"] = round(mean_iou(total_confusion(_pairs(work / "truth", work / "timed"))), 4)
     if reference is not None:
         fp32 = Labeler.open(reference, classes=classes, engine="ort", device="cpu")
         if boxes is not None:
@@ -158,14 +159,14 @@ def measure_chain(
         _label(fp32, work, "reference", names[:count], batch)
         quality |= agreement(work / "reference", work / "timed", len(fp32.classes.names))
         quality["reference"] = "the shipped FP32 models" if reference == MINI else str(reference)
-    return ChainResult(**{**vars(told), **quality})
+    return ChainResult(**{**vars(result), **quality})
 
 
 def gather_images(work: Path, images: Path | None, count: int, repeat: int) -> list[str]:
-    """Puts the images to be labeled into ``work/images``; returns their names, every first copy before the second.
+    """Put the images to be labeled into ``work/images``; returns their names, all first copies before the second ones.
 
     Raises:
-        ImageError: ``images`` holds none.
+        ImageError: ``images`` holds no image.
     """
     folder = work / "images"
     if images is None:
@@ -185,10 +186,10 @@ def gather_images(work: Path, images: Path | None, count: int, repeat: int) -> l
 
 
 def reference_for(bundle: Path, engine: str, device: str) -> Path | None:
-    """The shipped FP32 graphs, where they have the weights of this bundle and would compute something else than it does."""
+    """The shipped FP32 graphs, where they have the weights of this bundle and are not themselves what is measured."""
     try:
-        mine, shipped = Bundle(bundle), Bundle(MINI)
-        pairs = [(mine.model(name).manifest, shipped.model(name).manifest) for name in CHAIN_MODELS]
+        measured, shipped = Bundle(bundle), Bundle(MINI)
+        pairs = [(measured.model(name).manifest, shipped.model(name).manifest) for name in CHAIN_MODELS]
     except BundleError:
         return None
     same = all(one.weights["sha256"] == other.weights["sha256"] for one, other in pairs)
@@ -197,55 +198,56 @@ def reference_for(bundle: Path, engine: str, device: str) -> Path | None:
 
 
 def stages_of(summary: Summary) -> dict[str, dict[str, float]]:
-    """Seconds at work of each stage, and the waiting of each thread."""
-    told = {stage: {"seconds": round(seconds, 3)} for stage, seconds in summary.stage_seconds.items()}
+    """Working seconds of each stage, and waiting seconds of each thread."""
+    times = {stage: {"seconds": round(seconds, 3)} for stage, seconds in summary.stage_seconds.items()}
     for stages in THREADS:
         worked = sum(summary.stage_seconds.get(stage, 0.0) for stage in stages)
-        told.setdefault(stages[0], {"seconds": 0.0})["waiting"] = round(max(summary.seconds - worked, 0.0), 3)
-    return told
+        times.setdefault(stages[0], {"seconds": 0.0})["waiting"] = round(max(summary.seconds - worked, 0.0), 3)
+    return times
 
 
 def gmacs_an_image(bundle: Bundle, records: Sequence[Record]) -> float | None:
-    """Multiply-adds in 1e9 that the models spent on an image, from what the run found; None without onnx."""
-    there = bundle.models()
+    """Mean multiply-adds of an image in 1e9, from the classes and boxes of a run; None without onnx."""
+    models = bundle.models()
 
-    def of_one(name: str, graph: str, rows: int = 1) -> float:
+    def of_one_row(name: str, graph: str, rows: int = 1) -> float:
         model = bundle.model(name)
         spec = model.graph(graph)
         return work_of(model.path(graph), feeds_for(model, graph, load_of(spec, spec.axes, rows))).multiply_adds / rows
 
     total = 0.0
     try:
-        if "clip" in there:
+        if "clip" in models:
             levels = tuple(int(level) for level in bundle.model("clip").manifest.settings["views"])
-            total += len(records) * len(view_windows(1000, 1000, levels)) * of_one("clip", "image")
-        if "grounding-dino" in there:
+            total += len(records) * len(view_windows(1000, 1000, levels)) * of_one_row("clip", "image")
+        if "grounding-dino" in models:
             preprocess = bundle.model("grounding-dino").manifest.preprocess
-            looked = [record for record in records if record.get("classes")]
-            sizes = [frame_for(preprocess, record["height"], record["width"]).canvas for record in looked]
-            total += sum(sizes.count(size) * of_one("grounding-dino", f"image-{size[0]}x{size[1]}") for size in set(sizes))
-        if "sam" in there:
-            total += sum(1 for record in records if record.get("boxes")) * of_one("sam", "encoder")
-            total += sum(len(record.get("boxes", ())) for record in records) * of_one("sam", "decoder", 8)
+            tagged = [record for record in records if record.get("classes")]
+            sizes = [frame_for(preprocess, record["height"], record["width"]).canvas for record in tagged]
+            total += sum(sizes.count(size) * of_one_row("grounding-dino", f"image-{size[0]}x{size[1]}") for size in set(sizes))
+        if "sam" in models:
+            total += sum(1 for record in records if record.get("boxes")) * of_one_row("sam", "encoder")
+            total += sum(len(record.get("boxes", ())) for record in records) * of_one_row("sam", "decoder", 8)
     except (ImportError, WsssError):
         return None
     return total * 1e-9 / max(len(records), 1)
 
 
 def agreement(reference: Path, store: Path, classes: int) -> dict[str, float]:
-    """Share of pixels with the same label in two stores, and mIoU of the second with the first for truth."""
+    """Share of pixels with the same label in two stores, and mIoU of the second with the first as truth."""
     same = pixels = 0
     for one, other in _pairs(reference / "labels", store):
         same, pixels = same + int((one == other).sum()), pixels + one.size
-    return {"agreement": round(same / max(pixels, 1), 6), "agreement_miou": round(_miou(reference / "labels", store, classes), 5)}
+    miou = mean_iou(total_confusion(_pairs(reference / "labels", store), classes))
+    return {"agreement": round(same / max(pixels, 1), 6), "agreement_miou": round(miou, 5)}
 
 
-class Changed(Generic[P, R]):
-    """A stage that runs, and whose result is then changed; all else of it stays.
+class ReplacedResult(Generic[P, R]):
+    """A stage that runs as before, but whose result is replaced.
 
     Args:
         timed: the stage with its stopwatch.
-        change: (images, its result) to the result that takes its place.
+        change: (images, result of the stage) to the new result.
     """
 
     def __init__(self, timed: Timed[P, R], change: Callable[[Images, R], R]) -> None:
@@ -258,7 +260,7 @@ class Changed(Generic[P, R]):
 
     @property
     def seconds(self) -> float:
-        """What the stage took since it was last reset."""
+        """Seconds that the stage took since the last reset."""
         return self._timed.seconds
 
     @seconds.setter
@@ -270,7 +272,7 @@ class Changed(Generic[P, R]):
 
 
 def with_load(labeler: Labeler, boxes: int) -> None:
-    """Gives a labeler the load of trained weights: `TAGS` classes and ``boxes`` boxes in each image, whatever it finds."""
+    """Give a labeler the load of trained weights: `TAGS` classes and ``boxes`` boxes in each image, whatever it finds."""
     classes = len(labeler.classes.names)
 
     def tags(images: Images, labels: Labels) -> Labels:
@@ -279,12 +281,12 @@ def with_load(labeler: Labeler, boxes: int) -> None:
     def drawn(images: Images, found: Boxes) -> Boxes:
         return Boxes.join([drawn_boxes(number, *photo.shape, boxes, classes) for number, photo in enumerate(images)])
 
-    labeler.tag = cast("Timed[[Images], Labels]", Changed(labeler.tag, tags))
-    labeler.detect = cast("Timed[[Images, Labels], Boxes]", Changed(labeler.detect, drawn))
+    labeler.tag = cast("Timed[[Images], Labels]", ReplacedResult(labeler.tag, tags))
+    labeler.detect = cast("Timed[[Images, Labels], Boxes]", ReplacedResult(labeler.detect, drawn))
 
 
 def drawn_boxes(number: int, height: int, width: int, count: int, classes: int) -> Boxes:
-    """Boxes of 10 to 60 % of the sides of image ``number``, spread over it, the same for every image of a size."""
+    """Random boxes in image ``number`` with 10 to 60 % of its sides; the same for every image of one size."""
     rng = np.random.default_rng([height, width])
     extent = rng.uniform(0.1, 0.6, (count, 2)) * (width, height)
     corner = rng.uniform(0, 1, extent.shape) * ((width, height) - extent)
@@ -294,7 +296,7 @@ def drawn_boxes(number: int, height: int, width: int, count: int, classes: int) 
 
 
 def _label(labeler: Labeler, work: Path, store: str, names: Sequence[str], batch: int) -> Summary:
-    """Labels some of the images into a store of their own."""
+    """Label some of the images into a separate store."""
     folder = work / f"{store}-images"
     folder.mkdir()
     for name in names:
@@ -303,18 +305,11 @@ def _label(labeler: Labeler, work: Path, store: str, names: Sequence[str], batch
 
 
 def _pairs(truth: Path, store: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Label maps of images that lie in both; repeated images and failures have no partner."""
+    """Label maps of images that are in both, without repeated images and failures."""
     for record in read_records(store):
         path = truth / str(record["label"])
         if path.is_file() and "error" not in record:
             yield read_label(path), read_label(store / "labels" / record["label"])
-
-
-def _miou(truth: Path, store: Path, classes: int) -> float:
-    matrix = np.zeros((classes + 1, classes + 2), np.int64)
-    for one, other in _pairs(truth, store):
-        matrix += confusion_matrix(one, other, classes + 1)
-    return mean_iou(matrix)
 
 
 def _precision(bundle: Bundle, name: str) -> str:

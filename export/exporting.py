@@ -38,8 +38,13 @@ REPORT = ".precision.txt"
 TOKENIZER = "tokenizer.json"
 
 
-def export_model(family: Family, *, variant: str, weights: str, bundle: Path, options: Options, log: Log) -> Manifest:
+def export_model(
+    family: Family, *, variant: str, weights: str, bundle: Path, options: Options, log: Log, gate: bool = True
+) -> Manifest:
     """Exports one model into ``bundle/<family>``, replacing what was there; a failure leaves everything as it was.
+
+    Args:
+        gate: False leaves out the parity gate, to time graphs that are never used for labels; they get no parity report.
 
     Raises:
         ParityError: a graph does not compute what its reference computes.
@@ -54,7 +59,7 @@ def export_model(family: Family, *, variant: str, weights: str, bundle: Path, op
         graphs = {}
         for make in prepared.graphs:
             graph = make()
-            graphs[graph.name] = _export_graph(graph, folder, store, options, where=family.name, log=log)
+            graphs[graph.name] = _export_graph(graph, folder, store, options, where=family.name, log=log, gate=gate)
             del graph
             gc.collect()
         if prepared.tokenizer is not None:
@@ -182,7 +187,9 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
-def _export_graph(graph: Graph, folder: Path, store: WeightFile, options: Options, *, where: str, log: Log) -> GraphSpec:
+def _export_graph(
+    graph: Graph, folder: Path, store: WeightFile, options: Options, *, where: str, log: Log, gate: bool
+) -> GraphSpec:
     path, precision = folder / f"{graph.name}.onnx", options.precision
     begun = time.monotonic()
     graph = graph.at(precision)
@@ -191,7 +198,7 @@ def _export_graph(graph: Graph, folder: Path, store: WeightFile, options: Option
     log(f"{where}: {graph.name} traced in {time.monotonic() - begun:.0f} s")
     gc.collect()  # the traced program holds a copy of the weights
     spec = replace(graph.spec(path.name, OPSET), precision=precision, islands=islands)
-    return replace(spec, parity=_gate(graph, spec, folder, where=where, log=log))
+    return replace(spec, parity=_gate(graph, spec, folder, where=where, log=log)) if gate else spec
 
 
 def _measured(report: Path, log: Log, model: ir.Model, graph: Graph) -> Mapping[str, str]:

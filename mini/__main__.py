@@ -1,6 +1,6 @@
-"""``python -m wsss.mini``: trains the three small models, two at a time, and exports them into the bundle `mini`.
+"""``python -m wsss.mini``: train the three small models, two at a time, and export them into the bundle `mini`.
 
-Each training continues where it was stopped; weights that are there already are kept, unless ``--again``.
+Each training continues where it was stopped. Existing weights are kept, unless ``--again`` is given.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ from pathlib import Path
 
 from ..export.exporting import export_model
 from ..export.family import Options, family
+from .training import log
 
 HERE = Path(__file__).resolve().parent
 MINUTES = {"grounding-dino": 150, "sam": 140, "clip": 75}
-"""Of one CPU core each, two at a time: under four hours on two cores, minutes on a GPU."""
+"""Training time on one CPU core each, two at a time: under four hours on two cores. A GPU needs minutes."""
 SCRIPTS = {"sam": "train_sam", "grounding-dino": "train_detector", "clip": "train_clip"}
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
-"""glibc gives freed pages back after every step otherwise: a fifth of the training time on a CPU."""
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr)
+"""Without these settings glibc returns freed pages after every step, which costs a fifth of the training time on a CPU."""
 
 
 def _weights(model: str) -> Path:
@@ -41,8 +38,8 @@ def _train(model: str, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wsss.mini", description=__doc__)
-    parser.add_argument("--again", action="store_true", help="train even where weights are there")
-    parser.add_argument("--only-export", action="store_true", help="export the weights that are there")
+    parser.add_argument("--again", action="store_true", help="train again where weights exist")
+    parser.add_argument("--only-export", action="store_true", help="export existing weights without training")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     missing = []
@@ -51,18 +48,11 @@ def main() -> None:
             _weights(model).unlink(missing_ok=True)
         if not arguments.only_export and not _weights(model).exists():
             missing.append(model)
-    # One core each: CLIP begins when the first of the others ends.
+    # One core each: CLIP starts when the first of the others ends.
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         list(pool.map(partial(_train, seed=arguments.seed), missing))
     for model in MINUTES:
-        export_model(
-            family(model),
-            variant="mini",
-            weights="mini",
-            bundle=HERE / "bundle",
-            options=Options(),
-            log=_log,
-        )
+        export_model(family(model), variant="mini", weights="mini", bundle=HERE / "bundle", options=Options(), log=log)
 
 
 if __name__ == "__main__":

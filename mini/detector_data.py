@@ -1,4 +1,4 @@
-"""What the mini detector is trained and measured on: drawn scenes in its frame, and captions."""
+"""Training and test data of the mini detector: drawn scenes in its frame, and captions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torchvision.ops import box_convert
 from .scenes import CLASSES, draw_scene
 
 SHORT_PX, LONG_PX = 144, 256
-"""Short side of the resized image, and the most its long side may have: the official 800 and 1333, five times less."""
+"""Short side of the resized image, and the maximum of its long side: about a fifth of the official 800 and 1333."""
 
 BUCKETS: tuple[tuple[int, int], ...] = ((192, 192), (144, 256), (256, 144))
-"""(height, width) that images are padded into, smallest area first."""
+"""(height, width) to which images are padded, smallest area first."""
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet mean and deviation of RGB in 0..1 (preprocessor_config.json of IDEA-Research/grounding-dino-tiny)."""
@@ -30,7 +30,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def resized_shape(height: int, width: int) -> tuple[int, int]:
-    """(height, width) of an image in the detector's frame, by the official rule (short side, unless too long)."""
+    """(height, width) of an image in the detector's frame, by the official rule: short side first, long side limited."""
     short = float(SHORT_PX)
     if max(height, width) / min(height, width) * short > LONG_PX:
         short = round(LONG_PX * min(height, width) / max(height, width))
@@ -61,7 +61,7 @@ class Pool:
 
 
 def draw_pool(count: int, *, first: int = 0, split: Literal["train", "held-out"] = "train") -> dict[tuple[int, int], Pool]:
-    """Draws scenes ``first`` to ``first + count - 1``; returns the pool of each bucket."""
+    """Draw scenes ``first`` to ``first + count - 1``; returns the pool of each bucket."""
     rows: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {bucket: [] for bucket in BUCKETS}
     for seed in range(first, first + count):
         scene = draw_scene(seed, split=split)
@@ -92,7 +92,7 @@ def shrunk(batch: Pool, scale: float) -> Pool:
 
 
 def normalized(pixels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Model input from padded pixels.
+    """The model's input from padded pixels.
 
     Args:
         pixels: (B, H, W, 3) uint8.
@@ -105,7 +105,7 @@ def normalized(pixels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.arange(height, device=pixels.device)[None, :, None] < valid[:, 0, None, None]
     mask = rows & (torch.arange(width, device=pixels.device)[None, None, :] < valid[:, 1, None, None])  # (B, H, W)
     values = pixels.permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(each, device=pixels.device)[:, None, None] for each in (MEAN, STD))
+    mean, std = (torch.tensor(channels, device=pixels.device)[:, None, None] for channels in (MEAN, STD))
     return (values - mean) / std * mask[:, None], mask.long()
 
 
@@ -120,7 +120,7 @@ def drawn_batch(pools: dict[tuple[int, int], Pool], size: int, rng: np.random.Ge
     for row in range(size):
         height, width = valid[row].tolist()
         for axis in (0, 1):
-            if rng.random() < 0.5:  # within the image, so that the padding stays at the right and the bottom
+            if rng.random() < 0.5:  # flip the image alone, so that the padding stays at the right and the bottom
                 for values in (pixels, owner):
                     image = values[row, :height, :width]
                     image.copy_(image.flip(axis))
@@ -137,18 +137,18 @@ def drawn_batch(pools: dict[tuple[int, int], Pool], size: int, rng: np.random.Ge
 
 @dataclass(slots=True)
 class Captions:
-    """Captions of a batch, all of one length T by padding."""
+    """Captions of a batch, padded to one length T."""
 
     ids: Tensor
     """(B, T) int64."""
     mask: Tensor
     """(B, T) int64, 1 on tokens."""
     spans: Tensor
-    """(B, 13, T) float32: 1 on the words of class c in row b's caption, all 0 for a class that it lacks."""
+    """(B, 13, T) float32: 1 on the tokens of class c in row b's caption, all 0 for a class that is not in it."""
 
 
 def encoded_captions(classes: Sequence[Sequence[int]], tokenizer: tokenizers.Tokenizer) -> Captions:
-    """Captions that name the given classes (from 1) in the given order, ``"red disc . blue ring ."``."""
+    """Captions of the given classes (from 1) in the given order, ``"red disc . blue ring ."``."""
     encodings = [tokenizer.encode("".join(f"{CLASSES[label - 1]} . " for label in row).strip()) for row in classes]
     longest = max(len(encoding.ids) for encoding in encodings)
     ids = torch.zeros(len(classes), longest, dtype=torch.int64)
@@ -167,7 +167,7 @@ def encoded_captions(classes: Sequence[Sequence[int]], tokenizer: tokenizers.Tok
 
 
 def drawn_caption(labels: Tensor, rng: np.random.Generator) -> list[int]:
-    """Classes for one training caption: those present (one now and then left out) and absent ones, shuffled."""
+    """Classes of one training caption, shuffled: the present ones (one is left out in a tenth of the draws) and some absent."""
     present = np.unique(labels[labels > 0].numpy())
     absent = np.setdiff1d(np.arange(1, len(CLASSES) + 1), present)
     if len(present) > 1 and rng.random() < 0.1:

@@ -1,7 +1,7 @@
 """The mini detector's loss, its warm-up task and its starting values.
 
-The detection loss is ours and not transformers', whose targets are wrong for batches of different captions and which
-leaves the two-stage box head without gradient.
+The detection loss is our own: the targets of transformers' loss are wrong for batches of different captions, and it gives
+the two-stage box head no gradient.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from .scenes import CLASSES
 
 
 def prepare(model: transformers.GroundingDinoForObjectDetection) -> None:
-    """Starting values for a short training, in place.
+    """Set starting values for a short training, in place.
 
-    transformers draws linear layers with deviation 0.02, far too little for widths of 32 to 128, and opens the fusion
-    with a gain of 1e-4. The class logits are inner products of two layer-normed vectors: without a smaller gain and a
+    transformers initializes linear layers with a standard deviation of 0.02, far too small for widths of 32 to 128, and the
+    fusion with a gain of 1e-4. The class logits are inner products of two layer-normed vectors: without a smaller gain and a
     negative offset they start at about +-10.
     """
     for name, module in model.named_modules():
-        last = name.endswith("layers.2") and "bbox_embed" in name  # box heads start at "no change"
+        last = name.endswith("layers.2") and "bbox_embed" in name  # box heads start as the identity
         if isinstance(module, nn.Linear) and not last and "sampling_offsets" not in name and "attention_weights" not in name:
             nn.init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
     core = model.model
     embeddings = core.text_backbone.embeddings
-    nn.init.normal_(embeddings.word_embeddings.weight, std=0.5)  # smaller values: the classes' texts collapse into one
+    nn.init.normal_(embeddings.word_embeddings.weight, std=0.5)  # with smaller values the texts of the classes become alike
     nn.init.normal_(embeddings.position_embeddings.weight, std=0.1)
     nn.init.normal_(core.query_position_embeddings.weight, std=0.5)
     with torch.no_grad():
         for layer in core.encoder.layers:
             layer.fusion_layer.vision_param.fill_(0.3)
             layer.fusion_layer.text_param.fill_(0.1)
-        # logit = 0.12 n.m - 0.2 * 0.2 * 96, n and m of unit variance: about -4 +- 1, the focal loss' rare positive. The
-        # small gain is the text's: the box heads read the same norm in one place, and what lies before it in another.
+        # logit = 0.12 n.m - 0.2 * 0.2 * 96 with n and m of unit variance: about -4 +- 1, so that positives start rare, as the
+        # focal loss expects. The small gain is on the text's side, because the box heads also read the image side's norm.
         text_norm = core.encoder.layers[-1].text_enhancer_layer.layer_norm_after
         text_norm.weight.fill_(0.12)
         text_norm.bias.fill_(0.2)
@@ -64,7 +64,7 @@ class DenseHeads(nn.Module):
         device = features[0].device
         total = torch.zeros((), device=device)
         rows = torch.arange(len(batch.labels))[:, None, None]
-        labels = functional.pad(batch.labels, (1, 0)).to(device)  # object 0 is none
+        labels = functional.pad(batch.labels, (1, 0)).to(device)  # object 0 is the background
         boxes = functional.pad(batch.boxes, (0, 0, 1, 0)).to(device)
         for level, feature in enumerate(features):
             stride = 8 * 2**level
@@ -115,7 +115,7 @@ def varifocal(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match_costs(logits: Tensor, boxes: Tensor, spans: Tensor, targets: Tensor) -> Tensor:
-    """(Q, N) cost of giving each of N objects to each of Q queries: focal cost of its words, L1, GIoU (DETR's weights).
+    """(Q, N) cost of matching each of N objects to each of Q queries: focal cost of its words, L1, GIoU (DETR's weights).
 
     logits (Q, T), boxes (Q, 4) cxcywh, spans (N, T), targets (N, 4) cxcywh.
     """
@@ -128,7 +128,10 @@ def match_costs(logits: Tensor, boxes: Tensor, spans: Tensor, targets: Tensor) -
 
 
 def one_to_many(costs: Tensor, copies: int) -> tuple[Tensor, Tensor]:
-    """The ``copies`` cheapest queries of each object, a query going to the object that it suits best."""
+    """Match each object to its ``copies`` cheapest queries; returns the queries and the object of each.
+
+    A query that is among the cheapest of several objects is matched to the one with the lowest cost.
+    """
     chosen = torch.zeros_like(costs, dtype=torch.bool)
     chosen.scatter_(0, costs.topk(min(copies, len(costs)), dim=0, largest=False).indices, True)
     best = costs.masked_fill(~chosen, math.inf).argmin(1)
@@ -141,13 +144,13 @@ def layer_loss(logits: Tensor, boxes: Tensor, captions: Captions, batch: Pool, c
 
     Args:
         logits: (B, Q, T), one per token of the caption.
-        boxes: (B, Q, 4) cxcywh in 0..1; a query that is no candidate has a box that is not finite.
+        boxes: (B, Q, 4) cxcywh in 0..1; not finite for a query that must not be matched.
         copies: queries per object.
     """
     logits, boxes = logits.float(), boxes.float()
     targets = torch.zeros_like(logits)
     matched: list[Tensor] = []
-    wanted: list[Tensor] = []
+    true_boxes: list[Tensor] = []
     for row in range(len(logits)):
         named = captions.spans[row, batch.labels[row]]  # (5, T)
         objects = (named.sum(1) > 0).nonzero()[:, 0]
@@ -162,11 +165,11 @@ def layer_loss(logits: Tensor, boxes: Tensor, captions: Captions, batch: Pool, c
         quality = overlap.gather(1, owners[:, None]).clamp(min=0.05)  # (queries, 1)
         targets[row, queries] = spans[owners] * quality
         matched.append(boxes[row, queries])
-        wanted.append(truth[owners])
-    count = max(sum(len(each) for each in matched), 1)
+        true_boxes.append(truth[owners])
+    count = max(sum(map(len, matched)), 1)
     loss = varifocal(logits, targets, captions.mask) / count
     if matched:
-        found, truth = torch.cat(matched), torch.cat(wanted)
+        found, truth = torch.cat(matched), torch.cat(true_boxes)
         overlap = generalized_box_iou(box_convert(found, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy"))
         loss = loss + 5 * (found - truth).abs().sum() / count + 5 * (1 - overlap.diagonal()).mean()
     return loss
@@ -177,8 +180,8 @@ def detection_loss(
 ) -> Tensor:
     """Loss of the two-stage proposals and of both decoder layers.
 
-    Several queries learn each object in every layer: the runtime removes doubles by NMS anyway, and one query per object
-    (Hungarian matching) left the last layer's boxes worse than the first one's within this short training.
+    Several queries are matched to each object in every layer, since the runtime removes duplicates by NMS. With one query per
+    object (Hungarian matching), this short training left the last layer's boxes worse than the first layer's.
     """
     output = model.model(pixel_values=pixels, pixel_mask=mask, input_ids=captions.ids, attention_mask=captions.mask)
     length = captions.ids.shape[1]

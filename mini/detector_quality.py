@@ -1,4 +1,4 @@
-"""How good the mini detector is on held-out scenes."""
+"""Quality of the mini detector on held-out scenes."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from .detector_data import Captions, draw_pool, encoded_captions, moved, normali
 from .scenes import CLASSES
 
 NMS_IOU, NMS_IOU_ACROSS = 0.6, 0.8
-"""Boxes of one class, and of any two classes, that overlap more lose the less certain one."""
+"""IoU from which the less certain of two boxes is removed: within a class, and across classes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """What the detector does on held-out scenes."""
+    """Scores of the detector on held-out scenes."""
 
     ap50: float
-    """Mean over classes of the average precision at IoU 0.5, all-point interpolation."""
+    """Mean over classes of the average precision at IoU 0.5, with all-point interpolation."""
     ap75: float
+    """The same at IoU 0.75."""
     f1: float
     """Best F1 over thresholds, at IoU 0.5, all classes together."""
     threshold: float
-    """Where that is; a mean over the class's words of the sigmoid token scores."""
+    """The threshold of the best F1, on the mean of the sigmoid scores of a class's tokens."""
     iou: float
-    """Mean IoU of the boxes that match at that threshold."""
+    """Mean IoU of the boxes matched at that threshold."""
     f1_by_threshold: dict[float, float]
 
 
@@ -42,7 +43,7 @@ def detections(
     output = model(pixel_values=pixels, pixel_mask=mask, input_ids=captions.ids, attention_mask=captions.mask)
     scores = output.logits[..., : captions.ids.shape[1]].sigmoid()  # (B, Q, T)
     weights = captions.spans / captions.spans.sum(-1, keepdim=True).clamp(min=1)
-    by_class = scores @ weights.transpose(1, 2)  # (B, Q, 13), 0 for a class not named
+    by_class = scores @ weights.transpose(1, 2)  # (B, Q, 13), 0 for a class that is not in the caption
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for row in range(len(by_class)):
         queries, labels = (by_class[row] >= least).nonzero(as_tuple=True)
@@ -55,12 +56,14 @@ def detections(
 
 
 def evaluate(model: transformers.GroundingDinoForObjectDetection, count: int, *, first: int = 0) -> Quality:
-    """Quality on ``count`` held-out scenes; captions name the classes present and two that are absent, in class order."""
+    """Quality on ``count`` held-out scenes; captions hold the present classes and two absent ones, in class order."""
     device = next(model.parameters()).device
     tokenizer = grounding_dino_mini_tokenizer()
     rng = np.random.default_rng(7)
     model.eval()
-    rows: list[tuple[float, int, float, float]] = []  # score, label, IoU of the object it takes, or 0
+    rows: list[
+        tuple[float, int, float, float]
+    ] = []  # score, label, IoU with its matched object or 0, 1 if it also matches at 0.75
     objects = np.zeros(len(CLASSES) + 1, dtype=int)
     for pool in draw_pool(count, first=first, split="held-out").values():
         for start in range(0, len(pool.labels), 8):
@@ -77,13 +80,13 @@ def evaluate(model: transformers.GroundingDinoForObjectDetection, count: int, *,
                 objects += np.bincount(labels[row][labels[row] > 0].numpy(), minlength=len(objects))
                 overlap = box_iou(boxes.cpu(), truth[row])
                 overlap[label.cpu()[:, None] != labels[row][None]] = 0
-                # VOC: the most certain box of an object is right, later ones are false
+                # VOC protocol: the most certain box of an object is right, later ones are false positives.
                 free50, free75 = set(range(5)), set(range(5))
                 for place in score.argsort(descending=True).tolist():
-                    iou, mine = (float(each) for each in overlap[place].max(0))
-                    hit50, hit75 = iou >= 0.5 and mine in free50, iou >= 0.75 and mine in free75
-                    free50 -= {mine} if hit50 else set()
-                    free75 -= {mine} if hit75 else set()
+                    iou, matched = (float(value) for value in overlap[place].max(0))
+                    hit50, hit75 = iou >= 0.5 and matched in free50, iou >= 0.75 and matched in free75
+                    free50 -= {matched} if hit50 else set()
+                    free75 -= {matched} if hit75 else set()
                     rows.append((float(score[place]), int(label[place]), iou if hit50 else 0.0, float(hit75)))
     rows.sort(reverse=True)
     table = np.array(rows).reshape(-1, 4)
@@ -96,7 +99,7 @@ def evaluate(model: transformers.GroundingDinoForObjectDetection, count: int, *,
     for threshold in np.arange(0.1, 0.81, 0.05):
         kept = table[table[:, 0] >= threshold]
         f1[round(float(threshold), 2)] = round(2 * float((kept[:, 2] > 0).sum()) / (len(kept) + int(objects.sum())), 4)
-    threshold = max(f1, key=lambda each: f1[each])
+    threshold = max(f1, key=lambda level: f1[level])
     right = table[(table[:, 0] >= threshold) & (table[:, 2] > 0), 2]
     return Quality(
         ap50=float(ap[0]),

@@ -1,7 +1,7 @@
-"""Drawn scenes with exact truth: the world the mini models live in. numpy and Pillow only.
+"""Drawn scenes with exact truth, on which the mini models are trained and tested. Needs numpy and Pillow only.
 
-A class is a shape with a texture or a color ("red disc", "striped box"). Distractors share one of these with
-a class, never all of them, and belong to no class. Everything follows from ``(split, seed)`` through PCG64.
+A class is a shape with a texture or a color ("red disc", "striped box"). A distractor has the color, texture or shape of a
+class, but never all that defines it, and belongs to no class. A scene depends on ``(split, seed)`` alone, through PCG64.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..classes import MINI_CLASSES
+from ..classes import MINI_CLASSES, palette
 
 Split = Literal["train", "held-out"]
 Points = np.ndarray  # (P, 2) float64, x and y within the unit circle
@@ -27,7 +27,7 @@ CLASSES = MINI_CLASSES
 GROUNDS: tuple[str, ...] = ("plain ground", "gradient ground", "noisy ground", "faint stripes")
 DISTRACTORS: tuple[str, ...] = ("grey polygon", "coloured blob", "brown bar", "dark squiggle")
 BACKGROUNDS: tuple[str, ...] = GROUNDS + DISTRACTORS
-"""Names of what belongs to no class: kinds of ground, then kinds of distractor."""
+"""Names of everything that belongs to no class: kinds of ground, then kinds of distractor."""
 
 ASPECTS: tuple[float, ...] = (4 / 3, 3 / 4, 1.0, 16 / 9, 9 / 16)
 SHORTEST_PX, LONGEST_PX = 160, 640
@@ -36,9 +36,8 @@ OBJECT_COUNT_SHARES = (0.08, 0.24, 0.27, 0.20, 0.13, 0.08)
 LEAST_VISIBLE_SHARE, LEAST_VISIBLE_PX = 0.25, 80
 JPEG_QUALITY = 92
 
-# Third part of the seed sequence: scenes of the two splits and crops never share a stream.
+# First part of the random generator's seed: scenes of the two splits never share a stream.
 _SPLIT_ID: dict[str, int] = {"train": 0, "held-out": 1}
-_CROP_ID = 2
 
 # (hue in degrees, its jitter), saturation range, value range
 _COLORS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, float]]] = {
@@ -60,27 +59,27 @@ _TEXTURES = ("striped", "checkered", "dotted")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """A drawn photograph and its truth; the arrays belong to the caller."""
+    """A drawn photograph and its truth. The caller owns the arrays."""
 
     pixels: np.ndarray
     """(H, W, 3) uint8, RGB."""
     label: np.ndarray
     """(H, W) uint8: 0 is background and distractors, i is ``CLASSES[i - 1]``."""
     instance: np.ndarray
-    """(H, W) uint8: 0 is no object, k is object k - 1, its visible pixels only."""
+    """(H, W) uint8: 0 is no object, k marks the visible pixels of object k - 1."""
     labels: np.ndarray
     """(N,) int64, class of each object, from 1. N may be 0."""
     xyxy_image: np.ndarray
-    """(N, 4) float32, tight box of each object's visible pixels; x2 and y2 lie just outside."""
+    """(N, 4) float32, tight box of each object's visible pixels; x2 and y2 are exclusive."""
     ground: str
-    """Which of ``GROUNDS`` lies below."""
+    """Kind of ground, from ``GROUNDS``."""
     distractors: tuple[str, ...]
-    """Which of ``DISTRACTORS`` are in the scene, one entry each."""
+    """Kinds of the scene's distractors, from ``DISTRACTORS``."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """Something drawn in its own window: color (h, w, 3) float32 0-255, cover (h, w) float32 0-1."""
+    """A drawn item in a window of its size: color (h, w, 3) float32 in 0-255, cover (h, w) float32 in 0-1."""
 
     color: np.ndarray
     cover: np.ndarray
@@ -146,7 +145,7 @@ _SHAPES: dict[str, Callable[[], Points]] = {
     "heart": _heart,
 }
 _UPRIGHT_SHAPES: dict[str, float] = {"triangle": -90, "star": -90, "box": 45}
-"""Degrees that bring the outline upright; rotation is drawn around it."""
+"""Degrees that turn the outline upright; random rotations are added to it."""
 
 
 # ---- one item in its window ----
@@ -159,7 +158,7 @@ def _rgb(rng: np.random.Generator, color: str) -> np.ndarray:
 
 
 def _textured(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray, softness: float) -> np.ndarray:
-    """A light and a dark color of any hue, mixed by the pattern; u and v (h, w) run from -1 to 1 in the object."""
+    """Mix a light and a dark color of random hue by a pattern; u and v (h, w) run from -1 to 1 in the object."""
     light = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.0, 0.45), rng.uniform(0.9, 1.0)))
     dark = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.5, 0.9), rng.uniform(0.15, 0.5)))
     if texture == "striped":
@@ -176,7 +175,7 @@ def _textured(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarr
 
 
 def _painted(rng: np.random.Generator, outline: Points, diameter: float, degrees: float, fill: str, hole: float = 0.0) -> _Item:
-    """Draws an outline of this diameter, filled with a color name or a texture name, ``hole`` of its radius open."""
+    """Draw an outline of this diameter, filled with a named color or texture; ``hole`` is the share of its radius left open."""
     turn = np.deg2rad(degrees)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     points = outline @ rotation.T * (diameter / 2)
@@ -197,7 +196,7 @@ def _painted(rng: np.random.Generator, outline: Points, diameter: float, degrees
         color = _textured(rng, fill, u, v, softness=min(1.0, 12 / diameter))
     else:
         color = np.broadcast_to(_rgb(rng, fill), (*cover.shape, 3))
-    # shading: one side a little darker, and a lamp's direction of its own
+    # Shading: one side is a little darker, in a random direction.
     lamp, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.0, 0.16)
     shade = 1 - strength * (0.5 + 0.5 * (x * np.float32(np.cos(lamp)) + y * np.float32(np.sin(lamp))))
     return _Item(color * shade[..., None].astype(np.float32), cover, int((cover >= 0.5).sum()))
@@ -239,7 +238,7 @@ def _distractor(rng: np.random.Generator, kind: str, diameter: float) -> _Item:
 
 
 def _ground(rng: np.random.Generator, kind: str, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) float32, muted colors between dark and middle gray, so that white and yellow stand out."""
+    """(H, W, 3) float32 in 0-255: muted colors between dark and middle gray, so that white and yellow stand out."""
 
     def muted() -> np.ndarray:
         hsv = (rng.random(), rng.uniform(0.0, 0.32), rng.uniform(0.20, 0.66))
@@ -270,7 +269,7 @@ def _ground(rng: np.random.Generator, kind: str, height: int, width: int) -> np.
 
 
 def _paste(pixels: np.ndarray, item: _Item, left: int, top: int) -> None:
-    """Blends the item's window into (H, W, 3) float32 pixels, clipped to the image."""
+    """Blend an item into (H, W, 3) float32 pixels, clipped to the image."""
     window, inner = _overlap(pixels.shape, item.cover.shape, left, top)
     cover = item.cover[inner][..., None]
     pixels[window] += (item.color[inner] - pixels[window]) * cover
@@ -285,7 +284,7 @@ def _overlap(
 
 
 def _finish(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
-    """Light, tint, sensor noise, sometimes a soft lens; (H, W, 3) float32 -> uint8."""
+    """Add brightness, tint, a gradient of light, and sensor noise; (H, W, 3) float32 to uint8."""
     height, width = pixels.shape[:2]
     gain = rng.uniform(0.78, 1.12) * rng.uniform(0.95, 1.05, 3)
     turn, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.15)
@@ -307,7 +306,7 @@ def _size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _place(rng: np.random.Generator, owner: np.ndarray, item: _Item, spots: list[tuple[int, int]]) -> tuple[int, int]:
-    """Top left corner for an item: anywhere, reaching out of the image a little, or near something already there."""
+    """Top left corner of an item: at a random place, perhaps partly outside the image, or near an item already drawn."""
     (height, width), (h, w) = owner.shape, item.cover.shape
     if spots and rng.random() < 0.35:
         x, y = spots[int(rng.integers(len(spots)))]
@@ -319,37 +318,37 @@ def _place(rng: np.random.Generator, owner: np.ndarray, item: _Item, spots: list
 
 
 def draw_scene(seed: int, *, split: Split = "train", size: tuple[int, int] | None = None) -> Scene:
-    """A scene of 0 to 5 objects and 0 to 3 distractors, with exact truth.
+    """Draw a scene of 0 to 5 objects and 0 to 3 distractors, with exact truth.
+
+    At least a quarter and at least 80 pixels of every object are visible; its diameter is 18-50 % of the shorter side.
 
     Args:
-        seed: Any number from 0; the same ``(split, seed, size)`` gives the same scene on every machine.
-        split: Scenes of different splits never share a random stream.
-        size: (height, width) in pixels; by default drawn, 160-640 px in one of ``ASPECTS``.
-
-    Every object shows at least a quarter of itself and 80 pixels; its diameter is 18-50 % of the shorter side.
+        seed: any number from 0; the same ``(split, seed, size)`` gives the same scene on every machine.
+        split: scenes of different splits never share a random stream.
+        size: (height, width) in pixels; None draws it at random: 160-640 px in one of ``ASPECTS``.
     """
     rng = np.random.default_rng([_SPLIT_ID[split], seed])
     height, width = size or _size(rng)
     ground = str(rng.choice(GROUNDS))
     pixels = _ground(rng, ground, height, width)
 
-    # Wanted items, from the bottom up: a class (1-12) or minus the number of a distractor (-1 to -4).
+    # Items to draw, from the bottom up: a class (1-12) or minus the number of a distractor (-1 to -4).
     objects = rng.integers(1, len(CLASSES) + 1, rng.choice(len(OBJECT_COUNT_SHARES), p=OBJECT_COUNT_SHARES))
     others = -rng.integers(1, len(DISTRACTORS) + 1, rng.choice(4, p=(0.3, 0.35, 0.25, 0.1)))
-    wanted = rng.permutation(np.concatenate([objects, others]))
+    items = rng.permutation(np.concatenate([objects, others]))
 
     owner = np.zeros((height, width), dtype=np.uint8)  # the placed item that each pixel shows, from 1
     kinds: list[int] = []
     areas: list[int] = []
     spots: list[tuple[int, int]] = []
-    for kind in wanted.tolist():
+    for kind in items.tolist():
         diameter = min(height, width) * float(np.exp(rng.uniform(np.log(0.18), np.log(0.50))))
         item = _object(rng, kind, diameter) if kind > 0 else _distractor(rng, DISTRACTORS[-kind - 1], diameter)
         for _ in range(8):
             left, top = _place(rng, owner, item, spots)
             window, inner = _overlap(owner.shape, item.cover.shape, left, top)
             solid = item.cover[inner] >= 0.5
-            if _spoils(owner, window, solid, item.area_px, kind, kinds, areas):
+            if _is_unusable(owner, window, solid, item.area_px, kind, kinds, areas):
                 continue
             _paste(pixels, item, left, top)
             kinds.append(kind)
@@ -370,7 +369,7 @@ def draw_scene(seed: int, *, split: Split = "train", size: tuple[int, int] | Non
     )
 
 
-def _spoils(
+def _is_unusable(
     owner: np.ndarray,
     window: tuple[slice, slice],
     solid: np.ndarray,
@@ -379,7 +378,7 @@ def _spoils(
     kinds: list[int],
     areas: list[int],
 ) -> bool:
-    """Whether an item would hide another one too much, show too little of itself, or overlap its own kind."""
+    """Whether an item would hide too much of another, be hidden too much itself, or overlap one of the same kind."""
     shown = int(solid.sum())
     if shown < max(LEAST_VISIBLE_PX, 0.5 * area_px):
         return True
@@ -393,7 +392,7 @@ def _spoils(
 
 
 def _truth(owner: np.ndarray, kinds: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """instance (H, W), label (H, W), labels (N,) and boxes (N, 4) from the owner map; distractors fall away."""
+    """instance (H, W), label (H, W), labels (N,) and boxes (N, 4) from the owner map, without distractors."""
     is_object = np.array([False, *(kind > 0 for kind in kinds)])
     number = np.where(is_object, np.cumsum(is_object), 0).astype(np.uint8)
     label_of = np.array([0, *(max(kind, 0) for kind in kinds)], dtype=np.uint8)
@@ -401,42 +400,18 @@ def _truth(owner: np.ndarray, kinds: list[int]) -> tuple[np.ndarray, np.ndarray,
     labels = np.array([kind for kind in kinds if kind > 0], dtype=np.int64)
     boxes = np.zeros((len(labels), 4), dtype=np.float32)
     for row in range(len(labels)):
-        mine = instance == row + 1
-        xs, ys = np.flatnonzero(mine.any(axis=0)), np.flatnonzero(mine.any(axis=1))
+        mask = instance == row + 1
+        xs, ys = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
         boxes[row] = xs[0], ys[0], xs[-1] + 1, ys[-1] + 1
     return instance, label_of[owner], labels, boxes
 
 
-def draw_crop(seed: int, *, side: int) -> tuple[np.ndarray, int]:
-    """One object filling 35-95 % of a square, as CLIP's own pictures show one thing.
-
-    Returns:
-        (side, side, 3) uint8 RGB, and the class from 1; or 0 where there is only ground, or a distractor on it.
-    """
-    rng = np.random.default_rng([_CROP_ID, seed])
-    pixels = _ground(rng, str(rng.choice(GROUNDS)), side, side)
-    label = 0 if rng.random() < 0.15 else int(rng.integers(1, len(CLASSES) + 1))
-
-    def put(item: _Item, reach: float) -> None:
-        h, w = item.cover.shape
-        x, y = side / 2 + rng.uniform(-reach, reach, 2) * side
-        _paste(pixels, item, int(x - w / 2), int(y - h / 2))
-
-    if rng.random() < (0.25 if label else 0.75):  # a distractor behind the object, or alone
-        kind = str(rng.choice(DISTRACTORS))
-        put(_distractor(rng, kind, side * rng.uniform(0.3, 0.8)), 0.4 if label else 0.15)
-    if label:
-        share = rng.uniform(0.35, 0.95)
-        put(_object(rng, label, side * share), (1 - share) / 2)
-    return _finish(rng, pixels), label
-
-
 def write_scenes(folder: Path, count: int, *, seed: int = 0, split: Split = "held-out") -> list[Path]:
-    """Writes scenes ``seed`` to ``seed + count - 1`` and their truth; returns the JPEG paths.
+    """Write scenes ``seed`` to ``seed + count - 1`` and their truth; returns the JPEG paths.
 
-    - ``images/<stem>.jpg``: the photographs, and nothing else, so that the folder can be labeled as it is;
+    - ``images/<stem>.jpg``: the photographs and nothing else, so that the folder can be labeled directly;
     - ``truth/<stem>.png``: 8-bit palette label maps, 0 background;
-    - ``labels.json``: file name -> class names, as ``wsss label --labels`` takes it;
+    - ``labels.json``: file name -> class names, in the format of ``wsss label --labels``;
     - ``truth.json``: file name -> the objects' ``labels`` (from 1) and ``xyxy_image``.
     """
     folder = Path(folder)
@@ -450,7 +425,7 @@ def write_scenes(folder: Path, count: int, *, seed: int = 0, split: Split = "hel
         path = folder / "images" / f"scene-{number:05d}.jpg"
         Image.fromarray(scene.pixels).save(path, quality=JPEG_QUALITY)
         label_map = Image.fromarray(scene.label)
-        label_map.putpalette(_palette())
+        label_map.putpalette(palette().tobytes())
         label_map.save(folder / "truth" / f"{path.stem}.png")
         names[path.name] = [CLASSES[label - 1] for label in np.unique(scene.labels).tolist()]
         truth[path.name] = {"labels": scene.labels.tolist(), "xyxy_image": scene.xyxy_image.tolist()}
@@ -458,15 +433,3 @@ def write_scenes(folder: Path, count: int, *, seed: int = 0, split: Split = "hel
     (folder / "labels.json").write_text(json.dumps(names, indent=1) + "\n")
     (folder / "truth.json").write_text(json.dumps(truth) + "\n")
     return paths
-
-
-def _palette() -> list[int]:
-    """The VOC color map, 256 RGB triples flat (VOCdevkit ``VOClabelcolormap.m``)."""
-    flat: list[int] = []
-    for index in range(256):
-        channels = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                channels[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
-        flat += channels
-    return flat

@@ -2,18 +2,16 @@
 
     python -m wsss.mini.train_clip --out mini/weights/clip.safetensors --minutes 70
 
-A view is a window of a scene squashed to 96 x 96, as the runtime sees images; its target says which classes it
-shows. A rerun goes on where the last one stopped. Progress to stderr, one JSON line of results to stdout.
+A view is a window of a scene squashed to 96 x 96, as in the runtime; its target is the set of classes that it shows. A rerun
+continues where the last one stopped. Progress goes to stderr, one JSON line of results to stdout.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -25,42 +23,43 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wsss.export.mini import build_clip_mini, clip_mini_tokenizer
 from wsss.mini import scenes as drawing
 from wsss.mini.scenes import BACKGROUNDS, CLASSES, DISTRACTORS, GROUNDS, JPEG_QUALITY, Scene, draw_scene
+from wsss.mini.training import log, parameter_groups, save_checkpoint, save_weights, through_jpeg
 
 if TYPE_CHECKING:
     import open_clip
 
 TEMPLATES = ("a clean origami {}.", "a photo of a {}.", "{}")
-"""Prompts of a name; the first is CLIP-ES's (arXiv:2212.09506)."""
+"""Prompt templates of a name; the first is CLIP-ES's (arXiv:2212.09506)."""
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """RGB, on the 0-1 scale (OpenAI CLIP, clip/clip.py)."""
 LEVELS = (1, 2, 3)
-"""Grids of windows that the tagger looks at: 1 + 4 + 9 views."""
+"""Grids of windows that the tagger uses: 1 + 4 + 9 views."""
 
 PRESENT_SHARE, ABSENT_SHARE = 0.45, 0.10
-"""An object this much inside a view is in it, this little is not; between, the view says nothing of its class."""
+"""A class counts as present from the first share of an object inside the view, as absent below the second; between them the
+view is undecided about it."""
 LEAST_VIEW_PX = 40
-"""An object with fewer pixels in the 96 x 96 view is at most undecided."""
+"""An object with fewer pixels than this in the 96 x 96 view is never counted as present."""
 POOL_SCENES, FIRST_SCENES, NEW_SCENES = 1000, 300, 1
-"""Scenes held in memory, drawn before the first step, and drawn in each step for the oldest ones."""
+"""Number of scenes held in memory, drawn before the first step, and drawn in each step to replace the oldest."""
 POOL_SINGLES, FIRST_SINGLES, NEW_SINGLES = 2000, 600, 6
-"""The same for pictures of a single thing."""
+"""The same for images of a single item."""
 SINGLE_SHARE = 0.5
-"""Share of views that show a single thing; the others are windows of scenes as the tagger's."""
+"""Share of views that show a single item; the others are windows of scenes like the tagger's."""
 SCENE_TRIES = 8
-"""Seeds set aside for each scene of the pool, the first with what is wanted is taken."""
+"""Number of seeds reserved for each scene of the pool; the first suitable one is used."""
 BATCH_VIEWS = 64
 PEAK_RATE, WEIGHT_DECAY, WARMUP_STEPS = 2e-3, 0.05, 200
 EMA_DECAY = 0.995
 DENSE_CELLS = 6
-"""Side of the grid of the dense auxiliary: the third stage's output for 96 pixels."""
+"""Side of the auxiliary task's grid: the third stage's output for 96 pixels."""
 CALIBRATION_SEED = 10**12
-"""Scenes from here on in the train split choose the thresholds and are never trained on."""
+"""First scene of the train split that is used to choose thresholds; no training uses it or later ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class Views:
 
     pixels: (B, 3, 96, 96) float32, normalized.
     present, undecided: (B, 12) bool, per class; never both.
-    cells: (B, 6, 6) int64, class under the center of each cell, 0 is background.
+    cells: (B, 6, 6) int64, class at the center of each cell, 0 is background.
     """
 
     pixels: Tensor
@@ -83,12 +82,12 @@ class Views:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of the module."""
+    """Run the command line of the module."""
     parser = argparse.ArgumentParser(prog="python -m wsss.mini.train_clip", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="weights to write, float16 safetensors")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=70.0, help="training time, drawing included")
-    length.add_argument("--steps", type=int, help="training length in steps, reproducible to the bit on one machine")
+    length.add_argument("--minutes", type=float, default=70.0, help="training time, including drawing")
+    length.add_argument("--steps", type=int, help="training length in steps, reproducible bit by bit on one machine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes to measure on")
     options = parser.parse_args(arguments)
@@ -96,9 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train(out: Path, minutes: float, steps: int | None, seed: int, scenes: int) -> None:
-    """Trains to the end, measures on ``scenes`` held-out scenes, and writes the averaged weights to ``out``.
+    """Train, measure on ``scenes`` held-out scenes, and write the averaged weights to ``out``.
 
-    Every ten minutes ``out`` gets the weights so far, and ``<out>.checkpoint`` all that a rerun needs.
+    Every ten minutes the present weights are written to ``out``, and everything a rerun needs to ``<out>.checkpoint``.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -116,23 +115,23 @@ def train(out: Path, minutes: float, steps: int | None, seed: int, scenes: int) 
         loss = run.learn(views, progress)
         run.seconds += time.monotonic() - started
         if run.step % 100 == 0:
-            _say(f"step {run.step}  {run.seconds / 60:.1f} min  loss {loss:.3f}")
+            log(f"step {run.step}  {run.seconds / 60:.1f} min  loss {loss:.3f}")
         if time.monotonic() - saved_at > 600:
             run.save()
             results = measure(run.average, scenes // 3)
             write_weights(run.average, out, results)
-            _say(f"step {run.step}  {json.dumps(results)}")
+            log(f"step {run.step}  {json.dumps(results)}")
             saved_at = time.monotonic()
     run.save()
     _round_to_half(run.average)
     results = measure(run.average, scenes)
     write_weights(run.average, out, results)
-    _say(f"wrote {out}")
+    log(f"wrote {out}")
     print(json.dumps(results))
 
 
 class _Run:
-    """All that changes while training, and its file."""
+    """The state of a training, and its checkpoint file."""
 
     def __init__(self, checkpoint: Path, device: torch.device) -> None:
         self.checkpoint, self.device = checkpoint, device
@@ -140,14 +139,16 @@ class _Run:
         self.average = build_clip_mini().to(device).eval()
         self.average.load_state_dict(self.model.state_dict())
         self.dense = nn.Conv2d(256, len(CLASSES) + 1, 1).to(device)  # on the third stage; not part of the weights
-        self.optimizer = torch.optim.AdamW(_parameter_groups(self.model, self.dense), lr=PEAK_RATE, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, self.dense, weight_decay=WEIGHT_DECAY), lr=PEAK_RATE, betas=(0.9, 0.98)
+        )
         self.prompts = prompt_ids().to(device)  # (3, 20, 16)
         self.step, self.seconds = 0, 0.0
         self._stage: list[Tensor] = []
         self.model.visual.layer3.register_forward_hook(lambda _, __, output: self._stage.append(output))
 
     def learn(self, views: Views, progress: float) -> float:
-        """One optimiser step; returns the loss."""
+        """Make one optimizer step; returns the loss."""
         rate = PEAK_RATE * min(1.0, (self.step + 1) / WARMUP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -182,7 +183,7 @@ class _Run:
                 value.copy_(now[name])
 
     def save(self) -> None:
-        """Writes the checkpoint, complete or not at all."""
+        """Write the checkpoint whole or not at all."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -191,13 +192,10 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
         }
-        partial = self.checkpoint.with_name(self.checkpoint.name + ".part")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, partial)
-        partial.replace(self.checkpoint)
+        save_checkpoint(state, self.checkpoint)
 
     def resume(self) -> None:
-        """Takes up the checkpoint, if there is one."""
+        """Load the checkpoint, if there is one."""
         if not self.checkpoint.is_file():
             return
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
@@ -206,7 +204,7 @@ class _Run:
         self.dense.load_state_dict(state["dense"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
-        _say(f"goes on from step {self.step} of {self.checkpoint}")
+        log(f"continues from step {self.step} of {self.checkpoint}")
 
 
 # ---- the model and its loss ----
@@ -220,7 +218,7 @@ def prompt_ids() -> Tensor:
 
 
 def name_embeddings(model: open_clip.CLIP, prompts: Tensor) -> Tensor:
-    """(20, 64) float32, unit length: per name the mean over the templates, as the runtime forms it."""
+    """(20, 64) float32, unit length: the mean over the templates for each name, as in the runtime."""
     return functional.normalize(_name_features(model, prompts).mean(dim=0), dim=-1)
 
 
@@ -230,23 +228,23 @@ def _name_features(model: open_clip.CLIP, prompts: Tensor) -> Tensor:
 
 
 def view_loss(logits: Tensor, present: Tensor, undecided: Tensor) -> Tensor:
-    """Loss of a batch of views, for the two ways in which logits become probabilities.
+    """Loss of a batch of views, for both ways to turn logits into probabilities.
 
     Args:
         logits: (B, 20) float32, classes first, then backgrounds.
         present, undecided: (B, 12) bool.
 
-    A softmax over all names shall spread evenly over the classes in the view, or fall on any background where there
-    is none; and each class shall beat all backgrounds together where present, and lose where absent. An undecided
-    class takes part in neither.
+    The first term asks that a softmax over all names is spread evenly over the classes in the view, or falls on any background
+    where the view shows no class. The second asks that each present class exceeds all backgrounds together, and each absent
+    class does not. Undecided classes take part in neither.
     """
     count = present.shape[1]
     open_logits = torch.cat([logits[:, :count].masked_fill(undecided, -1e4), logits[:, count:]], dim=1)
     log_share = open_logits.log_softmax(dim=1)
     shown = present.sum(dim=1)
-    some = -(log_share[:, :count] * present).sum(dim=1) / shown.clamp(min=1)
-    none = -log_share[:, count:].logsumexp(dim=1)
-    softmax_loss = torch.where(shown > 0, some, none).mean()
+    on_classes = -(log_share[:, :count] * present).sum(dim=1) / shown.clamp(min=1)
+    on_backgrounds = -log_share[:, count:].logsumexp(dim=1)
+    softmax_loss = torch.where(shown > 0, on_classes, on_backgrounds).mean()
     margin = logits[:, :count] - logits[:, count:].logsumexp(dim=1, keepdim=True)
     pair_loss = functional.binary_cross_entropy_with_logits(margin, present.float(), reduction="none")
     return softmax_loss + 6.0 * pair_loss.masked_fill(undecided, 0.0).mean()
@@ -267,21 +265,12 @@ def _initialized(model: open_clip.CLIP) -> open_clip.CLIP:
     return model
 
 
-def _parameter_groups(*modules: nn.Module) -> list[dict[str, list[nn.Parameter] | float]]:
-    """Matrices decay, vectors and the logit scale do not."""
-    every = [parameter for module in modules for parameter in module.parameters()]
-    return [
-        {"params": [parameter for parameter in every if parameter.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [parameter for parameter in every if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 # ---- scenes and views ----
 
 
 @dataclass(frozen=True, slots=True)
 class Photograph:
-    """A scene as the runtime will meet it: saved as JPEG and opened again."""
+    """A scene as the runtime reads it: saved as JPEG and opened again."""
 
     image: Image.Image
     scene: Scene
@@ -290,7 +279,7 @@ class Photograph:
 
 
 class ScenePool:
-    """The latest scenes of an endless row. What is in it follows from seed and step, so a rerun sees the same."""
+    """The latest scenes of an endless sequence. The content depends on seed and step alone, so that a rerun sees the same."""
 
     def __init__(self, seed: int, step: int) -> None:
         self._first = seed * SCENE_TRIES * 1_000_000
@@ -299,14 +288,14 @@ class ScenePool:
         self.singles = deque(map(self._single, range(max(0, last - POOL_SINGLES), last)), maxlen=POOL_SINGLES)
 
     def advance(self, step: int) -> None:
-        """Draws what this step adds."""
+        """Draw the scenes that this step adds."""
         start = FIRST_SCENES + NEW_SCENES * step
         self.photographs.extend(map(self._scene, range(start, start + NEW_SCENES)))
         start = FIRST_SINGLES + NEW_SINGLES * step
         self.singles.extend(map(self._single, range(start, start + NEW_SINGLES)))
 
     def _scene(self, number: int) -> Photograph:
-        """Every second scene shows a colored blob: at first nearly all errors were blobs taken for a class by color."""
+        """Every second scene shows a colored blob, because nearly all early errors were blobs taken for a class by color."""
         for attempt in range(SCENE_TRIES):
             scene = draw_scene(self._first + number * SCENE_TRIES + attempt)
             if number % 2 == 0 or "coloured blob" in scene.distractors:
@@ -318,12 +307,12 @@ class ScenePool:
 
 
 def draw_single(seed: int) -> Scene:
-    """One thing large in a square: as often an object as a distractor, mostly a blob in a class's color or texture.
+    """A large item in a square: an object in half of the seeds, else a distractor, mostly a blob in a class's color or texture.
 
-    Both are drawn in the same way, so that outlines alone tell them apart. Without these pictures the tower stops at
-    colors and textures, which already give F1 0.93; with distractors only, it learns the look of such pictures.
+    Both are drawn in the same way, so that only outlines tell them apart. Without these images the image tower learns only
+    colors and textures, which already give F1 0.93; with distractors alone, it learns to recognize such images.
     """
-    rng = np.random.default_rng([3, seed])  # 0 to 2 are the streams of scenes.py
+    rng = np.random.default_rng([3, seed])  # scenes.py uses the streams 0 and 1
     side_px = int(np.exp(rng.uniform(np.log(80), np.log(320))))
     pixels = drawing._ground(rng, str(rng.choice(GROUNDS)), side_px, side_px)
     instance = np.zeros((side_px, side_px), np.uint8)
@@ -359,16 +348,14 @@ def draw_single(seed: int) -> Scene:
 
 
 def as_photograph(scene: Scene, quality: int = JPEG_QUALITY) -> Photograph:
-    """The scene after a round through JPEG."""
-    stored = io.BytesIO()
-    Image.fromarray(scene.pixels).save(stored, "JPEG", quality=quality)
-    image = Image.open(stored)
-    image.load()
-    return Photograph(image, scene, np.bincount(scene.instance.ravel(), minlength=len(scene.labels) + 1)[1:])
+    """The scene after JPEG compression."""
+    return Photograph(
+        through_jpeg(scene.pixels, quality), scene, np.bincount(scene.instance.ravel(), minlength=len(scene.labels) + 1)[1:]
+    )
 
 
 def draw_views(pool: ScenePool, rng: np.random.Generator, single_only: bool) -> Views:
-    """A batch of views: single things and, unless ``single_only``, windows of scenes as the tagger's."""
+    """A batch of views: single items and, unless ``single_only``, windows of scenes like the tagger's."""
     pixels: list[np.ndarray] = []
     present, undecided, cells = [], [], []
     for draw in rng.random(BATCH_VIEWS):
@@ -390,7 +377,7 @@ def squash(image: Image.Image, window: tuple[float, float, float, float]) -> np.
 
 
 def _window(scene: Scene, rng: np.random.Generator, level: int) -> tuple[float, float, float, float]:
-    """A window of about the size that the tagger's have at this level, anywhere."""
+    """A window at a random place, of about the size of the tagger's windows at this level."""
     height, width = scene.label.shape
     share_x, share_y = np.minimum(2 / (level + 1) * rng.uniform(0.75, 1.1, 2), 1.0)
     x, y = rng.random() * (1 - share_x) * width, rng.random() * (1 - share_y) * height
@@ -398,9 +385,9 @@ def _window(scene: Scene, rng: np.random.Generator, level: int) -> tuple[float, 
 
 
 def _targets(photograph: Photograph, window: tuple[float, float, float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """present (12,) bool, undecided (12,) bool and cells (6, 6) of one view."""
+    """The targets of one view: present (12,) bool, undecided (12,) bool and cells (6, 6) int64."""
     scene = photograph.scene
-    side = 8 * DENSE_CELLS  # counts on a 48 x 48 grid of points are exact enough for shares
+    side = 8 * DENSE_CELLS  # a grid of 48 x 48 points is exact enough for shares
     x0, y0, x1, y1 = window
     rows = (y0 + (np.arange(side) + 0.5) * (y1 - y0) / side).astype(int)
     columns = (x0 + (np.arange(side) + 0.5) * (x1 - x0) / side).astype(int)
@@ -420,11 +407,11 @@ def _targets(photograph: Photograph, window: tuple[float, float, float, float]) 
 def _augmented(
     pixels: np.ndarray, present: np.ndarray, undecided: np.ndarray, cells: np.ndarray, rng: np.random.Generator
 ) -> Views:
-    """Flips, and small changes of light and of tint: hue itself tells classes apart."""
+    """Flip views, and change brightness and tint slightly: larger changes of hue would change the class."""
     for axis in (1, 2):
-        turned = np.flatnonzero(rng.random(len(pixels)) < 0.5)
-        pixels[turned] = np.flip(pixels[turned], axis)
-        cells[turned] = np.flip(cells[turned], axis)
+        flipped = np.flatnonzero(rng.random(len(pixels)) < 0.5)
+        pixels[flipped] = np.flip(pixels[flipped], axis)
+        cells[flipped] = np.flip(cells[flipped], axis)
     gain = rng.uniform(0.85, 1.15, (len(pixels), 1)) * rng.uniform(0.96, 1.04, (len(pixels), 3))
     color = _channels_first(pixels).mul_(torch.from_numpy(gain.astype(np.float32))[:, :, None, None]).clamp_(0, 1)
     return Views(
@@ -461,11 +448,11 @@ def view_windows(height: int, width: int) -> list[tuple[int, int, int, int]]:
 
 @torch.no_grad()
 def score_scenes(model: open_clip.CLIP, photographs: Iterable[Photograph]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the tagger would say of each scene.
+    """The tagger's scores of each scene.
 
     Returns:
-        softmax_score (N, 12) float32: highest share of a class in a softmax over all names, over the views.
-        pair_score (N, 12) float32: the same against the backgrounds only, e^c / (e^c + sum of e^b).
+        softmax_score (N, 12) float32 in [0, 1]: the class's largest softmax probability over all names, among the views.
+        pair_score (N, 12) float32 in [0, 1]: the same against the backgrounds alone, e^c / (e^c + sum of e^b).
         truth (N, 12) bool.
     """
     device = model.logit_scale.device
@@ -484,33 +471,33 @@ def score_scenes(model: open_clip.CLIP, photographs: Iterable[Photograph]) -> tu
 
 
 def f1(present: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """(12,) float64, F1 per class of (N, 12) decisions; 1 where a class is neither there nor claimed."""
+    """(12,) float64, F1 per class of (N, 12) decisions; 1 for a class that is neither present nor predicted."""
     wrong = (present != truth).sum(axis=0)
     right = 2 * (present & truth).sum(axis=0)
     return np.where(right + wrong == 0, 1.0, right / np.maximum(right + wrong, 1))
 
 
 def measure(model: open_clip.CLIP, scenes: int) -> dict[str, float | list[float]]:
-    """F1 on held-out scenes from seed 0, with thresholds chosen on as many scenes of neither set."""
+    """F1 on held-out scenes from seed 0, with thresholds chosen on as many calibration scenes."""
     calibration = (as_photograph(draw_scene(CALIBRATION_SEED + number)) for number in range(scenes))
     held_out = (as_photograph(draw_scene(number, split="held-out")) for number in range(scenes))
-    *known, known_truth = score_scenes(model, calibration)
-    *new, truth = score_scenes(model, held_out)
+    *calibration_scores, calibration_truth = score_scenes(model, calibration)
+    *scores, truth = score_scenes(model, held_out)
     results: dict[str, float | list[float]] = {}
     levels = np.linspace(0.05, 0.95, 91)
-    for rule, chosen_on, score in zip(("softmax", "pair"), known, new, strict=True):
-        by_level = np.stack([f1(chosen_on >= level, known_truth) for level in levels])  # (91, 12)
-        # A running mean over nine levels, so that a lucky peak does not decide.
+    for rule, calibration_score, score in zip(("softmax", "pair"), calibration_scores, scores, strict=True):
+        by_level = np.stack([f1(calibration_score >= level, calibration_truth) for level in levels])  # (91, 12)
+        # A running mean over nine levels, so that no chance peak is chosen.
         smooth = np.stack([np.convolve(np.pad(column, 4, "edge"), np.ones(9) / 9, "valid") for column in by_level.T], 1)
-        one = levels[smooth.mean(axis=1).argmax()]
-        each = levels[(smooth + 0.5 * smooth.mean(axis=1, keepdims=True)).argmax(axis=0)]
-        per_class = f1(score >= one, truth)
-        results[f"{rule}_threshold"] = round(float(one), 2)
+        shared_threshold = levels[smooth.mean(axis=1).argmax()]
+        class_thresholds = levels[(smooth + 0.5 * smooth.mean(axis=1, keepdims=True)).argmax(axis=0)]
+        per_class = f1(score >= shared_threshold, truth)
+        results[f"{rule}_threshold"] = round(float(shared_threshold), 2)
         results[f"{rule}_macro_f1"] = round(float(per_class.mean()), 4)
-        results[f"{rule}_micro_f1"] = round(float(f1((score >= one).ravel(), truth.ravel())), 4)
+        results[f"{rule}_micro_f1"] = round(float(f1((score >= shared_threshold).ravel(), truth.ravel())), 4)
         results[f"{rule}_class_f1"] = [round(float(value), 3) for value in per_class]
-        results[f"{rule}_class_thresholds"] = [round(float(value), 2) for value in each]
-        results[f"{rule}_macro_f1_class_thresholds"] = round(float(f1(score >= each, truth).mean()), 4)
+        results[f"{rule}_class_thresholds"] = [round(float(value), 2) for value in class_thresholds]
+        results[f"{rule}_macro_f1_class_thresholds"] = round(float(f1(score >= class_thresholds, truth).mean()), 4)
     return results
 
 
@@ -525,20 +512,8 @@ def _round_to_half(model: nn.Module) -> None:
 
 
 def write_weights(model: nn.Module, out: Path, results: dict[str, float | list[float]]) -> None:
-    """Writes the state dict, floats as float16 under open_clip's names, complete or not at all."""
-    state = {
-        name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
-        for name, value in model.state_dict().items()
-    }
-    partial = out.with_name(out.name + ".part")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, partial, metadata={"results": json.dumps(results)})
-    partial.chmod(0o644)  # safetensors leaves it to its owner only
-    partial.replace(out)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Write the state dict under open_clip's names, with its results as metadata."""
+    save_weights(model.state_dict(), out, {"results": json.dumps(results)})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the tests share: a world so simple that scripted engines label it exactly, and the command line in-process.
+"""Shared fixtures: simple scenes that scripted engines label exactly, and the command line in this process.
 
-Photographs are black with pure red, green and blue rectangles. The scripted CLIP sees which colors a view holds, the
-scripted Grounding-DINO puts a box round all pixels of a color, the scripted SAM outlines the box's main color, and the
-scripted fusion follows the rule of `export/fuse.py`. Every row of a batch is answered by itself. Ranges of the free axes
-are tiny, so that batches of a few photographs are already fed in several calls.
+Photographs are black with pure red, green and blue rectangles. The scripted CLIP finds the colors in a view, the scripted
+Grounding-DINO puts a box around all pixels of a color, the scripted SAM outlines the box's main color, and the scripted fusion
+follows the rule of `export/fuse.py`. Rows of a batch do not affect each other. Ranges of the free axes are tiny, so that a batch
+of a few photographs already needs several calls.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ TEXT, VIEW, SIDE = 16, 8, 32
 Box = tuple[int, int, int, int]
 
 
-def tensors(**told: tuple[tuple[int | str, ...], DType]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name, shape, dtype) for name, (shape, dtype) in told.items())
+def tensors(**specs: tuple[tuple[int | str, ...], DType]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, shape, dtype) for name, (shape, dtype) in specs.items())
 
 
 def of_color(pixels: np.ndarray) -> np.ndarray:
-    """(..., 3) uint8 to (..., 3) bool: is it red, green, blue? Blends at edges are none of them."""
+    """(..., 3) uint8 to (..., 3) bool: whether a pixel is red, green, blue. Blends at edges are none of them."""
     strong = pixels > 127
     return strong & (strong.sum(axis=-1, keepdims=True) == 1)
 
@@ -63,7 +63,7 @@ def read_phrases(feeds: Feeds) -> Feeds:
 
 
 def find_colors(feeds: Feeds) -> Feeds:
-    """Query q is color q: sure of the tokens that name it, if any of its pixels is in the photograph."""
+    """Query q is color q: it has a high score for the tokens of its name if the photograph has a pixel of the color."""
     assert not feeds["text"][feeds["phrase"] < 0].any(), "padding must be zeros"
     rows, tokens = feeds["phrase"].shape
     logits = np.full((rows, 3, tokens), -4, np.float32)
@@ -204,14 +204,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def write_model(folder: Path, family: str, settings: Mapping[str, Any] | None = None) -> None:
-    """A model's folder as an exporter leaves it; the graphs are a few bytes that only `World.open_graph` understands."""
+    """Write a model's folder like an exporter; the graphs are a few bytes that only `World.open_graph` understands."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [graph for model, graph in SCRIPTS if model == family]
     for graph in names:
         name = f"{family}/{graph}".encode()
-        (folder / f"{graph}.onnx").write_bytes(
-            b"\x42" + bytes([len(name)]) + name
-        )  # field 8, whose content no reader of ONNX takes
+        (folder / f"{graph}.onnx").write_bytes(b"\x42" + bytes([len(name)]) + name)  # field 8, which ONNX readers ignore
     if family != "sam":
         tokenizer = Tokenizer(WordLevel(WORDS, unk_token="[UNK]"))
         tokenizer.pre_tokenizer = Whitespace()
@@ -237,12 +235,12 @@ def spec_of(family: str, graph: str) -> GraphSpec:
 
 @dataclass
 class World:
-    """A bundle on disk, the engines that play it, and photographs."""
+    """A bundle on disk, its scripted engines, and photographs."""
 
     bundle: Path
     classes: ClassList = field(default_factory=lambda: class_list(COLORS))
     engines: dict[tuple[str, str], FakeEngine] = field(default_factory=dict)
-    """What was opened so far, by model and graph."""
+    """Engines opened so far, by model and graph."""
 
     def model(self, name: str) -> Model:
         return open_bundle(self.bundle).model(name)
@@ -250,7 +248,7 @@ class World:
     def open_graph(
         self, model: Model, graph: str, engine: str = "ort", *, device: str = "cpu", unverified: bool = False
     ) -> FakeEngine:
-        """In place of `wsss.engines.opening.open_graph`."""
+        """Replaces `wsss.engines.opening.open_graph`."""
         key = model.manifest.family, graph
         return self.engines.setdefault(key, FakeEngine(model.graph(graph), SCRIPTS[key][0]))
 
@@ -258,7 +256,7 @@ class World:
         return self.open_graph(self.model(model), graph)
 
     def rows(self, model: str, graph: str) -> list[int]:
-        """How many rows each call of an engine had, by its first input."""
+        """Number of rows in each call of an engine, by its first input."""
         if (model, graph) not in self.engines:
             return []
         engine = self.engines[model, graph]
@@ -284,7 +282,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """The scripted world; `Labeler.open` and the command line get its engines."""
+    """The scripted bundle; `Labeler.open` and the command line get its engines."""
     for name in SETTINGS:
         write_model(tmp_path / "bundle" / name, name)
     world = World(tmp_path / "bundle")
@@ -313,7 +311,7 @@ class Answer:
 
 @pytest.fixture
 def wsss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Answer]:
-    """Runs the command line in this process, in a working folder of its own."""
+    """Run the command line in this process, in a separate working folder."""
     from wsss.cli.main import main
 
     monkeypatch.chdir(tmp_path)
@@ -382,7 +380,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
-    """A bucket of its own for each test; what runs in this environment, subprocesses too, finds it by its URL."""
+    """A separate bucket for each test; code in this environment, including subprocesses, finds it by its URL."""
     import boto3
 
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
@@ -414,15 +412,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """How many damaged files were tried."""
-    reports = [each for outcome in ("passed", "failed") for each in terminalreporter.stats.get(outcome, ())]
-    told = {name: counts for each in reports for name, counts in each.user_properties if name.startswith("mutations of ")}
-    if not told:
+    """Print the number of damaged files that were tried."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ())]
+    properties = (entry for report in reports for entry in report.user_properties)
+    tried = {name: counts for name, counts in properties if name.startswith("mutations of ")}
+    if not tried:
         return
     outcomes = ("read", "refused", "failed")
-    total = {outcome: sum(counts[outcome] for counts in told.values()) for outcome in outcomes}
+    total = {outcome: sum(counts[outcome] for counts in tried.values()) for outcome in outcomes}
     if terminalreporter.config.option.verbose > 0:
-        for name, counts in sorted(told.items()):
+        for name, counts in sorted(tried.items()):
             terminalreporter.write_line(f"{name}: " + ", ".join(f"{counts[outcome]} {outcome}" for outcome in outcomes))
     terminalreporter.write_line(
         f"damaged files: {sum(total.values()):,} tried, " + ", ".join(f"{total[outcome]:,} {outcome}" for outcome in outcomes)

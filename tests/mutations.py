@@ -59,7 +59,7 @@ _VALUES: list[Any] = [
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """Bits, slices or the end of a file."""
+    """Damage bits, slices or the end of a file."""
     if not data:
         return draw.randbytes(draw.randint(1, 9))
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
@@ -87,7 +87,7 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
 
 
 def tokens_changed(data: bytes, draw: random.Random) -> bytes:
-    """Numbers, words and signs of a text, and its lines; once in five, its bytes."""
+    """Change numbers, words, signs or lines of a text; in one of five draws its bytes."""
     if draw.random() < 0.2:
         return damaged(data, draw)
     text = data.decode()
@@ -124,7 +124,7 @@ def tokens_changed(data: bytes, draw: random.Random) -> bytes:
 
 
 def json_changed(data: bytes, draw: random.Random) -> bytes:
-    """Values and keys of a JSON document, or of one line of JSON lines; now and then its tokens or bytes."""
+    """Change values and keys of a JSON document, or of one line of JSON lines; in some draws its tokens or bytes."""
     if draw.random() < 0.3:
         return tokens_changed(data, draw)
     lines = data.decode().splitlines() if b"\n{" in data else [data.decode()]

@@ -1,4 +1,4 @@
-"""Pages that are made from commands and result files are up to date; what they show exists."""
+"""Pages made from commands and result files are up to date; the files and modules that they name exist."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Damaged files of every kind: the product reads them cleanly or refuses them with a WsssError, and nothing else.
 
-Each number of each kind is one damaged file, the same one for ever. A failure names its number and keeps the file:
+Each number of a kind always gives the same damaged file. A failure names its number and keeps the file:
 
     pytest tests/test_hostile_files.py -k voc_xml --mutation 17
     pytest tests/test_hostile_files.py --mutations 800        # of each kind; 12 is the default
@@ -49,7 +49,7 @@ from .conftest import COLORS, SCRIPTS, SETTINGS, World, write_model
 from .mutations import Mutate, damaged, json_changed, tokens_changed
 
 SECONDS = 20
-"""What takes longer hangs."""
+"""A test that takes longer is considered to hang."""
 SLOW = 60
 """A call of a library that cannot be interrupted ends the process after this many seconds, with every thread's stack."""
 CLASSES = class_list(COLORS)
@@ -60,7 +60,7 @@ Files = Mapping[str, tuple[bytes, Mutate]]
 
 @dataclass
 class Case:
-    """A folder with one damaged file in it, and what else its kind needs."""
+    """A folder with one damaged file, and the other files of its kind."""
 
     folder: Path
     name: str
@@ -403,7 +403,7 @@ def manifests(folder: Path) -> Files:
 
 
 class ScriptedEngine:
-    """A scripted engine whose own failures are refusals: only what the runtime does with a manifest is looked at."""
+    """A scripted engine whose failures count as refusals, since only the runtime's use of a manifest is tested."""
 
     def __init__(self, model: Model, graph: str) -> None:
         from wsss.engines.fake import FakeEngine
@@ -634,16 +634,16 @@ def trained_run(case: Case) -> None:
 def clip_configs(_: Path) -> Files:
     open_clip = pytest.importorskip("open_clip")
     preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic", "resize_mode": "shortest"}
-    told = {"model_cfg": open_clip.get_model_config("RN50"), "preprocess_cfg": preprocess}
-    return {"open_clip_config.json": (text_of(told), json_changed)}
+    config = {"model_cfg": open_clip.get_model_config("RN50"), "preprocess_cfg": preprocess}
+    return {"open_clip_config.json": (text_of(config), json_changed)}
 
 
 @kind(clip_configs)
 def clip_config(case: Case) -> None:
     from wsss.export.clip import weights as clip_weights
 
-    told = clip_weights._config_beside(case.folder / "open_clip_pytorch_model.bin", "RN50")
-    recipe = clip_weights.recipe_of("RN50", told)
+    config = clip_weights._config_beside(case.folder / "open_clip_pytorch_model.bin", "RN50")
+    recipe = clip_weights.recipe_of("RN50", config)
     for numbers, least in ((recipe.mean, -np.inf), (recipe.std, 0)):
         assert len(numbers) == 3 and all(type(each) in (int, float) and np.isfinite(each) and each > least for each in numbers)
 
@@ -853,9 +853,10 @@ class Hanging(BaseException):
 def _described(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     root = str(Path(__file__).parent.parent)
-    own = [each for each in frames if each.filename.startswith(root) and "/tests/" not in each.filename] or frames
-    told = printable(" ".join(str(error).split())[:160])
-    return f"{type(error).__name__}: {told} at {Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].name}"
+    in_product = [frame for frame in frames if frame.filename.startswith(root) and "/tests/" not in frame.filename]
+    last = (in_product or frames)[-1]
+    message = printable(" ".join(str(error).split())[:160])
+    return f"{type(error).__name__}: {message} at {Path(last.filename).name}:{last.lineno} {last.name}"
 
 
 # ---- the harness is seen to notice ----
@@ -886,8 +887,8 @@ def test_what_is_neither_a_result_nor_a_refusal_is_noticed(use: Use, problem: st
         with pytest.raises(pytest.fail.Exception):
             _problem_of(use, case, tally)
         return
-    said = _problem_of(use, case, tally)
-    assert said.startswith(problem) if problem else said == ""
+    found = _problem_of(use, case, tally)
+    assert found.startswith(problem) if problem else found == ""
     assert tally.read == (not problem)
 
 

@@ -1,4 +1,4 @@
-"""Imports point one way, from room to room; no circles; nothing heavy in the base install; the wheel lists every room."""
+"""Imports between packages point one way and have no cycles; the base install imports nothing heavy; the wheel is complete."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ALL_BUT_CLI = {
     ),
 }
 EXPORT = {TYPES, "wsss.engines", "wsss.export", "wsss.export.precision"}
-# Which rooms each room may import, beside itself. The most specific entry counts.
+# Packages that each package may import, besides itself. The most specific entry counts.
 MAY: dict[str, set[str]] = {
     TYPES: set(),  # and `wsss.reading`, which stands on the errors alone
     READING: {TYPES},
@@ -55,7 +55,7 @@ MAY: dict[str, set[str]] = {
     "wsss.mini": {TYPES, "wsss.export"},
     "wsss.benchmarks": ALL_BUT_CLI,
 }
-# Arrows that point upward, each on purpose.
+# Imports that point upward, each on purpose.
 KNOWN = {
     ("wsss", "wsss.runtime.labeler"),  # `wsss.Labeler`, on first use
     ("wsss.__main__", "wsss.cli.main"),
@@ -95,30 +95,30 @@ def imported(name: str, text: str) -> Iterator[str]:
                 yield node.args[0].value
 
 
-def room_of(name: str) -> str:
-    """The package that a module lies in."""
+def package_of(name: str) -> str:
+    """The package that contains a module."""
     return name if name in PACKAGES else name.rpartition(".")[0]
 
 
 def fault(name: str, target: str) -> str:
-    """What is wrong with this import, or nothing."""
+    """The error in this import, empty where there is none."""
     if target.split(".")[0] in MAPPED:
-        return f"{name} imports {target}, which makes a second copy; say wsss.{target}"
-    if target not in FILES or (name, target) in KNOWN or room_of(name) == room_of(target):
+        return f"{name} imports {target}, which makes a second copy; write wsss.{target}"
+    if target not in FILES or (name, target) in KNOWN or package_of(name) == package_of(target):
         return ""
-    here = room_of(name)
+    here = package_of(name)
     while here not in MAY:
         here = here.rpartition(".")[0]
-    there = room_of(target)
-    there = TYPES if there == READING else there  # whoever may import the types may read
+    there = package_of(target)
+    there = TYPES if there == READING else there  # what may import the shared types may import the readers
     allowed = there in MAY[here] or (here == "wsss.benchmarks" and there.startswith(f"{here}."))
-    return "" if allowed or there == here else f"{name} imports {target}: {here} stands below {there}"
+    return "" if allowed or there == here else f"{name} imports {target}: {here} may not import {there}"
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_imports_point_one_way(name: str) -> None:
     faults = [fault(name, target) for target in imported(name, FILES[name].read_text(encoding="utf-8"))]
-    assert not any(faults), "\n".join(each for each in faults if each)
+    assert not any(faults), "\n".join(filter(None, faults))
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,12 @@ def test_a_planted_import_is_noticed(name: str, text: str) -> None:
     assert any(fault(name, target) for target in imported(name, text))
 
 
-def test_there_are_no_circles() -> None:
-    """Also not through imports inside functions. `wsss` itself imports `Labeler` late."""
-    arrows = {
-        name: {each for each in imported(name, path.read_text(encoding="utf-8")) if each in FILES and each != "wsss"} - {name}
-        for name, path in FILES.items()
-    }
-    arrows = {name: {each for each in targets if (name, each) not in KNOWN} for name, targets in arrows.items()}
+def test_there_are_no_import_cycles() -> None:
+    """Imports inside functions count as well, except that `wsss` imports `Labeler` late."""
+    arrows = {}
+    for name, path in FILES.items():
+        targets = set(imported(name, path.read_text(encoding="utf-8"))) & FILES.keys() - {"wsss", name}
+        arrows[name] = {target for target in targets if (name, target) not in KNOWN}
     done: set[str] = set()
     for start in arrows:
         path, stack = [start], [iter(sorted(arrows[start]))]
@@ -157,7 +156,7 @@ def test_there_are_no_circles() -> None:
                 stack.append(iter(sorted(arrows[following])))
 
 
-def test_every_room_is_in_the_wheel_but_the_studies() -> None:
+def test_the_wheel_has_every_package_but_the_studies() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     out = {name for name in PACKAGES if name.startswith(("wsss.benchmarks.studies", "wsss.benchmarks.recipe"))}
     assert set(settings["packages"]) == PACKAGES - out
@@ -174,7 +173,7 @@ def test_there_are_no_second_copies() -> None:
         __import__("wsss.tests")
 
 
-def test_rooms_are_small_and_say_what_they_are() -> None:
+def test_packages_are_small_and_have_a_docstring() -> None:
     for name in PACKAGES:
         files = list(FILES[name].parent.glob("*.py"))
         assert len(files) <= 18, f"{name} has {len(files)} files: which two ideas are in it?"

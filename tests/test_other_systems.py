@@ -1,4 +1,4 @@
-"""What only POSIX systems have is not needed to import the command line, or to write and read a store alone."""
+"""Features of POSIX systems are not needed to import the command line, or to write and read a store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-LACKING = """
+WITHOUT_POSIX = """
 import os, signal, sys
 
 for name in ("fcntl", "resource", "grp", "pwd", "termios"):
@@ -25,7 +25,7 @@ for name in ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGALRM", "SIGPIPE", "SIGCHLD"):
 
 
 def run(code: str, *arguments: str, cwd: Path) -> str:
-    script = LACKING + textwrap.dedent(code)
+    script = WITHOUT_POSIX + textwrap.dedent(code)
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -73,7 +73,7 @@ def test_photographs_and_documents_are_read(tmp_path: Path) -> None:
 
 
 def test_a_store_is_refused_by_name_where_there_are_no_locks(tmp_path: Path) -> None:
-    said = run(
+    output = run(
         """
         from pathlib import Path
         from wsss.classes import class_list
@@ -87,12 +87,12 @@ def test_a_store_is_refused_by_name_where_there_are_no_locks(tmp_path: Path) -> 
         """,
         cwd=tmp_path,
     )
-    assert "--out store: no locks here: this Python has no fcntl" in said
+    assert "--out store: no locks here: this Python has no fcntl" in output
 
 
 def test_windows_locks_are_exclusive_and_shards_are_refused(tmp_path: Path) -> None:
-    """``msvcrt`` is a stand-in that behaves as its documentation says: a locked byte raises EACCES for another handle."""
-    said = run(
+    """``msvcrt`` is replaced by a fake that follows its documentation: a locked byte raises EACCES for another handle."""
+    output = run(
         """
         import errno, types
         from pathlib import Path
@@ -130,6 +130,6 @@ def test_windows_locks_are_exclusive_and_shards_are_refused(tmp_path: Path) -> N
         """,
         cwd=tmp_path,
     )
-    assert "another run writes to it: process" in said
-    assert "--out shared: no locks here: Windows has no shared locks" in said
-    assert "leave --shard out" in said
+    assert "another run writes to it: process" in output
+    assert "--out shared: no locks here: Windows has no shared locks" in output
+    assert "leave --shard out" in output

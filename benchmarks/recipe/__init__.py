@@ -1,1 +1,1 @@
-"""The whole method on VOC, COCO or drawn scenes, with the table of results."""
+"""The whole method on VOC, COCO or drawn scenes, with a table of results."""

@@ -1,14 +1,14 @@
-"""The paper's experiment by one command: data folder and exported models in, the field's table out.
+"""The paper's experiment by one command, from a data folder and exported models to a table beside published results.
 
     python -m wsss.benchmarks.recipe voc --data VOCdevkit/VOC2012 --bundle bundle --out runs/voc
     python -m wsss.benchmarks.recipe coco --data COCO --train-list train.txt --val-list val.txt --bundle bundle --out runs/coco
     python -m wsss.benchmarks.recipe drawn --out runs/drawn      # the same on drawn scenes with the small models, a minute
 
-Labels the training images, told nothing but the class list (or the true image labels too, by ``--labels``), scores the
-pseudo-labels, trains a segmenter on them, predicts the images of val with it, scores those. Each step goes on where it was
-stopped; what is finished is not done again. True label maps are read for scores alone. To train on several GPUs, run
+Labels the training images from the class list alone (or also from their true image labels, with ``--labels``), scores the
+pseudo-labels, trains a segmenter on them, predicts the images of val and scores the predictions. Each step continues where it was
+stopped, and finished steps are not repeated. True label maps are used for scores alone. To train on several GPUs, run
 ``torchrun ... wsss train OUT/labels --images OUT/photographs/trainaug --out OUT/segmenter --preset ...`` when the labels are
-done; the recipe goes on from there.
+complete; the recipe continues from there.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from ...train.evaluate.files import find_label_maps, pair_up
 from ...train.evaluate.report import Scores, scores_from_counts
 from ...train.evaluate.run import count_pairs
 from ...train.presets import preset
+from ..steps import log
 from .data import DataSet, Split, coco, link_photographs, voc
 from .table import Result, Row, as_text
 
@@ -45,15 +46,15 @@ if TYPE_CHECKING:
     from ...train.loop import Status
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-"""Of multi-scale testing: DeepLabV3 (arXiv:1706.05587, section 4.1), with mirror images."""
+"""Scales of multi-scale testing, with mirror images: DeepLabV3 (arXiv:1706.05587, section 4.1)."""
 PRESETS = {"voc": "deeplabv2-voc", "coco": "deeplabv2-coco", "drawn": "mini"}
-"""Schedules of the segmenter that most of the field reports."""
-BEGUN = "recipe.json"
+"""Training presets of the segmenter that most papers report."""
+SETTINGS = "recipe.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is run."""
+    """The settings of a run."""
 
     data: DataSet
     out: Path
@@ -64,20 +65,20 @@ class Recipe:
     device: str = "auto"
     batch: int = 8
     labels: Path | None = None
-    """True image labels, which take CLIP's place: the field's usual setting, another than the paper's."""
+    """True image labels that replace CLIP's: the usual setting of the field, but not the paper's."""
     scales: tuple[float, ...] = SCALES
-    """Of the second scoring on val; the first one is the photograph alone."""
+    """Scales of the second scoring on val; the first uses the original scale alone."""
     flip: bool = True
     crf: bool = False
-    """Also score everything refined by a DenseCRF."""
+    """Also score all label maps refined by a DenseCRF."""
     log: Callable[[str], None] = field(default=lambda line: None, repr=False)
 
 
 def run(recipe: Recipe) -> Result:
-    """Runs every step that is not finished, and gives the scores of all.
+    """Run every step that is not finished, and return the scores of all.
 
     Raises:
-        WsssError: whatever a step cannot do; or ``out`` holds a recipe with other lists or classes.
+        WsssError: a step fails; or ``out`` holds a run with other lists or classes.
     """
     with needs("train"):
         from ...train.checkpoint import read_record
@@ -99,10 +100,12 @@ def run(recipe: Recipe) -> Result:
     )
     settings = labeler.settings
     _label(recipe, labeler, photographs, out / "labels")
-    del labeler  # its engines' memory is the trainer's now
+    del labeler  # frees the memory of its engines for the training
     rows = [row for split in data.scored for row in _scored(recipe, out / "labels", split, "pseudo-labels")]
 
-    trained = train(out / "labels", photographs, out / "segmenter", recipe.config, log=log, watch=lambda now: log(_step(now)))
+    trained = train(
+        out / "labels", photographs, out / "segmenter", recipe.config, log=log, watch=lambda status: log(_status_line(status))
+    )
     record = read_record(out / "segmenter")
     for scales, flip in dict.fromkeys((((1.0,), False), (recipe.scales, recipe.flip))):
         copies = f"{' '.join(f'{scale:g}' for scale in scales)}{' mirrored' if flip else ''}"
@@ -125,23 +128,25 @@ def run(recipe: Recipe) -> Result:
 
 
 def _begin(recipe: Recipe) -> None:
-    """Makes the folder, or checks that it holds this very recipe; stores and trainings check their own settings."""
-    told = {"data set": recipe.data.name, "names in the lists": recipe.data.digest(), "classes": recipe.classes}
-    path = recipe.out / BEGUN
+    """Make the folder, or check that it belongs to this run; stores and trainings check their own settings."""
+    settings = {"data set": recipe.data.name, "names in the lists": recipe.data.digest(), "classes": recipe.classes}
+    path = recipe.out / SETTINGS
     try:
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
-            for key, value in told.items():
+            for key, value in settings.items():
                 if before.get(key) != value:
                     raise WsssError(
-                        f"--out {recipe.out}: was begun with other {key}: {str(before.get(key))[:40]}, now {str(value)[:40]}",
-                        hint="give a new --out: a run never mixes two",
+                        f"--out {recipe.out}: was started with other {key}: {str(before.get(key))[:40]}, now {str(value)[:40]}",
+                        hint="give a new --out: a run cannot change its data or classes",
                     )
             return
         if recipe.out.is_dir() and any(recipe.out.iterdir()):
-            raise WsssError(f"--out {recipe.out}: the folder is not empty and holds no recipe", hint="give a new or empty folder")
+            raise WsssError(
+                f"--out {recipe.out}: the folder is not empty and holds no run of the recipe", hint="give a new or empty folder"
+            )
         make_folder(recipe.out)
-        write_atomically(path, (json.dumps(told, indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
     except OSError as error:
         raise WsssError(
             f"--out {recipe.out}: cannot be written: {error.strerror}", hint="give a folder you may write to"
@@ -151,12 +156,13 @@ def _begin(recipe: Recipe) -> None:
 
 
 def _label(recipe: Recipe, labeler: Labeler, photographs: Path, store: Path) -> None:
-    """Fills a store, or goes on with it."""
-    seen = [0.0]
+    """Label photographs into a new or existing store."""
+    reported = 0.0
 
     def progress(summary: Summary) -> None:
-        if summary.seconds - seen[0] >= 30:
-            seen[0] = summary.seconds
+        nonlocal reported
+        if summary.seconds - reported >= 30:
+            reported = summary.seconds
             done = summary.skipped + summary.labelled + summary.failed
             recipe.log(f"{store.name}: {done}/{summary.images} images, {summary.failed} failed")
 
@@ -165,7 +171,7 @@ def _label(recipe: Recipe, labeler: Labeler, photographs: Path, store: Path) -> 
 
 
 def _scored(recipe: Recipe, store: Path, split: Split, what: str) -> Iterator[Row]:
-    """The scores of a store on a split, and again refined by a CRF where asked for."""
+    """The scores of a store on a split, without and, if requested, with a CRF."""
     for crf in (False, True) if recipe.crf else (False,):
         scores, missing = _scores(recipe, store, split, crf)
         recipe.log(f"{what} on {split.name}{', DenseCRF' if crf else ''}: mIoU {scores['miou']}")
@@ -180,14 +186,14 @@ def _scored(recipe: Recipe, store: Path, split: Split, what: str) -> Iterator[Ro
 
 
 def _scores(recipe: Recipe, store: Path, split: Split, crf: bool) -> tuple[Scores, int]:
-    """Scores of a store and how many images it lacks, kept beside it until labels, list or truth change."""
+    """Scores of a store and the number of missing images; they are kept until labels, list or truth change."""
     kept = recipe.out / "scores" / f"{store.name}-{split.name}{'-crf' if crf else ''}.json"
     key = _key(store, split, crf)
     if kept.is_file():
-        told = json.loads(kept.read_text(encoding="utf-8"))
-        if told["key"] == key:
-            scores: Scores = told["scores"]
-            return scores, told["missing"]
+        stored = json.loads(kept.read_text(encoding="utf-8"))
+        if stored["key"] == key:
+            scores: Scores = stored["scores"]
+            return scores, stored["missing"]
     found, true = find_label_maps(store), find_label_maps(split.truth)
     pairs = pair_up(found, true, split.list)
     photographs = [split.images[name] for name in pairs.names] if crf else None
@@ -200,17 +206,17 @@ def _scores(recipe: Recipe, store: Path, split: Split, crf: bool) -> tuple[Score
 
 
 def _key(store: Path, split: Split, crf: bool) -> str:
-    """Changes with every label (by the manifest's lines), name of the list, or true label map (by its size and time)."""
-    told = hashlib.sha256((store / "manifest.jsonl").read_bytes())
+    """A hash of the labels (the manifest's lines), the names of the list, and the true label maps (their size and time)."""
+    digest = hashlib.sha256((store / "manifest.jsonl").read_bytes())
     for name in split.images:
         status = (split.truth / f"{name}.png").stat()
-        told.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
-    told.update(f"{split.truth.resolve()} {crf}".encode("utf-8", "surrogatepass"))
-    return told.hexdigest()
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
+    digest.update(f"{split.truth.resolve()} {crf}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def _facts(recipe: Recipe, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What made the pseudo-labels."""
+    """Models, engine and rules that made the pseudo-labels."""
     bundle = open_bundle(MINI if recipe.bundle == "mini" else Path(recipe.bundle))
     for name in bundle.models():
         if name in settings["models"]:
@@ -221,105 +227,108 @@ def _facts(recipe: Recipe, settings: Mapping[str, Any]) -> Iterator[tuple[str, s
 
 
 def _training_facts(trained: Trained, record: RunRecord) -> Iterator[tuple[str, str]]:
-    """What the field asks to be disclosed of the segmenter."""
+    """The facts of the segmenter's training that papers disclose."""
     from ...train.weights import Initial
 
     yield "segmenter", f"{record.architecture} {record.encoder}"
     yield "first weights", str(Initial(**record.init))
     yield "schedule", f"{record.steps} steps, crop {record.crop}; {record.source or 'own settings'}"
-    kept = "the last" if trained.best_step is None else f"step {trained.best_step}, the best on pseudo-labels kept out"
+    kept = "the last" if trained.best_step is None else f"step {trained.best_step}, the best on held-out pseudo-labels"
     yield "trained on", f"pseudo-labels of {trained.images} images; weights: {kept}"
 
 
-def _step(now: Status) -> str:
-    return f"step {now.step}/{now.steps}  loss {now.loss:.4f}  rate {now.rate:.2e}  {now.seconds_left / 60:.0f} min left"
+def _status_line(status: Status) -> str:
+    minutes = f"{status.seconds_left / 60:.0f} min left"
+    return f"step {status.step}/{status.steps}  loss {status.loss:.4f}  rate {status.rate:.2e}  {minutes}"
 
 
 def draw_voc(folder: Path, *, train: int, aug: int, val: int, seed: int = 7_000_000) -> Path:
-    """Drawn scenes in VOC's layout: ``train`` + ``aug`` images in trainaug, ``val`` in val. Returns the folder."""
+    """Write drawn scenes in VOC's layout: ``train`` + ``aug`` images in trainaug, ``val`` in val. Returns the folder."""
     from ...mini.scenes import write_scenes
 
     lists = folder / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True, exist_ok=True)
     names_val = [path.stem for path in write_scenes(folder, val, seed=seed + train + aug)]
-    names = [path.stem for path in write_scenes(folder, train + aug, seed=seed, split="train")]  # last: labels.json is theirs
+    names = [
+        path.stem for path in write_scenes(folder, train + aug, seed=seed, split="train")
+    ]  # last, so that labels.json has these
     for link, target in (("JPEGImages", "images"), ("SegmentationClass", "truth"), ("SegmentationClassAug", "truth")):
         if not (folder / link).exists():
             (folder / link).symlink_to(target)
     for name, listed in (("train", names[:train]), ("trainaug", names), ("val", names_val)):
-        (lists / f"{name}.txt").write_text("".join(f"{each}\n" for each in listed))
+        (lists / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in listed))
     return folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command. A WsssError is the user's to fix: one message, exit 1, or 2 for usage."""
+    """Run the command line. A WsssError gives one message and exit code 1, or 2 for wrong usage."""
     try:
-        told = _parser().parse_args(arguments)
-        result = run(_recipe(told))
+        options = _parser().parse_args(arguments)
+        result = run(_recipe(options))
     except WsssError as error:
         print(f"recipe: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except KeyboardInterrupt:
-        print("recipe: interrupted; what is finished stays. The same command goes on.", file=sys.stderr)
+        print("recipe: interrupted; finished steps are kept, and the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
-    print(json.dumps(dataclasses.asdict(result)) if told.json else as_text(result))
+    print(json.dumps(dataclasses.asdict(result)) if options.json else as_text(result))
 
 
-def _recipe(told: argparse.Namespace) -> Recipe:
-    out, kind = Path(told.out), str(told.dataset)
+def _recipe(options: argparse.Namespace) -> Recipe:
+    out, kind = Path(options.out), str(options.dataset)
     if kind == "coco":
-        data = coco(told.data, train_list=told.train_list, val_list=told.val_list, truth=Path(told.truth) if told.truth else None)
-    elif kind == "drawn":
-        data = voc(
-            draw_voc(
-                out.with_name(f"{out.name}-voc"), train=told.images // 3, aug=told.images - told.images // 3, val=told.images // 2
-            )
+        data = coco(
+            options.data,
+            train_list=options.train_list,
+            val_list=options.val_list,
+            truth=Path(options.truth) if options.truth else None,
         )
-        data = dataclasses.replace(data, name="drawn scenes")
+    elif kind == "drawn":
+        train = options.images // 3
+        folder = draw_voc(out.with_name(f"{out.name}-voc"), train=train, aug=options.images - train, val=options.images // 2)
+        data = dataclasses.replace(voc(folder), name="drawn scenes")
     else:
-        data = voc(told.data, trainaug=told.train_on == "trainaug")
-    layers: list[Mapping[str, Any]] = [preset(told.preset or PRESETS[kind])]
+        data = voc(options.data, trainaug=options.train_on == "trainaug")
+    layers: list[Mapping[str, Any]] = [preset(options.preset or PRESETS[kind])]
     layers += [{"optimizer": {"steps": 150}}] if kind == "drawn" else []
-    layers += [read_config(Path(told.config))] if told.config else []
-    layers += [{"model": {"init": told.init}}] if told.init else []
-    layers += [{"optimizer": {"steps": told.steps}}] if told.steps else []
-    layers += [typed(each) for each in told.set]
+    layers += [read_config(Path(options.config))] if options.config else []
+    layers += [{"model": {"init": options.init}}] if options.init else []
+    layers += [{"optimizer": {"steps": options.steps}}] if options.steps else []
+    layers += [typed(setting) for setting in options.set]
     return Recipe(
         data=data,
         out=out,
         config=config_from(*layers),
-        classes=told.classes or ("mini" if kind == "drawn" else kind),
-        bundle=told.bundle or ("mini" if kind == "drawn" else "bundle"),
-        engine=told.engine,
-        device=told.device,
-        batch=told.batch,
-        labels=Path(told.labels) if told.labels else None,
-        scales=tuple(told.scales),
-        flip=told.flip,
-        crf=told.crf,
-        log=lambda line: print(line, file=sys.stderr, flush=True),
+        classes=options.classes or ("mini" if kind == "drawn" else kind),
+        bundle=options.bundle or ("mini" if kind == "drawn" else "bundle"),
+        engine=options.engine,
+        device=options.device,
+        batch=options.batch,
+        labels=Path(options.labels) if options.labels else None,
+        scales=tuple(options.scales),
+        flip=options.flip,
+        crf=options.crf,
+        log=log,
     )
 
 
 def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--out", required=True, help="folder of the whole run, new or to go on with")
+    shared.add_argument("--out", required=True, help="folder of the run, new or to continue")
     shared.add_argument("--bundle", help="exported models (wsss export --model all); default: bundle")
     shared.add_argument("--classes", help="class list; default: the data set's")
     shared.add_argument("--engine", default="auto", help="auto, ort, trt, trt-rtx or eager")
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N, of the chain")
     shared.add_argument("--batch", type=int, default=8, help="images labeled together")
-    shared.add_argument("--labels", help="true image labels (JSON, as wsss label takes it) in CLIP's place; the table says so")
+    shared.add_argument("--labels", help="true image labels (JSON, as for wsss label) instead of CLIP's; the table states it")
     shared.add_argument("--preset", help="schedule of the segmenter; default: deeplabv2-voc, deeplabv2-coco")
     shared.add_argument("--config", help="TOML file of training settings")
-    shared.add_argument("--init", help="first weights of the segmenter: none, hub:NAME, a file; default: the preset's")
-    shared.add_argument("--steps", type=int, help="updates of the weights")
+    shared.add_argument("--init", help="initial weights of the segmenter: none, hub:NAME, a file; default: the preset's")
+    shared.add_argument("--steps", type=int, help="training steps")
     shared.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="any other training setting")
-    shared.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of the second scoring on val")
-    shared.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images there, too")
-    shared.add_argument(
-        "--crf", action="store_true", help="score everything refined by a DenseCRF as well: about a second an image"
-    )
+    shared.add_argument("--scales", type=float, nargs="+", default=SCALES, help="scales of the second scoring on val")
+    shared.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="also use mirror images there")
+    shared.add_argument("--crf", action="store_true", help="also score label maps refined by a DenseCRF: about a second an image")
     shared.add_argument("--json", action="store_true", help="print all scores as JSON")
     parser = argparse.ArgumentParser(
         prog="python -m wsss.benchmarks.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -331,10 +340,10 @@ def _parser() -> argparse.ArgumentParser:
     of_coco = kinds.add_parser("coco", parents=[shared], help="COCO 2014")
     of_coco.add_argument("--data", type=Path, required=True, help="folder with train2014/ and val2014/")
     of_coco.add_argument("--truth", help="folder with train2014/ and val2014/ of label maps; default: DATA/SegmentationClass")
-    of_coco.add_argument("--train-list", type=Path, required=True, help="the field's 82,081 names")
-    of_coco.add_argument("--val-list", type=Path, required=True, help="the field's 40,137 names")
-    drawn = kinds.add_parser("drawn", parents=[shared], help="drawn scenes and the small models: shows that it works")
-    drawn.add_argument("--images", type=int, default=90, help="scenes to label; half as many to score on")
+    of_coco.add_argument("--train-list", type=Path, required=True, help="list of the usual 82,081 names")
+    of_coco.add_argument("--val-list", type=Path, required=True, help="list of the usual 40,137 names")
+    drawn = kinds.add_parser("drawn", parents=[shared], help="drawn scenes and the small models: a quick check")
+    drawn.add_argument("--images", type=int, default=90, help="scenes to label; half as many are scored")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The field's data sets as they lie on a disk: which images each list names, and where their true label maps are.
+"""The layouts of VOC 2012 and COCO 2014 on disk: the images of each list and their true label maps.
 
 VOC 2012 (the devkit's layout)                      COCO 2014
     JPEGImages/2007_000032.jpg                          train2014/COCO_train2014_000000000009.jpg, val2014/
@@ -20,14 +20,14 @@ from ...photographs import SUFFIXES
 from ...train.evaluate.files import list_lines, possible_names
 
 SHOWN = 3
-"""Of many missing files, so many are named."""
+"""Number of missing files named in a message."""
 VOC_LISTS = {"train": ("train.txt",), "trainaug": ("trainaug.txt", "train_aug.txt"), "val": ("val.txt",)}
-"""Names in use for each list; trainaug (10,582 images with SBD's) is no part of the devkit."""
+"""File names in use for each list; trainaug (10,582 images with those of SBD) is not part of the devkit."""
 PROTOCOL = {
     "voc": {"train": 1464, "trainaug": 10582, "val": 1449},
     "coco": {"train": 82081, "val": 40137},
 }
-"""Images in the field's lists (COCO's without those that have no object)."""
+"""Number of images in the lists that papers use (COCO's without images that have no object)."""
 VOC_TRUTH = {"train": "SegmentationClass", "trainaug": "SegmentationClassAug", "val": "SegmentationClass"}
 
 
@@ -45,12 +45,12 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """What the recipe needs of a data set."""
+    """The splits of a data set."""
 
     name: str
-    """``voc``, ``coco``, or another in the layout of one of them."""
+    """``voc``, ``coco``, or another name for data in one of these layouts."""
     scored: tuple[Split, ...]
-    """The splits whose pseudo-labels are scored; the last one holds all images to be labeled and trained on."""
+    """The splits whose pseudo-labels are scored; the last one holds all images to label and train on."""
     val: Split
 
     @property
@@ -58,19 +58,21 @@ class DataSet:
         return self.scored[-1]
 
     def deviation(self) -> str:
-        """Where the lists differ in length from the field's: such scores stand beside no published ones. Empty where not."""
+        """How the lists differ in length from the usual ones, where scores cannot be compared with published ones; else empty."""
         usual = PROTOCOL.get(self.name, {})
-        told = ((split.name, len(split.images), usual.get(split.name)) for split in (*self.scored, self.val))
+        lengths = ((split.name, len(split.images), usual.get(split.name)) for split in (*self.scored, self.val))
         return ", ".join(
-            f"{name} has {count:,} images, the field's {asked:,}" for name, count, asked in told if asked not in (None, count)
+            f"{name} has {count:,} images, usually {expected:,}"
+            for name, count, expected in lengths
+            if expected not in (None, count)
         )
 
     def digest(self) -> str:
-        """Of the names in all lists."""
-        told = hashlib.sha256()
+        """A hash of the names in all lists."""
+        digest = hashlib.sha256()
         for split in (*self.scored, self.val):
-            told.update("\n".join([split.name, *split.images, ""]).encode("utf-8", "surrogatepass"))
-        return told.hexdigest()
+            digest.update("\n".join([split.name, *split.images, ""]).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
 
 def voc(data: Path, *, trainaug: bool = True) -> DataSet:
@@ -78,36 +80,37 @@ def voc(data: Path, *, trainaug: bool = True) -> DataSet:
 
     Args:
         data: the folder with JPEGImages, ``VOCdevkit/VOC2012``.
-        trainaug: label and train on trainaug; without it on train alone (1,464 images).
+        trainaug: label and train on trainaug; False: on train alone (1,464 images).
 
     Raises:
-        WsssError: a folder, list, photograph or label map is missing; says which, and where it comes from.
+        WsssError: a folder, list, photograph or label map is missing; the message names it and its source.
     """
     images = data / "JPEGImages"
     if not images.is_dir():
-        inside = next((each for each in (data / "VOC2012", data / "VOCdevkit" / "VOC2012") if each.is_dir()), None)
+        inside = next((folder for folder in (data / "VOC2012", data / "VOCdevkit" / "VOC2012") if folder.is_dir()), None)
         raise WsssError(
             f"--data {data}: expected VOC 2012 with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/",
             hint=f"--data {inside}" if inside else "VOCtrainval_11-May-2012.tar unpacks to VOCdevkit/VOC2012",
         )
-    wanted = ("train", "trainaug", "val") if trainaug else ("train", "val")
+    split_names = ("train", "trainaug", "val") if trainaug else ("train", "val")
     known = _photographs(images)
-    splits = {name: _split(name, _voc_list(data, name), known, data / VOC_TRUTH[name], images) for name in wanted}
-    lost = [name for name in splits["train"].images if trainaug and name not in splits["trainaug"].images]
-    if lost:
+    splits = {name: _split(name, _voc_list(data, name), known, data / VOC_TRUTH[name], images) for name in split_names}
+    missing = [name for name in splits["train"].images if trainaug and name not in splits["trainaug"].images]
+    if missing:
         raise WsssError(
-            f"{splits['trainaug'].list}: lacks {len(lost)} images of {splits['train'].list.name}, for example {lost[0]}",
-            hint="trainaug holds all of train",
+            f"{splits['trainaug'].list}: lacks {len(missing)} images of {splits['train'].list.name}, for example {missing[0]}",
+            hint="trainaug contains all images of train",
         )
-    return DataSet(name="voc", scored=tuple(splits[name] for name in wanted[:-1]), val=splits["val"])
+    return DataSet(name="voc", scored=tuple(splits[name] for name in split_names[:-1]), val=splits["val"])
 
 
 def coco(data: Path, *, train_list: Path, val_list: Path, truth: Path | None = None) -> DataSet:
-    """COCO 2014 with one label map an image.
+    """COCO 2014 with one label map for each image.
 
     Args:
-        data: the folder with train2014 and val2014. truth: that of the label maps, with the same two folders; default:
-            ``data/SegmentationClass``. train_list, val_list: the field's 82,081 and 40,137 names, one a line.
+        data: the folder with train2014 and val2014.
+        truth: the folder of the label maps, with the same two folders; None takes ``data/SegmentationClass``.
+        train_list, val_list: the usual 82,081 and 40,137 names, one a line.
 
     Raises:
         WsssError: as `voc`.
@@ -126,22 +129,22 @@ def coco(data: Path, *, train_list: Path, val_list: Path, truth: Path | None = N
 
 
 def link_photographs(split: Split, folder: Path) -> Path:
-    """A folder that holds exactly the photographs of a split, as links; made anew or brought up to date.
+    """Create or update a folder with exactly the photographs of a split, as links.
 
     Raises:
-        WsssError: it cannot be written, or holds something that is no link of ours.
+        WsssError: it cannot be written, or holds something other than links.
     """
-    wanted = {path.name: path.resolve() for path in split.images.values()}
+    targets = {path.name: path.resolve() for path in split.images.values()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for entry in list(os.scandir(folder)):
             if not entry.is_symlink():
                 raise WsssError(f"{entry.path}: expected links to photographs only", hint="give another --out")
-            if wanted.get(entry.name) != Path(entry.path).resolve():
+            if targets.get(entry.name) != Path(entry.path).resolve():
                 os.unlink(entry.path)
             else:
-                wanted.pop(entry.name)
-        for name, path in wanted.items():
+                targets.pop(entry.name)
+        for name, path in targets.items():
             (folder / name).symlink_to(path)
     except OSError as error:
         raise WsssError(f"{folder}: cannot be written: {error.strerror}", hint="give another --out") from None
@@ -150,13 +153,13 @@ def link_photographs(split: Split, folder: Path) -> Path:
 
 def _voc_list(data: Path, name: str) -> Path:
     lists = data / "ImageSets" / "Segmentation"
-    found = next((lists / each for each in VOC_LISTS[name] if (lists / each).is_file()), None)
+    found = next((lists / file for file in VOC_LISTS[name] if (lists / file).is_file()), None)
     if found is None:
         hint = "it is part of VOCtrainval_11-May-2012.tar"
         if name == "trainaug":
             hint = (
-                "the list of 10,582 names and SegmentationClassAug/ come from SBD (Hariharan et al., ICCV 2011) and go with most "
-                "repositories of the field; --train-on train does without them"
+                "the list of 10,582 names and SegmentationClassAug/ come from SBD (Hariharan et al., ICCV 2011); most WSSS "
+                "repositories link to them. --train-on train does not need them"
             )
         raise WsssError(f"--data {data}: has no list {lists / VOC_LISTS[name][0]}", hint=hint)
     return found
@@ -164,36 +167,36 @@ def _voc_list(data: Path, name: str) -> Path:
 
 def _photographs(folder: Path) -> dict[str, Path]:
     with os.scandir(folder) as entries:
-        return {os.path.splitext(each.name)[0]: Path(each.path) for each in entries if Path(each.name).suffix.lower() in SUFFIXES}
+        return {os.path.splitext(file.name)[0]: Path(file.path) for file in entries if Path(file.name).suffix.lower() in SUFFIXES}
 
 
 def _split(name: str, list_file: Path, known: Mapping[str, Path], truth: Path, folder: Path) -> Split:
     if not truth.is_dir():
         raise WsssError(
             f"{truth}: the true label maps of {name} are missing",
-            hint="SegmentationClassAug/ holds one PNG for each image of trainaug"
+            hint="SegmentationClassAug/ has one PNG for each image of trainaug"
             if truth.name == "SegmentationClassAug"
-            else "one PNG an image, its pixels the labels: 0 background, then the classes in order, 255 void",
+            else "one PNG for each image with label values as pixels: 0 background, then the classes in order, 255 void",
         )
     images: dict[str, Path] = {}
-    lost: list[str] = []
+    missing: list[str] = []
     for number, line in list_lines(list_file, f"list of {name}"):
-        found = next((each for each in possible_names(line) if each in known), None)
+        found = next((stem for stem in possible_names(line) if stem in known), None)
         if found is None:
-            lost.append(line[:100])
+            missing.append(line[:100])
         elif found in images:
-            raise WsssError(f"{list_file}: {found} stands there twice, again in line {number}", hint="remove one of them")
+            raise WsssError(f"{list_file}: {found} is listed twice, again in line {number}", hint="remove one of them")
         else:
             images[found] = known[found]
-    _check_all(lost, images, list_file, folder, "photograph")
-    _check_all([each for each in images if not (truth / f"{each}.png").is_file()], images, list_file, truth, "label map")
+    _refuse_missing(missing, list_file, folder, "photograph")
+    _refuse_missing([stem for stem in images if not (truth / f"{stem}.png").is_file()], list_file, truth, "label map")
     return Split(name=name, list=list_file, images=images, truth=truth)
 
 
-def _check_all(lost: list[str], found: Mapping[str, Path], list_file: Path, folder: Path, what: str) -> None:
-    if lost:
-        more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+def _refuse_missing(missing: list[str], list_file: Path, folder: Path, kind: str) -> None:
+    if missing:
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise WsssError(
-            f"{folder}: has no {what} of {', '.join(lost[:SHOWN])}{more}, which {list_file} names",
+            f"{folder}: has no {kind} of {', '.join(missing[:SHOWN])}{more}, which {list_file} names",
             hint="give the list that belongs to this folder",
         )

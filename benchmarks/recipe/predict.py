@@ -1,7 +1,7 @@
-"""A trained segmenter in PyTorch as a labeler, so that its predictions are a label store: resumable, with its settings.
+"""A trained PyTorch segmenter as a labeler, so that its predictions form a label store: resumable and with all settings.
 
-What ``wsss label --model segmenter`` does with an exported graph, here as the field tests: whole photographs, and averaged
-over scales and mirror images when asked for.
+``wsss label --model segmenter`` does the same with an exported graph. Here predictions follow the usual test protocol: whole
+photographs, optionally averaged over scales and mirror images.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class TrainedStage:
     """Label maps and confidence from a run's best weights, one photograph at a time.
 
     Args:
-        run: folder of ``wsss train``. precision: of the forward pass: fp32, bf16 or fp16.
+        run: folder of ``wsss train``. precision: of the forward pass, fp32, bf16 or fp16.
         scales, flip: see `averaged_probabilities`.
 
     Raises:
-        WeightsError: no run, or a damaged one.
+        WeightsError: the folder holds no run, or a damaged one.
     """
 
     def __init__(self, run: Path, *, precision: str, scales: Sequence[float], flip: bool, device: torch.device) -> None:
@@ -53,12 +53,12 @@ class TrainedStage:
             confidence.append((probability * 255).round().to(torch.uint8).cpu().numpy())
         nothing = np.zeros(0, np.int64)
         names = [photo.name for photo in images]
-        found = scores(maps, confidence, len(self.record.classes))
-        return PseudoLabels(names, maps, found, Boxes.none(), np.zeros(0, np.float32), nothing, nothing, confidence)
+        labels = scores(maps, confidence, len(self.record.classes))
+        return PseudoLabels(names, maps, labels, Boxes.none(), np.zeros(0, np.float32), nothing, nothing, confidence)
 
 
 def trained_labeler(run: Path, *, precision: str = "fp32", scales: Sequence[float] = (1.0,), flip: bool = False) -> Labeler:
-    """A labeler that asks nobody but a run's segmenter. Raises WeightsError as `TrainedStage`."""
+    """A labeler that uses a run's segmenter alone. Raises WeightsError as `TrainedStage`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage = TrainedStage(run, precision=precision, scales=scales, flip=flip, device=device)
     classes = class_list(stage.record.classes)
@@ -68,8 +68,8 @@ def trained_labeler(run: Path, *, precision: str = "fp32", scales: Sequence[floa
         "models": {"segmenter": sha256_of(weights_file(run))},
     }
 
-    def nothing(images: Images) -> Labels:
+    def no_labels(images: Images) -> Labels:
         shape = len(images), len(classes)
         return Labels(np.zeros(shape, np.float32), np.zeros(shape, np.bool_))
 
-    return Labeler(classes, tag=nothing, detect=no_boxes, segment=no_masks, fuse=stage, settings=settings)
+    return Labeler(classes, tag=no_labels, detect=no_boxes, segment=no_masks, fuse=stage, settings=settings)

@@ -1,7 +1,7 @@
-"""Published scores of weakly supervised segmentation, to print beside our own; each was measured by its authors.
+"""Published scores of weakly supervised segmentation, printed beside our own; each was measured by its authors.
 
-mIoU in per cent. Methods differ in what they are told (image labels or nothing), in the segmenter and in its first weights,
-each worth several points, hence these columns. Numbers as their papers' abstracts and tables give them.
+mIoU in percent. Methods differ in their supervision (image labels or nothing), in the segmenter and in its initial weights, each
+worth several points, hence these columns. Numbers are those of the papers' abstracts and tables.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedBaseline:
-    """One row of the field's table; None where the paper has no number, or none that we know."""
+    """One row of the table; None where the paper has no number, or none that we know."""
 
     method: str
-    told: str
-    """What it is told about its training images."""
+    supervision: str
+    """What the method is given about its training images: ``nothing``, or ``image labels``."""
     network: str
-    """What is scored, as far as its source says."""
+    """The network that is scored, as far as the source states it."""
     voc_val: float | None
     voc_test: float | None
     coco_val: float | None
@@ -28,16 +28,16 @@ class PublishedBaseline:
 PUBLISHED_BASELINES = (
     PublishedBaseline(
         method="Chen & Sun",
-        told="nothing",
+        supervision="nothing",
         network="-",
         voc_val=74.0,
         voc_test=73.8,
         coco_val=54.6,
-        source="arXiv:2310.13026, zero-shot SAM; the nearest fair rival",
+        source="arXiv:2310.13026, zero-shot SAM; the most similar method",
     ),
     PublishedBaseline(
         method="Sun et al.",
-        told="image labels",
+        supervision="image labels",
         network="DeepLabV2 ResNet-101",
         voc_val=77.2,
         voc_test=77.1,
@@ -46,7 +46,7 @@ PUBLISHED_BASELINES = (
     ),
     PublishedBaseline(
         method="FMA-WSSS",
-        told="image labels",
+        supervision="image labels",
         network="Swin-L",
         voc_val=83.1,
         voc_test=81.6,
@@ -55,7 +55,7 @@ PUBLISHED_BASELINES = (
     ),
     PublishedBaseline(
         method="DS-CRF",
-        told="image labels",
+        supervision="image labels",
         network="DINOv3-L",
         voc_val=81.1,
         voc_test=81.0,
@@ -64,7 +64,7 @@ PUBLISHED_BASELINES = (
     ),
     PublishedBaseline(
         method="WeCLIP+",
-        told="image labels",
+        supervision="image labels",
         network="frozen CLIP and DINO, one stage",
         voc_val=None,
         voc_test=83.9,
@@ -73,22 +73,22 @@ PUBLISHED_BASELINES = (
     ),
     PublishedBaseline(
         method="SAM 3, training-free",
-        told="nothing",
+        supervision="nothing",
         network="SAM 3 itself",
         voc_val=81.9,
         voc_test=None,
         coco_val=None,
-        source="VOC21; asked for every class by name",
+        source="VOC21; prompted with every class name",
     ),
 )
 PAPER = (
-    "The paper (arXiv:2405.06586, nothing told) reports pseudo-labels 9.55 and 40.87 points above CAM- and SAM-based ones; "
+    "The paper (arXiv:2405.06586, no supervision) reports pseudo-labels 9.55 and 40.87 points above CAM- and SAM-based ones; "
     "its thresholds, templates and schedule are not public."
 )
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as columns under a heading, the first row; numbers to the right, words to the left."""
+    """Format rows as aligned columns, the first row as heading; numbers are right-aligned, words left-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     is_number = [all(_is_number(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]
     lines = [
@@ -102,20 +102,20 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share of 1 in per cent with one decimal, as the field prints it; ``-`` for none."""
+    """A share of 1 in percent with one decimal; ``-`` for None."""
     return "-" if share is None else f"{100 * share:.1f}"
 
 
 def rows_beside(dataset: str, ours: PublishedBaseline) -> list[tuple[str, ...]]:
-    """The field's table for one data set (``voc`` or ``coco``) with our own row last, a heading first."""
-    named = {"voc": ("voc_val", "voc_test"), "coco": ("coco_val",)}[dataset]
+    """The table for one data set (``voc`` or ``coco``): the heading, the published rows, and our row."""
+    columns = {"voc": ("voc_val", "voc_test"), "coco": ("coco_val",)}[dataset]
     titles = {"voc_val": "VOC val", "voc_test": "VOC test", "coco_val": "COCO val"}
-    rows: list[tuple[str, ...]] = [("method", "told", "network", *(titles[name] for name in named), "source")]
-    for each in (*PUBLISHED_BASELINES, ours):
-        values = [getattr(each, name) for name in named]
-        if each is ours or any(value is not None for value in values):
+    rows: list[tuple[str, ...]] = [("method", "supervision", "network", *(titles[name] for name in columns), "source")]
+    for baseline in (*PUBLISHED_BASELINES, ours):
+        values = [getattr(baseline, name) for name in columns]
+        if baseline is ours or any(value is not None for value in values):
             cells = ["-" if value is None else f"{value:.1f}" for value in values]
-            rows.append((each.method, each.told, each.network, *cells, each.source))
+            rows.append((baseline.method, baseline.supervision, baseline.network, *cells, baseline.source))
     return rows
 
 

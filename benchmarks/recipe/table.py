@@ -1,4 +1,4 @@
-"""What a run of the recipe says: scores of pseudo-labels and segmenter, the published ones beside them, and what is behind."""
+"""The text of a run's result: scores of pseudo-labels and segmenter, published scores beside them, and the run's settings."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """All of a run."""
+    """The result of a run; ``result.json`` has the same fields."""
 
     dataset: str
     rows: tuple[Row, ...]
     deviation: str
-    """Where the lists are not the field's; empty where they are."""
+    """Differences of the lists from the usual ones; empty where there are none."""
     told: str
-    """What the chain knew of its images: ``nothing``, or ``image labels``."""
+    """Supervision of the chain: ``nothing``, or ``image labels``."""
     network: str
     facts: tuple[tuple[str, str], ...]
-    """What the field asks to be disclosed, name and value."""
+    """Facts that papers disclose, as names and values."""
     crf: str | None
-    """The CRF's settings, where one was used."""
+    """Settings of the CRF, None where none was used."""
 
 
 def as_text(result: Result) -> str:
@@ -58,7 +58,7 @@ def as_text(result: Result) -> str:
 
 
 def _beside(result: Result) -> str:
-    """The published scores and our own; nothing for a data set that nobody else has."""
+    """The published scores and our own; empty for a data set without published scores."""
     if result.dataset not in TITLES:
         return ""
     plain, best = _single_scale(result), _best(result)
@@ -69,15 +69,15 @@ def _beside(result: Result) -> str:
         notes.append("other lists, not comparable")
     ours = PublishedBaseline(
         method="this run",
-        told=result.told,
+        supervision=result.told,
         network=result.network,
         voc_val=_points(plain) if result.dataset == "voc" else None,
         voc_test=None,
         coco_val=_points(plain) if result.dataset == "coco" else None,
         source="; ".join(notes),
     )
-    said = "Others' numbers are those of their papers; test-time detail and first weights differ."
-    return f"{aligned(rows_beside(result.dataset, ours))}\n{said}\n{PAPER}"
+    note = "Published numbers are those of the papers; test settings and initial weights differ."
+    return f"{aligned(rows_beside(result.dataset, ours))}\n{note}\n{PAPER}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _labels(result: Result) -> str:
-    """Image labels as the chain found them, against those of the true label maps."""
+    """Scores of the chain's image labels against those of the true label maps."""
     rows: list[tuple[str, ...]] = [("image labels", "on", "mAP", "F1", "mean F1 of classes", "precision", "recall")]
     for row in result.rows:
         if (labels := row.scores["labels"]) is not None and row.what == "pseudo-labels":

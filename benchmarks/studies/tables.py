@@ -1,21 +1,20 @@
-"""Tables of the README and the documentation, made from the result files.
+"""Make the tables of the README and the documentation from the result files.
 
     python -m wsss.benchmarks.studies.tables [--check]
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; this rewrites what is in between, so that no figure is
-typed by hand. A test compares the pages with the result files.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. This script rewrites it, so that no number is typed by hand.
+A test compares the pages with the result files.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .harness import RESULTS
+from .harness import RESULTS, study_parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -24,7 +23,7 @@ Row = Sequence[object]
 
 
 def result(name: str) -> Any:
-    """What a study wrote."""
+    """The content of a study's result file."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -49,9 +48,9 @@ def quality() -> str:
 def parity() -> str:
     """FP32 graphs at full size against the official implementations."""
     rows: list[Row] = []
-    for each in sorted(result("clip-official"), key=lambda each: -each["photographs"]):
-        how = f"{each['photographs']} photographs, {each['prompts']} prompts"
-        rows.append([f"CLIP {each['variant']}", "open_clip, one at a time", how, f"cosine 1 - {1 - _worst_cosine(each):.0e}"])
+    for row in sorted(result("clip-official"), key=lambda row: -row["photographs"]):
+        count = f"{row['photographs']} photographs, {row['prompts']} prompts"
+        rows.append([f"CLIP {row['variant']}", "open_clip, one at a time", count, f"cosine 1 - {1 - _worst_cosine(row):.0e}"])
     dino = result("grounding-dino-official")
     far = dino["parity"]
     difference = f"logits {far['logits']:.1e} (of up to {far['largest_logit']:.0f}), boxes {far['boxes']:.0e}"
@@ -94,7 +93,7 @@ def half() -> str:
 
 
 def engines() -> str:
-    """TensorRT-RTX builds."""
+    """Builds of TensorRT-RTX engines."""
     rows: list[Row] = []
     for model, built in result("engine-builds").items():
         seconds = ", ".join(f"{name.split('/')[1]} {engine['seconds']:.1f} s" for name, engine in built["engines"].items())
@@ -114,7 +113,7 @@ def sampling() -> str:
 
 
 def stage_two() -> str:
-    """The trained segmenter."""
+    """Training on pseudo-labels, and the exported segmenters."""
     two, noisy, pairs, exported = (
         result(name) for name in ("stage-two", "noisy-labels", "voc-pairs-training", "segmenter-export")
     )
@@ -148,7 +147,7 @@ def stage_two() -> str:
 
 
 def host() -> str:
-    """What the host does around the engines."""
+    """The host's work around the engines."""
     path, huge, photos, page, scores = (
         result(name) for name in ("host-path", "huge-image", "real-photos", "report-page", "eval-speed")
     )
@@ -182,7 +181,7 @@ def host() -> str:
 
 
 def scale() -> str:
-    """What a run costs the process that drives it."""
+    """The cost of a run in the process that drives it."""
     found = result("run-scale")
     listing = found["listing"]
     rows: list[Row] = [
@@ -201,7 +200,7 @@ def summary() -> str:
     """The README's table."""
     quality, sam, dino = result("mini-quality"), result("sam-official")["summary"], result("grounding-dino-official")
     mini = result("mini-half")
-    clip = min(_worst_cosine(each) for each in result("clip-official"))
+    clip = min(map(_worst_cosine, result("clip-official")))
     return table(
         ["what", "measured"],
         [
@@ -234,21 +233,22 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def updated(text: str) -> str:
-    """A page with its tables made anew. Raises KeyError for a table that there is none of."""
+    """A page with its tables rewritten. Raises KeyError for an unknown table."""
     return _BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[4]}", text)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m wsss.benchmarks.studies.tables", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where a page is out of date")
+    parser = study_parser(__spec__, __doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail when a page is out of date")
+    check = parser.parse_args().check
     stale = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         if (new := updated(text)) != text:
             stale.append(page.name)
-            if not parser.parse_args().check:
+            if not check:
                 page.write_text(new, encoding="utf-8")
-    if stale and parser.parse_args().check:
+    if stale and check:
         raise SystemExit(f"out of date: {', '.join(stale)}; run python -m wsss.benchmarks.studies.tables")
 
 

@@ -60,17 +60,17 @@ def run(quick: World, photos: Path, wsss: Run) -> Run:
 def test_every_graph_and_the_chain(run: Run, quick: World) -> None:
     answer = run("--json")
     assert answer.code == 0, answer.err
-    told = json.loads(answer.out)
-    sizes = [(row["model"], row["graph"], row["batch"], row["unit"]) for row in told["graphs"]]
+    report = json.loads(answer.out)
+    sizes = [(row["model"], row["graph"], row["batch"], row["unit"]) for row in report["graphs"]]
     assert ("clip", "text", 1, "prompts") in sizes and ("sam", "decoder", 2, "boxes") in sizes
     assert {(model, graph) for model, graph, _, _ in sizes} == {
         (name, graph) for name in quick_models(quick) for graph in quick.model(name).manifest.graphs
     }
-    assert told["chain"]["images"] == 5 and told["chain"]["boxes_an_image"] == 1.4
-    assert set(told["chain"]["stages"]) == {"tag", "detect", "segment", "fuse"}
-    assert told["chain"]["agreement"] is None and told["left_out"] == [] and told["published"] == []
-    assert (told["engine"], told["device"], told["commit"]) == ("ort", "cpu", "abc+")
-    assert told["ceilings"]["fp32"]["teraflops"] == 2.0
+    assert report["chain"]["images"] == 5 and report["chain"]["boxes_an_image"] == 1.4
+    assert set(report["chain"]["stages"]) == {"tag", "detect", "segment", "fuse"}
+    assert report["chain"]["agreement"] is None and report["left_out"] == [] and report["published"] == []
+    assert (report["engine"], report["device"], report["commit"]) == ("ort", "cpu", "abc+")
+    assert report["ceilings"]["fp32"]["teraflops"] == 2.0
 
 
 def quick_models(world: World) -> list[str]:
@@ -80,7 +80,7 @@ def quick_models(world: World) -> list[str]:
 def test_the_table(run: Run) -> None:
     answer = run("--batch", "1", "--batch", "3")
     assert answer.code == 0, answer.err
-    assert "best here in fp32: 2 TFLOP/s, 8 GB/s (known)" in answer.out
+    assert "maximum here in fp32: 2 TFLOP/s, 8 GB/s (known)" in answer.out
     assert "sam/encoder" in answer.out and "3 images" in answer.out
     assert "5 images in batches of 3" in answer.out and "its thread waited" in answer.out
     assert "left out" not in answer.out
@@ -89,7 +89,7 @@ def test_the_table(run: Run) -> None:
 def test_one_model_alone(run: Run) -> None:
     answer = run("--model", "sam")
     assert "sam/encoder" in answer.out and "clip/" not in answer.out
-    assert "left out   the chain: --model asks for graphs alone" in answer.out
+    assert "left out   the chain: --model selects graphs alone" in answer.out
     wrong = run("--model", "segmenter")
     assert wrong.code == 2 and "--model segmenter" in wrong.err and "clip, grounding-dino, sam" in wrong.err
 
@@ -156,8 +156,8 @@ def test_images_are_gathered_and_repeated(tmp_path: Path, photos: Path) -> None:
 
 def test_waiting_is_what_a_thread_did_not_work() -> None:
     seconds = {"tag": 1.0, "detect": 2.0, "segment": 3.0, "fuse": 4.0}
-    told = stages_of(Summary(seconds=10.0, stage_seconds=seconds))
-    assert told == {
+    stages = stages_of(Summary(seconds=10.0, stage_seconds=seconds))
+    assert stages == {
         "tag": {"seconds": 1.0, "waiting": 9.0},
         "detect": {"seconds": 2.0, "waiting": 8.0},
         "segment": {"seconds": 3.0, "waiting": 3.0},
@@ -166,10 +166,10 @@ def test_waiting_is_what_a_thread_did_not_work() -> None:
 
 
 def test_the_load_of_trained_weights(quick: World, photos: Path, tmp_path: Path) -> None:
-    told = measure_chain(
+    result = measure_chain(
         quick.bundle, tmp_path / "work", engine="ort", device="cpu", images=photos, classes=COLORS, batch=2, boxes=4
     )
-    assert told.boxes_an_image == 4.0 and told.images == 5 and told.batch == 2
+    assert result.boxes_an_image == 4.0 and result.images == 5 and result.batch == 2
     records = list(read_records(tmp_path / "work" / "timed"))
     assert all(len(record["boxes"]) == 4 and len(record["classes"]) == 3 for record in records), "black images too"
     boxes = drawn_boxes(7, 30, 40, 50, 3)
@@ -179,7 +179,7 @@ def test_the_load_of_trained_weights(quick: World, photos: Path, tmp_path: Path)
 
 
 def test_a_reference_is_labeled_too(quick: World, photos: Path, tmp_path: Path) -> None:
-    told = measure_chain(
+    result = measure_chain(
         quick.bundle,
         tmp_path / "work",
         engine="ort",
@@ -191,9 +191,9 @@ def test_a_reference_is_labeled_too(quick: World, photos: Path, tmp_path: Path) 
         reference=quick.bundle,
         ceiling=Ceiling(teraflops=1.0, gigabytes_per_second=1.0, how=""),
     )
-    assert (told.agreement, told.agreement_miou, told.reference) == (1.0, 1.0, str(quick.bundle))
-    assert told.images == 8 and told.truth_miou is None
-    assert told.gmacs_an_image is None and told.share_of_bound is None, "these graphs are no ONNX"
+    assert (result.agreement, result.agreement_miou, result.reference) == (1.0, 1.0, str(quick.bundle))
+    assert result.images == 8 and result.truth_miou is None
+    assert result.gmacs_an_image is None and result.share_of_bound is None, "these graphs are no ONNX"
 
 
 def test_agreement_counts_pixels(tmp_path: Path) -> None:
@@ -203,9 +203,9 @@ def test_agreement_counts_pixels(tmp_path: Path) -> None:
     for name, label_map in maps.items():
         with LabelStore(tmp_path / name, class_list(("red",)), {}) as store:
             store.write({"path": "x.png", "label": "x.png"}, label_map)
-    told = agreement(tmp_path / "one", tmp_path / "two", 1)
-    assert told["agreement"] == 0.75
-    assert told["agreement_miou"] == pytest.approx((10 / 15 + 5 / 10) / 2, abs=1e-5)
+    scores = agreement(tmp_path / "one", tmp_path / "two", 1)
+    assert scores["agreement"] == 0.75
+    assert scores["agreement_miou"] == pytest.approx((10 / 15 + 5 / 10) / 2, abs=1e-5)
 
 
 def test_the_shipped_models_are_a_reference_for_their_weights(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_published_figures_are_for_the_same_model_alone() -> None:
     assert all(each.source for each in found)
 
 
-def test_the_seed_is_nobody_elses() -> None:
+def test_no_other_benchmark_uses_the_seed() -> None:
     from wsss.benchmarks import demo
     from wsss.benchmarks.studies.quality import mini_quality
 

@@ -17,6 +17,7 @@ from wsss.benchmarks.steps import Record, Step
 from wsss.engines.machine import GpuFacts, Library, Machine, machine
 from wsss.errors import WsssError
 from wsss.runtime.labeler import MINI
+from wsss.spec import Bundle
 
 RTX = Library(version="1.7.1", capabilities=("sm89",))
 H200 = Machine(
@@ -34,7 +35,7 @@ H200 = Machine(
 
 def record_with(tmp_path: Path, **steps: Any) -> Record:
     record = Record(tmp_path / "record.json", {})
-    record.told["steps"] = steps
+    record.content["steps"] = steps
     return record
 
 
@@ -144,20 +145,20 @@ class Played:
 def test_a_check_goes_on_where_it_was_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     probe = probed(True)["TensorRT-RTX runs here"]["result"]
     monkeypatch.setattr(gpu_check, "machine", lambda: H200)
-    monkeypatch.setattr(gpu_check, "_Maker", Played)
+    monkeypatch.setattr(gpu_check, "_StepMaker", Played)
     monkeypatch.setattr(
         Played, "results", {"probe": f"open(sys.argv[-1], 'w').write({json.dumps(probe)!r})", "latency": "sys.exit('cut')"}
     )
-    said: list[str] = []
-    record = check(tmp_path / "out", work=tmp_path / "work", log=said.append)
+    lines: list[str] = []
+    record = check(tmp_path / "out", work=tmp_path / "work", log=lines.append)
     assert record.path.name == "gpu-nvidia-h200-x.json"
-    told = json.loads(record.path.read_text())
-    assert told["engine"] == {"name": "trt-rtx", "why_nothing_better": "TensorRT is not installed"}
-    assert told["not_begun"] == [] and told["steps"]["mini: latency"]["status"] == "failed"
+    written = json.loads(record.path.read_text())
+    assert written["engine"] == {"name": "trt-rtx", "why_nothing_better": "TensorRT is not installed"}
+    assert written["not_begun"] == [] and written["steps"]["mini: latency"]["status"] == "failed"
     first = (tmp_path / "ran").read_text().split()
     assert first.count("latency") == 3 and first.count("engines") == 3
     monkeypatch.setattr(Played, "results", {})
-    check(tmp_path / "out", work=tmp_path / "work", log=said.append)
+    check(tmp_path / "out", work=tmp_path / "work", log=lines.append)
     assert (tmp_path / "ran").read_text().split() == [*first, "latency", "latency", "latency"]
 
 
@@ -166,7 +167,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     with pytest.raises(SystemExit) as stop:
         gpu_check.main(["--out", str(tmp_path)])
     assert stop.value.code == 1
-    assert "expected an NVIDIA GPU" in (said := capsys.readouterr().err) and "hint:" in said
+    assert "expected an NVIDIA GPU" in (message := capsys.readouterr().err) and "hint:" in message
     assert not list(tmp_path.iterdir())
 
 
@@ -221,10 +222,20 @@ def test_ceilings_are_read_from_the_record(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_graphs_that_were_brought_along_are_taken(tmp_path: Path) -> None:
-    told = gpu_steps.step_graphs(tmp_path / "one", "sam", "mini", tmp_path / "nothing", MINI)
-    assert told["brought"] and (tmp_path / "one" / "sam" / "encoder.onnx").is_file()
+    result = gpu_steps.step_graphs(tmp_path / "one", "sam", "mini", tmp_path / "nothing", MINI)
+    assert result["brought"] and (tmp_path / "one" / "sam" / "encoder.onnx").is_file()
     assert set(gpu_steps.step_graphs_of_mini(tmp_path / "two", MINI).values()) == {"fp32, brought along"}
     assert gpu_steps._find([MINI], "sam", "vit_b") is None
+
+
+def test_full_size_models_are_exported_without_the_gate(tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
+    gpu_steps._export_without_gate("clip", "mini", tmp_path)
+    graphs = Bundle(tmp_path).model("clip").manifest.graphs
+    assert {(name, graph.precision, graph.parity) for name, graph in graphs.items()} == {
+        ("image", "fp16", None),
+        ("text", "fp16", None),
+    }
 
 
 def test_without_an_exporter_the_shipped_graphs_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -233,19 +244,19 @@ def test_without_an_exporter_the_shipped_graphs_are_taken(monkeypatch: pytest.Mo
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
 
     monkeypatch.setattr(gpu_steps, "_export_mini", missing)
-    told = gpu_steps.step_graphs_of_mini(tmp_path)
-    assert told["sam"] == "fp32, as shipped: No module named 'transformers'"
+    origins = gpu_steps.step_graphs_of_mini(tmp_path)
+    assert origins["sam"] == "fp32, as shipped: No module named 'transformers'"
     assert (tmp_path / "sam" / "encoder.onnx").is_file()
 
 
 def test_a_graph_is_gated_on_few_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
-    monkeypatch.setattr(gpu_steps, "PLACE", "cpu")
+    monkeypatch.setattr(gpu_steps, "DEVICE", "cpu")
     gpu_steps.step_graphs(tmp_path, "clip", "mini", MINI)
-    told = gpu_steps.step_gate(tmp_path, "ort", 2)
-    assert set(told) == {"clip/image", "clip/text"}
-    assert all(verdict["passed"] for verdict in told.values())
-    assert 0 < told["clip/image"]["errors"]["embedding"] < 1e-5
+    verdicts = gpu_steps.step_gate(tmp_path, "ort", 2)
+    assert set(verdicts) == {"clip/image", "clip/text"}
+    assert all(verdict["passed"] for verdict in verdicts.values())
+    assert 0 < verdicts["clip/image"]["errors"]["embedding"] < 1e-5
 
 
 def test_rtx_builds_the_probe_and_cannot_run_it_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_an_unknown_input_is_named() -> None:
     model = mini("clip")
     spec = replace(model.graph("image"), inputs=(TensorSpec("thing", ("batch", 3), "float32"),))
     odd = Model(model.folder, replace(model.manifest, graphs={"image": spec}))
-    with pytest.raises(WsssError, match=r"clip/image: nobody knows what to feed to thing float32\(batch, 3\)"):
+    with pytest.raises(WsssError, match=r"clip/image: there is no rule to make the input thing float32\(batch, 3\)"):
         feeds_for(odd, "image", Load(1, "images", {"batch": 1}))
     with pytest.raises(WsssError, match=r"none of its axes .* counts"):
         row_axis(spec, {"something": AxisRange(1, 1, 1)})

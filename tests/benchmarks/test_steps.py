@@ -20,7 +20,7 @@ class Check:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.record = self.again()
-        self.said: list[str] = []
+        self.lines: list[str] = []
 
     def again(self, **identity: str) -> Record:
         self.record = Record(self.folder / "out" / "record.json", {"gpu": "x", **identity})
@@ -31,7 +31,7 @@ class Check:
         return Step(name=name, command=[sys.executable, "-c", note + code], limit_s=limit_s, needs=needs)
 
     def run(self, *steps: Step, seconds: float = 60) -> list[str]:
-        return run_steps(steps, self.record, ends=time.monotonic() + seconds, log=self.said.append)
+        return run_steps(steps, self.record, ends=time.monotonic() + seconds, log=self.lines.append)
 
     @property
     def ran(self) -> list[str]:
@@ -56,7 +56,7 @@ def test_what_is_done_is_not_done_again(check: Check) -> None:
     check.run(check.step("a"), check.step("b"), check.step("c"))
     assert check.ran == ["a", "b", "c"]
     assert check.record.result("a") == {"x": 1}
-    assert "a: done before" in check.said
+    assert "a: done before" in check.lines
 
 
 def test_a_failing_step_is_recorded_and_tried_again(check: Check) -> None:
@@ -84,8 +84,8 @@ def test_a_hanging_step_is_ended_with_its_children(check: Check, tmp_path: Path)
     child = f"import time; time.sleep(1.5); open({str(tmp_path / 'late')!r}, 'w')"
     start = f"import subprocess, time, sys; subprocess.Popen([sys.executable, '-c', {child!r}])"
     hang = f"{start}; print('begun', flush=True); time.sleep(60)"
-    told = run_step(check.step("hang", hang), 0.7)
-    assert told["status"] == "timed out" and "begun" in told["error"] and told["seconds"] < 8
+    entry = run_step(check.step("hang", hang), 0.7)
+    assert entry["status"] == "timed out" and "begun" in entry["error"] and entry["seconds"] < 8
     time.sleep(2)
     assert not (tmp_path / "late").exists()
 

@@ -1,18 +1,16 @@
-"""Our CLIP against open_clip's, on real photographs: same weights, same squash, ours in mixed batches in ONNX Runtime.
+"""Compare our CLIP, in mixed batches in ONNX Runtime, with open_clip on real photographs: same weights, same resizing.
 
     python -m wsss.benchmarks.studies.parity.clip_official PHOTOGRAPHS --variant ViT-B-16 --weights random:0
 
-Exports the model, then for every photograph compares the runtime's way (read, resize, image graph) with open_clip's own
-(``image_transform`` in squash mode, ``encode_image`` at batch 1), and every VOC prompt likewise. Adds a row to
-``benchmarks/results/clip-official.json``; progress to stderr.
+Exports the model. For every photograph it then compares the steps of the runtime (read, resize, image graph) with those of
+open_clip (``image_transform`` in squash mode, ``encode_image`` at batch 1), and every VOC prompt likewise. Adds a row to
+``benchmarks/results/clip-official.json``. Progress goes to stderr.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -37,20 +35,20 @@ from wsss.photographs import read_photograph
 from wsss.runtime.canvas import on_canvas
 from wsss.spec import AxisRange, Bundle, Model
 
-from ..harness import RESULTS, study_parser, write_result
+from ..harness import RESULTS, folder_megabytes, log, peak_memory_bytes, study_parser, write_result
 
 RESULT = RESULTS / "clip-official.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of the module."""
+    """Run the command line of the module."""
     parser = study_parser(__spec__, __doc__)
     parser.add_argument("photographs", type=Path, help="folder of JPEG files")
     parser.add_argument("--variant", default=clip.FAMILY.default)
     parser.add_argument("--weights", default="random:0")
-    parser.add_argument("--count", type=int, default=24, help="photographs, the first by name")
-    parser.add_argument("--batch", type=int, default=8, help="photographs, and prompts, a call")
-    parser.add_argument("--most", type=int, default=0, help="largest batch of the export and its gate; 0 takes the variant's own")
+    parser.add_argument("--count", type=int, default=24, help="number of photographs, the first by name")
+    parser.add_argument("--batch", type=int, default=8, help="photographs, or prompts, in a call")
+    parser.add_argument("--most", type=int, default=0, help="largest batch of the export and its gate; 0 takes the variant's")
     options = parser.parse_args(arguments)
     photographs = sorted(options.photographs.glob("*.jpg"))[: options.count]
     with tempfile.TemporaryDirectory() as folder:
@@ -63,19 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     variant: str, weights: str, photographs: Sequence[Path], bundle: Path, *, batch: int, most: int = 0
 ) -> dict[str, Any]:
-    """Exports one variant into ``bundle`` and compares it with open_clip.
+    """Export one variant into ``bundle`` and compare it with open_clip.
 
     Args:
-        photographs: image files; each batch mixes sizes as they come.
-        batch: photographs, and prompts, a call; at most what the graph takes.
-        most: largest batch of the export and of its gate; 0 takes the variant's own.
+        photographs: image files; a batch may mix sizes.
+        batch: photographs, or prompts, in a call; at most the graph's largest batch.
+        most: largest batch of the export and of its gate; 0 takes the variant's.
 
     Returns:
         Worst cosine over photographs and over prompts, largest difference, gate errors, seconds, megabytes.
     """
     begun = time.monotonic()
-    asked = Options(batch=AxisRange(1, min(8, most), most) if most else None)
-    manifest = export_model(clip.FAMILY, variant=variant, weights=weights, bundle=bundle, options=asked, log=_say)
+    options = Options(batch=AxisRange(1, min(8, most), most) if most else None)
+    manifest = export_model(clip.FAMILY, variant=variant, weights=weights, bundle=bundle, options=options, log=log)
     export_seconds = time.monotonic() - begun
     model = Bundle(bundle).model("clip")
     ours, theirs, seconds = {}, {}, {}
@@ -99,8 +97,8 @@ def measure(
         },
         "export_and_gate_seconds": round(export_seconds, 1),
         "milliseconds_each": {name: round(1000 * value, 1) for name, value in seconds.items()},
-        "megabytes": round(sum(path.stat().st_size for path in model.folder.iterdir()) / 1e6, 1),
-        "peak_memory_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+        "megabytes": folder_megabytes(model.folder),
+        "peak_memory_megabytes": round(peak_memory_bytes() / 1e6),
         "machine": f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.0f}",
         "tools": tool_versions(),
     }
@@ -123,7 +121,7 @@ def _our_prompts(model: Model, batch: int) -> tuple[np.ndarray, float]:
 
 
 def _in_batches(engine: OrtEngine, name: str, rows: np.ndarray, batch: int) -> tuple[np.ndarray, float]:
-    """Embeddings of all rows, and seconds a row, the first call left out of the clock."""
+    """Embeddings of all rows, and seconds for a row, after one untimed call."""
     engine({name: rows[:batch]})
     begun = time.monotonic()
     parts = [np.array(engine({name: rows[start : start + batch]})["embedding"]) for start in range(0, len(rows), batch)]
@@ -133,8 +131,8 @@ def _in_batches(engine: OrtEngine, name: str, rows: np.ndarray, batch: int) -> t
 @torch.no_grad()
 def _their_images(official: clip_weights.Loaded, size: tuple[int, int], photographs: Sequence[Path]) -> np.ndarray:
     recipe = official.recipe
-    told = PreprocessCfg(size=size, mean=recipe.mean, std=recipe.std, interpolation=recipe.interpolation, resize_mode="squash")
-    preprocess = image_transform_v2(told, is_train=False)
+    config = PreprocessCfg(size=size, mean=recipe.mean, std=recipe.std, interpolation=recipe.interpolation, resize_mode="squash")
+    preprocess = image_transform_v2(config, is_train=False)
     model: Any = official.model
     rows = [model.encode_image(preprocess(Image.open(path))[None], normalize=True) for path in photographs]
     return torch.cat(rows).numpy()
@@ -148,20 +146,16 @@ def _their_prompts(official: clip_weights.Loaded) -> np.ndarray:
 
 
 def _worst_cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """In float64: rounding to float32 alone would cost 1e-7."""
+    """The smallest cosine of a row, in float64: in float32 rounding alone costs 1e-7."""
     one, other = ours.astype(np.float64), theirs.astype(np.float64)
     cosine = (one * other).sum(axis=1) / (np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1))
     return float(cosine.min())
 
 
 def _prompts() -> list[str]:
-    """The templates with VOC's wordings and CLIP-ES's backgrounds."""
+    """Every template with each prompt of VOC's classes and each background of CLIP-ES."""
     names = [name for prompts in parse_classes("voc").prompts for name in prompts]
     return [template.format(name) for template in clip.TEMPLATES for name in (*names, *clip.BACKGROUNDS)]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""The chain of small models in FP16 beside itself in FP32, on held-out drawn scenes.
+"""Compare the chain of small models in FP16 with the same chain in FP32, on held-out drawn scenes.
 
     wsss export --model all --variant mini --weights mini --precision fp16 --engine onnx --bundle build/mini-half
     python -m wsss.benchmarks.studies.parity.mini_half --bundle build/mini-half
 
-Prints, and writes to ``benchmarks/results/mini-half.json``: mIoU of both chains against the truth; IoU of their masks, box by
-box with true boxes, at the decoder's resolution; and mIoU of the FP16 chain's label maps against the FP32 chain's.
+Prints and writes to ``benchmarks/results/mini-half.json``: mIoU of both chains against the truth; IoU of their masks of the same
+true boxes at the decoder's resolution; and mIoU of the FP16 chain's label maps against those of the FP32 chain.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,47 +16,37 @@ from typing import Any
 import numpy as np
 
 from ....batch import Images, Masks
-from ....mini.scenes import CLASSES, draw_scene, write_scenes
-from ....photographs import read_photograph
 from ....runtime.labeler import Labeler
-from ....train.evaluate.metrics import confusion_matrix, mean_iou
+from ....train.evaluate.metrics import mean_iou
+from ...confusion import mask_iou, total_confusion
 from ..harness import RESULTS, about, study_parser, write_result
-from ..quality.mini_quality import SEED, true_boxes
+from ..quality.mini_quality import held_out_scenes, label_maps
 
 RESULT = RESULTS / "mini-half.json"
 BATCH = 8
 
 
 def measure(bundle: str, count: int, folder: Path, engine: str) -> dict[str, Any]:
-    """Both chains on ``count`` scenes, written below ``folder``."""
-    paths = write_scenes(folder, count, seed=SEED)
-    images = [read_photograph(folder / "images", path.name) for path in paths]
-    scenes = [draw_scene(SEED + number, split="held-out") for number in range(count)]
-    boxes = folder / "boxes.json"
-    boxes.write_text(json.dumps({path.name: true_boxes(scene) for path, scene in zip(paths, scenes, strict=True)}))
-    full, half = (_label_maps(Labeler.open(each, classes="mini", engine=engine), images) for each in ("mini", bundle))
+    """Run both chains on ``count`` scenes, written below ``folder``."""
+    images, scenes, boxes = held_out_scenes(count, folder)
+    full, half = (label_maps(Labeler.open(name, classes="mini", engine=engine), images) for name in ("mini", bundle))
     truth = [scene.label for scene in scenes]
-    outlined = [_masks(Labeler.open(each, classes="mini", engine=engine, boxes=boxes), images) for each in ("mini", bundle)]
-    overlaps = np.array([_iou(one, other) for one, other in zip(*outlined, strict=True)])
-    exact, rounded = mean_iou(_matrix(truth, full)), mean_iou(_matrix(truth, half))
+    masks = [_masks(Labeler.open(name, classes="mini", engine=engine, boxes=boxes), images) for name in ("mini", bundle)]
+    overlaps = np.array([mask_iou(one, other) for one, other in zip(*masks, strict=True)])
+    miou_fp32, miou_fp16 = _miou(truth, full), _miou(truth, half)
     return {
         **about(),
         "engine": engine,
         "scenes": count,
-        "miou_fp32": round(exact, 5),
-        "miou_fp16": round(rounded, 5),
-        "miou_loss": round(exact - rounded, 5),
+        "miou_fp32": round(miou_fp32, 5),
+        "miou_fp16": round(miou_fp16, 5),
+        "miou_loss": round(miou_fp32 - miou_fp16, 5),
         "masks": len(overlaps),
         "mask_iou_mean": round(float(overlaps.mean()), 5),
         "mask_iou_worst": round(float(overlaps.min()), 5),
-        "label_map_miou": round(mean_iou(_matrix(full, half)), 5),
+        "label_map_miou": round(_miou(full, half), 5),
         "share_of_pixels_equal": round(float(np.mean([(a == b).mean() for a, b in zip(full, half, strict=True)])), 6),
     }
-
-
-def _label_maps(labeler: Labeler, images: Images) -> list[np.ndarray]:
-    starts = range(0, len(images), BATCH)
-    return [label_map for start in starts for label_map in labeler.pseudo_label(images[start : start + BATCH]).label_maps]
 
 
 def _masks(labeler: Labeler, images: Images) -> list[np.ndarray]:
@@ -71,29 +60,20 @@ def _masks(labeler: Labeler, images: Images) -> list[np.ndarray]:
     return found
 
 
-def _matrix(truth: list[np.ndarray], predicted: list[np.ndarray]) -> np.ndarray:
-    labels = len(CLASSES) + 1
-    parts = [confusion_matrix(one, other, labels) for one, other in zip(truth, predicted, strict=True)]
-    total: np.ndarray = np.sum(parts, axis=0)
-    return total
-
-
-def _iou(one: np.ndarray, other: np.ndarray) -> float:
-    union = int((one | other).sum())
-    return float((one & other).sum() / union) if union else 1.0
+def _miou(truth: list[np.ndarray], predicted: list[np.ndarray]) -> float:
+    return mean_iou(total_confusion(zip(truth, predicted, strict=True)))
 
 
 def main() -> None:
-    """The command line of the module."""
-    parser = study_parser(__spec__, __doc__)
+    """Run the command line of the module."""
+    parser = study_parser(__spec__, __doc__, out=RESULT)
     parser.add_argument("--bundle", required=True, help="the small models in FP16")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--engine", default="ort")
-    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        told = measure(options.bundle, options.count, Path(folder), options.engine)
-    write_result(options.out, told)
+        result = measure(options.bundle, options.count, Path(folder), options.engine)
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":

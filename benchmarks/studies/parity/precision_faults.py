@@ -1,16 +1,15 @@
-"""Six planted faults that break a plain FP16 graph, and what the precision doctor makes of each.
+"""Six planted faults that break a plain FP16 graph, and how the search for FP32 nodes repairs each.
 
     python -m wsss.benchmarks.studies.parity.precision_faults
 
-The faults are weights: the graphs are those of the bundle ``mini`` (one is traced from a toy), and nothing but numbers is
-changed in them. ``benchmarks/results/precision-faults.json`` holds for each fault the error before and after, the nodes kept
-in FP32 with their reasons, and their share of the multiply-adds; and the same for the unharmed graphs.
+A fault is a change to weights: the graphs are those of the bundle ``mini`` (one is traced from a tiny model), and only their
+numbers change. ``benchmarks/results/precision-faults.json`` has for each fault the error before and after, the nodes kept in
+FP32 with their reasons, and their share of the multiply-adds; and the same for the unchanged graphs.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -43,7 +42,7 @@ from wsss.export.weights import spread
 from wsss.runtime.labeler import MINI
 from wsss.spec import AxisRange
 
-from ..harness import RESULTS, write_result
+from ..harness import RESULTS, log, write_result
 
 RESULT = RESULTS / "precision-faults.json"
 CANVAS = (192, 192)
@@ -54,7 +53,7 @@ SAM_TOLERANCE = Tolerance(relative=5e-3, why="as the gate: masks move by < 0.1 %
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A graph, what it is fed, and what it must keep to."""
+    """A graph with its feeds and tolerances."""
 
     name: str
     model: ir.Model
@@ -64,7 +63,7 @@ class Case:
     choices: tuple[str, ...] = ()
 
     def diagnose(self, *, runs: int = 200, threads: int = 0, log: Callable[[str], None] = lambda line: None) -> Diagnosis:
-        """The doctor's findings."""
+        """Search the nodes that must stay FP32."""
         return diagnose(
             self.model,
             self.feeds,
@@ -77,7 +76,7 @@ class Case:
         )
 
 
-# ---- unharmed ----
+# ---- unchanged graphs ----
 
 
 def sam_encoder() -> Case:
@@ -92,7 +91,7 @@ def sam_encoder() -> Case:
 
 
 def detector_text() -> Case:
-    """The text graph of the mini Grounding-DINO: phrases, [CLS], and a row without any token, as padding brings them."""
+    """The text graph of the mini Grounding-DINO on phrases, [CLS], and a row without tokens, as padding makes them."""
     tokenizer = grounding_dino_mini_tokenizer()
     phrases = [tokenizer.encode(phrase, add_special_tokens=False).ids for phrase in CAPTION] + [[CLS], []]
     tokens = np.zeros((len(phrases), max(map(len, phrases))), np.int64)
@@ -109,7 +108,7 @@ def detector_text() -> Case:
 
 
 def detector_image() -> Case:
-    """The image graph of the mini Grounding-DINO, its captions through its own text graph."""
+    """The image graph of the mini Grounding-DINO, on captions encoded by its text graph."""
     tokenizer = grounding_dino_mini_tokenizer()
     sentences = [[CLS], *(tokenizer.encode(phrase, add_special_tokens=False).ids for phrase in CAPTION), [SEP]]
     assert all(phrase[-1] == DOT for phrase in sentences[1:-1])
@@ -119,7 +118,7 @@ def detector_image() -> Case:
             return text({"tokens": np.array([phrase]), "mask": np.ones((1, len(phrase)), np.bool_)})["features"][0]
 
         captions = [caption_feeds([[*sentences[:last], [SEP]]], features) for last in (4, 3)]
-    rng = np.random.default_rng(12)  # photographs that no processor's rounding brings near a tolerance (four tenths of it)
+    rng = np.random.default_rng(12)  # chosen so that errors stay at four tenths of the tolerance on any processor
     sizes = [(CANVAS[0], 150), (170, CANVAS[1])]
     feeds = []
     for caption, (height, width) in zip(captions, sizes, strict=True):
@@ -137,10 +136,10 @@ def detector_image() -> Case:
 
 
 def clip_logits(scale: float = 100.0) -> Case:
-    """The mini CLIP's image graph followed by what its softmax sees: ``exp(logit_scale) * image . text``.
+    """The mini CLIP's image graph, followed by the input of its softmax: ``exp(logit_scale) * image . text``.
 
-    The graph as exported ends with the embedding, and the host multiplies; CLIP as published (openai/CLIP, ``forward``) does
-    it in the model.
+    The exported graph ends with the embedding, and the runtime multiplies; in the published CLIP (openai/CLIP, ``forward``) the
+    model does.
     """
     tokens = np.array([clip_mini_tokenizer().encode(f"a photo of a {name}.").ids for name in CLASSES])
     with Session(open_copy(MINI / "clip" / "text.onnx")) as text:
@@ -162,30 +161,30 @@ def clip_logits(scale: float = 100.0) -> Case:
     )
 
 
-def probability_difference(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
-    """Largest difference of the softmax over the last axis; largest difference of the logits."""
+def probability_difference(got: Feeds, expected: Feeds, name: str) -> tuple[float, float]:
+    """The largest difference of the softmax over the last axis, and of the logits."""
 
     def probabilities(logits: np.ndarray) -> np.ndarray:
         raised = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
         return raised / raised.sum(axis=-1, keepdims=True)
 
-    apart = np.abs(probabilities(got[name]) - probabilities(want[name])).max()
-    return float(apart), float(np.abs(got[name].astype(np.float64) - want[name]).max())
+    difference = np.abs(probabilities(got[name]) - probabilities(expected[name])).max()
+    return float(difference), float(np.abs(got[name].astype(np.float64) - expected[name]).max())
 
 
-# ---- planted ----
+# ---- planted faults ----
 
 
 def residual_stream() -> Case:
-    """Channel 7 of a few tokens grows by an MLP neuron in every block, past 65,504: the massive activations of trained ViTs
-    (arXiv:2402.17762)."""
+    """Channel 7 of a few tokens grows in every block through an MLP neuron, past 65,504, like the massive activations of trained
+    ViTs (arXiv:2402.17762)."""
     case = sam_encoder()
     graph = case.model.graph
-    # Four tokens begin high, so that their channel is what the norm in front of the MLP leaves of them.
+    # Four tokens start with a large value, so that this channel dominates them after the norm before the MLP.
     change(graph.initializers["pos_embed"], partial(_put, at=(0, [3, 12, 20, 27], [5, 9, 22, 16], 7), what=2e4))
     for block in range(4):
         bias = graph.initializers[f"blocks.{block}.mlp.lin1.bias"]
-        # The norm leaves 9 to 10 of such a channel and 4 at most of an ordinary one: the neuron fires for those alone.
+        # After the norm such a channel is 9 to 10 and an ordinary one at most 4: the neuron is active for the former alone.
         change(graph.initializers[f"blocks.{block}.norm2.weight"], partial(_put, at=7, what=1.0))
         change(matrix_before(bias), partial(_put, at=(slice(None), 0), what=4 * np.eye(96)[7]))
         change(bias, partial(_put, at=0, what=-30.0))
@@ -195,7 +194,7 @@ def residual_stream() -> Case:
 
 
 def norm_variance() -> Case:
-    """The neck's convolution gives 300 times as much, which its norm takes back: LayerNorm2d as published squares it."""
+    """The neck's convolution is scaled by 300, which its norm undoes; but the published LayerNorm2d squares the values first."""
     with mock.patch("wsss.export.sam.with_channel_norms", lambda layers: layers), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         toy = toy_sam()
@@ -213,7 +212,7 @@ def norm_variance() -> Case:
 
 
 def fusion_logits() -> Case:
-    """One channel of each head adds the same 106,000 to every logit between cells and tokens; softmax does not see it."""
+    """One channel of each head adds 106,000 to every logit between cells and tokens, which does not change the softmax."""
     case = detector_image()
     graph = case.model.graph
     layer = "core.encoder.layers.0.fusion_layer.attn"
@@ -227,7 +226,7 @@ def fusion_logits() -> Case:
 
 
 def box_refinement() -> Case:
-    """Boxes of two pixels: a step of float16 between 0.5 and 1 is a tenth of a pixel, and so is what 1 - x loses."""
+    """Boxes of two pixels: the spacing of float16 between 0.5 and 1 is a tenth of a pixel, and so is the error of 1 - x."""
     case = detector_image()
     graph = case.model.graph
     for head in ("core.encoder_output_bbox_embed.layers.2", "box_heads.1.layers.2"):
@@ -242,7 +241,7 @@ def box_refinement() -> Case:
 
 
 def masked_softmax() -> Case:
-    """The mask is the least float32, as transformers adds it: a row without tokens becomes -inf throughout, and NaN."""
+    """The mask is the smallest float32, as in transformers: a row without tokens becomes -inf everywhere, then NaN."""
     case = detector_text()
     for value in case.model.graph.initializers.values():
         constant = value.const_value
@@ -252,7 +251,7 @@ def masked_softmax() -> Case:
 
 
 def logit_scale() -> Case:
-    """A logit scale that was trained without a bound: 90,000."""
+    """A logit scale of 90,000, as from a training without a limit."""
     relative = Tolerance(relative=5e-3, why="embeddings of cosine 0.9995 and better")
     return replace(clip_logits(90_000.0), name="CLIP logit scale", tolerance={"logits": relative})
 
@@ -269,7 +268,7 @@ def toy_sam() -> Sam:
 
 
 def change(value: ir.Value, by: Callable[[np.ndarray], object]) -> None:
-    """Changes a weight's numbers in place."""
+    """Change a weight's numbers in place."""
     assert value.const_value is not None, value.name
     numbers = value.const_value.numpy().copy()
     by(numbers)
@@ -286,7 +285,7 @@ def _multiply(numbers: np.ndarray, *, by: float) -> None:
 
 def matrix_before(bias: ir.Value) -> ir.Value:
     """The weights (in, out) of the linear layer with this bias."""
-    found = {_factor(use.node, bias) for use in bias.uses()}  # a layer that is used twice is one
+    found = {_factor(use.node, bias) for use in bias.uses()}  # a layer that is used twice counts once
     assert len(found) == 1, bias.name
     return found.pop()
 
@@ -315,22 +314,22 @@ def _rows(feeds: Feeds) -> list[Feeds]:
 
 
 def main() -> None:
-    """The command line of the module."""
-    told: dict[str, dict[str, object]] = {"tools": {**tool_versions()}, "unharmed": {}, "faults": {}}
-    partial_file = RESULT.with_suffix(".part")
+    """Run the command line of the module."""
+    result: dict[str, dict[str, object]] = {"tools": {**tool_versions()}, "unharmed": {}, "faults": {}}
+    partial_file = RESULT.with_suffix(".partial")
     for kind, makers in (("unharmed", UNHARMED), ("faults", FAULTS)):
         for make in makers:
             case = make()
             begun = time.monotonic()
-            found = case.diagnose(log=_say)
-            told[kind][case.name] = row(found) | {"seconds": round(time.monotonic() - begun, 1)}
-            _say(f"{case.name}: {found.report()}")
-            write_result(partial_file, told)
+            found = case.diagnose(log=log)
+            result[kind][case.name] = row(found) | {"seconds": round(time.monotonic() - begun, 1)}
+            log(f"{case.name}: {found.report()}")
+            write_result(partial_file, result)
     partial_file.replace(RESULT)
 
 
 def row(found: Diagnosis) -> dict[str, object]:
-    """What the results keep of a diagnosis."""
+    """The part of a diagnosis that is written to the results."""
     return {
         "before": {name: _number(error) for name, (error, _) in found.before.items()},
         "after": {name: _number(error) for name, (error, _) in found.after.items()},
@@ -344,10 +343,6 @@ def row(found: Diagnosis) -> dict[str, object]:
 
 def _number(error: float) -> float | str:
     return error if math.isfinite(error) else str(error)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Does the report put the worst labels first? ``python -m wsss.benchmarks.studies.quality.doubt_ranking``.
+"""Whether the report puts the worst labels first: ``python -m wsss.benchmarks.studies.quality.doubt_ranking``.
 
-Drawn scenes have exact truth. An image's error is 1 - the mean IoU of the classes that are in it or were labeled in it;
-the order by doubt (`runtime/report/doubt.py`) is held against the order by error, and so is each of doubt's parts alone. The
-weights were chosen on 120 other scenes, those of ``wsss demo --count 120``.
+Drawn scenes have exact truth. An image's error is 1 - the mean IoU of the classes that are in the truth or in the label map. The
+order by doubt (`runtime/report/doubt.py`), and by each part of doubt alone, is compared with the order by error. The weights
+were chosen on 120 other scenes, those of ``wsss demo --count 120``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def measure(count: int, folder: Path) -> dict[str, Any]:
-    """How well doubt orders ``count`` held-out scenes, drawn and labeled below ``folder``."""
+    """Measure how well doubt orders ``count`` held-out scenes, drawn and labeled below ``folder``."""
     write_scenes(folder, count, seed=SEED)
     store = folder / "store"
     label_folder(Labeler.open("mini", classes="mini", engine="ort"), folder / "images", store)
@@ -41,19 +41,20 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
         "weights": WEIGHTS,
         "mean error": round(float(error.mean()), 4),
         "rank correlation": {
-            part: _rank_correlation(np.array([getattr(each, part) for each in doubts]), error) for part in ("total", *WEIGHTS)
+            part: _rank_correlation(np.array([getattr(one, part) for one in doubts]), error) for part in ("total", *WEIGHTS)
         },
-        "worst quarter found in the first quarter": _found(np.array([each.total for each in doubts]), error),
+        "worst quarter found in the first quarter": _found(np.array([one.total for one in doubts]), error),
     }
 
 
 def _error(folder: Path, label: str) -> float:
-    truth, said = read_label(folder / "truth" / Path(label).name), read_label(folder / "store" / "labels" / label)
+    truth, predicted = read_label(folder / "truth" / Path(label).name), read_label(folder / "store" / "labels" / label)
     ious = []
-    for row in np.setdiff1d(np.union1d(truth, said), [0, VOID]):
-        either = ((truth == row) | (said == row)) & (truth != VOID)
-        if either.any():
-            ious.append(((truth == row) & (said == row)).sum() / either.sum())
+    for label_value in np.setdiff1d(np.union1d(truth, predicted), [0, VOID]):
+        is_true, is_predicted = truth == label_value, predicted == label_value
+        union = (is_true | is_predicted) & (truth != VOID)
+        if union.any():
+            ious.append((is_true & is_predicted).sum() / union.sum())
     return 1 - float(np.mean(ious)) if ious else 0.0
 
 
@@ -69,19 +70,19 @@ def _ranks(values: Floats) -> Floats:
 
 
 def _found(score: Floats, error: Floats) -> float:
+    """Share of the quarter with the largest errors that is in the quarter with the largest scores."""
     quarter = max(1, len(error) // 4)
     first, worst = (set(np.argsort(-values, kind="stable")[:quarter].tolist()) for values in (score, error))
     return round(len(first & worst) / quarter, 3)
 
 
 def main() -> None:
-    parser = study_parser(__spec__, __doc__)
+    parser = study_parser(__spec__, __doc__, out=RESULT)
     parser.add_argument("--count", type=int, default=120)
-    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        told = {**about(), **measure(arguments.count, Path(folder))}
-    write_result(arguments.out, told)
+        result = {**about(), **measure(arguments.count, Path(folder))}
+    write_result(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""How good the small models are, and which stage costs what: ``python -m wsss.benchmarks.studies.quality.mini_quality``.
+"""Quality of the small models, and what each stage loses: ``python -m wsss.benchmarks.studies.quality.mini_quality``.
 
-The chain on 200 held-out scenes, then again with one stage after another replaced by the truth. The differences are each
-stage's share of the loss. Also: each scene alone against the same scene in a batch of strangers.
+The chain labels 200 held-out scenes, then again with one stage after another replaced by the truth. The differences are each
+stage's share of the loss. Also compares labels of each scene alone with those in a batch of other scenes.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,8 +18,9 @@ from ....batch import Images
 from ....mini.scenes import CLASSES, Scene, draw_scene, write_scenes
 from ....photographs import read_photograph
 from ....runtime.labeler import Labeler, Rules
-from ....train.evaluate.metrics import class_iou, confusion_matrix, label_scores, mean_iou
-from ..harness import RESULTS, about, study_parser, write_result
+from ....train.evaluate.metrics import class_iou, label_scores, mean_iou
+from ...confusion import total_confusion
+from ..harness import RESULTS, about, log, study_parser, write_result
 
 RESULT = RESULTS / "mini-quality.json"
 SEED = 2_000_000
@@ -28,57 +28,67 @@ SEED = 2_000_000
 
 def measure(count: int, folder: Path) -> dict[str, Any]:
     """mIoU and label F1 of the chain and of its variants on ``count`` held-out JPEG scenes, written below ``folder``."""
-    paths = write_scenes(folder, count, seed=SEED)
-    images = [read_photograph(folder / "images", path.name) for path in paths]
-    scenes = [draw_scene(SEED + number, split="held-out") for number in range(count)]
-    (folder / "boxes.json").write_text(json.dumps({p.name: true_boxes(s) for p, s in zip(paths, scenes, strict=True)}))
+    images, scenes, boxes = held_out_scenes(count, folder)
     variants: dict[str, dict[str, Any]] = {
         "chain": {},
         "without the CLIP gate": {"rules": Rules(gate=False)},
         "true labels": {"labels": folder / "labels.json"},
-        "true boxes": {"boxes": folder / "boxes.json"},
+        "true boxes": {"boxes": boxes},
     }
-    told: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, options in variants.items():
         start = time.perf_counter()
         labeler = Labeler.open("mini", classes="mini", **options)
         matrix, labels = _score(labeler, images, scenes)
-        told[name] = {"miou": round(mean_iou(matrix), 4), "seconds": round(time.perf_counter() - start, 1)}
+        result[name] = {"miou": round(mean_iou(matrix), 4), "seconds": round(time.perf_counter() - start, 1)}
         if name == "chain":
-            told[name] |= {key: round(value, 4) for key, value in labels.items()}
-            told[name]["stage_seconds"] = {stage: round(taken, 1) for stage, taken in labeler.take_seconds().items()}
-            told[name]["iou"] = dict(zip(("background", *CLASSES), np.round(class_iou(matrix), 3).tolist(), strict=True))
-        print(f"{name:24} mIoU {told[name]['miou']:.3f}", file=sys.stderr)
-    told["share of the loss"] = {
-        "labels (CLIP)": round(told["true labels"]["miou"] - told["chain"]["miou"], 4),
-        "boxes (Grounding-DINO)": round(told["true boxes"]["miou"] - told["true labels"]["miou"], 4),
-        "masks and fusion (SAM)": round(1 - told["true boxes"]["miou"], 4),
+            result[name] |= {key: round(value, 4) for key, value in labels.items()}
+            result[name]["stage_seconds"] = {stage: round(taken, 1) for stage, taken in labeler.take_seconds().items()}
+            result[name]["iou"] = dict(zip(("background", *CLASSES), np.round(class_iou(matrix), 3).tolist(), strict=True))
+        log(f"{name:24} mIoU {result[name]['miou']:.3f}")
+    result["share of the loss"] = {
+        "labels (CLIP)": round(result["true labels"]["miou"] - result["chain"]["miou"], 4),
+        "boxes (Grounding-DINO)": round(result["true boxes"]["miou"] - result["true labels"]["miou"], 4),
+        "masks and fusion (SAM)": round(1 - result["true boxes"]["miou"], 4),
     }
-    told["alone against a batch of 8"] = _alone_against_batch(images[:64])
-    return told
+    result["alone against a batch of 8"] = _alone_against_batch(images[:64])
+    return result
 
 
 def _score(labeler: Labeler, images: Images, scenes: list[Scene]) -> tuple[np.ndarray, dict[str, float]]:
-    matrix = np.zeros((len(CLASSES) + 1, len(CLASSES) + 2), np.int64)
-    there, said = [], []
-    for start in range(0, len(images), 8):
-        result = labeler.pseudo_label(images[start : start + 8])
-        said.append(result.labels.present)
-        for scene, label_map in zip(scenes[start : start + 8], result.label_maps, strict=True):
-            matrix += confusion_matrix(scene.label, label_map, len(CLASSES) + 1)
-            there.append(np.isin(np.arange(1, len(CLASSES) + 1), scene.labels))
-    return matrix, label_scores(np.array(there), np.concatenate(said))
+    results = [labeler.pseudo_label(images[start : start + 8]) for start in range(0, len(images), 8)]
+    predicted_maps = [label_map for result in results for label_map in result.label_maps]
+    present = np.array([np.isin(np.arange(1, len(CLASSES) + 1), scene.labels) for scene in scenes])
+    predicted = np.concatenate([result.labels.present for result in results])
+    truth = (scene.label for scene in scenes)
+    return total_confusion(zip(truth, predicted_maps, strict=True)), label_scores(present, predicted)
 
 
-def true_boxes(scene: Scene) -> list[dict[str, Any]]:
+def held_out_scenes(count: int, folder: Path) -> tuple[Images, list[Scene], Path]:
+    """Write held-out scenes below ``folder``; returns their images, the scenes, and a file of their true boxes."""
+    paths = write_scenes(folder, count, seed=SEED)
+    images = [read_photograph(folder / "images", path.name) for path in paths]
+    scenes = [draw_scene(SEED + number, split="held-out") for number in range(count)]
+    boxes = {path.name: _true_boxes(scene) for path, scene in zip(paths, scenes, strict=True)}
+    (folder / "boxes.json").write_text(json.dumps(boxes))
+    return images, scenes, folder / "boxes.json"
+
+
+def label_maps(labeler: Labeler, images: Images, batch: int = 8) -> list[np.ndarray]:
+    """The chain's label maps of some images."""
+    starts = range(0, len(images), batch)
+    return [label_map for start in starts for label_map in labeler.pseudo_label(images[start : start + batch]).label_maps]
+
+
+def _true_boxes(scene: Scene) -> list[dict[str, Any]]:
+    """The true boxes of a scene, in the format of ``wsss label --boxes``."""
     pairs = zip(scene.labels.tolist(), scene.xyxy_image.tolist(), strict=True)
     return [{"label": CLASSES[label - 1], "xyxy": xyxy, "score": 1.0} for label, xyxy in pairs]
 
 
 def _alone_against_batch(images: Images) -> dict[str, float]:
     labeler = Labeler.open("mini", classes="mini")
-    together = [m for start in range(0, len(images), 8) for m in labeler.pseudo_label(images[start : start + 8]).label_maps]
-    alone = [labeler.pseudo_label([image]).label_maps[0] for image in images]
+    together, alone = label_maps(labeler, images), label_maps(labeler, images, batch=1)
     different = [int((a != b).sum()) for a, b in zip(alone, together, strict=True)]
     return {
         "images": len(images),
@@ -88,14 +98,12 @@ def _alone_against_batch(images: Images) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = study_parser(__spec__, __doc__)
+    parser = study_parser(__spec__, __doc__, out=RESULT)
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        told = measure(arguments.count, Path(folder))
-    told = {**about(), "scenes": arguments.count, **told}
-    write_result(arguments.out, told)
+        result = {**about(), "scenes": arguments.count, **measure(arguments.count, Path(folder))}
+    write_result(arguments.out, result)
 
 
 if __name__ == "__main__":

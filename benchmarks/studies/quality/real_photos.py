@@ -1,15 +1,12 @@
-"""The full-size chain on a folder of real photographs.
+"""Time of each stage and peak memory of the full-size chain on a folder of real photographs.
 
-Seconds of every stage and the peak memory of the process. With seeded weights the labels mean nothing; what is measured
-is that the chain completes and what it costs. CLIP's gate is measured and then opened for the detector (``--classes``
-phrases all present), so that every image passes every stage.
+With random weights the labels are meaningless; the study shows that the chain completes, and its cost. CLIP runs, but its
+threshold of 0 lets every class through (``--tag-threshold``), so that every image passes every stage.
 """
 
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import threading
 from pathlib import Path
 
@@ -17,22 +14,21 @@ from ....engines.ort_library import onnxruntime
 from ....runtime.labeler import Labeler, Rules
 from ....runtime.run.label_folder import label_folder
 from ....store.local import read_records
-from ..harness import RESULTS, about, study_parser, write_result
+from ..harness import RESULTS, about, log, peak_memory_bytes, study_parser, write_result
 
 RESULT = RESULTS / "real-photos.json"
 
 
 def main() -> None:
-    parser = study_parser(__spec__, __doc__)
+    parser = study_parser(__spec__, __doc__, out=RESULT)
     parser.add_argument("images", type=Path)
     parser.add_argument("--bundle", default="bundle")
     parser.add_argument("--classes", default="voc")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--tag-threshold", type=float, default=0.0, help="0 lets every class through (default)")
     parser.add_argument("--box-threshold", type=float, help="default: the bundle's")
-    parser.add_argument("--store", type=Path, default=Path("build/real-photos"), help="kept: a second run goes on in it")
-    parser.add_argument("--minutes", type=float, default=600.0, help="finish the batches in hand after these")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--store", type=Path, default=Path("build/real-photos"), help="label store; a second run continues it")
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop after this time, when the current batches are done")
     arguments = parser.parse_args()
     rules = Rules(tag_threshold=arguments.tag_threshold, box_threshold=arguments.box_threshold)
     labeler = Labeler.open(arguments.bundle, classes=arguments.classes, rules=rules)
@@ -46,13 +42,13 @@ def main() -> None:
         arguments.store,
         batch=arguments.batch,
         stop=stop,
-        progress=lambda summary: print(summary, file=sys.stderr, flush=True),
+        progress=lambda summary: log(str(summary)),
     )
     runs = [json.loads(line) for line in (arguments.store / "history.jsonl").read_text().splitlines()]
     records = [record for record in read_records(arguments.store) if "label" in record]
-    timed = sum(run["labelled"] for run in runs)  # a killed run's labels stay, its clock is lost
+    timed = sum(run["labelled"] for run in runs)  # the labels of a killed run stay, but its times are lost
     stages = {stage: sum(run["stage_seconds"].get(stage, 0.0) for run in runs) for stage in runs[0]["stage_seconds"]}
-    told = {
+    result = {
         **about(),
         "onnxruntime": onnxruntime.__version__,
         "models": labeler.settings["models"],
@@ -64,9 +60,9 @@ def main() -> None:
         "boxes": sum(len(record["boxes"]) for record in records),
         "images_timed": timed,
         "seconds_per_image": {stage: round(taken / max(timed, 1), 3) for stage, taken in stages.items()},
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "peak_memory_gb": round(peak_memory_bytes() / 1e9, 2),
     }
-    write_result(arguments.out, told)
+    write_result(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Label stores of drawn scenes with labels of our own making, and the score of a trained segmenter on scenes it never saw."""
+"""Label stores with given labels, and the score of a trained segmenter on held-out scenes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,30 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ....classes import named_list
+from ....classes import ClassList, named_list
 from ....mini.scenes import CLASSES, Scene, draw_scene
 from ....photographs import read_photograph
 from ....spec import sha256_of
 from ....store.local import LabelStore, read_records, write_atomically
 from ....train.args import Config
 from ....train.checkpoint import load_run, weights_file
-from ....train.evaluate.metrics import confusion_matrix, mean_iou
+from ....train.evaluate.metrics import mean_iou
 from ....train.run import DTYPES, autocast
 from ....train.validate import whole_image_logits
+from ...confusion import total_confusion
 
 Labels = tuple[np.ndarray, list[dict[str, Any]], dict[str, float]]
-"""A label map (H, W) uint8, the boxes' records, and the score of each tagged class."""
+"""A label map (H, W) uint8, the records of its boxes, and the score of each tagged class."""
 
 
 def true_labels(scene: Scene) -> Labels:
-    """The scene's truth, every object found and sure."""
+    """The scene's truth, with score 1 for every object."""
     boxes = [box_record(scene, row, 1.0, int((scene.instance == row + 1).sum())) for row in range(len(scene.labels))]
     return scene.label, boxes, {CLASSES[label - 1]: 1.0 for label in scene.labels.tolist()}
 
 
 def box_record(scene: Scene, row: int, score: float, won_px: int) -> dict[str, Any]:
-    """A box as a label store's manifest has it."""
+    """A box in the format of a label store's manifest."""
     return {
         "label": CLASSES[int(scene.labels[row]) - 1],
         "score": round(score, 4),
@@ -46,21 +47,21 @@ def box_record(scene: Scene, row: int, score: float, won_px: int) -> dict[str, A
 
 
 def write_store(
-    store: Path, images: Path, names: Iterable[tuple[str, int]], label: Callable[[int, Scene], Labels], rule: str
+    store: Path, images: Path, names: Iterable[str], label: Callable[[str], Labels], classes: ClassList, rule: str
 ) -> None:
-    """Labels images of training scenes, each name with its scene's seed; continues where it was stopped.
+    """Write a label store of images with given labels; continues where it was stopped.
 
     Args:
-        label: from a seed and its scene to what is stored.
-        rule: says how the labels were made.
+        names: of the images below ``images``.
+        label: gives the labels of an image by its name.
+        rule: describes how the labels were made.
     """
     done = {record["path"] for record in read_records(store)} if store.exists() else set()
-    with LabelStore(store, named_list("mini"), {"rule": rule}) as out:
-        for name, seed in names:
+    with LabelStore(store, classes, {"rule": rule}) as out:
+        for name in names:
             if name in done:
                 continue
-            scene = draw_scene(seed)
-            label_map, boxes, tags = label(seed, scene)
+            label_map, boxes, tags = label(name)
             data = (images / name).read_bytes()
             record = {
                 "path": name,
@@ -77,24 +78,38 @@ def write_store(
             out.write(record, label_map)
 
 
+def write_scene_store(
+    store: Path, images: Path, seeds: Mapping[str, int], label: Callable[[int, Scene], Labels], rule: str
+) -> None:
+    """Write a label store of training scenes, as `write_store`.
+
+    Args:
+        seeds: seed of each image's scene, by name.
+        label: gives the labels of a seed and its scene.
+    """
+    write_store(store, images, seeds, lambda name: label(seeds[name], draw_scene(seeds[name])), named_list("mini"), rule)
+
+
 @torch.inference_mode()
 def held_out_miou(run: Path, config: Config, folder: Path, paths: list[Path]) -> float:
-    """mIoU with background of a run's best weights on scenes of ``wsss.mini.scenes.write_scenes``, as one confusion matrix.
+    """mIoU with background of a run's best weights on scenes of ``wsss.mini.scenes.write_scenes``, from one confusion matrix.
 
-    Kept in the run's folder as long as weights and scenes are the same.
+    The score is kept in the run's folder for the same weights and scenes.
     """
     kept, key = run / "held-out.json", f"{sha256_of(weights_file(run))} on {len(paths)} scenes from {paths[0].stem}"
-    if kept.is_file() and (told := json.loads(kept.read_text()))["key"] == key:
-        return float(told["miou"])
+    if kept.is_file() and (stored := json.loads(kept.read_text()))["key"] == key:
+        return float(stored["miou"])
     segmenter, _ = load_run(run)
-    matrix = np.zeros((len(CLASSES) + 1, len(CLASSES) + 2), np.int64)
     cpu = torch.device("cpu")
-    for path in paths:
-        pixels = read_photograph(folder / "images", path.name).pixels
-        truth = np.array(Image.open(folder / "truth" / f"{path.stem}.png"))
-        with autocast(cpu, DTYPES[config.optimizer.precision]):
-            logits = whole_image_logits(segmenter, pixels, config.data, cpu)
-        matrix += confusion_matrix(truth, logits.argmax(dim=0).to(torch.uint8).numpy(), len(CLASSES) + 1)
-    miou = mean_iou(matrix)
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for path in paths:
+            pixels = read_photograph(folder / "images", path.name).pixels
+            with autocast(cpu, DTYPES[config.optimizer.precision]):
+                logits = whole_image_logits(segmenter, pixels, config.data, cpu)
+            truth = np.array(Image.open(folder / "truth" / f"{path.stem}.png"))
+            yield truth, logits.argmax(dim=0).to(torch.uint8).numpy()
+
+    miou = mean_iou(total_confusion(pairs()))
     write_atomically(kept, (json.dumps({"key": key, "miou": miou}) + "\n").encode())
     return miou

@@ -1,24 +1,19 @@
 """The trainer on a folder of real photographs and masks (JPEGImages/, SegmentationClass/).
 
-A label store is made from the true masks and a small network trained on all of it from no weights. A hundred photographs
-teach no network to see; what is asked is whether training runs on real files, nothing is skipped, the loss falls, and the
-network comes to say what its own training images show. The run's page and curve are there to be looked at.
+A label store is made from the true masks, and a small network is trained on all of it from random weights. A hundred photographs
+are too few to train a useful network. The study checks that training runs on real files, that nothing is skipped, that the loss
+falls, and that the network learns to reproduce the labels of its training images.
 """
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ....classes import ClassList, parse_classes
-from ....photographs import read_photograph
 from ....runtime.run.label_folder import label_folder
-from ....store.local import LabelStore, read_records
 from ....train.args import Config, config_from
 from ....train.curve import read_curve
 from ....train.data import Order
@@ -29,7 +24,8 @@ from ....train.loop import train
 from ....train.presets import preset
 from ....train.survey import read_survey
 from ...recipe.predict import trained_labeler
-from ..harness import RESULTS, about, study_parser, write_result
+from ..harness import RESULTS, about, log, set_threads, study_parser, write_result
+from .scene_stores import Labels, write_store
 
 RESULT = RESULTS / "voc-pairs-training.json"
 SETTINGS: dict[str, Any] = {
@@ -38,25 +34,24 @@ SETTINGS: dict[str, Any] = {
     "optimizer": {"rate": 1e-3, "warm_up": 20},
     "machine": {"log_steps": 5},
 }
-"""Over the preset ``mini``: photographs at a quarter to half their size, all of them to train on."""
+"""Changes to the preset ``mini``: photographs at a quarter to half their size, all of them for training."""
 SCALE = 0.4
-"""At which the trained network looks at them."""
+"""Scale of the photographs when the trained network predicts them."""
 AVERAGED = 5
-"""Points of the curve that the first and the last loss are means of."""
+"""Points of the curve that are averaged for the first and the last loss."""
 
 
 def measure(folder: Path, work: Path, classes: ClassList, *, steps: int) -> dict[str, Any]:
-    """What a training on the folder's pairs comes to. Continues where it was stopped."""
+    """Train on the folder's pairs and score the training images. Continues where it was stopped."""
     photographs, masks = folder / "JPEGImages", folder / "SegmentationClass"
     pairs = store_of_masks(photographs, masks, work / "store", classes)
     config = config_from(preset("mini"), SETTINGS, {"optimizer": {"steps": steps}})
-    result = train(work / "store", photographs, work / "run", config, log=_log, watch=lambda now: _log(str(now)))
+    result = train(work / "store", photographs, work / "run", config, log=log, watch=lambda now: log(str(now)))
     survey = read_survey(work / "run" / "survey.json")
     losses = [loss for point in read_curve(work / "run") if (loss := point.get("loss")) is not None]
     predicted = work / "predicted"
-    told = label_folder(
-        trained_labeler(work / "run", precision=config.optimizer.precision, scales=(SCALE,)), photographs, predicted, warn=_log
-    )
+    labeler = trained_labeler(work / "run", precision=config.optimizer.precision, scales=(SCALE,))
+    summary = label_folder(labeler, photographs, predicted, warn=log)
     found = find_label_maps(predicted)
     compared = pair_up(found, find_label_maps(masks))
     scores = scores_from_counts(count_pairs(compared, classes.names), classes.names)
@@ -70,65 +65,43 @@ def measure(folder: Path, work: Path, classes: ClassList, *, steps: int) -> dict
         "minutes": round(result.seconds / 60, 1),
         "first_loss": round(float(np.mean(losses[:AVERAGED])), 4),
         "last_loss": round(float(np.mean(losses[-AVERAGED:])), 4),
-        "predicted": told.labelled + told.skipped,
-        "not_predicted": told.failed + len(compared.missing),
+        "predicted": summary.labelled + summary.skipped,
+        "not_predicted": summary.failed + len(compared.missing),
         "miou_on_training_images": scores["miou"],
         "pixel_accuracy_on_training_images": scores["pixel_accuracy"],
-        "classes_predicted": sum(each["predicted_px"] > 0 for each in scores["classes"][1:]),
+        "classes_predicted": sum(row["predicted_px"] > 0 for row in scores["classes"][1:]),
     }
 
 
 def store_of_masks(photographs: Path, masks: Path, store: Path, classes: ClassList) -> int:
-    """A label store of true masks; continues where it was stopped. Returns the number of pairs."""
-    names = sorted(path.stem for path in masks.glob("*.png"))
-    done = {record["path"] for record in read_records(store)} if store.exists() else set()
-    with LabelStore(store, classes, {"rule": "true masks"}) as out:
-        for name in names:
-            if f"{name}.jpg" in done:
-                continue
-            photo = read_photograph(photographs, f"{name}.jpg")
-            label_map = read_label_map(masks / f"{name}.png")
-            labels = [int(label) for label in np.unique(label_map) if 0 < label < 255]
-            record = {
-                "path": photo.name,
-                "label": f"{name}.png",
-                "bytes": photo.size_bytes,
-                "sha256": hashlib.sha256((photographs / photo.name).read_bytes()).hexdigest(),
-                "height": label_map.shape[0],
-                "width": label_map.shape[1],
-                "classes": {classes.names[label - 1]: 1.0 for label in labels},
-                "boxes": [],
-                "void_px": int((label_map == 255).sum()),
-                "seconds": {},
-            }
-            out.write(record, label_map)
+    """Make a label store of true masks; continues where it was stopped. Returns the number of pairs."""
+    names = sorted(f"{path.stem}.jpg" for path in masks.glob("*.png"))
+
+    def labels_of(name: str) -> Labels:
+        label_map = read_label_map(masks / f"{Path(name).stem}.png")
+        present = [int(label) for label in np.unique(label_map) if 0 < label < 255]
+        return label_map, [], {classes.names[label - 1]: 1.0 for label in present}
+
+    write_store(store, photographs, names, labels_of, classes, "true masks")
     return len(names)
 
 
 def _fewest_draws(count: int, config: Config) -> int:
-    """How often the least seen image came up in the training."""
+    """How often the least drawn image was drawn in the training."""
     order = Order(count, config.seed)
     drawn = np.bincount([order[position] for position in range(config.optimizer.steps * config.data.batch)], minlength=count)
     return int(drawn.min())
 
 
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main() -> None:
-    parser = study_parser(__spec__, __doc__)
+    parser = study_parser(__spec__, __doc__, out=RESULT, work="build/voc-pairs", threads=True)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--classes", default="voc")
     parser.add_argument("--steps", type=int, default=280)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("build/voc-pairs"), help="kept, so that a second call goes on")
-    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    told: dict[str, Any] = {**about()}
-    told |= measure(arguments.folder, arguments.work, parse_classes(arguments.classes), steps=arguments.steps)
-    write_result(arguments.out, told)
+    set_threads(arguments.threads)
+    result = measure(arguments.folder, arguments.work, parse_classes(arguments.classes), steps=arguments.steps)
+    write_result(arguments.out, {**about(), **result})
 
 
 if __name__ == "__main__":

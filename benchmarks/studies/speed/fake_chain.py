@@ -1,7 +1,7 @@
-"""The chain with engines that compute nothing: what remains is the host's own work. For `host_path`.
+"""The chain with engines that compute nothing, which leaves only the host's work. Used by `host_path` and `run_scale`.
 
-Every photograph gets three classes, three boxes and three masks, so that no stage is skipped. Sizes are those of the
-published models (``FULL``) or small ones with the same flow (``SMALL``).
+Every photograph gets three classes, three boxes and three masks, so that no stage is skipped. Sizes are those of the published
+models (``FULL``), or small ones (``SMALL``).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from ....runtime.tag import Tagger
 from ....spec import AxisRange, DType, GraphSpec, Model, Preprocess, TensorSpec, open_bundle
 
 PRESENT = 3
-"""Classes, boxes and masks of every photograph."""
+"""Number of classes, boxes and masks of every photograph."""
 WIDTH = 8
-"""Of embeddings and features, which nobody looks at."""
+"""Width of embeddings and features, whose values do not matter."""
 Feeds = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the host resizes to, and how much it reads back."""
+    """Input sizes that the host resizes to, and output sizes that it reads back."""
 
     view_px: int
     sam_px: int
@@ -63,12 +63,12 @@ SMALL = Sizes(view_px=32, sam_px=64, mask_px=32, short_px=48, longest_px=80, can
 def open_fake(
     sizes: Sizes = FULL, *, encoder_seconds: float = 0.0, queued: bool = False, ends: list[float] | None = None
 ) -> Labeler:
-    """A labeler of VOC's classes whose engines answer at once.
+    """A labeler of VOC's classes whose engines return at once.
 
     Args:
-        encoder_seconds: how long SAM's encoder takes for a call.
-        queued: its calls return at once, as TensorRT's do; otherwise they return when they are computed.
-        ends: gets the moment (``perf_counter``) at which each of its calls was computed.
+        encoder_seconds: time that a call of SAM's encoder takes.
+        queued: calls return before they are computed, as with TensorRT; otherwise afterwards.
+        ends: gets the time (``perf_counter``) at which each encoder call was computed.
     """
     classes, device = parse_classes("voc"), Device(queues=queued)
     bundle = open_bundle(MINI)  # for its tokenizers and settings
@@ -83,11 +83,11 @@ def open_fake(
         seconds: float = 0.0,
         ends: list[float] | None = None,
     ) -> Engine:
-        named = [tuple(dataclasses.replace(spec, name=key) for key, spec in each.items()) for each in (inputs, outputs)]
+        named = [tuple(dataclasses.replace(spec, name=key) for key, spec in specs.items()) for specs in (inputs, outputs)]
         spec = GraphSpec(file=f"{name}.onnx", inputs=named[0], outputs=named[1], axes=axes, opset=18)
         fake = FakeEngine(spec, script, seconds=seconds, queued=queued)
         fake.ends = fake.ends if ends is None else ends
-        fake.calls = deque(maxlen=0)  # what it remembers of each call would count as the run's memory, 1 kB an image
+        fake.calls = deque(maxlen=0)  # its log of calls would add 1 kB an image to the run's memory
         return device.engine(fake, name)
 
     def detector(canvas: tuple[int, int]) -> Engine:
@@ -101,7 +101,7 @@ def open_fake(
                 "position": _t("int64", "batch", "tokens"),
             },
             {"logits": _t("float32", "batch", sizes.queries, "tokens"), "boxes": _t("float32", "batch", sizes.queries, 4)},
-            lambda feeds: _found(feeds, sizes.queries),
+            lambda feeds: _detections(feeds, sizes.queries),
             {"batch": AxisRange(1, 8, 8), "tokens": AxisRange(4, 32, 256)},
         )
 
@@ -183,7 +183,7 @@ def open_fake(
 
 
 class _FirstClasses:
-    """CLIP's host side, and then the first ``PRESENT`` classes in every image."""
+    """CLIP's work on the host, but with the first ``PRESENT`` classes as the result of every image."""
 
     def __init__(self, tagger: Tagger) -> None:
         self._tagger = tagger
@@ -196,7 +196,7 @@ class _FirstClasses:
 
 
 def bare_inputs(labeler: Labeler, photo: Photograph) -> list[np.ndarray]:
-    """The three models' inputs of a photograph, made without any of the chain's bookkeeping."""
+    """The inputs of the three models for a photograph, made without the rest of the chain."""
     stages: tuple[object, ...] = (labeler.tag.stage, labeler.detect.stage, labeler.segment.stage)
     return [stage.prepare(photo, np.zeros(stage.room(photo), np.uint8)) for stage in stages if isinstance(stage, Prepares)]
 
@@ -216,8 +216,8 @@ def _ones(*shape: int) -> np.ndarray:
     return np.ones(shape, np.float32)
 
 
-def _found(feeds: Feeds, queries: int) -> Feeds:
-    """Query q is sure of the q-th phrase; the boxes lie side by side."""
+def _detections(feeds: Feeds, queries: int) -> Feeds:
+    """Query q has a high score for the q-th phrase; the boxes lie side by side."""
     rows, tokens = feeds["phrase"].shape
     logits = np.full((rows, queries, tokens), -9, np.float32)
     boxes = np.zeros((rows, queries, 4), np.float32)
@@ -238,7 +238,7 @@ def _fused(feeds: Feeds) -> Feeds:
 
 @lru_cache(maxsize=16)
 def _drawn(height: int, width: int) -> np.ndarray:
-    """A label map as fusion gives them: three round objects, a void rim where they touch others."""
+    """A label map as fusion makes it: three round objects with a void border."""
     y, x = np.ogrid[:height, :width]
     drawn = np.zeros((height, width), np.uint8)
     for number in range(PRESENT):

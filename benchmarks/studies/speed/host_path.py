@@ -1,27 +1,27 @@
-"""What the host does for an image, engines aside: ``python -m wsss.benchmarks.studies.speed.host_path``.
+"""The host's work for an image, without engines: ``python -m wsss.benchmarks.studies.speed.host_path``.
 
-Figures of `results/host-path.json`:
+Values of `results/host-path.json`:
 
 ``cpu_ms``
-    Processor time an image of a whole run, all threads, with engines that answer at once: reading, hash, decoding, eight
-    resizes (five CLIP views, detector, SAM; every tensor copied into its batch), fusion's host part, PNG, fsync, manifest.
+    CPU time for an image in a whole run, all threads, with engines that return at once: reading, hash, decoding, eight resizes
+    (five CLIP views, detector, SAM; every tensor copied into its batch), the host's part of fusion, PNG, fsync, manifest.
 ``bare_ms``
-    The same photographs decoded, the same resizes, the label encoded: nothing else.
+    The same for decoding, the same resizes and encoding the label map alone.
 ``images_per_second``
-    On one core and on two, and how that scales.
+    On one core and on two, and their ratio.
 ``engine_bound``
-    A small chain whose SAM encoder takes 20 ms a batch of 8: wall time of the whole run over the encoder's own; how much of
-    it passed before its first call and after its last; and the processor time of the run over both cores' wall time. Its
-    calls are queued, as TensorRT's are on a GPU.
+    A small chain whose SAM encoder takes 20 ms for a batch of 8: wall time of the whole run over the encoder's time; the time
+    before its first call and after its last; and the run's CPU time over the wall time of both cores. Encoder calls are queued,
+    as with TensorRT on a GPU.
 ``engine_bound_blocking``
-    The same with an engine that holds its caller until it has computed, as ONNX Runtime's do.
+    The same with calls that block until they are computed, as with ONNX Runtime.
 ``memory_mib``
-    Peak of a run over 500 and over 5,000 images; and over 100,000 listed ones, stopped after the first.
+    Peak of a run over 500 and over 5,000 images; and over 100,000 listed images, stopped after the first.
 ``decoders_ms``
-    Decoders of JPEG beside Pillow, and whether their pixels are the same; those that are not installed are left out.
+    JPEG decoders beside Pillow, and whether their pixels are equal; those that are not installed are left out.
 
-Each figure comes from a process of its own. On a machine that does other work, processor time is nearly undisturbed, the
-rates are not: ``load`` says how many processes wanted to run besides.
+Each value is measured in a separate process. Other work on the machine hardly affects CPU time, but it affects rates; ``load`` is
+the load average at the start.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ import io
 import json
 import os
 import platform
-import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -50,7 +47,7 @@ from .... import __version__
 from ....photographs import read_photograph
 from ....runtime.run.label_folder import Summary, label_folder
 from ....store.local import write_label
-from ..harness import RESULTS, study_parser, write_result
+from ..harness import RESULTS, peak_memory_bytes, run_part, study_parser, write_result
 from .fake_chain import FULL, SMALL, bare_inputs, open_fake
 
 RESULT = RESULTS / "host-path.json"
@@ -59,7 +56,7 @@ ENGINE_SECONDS = 0.02
 
 
 def write_photographs(folder: Path, count: int, size: tuple[int, int], *, different: int = 16) -> None:
-    """``count`` JPEGs of this size (height, width), quality 90, of photographs' smoothness and noise; copies are links."""
+    """Write ``count`` JPEGs of a size (height, width), smooth and noisy like photographs; all but ``different`` are links."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     height, width = size
@@ -76,7 +73,7 @@ def write_photographs(folder: Path, count: int, size: tuple[int, int], *, differ
 
 
 def cpu(folder: Path) -> dict[str, float]:
-    """Milliseconds of processor time an image: of a run, and of its bare decoding, resizing and encoding."""
+    """CPU milliseconds for an image: of a run, and of decoding, resizing and encoding alone."""
     labeler = open_fake(FULL)
     with tempfile.TemporaryDirectory() as out:
         label_folder(labeler, folder / "000", Path(out) / "warm")
@@ -94,7 +91,7 @@ def cpu(folder: Path) -> dict[str, float]:
 
 
 def rate(folder: Path) -> dict[str, float]:
-    """Images a second on the cores that this process may use."""
+    """Images a second on the cores of this process."""
     labeler = open_fake(FULL)
     with tempfile.TemporaryDirectory() as out:
         label_folder(labeler, folder / "000", Path(out) / "warm")
@@ -103,7 +100,7 @@ def rate(folder: Path) -> dict[str, float]:
 
 
 def engine_bound(folder: Path, *, queued: bool = True) -> dict[str, float]:
-    """Wall time of a run over what its engines took, start and end of the run included."""
+    """Wall time of a run, including its start and end, over the time of its engines."""
     ends: list[float] = []
     labeler = open_fake(SMALL, encoder_seconds=ENGINE_SECONDS, queued=queued, ends=ends)
     with tempfile.TemporaryDirectory() as out:
@@ -112,11 +109,11 @@ def engine_bound(folder: Path, *, queued: bool = True) -> dict[str, float]:
         begun, used = time.perf_counter(), time.process_time()
         label_folder(labeler, folder, Path(out) / "store")
         ended, used = time.perf_counter(), time.process_time() - used
-    pure = ENGINE_SECONDS * len(ends)
+    engine_s = ENGINE_SECONDS * len(ends)
     return {
         "wall_s": ended - begun,
-        "engine_s": pure,
-        "ratio": (ended - begun) / pure,
+        "engine_s": engine_s,
+        "ratio": (ended - begun) / engine_s,
         "start_s": ends[0] - ENGINE_SECONDS - begun,
         "end_s": ended - ends[-1],
         "host_load": used / (len(os.sched_getaffinity(0)) * (ended - begun)),
@@ -124,7 +121,7 @@ def engine_bound(folder: Path, *, queued: bool = True) -> dict[str, float]:
 
 
 def engine_bound_blocking(folder: Path) -> dict[str, float]:
-    """The same with an engine that holds its caller."""
+    """The same with an engine whose calls block."""
     return engine_bound(folder, queued=False)
 
 
@@ -138,14 +135,11 @@ def memory(folder: Path) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as out:
         summary = label_folder(open_fake(SMALL), folder, Path(out) / "store", stop=stop, progress=first)
-    # Not getrusage: its peak survives exec, and would be that of the process that started this one.
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert peak
-    return {"images": summary.images, "mib": int(peak[1]) / 1024}
+    return {"images": summary.images, "mib": peak_memory_bytes() / 1024**2}
 
 
 def decoders(folder: Path) -> dict[str, Any]:
-    """Milliseconds of processor time to RGB, by decoder, and whether each gives Pillow's pixels."""
+    """CPU milliseconds to decode to RGB by decoder, and whether its pixels equal Pillow's."""
     path = folder / "000" / "000000.jpg"
     data = path.read_bytes()
 
@@ -166,9 +160,9 @@ def decoders(folder: Path) -> dict[str, Any]:
         return turbo(library).decode(data, pixel_format=library.TJPF_RGB)
 
     turbo = lru_cache(maxsize=1)(lambda library: library.TurboJPEG())
-    told: dict[str, Any] = {}
-    every: tuple[Callable[[], np.ndarray], ...] = (pillow, opencv, simplejpeg, pyturbojpeg)
-    for decode in every:
+    result: dict[str, Any] = {}
+    functions: tuple[Callable[[], np.ndarray], ...] = (pillow, opencv, simplejpeg, pyturbojpeg)
+    for decode in functions:
         try:
             same = bool(np.array_equal(decode(), pillow()))
         except ModuleNotFoundError:
@@ -178,15 +172,15 @@ def decoders(folder: Path) -> dict[str, Any]:
             begun = time.thread_time()
             decode()
             times.append(time.thread_time() - begun)
-        told[decode.__name__] = {"ms": 1000 * float(np.median(times)), "same_pixels": same}
-    return told
+        result[decode.__name__] = {"ms": 1000 * float(np.median(times)), "same_pixels": same}
+    return result
 
 
 PARTS = {part.__name__: part for part in (cpu, rate, engine_bound, engine_bound_blocking, memory, decoders)}
 
 
 def measure(folder: Path, count: int) -> dict[str, Any]:
-    """All figures, each from a process of its own; photographs are written below ``folder``."""
+    """Measure all values, each in a separate process; photographs are written below ``folder``."""
     for name, images, size in (
         ("voc", count, VOC_SIZE),
         ("small", 20 * count, SMALL_SIZE),
@@ -197,18 +191,8 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
         write_photographs(folder / name, images, size)
 
     def part(name: str, photographs: str, cores: int) -> dict[str, float]:
-        command = [
-            sys.executable,
-            "-m",
-            "wsss.benchmarks.studies.speed.host_path",
-            "--part",
-            name,
-            "--images",
-            str(folder / photographs),
-        ]
-        command += ["--cores", str(cores)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return json.loads(done.stdout)
+        arguments = ("--part", name, "--images", folder / photographs, "--cores", cores)
+        return run_part(__spec__, *arguments, env={"OMP_NUM_THREADS": "1"})
 
     one, two = (part("rate", "voc", cores)["images_per_second"] for cores in (1, 2))
     peaks = {name: round(part("memory", name, 2)["mib"], 1) for name in ("500", "5000", "100000")}
@@ -225,19 +209,19 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, prints and writes the result."""
+    """Run the command line of the module."""
     parser = study_parser(__spec__, __doc__)
-    parser.add_argument("--count", type=int, default=320, help="VOC-size photographs")
-    parser.add_argument("--part", choices=PARTS, help="one figure only, as JSON")
-    parser.add_argument("--images", type=Path, help="with --part: the photographs")
-    parser.add_argument("--cores", type=int, default=1, help="with --part: how many it may use")
+    parser.add_argument("--count", type=int, default=320, help="number of VOC-size photographs")
+    parser.add_argument("--part", choices=PARTS, help="measure one value only, and print it as JSON")
+    parser.add_argument("--images", type=Path, help="with --part: folder of the photographs")
+    parser.add_argument("--cores", type=int, default=1, help="with --part: number of cores to use")
     given = parser.parse_args()
     if given.part:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
         print(json.dumps(PARTS[given.part](given.images)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        told = {
+        result = {
             "version": __version__,
             "python": platform.python_version(),
             "pillow": PIL.__version__,
@@ -246,7 +230,7 @@ def main() -> None:
             "photographs": {"height": VOC_SIZE[0], "width": VOC_SIZE[1], "count": given.count},
             **measure(Path(folder), given.count),
         }
-    write_result(RESULT, told)
+    write_result(RESULT, result)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How smooth the report of 10,000 images is: ``python -m wsss.benchmarks.studies.speed.report_page``. Needs Chromium.
+"""Response times of the report of 10,000 images: ``python -m wsss.benchmarks.studies.speed.report_page``. Needs Chromium.
 
-Makes a store of small drawn photographs, writes its report twice (the second time from its own thumbnails), opens it in a
-headless Chromium and does what a reviewer does, five rounds of it. Of each thing the longest task of the page's main
-thread is kept (a task is what the page cannot answer during): in processor time the worst round, by the clock the best
-one, since all that other programs of the machine can do is to lengthen it.
+Makes a store of small drawn photographs, writes its report twice (the second time with existing thumbnails), opens it in a
+headless Chromium and repeats the actions of a reviewer in five rounds. For each action the longest task of the page's main thread
+is recorded, since the page does not respond during a task: the worst round in CPU time, and the best round in wall time, which
+other programs can only lengthen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,25 +25,25 @@ from PIL import Image
 from ....classes import named_list, palette
 from ....runtime.report.page import write_report
 from ....store.local import Record
-from ..harness import RESULTS, about, study_parser, write_result
+from ..harness import RESULTS, about, log, study_parser, write_result
 from .chromium import Chromium
 
 RESULT = RESULTS / "report-page.json"
 FIRST_PAINT_MS, LONG_TASK_MS = 1000, 200
-"""What must hold."""
+"""Limits that must hold."""
 CLASSES = named_list("coco").names
 
 
 def write_store(
     folder: Path, names: Sequence[str], *, classes: Sequence[str] = CLASSES, failures: Sequence[str] = (), seed: int = 0
 ) -> None:
-    """Photographs of up to three plain rectangles below ``folder/images`` and the label store of them in ``folder/store``.
+    """Write photographs of up to three plain rectangles to ``folder/images``, and their label store to ``folder/store``.
 
-    Image i has i % 4 rectangles of classes i, i + 1, ..., but never of the last class; scores and qualities are drawn at
-    random. Written straight to the store's files: a run would wait for the disk after each of 10,000 images.
+    Image i has i % 4 rectangles of classes i, i + 1, ..., but never of the last class; scores and qualities are random. The
+    store's files are written directly, because a run would wait for the disk after each of 10,000 images.
 
     Args:
-        names: of the photographs, PNG or JPEG by their suffix. failures: names of images without a photograph.
+        names: of the photographs, PNG or JPEG by their ending. failures: names of images that could not be read.
     """
     draw = np.random.default_rng(seed)
     store = folder / "store"
@@ -70,10 +69,10 @@ def write_store(
         tags = {box["label"]: round(float(draw.uniform(0.5, 1)), 4) for box in boxes}
         if number % 7 == 0:
             tags[classes[(number + 3) % (len(classes) - 1)]] = 0.6
-        about = {"path": name, "label": label, "bytes": len(data.getvalue()), "height": pixels.shape[0], "width": pixels.shape[1]}
+        image = {"path": name, "label": label, "bytes": len(data.getvalue()), "height": pixels.shape[0], "width": pixels.shape[1]}
         sha256 = hashlib.sha256(data.getvalue()).hexdigest()
         void = int((label_map == 255).sum())
-        records.append({**about, "sha256": sha256, "classes": tags, "boxes": boxes, "void_px": void})
+        records.append({**image, "sha256": sha256, "classes": tags, "boxes": boxes, "void_px": void})
     for name in failures:
         error = f"{name}: not a readable image"
         records.append({"path": name, "label": f"{name}.png", "bytes": 0, "sha256": "", "error": error})
@@ -85,10 +84,10 @@ def _draw(draw: np.random.Generator, number: int, classes: Sequence[str]) -> tup
     height, width = (48, 64) if number % 3 else (64, 48)
     pixels = np.full((height, width, 3), draw.integers(40, 216, 3), np.uint8)
     label_map, boxes = np.zeros((height, width), np.uint8), []
-    for each in range(number % 4):
+    for rectangle in range(number % 4):
         x0, y0 = int(draw.integers(0, width - 20)), int(draw.integers(0, height - 20))
         x1, y1 = x0 + int(draw.integers(8, 20)), y0 + int(draw.integers(8, 20))
-        row = (number + each) % (len(classes) - 1)
+        row = (number + rectangle) % (len(classes) - 1)
         pixels[y0:y1, x0:x1] = draw.integers(0, 256, 3)
         label_map[y0:y1, x0:x1] = row + 1
         label_map[y0 : y0 + number % 3, x0:x1] = 255
@@ -99,7 +98,7 @@ def _draw(draw: np.random.Generator, number: int, classes: Sequence[str]) -> tup
 
 
 def measure(count: int, folder: Path) -> dict[str, Any]:
-    """Everything of the result that is about the report; ``folder`` is empty and takes the store."""
+    """Measure the report of ``count`` images; ``folder`` must be empty and takes the store."""
     names = [f"part-{number // 1000}/photo-{number:06}.jpg" for number in range(count)]
     write_store(folder, names, failures=[f"bad-{number:02}.jpg" for number in range(20)])
     seconds = []
@@ -107,14 +106,14 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
         start = time.perf_counter()
         page = write_report(folder / "store", folder / "images", folder / "store" / "report.html")
         seconds.append(round(time.perf_counter() - start, 2))
-        print(f"report written in {seconds[-1]} s", file=sys.stderr)
-    told = {
+        log(f"report written in {seconds[-1]} s")
+    result = {
         "images": count,
         "write_seconds": {"first": seconds[0], "from its thumbnails": seconds[1]},
         "data_bytes": (page.with_name("report.files") / "data.js").stat().st_size,
     }
     with Chromium(seconds=120) as browser:
-        return {**told, **_opening(browser, page), "longest_task_ms": _using(browser, page)}
+        return {**result, **_opening(browser, page), "longest_task_ms": _longest_tasks(browser, page)}
 
 
 def _opening(browser: Chromium, page: Path, times: int = 5) -> dict[str, Any]:
@@ -128,9 +127,9 @@ def _opening(browser: Chromium, page: Path, times: int = 5) -> dict[str, Any]:
     return {"first_paint_ms": _spread(paints), "gallery_ready_ms": _spread(ready)}
 
 
-def _using(browser: Chromium, page: Path, rounds: int = 5) -> dict[str, dict[str, float]]:
-    """The longest task of each thing a reviewer does."""
-    doings: dict[str, Callable[[], object]] = {
+def _longest_tasks(browser: Chromium, page: Path, rounds: int = 5) -> dict[str, dict[str, float]]:
+    """The longest task of each action of a reviewer."""
+    actions: dict[str, Callable[[], object]] = {
         "opening": lambda: browser.open(page.as_uri()),
         "scrolling": lambda: _scroll(browser),
         "turning 10 pages": lambda: _presses(browser, "n", 10),
@@ -144,19 +143,19 @@ def _using(browser: Chromium, page: Path, rounds: int = 5) -> dict[str, dict[str
         "large view, 20 images": lambda: _walk(browser),
         "a phone, 5 pages": lambda: _phone(browser),
     }
-    told: dict[str, dict[str, float]] = {}
+    longest: dict[str, dict[str, float]] = {}
     for _ in range(rounds):
         browser.show(1440, 900)
-        for name, do in doings.items():
-            clock, processor = browser.longest_task_ms(do)
-            before = told.get(name, {"clock": clock, "processor": processor})
-            told[name] = {
+        for name, action in actions.items():
+            clock, processor = browser.longest_task_ms(action)
+            before = longest.get(name, {"clock": clock, "processor": processor})
+            longest[name] = {
                 "clock": round(min(clock, before["clock"]), 1),
                 "processor": round(max(processor, before["processor"]), 1),
             }
-    for name, each in told.items():
-        print(f"{name:24} {each['clock']:6.1f} ms, {each['processor']:6.1f} ms of the processor", file=sys.stderr)
-    return told
+    for name, task in longest.items():
+        log(f"{name:24} {task['clock']:6.1f} ms, {task['processor']:6.1f} ms of CPU time")
+    return longest
 
 
 def _scroll(browser: Chromium) -> None:
@@ -202,19 +201,15 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = study_parser(__spec__, __doc__)
+    parser = study_parser(__spec__, __doc__, out=RESULT)
     parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        told = measure(arguments.count, Path(folder))
-    longest = max(value for name, each in told["longest_task_ms"].items() if name != "opening" for value in each.values())
-    told = {
-        **about(),
-        **told,
-        "holds": told["first_paint_ms"]["worst"] <= FIRST_PAINT_MS and longest <= LONG_TASK_MS,
-    }
-    write_result(arguments.out, told)
+        result = measure(arguments.count, Path(folder))
+    tasks = result["longest_task_ms"]
+    longest = max(value for name, task in tasks.items() if name != "opening" for value in task.values())
+    holds = result["first_paint_ms"]["worst"] <= FIRST_PAINT_MS and longest <= LONG_TASK_MS
+    write_result(arguments.out, {**about(), **result, "holds": holds})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a run over many images costs the process that drives it, alone and with labelers on a Ray cluster.
+"""The cost of a run over many images in the process that drives it, alone and with labelers on a Ray cluster.
 
-Engines compute nothing and photographs are tiny, so that only the bookkeeping is left: listing, comparing with the manifest,
-Ray Data's calls, receipts and lines. ``docs/scale.md`` is written from the result. Needs ray.
+Engines compute nothing and photographs are tiny, which leaves only the administration: listing, comparing with the manifest, Ray
+Data's calls, receipts and lines. ``docs/scale.md`` shows the result. Needs ray.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -25,7 +22,7 @@ from ....runtime.run.label_folder import Summary, label_folder
 from ....runtime.run.listing import Found
 from ....runtime.run.sources import listing
 from ....store.local import LabelStore, read_records
-from ..harness import RESULTS, about, study_parser, write_result
+from ..harness import RESULTS, about, peak_memory_bytes, run_part, study_parser, write_result
 from .fake_chain import SMALL, open_fake
 
 RESULT = RESULTS / "run-scale.json"
@@ -33,7 +30,7 @@ FOLDERS = 100
 
 
 def listing_cost(folder: Path, count: int) -> dict[str, float]:
-    """CPU microseconds an image of listing a folder, and of comparing it with a whole manifest, from ``count`` empty files."""
+    """CPU microseconds an image to list ``count`` empty files, and to compare them with a complete manifest."""
     labeler = open_fake(SMALL)
     for number in range(count):
         path = folder / "photos" / f"{number % FOLDERS:02}" / f"{number:08}.jpg"
@@ -72,12 +69,12 @@ def _line(folder: Path, image: Found) -> dict[str, Any]:
         "bytes": 0,
         "mtime_ns": (folder / image.name).stat().st_mtime_ns,
         "sha256": hashlib.sha256(b"").hexdigest(),
-        "error": json.dumps([box, box]),  # of the usual length, and current without a label
+        "error": json.dumps([box, box]),  # gives the line the usual length, and makes it current without a label file
     }
 
 
 def ray_cost(folder: Path, count: int, workers: int) -> dict[str, Any]:
-    """CPU of the driver an image, images a second, and the driver's memory, with labelers that compute nothing."""
+    """The driver's CPU time an image, its memory, and images a second, with labelers that compute nothing."""
     from ....runtime.ray.executor import RayExecutor
 
     rng = np.random.default_rng(0)
@@ -86,13 +83,13 @@ def ray_cost(folder: Path, count: int, workers: int) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(path)
     marks: list[tuple[float, float, int]] = []
-    """Seconds of the clock and of this process's CPU, and images done, at the first and at the last progress."""
+    """Wall seconds, CPU seconds of this process, and images done, at the first and at the last progress."""
 
     def progress(summary: Summary) -> None:
         marks[1:] = [(time.perf_counter(), time.process_time(), summary.labelled + summary.failed)]
 
     with RayExecutor(partial(open_fake, SMALL), address="local", workers=workers, gpu=False, batch=8) as executor:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory_bytes()
         label_folder(executor, folder / "photos", folder / "out", progress=progress)
     assert len(list(read_records(folder / "out"))) == count
     (start, start_cpu, already), (end, end_cpu, total) = marks
@@ -101,30 +98,27 @@ def ray_cost(folder: Path, count: int, workers: int) -> dict[str, Any]:
         "workers": workers,
         "images_per_second": round((total - already) / (end - start), 1),
         "driver_us": round(1e6 * (end_cpu - start_cpu) / (total - already), 1),
-        "driver_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
-        "driver_memory_before_mb": round(before / 1e3),
+        "driver_memory_mb": round(peak_memory_bytes() / 1e6),
+        "driver_memory_before_mb": round(before / 1e6),
     }
 
 
 def _measured(name: str, count: int, workers: int) -> dict[str, Any]:
-    """One measurement in a process of its own, whose memory is nobody else's."""
-    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--part", name, "--count", str(count)]
-    done = subprocess.run([*command, "--workers", str(workers)], check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    """One measurement in a separate process, so that its memory can be measured."""
+    return run_part(__spec__, "--part", name, "--count", count, "--workers", workers)
 
 
 def main() -> None:
     parser = study_parser(__spec__, __doc__)
-    parser.add_argument("--count", type=int, default=20_000, help="images that are listed; a fifth of them are labeled")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1)))
-    parser.add_argument("--part", choices=("listing", "ray"), help="one measurement only, as JSON")
+    parser.add_argument("--count", type=int, default=20_000, help="images to list; a fifth of them are labeled")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--part", choices=("listing", "ray"), help="make one measurement only, and print it as JSON")
     arguments = parser.parse_args()
     if arguments.part:
-        with tempfile.TemporaryDirectory() as folder:
-            if arguments.part == "listing":
-                print(json.dumps(listing_cost(Path(folder), arguments.count)))
-            else:
-                print(json.dumps(ray_cost(Path(folder), arguments.count, arguments.workers)))
+        with tempfile.TemporaryDirectory() as name:
+            folder, count, workers = Path(name), arguments.count, arguments.workers
+            cost = listing_cost(folder, count) if arguments.part == "listing" else ray_cost(folder, count, workers)
+        print(json.dumps(cost))
         return
     result: dict[str, Any] = {**about(), "listing": _measured("listing", arguments.count, 1)}
     fifth = arguments.count // 5

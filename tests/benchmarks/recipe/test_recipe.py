@@ -1,4 +1,4 @@
-"""The recipe: one command from a data folder to the field's table, on a few drawn scenes in VOC's and COCO's layouts."""
+"""The recipe: one command from a data folder to a table of results, on a few drawn scenes in VOC's and COCO's layouts."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def counted_by_hand(data: Path, store: Path, split: str) -> float:
             np.array(Image.open(path)) for path in (data / "SegmentationClass" / f"{name}.png", store / "labels" / f"{name}.png")
         )
         for label in range(13):
-            mine, its = found[truth != 255] == label, truth[truth != 255] == label
-            hit[label] += (mine & its).sum()
-            union[label] += (mine | its).sum()
+            predicted, true = found[truth != 255] == label, truth[truth != 255] == label
+            hit[label] += (predicted & true).sum()
+            union[label] += (predicted | true).sum()
     return float((hit[union > 0] / union[union > 0]).mean())
 
 
@@ -89,9 +89,9 @@ def test_the_table_says_what_must_be_disclosed(unbroken: tuple[Path, Result]) ->
     out, result = unbroken
     text = (out / "table.txt").read_text()
     assert text == as_text(result) + "\n"
-    for said in ("unet mobilenet_v2", "random weights", "weights mini", "scale 0.75 1 mirrored", "not measured (--crf)"):
-        assert said in text
-    assert "train has 2 images, the field's 1,464" in text and "other lists, not comparable" in text
+    for part in ("unet mobilenet_v2", "random weights", "weights mini", "scale 0.75 1 mirrored", "not measured (--crf)"):
+        assert part in text
+    assert "train has 2 images, usually 1,464" in text and "other lists, not comparable" in text
     ours = [line for line in text.splitlines() if line.startswith("this run")]
     assert len(ours) == 1 and f"{100 * result.rows[2].scores['miou']:.1f}" in ours[0].split()  # type: ignore[operator]
     assert "Chen & Sun" in text and "Chen & Sun" not in as_text(dataclasses.replace(result, dataset="drawn scenes"))
@@ -115,8 +115,8 @@ def test_stopped_anywhere_it_goes_on_to_the_same(drawn: Path, unbroken: tuple[Pa
     result = run(of(drawn, tmp_path / "run", log=stop_at("")))
     assert "labels: 0 labeled, 5 done before, 0 failed" in lines and "val-1: 0 labeled, 3 done before, 0 failed" in lines
     assert not any(line.startswith("step ") for line in lines), "the training is finished"
-    for mine, its in zip(result.rows, unbroken[1].rows, strict=True):
-        assert mine.scores["confusion"] == its.scores["confusion"]
+    for row, expected in zip(result.rows, unbroken[1].rows, strict=True):
+        assert row.scores["confusion"] == expected.scores["confusion"]
 
 
 def test_scores_are_kept_until_labels_or_truth_change(
@@ -125,7 +125,7 @@ def test_scores_are_kept_until_labels_or_truth_change(
     out = Path(shutil.copytree(unbroken[0], tmp_path / "run", symlinks=True))
     asked: list[int] = []
     count = module.count_pairs
-    monkeypatch.setattr(module, "count_pairs", lambda *told, **more: asked.append(1) or count(*told, **more))
+    monkeypatch.setattr(module, "count_pairs", lambda *args, **kwargs: asked.append(1) or count(*args, **kwargs))
     first = run(of(drawn, out))
     assert not asked and first.rows == unbroken[1].rows
     moved = of(data, out)
@@ -137,7 +137,7 @@ def test_scores_are_kept_until_labels_or_truth_change(
     assert run(moved).rows[2] != first.rows[2] and len(asked) == 6, "val alone is counted again"
 
 
-def test_broken_photographs_count_as_wrong_and_are_told(data: Path, unbroken: tuple[Path, Result], tmp_path: Path) -> None:
+def test_broken_photographs_count_as_wrong_and_are_reported(data: Path, unbroken: tuple[Path, Result], tmp_path: Path) -> None:
     for split in voc(data).training, voc(data).val:
         list(split.images.values())[-1].write_bytes(b"no photograph")
     result = run(of(data, tmp_path / "run"))
@@ -153,7 +153,7 @@ def test_broken_photographs_count_as_wrong_and_are_told(data: Path, unbroken: tu
 def test_other_lists_need_another_folder(data: Path, unbroken: tuple[Path, Result]) -> None:
     listed = data / "ImageSets" / "Segmentation" / "val.txt"
     listed.write_text("\n".join(listed.read_text().split()[:2]))
-    with pytest.raises(WsssError, match="was begun with other names in the lists"):
+    with pytest.raises(WsssError, match="was started with other names in the lists"):
         run(of(data, unbroken[0]))
 
 
@@ -177,23 +177,23 @@ def add_name(path: str, name: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (drop("JPEGImages"), "expected VOC 2012 with JPEGImages/"),
         (drop("ImageSets/Segmentation/val.txt"), "has no list .*val.txt"),
         (drop("ImageSets/Segmentation/trainaug.txt"), "(?s)has no list .*trainaug.txt.*--train-on train does without"),
         (drop("SegmentationClassAug"), "the true label maps of trainaug are missing"),
         (add_name("val.txt", "2007_000001"), "has no photograph of 2007_000001, which .*val.txt names"),
-        (add_name("val.txt", "scene-7000005"), "scene-7000005 stands there twice"),
+        (add_name("val.txt", "scene-7000005"), "scene-7000005 is listed twice"),
         (add_name("train.txt", "scene-7000005"), "lacks 1 images of train.txt, for example scene-7000005"),
         (drop("SegmentationClass/scene-7000006.png"), "has no label map of scene-7000006"),
     ],
 )
-def test_what_is_missing_is_said(data: Path, spoil: Callable[[Path], None], said: str) -> None:
+def test_missing_files_are_named(data: Path, spoil: Callable[[Path], None], message: str) -> None:
     spoil(data)
-    with pytest.raises(WsssError, match=said.split(".*--")[0]) as caught:
+    with pytest.raises(WsssError, match=message.split(".*--")[0]) as caught:
         voc(data)
-    assert "--train-on" not in said or "--train-on train" in str(caught.value)
+    assert "--train-on" not in message or "--train-on train" in str(caught.value)
 
 
 def test_without_trainaug_train_is_labelled(data: Path) -> None:
@@ -220,7 +220,7 @@ def test_coco_has_its_two_folders(data: Path, tmp_path: Path) -> None:
         (tmp_path / f"{split}.txt").write_text(f"{name} 45 49 50\n")
     found = coco(folder, train_list=tmp_path / "train.txt", val_list=tmp_path / "val.txt")
     assert list(found.training.images) == ["COCO_train2014_000000000009"] and found.val.truth.name == "val2014"
-    assert found.deviation() == "train has 1 images, the field's 82,081, val has 1 images, the field's 40,137"
+    assert found.deviation() == "train has 1 images, usually 82,081, val has 1 images, usually 40,137"
     shutil.rmtree(folder / "val2014")
     with pytest.raises(WsssError, match="val2014 is missing"):
         coco(folder, train_list=tmp_path / "train.txt", val_list=tmp_path / "val.txt")

@@ -1,4 +1,4 @@
-"""The benchmark of one huge photograph, on a small one: what it holds the label map against, and what it says of memory."""
+"""The study of one huge photograph, on a small one: its reference for the label map, and its memory."""
 
 from __future__ import annotations
 
