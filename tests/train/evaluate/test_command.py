@@ -168,7 +168,7 @@ def test_mistakes(score: Run, wsss: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(score(truth="empty"), 1, "empty: no label map in it")
     write(tmp_path / "others", {"x": [[0]]})
-    refused(score(truth="others"), 1, "no common names: predicted has a.png, others asks for x.png", "hint: ")
+    refused(score(truth="others"), 1, "no common names: predicted has a.png, others has x.png", "hint: ")
     write(tmp_path / "sizes", {"a": [[0, 0], [0, 0]]})
     refused(score(truth="sizes"), 1, "predicted/a.png: is 4 x 1 pixels, its truth sizes/a.png is 2 x 2", "never resized")
     (tmp_path / "predicted" / "a.png").write_bytes((tmp_path / "predicted" / "a.png").read_bytes()[:50])
