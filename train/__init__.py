@@ -1,1 +1,1 @@
-"""Stage two: what is learned from pseudo-labels, and how label maps are scored."""
+"""Train a segmenter on pseudo-labels, and score label maps."""

@@ -1,6 +1,6 @@
-"""Every setting of a training, grouped by who reads it. No torch: the command line shows these before it loads anything.
+"""Settings of a training, grouped by the code that reads them. Imports no torch, so that the command line starts fast.
 
-A configuration is a preset (`wsss.train.presets`), changed by a TOML file, changed by what is typed:
+A configuration is a preset (`wsss.train.presets`), overridden by a TOML file, overridden by typed flags:
 
     [data]
     crop = 321            # on the command line: --crop 321, or --set data.crop=321
@@ -24,10 +24,10 @@ from ..reading.documents import parse_toml, read_toml
 
 Value = str | int | float | bool | list[int] | list[float]
 Tables = Mapping[str, Any]
-"""A configuration as TOML gives it: ``{"seed": 0, "data": {"crop": 321}}``; only what is told."""
+"""A configuration in the form of TOML: ``{"seed": 0, "data": {"crop": 321}}``; settings may be missing."""
 
 MAX_PARTS = 4
-"""Of a setting's name: no table lies deeper."""
+"""Parts of a setting's name: the depth of the tables."""
 Architecture = Literal["deeplabv2", "deeplabv3plus", "upernet", "unet", "smp-segformer", "segformer", "mask2former"]
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """RGB on the 0-255 scale, as torchvision's ImageNet models were trained (torchvision/transforms/_presets.py)."""
@@ -35,13 +35,13 @@ IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """Which network, and what it starts from."""
+    """The network and its initial weights."""
 
     architecture: Architecture = "deeplabv3plus"
     """segmentation-models-pytorch: deeplabv3plus, upernet, unet, smp-segformer. transformers: segformer, mask2former.
-    deeplabv2 is here: a segmentation-models-pytorch encoder under the paper's head."""
+    deeplabv2: our own, a segmentation-models-pytorch encoder with the paper's head."""
     encoder: str = "resnet101"
-    """Any encoder name of segmentation-models-pytorch; b0 to b5 for segformer; swin-tiny, -small, -base, -large for
+    """An encoder of segmentation-models-pytorch; b0 to b5 for segformer; swin-tiny, -small, -base or -large for
     mask2former."""
     options: Mapping[str, Value] = field(default_factory=dict)
     """Further arguments of the architecture's constructor, for example ``encoder_output_stride = 8``."""
@@ -49,48 +49,48 @@ class ModelArgs:
     """``none`` (random, from the seed), ``hub:NAME`` (downloaded: a weight set of segmentation-models-pytorch such as
     imagenet, or a model name for transformers), a weights file, or the folder of another run."""
     new_head: bool = False
-    """Let the layers that tell classes apart start at random where the given weights have other classes."""
+    """Start the classification layers at random if the given weights have other classes."""
     batch_norm: Literal["train", "frozen", "sync"] = "train"
-    """train: statistics of each process's batch. frozen: those of the initial weights, scale and shift learn on.
+    """train: statistics of each process's batch. frozen: those of the initial weights, while scale and shift are trained.
     sync: statistics over all processes (torch's SyncBatchNorm; GPUs only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataArgs:
-    """What the network sees in a step."""
+    """Images, crops and augmentation."""
 
     crop: int = 512
     """Side of the square training crop, pixels."""
     largest_share: float = 1.0
-    """A crop of which one label covers more than this share is drawn again, up to ten times (mmsegmentation's
-    ``cat_max_ratio``, 0.75 there): fewer crops of mere background."""
+    """A crop in which one label covers more than this share is drawn again, up to ten times, to avoid crops of background
+    only (mmsegmentation's ``cat_max_ratio``, 0.75 there)."""
     batch: int = 16
-    """Images of one optimizer step, over all processes and forward passes together."""
+    """Images per optimizer step, over all processes and forward passes together."""
     accumulate: int = 1
-    """Forward passes that make up one step on each process."""
+    """Forward passes per step on each process."""
     shorter_px: int = 0
-    """Every image is first resized so that its shorter side has so many pixels and its longer one at most four times as many,
-    in training and ever after (mmsegmentation's ``Resize`` with ``keep_ratio``): the network meets objects of fewer sizes.
-    0: images stay at their own scale."""
+    """Every image is first resized so that its shorter side has this many pixels and its longer one at most four times as many,
+    in training and inference (mmsegmentation's ``Resize`` with ``keep_ratio``), so that object sizes vary less.
+    0: images keep their own scale."""
     scale: tuple[float, float] = (0.5, 2.0)
-    """Smallest and largest factor by which an image is resized before the crop, drawn uniformly; on top of ``shorter_px``."""
+    """Smallest and largest factor, drawn uniformly, by which an image is resized before the crop, after ``shorter_px``."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Color jitter of brightness, contrast, saturation and hue, as torchvision's ColorJitter takes them."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """RGB on the 0-255 scale, subtracted."""
+    """RGB on the 0-255 scale, subtracted from the pixels."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """RGB on the 0-255 scale, divided by."""
+    """RGB on the 0-255 scale, by which the pixels are divided."""
     balance: Literal["none", "weights", "sampling"] = "none"
-    """Rare classes. weights: 1 / log(1.02 + share of pixels) in the loss (ENet, arXiv:1606.02147, section 5.2). sampling:
-    images of rare classes come more often, by the repeat factors of LVIS (arXiv:1908.03195, appendix B.1)."""
+    """Handling of rare classes. weights: weights 1 / log(1.02 + share of pixels) in the loss (ENet, arXiv:1606.02147, section
+    5.2). sampling: images of rare classes are drawn more often, by LVIS's repeat factors (arXiv:1908.03195, appendix B.1)."""
     sampling_threshold: float = 0.05
-    """Share of images below which ``sampling`` repeats a class."""
+    """Share of images with a class below which ``sampling`` repeats them."""
     validation_share: float = 0.05
-    """Share of the store's images kept out of the training, to choose the best weights; picked by a hash of their path."""
+    """Share of the store's images held out of the training to choose the best weights; selected by a hash of their path."""
     validation_limit: int = 500
-    """At most so many images are used for that."""
+    """Largest number of images held out."""
 
     def __post_init__(self) -> None:
         _at_least("data.crop", self.crop, 16)
@@ -110,7 +110,7 @@ class DataArgs:
             )
         if min(self.jitter) < 0 or self.jitter[3] > 0.5:
             raise UsageError(
-                f"data.jitter: expected four numbers from 0, the hue's at most 0.5, got {list(self.jitter)}",
+                f"data.jitter: expected four numbers >= 0, the hue at most 0.5, got {list(self.jitter)}",
                 hint="--set data.jitter=[0.5, 0.5, 0.5, 0.1]",
             )
         if min(self.std) <= 0:
@@ -121,16 +121,16 @@ class DataArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class LossArgs:
-    """What is minimized; `wsss.train.loss` cites each paper."""
+    """The loss; `wsss.train.loss` cites the papers."""
 
     kind: Literal["cross-entropy", "bootstrapped", "symmetric", "masks"] = "cross-entropy"
-    """masks: the set loss of mask2former, and of no other architecture."""
+    """masks: the set loss, for mask2former only."""
     confidence: bool = True
-    """Weigh every pixel by how sure the label store is of its class in that image."""
+    """Weight every pixel by the label store's confidence in its class in that image."""
     confidence_floor: float = 0.1
-    """Least such weight."""
+    """Smallest such weight."""
     bootstrap: float = 0.8
-    """bootstrapped: weight of the label, the rest is the network's own answer."""
+    """bootstrapped: weight of the label; the rest is the weight of the network's own prediction."""
     symmetric: tuple[float, float] = (1.0, 1.0)
     """symmetric: weights of the cross-entropy and of the reverse cross-entropy."""
 
@@ -139,37 +139,37 @@ class LossArgs:
         _within("loss.bootstrap", self.bootstrap, 0, 1)
         if min(self.symmetric) < 0 or max(self.symmetric) == 0:
             raise UsageError(
-                f"loss.symmetric: expected two numbers from 0, one above it, got {list(self.symmetric)}",
+                f"loss.symmetric: expected two numbers >= 0 that are not both 0, got {list(self.symmetric)}",
                 hint="--set loss.symmetric=[1.0, 1.0]",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerArgs:
-    """How the weights move, and for how long."""
+    """Optimizer, learning rate schedule and duration."""
 
     kind: Literal["sgd", "adamw"] = "sgd"
     steps: int = 20_000
-    """Updates of the weights."""
+    """Number of optimizer steps."""
     rate: float = 1e-3
     """Peak learning rate of the encoder."""
     head_factor: float = 10.0
-    """The rate of all other layers is so many times the encoder's."""
+    """Factor of the learning rate of all other layers."""
     momentum: float = 0.9
     """SGD's momentum; AdamW's first beta."""
     weight_decay: float = 1e-4
-    """On matrices and kernels; biases and norms have none under adamw."""
+    """Under adamw only of matrices and kernels, not of biases and norms."""
     schedule: Literal["poly", "cosine"] = "poly"
     power: float = 0.9
     """poly: rate x (1 - step / steps) ^ power (ParseNet, arXiv:1506.04579)."""
     warm_up: int = 0
-    """Steps over which the rate first rises linearly from nearly zero."""
+    """Steps in which the rate rises linearly from nearly zero."""
     clip_norm: float = 0.0
-    """Largest norm of the gradient; 0 leaves it as it is."""
+    """Largest norm of the gradient; 0: not clipped."""
     average: float = 0.0
-    """Decay of the running average of the weights, which is then what is kept, for example 0.999; 0: no average."""
+    """Decay of a running average of the weights, which then replaces them in the result, for example 0.999; 0: no average."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the forward pass (autocast); weights, loss and optimizer stay float32. fp16 scales the loss."""
+    """Precision of the forward pass (autocast); weights, loss and optimizer stay float32. fp16 scales the loss."""
 
     def __post_init__(self) -> None:
         _at_least("optimizer.steps", self.steps, 1)
@@ -183,23 +183,24 @@ class OptimizerArgs:
         _within("optimizer.average", self.average, 0, 0.999999)
         if self.warm_up >= self.steps:
             raise UsageError(
-                f"optimizer.warm_up is {self.warm_up} of only {self.steps} steps", hint="a smaller warm_up, or more --steps"
+                f"optimizer.warm_up: expected less than {self.steps} steps, got {self.warm_up}",
+                hint="lower it, or raise --steps",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineArgs:
-    """What changes the speed, not the result: a run may be continued with others of these."""
+    """Settings that change the speed but not the result: a run may be continued with other values."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 2
-    """Processes that load images, for each process that trains; 0 loads in the training process."""
+    """Processes that load images, per training process; 0: the training process loads them."""
     channels_last: bool = True
     """Memory order of images and kernels: faster convolutions on most machines."""
     compile: bool = False
-    """torch.compile: a slow start, then faster steps."""
+    """Use torch.compile: a slow start, then faster steps."""
     checkpoint_seconds: float = 180.0
-    """Time between checkpoints; 0 writes one every step."""
+    """Time between checkpoints; 0: one every step."""
     log_steps: int = 20
     """Steps between two points of the curve."""
     tensorboard: bool = False
@@ -213,13 +214,13 @@ class MachineArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All of it. ``config.json`` of a run holds exactly this."""
+    """The complete configuration, as written to a run's ``config.json``."""
 
     preset: str = ""
     source: str = ""
-    """Where the preset's numbers come from."""
+    """Source of the preset's numbers."""
     seed: int = 0
-    """Decides the random weights, the order of the images, their augmentation and dropout."""
+    """Seed of the random weights, the order of the images, their augmentation and dropout."""
     validation_steps: int = 1000
     """Steps between two validations."""
     model: ModelArgs = field(default_factory=ModelArgs)
@@ -235,7 +236,7 @@ class Config:
         if is_masks != (self.loss.kind == "masks"):
             kinds = "masks" if is_masks else "cross-entropy, bootstrapped or symmetric"
             raise UsageError(
-                f"loss.kind: {self.model.architecture} is trained by {kinds}, got {self.loss.kind}",
+                f"loss.kind: expected {kinds} for {self.model.architecture}, got {self.loss.kind}",
                 hint=f"--set loss.kind={'masks' if is_masks else 'cross-entropy'}",
             )
         if is_masks and self.data.balance == "weights":
@@ -245,17 +246,17 @@ class Config:
 
 
 def deciding(config: Config) -> dict[str, Any]:
-    """The part of a configuration that decides the weights: all but ``machine``. JSON values only."""
-    told: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    del told["machine"]
-    return told
+    """The part of a configuration that decides the weights: all but ``machine``, as JSON values."""
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    del settings["machine"]
+    return settings
 
 
 def config_from(*layers: Tables) -> Config:
-    """The configuration that these layers make together; a later one wins, key by key.
+    """Merge layers into a configuration; later layers override earlier ones, key by key.
 
     Raises:
-        UsageError: an unknown table or key (names the nearest right one), a value of the wrong type, a contradiction.
+        UsageError: an unknown table or key (names the closest match), a value of the wrong type, or a contradiction.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -265,15 +266,15 @@ def config_from(*layers: Tables) -> Config:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The tables of ``--config``. Raises UsageError when it is no TOML file."""
+    """Read the tables of ``--config``. Raises UsageError if it is not a TOML file."""
     return read_toml(path, where=f"--config {path}", error=UsageError)
 
 
 def typed(assignment: str) -> dict[str, Any]:
-    """``data.crop=321`` as tables. Values are TOML; what is no TOML value is a word.
+    """Parse ``data.crop=321`` into tables. A value that is not TOML is a string.
 
     Raises:
-        UsageError: no ``=`` in it.
+        UsageError: there is no ``=``.
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
@@ -282,8 +283,8 @@ def typed(assignment: str) -> dict[str, Any]:
     if len(parts) > MAX_PARTS:
         raise UsageError(f"--set {key[:60]}: expected TABLE.KEY, got {len(parts)} parts", hint="for example --set data.crop=321")
     try:
-        read = parse_toml(f"value = {text}", "--set", error=UsageError)
-        tables: Any = read["value"] if len(read) == 1 else text.strip()
+        document = parse_toml(f"value = {text}", "--set", error=UsageError)
+        tables: Any = document["value"] if len(document) == 1 else text.strip()
     except UsageError:
         tables = text.strip()
     for part in reversed(parts):
@@ -299,21 +300,21 @@ def _merged(below: Tables, above: Tables) -> dict[str, Any]:
     return both
 
 
-def _built(kind: type[Any], told: Tables, prefix: str) -> Any:
+def _built(kind: type[Any], settings: Tables, prefix: str) -> Any:
     hints = typing.get_type_hints(kind)
-    known = [each.name for each in dataclasses.fields(kind)]
-    for key in told:
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in settings:
         if key not in known:
             near = get_close_matches(key[:60], known, 1)
             raise UsageError(
                 f"there is no setting {prefix}{key[:60]}",
-                hint=f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(prefix + name for name in known)}",
+                hint=f"did you mean {prefix}{near[0]}?" if near else f"settings: {', '.join(prefix + name for name in known)}",
             )
-    return kind(**{key: _value(value, hints[key], prefix + key) for key, value in told.items()})
+    return kind(**{key: _value(value, hints[key], prefix + key) for key, value in settings.items()})
 
 
 def _value(value: Any, hint: Any, key: str) -> Any:
-    """``value`` as the field's type; ints pass for floats, lists for tuples."""
+    """Check a value against a field's type; ints are accepted for floats, lists for tuples."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
@@ -331,15 +332,15 @@ def _value(value: Any, hint: Any, key: str) -> Any:
                 f"{key}: expected {len(inner)} numbers as [a, b], got {reprlib.repr(value)}",
                 hint=f"--set {key}=[{', '.join('1.0' for _ in inner)}]",
             )
-        return tuple(_value(each, part, key) for each, part in zip(value, inner, strict=True))
+        return tuple(_value(item, part, key) for item, part in zip(value, inner, strict=True))
     if origin is not None:  # Mapping[str, Value]
         if not isinstance(value, Mapping):
             raise UsageError(f"{key}: expected a table [{key}], got {reprlib.repr(value)}", hint=f"--set {key}.NAME=VALUE")
-        for name, each in value.items():
-            if not _is_plain(each):
+        for name, option in value.items():
+            if not _is_plain(option):
                 raise UsageError(
-                    f"{key}.{name[:60]}: expected a word, numbers, or true or false, got {reprlib.repr(each)}",
-                    hint="what the architecture's constructor takes",
+                    f"{key}.{name[:60]}: expected a string, numbers, or true or false, got {reprlib.repr(option)}",
+                    hint="give an argument of the architecture's constructor",
                 )
         return dict(value)
     if isinstance(value, int) and abs(value) >= 1 << 63:
@@ -354,12 +355,12 @@ def _value(value: Any, hint: Any, key: str) -> Any:
 def _is_plain(value: Any, depth: int = 3) -> bool:
     if isinstance(value, Mapping | list):
         inner = list(value.values()) if isinstance(value, Mapping) else value
-        return depth > 0 and all(_is_plain(each, depth - 1) for each in inner)
-    return isinstance(value, str | bool) or (isinstance(value, int | float) and abs(value) < 1 << 63)  # NaN is not
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in inner)
+    return isinstance(value, str | bool) or (isinstance(value, int | float) and abs(value) < 1 << 63)  # false for NaN
 
 
-_EXAMPLES: dict[type, str] = {int: "8", float: "0.5", bool: "true", str: "WORD"}
-_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+_EXAMPLES: dict[type, str] = {int: "8", float: "0.5", bool: "true", str: "TEXT"}
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 def _at_least(key: str, value: int, least: int) -> None:

@@ -1,9 +1,9 @@
-"""A run's folder: what a training leaves behind, and how to open it again. safetensors and JSON, each file whole or not at all.
+"""The folder of a training run: safetensors and JSON files, each written atomically.
 
 config.json          every setting
-segmenter.json       what rebuilds the network without a network connection: `RunRecord`
+segmenter.json       all that is needed to rebuild the network offline: `RunRecord`
 best.safetensors     weights of the best validation, if there was one
-last.safetensors     weights and all else that the training needs to go on
+last.safetensors     weights and all other state needed to continue the training
 curve.jsonl          loss, learning rate and validation by step; curve.png and report.html show it
 """
 
@@ -24,69 +24,69 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import UsageError, WeightsError
+from ..files import write_atomically
 from ..reading.checkpoints import check_safetensors
 from ..reading.documents import parse_json, read_bytes
-from ..store.local import write_atomically
 from .model import Segmenter, build_segmenter
 
 FORMAT = 1
 MAX_NUMBER = 1 << 31
-"""Of steps, images and pixels in a record."""
+"""Largest number of steps, images or pixels in a record."""
 MAX_RECORD_BYTES = 1 << 22
-"""Of segmenter.json: the names of tensors that stayed random take most of it."""
+"""Size of segmenter.json: mostly the names of tensors that stayed random."""
 MAX_WIDTH, MAX_OPTIONS = 1 << 12, 64
-"""Of a network's layers: numbers in its options, and how many values stand together."""
+"""Limits of a network's options: the numbers, and how many values a list or table has."""
 _KINDS: dict[str, type] = {"str": str, "int": int, "tuple": list, "Mapping": dict}
 RECORD, BEST, LAST = "segmenter.json", "best.safetensors", "last.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """All that turns a run's weights into a working segmenter, and where they come from."""
+    """All that is needed to rebuild a segmenter from a run's weights, and where they come from."""
 
     architecture: str
     encoder: str
     options: Mapping[str, Any]
     classes: tuple[str, ...]
-    """Names by label value from 1; label 0 is background. The network has one output more."""
+    """Names of labels 1, 2, ...; label 0 is background, so the network has one more output."""
     mean: tuple[float, float, float]
     """RGB on the 0-255 scale: subtracted from the pixels."""
     std: tuple[float, float, float]
     """RGB on the 0-255 scale: divided by."""
     crop: int
-    """Side of the training crop in pixels: the size at which the network is at home."""
+    """Side of the training crop in pixels."""
     multiple_of: int
-    """Sides of its input must be multiples of it."""
+    """The sides of the network's input must be multiples of this."""
     steps: int
-    """Length of the whole training."""
+    """Steps of the complete training."""
     preset: str
     source: str
-    """Where the schedule comes from."""
+    """Source of the schedule."""
     init: Mapping[str, Any]
-    """What it started from: `wsss.train.weights.Initial`."""
+    """The initial weights: `wsss.train.weights.Initial`."""
     store: str
-    """Digest of what it was trained on: `wsss.train.survey.Survey`."""
+    """Digest of the training data: `wsss.train.survey.Survey`."""
     images: int
-    """Trained on, validation aside."""
+    """Number of training images, without validation images."""
     tools: Mapping[str, str]
-    """Versions of what trained it."""
+    """Versions of the software that trained it."""
     shorter_px: int = 0
-    """Shorter side to which every image is resized first; 0: none is, as in runs that do not tell."""
+    """Shorter side to which every image is resized first; 0: not resized, also in older runs without this field."""
     format: int = FORMAT
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a training has come, beside its tensors."""
+    """State of a training other than its tensors."""
 
     step: int = 0
     seconds: float = 0.0
-    """Trained so far, all sittings together."""
+    """Training time so far, over all sessions."""
     best_miou: float | None = None
-    """None until a validation could score."""
+    """None until there was a validation score."""
     best_step: int = 0
     left_out: int = 0
-    """Steps whose gradient overflowed in fp16: they changed no weight."""
+    """Steps without an update because the gradient overflowed in fp16."""
     recent: list[float] = field(default_factory=list)
     """Losses since the last point of the curve."""
     scaler: dict[str, float] = field(default_factory=dict)
@@ -94,14 +94,14 @@ class Progress:
 
 
 def load_run(folder: Path, which: str = "best") -> tuple[Segmenter, RunRecord]:
-    """A trained segmenter on the CPU, in evaluation mode, float32. Needs no network connection.
+    """Load a trained segmenter on the CPU, in evaluation mode, float32. Needs no network connection.
 
     Args:
-        folder: of ``wsss train --out``.
-        which: ``best`` (the last ones where no validation chose), or ``last``.
+        folder: the ``--out`` of ``wsss train``.
+        which: ``best`` (the last weights if there was no validation), or ``last``.
 
     Raises:
-        WeightsError: no run, or one that is damaged or unfinished before its first checkpoint.
+        WeightsError: not a run, damaged, or without a checkpoint yet.
     """
     record = read_record(folder)
     try:
@@ -110,22 +110,22 @@ def load_run(folder: Path, which: str = "best") -> tuple[Segmenter, RunRecord]:
         raise WeightsError(f"{folder / RECORD}: {error.message}", hint="the file is damaged, or of another version") from None
     path, weights = weights_file(folder, which), weights_of(folder, which)
     if not_finite := [name for name, value in weights.items() if not value.isfinite().all()]:
-        raise WeightsError(f"{path}: {not_finite[0]} holds NaN or infinity", hint="train again, or take weights that are whole")
+        raise WeightsError(f"{path}: {not_finite[0]} holds NaN or infinity", hint="train again, or use other weights")
     try:
         segmenter.network.load_state_dict(weights)
     except RuntimeError as error:
         raise WeightsError(
-            f"{path}: does not fit {RECORD}: {str(error).partition(chr(10))[0]}", hint="take both files of one run"
+            f"{path}: does not fit {RECORD}: {str(error).partition(chr(10))[0]}", hint="use both files of the same run"
         ) from None
     return segmenter.eval(), record
 
 
 def read_record(folder: Path) -> RunRecord:
-    """A run's record. Raises WeightsError when ``folder`` holds none that this version reads."""
+    """Read a run's record. Raises WeightsError if ``folder`` has no record that this version reads."""
     path = folder / RECORD
     if not path.exists():
         raise WeightsError(f"{folder}: expected the folder of a training (with {RECORD})", hint="wsss train makes one")
-    hint = "the file is damaged: take it from where the run was made"
+    hint = "the file is damaged: copy it again from its source"
     data = read_bytes(path, error=WeightsError, hint=hint, max_bytes=MAX_RECORD_BYTES)
     try:
         return _checked(parse_json(data, str(path), error=WeightsError, hint=hint))
@@ -134,63 +134,62 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def _checked(record: Any) -> RunRecord:
-    """The record in a JSON value. Raises ValueError: types, ranges, or keys are not those of `RunRecord`."""
+    """Check a JSON value and convert it. Raises ValueError if types, ranges or keys are not those of `RunRecord`."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")
     if record.get("format") != FORMAT:
         raise ValueError(f"expected format {FORMAT}, got {record.get('format')!r:.60}")
-    for each in dataclasses.fields(RunRecord):
-        kind, value = _KINDS[str(each.type).partition("[")[0]], record.get(each.name)
-        if each.name not in record and each.default is dataclasses.MISSING:
-            raise ValueError(f"{each.name} is missing")
-        if each.name in record and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise ValueError(f"{each.name}: expected {kind.__name__}, got {value!r:.60}")
-    unknown = record.keys() - {each.name for each in dataclasses.fields(RunRecord)}
-    if unknown:
-        raise ValueError(f"no setting of a run: {min(unknown)!r:.60}")
+    for field_ in dataclasses.fields(RunRecord):
+        kind, name = _KINDS[str(field_.type).partition("[")[0]], field_.name
+        if name not in record and field_.default is dataclasses.MISSING:
+            raise ValueError(f"{name} is missing")
+        if name in record and (not isinstance(record[name], kind) or isinstance(record[name], bool)):
+            raise ValueError(f"{name}: expected {kind.__name__}, got {record[name]!r:.60}")
+    if unknown := record.keys() - {field_.name for field_ in dataclasses.fields(RunRecord)}:
+        raise ValueError(f"unknown setting {min(unknown)!r:.60}")
     for name, least in (("crop", 1), ("multiple_of", 1), ("steps", 0), ("images", 0), ("shorter_px", 0)):
         if not least <= record.get(name, least) <= MAX_NUMBER:
             raise ValueError(f"{name}: expected {least} to {MAX_NUMBER:,}, got {record[name]:.6g}")
     classes = record["classes"]
-    if not 1 <= len(classes) <= 254 or not all(isinstance(each, str) and each.strip() for each in classes):
+    if not 1 <= len(classes) <= 254 or not all(isinstance(name, str) and name.strip() for name in classes):
         raise ValueError(f"classes: expected 1 to 254 names, got {classes!r:.60}")
     if len(set(classes)) < len(classes):
-        raise ValueError("classes: a name stands twice")
+        raise ValueError("classes: a name occurs twice")
     for name in ("mean", "std"):
         numbers = record[name]
-        if len(numbers) != 3 or not all(type(each) in (int, float) and abs(each) <= 1e6 for each in numbers):
+        if len(numbers) != 3 or not all(type(number) in (int, float) and abs(number) <= 1e6 for number in numbers):
             raise ValueError(f"{name}: expected three numbers, got {numbers!r:.60}")
     if min(record["std"]) <= 0:
         raise ValueError(f"std: expected numbers above 0, got {record['std']}")
-    if not re.fullmatch(r"[\w.+-]+", record["encoder"]):  # a name with a colon or a slash would be looked for on the web
+    if not re.fullmatch(r"[\w.+-]+", record["encoder"]):  # a name with a colon or a slash would be downloaded
         raise ValueError(f"encoder: expected a name, got {record['encoder']!r:.60}")
     _check_options(record["options"])
     return RunRecord(**{**record, **{key: tuple(record[key]) for key in ("classes", "mean", "std")}})
 
 
 def _check_options(value: Any) -> None:
-    """Raises ValueError for what would build a network beyond any memory."""
+    """Raises ValueError for options of a network too large for any memory."""
     if isinstance(value, dict | list):
         if len(value) > MAX_OPTIONS:
             raise ValueError(f"options: expected at most {MAX_OPTIONS} values, got {len(value):,}")
-        for each in value.values() if isinstance(value, dict) else value:
-            _check_options(each)
+        for option in value.values() if isinstance(value, dict) else value:
+            _check_options(option)
     elif isinstance(value, int | float) and abs(value) > MAX_WIDTH:
         raise ValueError(f"options: expected numbers up to {MAX_WIDTH}, got {value:.6g}")
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
-    """Leaves the record in a run's folder."""
+    """Write the record to a run's folder."""
     write_json(folder / RECORD, dataclasses.asdict(record))
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes JSON for people and programs."""
+    """Write indented JSON atomically."""
     write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def weights_file(folder: Path, which: str = "best") -> Path:
-    """The file that holds a run's weights. Raises WeightsError when there is none yet."""
+    """The path of a run's weights. Raises WeightsError if there are none yet."""
     for name in (BEST, LAST) if which == "best" else (LAST,):
         if (folder / name).is_file():
             return folder / name
@@ -200,7 +199,7 @@ def weights_file(folder: Path, which: str = "best") -> Path:
 
 
 def weights_of(folder: Path, which: str = "best") -> dict[str, Tensor]:
-    """A run's weights by the network's names; of ``last.safetensors`` the running average, where there is one."""
+    """A run's weights by the network's names; from ``last.safetensors`` the running average if there is one."""
     path = weights_file(folder, which)
     tensors, _ = read_tensors(path)
     if path.name == BEST:
@@ -210,12 +209,12 @@ def weights_of(folder: Path, which: str = "best") -> dict[str, Tensor]:
 
 
 def save_best(folder: Path, network: nn.Module, *, step: int, miou: float) -> None:
-    """Writes ``best.safetensors``."""
+    """Write ``best.safetensors``."""
     write_tensors(folder / BEST, dict(network.state_dict()), {"step": step, "miou": miou})
 
 
 def save_last(folder: Path, network: nn.Module, average: nn.Module | None, optimizer: Optimizer, progress: Progress) -> None:
-    """Writes ``last.safetensors``: network, running average, optimizer and progress in one file, so that they agree."""
+    """Write ``last.safetensors``: network, running average, optimizer and progress in one file, so that they match."""
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
     if average is not None:
         tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
@@ -227,9 +226,9 @@ def save_last(folder: Path, network: nn.Module, average: nn.Module | None, optim
 
 
 def restore_last(folder: Path, network: nn.Module, average: nn.Module | None, optimizer: Optimizer) -> Progress:
-    """Puts everything back as `save_last` found it. Raises WeightsError when the file is damaged or of another network."""
+    """Restore the state that `save_last` wrote. Raises WeightsError if the file is damaged or of another network."""
     path = folder / LAST
-    tensors, told = read_tensors(path)
+    tensors, record = read_tensors(path)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -242,10 +241,10 @@ def restore_last(folder: Path, network: nn.Module, average: nn.Module | None, op
         for name, value in part("optimizer.").items():
             key, _, parameter_name = name.partition(".")
             parameter = parameters[parameter_name]
-            # like the parameter in device and memory order; Adam's count of steps is a scalar on the CPU
+            # device and memory order of the parameter; Adam's step count is a scalar on the CPU
             kept = value if value.ndim == 0 else torch.empty_like(parameter, requires_grad=False).copy_(value)
             optimizer.state[parameter][key] = kept
-        return _progress(told)
+        return _progress(record)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{path}: does not fit this run: {str(error).partition(chr(10))[0]}", hint="give a new --out"
@@ -253,32 +252,32 @@ def restore_last(folder: Path, network: nn.Module, average: nn.Module | None, op
 
 
 def _progress(record: dict[str, Any]) -> Progress:
-    """Raises TypeError or ValueError where it is none."""
+    """Check and convert a record. Raises TypeError or ValueError."""
     progress = Progress(**record)
     if not isinstance(progress.step, int) or progress.step < 0 or not isinstance(progress.recent, list):
         raise ValueError(f"step {progress.step!r:.60}")
-    if progress.best_miou is not None and progress.best_miou < 0:  # as older runs wrote for none
+    if progress.best_miou is not None and progress.best_miou < 0:  # older runs wrote -1 for None
         progress.best_miou = None
     return progress
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """One safetensors file with JSON in its header, whole or not at all."""
+    """Write a safetensors file with JSON metadata atomically."""
     flat = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_atomically(path, save(flat, {"about": json.dumps(about, allow_nan=False)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote. Raises WeightsError."""
-    hint = "give a new --out, or weights that are whole"
+    """Read the tensors and metadata that `write_tensors` wrote. Raises WeightsError."""
+    hint = "give a new --out, or undamaged weights"
     check_safetensors(path, hint=hint)
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("about", "")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{path}: damaged: {error}", hint=hint) from None
-    about = parse_json(text, f"{path}: damaged: its notes", hint=hint, error=WeightsError)
+    about = parse_json(text, f"{path}: damaged: its metadata", hint=hint, error=WeightsError)
     if not isinstance(about, dict):
-        raise WeightsError(f"{path}: damaged: expected notes of a training, got {type(about).__name__}", hint=hint)
+        raise WeightsError(f"{path}: damaged: expected metadata of a training, got {type(about).__name__}", hint=hint)
     return tensors, about

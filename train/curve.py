@@ -1,4 +1,4 @@
-"""The course of a training: a file of points, and a picture of them."""
+"""Training curves: a file of points and a plot."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WsssError
-from ..store.local import write_atomically
+from ..files import write_atomically
 
 CURVE, PICTURE = "curve.jsonl", "curve.png"
 Point = dict[str, float | None]
-"""``{"step", "loss", "rate", "seconds"}`` or ``{"step", "miou"}``; None where there was no number."""
+"""``{"step", "loss", "rate", "seconds"}`` or ``{"step", "miou"}``; None for a missing value."""
 
 
 def read_curve(folder: Path) -> list[Point]:
-    """A run's points by step. A line that is none, as a last one cut by a crash, ends them; NaN of older runs is None."""
+    """Read a run's points, up to the first invalid line (for example one cut by a crash). NaN of older runs becomes None."""
     path = folder / CURVE
     points: list[Point] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
@@ -32,12 +32,12 @@ def read_curve(folder: Path) -> list[Point]:
 
 
 def _finite(value: Any) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """The value, or None for NaN and infinity, which JSON cannot represent."""
     return value if type(value) in (int, float) and math.isfinite(value) else None
 
 
 class Writer:
-    """Adds points to a run's curve; those after ``step`` are dropped, since they will come again."""
+    """Appends points to a run's curve. Existing points after ``step`` are removed, since they will be written again."""
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool) -> None:
         kept = [point for point in read_curve(folder) if (point["step"] or 0) <= step]
@@ -46,7 +46,7 @@ class Writer:
         self._board: Any = _board(folder, step) if tensorboard else None
 
     def add(self, step: int, **values: float | None) -> None:
-        """One point; a value that is None, or not finite, is null."""
+        """Append a point; a value that is None or not finite becomes null."""
         point = {name: _finite(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **point}, allow_nan=False) + "\n")
         self._file.flush()
@@ -56,7 +56,7 @@ class Writer:
                     self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Ends both files."""
+        """Close the files."""
         self._file.close()
         if self._board:
             self._board.close()
@@ -71,7 +71,7 @@ def _board(folder: Path, step: int) -> Any:
 
 
 def draw(folder: Path) -> Path:
-    """Writes ``curve.png``: loss and learning rate, and below them the validation, where there was one."""
+    """Write ``curve.png``: loss and learning rate, and below them the validation scores if there are any."""
     from matplotlib.figure import Figure
 
     points = read_curve(folder)
@@ -88,7 +88,7 @@ def draw(folder: Path) -> Path:
     rates.set_ylim(bottom=0)
     if scores:
         panels[1].plot(_column(scores, "step"), _column(scores, "miou"), color="tab:green", marker=".")
-        panels[1].set_ylabel("mIoU, images kept out")
+        panels[1].set_ylabel("mIoU, held-out images")
         panels[1].grid(alpha=0.3)
     panels[-1].set_xlabel("step")
     picture = io.BytesIO()

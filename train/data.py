@@ -1,8 +1,8 @@
-"""Labeled images as training batches.
+"""Load labeled images as training batches.
 
-Which image comes when, and how it is changed, follows from (seed, position) alone; position counts the images since the
-beginning of the run. Hence a resumed run sees what the unbroken one would have seen, and two processes with half the batch
-each see what one process sees.
+The image at a position, and its augmentation, depend only on (seed, position), where position counts images since the start of
+the run. So a resumed run sees the same images as an uninterrupted one, and two processes with half the batch each see the same
+images as one process.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ..store.local import read_label
 from .args import DataArgs
 from .survey import Item
 
-# First part of the seed sequences, so that no two purposes share a stream.
+# First part of the seed sequences: each purpose has its own random stream.
 _ORDER, _AUGMENT, _STEP = 0, 1, 2
 _BLOCK = 4096
-"""Weighted draws are made so many at a time."""
+"""Weighted draws are made in blocks of this size."""
 _CROPS_TRIED = 10
 
 
@@ -41,14 +41,14 @@ class Batch:
     pixels: Tensor
     """(B, 3, crop, crop) float32, RGB, normalized."""
     label: Tensor
-    """(B, crop, crop) uint8, 255 is not learned from."""
+    """(B, crop, crop) uint8, 255 is ignored."""
     confidence: Tensor
-    """(B, C + 1) float32 in [0, 1]: how sure the store is of each label value in each image."""
+    """(B, C + 1) float32 in [0, 1]: the store's confidence in each label value in each image."""
     item: Tensor
-    """(B,) int64, which item of the training set each row is."""
+    """(B,) int64, index into the training items."""
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> Batch:
-        """On another device."""
+        """Copy to a device."""
         return Batch(
             pixels=self.pixels.to(device, memory_format=memory_format, non_blocking=True),
             label=self.label.to(device, non_blocking=True),
@@ -58,7 +58,7 @@ class Batch:
 
 
 def step_seed(seed: int, step: int, accumulated: int, rank: int) -> int:
-    """What the network's own chance (dropout, drop path) starts from in one forward pass."""
+    """The seed of the network's randomness (dropout, drop path) in a forward pass."""
     return _seed(_STEP, seed, step, accumulated, rank)
 
 
@@ -67,11 +67,11 @@ def _seed(*parts: int) -> int:
 
 
 class Order:
-    """Which item stands at each position.
+    """Maps positions to items.
 
     Args:
-        count: items. weights: (count,) draws with replacement in proportion to these; without them every item comes once
-            an epoch, in an order of its own.
+        count: number of items. weights: (count,) draw with replacement in proportion to these; without them, every epoch is
+            a new permutation of the items.
     """
 
     def __init__(self, count: int, seed: int, weights: np.ndarray | None = None) -> None:
@@ -89,9 +89,9 @@ class Order:
 
 
 class Positions:
-    """The positions of one process's forward passes, from ``first`` step to the last: a batch sampler.
+    """Batch sampler: the positions of one process's forward passes, from step ``first`` to the last.
 
-    A step's images lie [forward pass][process][row], so that any number of processes shares the same steps.
+    A step's positions are ordered [forward pass][process][row], so that steps do not depend on the number of processes.
     """
 
     def __init__(self, args: DataArgs, *, first: int, steps: int, rank: int, world: int) -> None:
@@ -109,7 +109,7 @@ class Positions:
 
 
 class Crops(Dataset[Batch | WsssError]):
-    """Augmented crops by position; a picture that cannot be read comes back as its error, since loaders lose their words."""
+    """Augmented crops by position. An unreadable image is returned as its error, since DataLoader would lose the message."""
 
     def __init__(self, store: Path, images: Path, items: Sequence[Item], args: DataArgs, *, seed: int, order: Order) -> None:
         self._store, self._images, self._items = store, images, items
@@ -127,8 +127,8 @@ class Crops(Dataset[Batch | WsssError]):
             torch.manual_seed(_seed(_AUGMENT, self._seed, position))
             scale = float(torch.empty(1).uniform_(*self._args.scale))
             size = working_size(label.shape, self._args, scale)
-            cut = random_crop(resized(pixels, size), resized_label(label, size), self._args)
-            image, mask = self._augment(*cut)
+            crop = random_crop(resized(pixels, size), resized_label(label, size), self._args)
+            image, mask = self._augment(*crop)
         return Batch(
             pixels=normalized(image, self._args)[None],
             label=mask[None],
@@ -138,7 +138,7 @@ class Crops(Dataset[Batch | WsssError]):
 
 
 def read_pair(store: Path, images: Path, item: Item) -> tuple[np.ndarray, np.ndarray]:
-    """A photograph (H, W, 3) uint8 RGB and its label map (H, W) uint8. Raises StoreError if it is not what was surveyed."""
+    """Read a photograph (H, W, 3) uint8 RGB and its label map (H, W) uint8. Raises StoreError if they changed."""
     photo = read_photograph(images, item.path)
     if photo.sha256 != item.sha256:
         raise StoreError(f"{images / item.path}: the image has changed since it was labeled", hint="label it again")
@@ -149,29 +149,29 @@ def read_pair(store: Path, images: Path, item: Item) -> tuple[np.ndarray, np.nda
 
 
 def working_size(shape: tuple[int, ...], args: DataArgs, scale: float = 1.0) -> tuple[int, int]:
-    """(height, width) at which the network sees a photograph of (height, width), at this scale."""
+    """(height, width) to which a photograph of (height, width) is resized for the network, times ``scale``."""
     height, width = shape
     return scaled(height, width, scale * (shorter_factor(height, width, args.shorter_px) if args.shorter_px else 1))
 
 
 def resized(pixels: np.ndarray, size: tuple[int, int]) -> tv_tensors.Image:
-    """(H, W, 3) uint8 as (3, h, w): Pillow's bilinear with antialias, as the runtime resizes."""
+    """Resize (H, W, 3) uint8 to (3, h, w) with Pillow's antialiased bilinear filter, as the runtime does."""
     if pixels.shape[:2] != size:
         pixels = np.array(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 def resized_label(label: np.ndarray, size: tuple[int, int]) -> tv_tensors.Mask:
-    """(H, W) uint8 as (h, w): the nearest pixel's."""
+    """Resize (H, W) uint8 to (h, w) by nearest neighbor."""
     mask = torch.from_numpy(label)[None]
     return tv_tensors.Mask(v2.functional.resize(mask, list(size), v2.InterpolationMode.NEAREST_EXACT)[0])
 
 
 def random_crop(image: tv_tensors.Image, label: tv_tensors.Mask, args: DataArgs) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """A square of ``args.crop`` pixels, padded with the mean color and void; see ``args.largest_share``."""
+    """Crop a random square of ``args.crop`` pixels, padded with the mean color and void; see ``args.largest_share``."""
     side = args.crop
     across, down = (max(side - length, 0) for length in (label.shape[1], label.shape[0]))
-    if across or down:  # on both sides, so that the crop lies anywhere around it
+    if across or down:  # on both sides, so that the image may be anywhere in the crop
         image = v2.functional.pad(image, [across, down], fill=[round(value) for value in args.mean])
         label = v2.functional.pad(label, [across, down], fill=VOID)
     height, width = label.shape
@@ -187,19 +187,19 @@ def random_crop(image: tv_tensors.Image, label: tv_tensors.Mask, args: DataArgs)
 
 
 def augmentation(args: DataArgs) -> v2.Transform:
-    """Flip and color jitter."""
+    """Random flip and color jitter."""
     flip = v2.RandomHorizontalFlip(args.flip)
     return v2.Compose([flip, v2.ColorJitter(*args.jitter)]) if any(args.jitter) else flip
 
 
 def normalized(image: Tensor, args: DataArgs) -> Tensor:
-    """(..., 3, H, W) uint8 to float32."""
+    """Normalize (..., 3, H, W) uint8 to float32."""
     mean, std = (torch.tensor(value)[:, None, None] for value in (args.mean, args.std))
     return (image.as_subclass(Tensor).float() - mean) / std
 
 
-def together(rows: Sequence[Batch | WsssError]) -> Batch | WsssError:
-    """One batch of many rows, or the first error among them."""
+def collate(rows: Sequence[Batch | WsssError]) -> Batch | WsssError:
+    """Concatenate rows into a batch, or return the first error among them."""
     good = []
     for row in rows:
         if isinstance(row, WsssError):
@@ -214,9 +214,9 @@ def together(rows: Sequence[Batch | WsssError]) -> Batch | WsssError:
 
 
 def batches(crops: Crops, positions: Positions, *, workers: int, pin: bool) -> Iterator[Batch]:
-    """The forward passes of a run, in order. Raises the error of an image that cannot be read."""
+    """The batches of a run's forward passes, in order. Raises the error of an unreadable image."""
     loader = DataLoader(
-        crops, batch_sampler=positions, collate_fn=together, num_workers=workers, pin_memory=pin, worker_init_fn=_one_thread
+        crops, batch_sampler=positions, collate_fn=collate, num_workers=workers, pin_memory=pin, worker_init_fn=_one_thread
     )
     for loaded in loader:
         if isinstance(loaded, WsssError):
@@ -241,7 +241,7 @@ def class_weights(items: Sequence[Item]) -> np.ndarray:
 
 
 def repeat_factors(items: Sequence[Item], threshold: float) -> np.ndarray:
-    """(N,) float64 how often each image should come: the largest max(1, sqrt(threshold / f)) of its classes.
+    """(N,) float64 relative frequency of drawing each image: the largest max(1, sqrt(threshold / f)) of its classes.
 
     f is the share of images with that class. LVIS, arXiv:1908.03195, appendix B.1.
     """

@@ -1,4 +1,4 @@
-"""The processes of a training: one, or as many as ``torchrun`` started."""
+"""The processes of a training: one, or those that ``torchrun`` started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .args import MachineArgs
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among its fellows."""
+    """This process's rank, the number of processes, and its device."""
 
     rank: int
     size: int
@@ -25,37 +25,37 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this is the process that writes files and logs."""
         return self.rank == 0
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum of every process's ``value``, on all of them; changed in place."""
+        """Sum ``value`` over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def wait(self) -> None:
-        """Returns when every process is here."""
+        """Wait until every process has called this."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def joined(args: MachineArgs) -> Iterator[World]:
-    """The world for the duration of a training.
+    """Join the process group for the duration of a training.
 
     Raises:
-        WsssError: no GPU where one is asked for, or fewer GPUs than processes. UsageError: torchrun's variables are broken.
+        WsssError: a GPU is requested but missing, or there are fewer GPUs than processes. UsageError: invalid torchrun variables.
     """
-    rank, size, local = _told("RANK", 0), _told("WORLD_SIZE", 1), _told("LOCAL_RANK", 0)
-    here = _told("LOCAL_WORLD_SIZE", size)
+    rank, size, local = _variable("RANK", 0), _variable("WORLD_SIZE", 1), _variable("LOCAL_RANK", 0)
+    local_size = _variable("LOCAL_WORLD_SIZE", size)
     gpus = torch.cuda.device_count()
     kind = args.device if args.device != "auto" else ("cuda" if gpus else "cpu")
     if kind == "cuda" and not gpus:
         raise WsssError("--device cuda: PyTorch finds no GPU", hint="--device cpu, or install a driver and a CUDA build of torch")
-    if kind == "cuda" and here > gpus:
+    if kind == "cuda" and local_size > gpus:
         raise WsssError(
-            f"torchrun started {here} processes on this machine, it has {gpus} GPU{'s' if gpus > 1 else ''}",
+            f"torchrun started {local_size} processes on this machine, it has {gpus} GPU{'s' if gpus > 1 else ''}",
             hint=f"torchrun --nproc-per-node {gpus}; a GPU that is missing may be hidden by CUDA_VISIBLE_DEVICES "
             f"(now {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
         )
@@ -72,8 +72,8 @@ def joined(args: MachineArgs) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _told(name: str, default: int) -> int:
+def _variable(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
-        raise UsageError(f"{name} in the environment: expected torchrun's number, got {text!r}", hint=f"unset {name}")
+        raise UsageError(f"environment variable {name}: expected a number set by torchrun, got {text!r}", hint=f"unset {name}")
     return int(text)

@@ -1,7 +1,7 @@
-"""The training itself: from a label store to a segmenter, in plain PyTorch.
+"""The training loop: from a label store to a segmenter, in plain PyTorch.
 
-A run is a sequence of numbered steps. All that is drawn by chance follows from (seed, step), and a checkpoint holds all that
-a step leaves behind, so that a run that was killed anywhere ends with the weights of one that was not.
+A run is a sequence of numbered steps. All randomness depends only on (seed, step), and a checkpoint has the complete state after
+a step, so a run that was killed at any point ends with the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from .model import build_from, criterion_for
 from .optimizer import rate_at
 from .page import PAGE, write_page
 from .run import Run, check_divisible, memory_format
-from .survey import Item, Survey, look_through, read_survey, write_survey
+from .survey import Item, Survey, read_survey, survey_store, write_survey
 from .validate import predictions, validate
 from .weights import Initial, load_initial
 
 Log = Callable[[str], None]
 CONFIG, SURVEY = "config.json", "survey.json"
 SHOWN = 24
-"""Images on the page at the end."""
+"""Images on the HTML page."""
 NAMED = 10
-"""Of many classes, so many are named."""
+"""Classes listed in a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """How a training stands, for whoever watches it."""
+    """A point of the curve, with the remaining time."""
 
     step: int
     steps: int
@@ -56,23 +56,23 @@ class Status:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a training came to."""
+    """Summary of a finished training."""
 
     run: str
     images: int
     steps: int
     miou: float | None
-    """Of the best validation, against the store's own labels; None where none could score."""
+    """Score of the best validation, against the store's labels; None if there was none."""
     best_step: int | None
     seconds: float
     page: str
     warnings: tuple[str, ...] = ()
-    """What may make the result another one than was meant."""
+    """Possible problems of the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a training reads and writes, and which images it learns from."""
+    """Folders and images of a training."""
 
     store: Path
     images: Path
@@ -81,7 +81,7 @@ class Source:
     training: tuple[Item, ...]
     held_out: tuple[Item, ...]
     warnings: tuple[str, ...] = ()
-    """What to know of these images, see `remarks`."""
+    """Possible problems of the images, see `warnings_for`."""
 
 
 def train(
@@ -93,16 +93,16 @@ def train(
     log: Log = lambda line: None,
     watch: Callable[[Status], None] = lambda status: None,
 ) -> Result:
-    """Trains a segmenter on a label store, or goes on where the same run was stopped.
+    """Train a segmenter on a label store, or continue a run that was stopped.
 
     Args:
         store: made by ``wsss label``. images: the folder that was labeled. out: the run's folder (`wsss.train.checkpoint`).
-        log: told what happens, one line each. watch: told how it stands. Of several processes only the first tells.
+        log: called with log lines. watch: called at every point of the curve. Both are called in the first process only.
 
     Raises:
         StoreError: the store or its images cannot be trained on. WeightsError: the initial weights cannot be used.
-        WsssError: another run in ``out``, too little memory, a loss that is not a number, GPUs that are missing.
-        UsageError: crop or batch do not divide.
+        WsssError: another run in ``out``, too little memory, a loss that is not finite, or missing GPUs.
+        UsageError: crop or batch is not divisible as required.
     """
     with joined(config.machine) as world, memory_for(config):
         log = log if world.is_first else lambda line: None
@@ -113,15 +113,15 @@ def train(
             for parts in _steps(run, source):
                 loss = run.advance(parts, lambda rows: [source.training[row].path for row in rows])
                 is_last = run.progress.step == steps
-                recorder.tell(loss, is_last)
+                recorder.record_step(loss, is_last)
                 if source.held_out and (is_last or run.progress.step % config.validation_steps == 0):
-                    recorder.tell_validation(_validate(run, source, log))
+                    recorder.record_validation(_validate(run, source, log))
                 if is_last or recorder.is_checkpoint_due():
                     recorder.save()
         progress, warnings = run.progress, list(source.warnings)
         if progress.left_out == progress.step:
             raise WsssError(
-                f"{out}: nothing was learned: the gradient of all {progress.step} steps overflowed in "
+                f"{out}: no step changed the weights: the gradient of all {progress.step} steps overflowed in "
                 f"{config.optimizer.precision}",
                 hint="give a new --out and --set optimizer.precision=bf16 or fp32, or more steps",
             )
@@ -129,8 +129,8 @@ def train(
             _write_page(run, source)
         if progress.left_out:
             warnings.append(
-                f"{progress.left_out} of {progress.step} steps changed nothing: their gradient overflowed in "
-                f"{config.optimizer.precision}; --set optimizer.precision=bf16 or fp32 has the range"
+                f"{progress.left_out} of {progress.step} steps had no effect: their gradient overflowed in "
+                f"{config.optimizer.precision}; use --set optimizer.precision=bf16 or fp32"
             )
             log(f"warning: {warnings[-1]}")
         return Result(
@@ -146,56 +146,56 @@ def train(
 
 
 class Recorder:
-    """Keeps the books of a training: the curve, whoever watches, and checkpoints when they are due."""
+    """Records the progress of a training: curve, callbacks and checkpoints."""
 
     def __init__(self, run: Run, out: Path, watch: Callable[[Status], None]) -> None:
         self._run, self._out, self._watch = run, out, watch
         self._args = run.config.machine
         self._writer = curve.Writer(out, run.progress.step, tensorboard=self._args.tensorboard) if run.world.is_first else None
-        self._begun, self._first, self._before = time.monotonic(), run.progress.step, run.progress.seconds
-        self._saved = self._begun
+        self._started, self._first_step, self._seconds_before = time.monotonic(), run.progress.step, run.progress.seconds
+        self._saved = self._started
 
-    def tell(self, loss: float, is_last: bool) -> None:
-        """One step is done; a point of the curve is the mean over those since the last one."""
+    def record_step(self, loss: float, is_last: bool) -> None:
+        """Record the loss of a step. A point of the curve is the mean over the steps since the previous point."""
         progress, optimizer = self._run.progress, self._run.config.optimizer
         progress.recent.append(loss)
-        sitting = time.monotonic() - self._begun
-        progress.seconds = self._before + sitting
+        session = time.monotonic() - self._started
+        progress.seconds = self._seconds_before + session
         if self._writer is None or (progress.step % self._args.log_steps and not is_last):
             return
         mean, rate = sum(progress.recent) / len(progress.recent), rate_at(progress.step - 1, optimizer)
         progress.recent.clear()
         self._writer.add(progress.step, loss=mean, rate=rate, seconds=progress.seconds)
-        left = sitting / (progress.step - self._first) * (optimizer.steps - progress.step)
+        left = session / (progress.step - self._first_step) * (optimizer.steps - progress.step)
         self._watch(Status(step=progress.step, steps=optimizer.steps, loss=mean, rate=rate, seconds_left=left))
 
-    def tell_validation(self, miou: float | None) -> None:
-        """A validation is done; None: it could not score."""
+    def record_validation(self, miou: float | None) -> None:
+        """Record a validation score; None if no pixel was labeled."""
         if self._writer:
             self._writer.add(self._run.progress.step, miou=miou)
 
     def is_checkpoint_due(self) -> bool:
-        """Whether the last checkpoint is old enough."""
+        """Whether it is time for a checkpoint."""
         return time.monotonic() - self._saved >= self._args.checkpoint_seconds
 
     def save(self) -> None:
-        """Writes a checkpoint."""
+        """Write a checkpoint."""
         if self._run.world.is_first:
             self._run.save(self._out)
         self._saved = time.monotonic()
 
     def close(self) -> None:
-        """Ends the curve."""
+        """Close the curve."""
         if self._writer:
             self._writer.close()
 
 
 def _source(store: Path, images: Path, out: Path, config: Config, world: World, log: Log) -> Source:
-    """Claims the run's folder and looks through the store: the first process for all of them."""
+    """Prepare the run's folder and survey the store, in the first process for all of them."""
     if world.is_first:
-        _claim(out, config)
-        log(f"looking through {store}")
-        survey = look_through(store, images)
+        _prepare_folder(out, config)
+        log(f"checking {store}")
+        survey = survey_store(store, images)
         if survey.failed:
             log(f"{survey.failed} images of the store could not be labeled and are left out")
         write_survey(out / SURVEY, survey)
@@ -203,53 +203,53 @@ def _source(store: Path, images: Path, out: Path, config: Config, world: World, 
     survey = read_survey(out / SURVEY)
     training, held_out = survey.split(config.data.validation_share, config.data.validation_limit)
     log(f"{len(training)} images to train on, {len(held_out)} to validate, {len(survey.classes)} classes")
-    check_labelled(store, training)
-    warnings = remarks(survey.classes, training, held_out, config.data.validation_share)
+    check_labeled(store, training)
+    warnings = warnings_for(survey.classes, training, held_out, config.data.validation_share)
     for warning in warnings:
         log(f"warning: {warning}")
     return Source(store=store, images=images, out=out, survey=survey, training=training, held_out=held_out, warnings=warnings)
 
 
-def check_labelled(store: Path, training: Sequence[Item]) -> None:
-    """Raises StoreError where a network could learn nothing, or background alone, from these images."""
+def check_labeled(store: Path, training: Sequence[Item]) -> None:
+    """Raises StoreError if the training images have no labeled pixel, or only background."""
     pixels = [sum(counts) for counts in zip(*(item.pixels for item in training), strict=True)]
     if not any(pixels):
         raise StoreError(
-            f"{store}: no pixel of the {len(training)} images to train on is labeled: all are void (255)",
-            hint="wsss report shows the labels; a binary mask holds the number of its class, not 255",
+            f"{store}: the {len(training)} training images have no labeled pixel: all are void (255)",
+            hint="wsss report shows the labels; a binary mask needs the number of its class, not 255",
         )
     if not any(pixels[1:]):
         raise StoreError(
-            f"{store}: the {len(training)} images to train on hold background alone, none of the {len(pixels) - 1} classes",
-            hint="wsss report shows the labels; label with classes that are in the photographs",
+            f"{store}: the {len(training)} training images have only background, none of the {len(pixels) - 1} classes",
+            hint="wsss report shows the labels; label with classes that occur in the photographs",
         )
 
 
-def remarks(classes: Sequence[str], training: Sequence[Item], held_out: Sequence[Item], share: float) -> tuple[str, ...]:
-    """What a user should know of the images before a network is trained on them."""
+def warnings_for(classes: Sequence[str], training: Sequence[Item], held_out: Sequence[Item], share: float) -> tuple[str, ...]:
+    """Possible problems of the images of a training."""
     found = []
     if never := [name for label, name in enumerate(classes, 1) if not any(item.pixels[label] for item in training)]:
         more = f" and {len(never) - NAMED} more" if len(never) > NAMED else ""
         found.append(
-            f"{len(never)} of {len(classes)} classes are in no image to train on and cannot be learned: "
+            f"{len(never)} of {len(classes)} classes are in no training image and cannot be learned: "
             f"{', '.join(never[:NAMED])}{more}"
         )
     if empty := sum(not any(item.pixels) for item in training):
-        found.append(f"{empty} of {len(training)} images to train on are void (255) everywhere and teach nothing")
+        found.append(f"{empty} of {len(training)} training images are entirely void (255) and have no effect")
     if share and not held_out:
         found.append(
-            f"no image is kept out (data.validation_share = {share:g} of {len(training)}): nothing is validated, "
-            "the last weights count"
+            f"no image is held out (data.validation_share = {share:g} of {len(training)}): there is no validation, "
+            "the last weights are used"
         )
     elif held_out and not any(any(item.pixels) for item in held_out):
         found.append(
-            f"the {len(held_out)} images kept out hold no labeled pixel: no validation can score, the last weights count"
+            f"the {len(held_out)} held-out images have no labeled pixel: no validation is possible, the last weights are used"
         )
     return tuple(found)
 
 
-def _claim(out: Path, config: Config) -> None:
-    """Makes the run's folder, or checks that it holds this very run."""
+def _prepare_folder(out: Path, config: Config) -> None:
+    """Create the run's folder, or check that it has this run."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / LAST).exists():
@@ -258,9 +258,9 @@ def _claim(out: Path, config: Config) -> None:
                 raise ValueError(f"expected the settings of a run, got {type(was).__name__}")
             _check_same(out, was, deciding(config))
         elif not (out / CONFIG).exists() and any(not path.name.endswith(".tmp") for path in out.iterdir()):
-            raise WsssError(f"--out {out}: the folder is not empty and holds no training", hint="give a new or empty folder")
+            raise WsssError(f"--out {out}: the folder is not empty and has no training run", hint="give a new or empty folder")
         else:
-            (out / BEST).unlink(missing_ok=True)  # of a training that never reached its first checkpoint
+            (out / BEST).unlink(missing_ok=True)  # of a training without a checkpoint
         write_json(out / CONFIG, dataclasses.asdict(config))
     except OSError as error:
         raise WsssError(f"--out {out}: cannot be written: {error.strerror}", hint="give a folder you may write to") from None
@@ -269,20 +269,20 @@ def _claim(out: Path, config: Config) -> None:
 
 
 def _check_same(out: Path, was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
-    """Raises WsssError, naming the first setting in which two configurations differ."""
+    """Raises WsssError, naming the first difference, unless a run's settings equal the current ones."""
     for key, value in now.items():
         before = was.get(key)
         if isinstance(value, dict) and isinstance(before, dict):
             _check_same(out, before, value, f"{prefix}{key}.")
         elif before != value:
             raise WsssError(
-                f"--out {out}: was begun with {prefix}{key} = {json.dumps(before)}, this run has {json.dumps(value)}",
+                f"--out {out}: was started with {prefix}{key} = {json.dumps(before)}, this run has {json.dumps(value)}",
                 hint="give a new --out, or the settings of its config.json",
             )
 
 
 def _begin(source: Source, config: Config, world: World, log: Log) -> Run:
-    """The run at step 0, or where its last checkpoint left it."""
+    """The run at step 0, or restored from its last checkpoint."""
     survey, out = source.survey, source.out
     segmenter = build_from(config.model, len(survey.classes) + 1, config.seed)
     check_divisible(config, segmenter.multiple_of, world)
@@ -299,8 +299,8 @@ def _begin(source: Source, config: Config, world: World, log: Log) -> Run:
     if is_resumed:
         run.restore(out)
         done = run.progress.step == config.optimizer.steps
-        log(f"{out} is finished" if done else f"goes on at step {run.progress.step}")
-    world.wait()  # nobody writes a checkpoint while another still looks for one
+        log(f"{out} is finished" if done else f"continuing at step {run.progress.step}")
+    world.wait()  # no process writes a checkpoint while another still reads one
     return run
 
 
@@ -308,13 +308,13 @@ def _check_belongs(out: Path, survey: Survey) -> None:
     record = read_record(out)
     if record.classes != survey.classes:
         raise WeightsError(
-            f"--out {out}: its checkpoint tells {len(record.classes)} classes apart ({', '.join(record.classes[:4])}, ...), "
+            f"--out {out}: its checkpoint has {len(record.classes)} classes ({', '.join(record.classes[:4])}, ...), "
             f"the store has {len(survey.classes)} ({', '.join(survey.classes[:4])}, ...)",
             hint=f"give a new --out; --init {out} --set model.new_head=true starts from its weights",
         )
     if record.store != survey.digest:
         raise WsssError(
-            f"--out {out}: the store's images or labels have changed since this run began",
+            f"--out {out}: the store's images or labels have changed since this run started",
             hint="give a new --out: a run never mixes two sets of labels",
         )
 
@@ -341,7 +341,7 @@ def _record(source: Source, config: Config, multiple_of: int, init: Initial) -> 
 
 
 def _steps(run: Run, source: Source) -> Iterator[list[Batch]]:
-    """The forward passes of every step that is left, on the device."""
+    """The batches of every remaining step, on the device."""
     config, world = run.config, run.world
     args, machine, steps = config.data, config.machine, config.optimizer.steps
     balance = repeat_factors(source.training, args.sampling_threshold) if args.balance == "sampling" else None
@@ -354,22 +354,22 @@ def _steps(run: Run, source: Source) -> Iterator[list[Batch]]:
 
 
 def _validate(run: Run, source: Source, log: Log) -> float | None:
-    """mIoU on the images kept out, None where they hold no label; keeps the weights if they are the best so far."""
+    """mIoU on the held-out images, None if they have no label. Saves the weights if they are the best so far."""
     progress = run.progress
-    miou = validate(run.kept, source.store, source.images, source.held_out, run.config, run.world)
+    miou = validate(run.result_segmenter, source.store, source.images, source.held_out, run.config, run.world)
     if miou is None:
-        log(f"step {progress.step}: no mIoU: the {len(source.held_out)} images kept out hold no labeled pixel")
+        log(f"step {progress.step}: no mIoU: the {len(source.held_out)} held-out images have no labeled pixel")
         return None
-    log(f"step {progress.step}: mIoU {miou:.4f} on {len(source.held_out)} images kept out, against the store's labels")
+    log(f"step {progress.step}: mIoU {miou:.4f} on {len(source.held_out)} held-out images, against the store's labels")
     if progress.best_miou is None or miou > progress.best_miou:
         progress.best_miou, progress.best_step = miou, progress.step
         if run.world.is_first:
-            save_best(source.out, run.kept.network, step=progress.step, miou=miou)
+            save_best(source.out, run.result_segmenter.network, step=progress.step, miou=miou)
     return miou
 
 
 def _write_page(run: Run, source: Source) -> None:
-    """The curve's picture, and the page with predictions of the weights that `load_run` gives."""
+    """Write the plot of the curve and the page with predictions of the weights that `load_run` returns."""
     out, config, progress = source.out, run.config, run.progress
     segmenter, record = load_run(out)
     segmenter.to(run.world.device, memory_format=memory_format(config))
@@ -383,8 +383,8 @@ def _write_page(run: Run, source: Source) -> None:
         ("network", f"{record.architecture}, {record.encoder}"),
         ("weights from", str(Initial(**record.init))),
         ("schedule", record.source or "own settings"),
-        ("images", f"{record.images} trained on, {len(source.held_out)} kept out"),
-        ("best mIoU on those", best),
+        ("images", f"{record.images} for training, {len(source.held_out)} held out"),
+        ("best mIoU on held-out images", best),
         ("time", f"{progress.step} steps in {progress.seconds / 60:.1f} min"),
     ]
     shown = [(item.path, *each) for item, each in zip(items, found, strict=True)]
@@ -393,16 +393,16 @@ def _write_page(run: Run, source: Source) -> None:
 
 @contextmanager
 def memory_for(config: Config) -> Iterator[None]:
-    """FairLock a lack of memory, on a GPU or not, into the settings that need less of it."""
+    """Convert an out-of-memory error, on a GPU or the CPU, into a WsssError that names settings to reduce."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in said:
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in message:
             raise
         data = config.data
         raise WsssError(
             f"too little memory for {data.batch} images of {data.crop} x {data.crop} pixels a step, in {data.accumulate} forward "
-            f"passes: {said}",
-            hint=f"--set data.accumulate={2 * data.accumulate} does the same in less memory; or a smaller --crop or --batch",
+            f"passes: {message}",
+            hint=f"--set data.accumulate={2 * data.accumulate} needs less memory for the same result; or lower --crop or --batch",
         ) from None

@@ -1,8 +1,8 @@
-"""What is minimized, pixel by pixel.
+"""Pixel losses.
 
-A loss is a sum over the pixels divided by what they weigh. The divisor is told from outside: it is added up over all forward
-passes of a step and over all processes first, so that a step's gradient does not depend on how its batch was divided, as a
-mean of means would (void is not spread evenly).
+A loss is a weighted sum over the pixels divided by the sum of the weights. That divisor is an argument: it is first summed over
+all forward passes of a step and over all processes, so that a step's gradient does not depend on how its batch is divided. A
+mean of means would depend on it, because void pixels are not distributed evenly.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from ..batch import VOID
 from .args import LossArgs
 
 Outputs: TypeAlias = Tensor | tuple[tuple[Tensor, Tensor], ...]
-"""What a network gives in training: logits (B, C, H, W), or the masks of a set predictor (see `mask_loss`)."""
+"""Outputs of a network in training: logits (B, C, H, W), or the masks of a set predictor (see `mask_loss`)."""
 
 LOG_ZERO = -4.0
-"""Stands for log 0 in the reverse cross-entropy (arXiv:1908.06112, section 4.1, A = -4)."""
+"""Value of log 0 in the reverse cross-entropy (arXiv:1908.06112, section 4.1, A = -4)."""
 
 
 class Criterion(Protocol):
-    """A loss that is divided by numbers known from the labels alone."""
+    """A loss with divisors that depend only on the labels."""
 
     def weights(self, label: Tensor, confidence: Tensor) -> Tensor:
-        """(K,) float32: what this batch contributes to each divisor."""
+        """(K,) float32: this batch's contribution to each divisor."""
         ...
 
     def __call__(self, outputs: Outputs, label: Tensor, confidence: Tensor, divisors: Tensor) -> Tensor:
         """The batch's share of the loss, a scalar.
 
         Args:
-            outputs: of the network in training.
-            label: (B, H, W) uint8, 255 is not learned from.
+            outputs: outputs of the network in training.
+            label: (B, H, W) uint8, 255 is ignored.
             confidence: (B, C) float32 in [0, 1], background first.
-            divisors: (K,) sums of ``weights`` over the whole step.
+            divisors: (K,) sums of ``weights`` over the complete step.
         """
         ...
 
 
 class PixelLoss(nn.Module):
-    """Cross-entropy over pixels and its kin for noisy labels, weighted by class and by the store's confidence.
+    """Cross-entropy over pixels and its variants for noisy labels, weighted by class and by the store's confidence.
 
     - ``cross-entropy``: -log p(y).
     - ``bootstrapped``: the label is mixed with the network's own probabilities, Reed et al., arXiv:1412.6596, section 3.1
@@ -84,8 +84,8 @@ class PixelLoss(nn.Module):
         log_p_y = log_p.gather(1, y[:, None])[:, 0]
         loss = -log_p_y  # (B, H, W)
         if self.args.kind == "bootstrapped":
-            own = -(log_p.exp() * log_p).sum(dim=1)
-            loss = self.args.bootstrap * loss + (1 - self.args.bootstrap) * own
+            entropy = -(log_p.exp() * log_p).sum(dim=1)
+            loss = self.args.bootstrap * loss + (1 - self.args.bootstrap) * entropy
         elif self.args.kind == "symmetric":
             forward, reverse = self.args.symmetric
             loss = forward * loss - reverse * LOG_ZERO * (1 - log_p_y.exp())  # sum of p_k over k != y

@@ -1,9 +1,9 @@
 """The set loss of Mask2Former (arXiv:2112.01527, section 3; MaskFormer, arXiv:2107.06278, section 3.2), for semantic labels.
 
-Every class present in an image is one mask, background too. Masks are matched to queries one to one, then each query
-learns its class and each matched one its mask, after every decoder layer. Other than in the official code, masks are
-compared on all pixels of the logits' grid instead of a random 12,544, so that void and the store's confidence count in
-them exactly: void pixels belong to no mask and weigh nothing.
+Every class in an image, including background, is one mask. Masks are matched to queries one to one; then, after every decoder
+layer, each query learns its class and each matched query its mask. Unlike the official code, masks are compared on all pixels of
+the logits' grid instead of 12,544 random ones, so that void and the store's confidence are exact: void pixels belong to no mask
+and have no weight.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .loss import Outputs
 CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT, NO_OBJECT_WEIGHT = 2.0, 5.0, 5.0, 0.1
 """arXiv:2112.01527, section 4 (training settings)."""
 STRIDE = 4
-"""Pixels of the crop for each mask logit."""
+"""Pixels of the crop per mask logit."""
 
 
 class MaskLoss(nn.Module):
     """Cross-entropy over queries, binary cross-entropy and dice over matched masks.
 
-    Outputs are pairs of each decoder layer: class logits (B, Q, C + 1), "no object" last, and mask logits (B, Q, h, w).
+    Outputs are a pair for each decoder layer: class logits (B, Q, C + 1), "no object" last, and mask logits (B, Q, h, w).
     """
 
     def __init__(self, args: LossArgs, queries: int) -> None:
@@ -35,8 +35,8 @@ class MaskLoss(nn.Module):
         self.args, self.queries = args, queries
 
     def weights(self, label: Tensor, confidence: Tensor) -> Tensor:
-        """(2,): weighted queries, and masks."""
-        masks = torch.stack([_present(each).sum() for each in _on_grid(label)]).float()
+        """(2,): sum of the query weights, and number of masks."""
+        masks = torch.stack([_present(image).sum() for image in _on_grid(label)]).float()
         return torch.stack([(masks + NO_OBJECT_WEIGHT * (self.queries - masks)).sum(), masks.sum()])
 
     def forward(self, outputs: Outputs, label: Tensor, confidence: Tensor, divisors: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class MaskLoss(nn.Module):
     def _image_loss(
         self, class_logits: Tensor, mask_logits: Tensor, label: Tensor, classes: Tensor, confidence: Tensor, divisors: Tensor
     ) -> Tensor:
-        """One image after one layer: (Q, C + 1), (Q, h, w), (h, w), (M,), (C,), (2,) to a scalar."""
+        """The loss of one image and one layer: (Q, C + 1), (Q, h, w), (h, w), (M,), (C,), (2,) to a scalar."""
         nothing = class_logits.shape[-1] - 1
         target = torch.full((self.queries,), nothing, device=label.device)
         known = (label != VOID).flatten()
@@ -82,13 +82,13 @@ def _on_grid(label: Tensor) -> Tensor:
 
 
 def _present(label: Tensor) -> Tensor:
-    """Label values to (255,) bool: which of them occur, void aside."""
+    """(255,) bool: which label values other than void occur."""
     return torch.bincount(label.flatten().long(), minlength=256)[:VOID] > 0
 
 
 @torch.no_grad()
 def _matched(class_logits: Tensor, z: Tensor, classes: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Query and mask of each pair of the cheapest one-to-one matching, costs as the losses are weighed."""
+    """Indices of query and mask of each pair in the cheapest one-to-one matching, with the weights of the losses."""
     pixels = max(z.shape[1], 1)
     entropy = (F.softplus(-z) @ masks.T + F.softplus(z) @ (1 - masks).T) / pixels  # (Q, M)
     p = z.sigmoid()

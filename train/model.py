@@ -1,7 +1,7 @@
-"""Segmenters behind one interface: pixels in, logits of every class at the same size out.
+"""Segmenters with one interface: from pixels to logits of every class at the same size.
 
-Networks come from segmentation-models-pytorch and transformers, and are built without a download; what weights they start
-from is `wsss.train.weights`' business.
+Networks come from segmentation-models-pytorch and transformers and are built without a download. `wsss.train.weights` loads
+their initial weights.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ SWIN: Mapping[str, Mapping[str, Value]] = {
     "swin-base": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
     "swin-large": {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 12},
 }
-"""Swin, arXiv:2103.14030, section 3.3; windows as Mask2Former's configurations have them."""
+"""Swin, arXiv:2103.14030, section 3.3; window sizes of Mask2Former's configurations."""
 
 
 class Segmenter(nn.Module):
-    """A network that tells C labels apart, background first.
+    """A network with C labels, background first.
 
     Args:
-        network: what learns; its state dict is the checkpoint.
-        classes: labels with background, C.
+        network: the trained module; its state dict is the checkpoint.
+        classes: number of labels with background, C.
         multiple_of: sides of ``pixels`` must be multiples of it.
-        outputs_of: the network's answer in training, as its loss takes it.
-        logits_of: from that answer and (height, width) to (B, C, H, W) float logits.
-        queries: masks that a set predictor gives for each image; 0 for a network that labels pixels.
+        outputs_of: computes the network's outputs for the loss.
+        logits_of: converts these outputs and (height, width) to (B, C, H, W) float logits.
+        queries: number of masks that a set predictor gives per image; 0 for a network that labels pixels.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Segmenter(nn.Module):
         self._outputs_of, self._logits_of = outputs_of, logits_of
 
     def outputs(self, pixels: Tensor) -> Outputs:
-        """What the loss takes, for (B, 3, H, W) float pixels."""
+        """The outputs for the loss, for (B, 3, H, W) float pixels."""
         return self._outputs_of(self.network, pixels)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Segmenter(nn.Module):
         return self._logits_of(self.outputs(pixels), (pixels.shape[-2], pixels.shape[-1]))
 
     def encoder_parameters(self) -> set[nn.Parameter]:
-        """Those that learn at the plain rate; all others learn ``head_factor`` times faster."""
+        """The parameters of the encoder; all others have a ``head_factor`` times higher learning rate."""
         for path in ("encoder", "segformer", "model.pixel_level_module.encoder"):
             try:
                 return set(self.network.get_submodule(path).parameters())
@@ -95,14 +95,14 @@ class Segmenter(nn.Module):
 
 
 def build_segmenter(architecture: str, encoder: str, options: Mapping[str, Any], classes: int) -> Segmenter:
-    """A segmenter of random weights. Needs no network.
+    """Build a segmenter with random weights. Needs no network connection.
 
     Args:
         options: further arguments of the architecture's constructor.
-        classes: labels with background.
+        classes: number of labels with background.
 
     Raises:
-        UsageError: no such encoder, or an option that the architecture does not take.
+        UsageError: unknown encoder, or an option that the architecture does not have.
     """
     build = {"deeplabv2": _deeplabv2, "segformer": _segformer, "mask2former": _mask2former}.get(architecture, _smp)
     try:
@@ -116,14 +116,14 @@ def build_segmenter(architecture: str, encoder: str, options: Mapping[str, Any],
 
 
 def build_from(args: ModelArgs, classes: int, seed: int) -> Segmenter:
-    """The segmenter that a run begins with, its random weights from the seed. The caller's random stream stays as it was."""
+    """Build a run's segmenter with random weights from the seed. The caller's random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_segmenter(args.architecture, args.encoder, args.options, classes)
 
 
 def criterion_for(segmenter: Segmenter, args: LossArgs, class_weights: Tensor | None) -> Criterion:
-    """The loss that fits the network."""
+    """The loss for a segmenter."""
     if segmenter.queries:
         from .mask_loss import MaskLoss
 
@@ -140,19 +140,19 @@ def _upsampled(outputs: Outputs, size: tuple[int, int]) -> Tensor:
     return outputs if outputs.shape[-2:] == size else F.interpolate(outputs, size, mode="bilinear", align_corners=False)
 
 
-def _at_input_size(answer: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Outputs]:
-    """The network's coarse logits, upsampled to the pixels they came from: the loss is taken there."""
-    return lambda network, pixels: _upsampled(answer(network, pixels), (pixels.shape[-2], pixels.shape[-1]))
+def _at_input_size(coarse_logits: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Outputs]:
+    """Upsample the network's coarse logits to the input's size, where the loss is computed."""
+    return lambda network, pixels: _upsampled(coarse_logits(network, pixels), (pixels.shape[-2], pixels.shape[-1]))
 
 
 def _check_known(constructor: Callable[..., object], options: Mapping[str, object]) -> None:
-    """Raises TypeError for an option that ``**kwargs`` would swallow without effect."""
+    """Raises TypeError for an option that ``**kwargs`` would accept without effect."""
     known = [
         name for name, parameter in inspect.signature(constructor).parameters.items() if parameter.kind != parameter.VAR_KEYWORD
     ]
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise TypeError(f"no option {unknown[0]!r}; there are {', '.join(known[1:])}")
+        raise TypeError(f"no option {unknown[0]!r}; options: {', '.join(known[1:])}")
 
 
 # ---- segmentation-models-pytorch ----
@@ -168,9 +168,9 @@ def _smp(architecture: str, encoder: str, options: dict[str, Any], classes: int)
 
 
 class DeepLabV2(nn.Module):
-    """An encoder whose last stages are dilated instead of strided, and four parallel dilated convolutions, added up.
+    """An encoder with dilation instead of strides in the last stages, and a sum of four parallel dilated convolutions.
 
-    ASPP-L of arXiv:1606.00915, section 3.2 and figure 4. Logits come at an eighth of the input's size.
+    ASPP-L of arXiv:1606.00915, section 3.2 and figure 4. Logits have an eighth of the input's size.
     """
 
     def __init__(self, encoder: nn.Module, width: int, classes: int, rates: tuple[int, ...] = (6, 12, 18, 24)) -> None:
@@ -191,8 +191,8 @@ def _deeplabv2(_: str, encoder: str, options: dict[str, Any], classes: int) -> S
 
     trunk = get_encoder(encoder, weights=None, output_stride=8)
     network = DeepLabV2(trunk, trunk.out_channels[-1], classes, **options)
-    answer = _at_input_size(lambda network, pixels: network(pixels))
-    return Segmenter(network, classes=classes, multiple_of=1, outputs_of=answer, logits_of=_upsampled)
+    outputs_of = _at_input_size(lambda network, pixels: network(pixels))
+    return Segmenter(network, classes=classes, multiple_of=1, outputs_of=outputs_of, logits_of=_upsampled)
 
 
 # ---- transformers ----
@@ -203,8 +203,8 @@ def _segformer(_: str, encoder: str, options: dict[str, Any], classes: int) -> S
 
     _check_known(SegformerConfig.__init__, options)
     network = SegformerForSemanticSegmentation(SegformerConfig(num_labels=classes, **{**SEGFORMER[encoder], **options}))
-    answer = _at_input_size(lambda network, pixels: network(pixel_values=pixels).logits)
-    return Segmenter(network, classes=classes, multiple_of=32, outputs_of=answer, logits_of=_upsampled)
+    outputs_of = _at_input_size(lambda network, pixels: network(pixel_values=pixels).logits)
+    return Segmenter(network, classes=classes, multiple_of=32, outputs_of=outputs_of, logits_of=_upsampled)
 
 
 def _mask2former(_: str, encoder: str, options: dict[str, Any], classes: int) -> Segmenter:
@@ -223,16 +223,16 @@ def _mask2former(_: str, encoder: str, options: dict[str, Any], classes: int) ->
 
 
 def _mask_outputs(network: nn.Module, pixels: Tensor) -> Outputs:
-    """Class logits (B, Q, C + 1) and mask logits (B, Q, h, w) after every decoder layer; only the last when not training."""
-    answer = network(pixel_values=pixels, output_auxiliary_logits=network.training)
-    last = answer.class_queries_logits, answer.masks_queries_logits
+    """Class logits (B, Q, C + 1) and mask logits (B, Q, h, w) after every decoder layer; in evaluation only the last layer."""
+    outputs = network(pixel_values=pixels, output_auxiliary_logits=network.training)
+    last = outputs.class_queries_logits, outputs.masks_queries_logits
     if not network.training:
         return (last,)
-    return (*((each["class_queries_logits"], each["masks_queries_logits"]) for each in answer.auxiliary_logits), last)
+    return (*((layer["class_queries_logits"], layer["masks_queries_logits"]) for layer in outputs.auxiliary_logits), last)
 
 
 def _logits_of_masks(outputs: Outputs, size: tuple[int, int]) -> Tensor:
-    """Semantic inference of MaskFormer (arXiv:2107.06278, section 3.4), as a logarithm so that softmax gives the shares."""
+    """Semantic inference of MaskFormer (arXiv:2107.06278, section 3.4), as logarithms so that softmax normalizes the scores."""
     assert isinstance(outputs, tuple)
     class_logits, mask_logits = outputs[-1]
     masks = F.interpolate(mask_logits, size, mode="bilinear", align_corners=False).sigmoid()

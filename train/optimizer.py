@@ -1,4 +1,4 @@
-"""How fast each parameter learns at each step."""
+"""Optimizer and learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from .model import Segmenter
 
 
 def rate_at(step: int, args: OptimizerArgs) -> float:
-    """The encoder's learning rate at a step, counted from 0: a linear warm-up times a poly or cosine fall to zero."""
+    """The encoder's learning rate at a step, counted from 0: a linear warm-up times a poly or cosine decay to zero."""
     done = step / args.steps
-    fall = (1 - done) ** args.power if args.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
-    return args.rate * min(1.0, (step + 1) / (args.warm_up + 1)) * fall
+    decay = (1 - done) ** args.power if args.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
+    return args.rate * min(1.0, (step + 1) / (args.warm_up + 1)) * decay
 
 
 def optimizer_for(segmenter: Segmenter, args: OptimizerArgs) -> Optimizer:
-    """An optimizer of up to four groups: encoder or head, with or without weight decay.
+    """Create an optimizer with up to four parameter groups: encoder or head, with or without weight decay.
 
-    Under adamw biases, norms and other vectors do not decay (SegFormer's and Swin's configurations); under sgd all do
-    (DeepLab's). A group's ``factor`` multiplies the scheduled rate.
+    Under adamw biases, norms and other vectors have no weight decay (SegFormer's and Swin's configurations); under sgd all
+    parameters have (DeepLab's). A group's ``factor`` multiplies the scheduled rate.
     """
     encoder = segmenter.encoder_parameters()
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    parameters_of: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in segmenter.parameters():
         factor = 1.0 if parameter in encoder else args.head_factor
         decay = 0.0 if args.kind == "adamw" and parameter.ndim <= 1 else args.weight_decay
-        groups.setdefault((factor, decay), []).append(parameter)
-    told: list[dict[str, Any]] = [
-        {"params": parameters, "factor": factor, "weight_decay": decay} for (factor, decay), parameters in groups.items()
+        parameters_of.setdefault((factor, decay), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "factor": factor, "weight_decay": decay} for (factor, decay), parameters in parameters_of.items()
     ]
     if args.kind == "adamw":
-        return torch.optim.AdamW(told, lr=args.rate, betas=(args.momentum, 0.999))
-    return torch.optim.SGD(told, lr=args.rate, momentum=args.momentum)
+        return torch.optim.AdamW(groups, lr=args.rate, betas=(args.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=args.rate, momentum=args.momentum)
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Gives every group its share of the rate."""
+    """Set the learning rate of every group to ``rate`` times its factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]

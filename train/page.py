@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a finished training: its course, and what the segmenter now says of single images."""
+"""Write a self-contained HTML page about a finished training: its curve, and predictions for some images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from ..classes import palette
+from ..files import write_atomically
 from ..overlay import overlay, shrink
-from ..store.local import write_atomically
 from .checkpoint import RunRecord
 
 PAGE = "report.html"
@@ -23,11 +23,11 @@ Shown = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
 
 def write_page(folder: Path, record: RunRecord, facts: list[tuple[str, str]], curve: Path, shown: Iterable[Shown]) -> Path:
-    """Writes ``report.html`` and returns its path. Needs no network connection to be read.
+    """Write ``report.html`` and return its path. The page can be viewed offline.
 
     Args:
-        facts: name and value of what is told at the top.
-        curve: a PNG file. shown: images beside the store's label and the segmenter's.
+        facts: names and values at the top of the page.
+        curve: a PNG file. shown: images with the store's label and the segmenter's.
     """
     path = folder / PAGE
     text = _PAGE.format(
@@ -35,7 +35,7 @@ def write_page(folder: Path, record: RunRecord, facts: list[tuple[str, str]], cu
         facts="".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts),
         curve=base64.b64encode(curve.read_bytes()).decode(),
         legend=_legend(record.classes),
-        cards="".join(_card(*each) for each in shown),
+        cards="".join(_card(*image) for image in shown),
     )
     write_atomically(path, text.encode())
     return path
@@ -44,12 +44,11 @@ def write_page(folder: Path, record: RunRecord, facts: list[tuple[str, str]], cu
 def _card(name: str, pixels: np.ndarray, label: np.ndarray, predicted: np.ndarray) -> str:
     pictures = pixels, overlay(pixels, label), overlay(pixels, predicted)
     known = label != 255
-    agrees = f"agrees with the store on {(label == predicted)[known].mean():.1%} of the pixels" if known.any() else ""
-    images = "".join(f'<img loading="lazy" alt="" src="{_data_url(shrink(each, THUMBNAIL_PX))}">' for each in pictures)
-    return (
-        f'<figure><div class="row">{images}</div><figcaption><b>{html.escape(name)}</b> '
-        f"{agrees or 'the store labels no pixel of it'}</figcaption></figure>"
-    )
+    agreement = "the store labels no pixel of it"
+    if known.any():
+        agreement = f"agrees with the store on {(label == predicted)[known].mean():.1%} of the pixels"
+    images = "".join(f'<img loading="lazy" alt="" src="{_data_url(shrink(picture, THUMBNAIL_PX))}">' for picture in pictures)
+    return f'<figure><div class="row">{images}</div><figcaption><b>{html.escape(name)}</b> {agreement}</figcaption></figure>'
 
 
 def _legend(classes: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Schedules of the field, each with its source, written as a ``--config`` file would be. No torch."""
+"""Published training schedules with their sources, in the format of a ``--config`` file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ PRESETS: dict[str, dict[str, Any]] = {name: {"preset": name, **tomllib.loads(tex
 
 
 def preset(name: str) -> dict[str, Any]:
-    """A preset's tables. Raises UsageError, which lists them, when there is no such preset."""
+    """The tables of a preset. Raises UsageError, which lists the presets, if there is no such preset."""
     if name not in PRESETS:
         raise UsageError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""The state of a training, and the one thing that changes it: a step."""
+"""The state of a training, and the training step."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .optimizer import optimizer_for, rate_at, set_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 2.0**-10
-"""Of an fp16 loss, which begins at 2**16 and is halved by every step that overflows: the gradient is no number at all."""
+"""Smallest scale of an fp16 loss. It starts at 2**16 and is halved at every overflow; below this the gradient is not finite."""
 SHOWN = 16
-"""Of a batch's files, so many are named."""
+"""Files of a batch listed in an error."""
 
 
 class Pass(nn.Module):
-    """One forward pass up to the loss: what DistributedDataParallel wraps."""
+    """A forward pass with its loss, the module that DistributedDataParallel wraps."""
 
     def __init__(self, segmenter: Segmenter, criterion: Criterion, dtype: torch.dtype) -> None:
         super().__init__()
@@ -44,20 +44,20 @@ class Pass(nn.Module):
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Mixed precision, or none for float32."""
+    """Autocast to a dtype; disabled for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @dataclass(kw_only=True)
 class Run:
-    """Weights, their running average, optimizer, and how far they have come."""
+    """Weights, their running average, optimizer and progress."""
 
     config: Config
     world: World
     segmenter: Segmenter
     average: Segmenter | None
     """The running average of the weights, in evaluation mode."""
-    through: nn.Module
+    forward_pass: nn.Module
     """`Pass`, or its distributed wrapper."""
     criterion: Criterion
     optimizer: Optimizer
@@ -66,10 +66,10 @@ class Run:
 
     @classmethod
     def begin(cls, segmenter: Segmenter, criterion: Criterion, config: Config, world: World) -> Run:
-        """Step 0 of a training that starts from these weights, on the world's device.
+        """Start a training from these weights, at step 0, on the world's device.
 
         Raises:
-            UsageError: synchronized statistics without GPUs.
+            UsageError: synchronized batch norm without GPUs.
         """
         segmenter = segmenter.to(world.device, memory_format=memory_format(config))
         if config.model.batch_norm == "sync":
@@ -83,18 +83,18 @@ class Run:
         optimizer = optimizer_for(segmenter, config.optimizer)
         if config.machine.compile:
             segmenter.network.compile()
-        through: nn.Module = Pass(segmenter, criterion, DTYPES[config.optimizer.precision])
+        forward_pass: nn.Module = Pass(segmenter, criterion, DTYPES[config.optimizer.precision])
         if world.size > 1:
-            for parameter in _unreached(segmenter, world.device):
+            for parameter in _unused_parameters(segmenter, world.device):
                 parameter.requires_grad_(False)
-            # a batch of void alone leaves a set predictor's masks without a gradient
-            through = DistributedDataParallel(through, find_unused_parameters=bool(segmenter.queries))
+            # a batch with only void leaves a set predictor's masks without a gradient
+            forward_pass = DistributedDataParallel(forward_pass, find_unused_parameters=bool(segmenter.queries))
         return cls(
             config=config,
             world=world,
             segmenter=segmenter,
             average=average,
-            through=through,
+            forward_pass=forward_pass,
             criterion=criterion,
             optimizer=optimizer,
             scaler=torch.amp.GradScaler(world.device.type, enabled=config.optimizer.precision == "fp16"),
@@ -102,35 +102,35 @@ class Run:
         )
 
     @property
-    def kept(self) -> Segmenter:
-        """The weights that count: the average where there is one."""
+    def result_segmenter(self) -> Segmenter:
+        """The weights that are validated and saved: the average if there is one."""
         return self.average or self.segmenter
 
     def restore(self, folder: Path) -> None:
-        """Goes back to the folder's last checkpoint."""
+        """Restore the folder's last checkpoint."""
         network = self.average.network if self.average else None
         self.progress = restore_last(folder, self.segmenter.network, network, self.optimizer)
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)
 
     def save(self, folder: Path) -> None:
-        """Writes the checkpoint that `restore` goes back to."""
+        """Write the checkpoint that `restore` reads."""
         self.progress.scaler = self.scaler.state_dict()
         network = self.average.network if self.average else None
         save_last(folder, self.segmenter.network, network, self.optimizer, self.progress)
 
     def advance(self, parts: Sequence[Batch], files: Callable[[list[int]], list[str]]) -> float:
-        """One step of the optimizer and of the average.
+        """Run one optimizer step and update the average.
 
         Args:
-            parts: the step's forward passes on this process, on its device.
-            files: names of items, for the message when something goes wrong.
+            parts: the batches of the step's forward passes in this process, on its device.
+            files: returns the names of items, for error messages.
 
         Returns:
-            The loss of the whole step, over all processes.
+            The loss of the complete step, over all processes.
 
         Raises:
-            WsssError: the loss or the gradient is not a number; names the batch's files. The weights are as before.
+            WsssError: the loss or the gradient is not finite; names the batch's files. The weights do not change.
         """
         args, step = self.config.optimizer, self.progress.step
         set_rate(self.optimizer, rate_at(step, args))
@@ -139,32 +139,34 @@ class Run:
         total = torch.zeros((), device=self.world.device)
         for number, part in enumerate(parts):
             torch.manual_seed(step_seed(self.config.seed, step, number, self.world.rank))
-            # gradients are exchanged once a step; DDP divides them by the number of processes, hence the factor
-            waits = isinstance(self.through, DistributedDataParallel) and number < len(parts) - 1
-            with self.through.no_sync() if waits else nullcontext():
-                loss = self.through(part, divisors)
+            # gradients are exchanged once per step; DDP divides them by the number of processes, hence the factor
+            is_deferred = isinstance(self.forward_pass, DistributedDataParallel) and number < len(parts) - 1
+            with self.forward_pass.no_sync() if is_deferred else nullcontext():
+                loss = self.forward_pass(part, divisors)
                 value = float(loss.detach())
                 if not math.isfinite(value):
-                    raise self._lost(f"the loss is {value}", files([int(row) for row in part.item]))
+                    raise self._not_finite(f"the loss is {value}", files([int(row) for row in part.item]))
                 torch.autograd.backward(self.scaler.scale(loss * self.world.size))
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.segmenter.parameters(), args.clip_norm or math.inf)
-        if not self.scaler.is_enabled() and not math.isfinite(float(norm)):  # the scaler leaves such a step out itself
+        if not self.scaler.is_enabled() and not math.isfinite(float(norm)):  # the scaler skips such a step
             rows = [int(row) for part in parts for row in part.item]
-            raise self._lost(f"the gradient's norm is {float(norm)}", files(rows))
+            raise self._not_finite(f"the gradient's norm is {float(norm)}", files(rows))
         self.progress.left_out += not math.isfinite(float(norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
-            raise self._lost("the gradient overflows at any scale", files([int(row) for part in parts for row in part.item]))
+            raise self._not_finite(
+                "the gradient overflows at any scale", files([int(row) for part in parts for row in part.item])
+            )
         self.progress.step += 1
         self._average()
         return float(self.world.total(total))
 
     def set_training(self) -> None:
-        """Training mode; frozen batch norms stay in evaluation mode."""
+        """Switch to training mode; frozen batch norms stay in evaluation mode."""
         self.segmenter.train()
         if self.config.model.batch_norm == "frozen":
             for module in self.segmenter.modules():
@@ -176,25 +178,25 @@ class Run:
         if self.average is None:
             return
         step = self.progress.step
-        decay = min(self.config.optimizer.average, (1 + step) / (10 + step))  # short at first: early weights are bad
+        decay = min(self.config.optimizer.average, (1 + step) / (10 + step))  # shorter at first, because early weights are bad
         for kept, value in zip(self.average.state_dict().values(), self.segmenter.state_dict().values(), strict=True):
             if kept.is_floating_point():
                 kept.lerp_(value, 1 - decay)
             else:
                 kept.copy_(value)
 
-    def _lost(self, what: str, names: list[str]) -> WsssError:
+    def _not_finite(self, problem: str, names: list[str]) -> WsssError:
         more = f"\n  and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         return WsssError(
-            f"step {self.progress.step + 1}: {what}, in the batch of\n  " + "\n  ".join(names[:SHOWN]) + more,
+            f"step {self.progress.step + 1}: {problem}, in the batch of\n  " + "\n  ".join(names[:SHOWN]) + more,
             hint="a smaller optimizer.rate, a longer optimizer.warm_up, or --set optimizer.precision=fp32; the last checkpoint "
-            "is whole, and the same command goes on from there",
+            "is intact; the same command continues from it",
         )
 
 
-def _unreached(segmenter: Segmenter, device: torch.device) -> list[nn.Parameter]:
-    """Parameters that no output depends on (some encoders carry a last stage that is never called): DDP would wait for them."""
-    segmenter.eval()  # batch statistics stay as they are
+def _unused_parameters(segmenter: Segmenter, device: torch.device) -> list[nn.Parameter]:
+    """Parameters that no output depends on (some encoders have a stage that is never called). DDP would wait for them."""
+    segmenter.eval()  # keeps batch statistics unchanged
     outputs = segmenter(torch.zeros(1, 3, 64, 64, device=device))
     parameters = [parameter for parameter in segmenter.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
@@ -202,7 +204,7 @@ def _unreached(segmenter: Segmenter, device: torch.device) -> list[nn.Parameter]
 
 
 def memory_format(config: Config) -> torch.memory_format:
-    """The order of images and kernels in memory."""
+    """The memory format of images and kernels."""
     return torch.channels_last if config.machine.channels_last else torch.contiguous_format
 
 
@@ -212,7 +214,7 @@ def sum_of(values: Sequence[Tensor]) -> Tensor:
 
 
 def check_divisible(config: Config, multiple_of: int, world: World) -> None:
-    """Raises UsageError when crop or batch do not divide as they must."""
+    """Raises UsageError if crop or batch is not divisible as required."""
     crop, batch, parts = config.data.crop, config.data.batch, world.size * config.data.accumulate
     if crop % multiple_of:
         lower = crop // multiple_of * multiple_of
@@ -228,6 +230,6 @@ def check_divisible(config: Config, multiple_of: int, world: World) -> None:
     norms = config.model.batch_norm == "train" and config.model.architecture != "segformer"
     if norms and batch // parts == 1 and config.model.architecture != "mask2former":
         raise UsageError(
-            "data.batch: one image a forward pass is too few for batch statistics",
+            "data.batch: one image per forward pass is too few for batch statistics",
             hint=f"--batch {2 * parts}, fewer data.accumulate, or --set model.batch_norm=frozen",
         )

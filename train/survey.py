@@ -1,4 +1,4 @@
-"""A look through a label store before training: is every image there, unchanged, and labeled within the list? No torch."""
+"""Check a label store before training: are all images present, unchanged, and labeled with its classes? Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import numpy as np
 from ..batch import VOID
 from ..cores import cores
 from ..errors import ImageError, StoreError
+from ..files import write_atomically
 from ..photographs import read_file
 from ..store.format import check_complete, photograph_of
-from ..store.local import Record, label_path, read_label, read_records, read_run, write_atomically
+from ..store.local import Record, label_path, read_label, read_records, read_run
 
 SHOWN = 3
-"""Of many bad images, so many are named."""
+"""Bad images listed in an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,31 +29,31 @@ class Item:
     """One labeled image of a store."""
 
     path: str
-    """Below the folder of images."""
+    """Path below the folder of images."""
     label: str
-    """Below the store's ``labels``."""
+    """Path below the store's ``labels``."""
     sha256: str
-    """Of the image file, when it was labeled."""
+    """sha256 of the image file when it was labeled."""
     confidence: tuple[float, ...]
-    """(C + 1) in [0, 1]: how sure the store is of background and of each class in this image."""
+    """(C + 1) in [0, 1]: the store's confidence in background and each class in this image."""
     pixels: tuple[int, ...]
-    """(C + 1) pixels of background and of each class."""
+    """(C + 1) number of pixels of background and each class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What a store has to train on."""
+    """The training data of a store."""
 
     classes: tuple[str, ...]
     items: tuple[Item, ...]
-    """In the order of their paths."""
+    """Sorted by path."""
     failed: int
-    """Images that could not be labeled, and are left out."""
+    """Number of images that could not be labeled; they are left out."""
     digest: str
-    """Of class list, images, labels and confidence: two surveys of the same digest train the same weights."""
+    """Hash of class list, images, labels and confidence: surveys with the same digest train the same weights."""
 
     def split(self, share: float, limit: int) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-        """Training and validation items: the ``share`` of lowest path hash validates, at most ``limit`` and never all."""
+        """Training and validation items. Validation is the ``share`` of lowest path hashes, at most ``limit`` and never all."""
         by_hash = sorted(self.items, key=lambda item: hashlib.sha256(item.path.encode("utf-8", "surrogatepass")).digest())
         count = min(round(len(by_hash) * share), limit, len(by_hash) - 1)
         held_out = {item.path for item in by_hash[:count]}
@@ -62,15 +63,15 @@ class Survey:
         )
 
 
-def look_through(store: Path, images: Path, progress: Callable[[int, int], None] = lambda done, of: None) -> Survey:
-    """Checks every image and label of a store and counts its pixels.
+def survey_store(store: Path, images: Path, progress: Callable[[int, int], None] = lambda done, of: None) -> Survey:
+    """Check every image and label of a store and count the pixels of each class.
 
     Args:
-        progress: told how many of how many images are done.
+        progress: called with the numbers of done and of all images.
 
     Raises:
-        StoreError: nothing labeled; or images missing or changed since, labels missing, of another size than their image,
-            or outside the class list. Counts them and names the first.
+        StoreError: no labeled image; or images that are missing or changed, labels that are missing, of the wrong size, or
+            not in the class list. Counts them and names the first ones.
     """
     classes: list[str] = read_run(store)["classes"]
     records = sorted(read_records(store), key=lambda record: record["path"])
@@ -78,19 +79,19 @@ def look_through(store: Path, images: Path, progress: Callable[[int, int], None]
     for record in labelled:
         check_complete(record, classes, ("sha256", "height", "width"), store / "manifest.jsonl")
     if not labelled:
-        said = f"none of its {len(records)} images could be labeled" if records else "no image in it yet"
-        raise StoreError(f"{store}: {said}", hint="wsss label fills a store; wsss report shows what went wrong")
+        problem = f"none of its {len(records)} images could be labeled" if records else "no image in it yet"
+        raise StoreError(f"{store}: {problem}", hint="wsss label fills a store; wsss report shows what went wrong")
 
     items: list[Item] = []
     problems: list[str] = []
     digest = hashlib.sha256(json.dumps(classes).encode())
     with ThreadPoolExecutor(cores()) as pool:
-        looked = pool.map(lambda record: _look_at(store, images, record, classes), labelled)
-        for done, (record, found) in enumerate(zip(labelled, looked, strict=True), 1):
-            if isinstance(found, str):
-                problems.append(f"{record['path']}: {found}")
+        results = pool.map(lambda record: _check_image(store, images, record, classes), labelled)
+        for done, (record, result) in enumerate(zip(labelled, results, strict=True), 1):
+            if isinstance(result, str):
+                problems.append(f"{record['path']}: {result}")
             else:
-                item, label_digest = found
+                item, label_digest = result
                 items.append(item)
                 digest.update(json.dumps([item.path, item.sha256, label_digest, item.confidence]).encode())
             progress(done, len(labelled))
@@ -100,14 +101,14 @@ def look_through(store: Path, images: Path, progress: Callable[[int, int], None]
             f"{store}: {len(problems)} of {len(labelled)} images cannot be trained on:\n  "
             + "\n  ".join(problems[:SHOWN])
             + more,
-            hint=f"give --images the folder that was labeled (now {images}); wsss label does changed images again",
+            hint=f"give --images the folder that was labeled (now {images}); wsss label labels changed images again",
         )
     failed = len(records) - len(labelled)
     return Survey(classes=tuple(classes), items=tuple(items), failed=failed, digest=digest.hexdigest())
 
 
-def _look_at(store: Path, images: Path, record: Record, classes: Sequence[str]) -> tuple[Item, str] | str:
-    """The item and its label file's digest, or what is wrong with it."""
+def _check_image(store: Path, images: Path, record: Record, classes: Sequence[str]) -> tuple[Item, str] | str:
+    """The item and its label map's digest, or the problem."""
     try:
         sha256 = read_file(photograph_of(images, record["path"]), record["path"]).sha256
     except ImageError as error:
@@ -127,7 +128,7 @@ def _look_at(store: Path, images: Path, record: Record, classes: Sequence[str]) 
     count = np.bincount(label_map.ravel(), minlength=256)
     outside = [int(label) for label in np.flatnonzero(count) if len(classes) < label != VOID]
     if outside:
-        return f"its label holds {outside[0]}, the store's list has {len(classes)} classes"
+        return f"its label map has label {outside[0]}, the store has {len(classes)} classes"
     pixels: list[int] = count[: len(classes) + 1].tolist()
     return Item(
         path=record["path"],
@@ -139,42 +140,42 @@ def _look_at(store: Path, images: Path, record: Record, classes: Sequence[str]) 
 
 
 def class_confidence(record: Record, classes: Sequence[str], pixels: Sequence[int]) -> list[float]:
-    """How sure the store is of each label value in one image, as far as its manifest tells.
+    """The store's confidence in each label value in one image, by its manifest.
 
     Args:
-        pixels: (C + 1) of background and of each class in the label map.
+        pixels: (C + 1) number of pixels of background and each class in the label map.
 
     Returns:
-        (C + 1) values in [0, 1]. A class: the mean of box score x mask quality over its boxes, by the pixels that each
-        one won; without a box but with pixels (a segmenter labeled it) its score. Background: one minus the score of the
-        surest class that was tagged but has no pixel, since that object then lies in the background. A manifest without
-        boxes says nothing: 1.
+        (C + 1) values in [0, 1]. For a class: the mean of box score x mask quality over its boxes, weighted by the pixels that
+        each box won; for a class with pixels but without boxes (from a segmenter), its score. For background: one minus the
+        highest score of a class that was tagged but has no pixel, since that object is then in the background. Without boxes
+        in the manifest: 1.
     """
     if (boxes := record.get("boxes")) is None:
         return [1.0] * (len(classes) + 1)
     sure, won = np.zeros(len(classes)), np.zeros(len(classes))
     for box in boxes:
         if box["label"] in classes:
-            at = classes.index(box["label"])
-            sure[at] += box["score"] * box["quality"] * box["won_px"]
-            won[at] += box["won_px"]
+            column = classes.index(box["label"])
+            sure[column] += box["score"] * box["quality"] * box["won_px"]
+            won[column] += box["won_px"]
     tags = record.get("classes", {})
     tagged = [tags.get(name, 1.0) if pixels[number] else 1.0 for number, name in enumerate(classes, 1)]
     scores = np.where(won > 0, sure / np.maximum(won, 1), tagged)
-    there = {name for number, name in enumerate(classes) if won[number] or pixels[number + 1]}
-    lost = max((score for name, score in tags.items() if name not in there), default=0.0)
-    return [round(min(max(value, 0.0), 1.0), 6) for value in (1 - lost, *scores.tolist())]
+    found = {name for number, name in enumerate(classes) if won[number] or pixels[number + 1]}
+    missed = max((score for name, score in tags.items() if name not in found), default=0.0)
+    return [round(min(max(value, 0.0), 1.0), 6) for value in (1 - missed, *scores.tolist())]
 
 
 def write_survey(path: Path, survey: Survey) -> None:
-    """Leaves a survey for the other processes of a training."""
+    """Write a survey for the other processes of a training."""
     write_atomically(path, json.dumps(dataclasses.asdict(survey), allow_nan=False).encode("utf-8", "surrogatepass"))
 
 
 def read_survey(path: Path) -> Survey:
-    """What `write_survey` left."""
-    told = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+    """Read a survey that `write_survey` wrote."""
+    record = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
     items = tuple(
-        Item(**{**item, "confidence": tuple(item["confidence"]), "pixels": tuple(item["pixels"])}) for item in told["items"]
+        Item(**{**item, "confidence": tuple(item["confidence"]), "pixels": tuple(item["pixels"])}) for item in record["items"]
     )
-    return Survey(classes=tuple(told["classes"]), items=items, failed=told["failed"], digest=told["digest"])
+    return Survey(classes=tuple(record["classes"]), items=items, failed=record["failed"], digest=record["digest"])

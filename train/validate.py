@@ -1,4 +1,4 @@
-"""How well a segmenter does on images that were kept out of its training."""
+"""Score a segmenter on images held out of its training."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .survey import Item
 def validate(
     segmenter: Segmenter, store: Path, images: Path, items: Sequence[Item], config: Config, world: World
 ) -> float | None:
-    """mIoU with background over whole images at their own size, against the store's labels, as one confusion matrix.
+    """mIoU with background against the store's labels, from one confusion matrix over complete images at their own size.
 
-    Each process takes its share of the items; all return the same. None where no pixel of the images is labeled.
+    Each process scores its share of the items; all return the same. None if the images have no labeled pixel.
 
     Raises:
-        WsssError: the network's output is not a number.
+        WsssError: the network's output is NaN.
     """
     segmenter.eval()
     labels = segmenter.classes
@@ -60,11 +60,13 @@ def predictions(
 def whole_image_logits(
     segmenter: Segmenter, pixels: np.ndarray, args: DataArgs, device: torch.device, *, scale: float = 1.0, mirrored: bool = False
 ) -> Tensor:
-    """(C, H, W) logits of one photograph (H, W, 3) uint8, as it was trained on: resized to ``shorter_px``, padded to the right
-    and below with the mean color. What was resized comes back bilinearly (as mmsegmentation's ``resize`` of the logits).
+    """(C, H, W) logits of one photograph (H, W, 3) uint8.
+
+    As in training it is resized to ``shorter_px``; then it is padded at the right and below with the mean color. Logits of a
+    resized photograph are resized back bilinearly (as mmsegmentation's ``resize`` of the logits).
 
     Args:
-        scale: a further factor of the photograph's size. mirrored: seen from left to right.
+        scale: a further factor of the photograph's size. mirrored: flip the photograph, and the logits back.
     """
     image = normalized(resized(pixels, working_size(pixels.shape[:2], args, scale)), args).to(device)
     image = image.flip(-1) if mirrored else image
@@ -87,12 +89,12 @@ def averaged_probabilities(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
-    """(C, H, W) float32 probabilities of one photograph (H, W, 3) uint8, the mean over test-time copies of it.
+    """(C, H, W) float32 probabilities of one photograph (H, W, 3) uint8, the mean over test-time augmentations.
 
     Args:
-        scales: factors by which the photograph is resized, as in training; logits go back to its own size, then softmax
-            (as mmsegmentation's ``aug_test``).
-        flip: each copy also mirrored.
+        scales: factors by which the photograph is resized; the logits are resized back before the softmax (as in
+            mmsegmentation's ``aug_test``).
+        flip: also use the mirrored photograph at each scale.
     """
     total = torch.zeros(segmenter.classes, *pixels.shape[:2], device=device)
     for scale in scales:

@@ -1,6 +1,6 @@
-"""What a segmenter starts from: nothing, a file, a published model, another run. What was loaded is always recorded.
+"""Load a segmenter's initial weights: none, a file, a published model, or another run. Records what was loaded.
 
-A source either fills the whole network, or its whole encoder; half of one is a mistake and refused.
+A source must fill the complete network or its complete encoder; anything else is refused as a mistake.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from .model import Segmenter
 
 Weights = Mapping[str, Tensor]
 SHOWN = 4
-"""Of many tensors, so many are named."""
+"""Tensors listed in an error."""
 _STRIPPED = ("", "module.", "model.", "network.", "backbone.", "encoder.")
 _ADDED = ("", "encoder.", "encoder.model.", "segformer.", "segformer.encoder.", "model.pixel_level_module.encoder.")
-"""How a file's names may differ from the network's: a prefix off, another one on."""
+"""Prefixes that are removed from, and added to, a file's names to match the network's."""
 _WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict")
 _TRANSFORMERS = ("segformer", "mask2former")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Initial:
-    """Where a network's first weights came from."""
+    """The source of a network's initial weights."""
 
     source: str
-    """``none``, or what was given."""
+    """``none``, or the given source."""
     sha256: str = ""
-    """Of the file, if it was one."""
+    """sha256 of the file, if the source is one."""
     loaded: int = 0
-    """Tensors of the network that were filled."""
+    """Number of the network's tensors that were loaded."""
     random: tuple[str, ...] = ()
-    """Tensors of the network that stayed random, where not all did."""
+    """Names of the network's tensors that stayed random, unless all did."""
     unused: tuple[str, ...] = ()
-    """Tensors of the source that the network has no place for."""
+    """Names of the source's tensors that the network does not have."""
 
     def __str__(self) -> str:
         if self.source == "none":
@@ -54,11 +54,11 @@ class Initial:
 
 
 def load_initial(segmenter: Segmenter, config: Config, classes: tuple[str, ...]) -> Initial:
-    """Fills a random segmenter as ``model.init`` says, and tells what happened.
+    """Load the weights of ``model.init`` into a random segmenter.
 
     Raises:
         WeightsError: the source is missing or unreadable, fills neither the network nor its encoder, or has other classes.
-        UsageError: published weights that were trained with another normalization than ``data.mean`` and ``data.std``.
+        UsageError: the published weights need another normalization than ``data.mean`` and ``data.std``.
     """
     args, init = config.model, config.model.init
     if init == "none":
@@ -80,39 +80,39 @@ def load_initial(segmenter: Segmenter, config: Config, classes: tuple[str, ...])
 
 
 def fill(segmenter: Segmenter, weights: Weights, source: str, *, new_head: bool) -> Initial:
-    """Copies weights into the network by name and shape.
+    """Copy weights into the network by name and shape.
 
     Raises:
-        WeightsError: neither the whole network nor its whole encoder is in them; or layers of other classes, unless
+        WeightsError: they fill neither the complete network nor its complete encoder; or they have other classes, unless
             ``new_head``.
     """
     target: dict[str, Tensor] = segmenter.network.state_dict()
     given = _renamed(weights, target)
     loaded = [name for name, value in given.items() if name in target and target[name].shape == value.shape]
     other_shape = [name for name, value in given.items() if name in target and target[name].shape != value.shape]
-    labels = segmenter.classes, segmenter.classes + 1  # a set predictor has one more, for nothing
+    labels = segmenter.classes, segmenter.classes + 1  # a set predictor has one more, for "no object"
     is_classes = all(target[name].shape[0] in labels and target[name].shape[1:] == given[name].shape[1:] for name in other_shape)
     if other_shape and not (new_head and is_classes):
         name = other_shape[0]
         raise WeightsError(
             f"{source}: {name} is {tuple(given[name].shape)}, {segmenter.classes} labels need {tuple(target[name].shape)}",
-            hint="--set model.new_head=true starts the layers that tell classes apart at random"
+            hint="--set model.new_head=true starts the classification layers at random"
             if is_classes
             else "these are weights of another architecture or encoder",
         )
     if not_finite := [name for name in loaded if not given[name].isfinite().all()]:
         raise WeightsError(
-            f"{source}: expected finite weights, {_some(not_finite)} holds NaN or infinity",
-            hint="these are weights of a training that failed, or a damaged file",
+            f"{source}: expected finite weights, got NaN or infinity in {_some(not_finite)}",
+            hint="these are weights of a failed training, or a damaged file",
         )
     random = [name for name in _names(segmenter) if name not in loaded]
     encoder = _encoder_names(segmenter)
-    beyond = [name for name in _names(segmenter) if name not in encoder]
-    is_head_missing = new_head and all(name in beyond and target[name].shape[0] in labels for name in random)
-    if random and random != beyond and not is_head_missing:
+    head = [name for name in _names(segmenter) if name not in encoder]
+    is_head_missing = new_head and all(name in head and target[name].shape[0] in labels for name in random)
+    if random and random != head and not is_head_missing:
         raise WeightsError(
             f"{source}: fills {len(loaded)} of the network's {len(loaded) + len(random)} tensors, which is neither all of it "
-            f"nor its encoder; missing {_some(random)}; it holds {_some(list(weights))}",
+            f"nor its encoder; missing {_some(random)}; it has {_some(list(weights))}",
             hint="give weights of this architecture, or of its encoder",
         )
     segmenter.network.load_state_dict({name: given[name] for name in loaded}, strict=False)
@@ -121,57 +121,57 @@ def fill(segmenter: Segmenter, weights: Weights, source: str, *, new_head: bool)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or PyTorch file, without running pickled code. Raises WeightsError."""
+    """Read the tensors of a safetensors or PyTorch file without running pickled code. Raises WeightsError."""
     if not path.exists():
         raise WeightsError(f"--init {path}: no such file", hint="none, hub:NAME, a weights file, or the folder of a run")
-    found: Any = read_checkpoint(path, where=f"--init {path}")
+    content: Any = read_checkpoint(path, where=f"--init {path}")
     for wrapper in _WRAPPERS:
-        if isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-    tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise WeightsError(f"--init {path}: no tensors in it", hint="give a state dict: tensors by the network's names")
     return tensors
 
 
 def _from_smp(config: Config, name: str) -> Weights:
-    """An encoder's published weights, through segmentation-models-pytorch's own download."""
+    """Download an encoder's published weights with segmentation-models-pytorch."""
     from segmentation_models_pytorch.encoders import get_encoder, get_preprocessing_params
 
     encoder = config.model.encoder
     try:
-        expects = get_preprocessing_params(encoder, name)
+        parameters = get_preprocessing_params(encoder, name)
         weights: Weights = get_encoder(encoder, weights=name).state_dict()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WeightsError(
-            f"hub:{name}: the weights of {encoder} cannot be had: {reason(error)}",
-            hint="needs the web; offline give --init a file of the encoder's weights, or none",
+            f"hub:{name}: the weights of {encoder} cannot be downloaded: {reason(error)}",
+            hint="needs an internet connection; offline, give --init a file of the encoder's weights, or none",
         ) from None
     for key, given in (("mean", config.data.mean), ("std", config.data.std)):
-        wanted = [255 * value for value in expects[key] or ()]
-        if wanted and max(abs(a - b) for a, b in zip(wanted, given, strict=True)) > 1:
+        expected = [255 * value for value in parameters[key] or ()]
+        if expected and max(abs(a - b) for a, b in zip(expected, given, strict=True)) > 1:
             raise UsageError(
-                f"data.{key}: {encoder} with {name} was trained with {[round(value, 2) for value in wanted]}, got {list(given)}",
-                hint=f"--set data.{key}={[round(value, 2) for value in wanted]}",
+                f"data.{key}: {encoder} with {name} needs {[round(value, 2) for value in expected]}, got {list(given)}",
+                hint=f"--set data.{key}={[round(value, 2) for value in expected]}",
             )
     return {f"encoder.{key}": value for key, value in weights.items()}
 
 
 def _from_transformers(segmenter: Segmenter, name: str) -> Weights:
-    """A model of the hub, or a folder in its format, with only those tensors that it really holds."""
+    """The tensors of a Hugging Face model or a folder in that format, without those that transformers initialized."""
     from transformers.utils import logging
 
     kind = type(segmenter.network)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of missing tensors: ours says it in a line, and refuses where it must
+    logging.set_verbosity_error()  # `fill` reports missing tensors itself
     try:
         model, found = kind.from_pretrained(
             name, config=segmenter.network.config, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(
-            f"hub:{name}: cannot be had: {reason(error)}",
-            hint="needs the web; offline give --init a folder with its config.json and model.safetensors, or none",
+            f"hub:{name}: cannot be loaded: {reason(error)}",
+            hint="needs an internet connection; offline, give --init a folder with config.json and model.safetensors, or none",
         ) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -185,7 +185,7 @@ def _from_transformers(segmenter: Segmenter, name: str) -> Weights:
 
 
 def _from_run(folder: Path, config: Config, classes: tuple[str, ...]) -> tuple[Weights, str]:
-    """The best weights of another run, if its network and classes are these."""
+    """The best weights of another run. Raises WeightsError if its network or classes differ."""
     from .checkpoint import read_record, weights_file, weights_of
 
     record = read_record(folder)
@@ -199,17 +199,17 @@ def _from_run(folder: Path, config: Config, classes: tuple[str, ...]) -> tuple[W
         raise WeightsError(
             f"--init {folder}: was trained for {len(record.classes)} classes ({_some(record.classes)}), "
             f"the store has {len(classes)} ({_some(classes)})",
-            hint="--set model.new_head=true starts the layers that tell classes apart at random",
+            hint="--set model.new_head=true starts the classification layers at random",
         )
     weights = weights_of(folder)
-    if record.classes != classes:  # of the same number, maybe: none of them may stay
+    if record.classes != classes:  # remove their layers even if the number of classes is the same
         labels = len(record.classes) + 1, len(record.classes) + 2
         weights = {name: value for name, value in weights.items() if value.ndim == 0 or value.shape[0] not in labels}
     return weights, sha256_of(weights_file(folder))
 
 
 def _renamed(weights: Weights, target: Weights) -> Weights:
-    """``weights`` under the network's names: the change of prefix that brings most of them home."""
+    """``weights`` with the change of prefix that matches most of the network's names."""
 
     def changed(strip: str, add: str) -> dict[str, Tensor]:
         return {add + name.removeprefix(strip): value for name, value in weights.items()}
@@ -219,7 +219,7 @@ def _renamed(weights: Weights, target: Weights) -> Weights:
 
 
 def _names(segmenter: Segmenter) -> list[str]:
-    """Tensors that weights must fill; a norm's count of batches decides nothing."""
+    """Names of the tensors that weights must fill; the batch counts of norms have no effect."""
     return [name for name in segmenter.network.state_dict() if not name.endswith("num_batches_tracked")]
 
 

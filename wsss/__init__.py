@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """Loads ``Labeler`` and ``PseudoLabels`` on first use, so that ``import wsss`` stays instant."""
+    """Load ``Labeler`` and ``PseudoLabels`` on first use, so that ``import wsss`` stays fast."""
     if name == "Labeler":
         from .runtime.labeler import Labeler
 

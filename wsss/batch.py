@@ -1,4 +1,4 @@
-"""What flows through the chain, batch by batch: photographs, labels, boxes, masks, pseudo-labels. Flat arrays."""
+"""Batch types of the labeling chain: photographs, labels, boxes, masks and pseudo-labels, in flat arrays."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy.typing as npt
 from .frame import Frame
 
 VOID = 255
-"""Label of a pixel nobody should learn from."""
+"""Label of a pixel that is ignored in training and evaluation."""
 MAX_BOXES = 256
-"""Of one image: what the fusion graph takes. Beyond it the weakest detections are dropped."""
+"""Largest number of boxes per image: the limit of the fusion graph. The weakest detections beyond it are dropped."""
 
 
 class DeviceTensor(Protocol):
@@ -29,7 +29,7 @@ class DeviceTensor(Protocol):
 
 
 Tensor = np.ndarray | DeviceTensor
-"""What engines take and give. What one returns may be fed to the next as it is; only ``np.asarray`` moves it."""
+"""An input or output of an engine. Outputs can be passed on to other engines; only ``np.asarray`` copies to the host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,19 +40,19 @@ class Photograph:
     """
 
     name: str
-    """Path relative to the folder of the run, with forward slashes; identifies the image everywhere."""
+    """Path relative to the run's folder, with forward slashes; identifies the image everywhere."""
     pixels: np.ndarray
     size_bytes: int = 0
     mtime_ns: int = 0
     etag: str = ""
     sha256: str = ""
-    """Of the file it came from."""
+    """Of the image file."""
     warning: str = ""
-    """Why its pixels may not show what they should, in words; empty where nothing speaks for it."""
+    """A problem of the pixels, for example an almost blank image; empty if there is none."""
     orientation: int = 1
-    """How the pixels were turned: EXIF's tag, 1 (as stored) to 8; from 5 on the stored frame has height and width exchanged."""
+    """EXIF orientation that was applied: 1 (none) to 8; from 5 on, height and width are swapped in the stored image."""
     ahead: dict[str, tuple[Future[None], np.ndarray]] = field(default_factory=dict)
-    """Inputs that a stage, by its name, finds in the making, and what tells when; it makes its own where there is none."""
+    """Inputs that are prepared in advance, by the stage's name: a future and the array it fills. Stages prepare missing ones."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,17 +100,17 @@ class Boxes:
         return len(self.score)
 
     def keep(self, rows: np.ndarray) -> Boxes:
-        """The rows picked by an index or a mask, order kept."""
+        """Select rows by an index or a mask, in order."""
         return Boxes(self.xyxy_image[rows], self.score[rows], self.label[rows], self.image[rows])
 
     @staticmethod
     def none() -> Boxes:
-        """No box at all."""
+        """Zero boxes."""
         return Boxes(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
     @staticmethod
     def join(parts: Sequence[Boxes]) -> Boxes:
-        """The rows of all parts, sorted by image; within an image in the order given."""
+        """Concatenate parts, sorted by image; within an image, in the given order."""
         if not parts:
             return Boxes.none()
         fields = ("xyxy_image", "score", "label", "image")
@@ -120,11 +120,11 @@ class Boxes:
 
 @dataclass(slots=True)
 class Masks:
-    """One mask per box, as low-resolution logits that have not left the engine's device.
+    """One mask per box, as low-resolution logits on the engine's device.
 
     logits: decoder outputs, each (n, L, L) float32, 0 is the edge.
     part, row: (N,) int64; box i's mask is ``logits[part[i]][row[i]]``.
-    quality: (N,) float32, the decoder's own guess of its IoU (SAM, arXiv:2304.02643, appendix A).
+    quality: (N,) float32, the IoU that the decoder predicts (SAM, arXiv:2304.02643, appendix A).
     frames: one per image of the batch, None for an image without boxes.
     """
 
@@ -140,10 +140,10 @@ class PseudoLabels:
     """The chain's result for a batch.
 
     label_maps: one (H, W) uint8 per image, original size: 0 background, 1..C classes, 255 void.
-    labels, boxes: what led there.
+    labels, boxes: the image labels and boxes they were made from.
     quality: (N,) float32 per box, the mask's predicted IoU.
-    area: (N,) int64 per box, pixels of its outline; won: those that carry its label in the end.
-    confidence: one (H, W) uint8 per image, 255 is certain; None where the chain has no such map.
+    area: (N,) int64 per box, pixels of its mask; won: those that have its label in the label map.
+    confidence: one (H, W) uint8 per image, 255 is certain; None if the chain has no such maps.
     """
 
     names: list[str]

@@ -1,13 +1,13 @@
-"""Class lists: names, what CLIP and the detector are told for each, negative prompts, colors.
+"""Class lists: names, prompts for CLIP, phrases for the detector, negative prompts, and colors.
 
-A list comes by name (``voc``, ``coco``, ``mini``), from a file, or as names on the command line:
+A list is given by name (``voc``, ``coco``, ``mini``), as a file, or as names on the command line:
 
     dog
-    person: people, human        # other wordings of the same class
-    !statue                      # a negative prompt: takes probability, gets no label (``-statue`` does as well)
+    person: people, human        # synonyms of the same class
+    !statue                      # a negative prompt: it competes for probability but gets no label (also ``-statue``)
 
 or as JSON: ``["dog", "cat"]``, or ``{"dog": {"prompts": ["dog", "puppy"], "phrases": ["dog"]}, "negatives": ["statue"]}``;
-`wsss.class_files` reads these and what other tools write.
+`wsss.class_files` reads these and the formats of other tools.
 Sources of the built-in lists: VOC 2012 devkit, VOCinit.m; COCO 2014, instances_val2014.json; the CLIP prompts of both
 from CLIP-ES (arXiv:2212.09506; github.com/linyq2117/CLIP-ES 78e0198, clip_text.py: ``new_class_names`` and
 ``new_class_names_coco``, there in one sentence with their synonyms).
@@ -35,7 +35,7 @@ _log = logging.getLogger("wsss")
 
 LISTS = ("voc", "coco", "mini")
 MAX_CLASSES = 254
-"""An 8-bit label has 256 values: 0 is background, 255 is void."""
+"""An 8-bit label has 256 values; 0 is background and 255 is void."""
 MINI_CLASSES = (
     "red disc",
     "green triangle",
@@ -50,36 +50,36 @@ MINI_CLASSES = (
     "checkered diamond",
     "dotted heart",
 )
-"""Of the drawn scenes that the embedded models are trained on."""
+"""Classes of the drawn scenes that the embedded models are trained on."""
 _SPLITTING = ".?,;:[]"
-"""Signs that end a phrase in a caption (Grounding-DINO: ``.``, ``?``, special tokens in brackets) or an entry of a list."""
+"""Characters that end a phrase in a caption (Grounding-DINO: ``.``, ``?``, special tokens in brackets) or an entry of a list."""
 _FILE = re.compile(r"[/\\]|\.(txt|json|names|csv|tsv|toml|ya?ml|pbtxt)$", re.IGNORECASE)
 MAX_LETTERS = 500
-"""Of a name or wording: CLIP reads 77 tokens of about four letters."""
+"""Characters of a name or wording: CLIP reads 77 tokens of about four characters."""
 MAX_WORDINGS = 1_000
-"""Of one class, and of negatives: CLIP reads each of them in each of its templates."""
+"""Wordings of a class, and negatives: CLIP encodes each of them in each template."""
 _NO_CLASS = frozenset(
     ("background", "bg", "void", "ignore", "ignored", "ignore region", "unlabeled", "unlabelled", "dontcare", "don't care")
 )
-"""What data sets call labels 0 and 255."""
+"""Names that data sets use for labels 0 and 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassList:
-    """The classes of a run; label i is ``names[i - 1]``, 0 is background.
+    """The classes of a run: label i is ``names[i - 1]``, label 0 is background.
 
     Raises:
-        ClassError: no class, too many, a name twice, or a name that would split a caption.
+        ClassError: no class, too many, a duplicate name, or a name that would split a caption.
     """
 
     names: tuple[str, ...]
-    """As written into label stores; background is not among them."""
+    """Names as written to label stores, without background."""
     prompts: tuple[tuple[str, ...], ...]
-    """CLIP's wordings of each class, put into its templates; their embeddings are averaged."""
+    """Wordings of each class for CLIP's templates; their embeddings are averaged."""
     phrases: tuple[tuple[str, ...], ...]
-    """The detector's wordings of each class, clean: lower case, no signs that end a phrase."""
+    """Wordings of each class for the detector: lower case, without characters that end a phrase."""
     negatives: tuple[str, ...] = ()
-    """Further names that CLIP weighs against the classes, beside a model's own backgrounds."""
+    """Names that compete with the classes in CLIP, in addition to a model's own backgrounds."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -87,12 +87,12 @@ class ClassList:
         _check_count(len(self.names))
         if not len(self.names) == len(self.prompts) == len(self.phrases):
             counts = f"{len(self.names)} names, {len(self.prompts)} prompts, {len(self.phrases)} phrases"
-            raise ClassError(f"each class needs its prompts and phrases, got {counts}")
+            raise ClassError(f"each class needs prompts and phrases, got {counts}")
         seen: dict[str, str] = {}
         for name, prompts, phrases in zip(self.names, self.prompts, self.phrases, strict=True):
             _check_name(name)
             if (key := cleaned(name)) in seen:
-                raise ClassError(f"the class {name!r} stands twice in the list", hint=f"keep one of {seen[key]!r} and {name!r}")
+                raise ClassError(f"the class {name!r} occurs twice in the list", hint=f"keep one of {seen[key]!r} and {name!r}")
             seen[key] = name
             if not prompts or not phrases or not all(prompts) or not all(phrases):
                 raise ClassError(f"the class {name!r} has an empty prompt or phrase", hint='{"dog": {"prompts": ["dog"]}}')
@@ -107,10 +107,10 @@ class ClassList:
                 for wording in map(cleaned, wordings):
                     if (other := owner.setdefault(wording, name)) != name:
                         raise ClassError(
-                            f"the classes {other!r} and {name!r} share the wording {wording!r}: no model tells them apart",
+                            f"the classes {other!r} and {name!r} share the wording {wording!r}: no model can tell them apart",
                             hint="keep it for one of them",
                         )
-        for negative in self.negatives:  # owner is of the prompts: CLIP alone reads negatives
+        for negative in self.negatives:  # `owner` is that of the prompts: only CLIP reads negatives
             if cleaned(negative) in owner:
                 raise ClassError(
                     f"{negative!r} is a negative prompt and a wording of the class {owner[cleaned(negative)]!r}",
@@ -121,11 +121,11 @@ class ClassList:
         return len(self.names)
 
     def find(self, name: str) -> int | None:
-        """The label, 1 to C, of a class as people write it; None where the list has no such class. See `Names`."""
+        """The label, 1 to C, of a class name in any common spelling, or None. See `Names`."""
         return self._lookup.find(name)
 
     def nearest(self, name: str) -> str | None:
-        """The class whose name is most like ``name``, for a message; None where none is."""
+        """The class name most similar to ``name``, for a message, or None."""
         return self._lookup.nearest(name)
 
     @cached_property
@@ -134,10 +134,10 @@ class ClassList:
 
 
 class Names:
-    """The names of labels 1 to C, found as people write them.
+    """Finds labels 1 to C by name, in any common spelling.
 
-    Case, Unicode's forms, underscores, spaces and signs do not matter. Where no name is equal but for these, one is looked
-    for without its spaces and hyphens: ``potted plant`` and ``potted-plant`` are VOC's ``pottedplant``.
+    Case, Unicode forms, underscores, spaces and punctuation are ignored. If no name matches, spaces and hyphens are ignored too:
+    ``potted plant`` and ``potted-plant`` are VOC's ``pottedplant``.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -152,23 +152,23 @@ class Names:
         return self._exact.get(name) or self._cleaned.get(cleaned(name)) or self._joined.get(_joined(name))
 
     def nearest(self, name: str) -> str | None:
-        """The name most like ``name``, or None."""
+        """The name most similar to ``name``, or None."""
         near = difflib.get_close_matches(cleaned(name[:MAX_LETTERS]), self._cleaned, n=1)
         return self._names[self._cleaned[near[0]] - 1] if near else None
 
 
 def parse_classes(text: str) -> ClassList:
-    """The class list that ``--classes`` means: a list's name, a file, or names separated by commas.
+    """Parse ``--classes``: the name of a list, a file, or names separated by commas.
 
-    What is accepted but may not be meant is warned of, on the logger ``wsss``.
+    Entries that are accepted but may be unintended are logged as warnings on the logger ``wsss``.
 
     Raises:
-        ClassError: no such list or file, or a list that `ClassList` refuses. Says how to write it.
+        ClassError: no such list or file, or a list that `ClassList` refuses.
     """
     text = text.strip()
     if text.lower() in LISTS:
         return named_list(text.lower())
-    # Unlike those of Path, these are False for a list too long to be a name.
+    # Unlike Path's methods, these are False for a list too long to be a file name.
     if os.path.exists(text) and not os.path.isdir(text):
         where = f"--classes {text}"
         try:
@@ -178,7 +178,7 @@ def parse_classes(text: str) -> ClassList:
     if "," not in text:
         if _FILE.search(text):
             raise ClassError(
-                f"--classes {text[:200]}: no such file", hint=f"give a file with one name a line, or {', '.join(LISTS)}"
+                f"--classes {text[:200]}: no such file", hint=f"give a file with one name per line, or {', '.join(LISTS)}"
             )
         near = difflib.get_close_matches(text[:40].lower().rstrip("0123456789-_"), LISTS, n=1, cutoff=0.8)
         if near:
@@ -187,17 +187,17 @@ def parse_classes(text: str) -> ClassList:
                 hint=f'--classes {near[0]}; for a single class of that name: --classes "{text},"',
             )
     entries = entries_from_list(text.split(","))
-    for each in entries.classes:
-        if _is_background(each.name):
+    for entry in entries.classes:
+        if _is_background(entry.name):
             raise ClassError(
-                f"{each.name.strip()!r} is no class to look for: labels 0 (background) and 255 (void) are in every list already",
+                f"{entry.name.strip()!r} is not a class to look for: labels 0 (background) and 255 (void) are in every list",
                 hint="remove it from the list",
             )
     return _list_of(entries, "--classes")
 
 
 def class_list(entries: Iterable[str]) -> ClassList:
-    """A list from entries as a text file has them: ``name``, ``name: synonym, synonym``, ``!negative``. Skips empty ones."""
+    """A list from entries as in a text file: ``name``, ``name: synonym, synonym``, ``!negative``. Skips empty ones."""
     return _list_of(entries_from_list(tuple(entries)))
 
 
@@ -207,32 +207,32 @@ def named_list(name: str) -> ClassList:
         return class_list(MINI_CLASSES)
     table = {"voc": _VOC, "coco": _COCO}[name]
     names, prompts, phrases = zip(*(_columns(row) for row in table.strip().splitlines()), strict=True)
-    return ClassList(names=names, prompts=tuple((each,) for each in prompts), phrases=tuple((each,) for each in phrases))
+    return ClassList(names=names, prompts=tuple((prompt,) for prompt in prompts), phrases=tuple((phrase,) for phrase in phrases))
 
 
 def backgrounds_for(classes: ClassList, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The background names that do not stand for a class of the run.
+    """The background names that do not denote a class of the run.
 
-    A name collides when it equals a wording of a class or is its last word, plural or not: ``sign`` goes when ``stop
-    sign`` is a class, ``house`` stays beside ``house cat``. With COCO's classes this leaves the list that CLIP-ES uses there.
+    A name is removed if it equals a wording of a class or its last word, singular or plural: ``sign`` is removed if ``stop
+    sign`` is a class, ``house`` stays beside ``house cat``. For COCO's classes this gives the list that CLIP-ES uses.
     """
-    wordings = [each for group in ((classes.names,), classes.prompts, classes.phrases) for words in group for each in words]
-    heads = {_singular(part.split()[-1]) for each in wordings for part in cleaned(each, keep=",").split(",") if part.split()}
-    whole = {_singular(cleaned(each)) for each in wordings}
-    return tuple(name for name in names if _singular(cleaned(name)) not in whole | heads)
+    wordings = [wording for group in ((classes.names,), classes.prompts, classes.phrases) for words in group for wording in words]
+    parts = [part.split() for wording in wordings for part in cleaned(wording, keep=",").split(",")]
+    taken = {_singular(cleaned(wording)) for wording in wordings} | {_singular(words[-1]) for words in parts if words}
+    return tuple(name for name in names if _singular(cleaned(name)) not in taken)
 
 
 def cleaned(text: str, *, keep: str = "") -> str:
-    """A name as models are told it: NFC, lower case, single spaces, without signs that end a phrase."""
-    for sign in set(_SPLITTING) - set(keep):
-        text = text.replace(sign, " ")
+    """Normalize a name for the models: NFC, lower case, single spaces, without characters that end a phrase."""
+    for character in set(_SPLITTING) - set(keep):
+        text = text.replace(character, " ")
     return _spaced(text.replace("_", " ")).lower()
 
 
 def palette() -> npt.NDArray[np.uint8]:
     """VOC's color map: (256, 3) uint8 RGB; 0 is black, 255 (void) is (224, 224, 192).
 
-    Source: VOC 2012 devkit, VOClabelcolormap.m: the bits of a label are dealt to red, green and blue, highest first.
+    Source: VOC 2012 devkit, VOClabelcolormap.m: the bits of a label go to red, green and blue in turn, to the highest bits first.
     """
     colors = np.zeros((256, 3), dtype=np.uint8)
     for label in range(256):
@@ -242,18 +242,19 @@ def palette() -> npt.NDArray[np.uint8]:
 
 
 def _list_of(entries: Entries, where: str = "") -> ClassList:
-    """Raw entries cleaned and checked; with ``where``, what may not be meant is warned of."""
+    """Normalize and check raw entries; with ``where``, log a warning for likely mistakes."""
     _check_count(len(entries.classes))
-    for count, what in ((len(entries.negatives), "negatives"), *((_wordings_in(each), each.name) for each in entries.classes)):
+    counts = [(len(entries.negatives), "negatives"), *((_count_wordings(entry), entry.name) for entry in entries.classes)]
+    for count, name in counts:
         if count > MAX_WORDINGS:
-            raise ClassError(f"{excerpt(what)}: expected at most {MAX_WORDINGS} wordings, got {count}", hint="keep the best ones")
+            raise ClassError(f"{excerpt(name)}: expected at most {MAX_WORDINGS} wordings, got {count}", hint="keep the best ones")
     names, prompts, phrases = [], [], []
-    for each in entries.classes:
-        both = _wordings((each.name, *each.synonyms))
-        names.append(_checked(each.name))
+    for entry in entries.classes:
+        both = _wordings((entry.name, *entry.synonyms))
+        names.append(_checked(entry.name))
         _check_name(names[-1])
-        prompts.append(both if each.prompts is None else _distinct(map(_checked, each.prompts)))
-        phrases.append(both if each.phrases is None else _wordings(each.phrases))
+        prompts.append(both if entry.prompts is None else _distinct(map(_checked, entry.prompts)))
+        phrases.append(both if entry.phrases is None else _wordings(entry.phrases))
     for negative in entries.negatives:
         if not cleaned(negative):
             raise ClassError(f"a negative prompt has no name: {excerpt(negative)}", hint="remove it, or write !statue")
@@ -265,39 +266,37 @@ def _list_of(entries: Entries, where: str = "") -> ClassList:
         for name in classes.names:
             if (other := singular.setdefault(_singular(cleaned(name)), name)) != name:
                 _log.warning(
-                    "%s: %r and %r differ by an s alone: the models hardly tell them apart, keep one of them", where, other, name
+                    "%s: %r and %r differ only by an s: the models hardly tell them apart, keep one of them", where, other, name
                 )
     return classes
 
 
 def _without_background(entries: Entries, where: str) -> Entries:
-    """Without the names of labels 0 and 255, which tools list among the classes; warns of them, and of numbers that change.
+    """Remove the names of labels 0 and 255, which tools list among the classes; warn of them, and of numbers that change.
 
     Raises:
-        ClassError: one stands among the classes, so that all labels after it would move.
+        ClassError: such a name is between classes, so that removing it would change all labels after it.
     """
     classes = list(entries.classes)
     if len(classes) > MAX_CLASSES + len(_NO_CLASS):
         _check_count(len(classes))
-    none = [_is_background(each.name) for each in classes]
-    first = none.index(False) if False in none else len(none)
-    last = len(none) - none[::-1].index(False) if False in none else 0
-    for place, each in enumerate(classes):
-        at_an_end = place < first or place >= last if each.number is None else each.number in (-1, 0, 255) or place >= last
-        if none[place] and not at_an_end and not (place < first and each.number == 1):
+    is_background = [_is_background(entry.name) for entry in classes]
+    first = is_background.index(False) if False in is_background else len(classes)
+    last = len(classes) - is_background[::-1].index(False) if False in is_background else 0
+    for row, entry in enumerate(classes):
+        at_an_end = row < first or row >= last if entry.number is None else entry.number in (-1, 0, 255) or row >= last
+        if is_background[row] and not at_an_end and not (row < first and entry.number == 1):
             raise ClassError(
-                f"{each.name!r} stands among the classes and is none to look for; without it, later labels would change",
+                f"{entry.name!r} is listed between classes but is not a class to look for; without it, later labels would change",
                 hint="put it first, for label 0, or remove it",
             )
-    kept = [each for each, is_none in zip(classes, none, strict=True) if not is_none]
-    numbers = [each.number for each in kept]
-    said = f"labels are 1 {kept[0].name[:40]!r} to {len(kept)} {kept[-1].name[:40]!r}" if kept else ""
-    if left := [each.name for each, is_none in zip(classes, none, strict=True) if is_none]:
-        _log.warning("%s: left out %s, which is no class to look for; %s", where, ", ".join(map(repr, left)), said)
+    kept = [entry for row, entry in enumerate(classes) if not is_background[row]]
+    numbers = [entry.number for entry in kept]
+    labels = f"labels are 1 {kept[0].name[:40]!r} to {len(kept)} {kept[-1].name[:40]!r}" if kept else ""
+    if removed := [repr(entry.name) for row, entry in enumerate(classes) if is_background[row]]:
+        _log.warning("%s: left out %s, which is not a class to look for; %s", where, ", ".join(removed), labels)
     elif None not in numbers and numbers not in (list(range(len(kept))), list(range(1, len(kept) + 1))):
-        _log.warning(
-            "%s: the numbers in the file, %s to %s, have gaps and are not kept: %s", where, numbers[0], numbers[-1], said
-        )
+        _log.warning("%s: the file's numbers, %s to %s, have gaps and are not kept: %s", where, numbers[0], numbers[-1], labels)
     return Entries(classes=kept, negatives=entries.negatives)
 
 
@@ -307,49 +306,51 @@ def _is_background(name: str) -> bool:
 
 def _check_count(count: int) -> None:
     if count > MAX_CLASSES:
-        raise ClassError(f"{count} classes, an 8-bit label map holds {MAX_CLASSES}", hint="split the list")
+        raise ClassError(f"expected at most {MAX_CLASSES} classes in an 8-bit label map, got {count}", hint="split the list")
 
 
-def _wordings_in(entry: Entry) -> int:
+def _count_wordings(entry: Entry) -> int:
     return max(len(entry.synonyms), len(entry.prompts or ()), len(entry.phrases or ()))
 
 
 def _check_name(name: str) -> None:
     _check_wordings("the list", (name,))
-    signs = [sign for sign in _SPLITTING if sign in name]
-    if signs:
+    splitting = [character for character in _SPLITTING if character in name]
+    if splitting:
         raise ClassError(
-            f"the class name {excerpt(name)} has {' '.join(signs)} in it, which would split the detector's caption",
+            f"the class name {excerpt(name)} contains {' '.join(splitting)}, which would split the detector's caption",
             hint=f"write {excerpt(_spaced(name.translate(str.maketrans(_SPLITTING, ' ' * len(_SPLITTING)))))}",
         )
     if not cleaned(name):
         raise ClassError("a class has no name", hint="remove the empty entry")
     if cleaned(name) == "background":
-        raise ClassError(f"{name!r} is label 0 of every list already", hint="remove it from the list")
+        raise ClassError(f"{name!r} is label 0 of every list", hint="remove it from the list")
     if re.fullmatch(r"n\d{8}|/[mg]/\w+", name):
-        raise ClassError(f"{name!r} is a number of WordNet or Open Images, which no model can read", hint="give the class's name")
+        raise ClassError(f"{name!r} is an ID of WordNet or Open Images, which no model can read", hint="give the class's name")
     if len(name) > 1 and name[0] == name[-1] and name[0] in "'\"":
-        raise ClassError(f"the class name {excerpt(name)} has quotes round it", hint=f"write {excerpt(name[1:-1])}")
+        raise ClassError(f"the class name {excerpt(name)} is in quotes", hint=f"write {excerpt(name[1:-1])}")
 
 
 def _check_wordings(where: str, wordings: Iterable[str]) -> None:
-    """Raises ClassError for what no one types: control characters, halves of surrogate pairs, names without end."""
+    """Raises ClassError for control characters, lone surrogates, and names that are too long."""
     for wording in wordings:
         if len(wording) > MAX_LETTERS:
             raise ClassError(
-                f"{where} has a name of {len(wording):,} letters, {excerpt(wording, 30)}, at most {MAX_LETTERS} are read",
+                f"{where}: expected names of at most {MAX_LETTERS} characters, got {len(wording):,}: {excerpt(wording, 30)}",
                 hint="give a short name",
             )
-        if sign := next((each for each in wording if not _is_typed(each)), None):
+        if bad := next((character for character in wording if not _is_text(character)), None):
             raise ClassError(
-                f"{where} has the name {excerpt(wording)}, and in it {sign!r} ({unicodedata.name(sign, 'a control character')})",
-                hint="write names with letters, digits, signs and spaces; copied text may carry characters that are not seen",
+                f"{where}: the name {excerpt(wording)} contains {bad!r} ({unicodedata.name(bad, 'a control character')})",
+                hint="use letters, digits, punctuation and spaces; copied text may contain invisible characters",
             )
 
 
-def _is_typed(sign: str) -> bool:
-    """Controls, line separators, surrogates, private use and U+FFFD are not; the joiners that scripts need are."""
-    return sign in "\u200c\u200d" or (sign != "\ufffd" and unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"))
+def _is_text(character: str) -> bool:
+    """False for controls, line separators, surrogates, private use and U+FFFD; true for the joiners that scripts need."""
+    if character in "\u200c\u200d\ufffd":
+        return character != "\ufffd"
+    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 
 
 def _checked(text: str) -> str:
@@ -358,11 +359,11 @@ def _checked(text: str) -> str:
 
 
 def _wordings(texts: Iterable[str]) -> tuple[str, ...]:
-    return _distinct(cleaned(_checked(each)) for each in texts)
+    return _distinct(cleaned(_checked(text)) for text in texts)
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(each for each in texts if each))
+    return tuple(dict.fromkeys(filter(None, texts)))
 
 
 def _spaced(text: str) -> str:
@@ -378,7 +379,7 @@ def _singular(name: str) -> str:
 
 
 def _columns(row: str) -> tuple[str, str, str]:
-    """name, CLIP prompt and detector phrase of a table's row; a missing column is the name."""
+    """Name, CLIP prompt and detector phrase in a row of a table; a missing column equals the name."""
     name, prompt, phrase = (*(part.strip() for part in row.split("|")), "", "")[:3]
     return name, prompt or name, phrase or name
 
@@ -407,7 +408,7 @@ train
 tvmonitor | tvmonitor screen | tv monitor
 """
 
-# CLIP-ES's "sknowboard" is spelled right here.
+# CLIP-ES spells snowboard "sknowboard".
 _COCO = """
 person | person with clothes,people,human
 bicycle

@@ -1,4 +1,4 @@
-"""How many cores this process may use."""
+"""Count the CPU cores that this process may use."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def cores() -> int:
-    """Cores of this process's affinity where the system has one, otherwise of the machine."""
+    """Number of cores in this process's CPU affinity, or of the machine where the system has no affinity."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,12 +1,12 @@
-"""The one exception a user is meant to see."""
+"""Exceptions whose messages are meant for users."""
 
 from __future__ import annotations
 
 
 class WsssError(Exception):
-    """Something the user can fix: *where: what was expected, what came*, then a hint.
+    """A problem that the user can fix: *where: what was expected, what came*, then a hint.
 
-    Everything else may traceback. The command line prints this without a traceback and exits with 1.
+    The command line prints it without a traceback and exits with 1.
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
@@ -19,7 +19,7 @@ class WsssError(Exception):
 
 
 class UsageError(WsssError):
-    """A flag or argument that cannot mean anything; exit code 2."""
+    """An invalid flag or argument; exit code 2."""
 
 
 class SpecError(WsssError):
@@ -27,7 +27,7 @@ class SpecError(WsssError):
 
 
 class FeedError(WsssError):
-    """A tensor that does not fit the engine it was fed to."""
+    """A tensor that does not fit the engine's input."""
 
 
 class BundleError(WsssError):
@@ -47,7 +47,7 @@ class ImageError(WsssError):
 
 
 class ClassError(WsssError):
-    """A class list that does not exist, contradicts itself, or has names no caption can hold."""
+    """A class list that does not exist, contradicts itself, or has names that no caption can contain."""
 
 
 class StoreError(WsssError):
@@ -55,8 +55,8 @@ class StoreError(WsssError):
 
 
 class OutOfMemory(WsssError):
-    """An engine's call that its device has no memory for; a smaller one may fit."""
+    """A call of an engine that needs more memory than its device has; a smaller batch may fit."""
 
 
 class WsssWarning(UserWarning):
-    """Something that goes on but is likely not what the user meant."""
+    """A non-fatal problem: the result is likely not what the user intended."""

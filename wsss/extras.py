@@ -1,4 +1,4 @@
-"""What an installation lacks, and the line that installs it."""
+"""The commands that install missing extras."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import WsssError
 
 
 def install_line(extra: str) -> str:
-    """The line that adds an extra to this installation: from its folder, its git address, or the package index."""
+    """The command that adds an extra to this installation: from its folder, its git URL, or the package index."""
     origin = _origin()
     url = str(origin.get("url", ""))
     if url.startswith("file://"):
@@ -24,7 +24,7 @@ def install_line(extra: str) -> str:
 
 
 def _origin() -> dict[str, object]:
-    """``direct_url.json`` (PEP 610); build leftovers in the current folder are distributions too, but have none."""
+    """The content of ``direct_url.json`` (PEP 610). Build leftovers in the current folder are distributions without one."""
     for found in metadata.distributions(name="wsss"):
         with suppress(ValueError):
             if text := found.read_text("direct_url.json"):
@@ -34,7 +34,7 @@ def _origin() -> dict[str, object]:
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Turn a missing package of an extra into the line that installs it."""
+    """Convert a ModuleNotFoundError into a WsssError with the command that installs the extra."""
     try:
         yield
     except ModuleNotFoundError as error:

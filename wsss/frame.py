@@ -1,4 +1,4 @@
-"""Coordinate frames: where a photograph lies on a model's canvas, and the way back for boxes and masks.
+"""Coordinate frames: the placement of a photograph on a model's canvas, and the mapping of boxes and masks back to it.
 
 Names carry the frame: ``xyxy_image`` is in pixels of the photograph (EXIF rotation applied), ``xyxy_model`` in pixels
 of the canvas. The photograph is resized and put top left; the rest of the canvas is padding.
@@ -22,21 +22,21 @@ class Frame:
 
     image: tuple[int, int]
     valid: tuple[int, int]
-    """Size after resizing: the part of the canvas that is photograph."""
+    """Size after resizing: the part of the canvas that the photograph covers."""
     canvas: tuple[int, int]
 
     def xyxy_model_from_image(self, xyxy_image: Array) -> Array:
-        """Boxes (N, 4) float32 from the photograph's frame to the canvas's (SAM ``ResizeLongestSide.apply_boxes``)."""
+        """Convert boxes (N, 4) float32 from the photograph's frame to the canvas's (SAM ``ResizeLongestSide.apply_boxes``)."""
         return (np.asarray(xyxy_image, np.float64) * self._scale()).astype(np.float32)
 
     def xyxy_image_from_model(self, xyxy_model: Array) -> Array:
-        """Boxes (N, 4) float32 from the canvas's frame to the photograph's."""
+        """Convert boxes (N, 4) float32 from the canvas's frame to the photograph's."""
         return (np.asarray(xyxy_model, np.float64) / self._scale()).astype(np.float32)
 
     def xyxy_image_from_cxcywh(self, cxcywh: Array) -> Array:
-        """Boxes (N, 4) float32 in the photograph, clipped to it, from center and size in 0..1 of the valid part.
+        """Convert center and size in 0..1 of the valid part to boxes (N, 4) float32 in the photograph, clipped to it.
 
-        Grounding-DINO's boxes are relative to the unpadded photograph (its valid ratios), so padding plays no part.
+        Grounding-DINO's boxes are relative to the unpadded photograph (its valid ratios), so padding does not matter.
         """
         height, width = self.image
         center, size = np.asarray(cxcywh, np.float64)[:, :2], np.asarray(cxcywh, np.float64)[:, 2:]
@@ -58,10 +58,10 @@ class Frame:
 
 
 def frame_for(preprocess: Preprocess, height: int, width: int) -> Frame:
-    """The frame of a photograph of this size: resized as the model wants it, on the smallest canvas that holds it.
+    """The frame of a photograph of this size: resized for the model, on the smallest canvas that holds it.
 
-    A photograph that no canvas holds (canvases chosen smaller, or an aspect so extreme that the model's own rounding
-    overshoots) is shrunk further, onto the canvas that keeps it largest.
+    A photograph that no canvas holds (smaller canvases, or an extreme aspect ratio that the model's rounding enlarges) is
+    shrunk further, to fit the canvas that keeps it largest.
     """
     valid = resized(preprocess, height, width)
     fitting = [canvas for canvas in preprocess.canvases if canvas[0] >= valid[0] and canvas[1] >= valid[1]]
@@ -78,7 +78,7 @@ def frame_for(preprocess: Preprocess, height: int, width: int) -> Frame:
 
 
 def resized(preprocess: Preprocess, height: int, width: int) -> tuple[int, int]:
-    """(height, width) after the model's own resize, before padding.
+    """(height, width) after the model's resize, before padding.
 
     ``shorter``: `wsss.train.data.working_size`. ``longest``: SAM ``ResizeLongestSide.get_preprocess_shape``.
     ``short-longest``: ``get_size_with_aspect_ratio`` of GroundingDINO ``datasets/transforms.py``.
@@ -105,8 +105,10 @@ def resized(preprocess: Preprocess, height: int, width: int) -> tuple[int, int]:
 
 
 def shorter_factor(height: int, width: int, shorter_px: int) -> float:
-    """What brings the shorter side to ``shorter_px``, and the longer one to four times that at most: the (2048, 512) of
-    mmsegmentation's configurations."""
+    """Factor that brings the shorter side to ``shorter_px``, with the longer one at most four times as long.
+
+    This is the (2048, 512) of mmsegmentation's configurations.
+    """
     return shorter_px * min(1 / min(height, width), 4 / max(height, width))
 
 
@@ -138,19 +140,19 @@ def bilinear_matrix(source: int, target: int) -> Array:
     low, high, share = bilinear_taps(source, target)
     matrix, rows = np.zeros((target, source)), np.arange(target)
     matrix[rows, low] = 1 - share
-    matrix[rows, high] += share  # where both are the same pixel, at an edge, they add up
+    matrix[rows, high] += share  # at an edge both may be the same pixel: the weights add up
     return matrix
 
 
 def bilinear_taps(source: int, target: int) -> tuple[Array, Array, Array]:
-    """The two source pixels that make each target pixel, and the second one's share: (target,) int64, int64, float64.
+    """The two source pixels of each target pixel, and the second one's weight: (target,) int64, int64, float64.
 
-    torch computes where a target pixel falls in float32. Done here in float64, mask logits of +-20 came out up to 9e-4
-    apart (59 pixels of a 4000 x 3000 mask flipped). Its kernels for AVX2, AVX512 and CUDA multiply and subtract in one
-    rounding, as here; that for older CPUs in two, which puts white noise of +-1 up to 2e-5 apart.
+    torch computes the position of a target pixel in float32. In float64, mask logits of +-20 differed by up to 9e-4 (59
+    pixels of a 4000 x 3000 mask flipped). Its kernels for AVX2, AVX512 and CUDA multiply and subtract with one rounding, as
+    here; those for older CPUs with two, which changes white noise of +-1 by up to 2e-5.
     """
     scale = np.float64(np.float32(source) / np.float32(target))
-    # Exact in float64 until the one rounding: 24 bits times at most 15.
+    # Exact in float64 until the single rounding: 24 bits times at most 15.
     center = np.maximum((scale * (np.arange(target) + 0.5) - 0.5).astype(np.float32), np.float32(0))
     low = np.minimum(center.astype(np.int64), source - 1)
     return low, np.minimum(low + 1, source - 1), center.astype(np.float64) - low

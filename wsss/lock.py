@@ -1,4 +1,4 @@
-"""Locks on files, by the operating system (flock; on Windows LockFile), which releases them however a process dies."""
+"""File locks of the operating system (flock; on Windows LockFile), which releases them however a process ends."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .errors import StoreError, WsssError
 if sys.platform == "win32":
     import msvcrt
 
-    _AT = 1 << 30
-    """The byte that is locked: Windows lets nobody read a locked byte, and the file's text stays readable."""
+    _LOCKED_BYTE = 1 << 30
+    """Offset of the locked byte, far behind the text: Windows lets nobody read a locked byte."""
 
     def _flock(handle: int, *, shared: bool) -> None:
         if shared:
             raise OSError(errno.ENOTSUP, "Windows has no shared locks here")
-        os.lseek(handle, _AT, os.SEEK_SET)
+        os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
 
     def _is_alone(handle: int) -> bool:
-        return True  # its locks are never shared
+        return True  # locks on Windows are never shared
 
 else:
     try:
         import fcntl
-    except ImportError:  # a Python without it: stated when a lock is taken
+    except ImportError:  # `_flock` raises when a lock is taken
         fcntl = None  # type: ignore[assignment]
 
     def _flock(handle: int, *, shared: bool) -> None:
@@ -49,49 +49,50 @@ else:
 
 
 class NoLocks(StoreError):
-    """A file system or operating system that lacks the lock that was asked for."""
+    """The file system or operating system does not support the requested lock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """A lock that is held."""
+    """A lock held by this process."""
 
     handle: int
 
     def alone(self) -> bool:
-        """Is nobody else here? If so, nobody can come until this lock is released."""
+        """Whether nobody shares the lock. If so, nobody else can take it until it is released."""
         return _is_alone(self.handle)
 
 
 @contextmanager
 def lock(path: Path, *, shared: bool = False, where: str = "", error: type[WsssError] = StoreError) -> Iterator[Lock]:
-    """Hold the lock of a file, which is made, and removed by the last holder.
+    """Hold a lock on a file, which is created here and removed by the last holder.
 
     Args:
-        shared: others may hold it too if they share it as well. Not on Windows.
-        where: how messages name what is locked; ``--out FOLDER`` of the file unless given.
-        error: the class raised where another process holds it.
+        shared: other processes may hold it at the same time if they share it too. Not on Windows.
+        where: name of what is locked, for messages; default: ``--out FOLDER`` with the file's folder.
+        error: the class raised when another process holds it.
 
     Raises:
-        WsssError (``error``): another process holds it. NoLocks: there are no such locks. OSError: the file cannot be made.
+        WsssError (``error``): another process holds it. NoLocks: unsupported. OSError: the file cannot be
+            created.
     """
-    handle = _take(path, shared, where or f"--out {path.parent}", error)
+    handle = _acquire(path, shared, where or f"--out {path.parent}", error)
     held = Lock(handle)
     try:
         yield held
     finally:
         if held.alone():
-            with suppress(OSError):  # Windows does not remove an open file: it stays, unlocked
+            with suppress(OSError):  # Windows cannot remove an open file: it stays, unlocked
                 path.unlink()
         os.close(handle)
 
 
-def _take(path: Path, shared: bool, where: str, error: type[WsssError]) -> int:
+def _acquire(path: Path, shared: bool, where: str, error: type[WsssError]) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
         try:
             _flock(handle, shared=shared)
-            if _is_at(handle, path):
+            if _is_open_file(handle, path):
                 holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
                 os.ftruncate(handle, 0)
                 os.lseek(handle, 0, os.SEEK_SET)
@@ -107,15 +108,15 @@ def _take(path: Path, shared: bool, where: str, error: type[WsssError]) -> int:
             if problem.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 hint = "mount it with flock, or write to another file system"
                 if sys.platform == "win32":
-                    hint = "on Windows one run at a time writes a store: leave --shard out"
+                    hint = "on Windows only one run at a time can write a store: leave --shard out"
                 with suppress(OSError):
                     path.unlink()
                 raise NoLocks(f"{where}: no locks here: {problem.strerror}", hint=hint) from None
             raise
-        os.close(handle)  # removed by its last holder between open and flock: make it anew
+        os.close(handle)  # its last holder removed it between open and flock: try again
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def _is_open_file(handle: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -132,7 +133,7 @@ def _holder(handle: int) -> str:
 
 
 def holder_name(record: object) -> str:
-    """Who holds a lock, from what its file says; the file may say anything."""
+    """Name the holder of a lock from the content of its file, which may be anything."""
     if isinstance(record, dict) and type(pid := record.get("pid")) is int and isinstance(host := record.get("host"), str):
         return f"process {pid} on {host[:255] if host.isprintable() else ascii(host[:255])}"
-    return "which one is not known"
+    return "holder unknown"

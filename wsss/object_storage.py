@@ -1,7 +1,7 @@
-"""Folders in object stores, through fsspec: ``s3://``, ``gs://`` and whatever else it opens. Only this module imports it.
+"""Folders in object stores, through fsspec: ``s3://``, ``gs://`` and its other protocols. Only this module imports fsspec.
 
-Nothing is cached: each call asks the store. What may pass is tried again a few times. Whatever a backend raises comes out
-as an OSError with its text in ``strerror``, so that callers treat a store as they treat a disk.
+Nothing is cached: each call asks the store. Errors that may be temporary are retried a few times. Every exception of a backend
+is converted to an OSError with its text in ``strerror``, so that callers handle a store like a disk.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .extras import install_line
 T = TypeVar("T")
 
 WAITS = (0.5, 2.0)
-"""Seconds before the second and the third try; the backends retry on their own too."""
+"""Seconds before the second and the third attempt; the backends retry too."""
 PAGE = 1000
-"""Names that S3 lists at once, its most."""
+"""Names per listing: the maximum of S3."""
 CHUNK = 1 << 20
-"""Bytes of a long file that are read at once."""
+"""Bytes of a long file that are read at a time."""
 _ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "mtime", "LastModified", "last_modified", "updated", "created")
-"""Under these keys backends tell what changes with a file, the surest first."""
-_LASTING = {
+"""Keys of the backends for a value that changes with the file, most reliable first."""
+_PERMANENT = {
     errno.EINVAL,
     errno.ENOSPC,
     getattr(errno, "EDQUOT", errno.ENOSPC),
@@ -41,11 +41,11 @@ _LASTING = {
     errno.ENAMETOOLONG,
     errno.EPERM,
 }
-"""What trying again does not change."""
+"""Errors that are not retried."""
 
 
 class Entry(NamedTuple):
-    """A file: its name below its folder, its bytes, and what changes when it is written anew."""
+    """A file: its name below the folder, its size in bytes, and a tag that changes when it is rewritten."""
 
     name: str
     size: int
@@ -53,27 +53,27 @@ class Entry(NamedTuple):
 
 
 def is_url(text: str) -> bool:
-    """Does this name something that is reached through fsspec? ``file://`` does not."""
+    """Whether the text is a URL that is opened through fsspec; ``file://`` is not."""
     return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None and not text.startswith("file://")
 
 
 def hint_of(error: OSError) -> str:
-    """What the user may do about an error of this module."""
+    """A hint for the user about an error of this module."""
     if error.errno == errno.EACCES:
-        return "check the credentials and what they may do (S3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        return "check the credentials and their permissions (S3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
     if error.errno == errno.ENOENT:
-        return "check the name of the bucket and of the folder in it"
+        return "check the name of the bucket and of its folder"
     return "check the network and the name of the server (S3: AWS_ENDPOINT_URL)"
 
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder of an object store; may be pickled, any number of processes may hold one. Names have forward slashes.
+    """A folder of an object store. Can be pickled and used by any number of processes. Names have forward slashes.
 
-    A write is whole or not at all as far as the store's own PUT is, which of object stores is true.
+    Writes are atomic because PUT is atomic in object stores.
 
-    All methods raise OSError: FileNotFoundError, PermissionError, FileExistsError, or one with ``errno`` EIO after
-    several tries; and WsssError where the package that opens such a URL is not installed.
+    All methods raise OSError: FileNotFoundError, PermissionError, FileExistsError, or one with ``errno`` EIO after several
+    attempts; and WsssError if the package that opens such URLs is not installed.
     """
 
     url: str
@@ -84,58 +84,58 @@ class RemoteFolder:
     # ---- reading ----
 
     def entry(self, name: str) -> Entry:
-        """What is known of a file."""
+        """Get a file's entry."""
         fs, root = _opened(self.url)
-        info = _asked(lambda: fs.info(_joined(root, name)))
+        info = _retried(lambda: fs.info(_joined(root, name)))
         if info["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, "no such file")
         return Entry(name, int(info["size"]), _etag_of(info))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Its bytes from ``start`` to ``stop`` or the end; the range must not be empty."""
+        """Read a file's bytes from ``start`` to ``stop`` or the end; the range must not be empty."""
         fs, root = _opened(self.url)
-        most = {} if stop is None else {"start": start, "end": stop}
-        data: bytes = _asked(lambda: fs.cat_file(_joined(root, name), **most))
+        limits = {} if stop is None else {"start": start, "end": stop}
+        data: bytes = _retried(lambda: fs.cat_file(_joined(root, name), **limits))
         return data
 
-    def lines(self, name: str, most_bytes: int = 1 << 20) -> Iterator[bytes]:
-        """Its lines with their line breaks, however long it is; a last one without is left out.
+    def lines(self, name: str, max_bytes: int = 1 << 20) -> Iterator[bytes]:
+        """Read a file's lines with their line breaks, in chunks; a last line without one is skipped.
 
         Args:
-            most_bytes: of a line; a longer one raises OSError (EFBIG).
+            max_bytes: longest line; a longer one raises OSError (EFBIG).
         """
         size, rest = self.entry(name).size, b""
         for start in range(0, size, CHUNK):
             *lines, rest = (rest + self.read(name, start, min(start + CHUNK, size))).split(b"\n")
-            if len(rest) > most_bytes:
-                raise OSError(errno.EFBIG, f"a line of more than {most_bytes:,} bytes")
+            if len(rest) > max_bytes:
+                raise OSError(errno.EFBIG, f"a line of more than {max_bytes:,} bytes")
             yield from (line + b"\n" for line in lines)
 
     def scan(self, below: str = "") -> tuple[list[Entry], list[str]]:
-        """The files and the sub-folders of one folder, which ends with a slash; both empty where it does not exist.
+        """List the files and sub-folders of the folder ``below``; both are empty if it does not exist.
 
-        ``below`` is "" for the folder itself; names come whole, those of sub-folders with their slash.
+        ``below`` is "" or ends with a slash. Names are relative to this folder; those of sub-folders end with a slash.
         """
         fs, root = _opened(self.url)
         if _is_s3(fs):
             files, folders = [], list[str]()
-            for some, inside, _ in _s3_pages(fs, root, below, delimiter="/"):
-                files += some
-                folders += inside
+            for page_files, page_folders, _ in _s3_pages(fs, root, below, delimiter="/"):
+                files += page_files
+                folders += page_folders
             return files, folders
         where = _joined(root, below.rstrip("/"))
         try:
-            found = _asked(lambda: fs.ls(where, detail=True))
+            listed = _retried(lambda: fs.ls(where, detail=True))
         except FileNotFoundError:
             return [], []
-        told = sorted(((below + info["name"].rstrip("/").rpartition("/")[2], info) for info in found), key=lambda each: each[0])
-        entries = [Entry(name, int(info["size"] or 0), _etag_of(info)) for name, info in told if info["type"] == "file"]
-        return entries, [f"{name}/" for name, info in told if info["type"] == "directory" and name != below.rstrip("/")]
+        infos = sorted(((below + info["name"].rstrip("/").rpartition("/")[2], info) for info in listed), key=lambda pair: pair[0])
+        entries = [Entry(name, int(info["size"] or 0), _etag_of(info)) for name, info in infos if info["type"] == "file"]
+        return entries, [f"{name}/" for name, info in infos if info["type"] == "directory" and name != below.rstrip("/")]
 
     def walk(self, below: str = "") -> Iterator[Entry]:
-        """All files below a folder by name (order of code points).
+        """All files below a folder, sorted by name (code points).
 
-        Of S3 a page is in memory at a time, of others one folder's names and those above it.
+        Memory: on S3 one page of names, on other stores the names of one folder and of those above it.
         """
         fs, root = _opened(self.url)
         if _is_s3(fs):
@@ -152,31 +152,31 @@ class RemoteFolder:
     # ---- writing ----
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file, or writes it anew."""
+        """Write a file, replacing an existing one."""
         fs, root = _opened(self.url)
-        _asked(lambda: fs.pipe_file(_joined(root, name), data))
+        _retried(lambda: fs.pipe_file(_joined(root, name), data))
 
     def write_lines(self, name: str, lines: Iterable[bytes]) -> None:
-        """The same of what may be too long for memory; it is gathered in a temporary file of this machine."""
+        """Write a file that may be too long for memory, through a local temporary file."""
         fs, root = _opened(self.url)
         with tempfile.NamedTemporaryFile(prefix="wsss-") as file:
             file.writelines(lines)
             file.flush()
-            _asked(lambda: fs.put_file(file.name, _joined(root, name)))
+            _retried(lambda: fs.put_file(file.name, _joined(root, name)))
 
     def create(self, name: str, data: bytes) -> str:
-        """Writes a file that must not exist yet, in one step where the store can (S3, GCS); gives its etag."""
+        """Write a file that must not exist, atomically where the store supports it (S3, GCS). Returns its etag."""
         fs, root = _opened(self.url)
-        with suppress(FileNotFoundError):  # some servers that speak S3 know no conditions: they would write over it
+        with suppress(FileNotFoundError):  # some S3-compatible servers ignore conditions and would overwrite it
             self.entry(name)
             raise FileExistsError(errno.EEXIST, "written by another")
         if _is_s3(fs):
             return _s3_put(fs, _joined(root, name), data, IfNoneMatch="*")
-        _asked(lambda: fs.pipe_file(_joined(root, name), data, mode="create"))
+        _retried(lambda: fs.pipe_file(_joined(root, name), data, mode="create"))
         return self.entry(name).etag
 
     def swap(self, name: str, data: bytes, etag: str) -> str:
-        """Writes a file anew that must have this etag, in one step on S3; gives the new one. Raises FileExistsError if not."""
+        """Replace a file that must have this etag, atomically on S3. Returns the new etag. Raises FileExistsError otherwise."""
         fs, root = _opened(self.url)
         if _is_s3(fs):
             return _s3_put(fs, _joined(root, name), data, IfMatch=f'"{etag}"')
@@ -186,7 +186,7 @@ class RemoteFolder:
         return self.entry(name).etag
 
     def delete(self, names: Sequence[str]) -> None:
-        """Deletes files; one that is not there is no error."""
+        """Delete files; missing ones are ignored."""
         fs, root = _opened(self.url)
         if _is_s3(fs):
             for start in range(0, len(names), PAGE):
@@ -194,16 +194,16 @@ class RemoteFolder:
             return
         for name in names:
             with suppress(FileNotFoundError):
-                _asked(partial(fs.rm_file, _joined(root, name)))
+                _retried(partial(fs.rm_file, _joined(root, name)))
 
 
 class Presence:
-    """Which files there are below a folder: a page of names answers for many, where they are asked for nearly in order."""
+    """Set of the files below a folder. One page of names answers many look-ups if they are nearly in order."""
 
     def __init__(self, folder: RemoteFolder, below: str) -> None:
         self._folder, self._below = folder, below
         self._pages: list[tuple[str, str | None, frozenset[str]]] = []
-        """After which name, up to which, and the names between; the last one used last."""
+        """Cached pages, newest last: the name before it, its last name (None: no limit), and its names."""
         self._names_of = functools.lru_cache(maxsize=8)(self._list)
 
     def __contains__(self, name: str) -> bool:
@@ -215,8 +215,8 @@ class Presence:
             if page[0] < name and (page[1] is None or name <= page[1]):
                 return name in page[2]
         after = name[:-1]
-        files, _, more = next(_s3_pages(fs, root, self._below, after=after))
-        until = None if not more else files[-1].name if files else name
+        files, _, is_truncated = next(_s3_pages(fs, root, self._below, after=after))
+        until = None if not is_truncated else files[-1].name if files else name
         self._pages = [*self._pages[-3:], (after, until, frozenset(file.name for file in files))]
         return name in self._pages[-1][2]
 
@@ -229,7 +229,7 @@ class Presence:
 
 def _opened(url: str) -> tuple[Any, str]:
     """The file system of a URL and the path in it."""
-    return _open(url, os.getpid())  # its connections do not survive a fork
+    return _open(url, os.getpid())  # by process: connections do not survive a fork
 
 
 @functools.lru_cache(maxsize=256)
@@ -240,11 +240,11 @@ def _open(url: str, _: int) -> tuple[Any, str]:
         if error.name and not error.name.startswith("fsspec"):
             raise
         raise WsssError(f"{url}: needs fsspec, which is not installed", hint=install_line("remote")) from None
-    how: dict[str, Any] = {"use_listings_cache": False}
+    options: dict[str, Any] = {"use_listings_cache": False}
     if url.startswith(("s3://", "s3a://")):
-        how["max_concurrency"] = 2  # of 50 MB each, when a long manifest is written
+        options["max_concurrency"] = 2  # parts of 50 MB, when a long manifest is written
     try:
-        fs, root = url_to_fs(url, **how)
+        fs, root = url_to_fs(url, **options)
     except ImportError as error:
         raise WsssError(f"{url}: {error}", hint=install_line("remote")) from None
     except ValueError as error:
@@ -266,34 +266,34 @@ def _is_s3(fs: Any) -> bool:
 
 def _s3_put(fs: Any, path: str, data: bytes, **condition: str) -> str:
     bucket, key, _ = fs.split_path(path)
-    told = _asked(lambda: fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition))
-    return str(told["ETag"]).strip('"')
+    response = _retried(lambda: fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition))
+    return str(response["ETag"]).strip('"')
 
 
 def _s3_delete(fs: Any, paths: Sequence[str]) -> None:
     keys = [{"Key": fs.split_path(path)[1]} for path in paths]
     bucket = fs.split_path(paths[0])[0]
-    told = _asked(lambda: fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True}))
-    if failed := told.get("Errors"):
+    response = _retried(lambda: fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True}))
+    if failed := response.get("Errors"):
         raise PermissionError(errno.EACCES, f"{failed[0]['Key']} cannot be deleted: {failed[0].get('Message', '')}")
 
 
 def _s3_pages(
     fs: Any, root: str, below: str, *, after: str = "", delimiter: str = ""
 ) -> Iterator[tuple[list[Entry], list[str], bool]]:
-    """Pages of files and sub-folders, and whether more follow. At least one comes, which may be empty."""
+    """Pages of files and sub-folders, and whether more follow. There is at least one page, which may be empty."""
     bucket, key, _ = fs.split_path(f"{root}/") if "/" in root else (root, "", None)
     prefix = f"{key.rstrip('/')}/" if key else ""
-    how = {"Bucket": bucket, "Prefix": prefix + below, "MaxKeys": PAGE, **fs.req_kw}
-    how |= {"Delimiter": delimiter} if delimiter else {}
-    how |= {"StartAfter": prefix + after} if after else {}
+    request = {"Bucket": bucket, "Prefix": prefix + below, "MaxKeys": PAGE, **fs.req_kw}
+    request |= {"Delimiter": delimiter} if delimiter else {}
+    request |= {"StartAfter": prefix + after} if after else {}
     last = ""
     while True:
-        page = _asked(lambda: fs.call_s3("list_objects_v2", **how))
+        page = _retried(lambda: fs.call_s3("list_objects_v2", **request))
         files = [
             Entry(each["Key"][len(prefix) :], int(each["Size"]), each["ETag"].strip('"'))
             for each in page.get("Contents", ())
-            if not each["Key"].endswith("/")  # what consoles make of a new folder
+            if not each["Key"].endswith("/")  # placeholders for folders, created by web consoles
         ]
         for file in files:
             if file.name <= last:
@@ -302,25 +302,25 @@ def _s3_pages(
         yield files, [each["Prefix"][len(prefix) :] for each in page.get("CommonPrefixes", ())], bool(page.get("IsTruncated"))
         if not page.get("IsTruncated"):
             return
-        how["ContinuationToken"] = page["NextContinuationToken"]
+        request["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def _asked(what: Callable[[], T]) -> T:
-    """Asks a store; again where it may have been a moment's trouble."""
+def _retried(call: Callable[[], T]) -> T:
+    """Call a backend; retry errors that may be temporary."""
     for wait in (*WAITS, None):
         try:
-            return what()
-        except Exception as error:  # a backend may raise anything: botocore's, aiohttp's, google.auth's
-            told = _os_error(error)
-        if told.errno != errno.EIO or wait is None:
+            return call()
+        except Exception as error:  # a backend may raise exceptions of botocore, aiohttp, google.auth and others
+            converted = _os_error(error)
+        if converted.errno != errno.EIO or wait is None:
             break
         time.sleep(wait)
-    raise told
+    raise converted
 
 
 def _os_error(error: Exception) -> OSError:
     text = str(error) or type(error).__name__
-    response = getattr(error.__cause__, "response", None)  # botocore's, where s3fs raised its own on top
+    response = getattr(error.__cause__, "response", None)  # of the botocore exception that s3fs wrapped
     code = response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(errno.ENOENT, f"not found: {text}")
@@ -332,6 +332,6 @@ def _os_error(error: Exception) -> OSError:
         return OSError(errno.EILSEQ, "not Unicode")
     if code == "KeyTooLongError":
         return OSError(errno.ENAMETOOLONG, text)
-    if isinstance(error, OSError) and error.errno in _LASTING:
+    if isinstance(error, OSError) and error.errno in _PERMANENT:
         return OSError(error.errno, error.strerror or text)
     return OSError(errno.EIO, text)

@@ -1,4 +1,4 @@
-"""Pictures of label maps: the palette laid over the photograph."""
+"""Overlays of label maps on photographs."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from .classes import palette
 
 
 def overlay(pixels: np.ndarray, label_map: np.ndarray, *, strength: float = 0.55, colors: np.ndarray | None = None) -> np.ndarray:
-    """A photograph with its label map over it, outlines at full strength.
+    """Blend a label map over its photograph; outlines are opaque.
 
     Args:
         pixels: (H, W, 3) uint8 RGB. label_map: (H, W) uint8.
-        strength: 0 shows the photograph, 1 the label alone; background stays clear.
+        strength: opacity of the label; 0 shows only the photograph. Background is transparent.
         colors: (256, 3) uint8 RGB; VOC's by default.
 
     Returns:
         (H, W, 3) uint8.
     """
     painted = (palette() if colors is None else colors)[label_map]
-    inner = np.zeros(label_map.shape, bool)
-    inner[1:, :] |= label_map[1:, :] != label_map[:-1, :]
-    inner[:, 1:] |= label_map[:, 1:] != label_map[:, :-1]
-    share = np.where(inner, 1.0, np.where(label_map == 0, 0.0, strength))[:, :, None]
+    outline = np.zeros(label_map.shape, bool)
+    outline[1:, :] |= label_map[1:, :] != label_map[:-1, :]
+    outline[:, 1:] |= label_map[:, 1:] != label_map[:, :-1]
+    share = np.where(outline, 1.0, np.where(label_map == 0, 0.0, strength))[:, :, None]
     return np.round(pixels * (1 - share) + painted * share).astype(np.uint8)
 
 

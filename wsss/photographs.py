@@ -1,4 +1,4 @@
-"""Decoding photographs: the labeling run and the trainer see the same pixels."""
+"""Decode photographs, with the same pixels for labeling and for training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .reading.documents import read_regular
 
 
 def _optional_suffixes() -> dict[str, str]:
-    """Endings of the formats that only some installations decode: AVIF by Pillow itself, HEIC by pillow-heif."""
+    """Suffixes of formats that only some installations decode: AVIF by Pillow, HEIC by pillow-heif."""
     found = {".avif": "AVIF"} if features.check("avif") else {}
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
@@ -33,24 +33,24 @@ def _optional_suffixes() -> dict[str, str]:
 
 
 USUAL_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
-"""Endings that every version and installation takes; the names of labels depend on these alone."""
+"""Suffixes that every version and installation supports; only these decide the names of labels."""
 SUFFIXES = {**USUAL_SUFFIXES, ".jfif": "JPEG", ".jpe": "JPEG", **_optional_suffixes()}
-"""Endings, in lower case, of the files that are taken from a folder."""
+"""Suffixes, in lower case, of the files that a folder's listing includes."""
 FORMATS = tuple(sorted(set(SUFFIXES.values())))
-"""The only decoders that untrusted files may reach."""
+"""The only decoders that are used on untrusted files."""
 MAX_PIXELS = 178_956_970
-"""512 MB as RGB: where Pillow itself begins to refuse."""
+"""512 MB as RGB: the limit at which Pillow refuses too."""
 MAX_BYTES = 1 << 30
-"""Of a file: as many as ``MAX_PIXELS`` take with 16 bits a channel, uncompressed."""
+"""Size of a file: ``MAX_PIXELS`` with 16 bits per channel, uncompressed."""
 _BAND = 512
-"""Rows that are made RGB at a time."""
+"""Rows that are converted to RGB at a time."""
 LEAST_RANGE = 16
-"""Of 256 levels: a photograph that spans fewer shows next to nothing. 12 bits in a file of 16 become 16 levels."""
+"""Fewest of 256 levels that a photograph should span. 12-bit data in a 16-bit file spans only 16."""
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's, at half of our limit
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # damaged metadata, which labels do not depend on
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # damaged metadata, which does not affect labels
 
 _damage = threading.local()
-"""``found``: did libtiff report an error in the image that this thread decodes?"""
+"""``found``: whether libtiff reported an error for the image that this thread is decoding."""
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
@@ -59,9 +59,9 @@ def _note_damage(module: bytes | None, template: bytes, values: int) -> None:
 
 
 def _silence_libtiff() -> None:
-    """Keeps libtiff from writing to stderr; its errors are noted, since it decodes some damaged files in spite of them."""
+    """Keep libtiff from writing to stderr. Its errors are recorded, since it decodes some damaged files regardless."""
     try:
-        library = ctypes.CDLL(_imaging.__file__)  # symbols of the libraries it is linked to are found through it
+        library = ctypes.CDLL(_imaging.__file__)  # also finds the symbols of libraries it is linked to
         library.TIFFSetErrorHandler(_note_damage)
         library.TIFFSetWarningHandler(None)
     except (AttributeError, OSError):  # linked statically, as in Pillow's wheels for Windows
@@ -73,21 +73,21 @@ _silence_libtiff()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFile:
-    """A file's bytes, not decoded yet, and what identifies them."""
+    """The bytes of an image file, not decoded, and what identifies them."""
 
     name: str
     data: bytes
     mtime_ns: int = 0
     etag: str = ""
-    """In an object store, in place of the time of change."""
+    """In an object store, instead of ``mtime_ns``."""
     sha256: str
 
 
 class Place(Protocol):
-    """Where photographs are that are not one local folder. May be pickled; any number of threads and processes read from it."""
+    """A source of photographs other than a local folder. Can be pickled and used by any number of threads and processes."""
 
     def read(self, name: str) -> ImageFile:
-        """The bytes of one image. Raises ImageError as `read_file` does."""
+        """Read one image's bytes. Raises ImageError as `read_file` does."""
         ...
 
     def stamp(self, name: str) -> Mapping[str, int | str]:
@@ -96,17 +96,17 @@ class Place(Protocol):
 
 
 def read_file(folder: Path | Place, name: str) -> ImageFile:
-    """The bytes of one image of a folder, or of ``folder`` itself where that is a file.
+    """Read the bytes of an image of a folder, or of ``folder`` itself if that is a file.
 
     Raises:
-        ImageError: it is not there, cannot be read, is no regular file (a pipe would never end), or is too long.
+        ImageError: missing, unreadable, not a regular file, or too large.
     """
     if not isinstance(folder, Path):
         return folder.read(name)
     data, status = read_regular(
         path_of(folder, name),
         where=name,
-        hint="check the path and its permissions; an image must be a file of its own",
+        hint="check the path and its permissions; an image must be a regular file",
         error=ImageError,
         max_bytes=MAX_BYTES,
     )
@@ -114,10 +114,10 @@ def read_file(folder: Path | Place, name: str) -> ImageFile:
 
 
 def stamp_of(folder: Path | Place, name: str) -> Mapping[str, int | str]:
-    """What tells, without reading it, that an image is as it was: ``bytes`` and ``mtime_ns`` or ``etag``.
+    """Metadata that changes with the image: ``bytes``, and ``mtime_ns`` or ``etag``. Does not read the file.
 
     Raises:
-        OSError or ImageError: it is not there.
+        OSError or ImageError: the image is missing.
     """
     if not isinstance(folder, Path):
         return folder.stamp(name)
@@ -126,12 +126,12 @@ def stamp_of(folder: Path | Place, name: str) -> Mapping[str, int | str]:
 
 
 def path_of(folder: Path, name: str) -> Path:
-    """Where the image of this name is."""
-    return folder / name if os.path.isdir(folder) else folder  # unlike Path's, false for a name too long
+    """The path of an image by its name."""
+    return folder / name if os.path.isdir(folder) else folder  # unlike Path.is_dir, False for a name too long
 
 
 def count_pixels(file: ImageFile) -> int:
-    """Height x width as the file's header says, 0 where it cannot be read: `decode` will say why."""
+    """Height x width in the file's header; 0 if it cannot be read, for which `decode` raises."""
     try:
         with Image.open(io.BytesIO(file.data), formats=FORMATS) as image:
             return image.width * image.height
@@ -140,20 +140,20 @@ def count_pixels(file: ImageFile) -> int:
 
 
 def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph:
-    """Decodes one image.
+    """Decode an image.
 
-    EXIF rotation is applied; gray, palette, CMYK and 16-bit images become 8-bit RGB; transparency is laid over white;
-    of an animation the first frame counts.
+    EXIF rotation is applied; gray, palette, CMYK and 16-bit images become 8-bit RGB; transparent images are put on white; only
+    the first frame of an animation is used.
 
     Args:
-        shorter_side_px: for thumbnails: a JPEG may come at 1/2, 1/4 or 1/8 of its size, which is several times as fast, as
-            long as its shorter side keeps this many pixels.
+        shorter_side_px: for thumbnails: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is several times as fast,
+            as long as its shorter side has at least this many pixels.
 
     Raises:
-        ImageError: of a format not in ``FORMATS``, truncated, or more than ``MAX_PIXELS`` (a decompression bomb).
+        ImageError: a format not in ``FORMATS``, a damaged file, or more than ``MAX_PIXELS`` (a decompression bomb).
     """
     name = file.name
-    again = "copy it again from where it came, or leave it out"
+    again = "copy it again from its source, or leave it out"
     if not file.data:
         raise ImageError(f"{name}: not a readable image: the file is empty", hint=again)
     _damage.found = False
@@ -165,18 +165,18 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
                 )
             if image.mode == "F":
                 raise ImageError(
-                    f"{name}: expected 8 or 16 bits a channel, got floating-point pixels, which have no fixed range",
-                    hint="convert it to 8 bits a channel",
+                    f"{name}: expected 8 or 16 bits per channel, got floating-point pixels, which have no fixed range",
+                    hint="convert it to 8 bits per channel",
                 )
             if shorter_side_px:
                 image.draft(None, (shorter_side_px, shorter_side_px))
-            orientation = _orientation(image)  # before the image is turned, which removes the tag
+            orientation = _orientation(image)  # before the rotation is applied, which removes the tag
             pixels = _rgb(image)
         if _damage.found:
             raise ValueError("damaged")
     except ImageError:
         raise
-    except UnidentifiedImageError:  # its own words hold a memory address
+    except UnidentifiedImageError:  # Pillow's message contains a memory address
         raise ImageError(
             f"{name}: not a readable image: none of {', '.join(FORMATS)}",
             hint=f"convert it to JPEG or PNG; if it is one, {again}",
@@ -187,7 +187,7 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
         ) from None
     except MemoryError:
         raise ImageError(f"{name}: this machine lacks the memory to decode it", hint="make it smaller") from None
-    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything: struct.error, IndexError, ...
+    except Exception as error:  # Pillow's decoders may raise any exception
         reason = "its TIFF data are damaged" if _damage.found else error or type(error).__name__
         raise ImageError(f"{name}: not a readable image: {reason}", hint=again) from None
     return Photograph(
@@ -203,24 +203,24 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
 
 
 def read_photograph(folder: Path, name: str) -> Photograph:
-    """Reads and decodes one image. Raises ImageError as `read_file` and `decode` do."""
+    """Read and decode an image. Raises ImageError as `read_file` and `decode` do."""
     return decode(read_file(folder, name))
 
 
 def _warning(pixels: np.ndarray) -> str:
-    """Why a photograph may not show what it should, or an empty string."""
-    for part in (pixels[::16, ::16], pixels):  # a few pixels settle it for nearly all photographs
+    """A warning if the pixels are almost constant, otherwise empty."""
+    for part in (pixels[::16, ::16], pixels):  # for nearly all photographs a few pixels are enough
         low, high = int(part.min()), int(part.max())
         if high - low >= LEAST_RANGE:
             return ""
     return (
-        f"next to no range: all values lie in {low}..{high} of 0..255; is it blank, transparent, or of 12 bits in a file of 16?"
+        f"next to no range: all values lie in {low}..{high} of 0..255; is it blank, transparent, or 12-bit data in a 16-bit file?"
     )
 
 
 def _orientation(image: Image.Image) -> int:
-    """By which of EXIF's eight orientations `ImageOps.exif_transpose` turns an image."""
-    image.load()  # a PNG may say it after its pixels
+    """The EXIF orientation that `ImageOps.exif_transpose` applies, 1 to 8."""
+    image.load()  # a PNG may have its metadata after the pixels
     value = image.getexif().get(ExifTags.Base.Orientation)
     return next((number for number in range(2, 9) if value == number), 1)
 
@@ -231,7 +231,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
         high = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(high[:, :, None], 3, axis=2)
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    for top in range(0, image.height, _BAND):  # each step makes a copy
+    for top in range(0, image.height, _BAND):  # in bands, because each step makes a copy
         band = image.crop((0, top, image.width, min(top + _BAND, image.height)))
         if band.has_transparency_data:
             band = band.convert("RGBA")

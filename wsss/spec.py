@@ -1,7 +1,7 @@
-"""What crosses from export to runtime: tensors, graphs, manifests and the bundle folder.
+"""The interface between export and runtime: tensor specs, graphs, manifests and the bundle folder.
 
-A *bundle* is a folder with one sub-folder a model; a model's folder holds its graphs (``*.onnx``), their weights,
-its tokenizer and ``manifest.json``. This module alone reads and writes that file.
+A *bundle* is a folder with one sub-folder per model, which holds its graphs (``*.onnx``), their weights, its tokenizer and
+``manifest.json``. Only this module reads and writes that file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MODELS = ("clip", "grounding-dino", "sam")
 class TensorSpec:
     """A named input or output of a graph.
 
-    An int fixes an axis, a name leaves it free: ``("batch", 1024, 1024, 3)``.
+    An axis is an int if its size is fixed, and a name if it is free: ``("batch", 1024, 1024, 3)``.
     """
 
     name: str
@@ -49,7 +49,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class AxisRange:
-    """Fewest, usual and most of a free axis: TensorRT's min, opt and max."""
+    """Smallest, usual and largest size of a free axis: TensorRT's min, opt and max."""
 
     min: int
     opt: int
@@ -58,36 +58,36 @@ class AxisRange:
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
             raise SpecError(
-                f"a free axis must rise from 1, got min={self.min}, opt={self.opt}, max={self.max}",
+                f"expected 1 <= min <= opt <= max of a free axis, got min={self.min}, opt={self.opt}, max={self.max}",
                 hint="give --batch as MIN OPT MAX, for example --batch 1 8 16",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How a photograph becomes a graph's ``pixels``: resized on the host, normalized and masked inside the graph."""
+    """How a photograph becomes a graph's ``pixels``: resized on the host, normalized and masked in the graph."""
 
     resize: Resize
-    """squash: to the canvas, aspect lost. longest: longest side to ``longest_px``. short-longest: short side to
-    ``short_px`` unless the longest would pass ``longest_px``. shorter: shorter side to ``short_px``, the longer one to four
-    times that at most. none: as it is. With the last two, one too large for every canvas is read in tiles."""
+    """squash: to the canvas, without keeping the aspect ratio. longest: longest side to ``longest_px``. short-longest: shorter
+    side to ``short_px`` unless the longer one would exceed ``longest_px``. shorter: shorter side to ``short_px``, the longer one
+    to at most four times that. none: not resized. With the last two, a photograph larger than every canvas is read in tiles."""
     longest_px: int
     short_px: int = 0
     filter: Literal["bilinear", "bicubic"]
     canvases: tuple[tuple[int, int], ...]
-    """(height, width) sizes a graph exists for; a photograph goes on the smallest that holds it, top left."""
+    """(height, width) sizes that have a graph; a photograph is placed at the top left of the smallest that holds it."""
     mean: tuple[float, float, float]
-    """RGB mean on the 0-255 scale. Already inside the graph; recorded for readers."""
+    """RGB mean on the 0-255 scale. Applied in the graph; recorded for information."""
     std: tuple[float, float, float]
-    """RGB standard deviation on the 0-255 scale. Already inside the graph; recorded for readers."""
+    """RGB standard deviation on the 0-255 scale. Applied in the graph; recorded for information."""
     colour: Literal["RGB"] = "RGB"
     source: str
-    """Where the numbers come from."""
+    """Source of the numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParityRow:
-    """One comparison of the gate: one output, at one batch size, one row."""
+    """One comparison of the parity gate: a row of an output at a batch size."""
 
     output: str
     batch: int
@@ -97,12 +97,12 @@ class ParityRow:
     error: float
     """Norm of the difference over the norm of the reference."""
     worst: float
-    """Largest absolute difference, in the output's own unit."""
+    """Largest absolute difference, in the output's unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """The parity gate's verdict on one graph; present only when passed."""
+    """The parity gate's result for a graph; exists only if the graph passed."""
 
     engine: str
     reference: str
@@ -116,33 +116,33 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSpec:
-    """A TensorRT engine built from one graph: its file, and everything it is bound to. Another of any of these is refused."""
+    """A TensorRT engine built from one graph: its file, and everything it depends on. Any mismatch is refused."""
 
     file: str
     sha256: str
     flavour: Flavour
     graph_sha256: str
-    """Of the ONNX file it was built from."""
+    """sha256 of the ONNX file it was built from."""
     weights_sha256: str
-    """Of the weights beside it."""
+    """sha256 of the ONNX file's weights."""
     precision: Precision
     axes: Mapping[str, AxisRange]
-    """The optimization profile: range of every free axis, within the graph's."""
+    """The optimization profile: range of every free axis, within the range of the graph."""
     builder: str
-    """Version of the library that built it, the only one that may run it."""
+    """Version of the library that built it; no other version may run it."""
     target: str
     """The GPU it was built on, or the compute capabilities it was built for ahead of time."""
     driver: str | None = None
-    """CUDA driver it was built with; None when built ahead of time."""
+    """CUDA driver it was built with; None if built ahead of time."""
     seconds: float
-    """Building took this long."""
+    """Build time."""
     parity: Parity | None = None
-    """The gate's verdict on this engine, run on a GPU; without it the engine is not used."""
+    """The parity gate's result for this engine on a GPU; without it the engine is not used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSpec:
-    """One graph of a model: its file, its contract and its proof."""
+    """One graph of a model: its file, inputs, outputs and parity result."""
 
     file: str
     inputs: tuple[TensorSpec, ...]
@@ -150,9 +150,9 @@ class GraphSpec:
     axes: Mapping[str, AxisRange]
     opset: int
     precision: Precision = "fp32"
-    """Of the arithmetic, outside of ``islands``."""
+    """Of the arithmetic, except in ``islands``."""
     islands: Mapping[str, int] = field(default_factory=dict)
-    """Why nodes of a half-precision graph stay FP32, and how many for each reason."""
+    """Number of nodes of a half-precision graph that stay FP32, by reason."""
     parity: Parity | None = None
     plans: Mapping[str, PlanSpec] = field(default_factory=dict)
     """TensorRT engines of this graph by flavour."""
@@ -160,35 +160,35 @@ class GraphSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that the runtime needs to know of one exported model."""
+    """Everything that the runtime needs to know about an exported model."""
 
     family: str
     variant: str
     precision: Precision = "fp32"
-    """Asked for; each graph says what stays FP32 (`GraphSpec.islands`)."""
+    """Requested precision; `GraphSpec.islands` lists what stays FP32."""
     preprocess: Preprocess
     graphs: Mapping[str, GraphSpec]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What only this family needs (logit scale, templates, thresholds); documented in its exporter."""
+    """Settings of this family (logit scale, templates, thresholds); documented in its exporter."""
     tokenizer: str | None = None
     """File name of a `tokenizers` JSON in this folder."""
     weights: Mapping[str, str]
-    """``source`` as typed and ``sha256`` of the file (or of the seeded values)."""
+    """``source`` as typed, and ``sha256`` of the file (or of the seeded values)."""
     tools: Mapping[str, str]
-    """Versions of what made it."""
+    """Versions of the software that exported it."""
     files: Mapping[str, str] = field(default_factory=dict)
     """sha256 of every other file of the folder; checked before use."""
     format: int = FORMAT
 
     def identity(self) -> str:
-        """A hash of what this model computes: its files and the settings around them."""
-        told = {"files": dict(self.files), "settings": dict(self.settings), "preprocess": dataclasses.asdict(self.preprocess)}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        """A hash of everything that decides the model's results: its files, settings and preprocessing."""
+        content = {"files": dict(self.files), "settings": dict(self.settings), "preprocess": dataclasses.asdict(self.preprocess)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """An exported model on disk: its folder and what its manifest says."""
+    """An exported model on disk: its folder and manifest."""
 
     folder: Path
     manifest: Manifest
@@ -198,7 +198,7 @@ class Model:
         return self.folder / self.graph(graph).file
 
     def graph(self, name: str) -> GraphSpec:
-        """A graph's spec. Raises BundleError naming the graphs there are."""
+        """A graph's spec. Raises BundleError, which lists the graphs of the model."""
         try:
             return self.manifest.graphs[name]
         except KeyError:
@@ -215,22 +215,22 @@ class Bundle:
     folder: Path
 
     def models(self) -> list[str]:
-        """Names of the models here, sorted."""
+        """Names of the models in the bundle, sorted."""
         return sorted(path.parent.name for path in self.folder.glob("*/manifest.json") if not path.parent.name.startswith("."))
 
     def model(self, name: str) -> Model:
-        """One model, its files checked against the hashes of its manifest.
+        """Open a model and check its files against the hashes of its manifest.
 
         Raises:
-            BundleError: the bundle lacks it, its manifest is none, or a file is missing, changed, outside the folder, or read
-                without its hash.
+            BundleError: the model is missing, its manifest is invalid, or a file is missing, changed, outside the folder, or
+            without a hash.
         """
         folder = self.folder / name
         restore(folder)
         if not (folder / "manifest.json").is_file():
-            there = ", ".join(self.models()) or "no models"
+            names = ", ".join(self.models()) or "no models"
             raise BundleError(
-                f"{self.folder}: this run needs the model {name!r}, the bundle has {there}",
+                f"{self.folder}: this run needs the model {name!r}, the bundle has {names}",
                 hint=f"wsss export --model {name} --bundle {self.folder}",
             )
         manifest = read_manifest(folder)
@@ -249,9 +249,9 @@ class Bundle:
 
 
 def open_bundle(folder: Path) -> Bundle:
-    """The bundle in ``folder``. Raises BundleError when there is none."""
+    """Open the bundle in ``folder``. Raises BundleError if there is none."""
     bundle = Bundle(folder)
-    for old in folder.glob(".*.old-*"):  # of an export that was killed while it replaced a model
+    for old in folder.glob(".*.old-*"):  # left by an export that was killed while it replaced a model
         restore(folder / old.name[1:].rpartition(".old-")[0])
     if not folder.is_dir():
         raise BundleError(f"{folder}: expected a bundle folder, found nothing", hint=f"wsss export --model all --bundle {folder}")
@@ -266,16 +266,16 @@ def open_bundle(folder: Path) -> Bundle:
 def check_file(folder: Path, name: str, expected: str, *, again: str = "export the model again") -> None:
     """Raises BundleError, with the hint ``again``, unless ``folder/name`` is a file with the sha256 ``expected``.
 
-    It may be a link to a file of the same folder, or, where the folder lies below ``snapshots/``, into the ``blobs/`` beside
-    that: the cache of the Hugging Face hub keeps a file there under its hash.
+    It may be a link to a file of the same folder, or, if the folder is below ``snapshots/``, to a file of the ``blobs/`` beside
+    that, where the cache of the Hugging Face hub stores files under their hashes.
     """
     path = folder / name
     if name in ("", "..") or Path(name).name != name or "\\" in name or len(name.encode()) > 255:
-        raise BundleError(f"{folder / 'manifest.json'}: names {name!r:.80}, expected a plain file of its own folder", hint=again)
+        raise BundleError(f"{folder / 'manifest.json'}: names {name!r:.80}, expected a plain file of the same folder", hint=again)
     if path.is_symlink():
         _check_link(path, again)
     if not path.is_file():
-        raise BundleError(f"{path}: named by the manifest but missing", hint=again)
+        raise BundleError(f"{path}: listed in the manifest but missing", hint=again)
     try:
         got = sha256_of(path)
     except OSError as error:
@@ -289,20 +289,20 @@ def check_file(folder: Path, name: str, expected: str, *, again: str = "export t
 def _check_link(path: Path, again: str) -> None:
     try:
         target, folder = path.resolve(strict=True), path.parent.resolve()
-    except (OSError, RuntimeError):  # RuntimeError: links in a circle
-        raise BundleError(f"{path}: a link to {os.readlink(path)}, which leads to no file", hint=again) from None
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links
+        raise BundleError(f"{path}: a link to {os.readlink(path)}, which does not exist", hint=again) from None
     caches = [above.parent / "blobs" for above in (folder, *folder.parents) if above.name == "snapshots"]
     if target.parent not in (folder, *caches):
         raise BundleError(
             f"{path}: a link to {target}, outside of {folder} and of a cache's `blobs` beside its `snapshots`",
-            hint="copy the bundle with its files instead of links: cp -rL BUNDLE COPY",
+            hint="copy the bundle with files in place of links: cp -rL BUNDLE COPY",
         )
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file, hex. Remembered while the file is the same: size, times, and which file it is."""
+    """sha256 of a file, hex. Cached until the file's inode, size or times change."""
     status = path.stat()
-    # The time of modification can be set back, as rsync and tar do; that of the last change of the file's entry cannot.
+    # rsync and tar set the modification time back; the time of the last inode change cannot be set.
     return _sha256(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
 
 
@@ -313,16 +313,16 @@ def _sha256(path: Path, state: tuple[int, ...]) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes ``folder/manifest.json`` whole or not at all. Raises OSError."""
+    """Write ``folder/manifest.json`` atomically. Raises OSError."""
     text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
     write_atomically(folder / "manifest.json", f"{text}\n".encode())
 
 
-AGAIN = "export the model again, or take the wsss version that wrote it"
+AGAIN = "export the model again, or use the version of wsss that wrote it"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of one model's folder, every field checked. Raises BundleError naming the file and the field."""
+    """Read a model's manifest and check every field. Raises BundleError, which names the file and the field."""
     path = folder / "manifest.json"
     data = read_bytes(path, error=BundleError, hint=AGAIN, max_bytes=MAX_MANIFEST)
     record = parse_json(data, str(path), error=BundleError, hint=AGAIN)
@@ -338,11 +338,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 MAX_MANIFEST = 1 << 24
-"""Bytes. A model of the chain takes 20 kB, the longest parity report a few hundred."""
+"""Bytes. A model of the chain takes 20 kB, the longest parity report a few hundred kB."""
 MAX_SIDE = 1 << 15
-"""Pixels of a canvas, and of what a photograph is resized to."""
+"""Pixels of a side of a canvas, or of a resized photograph."""
 MAX_LENGTH = (1 << 31) - 1
-"""Of an axis: what TensorRT holds."""
+"""Size of an axis: TensorRT's limit."""
 
 
 def _check_manifest(manifest: Manifest) -> None:
@@ -359,10 +359,10 @@ def _check_manifest(manifest: Manifest) -> None:
         _check_sha256(sha256, f"files.{file}")
     for name, graph in manifest.graphs.items():
         _check_graph(graph, f"graphs.{name}")
-        wanted = {axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)}
-        wanted |= set(AXES.get((manifest.family, name.partition("-")[0]), ()))
+        required = {axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)}
+        required |= set(AXES.get((manifest.family, name.partition("-")[0]), ()))
         for axes in (graph.axes, *(plan.axes for plan in graph.plans.values())):
-            if missing := sorted(wanted - axes.keys()):
+            if missing := sorted(required - axes.keys()):
                 raise SpecError(f"graphs.{name}: expected the range of axis {missing[0]!r}, got those of {sorted(axes)!r:.80}")
     settings = dict(manifest.settings)
     for name, kind in SETTINGS.get(manifest.family, {}).items():
@@ -382,7 +382,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "sam": {"logits_side": int},
     "segmenter": {"overlap_px": int, "classes": tuple[str, ...]},
 }
-"""What the runtime needs of `Manifest.settings`, by family."""
+"""The `Manifest.settings` that the runtime requires, by family."""
 AXES: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("clip", "image"): ("batch",),
     ("clip", "text"): ("batch",),
@@ -393,18 +393,18 @@ AXES: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("sam", "fuse"): ("picked", "height", "width"),
     ("segmenter", "image"): ("batch",),
 }
-"""Axes whose ranges the runtime asks for, by family and graph, a canvas left out."""
+"""Axes whose ranges the runtime requires, by family and graph (without its canvas)."""
 
 
 def _check_graph(graph: GraphSpec, where: str) -> None:
-    if not graph.file.endswith(".onnx"):  # ONNX Runtime takes the ending .ort for a format that nothing here looks into
+    if not graph.file.endswith(".onnx"):  # ONNX Runtime reads .ort files as another format, which is not checked here
         raise SpecError(f"{where}.file: expected a name that ends in .onnx, got {graph.file!r:.80}")
     for tensor in (*graph.inputs, *graph.outputs):
         if not all(1 <= axis <= MAX_LENGTH for axis in tensor.shape if isinstance(axis, int)):
             raise SpecError(f"{where}: expected axes of 1 to {MAX_LENGTH}, got {tensor}")
     for kind, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
         if len({tensor.name for tensor in tensors}) < len(tensors):
-            raise SpecError(f"{where}.{kind}: expected a name for each, got {', '.join(tensor.name for tensor in tensors)}")
+            raise SpecError(f"{where}.{kind}: expected unique names, got {', '.join(tensor.name for tensor in tensors)}")
     for axes in (graph.axes, *(plan.axes for plan in graph.plans.values())):
         if any(axis.max > MAX_LENGTH for axis in axes.values()):
             raise SpecError(f"{where}.axes: expected at most {MAX_LENGTH}, got {max(axis.max for axis in axes.values())}")

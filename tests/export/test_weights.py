@@ -261,7 +261,7 @@ def deflated(path: Path) -> None:
         (lambda path: torch.save({"model": {}}, path), "expected a state dict of tensors"),
         (lambda path: torch.save({"a": torch.zeros(1).expand(1 << 40)}, path), "has only 4 bytes"),
         (lambda path: deflated(path), "is compressed"),
-        (lambda path: os.mkfifo(path), "no regular file"),
+        (lambda path: os.mkfifo(path), "a regular file"),
     ],
     ids=["empty", "cut archive", "object", "list", "no tensors", "nothing", "expanded", "compressed", "pipe"],
 )

@@ -28,14 +28,14 @@ from wsss.train.data import (
     step_seed,
     working_size,
 )
-from wsss.train.survey import Item, look_through
+from wsss.train.survey import Item, survey_store
 
 Scenes = tuple[Path, Path]
 ARGS = DataArgs(crop=32, batch=4, jitter=(0.2, 0.2, 0.2, 0.1))
 
 
 def crops_of(scenes: Scenes, args: DataArgs = ARGS, seed: int = 1) -> Crops:
-    items = look_through(*scenes).items
+    items = survey_store(*scenes).items
     return Crops(*scenes, items, args, seed=seed, order=Order(len(items), seed))
 
 

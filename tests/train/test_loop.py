@@ -28,7 +28,7 @@ from wsss.train.checkpoint import load_run, read_record, read_tensors
 from wsss.train.distributed import joined
 from wsss.train.loop import Result, train
 from wsss.train.model import Segmenter
-from wsss.train.survey import look_through
+from wsss.train.survey import survey_store
 
 from .conftest import TINY
 
@@ -210,7 +210,7 @@ def test_a_checkpoint_is_more_than_the_weights(scenes: Scenes, tmp_path: Path) -
 
 def test_other_settings_do_not_continue_a_run(scenes: Scenes, tmp_path: Path) -> None:
     run(scenes, tmp_path / "run", "optimizer.steps=1")
-    with pytest.raises(WsssError, match=r"was begun with optimizer\.rate = 0\.01, this run has 0\.5") as caught:
+    with pytest.raises(WsssError, match=r"was started with optimizer\.rate = 0\.01, this run has 0\.5") as caught:
         run(scenes, tmp_path / "run", "optimizer.steps=1", "optimizer.rate=0.5")
     assert "new --out" in caught.value.hint
     run(scenes, tmp_path / "run", "optimizer.steps=1", "machine.log_steps=3")
@@ -220,7 +220,7 @@ def test_a_store_that_changed_does_not_continue_a_run(scenes: Scenes, tmp_path: 
     run(scenes, tmp_path / "run", "optimizer.steps=1")
     path = scenes[0] / "labels" / "scene-00.png"
     write_label(path, (read_label(path) == 255).astype("uint8") * 255)
-    with pytest.raises(WsssError, match="images or labels have changed since this run began"):
+    with pytest.raises(WsssError, match="images or labels have changed since this run started"):
         run(scenes, tmp_path / "run", "optimizer.steps=1")
 
 
@@ -231,9 +231,7 @@ def test_a_checkpoint_of_other_classes(scenes: Scenes, tmp_path: Path) -> None:
     (scenes[0] / "run.json").write_text(json.dumps(told))
     manifest = scenes[0] / "manifest.jsonl"
     manifest.write_text(manifest.read_text().replace('"red disc"', '"violet disc"'))
-    with pytest.raises(
-        WeightsError, match=r"its checkpoint tells 12 classes apart \(red disc, .* the store has 12 \(violet disc"
-    ):
+    with pytest.raises(WeightsError, match=r"its checkpoint has 12 classes \(red disc, .* the store has 12 \(violet disc"):
         run(scenes, tmp_path / "run", "optimizer.steps=1")
     init = f"model.init={tmp_path / 'run'}"
     with pytest.raises(WeightsError, match=r"was trained for 12 classes \(red disc.*, the store has 12 \(violet disc") as caught:
@@ -247,7 +245,7 @@ def test_a_checkpoint_of_other_classes(scenes: Scenes, tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run(scenes: Scenes, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").touch()
-    with pytest.raises(WsssError, match="the folder is not empty and holds no training"):
+    with pytest.raises(WsssError, match="the folder is not empty and has no training run"):
         run(scenes, tmp_path / "thesis")
     with pytest.raises(WsssError, match=r"--out .*main\.tex: cannot be written: "):
         run(scenes, tmp_path / "thesis" / "main.tex")
@@ -269,7 +267,7 @@ def test_a_damaged_checkpoint_is_named(scenes: Scenes, tmp_path: Path) -> None:
         (["data.crop=40"], "data.crop: unet takes multiples of 32, got 40", "--crop 32"),
         (["data.crop=20"], "data.crop: unet takes multiples of 32, got 20", "--crop 32"),
         (["data.accumulate=3"], "data.batch: 4 images do not divide into 1 processes x 3 forward passes", "--batch 3"),
-        (["data.batch=1"], "one image a forward pass is too few for batch statistics", "--batch 2"),
+        (["data.batch=1"], "one image per forward pass is too few for batch statistics", "--batch 2"),
         (["model.batch_norm=sync"], "model.batch_norm = sync needs GPUs", "frozen"),
     ],
 )
@@ -362,7 +360,7 @@ def relabel(scenes: Scenes, change: Callable[[int, Any], Any]) -> None:
 @pytest.mark.parametrize(
     ("label", "said"),
     [
-        (255, r"no pixel of the 6 images to train on is labeled: all are void"),
+        (255, r"the 6 training images have no labeled pixel: all are void"),
         (0, "hold background alone, none of the 12 classes"),
     ],
 )
@@ -375,15 +373,15 @@ def test_images_without_a_class_are_not_trained_on(scenes: Scenes, tmp_path: Pat
 
 
 def test_a_validation_that_cannot_score_says_so(scenes: Scenes, tmp_path: Path) -> None:
-    _, held_out = look_through(*scenes).split(0.25, 500)
+    _, held_out = survey_store(*scenes).split(0.25, 500)
     for item in held_out:
         path = scenes[0] / "labels" / item.label
         write_label(path, read_label(path) * 0 + 255)
     said: list[str] = []
     result = run(scenes, tmp_path / "run", log=said.append)
     assert (result.miou, result.best_step) == (None, None)
-    assert any("the 2 images kept out hold no labeled pixel" in warning for warning in result.warnings)
-    assert said.count("step 4: no mIoU: the 2 images kept out hold no labeled pixel") == 1
+    assert any("the 2 held-out images have no labeled pixel" in warning for warning in result.warnings)
+    assert said.count("step 4: no mIoU: the 2 held-out images have no labeled pixel") == 1
     assert not any("mIoU -1" in line or "mIoU nan" in line for line in said)
     assert not (tmp_path / "run" / "best.safetensors").exists()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
@@ -399,8 +397,8 @@ def test_what_the_images_lack_is_said(scenes: Scenes, tmp_path: Path) -> None:
     result = run(scenes, tmp_path / "run", "optimizer.steps=1", "data.validation_share=0.01", log=said.append)
     first, second, third = result.warnings
     assert first.startswith("10 of 12 classes are in no image to train on and cannot be learned: ")
-    assert second == "1 of 8 images to train on are void (255) everywhere and teach nothing"
-    assert third.startswith("no image is kept out (data.validation_share = 0.01 of 8): nothing is validated")
+    assert second == "1 of 8 training images are entirely void (255) and have no effect"
+    assert third.startswith("no image is held out (data.validation_share = 0.01 of 8): there is no validation")
     assert [line for line in said if line.startswith("warning: ")] == [f"warning: {each}" for each in result.warnings]
 
 
@@ -438,10 +436,10 @@ def test_steps_that_overflow_in_half_precision(
     monkeypatch.setattr(Segmenter, "outputs", outputs)
     told = "optimizer.steps=3", "optimizer.precision=fp16", "data.validation_share=0"
     if broken == 3:
-        with pytest.raises(WsssError, match="nothing was learned: the gradient of all 3 steps overflowed in fp16"):
+        with pytest.raises(WsssError, match="no step changed the weights: the gradient of all 3 steps overflowed in fp16"):
             run(scenes, tmp_path / "run", *told)
     else:
-        assert any(each.startswith("1 of 3 steps changed nothing") for each in run(scenes, tmp_path / "run", *told).warnings)
+        assert any(each.startswith("1 of 3 steps had no effect") for each in run(scenes, tmp_path / "run", *told).warnings)
 
 
 def test_curves_of_older_runs_are_read(tmp_path: Path) -> None:
@@ -504,13 +502,13 @@ def test_a_record_of_an_older_version_is_read(tmp_path: Path) -> None:
         ({"std": [1, 0, 1]}, "std: expected numbers above 0"),
         ({"classes": []}, "classes: expected 1 to 254 names"),
         ({"classes": ["dog", 3]}, "classes: expected 1 to 254 names"),
-        ({"classes": ["dog", "dog"]}, "classes: a name stands twice"),
+        ({"classes": ["dog", "dog"]}, "classes: a name occurs twice"),
         ({"classes": "dog"}, "classes: expected list"),
         ({"options": {"decoder_channels": [10**9]}}, "options: expected numbers up to 4096"),
         ({"options": {"decoder_channels": [1] * 100}}, "options: expected at most 64 values"),
         ({"encoder": "tu-hf-hub:someone/model"}, "encoder: expected a name"),
         ({"format": 2}, "expected format 1, got 2"),
-        ({"color": 1}, "no setting of a run: 'color'"),
+        ({"color": 1}, "unknown setting 'color'"),
         ({"store": None}, "store: expected str, got None"),
     ],
 )

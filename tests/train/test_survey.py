@@ -15,14 +15,14 @@ from PIL import Image
 from wsss.classes import class_list
 from wsss.errors import StoreError
 from wsss.store.local import LabelStore, read_label, read_records, write_label
-from wsss.train.survey import Item, Survey, class_confidence, look_through, read_survey, write_survey
+from wsss.train.survey import Item, Survey, class_confidence, read_survey, survey_store, write_survey
 
 Scenes = tuple[Path, Path]
 Edit = Callable[[Callable[[dict[str, Any]], None]], None]
 
 
 def test_a_store_is_counted(scenes: Scenes, tmp_path: Path) -> None:
-    survey = look_through(*scenes)
+    survey = survey_store(*scenes)
     assert (len(survey.items), len(survey.classes), survey.failed) == (8, 12, 0)
     for item in survey.items:
         label = read_label(scenes[0] / "labels" / item.label)
@@ -34,23 +34,23 @@ def test_a_store_is_counted(scenes: Scenes, tmp_path: Path) -> None:
 
 def test_the_digest_tells_labels_apart(scenes: Scenes, edit_record: Edit) -> None:
     store, images = scenes
-    before = look_through(store, images).digest
-    assert look_through(store, images).digest == before
+    before = survey_store(store, images).digest
+    assert survey_store(store, images).digest == before
     path = store / "labels" / "scene-00.png"
     label = read_label(path)
     label[10, 10] = 7 - label[10, 10] % 2
     write_label(path, label)
-    after = look_through(store, images).digest
+    after = survey_store(store, images).digest
     assert after != before
     edit_record(lambda record: [box.update(score=0.31) for box in record["boxes"]])
-    assert look_through(store, images).digest not in (before, after)
+    assert survey_store(store, images).digest not in (before, after)
 
 
 def test_failed_images_are_left_out(scenes: Scenes) -> None:
     store, images = scenes
     with LabelStore(store, named(store), {"rules": "truth"}) as out:
         out.write({"path": "bad.png", "label": "bad.png", "bytes": 0, "sha256": "", "error": "not a readable image"}, None)
-    survey = look_through(store, images)
+    survey = survey_store(store, images)
     assert (len(survey.items), survey.failed) == (8, 1)
 
 
@@ -81,14 +81,14 @@ def of_another_size(store: Path, images: Path) -> str:
 
 def beyond_the_list(store: Path, images: Path) -> str:
     write_label(store / "labels" / "scene-03.png", np.full((48, 56), 13, np.uint8))
-    return "scene-03.png: its label holds 13, the store's list has 12 classes"
+    return "scene-03.png: its label map has label 13, the store has 12 classes"
 
 
 @pytest.mark.parametrize("damage", [missing, changed, unlabelled, of_another_size, beyond_the_list])
 def test_what_cannot_be_trained_on_is_named(scenes: Scenes, damage: Callable[[Path, Path], str]) -> None:
     said = damage(*scenes)
     with pytest.raises(StoreError) as caught:
-        look_through(*scenes)
+        survey_store(*scenes)
     assert "1 of 8 images cannot be trained on" in caught.value.message
     assert said in caught.value.message
     assert "--images" in caught.value.hint
@@ -96,7 +96,7 @@ def test_what_cannot_be_trained_on_is_named(scenes: Scenes, damage: Callable[[Pa
 
 def test_many_bad_images_are_counted_and_the_first_named(scenes: Scenes, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"8 of 8 images(.|\n)*scene-02\.png(.|\n)*and 5 more") as caught:
-        look_through(scenes[0], tmp_path / "elsewhere")
+        survey_store(scenes[0], tmp_path / "elsewhere")
     assert "scene-03" not in caught.value.message
 
 
@@ -104,13 +104,13 @@ def test_an_empty_store(tmp_path: Path) -> None:
     with LabelStore(tmp_path / "empty", class_list(["dog"]), {}) as out:
         pass
     with pytest.raises(StoreError, match="no image in it yet"):
-        look_through(tmp_path / "empty", tmp_path)
+        survey_store(tmp_path / "empty", tmp_path)
     with LabelStore(tmp_path / "empty", class_list(["dog"]), {}) as out:
         out.write({"path": "a.png", "label": "a.png", "bytes": 0, "sha256": "", "error": "no"}, None)
     with pytest.raises(StoreError, match="none of its 1 images could be labeled"):
-        look_through(tmp_path / "empty", tmp_path)
+        survey_store(tmp_path / "empty", tmp_path)
     with pytest.raises(StoreError, match="expected a label store"):
-        look_through(tmp_path, tmp_path)
+        survey_store(tmp_path, tmp_path)
 
 
 def box(label: str, score: float, quality: float, won: int) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def test_an_image_added_leaves_the_others_where_they_were() -> None:
 
 def test_the_records_are_not_touched(scenes: Scenes) -> None:
     before = list(read_records(scenes[0]))
-    look_through(*scenes)
+    survey_store(*scenes)
     assert list(read_records(scenes[0])) == before
 
 
@@ -172,4 +172,4 @@ def test_a_pipe_in_an_images_place_is_not_waited_for(scenes: Scenes) -> None:
         StoreError,
         match=r"1 of 8 images cannot be trained on:\n  scene-00\.png: the image: expected a regular file, got a named pipe",
     ):
-        look_through(store, images)
+        survey_store(store, images)

@@ -62,27 +62,27 @@ def test_train_from_the_command_line(wsss: Run, scenes: Scenes, config: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("argv", "code", "said"),
+    ("argv", "code", "message"),
     [
-        ([], 2, "STORE is missing"),
-        (["store"], 2, "--images is missing"),
-        (["store", "--images", "x"], 2, "--out is missing"),
-        (["store", "--images", "x", "--out", "run", "--preset", "minni"], 2, "--preset: expected one of deeplabv2-voc"),
+        ([], 2, "Missing argument 'STORE'"),
+        (["store"], 2, "Missing option '--images'"),
+        (["store", "--images", "x"], 2, "Missing option '--out'"),
+        (["store", "--images", "x", "--out", "run", "--preset", "minni"], 2, "'minni' is not one of 'deeplabv2-voc'"),
         (
             ["store", "--images", "x", "--out", "run", "--config", "none.toml"],
             2,
             "--config none.toml: cannot be read: No such",
         ),
         (["store", "--images", "x", "--out", "run", "--crop", "8"], 2, "data.crop: expected at least 16, got 8"),
-        (["store", "--images", "x", "--out", "run", "--precision", "int8"], 2, "optimizer.precision: expected one of fp32"),
+        (["store", "--images", "x", "--out", "run", "--precision", "int8"], 2, "'int8' is not one of 'fp32'"),
         (["store", "--images", "x", "--out", "run", "--set", "data.corp=8"], 2, "did you mean data.crop?"),
         (["nowhere", "--images", "x", "--out", "run"], 1, "nowhere: expected a label store"),
     ],
 )
-def test_mistakes_are_one_message(wsss: Run, argv: list[str], code: int, said: str) -> None:
+def test_mistakes_are_one_message(wsss: Run, argv: list[str], code: int, message: str) -> None:
     answer = wsss("train", *argv)
     assert answer.code == code and answer.out == ""
-    assert said in answer.err and "Traceback" not in answer.err
+    assert message in answer.err and "Traceback" not in answer.err
 
 
 def test_a_missing_extra_says_what_to_install(wsss: Run, monkeypatch: pytest.MonkeyPatch) -> None:

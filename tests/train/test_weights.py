@@ -83,7 +83,7 @@ def test_half_of_a_network_is_refused(tmp_path: Path, lost: str) -> None:
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     save_file({"layer.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
-    with pytest.raises(WeightsError, match=r"fills 0 of the network's \d+ tensors(.|\n)*it holds .*layer\.weight"):
+    with pytest.raises(WeightsError, match=r"fills 0 of the network's \d+ tensors(.|\n)*it has .*layer\.weight"):
         load_initial(unet(), config(str(tmp_path / "other.safetensors")), CLASSES)
 
 
@@ -183,13 +183,13 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     told = config("hub:nvidia/mit-b0", architecture="segformer", encoder="b0", options={"depths": [1, 1, 1, 1]})
-    with pytest.raises(WeightsError, match="hub:nvidia/mit-b0: cannot be had") as caught:
+    with pytest.raises(WeightsError, match="hub:nvidia/mit-b0: cannot be loaded") as caught:
         load_initial(build_segmenter("segformer", "b0", {"depths": [1, 1, 1, 1]}, 3), told, CLASSES)
     assert "offline" in caught.value.hint
-    with pytest.raises(WeightsError, match="hub:imagenet: the weights of resnet18 cannot be had") as caught:
+    with pytest.raises(WeightsError, match="hub:imagenet: the weights of resnet18 cannot be downloaded") as caught:
         load_initial(unet(), config("hub:imagenet", encoder="resnet18"), CLASSES)
     assert "offline" in caught.value.hint
-    with pytest.raises(WeightsError, match="hub:imaginet: the weights of resnet18 cannot be had"):
+    with pytest.raises(WeightsError, match="hub:imaginet: the weights of resnet18 cannot be downloaded"):
         load_initial(unet(), config("hub:imaginet", encoder="resnet18"), CLASSES)
 
 
@@ -202,5 +202,5 @@ def test_published_weights_want_their_normalization(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(encoders, "get_encoder", lambda name, weights: source.network.encoder)
     load_initial(unet(), config("hub:imagenet"), CLASSES)
     wrong = config_from({"model": {**vars(config("hub:imagenet").model)}, "data": {"mean": [127.5, 127.5, 127.5]}})
-    with pytest.raises(UsageError, match=r"data\.mean: mobilenet_v2 with imagenet was trained with \[123\.67"):
+    with pytest.raises(UsageError, match=r"data\.mean: mobilenet_v2 with imagenet needs \[123\.67"):
         load_initial(unet(), wrong, CLASSES)

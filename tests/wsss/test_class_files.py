@@ -122,45 +122,45 @@ def test_synonyms_of_wordnet_are_wordings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said", "hint"),
     [
-        ("a.txt", "armoire, wardrobe\nalarm_clock\n", "expected one class a line", "armoire: wardrobe"),
-        ("a.txt", "name\ndog\n", "is a column's header", "remove it"),
+        ("a.txt", "armoire, wardrobe\nalarm_clock\n", "expected one class per line", "armoire: wardrobe"),
+        ("a.txt", "name\ndog\n", "is a column header", "remove it"),
         ("a.txt", "0: dog\ncat\n", "some lines are numbered and some are not: '0: dog'", "number all"),
         ("a.txt", "0 dog\n1 cat\nbird\n", "some lines are numbered", "number all"),
-        ("a.txt", "5 dog\n6 cat\n", "do not rise from 0 or 1", "JSON"),
-        ("a.txt", "0 dog\n0 cat\n", "do not rise", "JSON"),
-        ("a.txt", "dog 128 0 0\ncat 0 128 0\n", "names and colors", "names alone"),
+        ("a.txt", "5 dog\n6 cat\n", "ascend from 0 or 1", "JSON"),
+        ("a.txt", "0 dog\n0 cat\n", "ascend from", "JSON"),
+        ("a.txt", "dog 128 0 0\ncat 0 128 0\n", "names and colors", "only the names"),
         ("a.txt", "dog\tcat\n", "'\\t'", ""),
         ("a.txt", "dog# comment\ncat", "is # part of the name", "space before"),
         ("a.txt", "dog\n!\n", "a negative prompt has no name", "!statue"),
-        ("a.txt", "dog\nn02084071\n", "a number of WordNet", "name"),
-        ("a.txt", "'dog'\n'cat'\n", "has quotes round it", "write 'dog'"),
+        ("a.txt", "dog\nn02084071\n", "an ID of WordNet", "name"),
+        ("a.txt", "'dog'\n'cat'\n", "is in quotes", "write 'dog'"),
         ("a.txt", "dog\n" * 400_000, "expected at most 5,000 lines, got 400,001", "254"),
-        ("a.txt", "\n".join(f"thing{n}" for n in range(3_000)), "3000 classes", "split"),
-        ("a.txt", "x" * 20_000, "at most 10,000 letters", "one name a line"),
-        ("a.txt", "x" * 9_000, "a name of 9,000 letters", "short"),
+        ("a.txt", "\n".join(f"thing{n}" for n in range(3_000)), "got 3000", "split"),
+        ("a.txt", "x" * 20_000, "at most 10,000 characters", "one name per line"),
+        ("a.txt", "x" * 9_000, "at most 500 characters, got 9,000", "short"),
         ("a.txt", "<annotation>\n</annotation>", "got XML or HTML", "JSON"),
-        ("a.txt", "dog\x00\n", "'\\x00'", "not seen"),
-        ("a.txt", "d\n".encode("utf-16-le"), "'\\x00'", "not seen"),
+        ("a.txt", "dog\x00\n", "'\\x00'", "invisible"),
+        ("a.txt", "d\n".encode("utf-16-le"), "'\\x00'", "invisible"),
         ("a.txt", b"caf\xe9\n", "expected UTF-8 text", "UTF-8"),
         ("a.txt", "red disc: white cross\nblue ring: white cross\n", "'red disc' and 'blue ring' share the wording", "keep it"),
         ("a.txt", "dog: puppy\nPuppy\n", "'dog' and 'Puppy' share the wording 'puppy'", "keep it"),
         ("a.txt", "dog\n!Dog\n", "'dog' is a negative prompt and a wording of the class 'dog'", "keep one"),
-        ("a.csv", "1,dog,brown\n2,cat,gray\n", "which column holds the names", "id,name"),
-        ("a.csv", "name\ndog,brown\n", "expected 1 columns", "quotes"),
+        ("a.csv", "1,dog,brown\n2,cat,gray\n", "which column has the names", "id,name"),
+        ("a.csv", "name\ndog,brown\n", "expected 1 columns", "quote"),
         ("a.csv", "id,name\none,dog\n", "expected a number in column 1", "1,dog"),
         ("a.csv", '"dog\n', "expected CSV", "JSON"),
-        ("a.csv", "id,name\n1,dog\n1,cat\n", "'dog' and 'cat' have one number, 1", "own"),
+        ("a.csv", "id,name\n1,dog\n1,cat\n", "'dog' and 'cat' have the same number, 1", "own"),
         ("a.pbtxt", "item { id: 1 }", "an item with id and name", "item {"),
         ("a.pbtxt", "item { id: 1 name: 'dog'", "a label map of items", "item {"),
-        ("a.yaml", "nc: 3\nnames: [dog, cat]", "nc is 3, names has 2 entries", "mend"),
+        ("a.yaml", "nc: 3\nnames: [dog, cat]", "nc is 3, names has 2 entries", "correct"),
         ("a.yaml", "nc: 3\ntrain: x", "expected names beside nc", "names:"),
         ("a.yaml", "names:\ntrain: x", "names: expected class names, got None", "names:"),
-        ("a.yaml", "names: [yes, no]", "expected a list of strings, got True", 'quotes round it: "yes"'),
-        ("a.yaml", "names: {0: dog, 1: no}", "expected a list of strings, got False", "quotes"),
-        ("a.yaml", "names: [1, 2]", "got 1", "quotes"),
+        ("a.yaml", "names: [yes, no]", "expected a list of strings, got True", 'quote it: "yes"'),
+        ("a.yaml", "names: {0: dog, 1: no}", "expected a list of strings, got False", "quote"),
+        ("a.yaml", "names: [1, 2]", "got 1", "quote"),
         ("a.yaml", "dog\ncat", "expected class names, got 'dog cat'", "JSON"),
         ("a.yaml", "a: &x [dog]\nnames: *x", "YAML without aliases", "write the names out"),
-        ("a.yaml", "names: [dog]\nnames: [cat]", "'names' stands twice", "keep one"),
+        ("a.yaml", "names: [dog]\nnames: [cat]", "'names' occurs twice", "keep one"),
         ("a.yaml", "names: [dog", "expected YAML", "JSON"),
         ("a.yaml", "names: !!python/object/apply:os.system ['true']", "expected YAML", "JSON"),
         ("a.yaml", "[" * 100_000, "nested too deep", "JSON"),
@@ -169,23 +169,23 @@ def test_synonyms_of_wordnet_are_wordings(tmp_path: Path) -> None:
         ("a.yaml", "- dog\n" * 100_000, "expected at most 5,000 lines", "254"),
         ("a.yaml", "[" + "dog, " * 80_000 + "]", "YAML of at most", "JSON"),
         ("a.json", "[" * 200_000, "nested too deep", "JSON"),
-        ("a.json", json.dumps([f"thing{n}" for n in range(40_000)]), "40000 classes", "split"),
-        ("a.json", json.dumps({f"thing{n}": {} for n in range(40_000)}), "40000 classes", "split"),
-        ("a.json", '{"images": [], "annotations": [{"id": 1}]}', "expected a list of strings", "quotes"),
+        ("a.json", json.dumps([f"thing{n}" for n in range(40_000)]), "got 40000", "split"),
+        ("a.json", json.dumps({f"thing{n}": {} for n in range(40_000)}), "got 40000", "split"),
+        ("a.json", '{"images": [], "annotations": [{"id": 1}]}', "expected a list of strings", "quote"),
         ("a.json", '{"version": "5.0", "shapes": []}', "'version': expected {", "another tool"),
         ("a.json", '{"labels": ["tag"], "dog": {}}', "is labels the list of classes, or a class beside 'dog'", "prompts"),
         ("a.json", '{"names": ["tag"], "negatives": ["dog"]}', "is names the list", "prompts"),
-        ("a.json", '[{"id": 1, "name": "dog"}, {"id": 1, "name": "cat"}]', "have one number", "own"),
+        ("a.json", '[{"id": 1, "name": "dog"}, {"id": 1, "name": "cat"}]', "have the same number", "own"),
         ("a.json", '[{"id": 1, "title": "dog"}]', "expected entries with a name", '"name"'),
-        ("a.json", '["dog", null]', "got None", "quotes"),
+        ("a.json", '["dog", null]', "got None", "quote"),
         ("a.json", '{"dog": ["hound"], "cat": ["Hound"]}', "share the wording 'hound'", "keep it"),
         ("a.json", '{"dog": {"prompts": "hound"}}', "expected a list of strings, got 'hound'", "puppy"),
         ("a.json", json.dumps({"dog": [f"dog {n}" for n in range(2_000)]}), "at most 1000 wordings, got 2000", "best"),
         ("a.toml", "classes = 3\n", "classes: expected class names, got 3", "dog"),
         ("a.toml", 'classes = ["dog"', "expected TOML", "classes ="),
         ("a.toml", "a = " + "[\n" * 4_000, "nested too deep", "classes ="),
-        ("a.txt", "dog\nbackground\ncat\n", "'background' stands among the classes", "label 0"),
-        ("a.json", '{"0": "dog", "1": "void", "2": "cat"}', "'void' stands among the classes", "label 0"),
+        ("a.txt", "dog\nbackground\ncat\n", "'background' is listed between classes", "label 0"),
+        ("a.json", '{"0": "dog", "1": "void", "2": "cat"}', "'void' is listed between classes", "label 0"),
         ("a.txt", "background\n", "empty", "--classes voc"),
     ],
 )
@@ -217,19 +217,19 @@ def test_labels_0_and_255_are_no_classes(
     tmp_path: Path, warned: pytest.LogCaptureFixture, name: str, content: str, left: str
 ) -> None:
     assert read(tmp_path, name, content).names == ("dog", "cat")
-    assert f"left out {left}, which is no class to look for; labels are 1 'dog' to 2 'cat'" in warned.text
+    assert f"left out {left}, which is not a class to look for; labels are 1 'dog' to 2 'cat'" in warned.text
 
 
 @pytest.mark.parametrize("name", ["background", "Void", "__ignore__", "unlabeled"])
 def test_nor_on_the_command_line(name: str) -> None:
-    with pytest.raises(ClassError, match="is no class to look for") as caught:
+    with pytest.raises(ClassError, match="is not a class to look for") as caught:
         parse_classes(f"{name}, dog")
     assert "remove it" in caught.value.hint
 
 
 def test_a_plural_beside_its_singular_is_announced(warned: pytest.LogCaptureFixture) -> None:
     parse_classes("dog, dogs")
-    assert "'dog' and 'dogs' differ by an s alone" in warned.text
+    assert "'dog' and 'dogs' differ only by an s" in warned.text
     warned.clear()
     for quiet in ("voc", "coco", "mini", "glass, glasses"):
         parse_classes(quiet)

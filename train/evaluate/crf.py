@@ -1,7 +1,8 @@
-"""Label maps refined by a fully connected CRF before they are scored: only when asked for, and then said.
+"""Refine label maps by a fully connected CRF before scoring, if requested; the output then says so.
 
-The field publishes scores with and without it. Krähenbühl & Koltun, arXiv:1210.5644, through pydensecrf. Label maps carry no
-probabilities, and on hard labels it eats thin objects: true VOC masks shifted by 6 px fell from 89.4 to 77.6 mIoU (24 images).
+Papers publish scores with and without it. Krähenbühl & Koltun, arXiv:1210.5644, through pydensecrf. Label maps have no
+probabilities, and on hard labels the CRF removes thin objects: true VOC masks shifted by 6 px fell from 89.4 to 77.6 mIoU (24
+images).
 """
 
 from __future__ import annotations
@@ -18,36 +19,36 @@ from ...extras import install_line
 from ...photographs import SUFFIXES, read_photograph
 from .files import plain_name
 
-STEPS, SURE = 10, 0.7
+STEPS, CONFIDENCE = 10, 0.7
 SMOOTH = {"sxy": 3, "compat": 3}
 ALIKE = {"sxy": 50, "srgb": 5, "compat": 10}
-"""Steps, trust in the labels given, and both kernels: IRNet, misc/imutils.py, ``crf_inference_label``."""
+"""Steps, confidence in the labels, and both kernels: IRNet, misc/imutils.py, ``crf_inference_label``."""
 SAID = (
-    f"DenseCRF on hard labels ({STEPS} steps, trust {SURE}, kernels "
+    f"DenseCRF on hard labels ({STEPS} steps, confidence {CONFIDENCE}, kernels "
     f"{' and '.join(', '.join(f'{key} {value}' for key, value in kernel.items()) for kernel in (SMOOTH, ALIKE))}, as IRNet)"
 )
 
 
 def check_crf() -> None:
-    """Raises WsssError where pydensecrf is not installed."""
+    """Raises WsssError if pydensecrf is not installed."""
     try:
         import pydensecrf.densecrf  # noqa: F401
     except ImportError:
         raise WsssError(
             "--crf: needs pydensecrf, which is not installed",
-            hint=f"{install_line('crf')}; it is compiled, which wants a C++ compiler and Python 3.12 or older",
+            hint=f"{install_line('crf')}; compiling it needs a C++ compiler and Python 3.12 or older",
         ) from None
 
 
 def refine(label_map: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """The most probable label of each pixel, among those of the map.
+    """The most probable label of each pixel, among the labels of the map.
 
     Args:
-        label_map: (H, W) uint8; 255 (void) is unknown and gets a label too.
+        label_map: (H, W) uint8; void (255) is unknown and gets a label too.
         pixels: (H, W, 3) uint8 RGB, the photograph.
 
     Returns:
-        (H, W) uint8; ``label_map`` itself when it holds no two labels to choose from.
+        (H, W) uint8; ``label_map`` itself if it has fewer than two labels.
     """
     from pydensecrf.densecrf import DenseCRF2D
     from pydensecrf.utils import unary_from_labels
@@ -58,14 +59,14 @@ def refine(label_map: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     numbered = np.where(label_map == 255, 0, np.searchsorted(labels, label_map) + 1)  # 0: unknown
     height, width = label_map.shape
     crf = DenseCRF2D(width, height, len(labels))
-    crf.setUnaryEnergy(unary_from_labels(numbered, len(labels), gt_prob=SURE, zero_unsure=True))
+    crf.setUnaryEnergy(unary_from_labels(numbered, len(labels), gt_prob=CONFIDENCE, zero_unsure=True))
     crf.addPairwiseGaussian(**SMOOTH)
-    crf.addPairwiseBilateral(**ALIKE, rgbim=np.array(pixels, order="C"))  # a copy: it takes no read-only array
+    crf.addPairwiseBilateral(**ALIKE, rgbim=np.array(pixels, order="C"))  # a copy: a read-only array is not accepted
     return labels[np.argmax(crf.inference(STEPS), axis=0)].reshape(height, width).astype(np.uint8)
 
 
 def read_photograph_of(path: Path, label_map: np.ndarray, label_path: Path) -> np.ndarray:
-    """The photograph (H, W, 3) uint8 that a label map belongs to. Raises StoreError: unreadable, or of another size."""
+    """Read the photograph (H, W, 3) uint8 of a label map. Raises StoreError if it is unreadable or of another size."""
     try:
         pixels = read_photograph(path.parent, path.name).pixels
     except ImageError as error:
@@ -79,24 +80,23 @@ def read_photograph_of(path: Path, label_map: np.ndarray, label_path: Path) -> n
 
 
 def find_photographs(folder: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
-    """The photographs of label maps by name, below ``folder`` or its ``JPEGImages/``. Raises WsssError naming what lacks."""
+    """Paths of the photographs of label maps, below ``folder`` or its ``JPEGImages/``. Raises WsssError if one is missing."""
     inside = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else folder
     if not inside.is_dir():
         raise WsssError(f"--crf {folder}: expected the folder of the photographs, found nothing")
-    there = {}
+    found = {}
     for path in sorted(_walk(inside)):
         name = unicodedata.normalize("NFC", path.relative_to(inside).as_posix())
-        there[name] = path  # a label store calls the label of a.jpg `a.jpg.png` where there is an a.webp too
-        there.setdefault(plain_name(name), path)
-    lacking = [name for name in names if name not in there]
-    if lacking:
+        found[name] = path  # in a label store, the label of a.jpg is `a.jpg.png` if there is an a.webp too
+        found.setdefault(plain_name(name), path)
+    if missing := [name for name in names if name not in found]:
         raise WsssError(
-            f"--crf {folder}: has no photograph of {len(lacking)} of {len(names)} label maps, for example {lacking[0]}"
+            f"--crf {folder}: has no photograph of {len(missing)} of {len(names)} label maps, for example {missing[0]}"
         )
-    return tuple(there[name] for name in names)
+    return tuple(found[name] for name in names)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        yield from (Path(root, each) for each in files if Path(each).suffix.lower() in SUFFIXES and not each.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(root, name) for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."))

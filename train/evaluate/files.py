@@ -1,4 +1,4 @@
-"""Finding the label maps of two folders, pairing them by name, and reading them as indices."""
+"""Find the label maps of two folders, pair them by name, and read them as indices."""
 
 from __future__ import annotations
 
@@ -18,66 +18,66 @@ from ...reading.documents import read_bytes, read_text
 from ...store.local import read_records, read_run
 
 VOC_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
-"""Where a folder in VOC's layout keeps its label maps; the first that is there counts."""
+"""Sub-folders for label maps in VOC's layout; the first one that exists is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelMaps:
-    """The label maps of one folder by name: the path below the folder, forward slashes, without ``.png``."""
+    """The label maps of a folder by name: the path below the folder, with forward slashes, without ``.png``."""
 
     folder: Path
-    """As given."""
+    """The folder as given."""
     inside: Path
     """The folder that the names are below: ``folder``, or ``labels/`` of a store, or ``SegmentationClass/``."""
     paths: Mapping[str, Path]
     classes: tuple[str, ...] | None = None
-    """Names of labels 1, 2, ... where the folder is a label store."""
+    """Names of labels 1, 2, ... if the folder is a label store."""
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Of a label store: the classes it found in each image, with their scores."""
+    """Of a label store: scores of the classes found in each image."""
     images: Mapping[str, str] = field(default_factory=dict)
     """Of a label store: the path of each label map's photograph."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """What is compared with what."""
+    """Pairs of true and predicted label maps."""
 
     names: tuple[str, ...]
-    """Of the truth, in the order of the list, or sorted."""
+    """Names of the true label maps, in the order of the list, or sorted."""
     truth: tuple[Path, ...]
     predicted: tuple[Path | None, ...]
-    """None where the prediction is missing."""
+    """None if the prediction is missing."""
     matched: tuple[str | None, ...]
-    """Names of the predictions, which may keep the suffix of their photograph."""
+    """Names of the predictions, which may include the suffix of their photograph."""
     missing: tuple[str, ...]
     unused: int
-    """Predictions that no truth was asked for."""
+    """Number of predictions without a true label map, or not in the list."""
     warnings: tuple[str, ...] = ()
-    """What may make the comparison another one than was meant."""
+    """Possible mistakes in the comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedMap:
-    """A label map as its file holds it."""
+    """The content of a label map's file."""
 
     labels: np.ndarray
     """(H, W) uint8."""
     colors: np.ndarray | None
-    """(N, 3) uint8 RGB of labels 0 to N - 1; None of a gray PNG."""
+    """(N, 3) uint8 RGB of labels 0 to N - 1; None for a gray PNG."""
     bits: int
-    """Of one pixel."""
+    """Bits per pixel."""
 
 
 def find_label_maps(folder: Path) -> LabelMaps:
-    """The label maps of a label store, of a folder in VOC's layout, or of a plain folder with sub-folders.
+    """Find the label maps of a label store, of a folder in VOC's layout, or of a plain folder with sub-folders.
 
     Raises:
-        StoreError: no such folder, no PNG in it, or two files of one name.
+        StoreError: no such folder, no PNG in it, or two files with the same name.
     """
     if not folder.is_dir():
         raise StoreError(
             f"{folder}: expected a folder of label maps, found {'a file' if folder.exists() else 'nothing'}",
-            hint="a label store, a folder of PNG files, or one in VOC's layout",
+            hint="give a label store, a folder of PNG files, or one in VOC's layout",
         )
     if (folder / "run.json").is_file():
         return _of_store(folder)
@@ -94,23 +94,23 @@ def find_label_maps(folder: Path) -> LabelMaps:
         others = sum(path.suffix.lower() in SUFFIXES for path in inside.rglob("*"))
         raise StoreError(
             f"{inside}: no label map in it",
-            hint=f"its {others} pictures are no PNG: other formats change labels, write the maps again as PNG"
+            hint=f"its {others} images are not PNG: other formats change labels, save the label maps as PNG"
             if others
             else "label maps are PNG files, also in sub-folders",
         )
     return LabelMaps(folder=folder, inside=inside, paths=paths)
 
 
-def pair_up(predicted: LabelMaps, truth: LabelMaps, wanted: Path | None = None) -> Pairs:
-    """Pairs label maps of one name, or of one photograph: ``x.jpg.png`` and ``x.png``, and in a label store by its manifest.
+def pair_up(predicted: LabelMaps, truth: LabelMaps, list_file: Path | None = None) -> Pairs:
+    """Pair label maps by name, or by photograph: ``x.jpg.png`` and ``x.png``, and in a label store by its manifest.
 
     Args:
-        wanted: a list of names, see `read_list`; without it every label map of the truth is wanted.
+        list_file: a list of names, see `read_list`; default: every true label map.
 
     Raises:
-        StoreError: nothing has a common name, or a name has two partners. WsssError: a list that does not fit the truth.
+        StoreError: there is no common name, or a name has two partners. WsssError: a list that does not fit the truth.
     """
-    names = read_list(wanted, truth) if wanted else tuple(truth.paths)
+    names = read_list(list_file, truth) if list_file else tuple(truth.paths)
     known: dict[str, set[str]] = {}
     for name in predicted.paths:
         for alias in _aliases(predicted, name):
@@ -120,22 +120,22 @@ def pair_up(predicted: LabelMaps, truth: LabelMaps, wanted: Path | None = None) 
     for name, partner in zip(names, matched, strict=True):
         if partner is not None and partners.setdefault(partner, name) != name:
             raise StoreError(
-                f"{predicted.paths[partner]}: {partners[partner]}.png and {name}.png of {truth.inside} both mean it",
-                hint="name label maps alike on both sides",
+                f"{predicted.paths[partner]}: matches both {partners[partner]}.png and {name}.png of {truth.inside}",
+                hint="use the same names on both sides",
             )
     missing = tuple(name for name, partner in zip(names, matched, strict=True) if partner is None)
     if len(missing) == len(names):
         raise StoreError(
             f"no common names: {predicted.inside} has {next(iter(predicted.paths))}.png, "
-            f"{wanted or truth.inside} asks for {names[0]}.png",
-            hint="label maps are matched by their path below the folder; give the folders that the common part begins in",
+            f"{list_file or truth.inside} has {names[0]}.png",
+            hint="label maps are matched by their path below the folder; give the folders at which the common part starts",
         )
     warnings = []
     if predicted.inside.resolve() == truth.inside.resolve():
         warnings.append(f"{predicted.inside} is compared with itself")
-    if wanted and (negative := sum(line.split()[1:] == ["-1"] for _, line in list_lines(wanted, "--list"))):
+    if list_file and (negative := sum(line.split()[1:] == ["-1"] for _, line in list_lines(list_file, "--list"))):
         warnings.append(
-            f"--list {wanted}: {negative} of its {len(names)} lines end in -1, as VOC's lists of one class mark images "
+            f"--list {list_file}: {negative} of its {len(names)} lines end in -1, as VOC's lists of one class mark images "
             "without it; they are scored too"
         )
     return Pairs(
@@ -150,7 +150,7 @@ def pair_up(predicted: LabelMaps, truth: LabelMaps, wanted: Path | None = None) 
 
 
 def _aliases(maps: LabelMaps, name: str) -> set[str]:
-    """What a label map's partner may be called: its own name, or its photograph's, with and without the picture's suffix."""
+    """Possible names of a label map's partner: its own name or its photograph's, with and without the image suffix."""
     image = maps.images.get(name, name)
     return {name, plain_name(name), image, plain_name(image)}
 
@@ -158,76 +158,76 @@ def _aliases(maps: LabelMaps, name: str) -> set[str]:
 def _partner(name: str, known: Mapping[str, set[str]], predicted: LabelMaps, truth: LabelMaps) -> str | None:
     if not predicted.images and name in predicted.paths:
         return name
-    found = known.get(name, set()) or {each for alias in _aliases(truth, name) for each in known.get(alias, ())}
+    found = known.get(name, set()) or {other for alias in _aliases(truth, name) for other in known.get(alias, ())}
     if len(found) > 1:
         raise StoreError(
-            f"{truth.paths[name]}: its prediction is one of {', '.join(f'{each}.png' for each in sorted(found))}",
-            hint="give the label map of the truth the whole name of its photograph, as x.jpg.png",
+            f"{truth.paths[name]}: several predictions match: {', '.join(f'{other}.png' for other in sorted(found))}",
+            hint="name the true label map after the full name of its photograph, as x.jpg.png",
         )
     return next(iter(found), None)
 
 
 def read_list(path: Path, truth: LabelMaps) -> tuple[str, ...]:
-    """The names a list file asks for, one a line.
+    """Read the names of a list file, one per line.
 
-    Read as the field writes them: ``2007_000032``; ``COCO_train2014_000000000009 45 49 50`` (the classes are passed over);
+    Common formats are supported: ``2007_000032``; ``COCO_train2014_000000000009 45 49 50`` (the classes are ignored);
     ``/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png``.
 
     Raises:
-        WsssError: unreadable, empty, a name twice, or names that the truth has no label map of.
+        WsssError: unreadable, empty, a duplicate name, or names without a true label map.
     """
     names: dict[str, int] = {}
     unknown: list[str] = []
     for number, line in list_lines(path, "--list"):
-        name = next((each for each in possible_names(line) if each in truth.paths), None)
+        name = next((candidate for candidate in possible_names(line) if candidate in truth.paths), None)
         if name is None:
             unknown.append(line)
         elif name in names:
-            raise WsssError(f"--list {path}: {name} stands in line {names[name]} and in line {number}", hint="remove one of them")
+            raise WsssError(f"--list {path}: {name} is in line {names[name]} and in line {number}", hint="remove one of them")
         else:
             names[name] = number
     if unknown:
-        beside = [each for each in VOC_FOLDERS if (truth.folder / each).is_dir() and truth.folder / each != truth.inside]
+        others = [folder for name in VOC_FOLDERS if (folder := truth.folder / name).is_dir() and folder != truth.inside]
         raise WsssError(
             f"--list {path}: {truth.inside} has no label map of {len(unknown)} of {len(unknown) + len(names)} names, "
             f"for example {unknown[0][:100]}",
-            hint=f"{truth.folder / beside[0]} lies beside it" if beside else "give the list that belongs to TRUTH",
+            hint=f"try {others[0]} as TRUTH" if others else "give the list that belongs to TRUTH",
         )
     return tuple(names)
 
 
 def list_lines(path: Path, flag: str) -> list[tuple[int, str]]:
-    """Lines of a list file that are not empty, with their numbers. Raises WsssError naming the flag: unreadable or empty."""
-    hint = "a text file with one name a line"
+    """Non-empty lines of a list file with their numbers. Raises WsssError, naming the flag, if it is unreadable or empty."""
+    hint = "give a text file with one name per line"
     lines = read_text(path, where=f"{flag} {path}", hint=hint).splitlines()
-    told = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not told:
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
         raise WsssError(f"{flag} {path}: is empty", hint=hint)
-    return told
+    return numbered
 
 
 def possible_names(line: str) -> Iterator[str]:
-    """What a line of a list may mean, the most literal first."""
+    """Possible label map names in a line of a list, most literal first."""
     for text in (line, line.split()[0], line.split()[0].replace("\\", "/")):
         text = unicodedata.normalize("NFC", text.strip("/"))
         yield from (text, plain_name(text), PurePosixPath(plain_name(text)).name)
 
 
 def plain_name(image: str) -> str:
-    """An image's name without the suffix of a picture."""
+    """An image's name without its image suffix."""
     return os.path.splitext(image)[0] if PurePosixPath(image).suffix.lower() in SUFFIXES else image
 
 
 def read_label_map(path: Path) -> np.ndarray:
-    """A label map (H, W) uint8 from a PNG of one channel. Raises StoreError as `read_indexed` does."""
+    """Read a label map (H, W) uint8 from a PNG with one channel. Raises StoreError as `read_indexed` does."""
     return read_indexed(path).labels
 
 
 def read_indexed(path: Path) -> IndexedMap:
-    """A label map from a PNG of one channel: its palette indices or gray values are the labels.
+    """Read a label map from a PNG with one channel: its palette indices or gray values are the labels.
 
     Raises:
-        StoreError: not a regular file or no PNG, damaged, colors instead of indices, a label above 255, or too large.
+        StoreError: not a regular file, not a PNG, damaged, colors instead of indices, a label above 255, or too large.
     """
     data = read_bytes(path, error=StoreError, hint="write the file again")
     try:
@@ -236,14 +236,14 @@ def read_indexed(path: Path) -> IndexedMap:
             kind = {2: "RGB", 4: "LA", 6: "RGBA"}.get(color, str(color))
             raise StoreError(
                 f"{path}: expected labels as indices (a palette or gray PNG), got mode {kind}",
-                hint="write the first channel alone, as a gray PNG"
+                hint="save only the first channel, as a gray PNG"
                 if color == 4
-                else "colors are no labels: map them back to indices first, or give the folder of index PNGs",
+                else "colors are not labels: map them to indices first, or give the folder of index PNGs",
             )
         if width * height > MAX_PIXELS:
             raise StoreError(
-                f"{path}: {width} x {height} pixels, at most {MAX_PIXELS:,} are decoded",
-                hint="give maps of the photographs' size",
+                f"{path}: expected at most {MAX_PIXELS:,} pixels, got {width} x {height}",
+                hint="give label maps of the photographs' size",
             )
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             pixels = np.asarray(image)
@@ -252,33 +252,27 @@ def read_indexed(path: Path) -> IndexedMap:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise StoreError(f"{path}: not a readable PNG: {error or type(error).__name__}", hint="write the file again") from None
-    if color == 0 and depth < 8:  # Pillow stretches these to 0..255 (1 bit: to bool), which makes other labels of them
+    if color == 0 and depth < 8:  # Pillow stretches these to 0..255 (1 bit: to bool), which changes the labels
         pixels = pixels.astype(np.uint8) if depth == 1 else pixels // np.uint8(255 // (2**depth - 1))
     elif pixels.dtype != np.uint8 and pixels.size and pixels.max() > 255:
         raise StoreError(
-            f"{path}: label {pixels.max()} in a 16-bit PNG; labels are 0 to 255",
-            hint="write void as 255, and instances as classes",
+            f"{path}: expected labels of 0 to 255, got {pixels.max()} in a 16-bit PNG",
+            hint="write void as 255, and classes instead of instances",
         )
     colors = None if palette is None else np.array(palette, np.uint8).reshape(-1, 3)
     return IndexedMap(labels=pixels.astype(np.uint8, copy=False), colors=colors, bits=depth)
 
 
 def _of_store(folder: Path) -> LabelMaps:
-    told = read_run(folder).get("classes")
-    if not isinstance(told, list) or not all(isinstance(each, str) for each in told):
-        raise StoreError(f"{folder / 'run.json'}: damaged: expected the names of the classes")
+    classes = read_run(folder)["classes"]
     paths: dict[str, Path] = {}
     scores: dict[str, dict[str, float]] = {}
     images: dict[str, str] = {}
-    for record in read_records(folder):  # only what has a line is finished; a failed image has no label map
+    for record in read_records(folder):  # an image without a line is unfinished; a failed one has no label map
         path = folder / "labels" / record["label"]
         if "error" not in record and path.is_file():
-            name, found = _name(Path(record["label"])), record.get("classes")
-            if (
-                not isinstance(found, dict)
-                or found.keys() - set(told)
-                or not all(type(v) in (int, float) for v in found.values())
-            ):
+            name = _name(Path(record["label"]))
+            if (found := record.get("classes")) is None or found.keys() - set(classes):
                 raise StoreError(
                     f"{folder / 'manifest.jsonl'}: damaged: {name} has classes that are not in run.json, or no scores"
                 )
@@ -286,7 +280,7 @@ def _of_store(folder: Path) -> LabelMaps:
             images[name] = unicodedata.normalize("NFC", record["path"])
     if not paths:
         raise StoreError(f"{folder}: a label store without a finished image", hint="wsss label continues it")
-    return LabelMaps(folder=folder, inside=folder / "labels", paths=paths, classes=tuple(told), scores=scores, images=images)
+    return LabelMaps(folder=folder, inside=folder / "labels", paths=paths, classes=tuple(classes), scores=scores, images=images)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -295,7 +289,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path))
-        elif entry.name.lower().endswith(".png") and entry.is_file():  # a pipe would never end
+        elif entry.name.lower().endswith(".png") and entry.is_file():  # reading a pipe would never end
             yield Path(entry.path)
 
 
@@ -304,9 +298,9 @@ def _name(path: Path) -> str:
 
 
 def _header(data: bytes) -> tuple[int, int, int, int]:
-    """Width, height, bit depth and color type (IHDR; PNG specification, section 11.2.2) of a file with a beginning and an end."""
+    """Width, height, bit depth and color type of a complete PNG (IHDR; PNG specification, section 11.2.2)."""
     if len(data) < 26 or data[:8] != b"\x89PNG\r\n\x1a\n":
         raise ValueError("no PNG header")
-    if b"IEND\xaeB`\x82" not in data[-1024:]:  # Pillow is content once it has all pixels; some writers append text
+    if b"IEND\xaeB`\x82" not in data[-1024:]:  # Pillow accepts a file without its end; some writers append text
         raise ValueError("it is cut off")
     return int.from_bytes(data[16:20]), int.from_bytes(data[20:24]), data[24], data[25]

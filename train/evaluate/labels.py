@@ -1,4 +1,4 @@
-"""Image-level truth from files: which classes each image has, as the field ships it."""
+"""Read true image labels: which classes each image has, in common file formats."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ...reading.documents import read_json
 from .files import list_lines, plain_name
 from .npy import read_label_dictionary
 
-_FORMATS = 'JSON {"image": ["class", ...]}, lines of image id and 0-based class ids, or the field\'s cls_labels.npy'
+_FORMATS = 'JSON {"image": ["class", ...]}, lines of image id and 0-based class ids, or a cls_labels.npy'
 
 
 def read_image_labels(path: Path, classes: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """Which classes are in each of the named images.
+    """Read which classes are in each of the named images.
 
     Args:
-        path: ``.json`` as ``wsss label --labels`` takes it; ``.npy``, a dict of image ids to (C,) zeros and ones, which is
-            read without executing its pickle; else text, ``COCO_train2014_000000000009 45 49 50``.
-        classes: the C names without background. names: of the label maps, B of them.
+        path: ``.json`` in the format of ``wsss label --labels``; ``.npy``, a dict of image ids to (C,) zeros and ones, read
+            without executing its pickle; otherwise text, ``COCO_train2014_000000000009 45 49 50``.
+        classes: the C names without background. names: the B names of the label maps.
 
     Returns:
         (B, C) bool.
 
     Raises:
-        WsssError: unreadable, other classes, or images that have no entry.
+        WsssError: unreadable, other classes, or images without an entry.
     """
     if path.suffix == ".npy":
         table = _from_dictionary(path, len(classes))
@@ -40,7 +40,7 @@ def read_image_labels(path: Path, classes: Sequence[str], names: Sequence[str]) 
     present = np.zeros((len(names), len(classes)), bool)
     unknown = []
     for row, name in enumerate(names):
-        key = next((each for each in _aliases(name) if each in table), None)
+        key = next((alias for alias in _aliases(name) if alias in table), None)
         if key is None:
             unknown.append(name)
         else:
@@ -58,10 +58,11 @@ def _from_dictionary(path: Path, classes: int) -> dict[str, list[int]]:
     for key, vector in read_label_dictionary(path).items():
         if len(vector) != classes:
             raise WsssError(
-                f"--labels {path}: vectors of {len(vector)} classes, --classes has {classes}", hint="give both of one dataset"
+                f"--labels {path}: vectors of {len(vector)} classes, --classes has {classes}",
+                hint="use the same dataset for both",
             )
         name = key
-        if isinstance(key, int):  # IRNet writes 2007_000032 as the number 2007000032; COCO's ids have 12 digits in file names
+        if isinstance(key, int):  # IRNet writes 2007_000032 as 2007000032; COCO's file names have ids of 12 digits
             name = f"{key // 1_000_000}_{key % 1_000_000:06}" if key >= 1_000_000_000 else f"{key:012}"
         table[str(name)] = np.flatnonzero(vector > 0).tolist()
     return table
@@ -71,24 +72,24 @@ def _from_lines(path: Path, classes: int) -> dict[str, list[int]]:
     table: dict[str, list[int]] = {}
     for number, line in list_lines(path, "--labels"):
         image, *ids = line.split()
-        if not all(each.isdecimal() and int(each) < classes for each in ids):
+        if not all(text.isdecimal() and int(text) < classes for text in ids):
             raise WsssError(
                 f"--labels {path}: line {number}: expected an image id and class ids 0 to {classes - 1}, got {line[:60]!r}",
                 hint=_FORMATS,
             )
-        table[plain_name(image)] = [int(each) for each in ids]
+        table[plain_name(image)] = list(map(int, ids))
     if not any(table.values()):
         raise WsssError(f"--labels {path}: a list of images without classes", hint=_FORMATS)
     return table
 
 
 def _from_json(path: Path, classes: Sequence[str]) -> dict[str, list[int]]:
-    told = read_json(path, where=f"--labels {path}", hint=_FORMATS)
-    if not isinstance(told, dict) or not all(isinstance(each, list) for each in told.values()):
+    labels_by_image = read_json(path, where=f"--labels {path}", hint=_FORMATS)
+    if not isinstance(labels_by_image, dict) or not all(isinstance(labels, list) for labels in labels_by_image.values()):
         raise WsssError(f"--labels {path}: expected a JSON object of image names to lists of class names", hint=_FORMATS)
     known = Names(classes)
     table: dict[str, list[int]] = {}
-    for name, labels in told.items():
+    for name, labels in labels_by_image.items():
         table[name] = []
         for label in labels:
             found = known.find(label) if isinstance(label, str) else None
@@ -104,6 +105,6 @@ def _from_json(path: Path, classes: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _aliases(name: str) -> tuple[str, ...]:
-    """What an image may be called in the file: its path, its file name, COCO's number alone."""
+    """Possible names of an image in the file: its path, its file name, or COCO's number."""
     plain = PurePosixPath(name).name
     return name, plain, plain.rpartition("_")[2]

@@ -1,7 +1,7 @@
-"""Scores of label maps and labels by the field's protocol. numpy only: the base install runs it.
+"""Scores of label maps and image labels by the usual protocol. Needs only numpy.
 
-Everything about pixels comes from ONE confusion matrix of all images, never from a mean over images (VOC 2012 devkit,
-VOCevalseg.m). Folders of files are scored by `evaluate_run`.
+All pixel scores come from ONE confusion matrix over all images, never from a mean over images (VOC 2012 devkit, VOCevalseg.m).
+`run` scores folders of files.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import numpy as np
 
 
 def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels by true and predicted label.
+    """Count pixels by true and predicted label.
 
     Args:
-        truth: label map, uint8 of any shape; 255 is left out.
+        truth: label map, uint8 of any shape; 255 is not counted.
         predicted: label map of the same shape; 255 (void) counts as a miss, in the last column.
-        classes: number of labels with background, at most 255; another label is a ValueError.
+        classes: number of labels with background, at most 255; other labels raise ValueError.
 
     Returns:
         (classes, classes + 1) int64; rows are the truth.
@@ -26,49 +26,49 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
         label = highest_label(label_map)
         if label >= classes:
             raise ValueError(f"label {label}, there are {classes} classes")
-    # Rows and columns of 256 for every label, so that no pixel has to be picked out or renamed; what is not asked for is cut off.
+    # 256 x 256 cells, so that no pixel has to be selected or relabeled; unused cells are cut off.
     cells = (truth.astype(np.uint16) << 8) | predicted
     counts = np.bincount(cells.ravel(), minlength=1 << 16).reshape(256, 256)
     return np.concatenate([counts[:classes, :classes], counts[:classes, 255:]], axis=1)
 
 
 def highest_label(label_map: np.ndarray) -> int:
-    """The highest label of a uint8 map other than 255 (void); 0 for a map of void alone or without pixels."""
-    there = np.bincount(label_map.ravel(), minlength=256)[:255].nonzero()[0]
-    return int(there[-1]) if len(there) else 0
+    """The highest label of a uint8 map except 255 (void); 0 for a map with only void or without pixels."""
+    labels = np.bincount(label_map.ravel(), minlength=256)[:255].nonzero()[0]
+    return int(labels[-1]) if len(labels) else 0
 
 
 def class_iou(matrix: np.ndarray) -> np.ndarray:
-    """IoU of each class, (classes,) float64, from ONE confusion matrix of all images; NaN for a class never seen."""
+    """IoU of each class, (classes,) float64, from ONE confusion matrix over all images; NaN for a class that does not occur."""
     hit = np.diag(matrix).astype(np.float64)
     return _share(hit, matrix.sum(axis=1) + matrix[:, : len(matrix)].sum(axis=0) - hit)
 
 
 def mean_iou(matrix: np.ndarray) -> float:
-    """Mean of ``class_iou`` over the classes that occur, background included (PASCAL VOC); NaN when none does."""
+    """Mean of ``class_iou`` over the classes that occur, with background (PASCAL VOC); NaN if none does."""
     return mean_of_seen(class_iou(matrix))
 
 
 def class_precision(matrix: np.ndarray) -> np.ndarray:
-    """Of the pixels given to a class, the share that is right: (classes,) float64.
+    """Share of the pixels predicted as a class that are right: (classes,) float64.
 
-    0 for a class that is only in the truth, NaN for one that is in neither, so that its mean is over the classes of mIoU.
+    0 for a class that is only in the truth, NaN for one in neither, so that the mean is over the same classes as mIoU.
     """
     return _of_seen(np.diag(matrix), matrix[:, : len(matrix)].sum(axis=0), matrix)
 
 
 def class_recall(matrix: np.ndarray) -> np.ndarray:
-    """Of a class's true pixels, the share that was found: (classes,) float64; 0 and NaN as in `class_precision`."""
+    """Share of the true pixels of a class that are predicted as it: (classes,) float64; 0 and NaN as in `class_precision`."""
     return _of_seen(np.diag(matrix), matrix.sum(axis=1), matrix)
 
 
 def pixel_accuracy(matrix: np.ndarray) -> float:
-    """Share of the counted pixels that got their label, void being wrong; NaN when no pixel counts."""
+    """Share of the counted pixels with the right label; predicted void is wrong. NaN if no pixel is counted."""
     return float(_share(np.trace(matrix), matrix.sum()))
 
 
 def mean_of_seen(values: np.ndarray) -> float:
-    """Mean of what is not NaN; NaN when all are."""
+    """Mean of the values that are not NaN; NaN if all are."""
     seen = ~np.isnan(values)
     return float(values[seen].mean()) if seen.any() else float("nan")
 
@@ -80,26 +80,25 @@ def label_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
         truth, predicted: (B, C) bool.
 
     Returns:
-        ``precision``, ``recall``, ``f1`` over all decisions together, and ``macro_f1``, the mean over classes that occur.
+        ``precision``, ``recall`` and ``f1`` over all decisions, and ``macro_f1``, the mean over classes that occur.
     """
     hit = (truth & predicted).sum(axis=0).astype(np.float64)
-    said, there = predicted.sum(axis=0), truth.sum(axis=0)
-    seen = (said + there) > 0
-    macro = float(np.mean(2 * hit[seen] / (said + there)[seen])) if seen.any() else 1.0
-    total_said, total_there = max(said.sum(), 1), max(there.sum(), 1)
+    predicted_count, true_count = predicted.sum(axis=0), truth.sum(axis=0)
+    both = predicted_count + true_count
+    seen = both > 0
     return {
-        "precision": float(hit.sum() / total_said),
-        "recall": float(hit.sum() / total_there),
-        "f1": float(2 * hit.sum() / max(said.sum() + there.sum(), 1)),
-        "macro_f1": macro,
+        "precision": float(hit.sum() / max(predicted_count.sum(), 1)),
+        "recall": float(hit.sum() / max(true_count.sum(), 1)),
+        "f1": float(2 * hit.sum() / max(both.sum(), 1)),
+        "macro_f1": float(np.mean(2 * hit[seen] / both[seen])) if seen.any() else 1.0,
     }
 
 
 def average_precision(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
     """Average precision of image labels, the sum over thresholds of precision times the step in recall.
 
-    Not interpolated (as scikit-learn's ``average_precision_score``; VOC's devkit of 2007 interpolates at 11 points). Images
-    of one score enter together, so that their order decides nothing.
+    Not interpolated (as scikit-learn's ``average_precision_score``; VOC's 2007 devkit interpolates at 11 points). Images with
+    equal scores are counted together, so that their order has no effect.
 
     Args:
         truth: (B, C) bool. score: (B, C) float.
@@ -111,7 +110,7 @@ def average_precision(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
     for column in np.flatnonzero(truth.any(axis=0)):
         order = np.argsort(-score[:, column], kind="stable")
         ranked = score[order, column]
-        last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # of each group of equal scores
+        last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # last image of each group of equal scores
         hit = np.cumsum(truth[order, column])[last]
         result[column] = np.sum(np.diff(hit, prepend=0) / hit[-1] * (hit / (last + 1)))
     return result

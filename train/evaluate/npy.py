@@ -1,10 +1,10 @@
-"""Reading the field's ``cls_labels.npy`` without unpickling it.
+"""Read ``cls_labels.npy`` files without unpickling them.
 
-The file is a ``.npy`` that holds one pickled dict, image id to a vector of zeros and ones (AffinityNet, IRNet and most since),
-which the usual ``np.load(..., allow_pickle=True).item()`` executes: whoever made the file runs code on the reader's machine.
-A restricted unpickler is not enough: numpy's own ``dtype.__setstate__`` and ``scalar`` take flags and bytes from the
-pickle on trust. So the opcodes are read here as data: a stack machine that knows the few a dict of arrays needs, builds
-plain values, calls nothing, and refuses the rest.
+Such a file (of AffinityNet, IRNet and most later projects) contains a pickled dict of image ids to vectors of zeros and ones. The
+usual ``np.load(..., allow_pickle=True).item()`` executes the pickle, so the author of the file can run code on the reader's
+machine. A restricted unpickler is not enough: numpy's ``dtype.__setstate__`` and ``scalar`` trust flags and bytes of the pickle.
+So the opcodes are interpreted here as data: a stack machine supports the few opcodes that a dict of arrays needs, builds plain
+values, calls nothing, and refuses everything else.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ...errors import WsssError
 from ...reading.documents import read_bytes
 
 MAX_BYTES = 256 * 2**20
-"""COCO 2014's 122,218 images of 80 classes take 60 MB."""
+"""COCO 2014's 122,218 images with 80 classes take 60 MB."""
 MAX_OPCODES = 6_000_000
-"""COCO 2014 takes half of them."""
+"""COCO 2014 takes half as many."""
 _DTYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 _ARRAYS = {f"{module}.multiarray {name}": name for module in ("numpy.core", "numpy._core") for name in ("_reconstruct", "scalar")}
 _GLOBALS = _ARRAYS | {"numpy ndarray": "ndarray", "numpy dtype": "dtype", "_codecs encode": "encode"}
@@ -32,11 +32,11 @@ _HINT = 'write it as JSON where you trust the file, {"image": ["class", ...]}, o
 
 
 class _Symbol(str):
-    """A name that a pickle asks for; never the thing itself."""
+    """The name of a global in a pickle; never the object itself."""
 
 
 class _DType:
-    """``numpy.dtype(name)``: its state adds the byte order."""
+    """``numpy.dtype(name)``; the pickle's BUILD sets its byte order."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -49,16 +49,16 @@ class _DType:
 
 
 class _Array:
-    """``numpy._core.multiarray._reconstruct``: its state brings shape, type and content."""
+    """``numpy._core.multiarray._reconstruct``; the pickle's BUILD sets its value."""
 
     value: Any = None
 
 
 def read_label_dictionary(path: Path) -> dict[str | int, np.ndarray]:
-    """A ``.npy`` file's dict of image ids to numeric vectors (C,).
+    """Read the dict of image ids to numeric vectors (C,) of a ``.npy`` file.
 
     Raises:
-        WsssError: unreadable, no such dict, or a pickle that asks for anything else than names, numbers and arrays.
+        WsssError: unreadable, not such a dict, or a pickle with anything but strings, numbers and arrays.
     """
     file = io.BytesIO(read_bytes(path, hint=_HINT, max_bytes=MAX_BYTES))
     try:
@@ -70,18 +70,18 @@ def read_label_dictionary(path: Path) -> dict[str | int, np.ndarray]:
         labels = _values_from_pickle(file)
     except (
         *(ValueError, TypeError, IndexError, KeyError, AttributeError, UnicodeError, MemoryError, OverflowError),
-        *(SyntaxError, RecursionError, tokenize.TokenError),  # numpy reads a header as Python's text
+        *(SyntaxError, RecursionError, tokenize.TokenError),  # numpy parses the header as Python source
     ) as error:
         raise WsssError(
             f"{path}: expected a dict of image ids to label vectors, got {error or type(error).__name__}", hint=_HINT
         ) from None
-    if not isinstance(labels, dict) or not all(isinstance(each, np.ndarray) for each in labels.values()):
+    if not isinstance(labels, dict) or not all(isinstance(vector, np.ndarray) for vector in labels.values()):
         raise WsssError(f"{path}: expected a dict of image ids to label vectors, got something else", hint=_HINT)
     return labels
 
 
 def _values_from_pickle(file: io.BytesIO) -> object:
-    """What the pickle holds: None, bool, int, float, str, bytes, tuple, list, dict, and numeric arrays."""
+    """The content of the pickle: None, bool, int, float, str, bytes, tuple, list, dict and numeric arrays."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     argument: Any
@@ -93,7 +93,7 @@ def _values_from_pickle(file: io.BytesIO) -> object:
         return values
 
     for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if number >= MAX_OPCODES:  # one byte may become a list of 64
+        if number >= MAX_OPCODES:  # one byte may become a list of 64 bytes
             raise ValueError(f"a pickle of more than {MAX_OPCODES:,} steps")
         match opcode.name:
             case "PROTO" | "FRAME":
@@ -152,19 +152,19 @@ def _values_from_pickle(file: io.BytesIO) -> object:
                 _build(stack[-1], state)
             case other:
                 raise ValueError(f"the pickle opcode {other}")
-    raise ValueError("a pickle without an end")
+    raise ValueError("a truncated pickle")
 
 
 def _symbol(name: str) -> _Symbol:
     if name not in _GLOBALS:
-        raise ValueError(f"a pickle that asks for {name.replace(' ', '.')!r}")
+        raise ValueError(f"a pickle that needs {name.replace(' ', '.')!r}")
     return _Symbol(_GLOBALS[name])
 
 
 def _reduced(symbol: object, arguments: Any) -> object:
-    """What the call would give, of the four calls that numpy writes."""
+    """The result of one of the four calls that numpy writes."""
     if not isinstance(symbol, _Symbol):
-        raise ValueError("a pickle that calls what is no function")
+        raise ValueError("a pickle that calls something other than a function")
     match symbol, arguments:
         case "_reconstruct", _:
             return _Array()
@@ -174,21 +174,21 @@ def _reduced(symbol: object, arguments: Any) -> object:
             return text.encode("latin1")
         case "scalar", (_DType() as dtype, bytes(content)) if len(content) == dtype.numpy().itemsize:
             return np.frombuffer(content, dtype.numpy())[0].item()
-    raise ValueError(f"a pickle that calls {symbol} in another way than numpy does")
+    raise ValueError(f"a pickle that calls {symbol} with unexpected arguments")
 
 
-def _build(made: object, state: Any) -> None:
-    match made, state:
+def _build(target: object, state: Any) -> None:
+    match target, state:
         case _DType(), (_, str(order), *_) if order in ("<", ">", "|"):
-            made.order = order
-        case _Array(), (_, (), _DType(name="O8" | "O"), _, [content]):  # np.save's box round the dict
-            made.value = content
+            target.order = order
+        case _Array(), (_, (), _DType(name="O8" | "O"), _, [content]):  # np.save's array around the dict
+            target.value = content
         case _Array(), (_, (int(length),), _DType() as dtype, _, bytes(content)) if (
             len(content) == length * dtype.numpy().itemsize
         ):
-            made.value = np.frombuffer(content, dtype.numpy())
+            target.value = np.frombuffer(content, dtype.numpy())
         case _:
-            raise ValueError("a pickle that builds something else than vectors")
+            raise ValueError("a pickle that builds something other than vectors")
 
 
 def _plain(value: object) -> object:
@@ -198,4 +198,4 @@ def _plain(value: object) -> object:
 def _key(value: object) -> str | int:
     if isinstance(value, str) or (isinstance(value, int) and 0 <= value < 2**63):
         return value
-    raise ValueError(f"a dict with a key that is no image id: {type(value).__name__}")
+    raise ValueError(f"a dict with a key that is not an image id: {type(value).__name__}")

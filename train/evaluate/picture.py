@@ -1,4 +1,4 @@
-"""The confusion matrix as a picture, drawn with Pillow."""
+"""Plot a confusion matrix with Pillow."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from PIL import Image, ImageDraw, ImageFont
 from ...errors import WsssError
 
 WHITE, INK, DARK = (255, 255, 255), (40, 40, 40), np.array([8, 48, 107])
-_MOST_WITH_NUMBERS = 30
+_MAX_WITH_NUMBERS = 30
 
 
 def write_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draws the shares of each true class's pixels: rows are the truth, columns the prediction, the last one void.
+    """Plot the shares of each true class's pixels: rows are the truth, columns the prediction, the last one void.
 
     Args:
-        matrix: (C + 1, C + 2) int64, see `evaluate.confusion_matrix`. classes: the C names without background.
-        path: of the PNG. The numbers are per cent, left out where they round to 0, and with many classes.
+        matrix: (C + 1, C + 2) int64, see `metrics.confusion_matrix`. classes: the C names without background.
+        path: the PNG file. Numbers are percentages, omitted if they round to 0 or if there are many classes.
 
     Raises:
         WsssError: the file cannot be written.
@@ -34,7 +34,7 @@ def write_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path) -> N
 
 
 def _draw(matrix: np.ndarray, names: Sequence[str]) -> Image.Image:
-    with_numbers = len(names) <= _MOST_WITH_NUMBERS
+    with_numbers = len(names) <= _MAX_WITH_NUMBERS
     cell = 34 if with_numbers else 15
     font = ImageFont.load_default(13 if with_numbers else 11)
     columns = (*names, "void")
@@ -52,27 +52,27 @@ def _draw(matrix: np.ndarray, names: Sequence[str]) -> Image.Image:
         for column in range(len(columns)):
             value = share[row, column]
             x, y = left + column * cell, top + row * cell
-            # The square root lets confusions of one per cent be seen.
-            color = tuple(int(each) for each in np.round(255 + (DARK - 255) * value**0.5))
+            # The square root makes confusions of 1 % visible.
+            color = tuple(int(channel) for channel in np.round(255 + (DARK - 255) * value**0.5))
             draw.rectangle((x, y, x + cell - 1, y + cell - 1), color if totals[row] else (235, 235, 235), (225, 225, 225))
             if with_numbers and round(100 * value):
                 number = f"{100 * value:.0f}"
                 draw.text((x + cell / 2, y + cell / 2), number, WHITE if value > 0.2 else INK, font, anchor="mm")
-    draw.line((width - cell - 1, top, width - cell - 1, height), INK)  # void is no class
-    _upright(image, [(left + (column + 0.5) * cell, name) for column, name in enumerate(columns)], top - 8, font)
+    draw.line((width - cell - 1, top, width - cell - 1, height), INK)  # separates void from the classes
+    _draw_vertically(image, [(left + (column + 0.5) * cell, name) for column, name in enumerate(columns)], top - 8, font)
     draw.text((left + cell * len(columns) / 2, margin), "predicted", INK, font, anchor="ma")
-    _upright(image, [(margin + 8, "truth, % of its pixels")], top + cell * len(names) // 2, font, anchor="mm")
+    _draw_vertically(image, [(margin + 8, "truth, % of its pixels")], top + cell * len(names) // 2, font, anchor="mm")
     return image
 
 
-def _upright(
+def _draw_vertically(
     image: Image.Image,
     texts: list[tuple[float, str]],
     y: int,
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
     anchor: str = "lm",
 ) -> None:
-    """Writes texts from bottom to top: ``lm`` begins at y, ``mm`` has its middle there."""
+    """Draw texts from bottom to top: ``lm`` starts at y, ``mm`` is centered there."""
     turned = image.transpose(Image.Transpose.ROTATE_270)
     draw = ImageDraw.Draw(turned)
     for x, text in texts:

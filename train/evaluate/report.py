@@ -1,4 +1,4 @@
-"""What an evaluation says: scores by name, as numbers for JSON and as a table."""
+"""Scores of an evaluation, as numbers for JSON and as a table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .run import Counts
 
 
 class ClassScores(TypedDict):
-    """One class, shares of 1; None where it is in neither truth nor prediction."""
+    """Scores of a class in 0..1; None if it is in neither truth nor prediction."""
 
     name: str
     iou: float | None
@@ -35,7 +35,7 @@ class ClassScores(TypedDict):
 
 
 class LabelScores(TypedDict):
-    """Image labels, shares of 1."""
+    """Scores of image labels in 0..1."""
 
     map: float | None
     precision: float
@@ -45,7 +45,7 @@ class LabelScores(TypedDict):
 
 
 class Scores(TypedDict):
-    """Shares of 1; means are over the classes that occur in truth or prediction, None when none does."""
+    """Scores in 0..1; means are over the classes that occur in truth or prediction, None if none does."""
 
     miou: float | None
     miou_without_background: float | None
@@ -55,23 +55,26 @@ class Scores(TypedDict):
     boundary_miou: float | None
     classes_seen: int
     void_share: float | None
-    """Of the counted pixels, those predicted void or not at all; they are wrong."""
+    """Share of the counted pixels that are predicted void or not predicted; they are wrong."""
     truth_void_share: float | None
-    """Of all pixels, those that are void in the truth; they are not counted."""
+    """Share of all pixels that are void in the truth; they are not counted."""
     classes: list[ClassScores]
     labels: LabelScores | None
     confusion: list[list[int]]
-    """Rows are the truth, columns the prediction, the last one void."""
+    """Pixel counts: rows are the truth, columns the prediction, the last one void."""
 
 
 def scores_from_counts(
-    counts: Counts, classes: Sequence[str], said: Sequence[Mapping[str, float]] | None = None, truth: np.ndarray | None = None
+    counts: Counts,
+    classes: Sequence[str],
+    predicted: Sequence[Mapping[str, float]] | None = None,
+    truth: np.ndarray | None = None,
 ) -> Scores:
     """All scores of the counted images.
 
     Args:
         classes: the C names without background.
-        said: for each image the classes that were found, with scores; a class that was not found has the score 0.
+        predicted: for each image the scores of the classes found; other classes have the score 0.
         truth: (B, C) bool, the true classes of each image; default: those of its true label map.
     """
     matrix = counts.matrix
@@ -100,29 +103,27 @@ def scores_from_counts(
             }
             for name, *row in zip(("background", *classes), *columns, strict=True)
         ],
-        "labels": None if said is None else _label_scores(said, classes, counts.present if truth is None else truth),
+        "labels": None if predicted is None else _label_scores(predicted, classes, counts.present if truth is None else truth),
         "confusion": matrix.tolist(),
     }
 
 
 def table(scores: Scores) -> str:
-    """The scores in per cent, one class a line in the order of the list."""
+    """Format the scores as percentages, one class per line in the order of the list."""
     rows: list[tuple[str, ...]] = [("", "IoU %", "precision %", "recall %", "boundary IoU %", "share of truth %")]
-    pixels = max(sum(each["truth_px"] for each in scores["classes"]), 1)
-    for each in scores["classes"]:
-        values = (each["iou"], each["precision"], each["recall"], each["boundary_iou"], each["truth_px"] / pixels)
-        rows.append((each["name"], *map(_percent, values)))
+    pixels = max(sum(row["truth_px"] for row in scores["classes"]), 1)
+    for row in scores["classes"]:
+        values = (row["iou"], row["precision"], row["recall"], row["boundary_iou"], row["truth_px"] / pixels)
+        rows.append((row["name"], *map(_percent, values)))
     means = (scores["miou"], scores["precision"], scores["recall"], scores["boundary_miou"])
     seen, listed = scores["classes_seen"], len(scores["classes"])
     mean = f"mean of {listed}" if seen == listed else f"mean of {seen} that occur"
     rows.append((mean, *map(_percent, means), ""))
     rows.append(("without background", _percent(scores["miou_without_background"]), "", "", "", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
+        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]).rstrip()
+        for name, *cells in rows
     ]
     rule = "-" * max(map(len, lines))
     lines[1:1], lines[-2:-2] = [rule], [rule]
@@ -138,19 +139,19 @@ def table(scores: Scores) -> str:
     return "\n".join(lines)
 
 
-def _label_scores(said: Sequence[Mapping[str, float]], classes: Sequence[str], truth: np.ndarray) -> LabelScores:
+def _label_scores(predicted: Sequence[Mapping[str, float]], classes: Sequence[str], truth: np.ndarray) -> LabelScores:
     present, score = np.zeros(truth.shape, bool), np.zeros(truth.shape)
     column = {name: number for number, name in enumerate(classes)}
-    for row, found in enumerate(said):
+    for row, found in enumerate(predicted):
         for name, value in found.items():
             present[row, column[name]], score[row, column[name]] = True, value
-    decided = label_scores(truth, present)
+    scores = label_scores(truth, present)
     return {
         "map": _number(mean_of_seen(average_precision(truth, score))),
-        "precision": decided["precision"],
-        "recall": decided["recall"],
-        "f1": decided["f1"],
-        "macro_f1": decided["macro_f1"],
+        "precision": scores["precision"],
+        "recall": scores["recall"],
+        "f1": scores["f1"],
+        "macro_f1": scores["macro_f1"],
     }
 
 

@@ -1,4 +1,4 @@
-"""Counting two folders of label maps: pairs through worker processes into one confusion matrix, in flat memory."""
+"""Count pairs of label maps in worker processes into one confusion matrix, with constant memory."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from .files import Pairs, read_indexed
 from .metrics import confusion_matrix, highest_label
 
 CHUNK = 8
-"""Pairs a worker takes at a time: 0.05 s of VOC, so that an interrupt does not wait."""
+"""Pairs per task: 0.05 s for VOC, so that an interrupt is handled quickly."""
 FEW = 64
-"""Up to this many pairs no worker is started: each costs 0.3 s of imports."""
+"""Up to this many pairs, no worker is started: each takes 0.3 s to import."""
 
 Task = list[tuple[Path, Path | None, Path | None]]
-"""True and predicted label map of each image, None is missing; the photograph, None where nothing is to be refined."""
+"""For each image the true label map, the predicted one (None: missing), and the photograph (None: no refinement)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Sums over images, from which every score follows.
+    """Sums over images from which all scores are computed.
 
-    matrix: (C + 1, C + 2) int64, pixels by true and predicted label, see `evaluate.confusion_matrix`.
-    boundary: (2, C + 1) int64, see `evaluate_boundary.boundary_counts`.
+    matrix: (C + 1, C + 2) int64, pixels by true and predicted label, see `metrics.confusion_matrix`.
+    boundary: (2, C + 1) int64, see `boundary.boundary_counts`.
     present: (B, C) bool, the classes in each image's truth, without background.
-    facts: (2, 4) int64, of truth and prediction, see `evaluate_checks.FACTS`.
-    pixels: (2,) int64, of all truth, and those that are void in it.
+    facts: (2, 4) int64, of truth and prediction, see `checks.FACTS`.
+    pixels: (2,) int64, all pixels of the truth, and its void pixels.
     """
 
     matrix: np.ndarray
@@ -60,27 +60,27 @@ def count_pairs(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Counts:
-    """Counts all pairs, several processes at once.
+    """Count all pairs, in several processes.
 
     Args:
-        pairs: from `evaluate_files.pair_up`; a missing prediction counts as void everywhere: all of it missed.
-        names: of the C classes, without background.
-        photographs: of the names, when predictions are to be refined by a CRF first, see `evaluate_crf`.
-        workers: processes; default: as many as cores may be used; 1 stays in this process.
-        progress: told the number of pairs done.
+        pairs: from `files.pair_up`; a missing prediction counts as void everywhere.
+        names: names of the C classes, without background.
+        photographs: one per name, to refine predictions by a CRF first, see `crf`.
+        workers: number of processes; default: one per core; 1: this process only.
+        progress: called with the number of pairs done.
 
     Raises:
-        StoreError: a file that cannot be read, sizes that differ, or a label that is no class; the first in the order of
-            the names. WsssError: a worker was killed.
+        StoreError: an unreadable file, different sizes, or an unknown label; the first one in the order of the names.
+        WsssError: a worker was killed.
     """
     refined_by: Sequence[Path | None] = photographs or [None] * len(pairs.names)
-    todo = list(zip(pairs.truth, pairs.predicted, refined_by, strict=True))
-    tasks = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
-    alone = len(todo) <= FEW or workers == 1
+    items = list(zip(pairs.truth, pairs.predicted, refined_by, strict=True))
+    tasks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+    is_serial = len(items) <= FEW or workers == 1
     matrix, boundary, facts, pixels = _zeros(len(names))
-    present = np.zeros((len(todo), len(names)), bool)
+    present = np.zeros((len(items), len(names)), bool)
     done = 0
-    with closing(_in_turn(tasks, names) if alone else _in_processes(tasks, names, workers or cores())) as results:
+    with closing(_serially(tasks, names) if is_serial else _in_processes(tasks, names, workers or cores())) as results:
         for counts in results:
             matrix += counts.matrix
             boundary += counts.boundary
@@ -99,59 +99,59 @@ def _zeros(classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     return matrix, boundary, facts, pixels
 
 
-def _in_turn(tasks: list[Task], names: Sequence[str]) -> Generator[Counts]:
+def _serially(tasks: list[Task], names: Sequence[str]) -> Generator[Counts]:
     for task in tasks:
         yield _count(task, names)
 
 
 def _in_processes(tasks: list[Task], names: Sequence[str], workers: int) -> Generator[Counts]:
-    """Results in the order of the tasks; at most two tasks a worker are in flight."""
-    # Fresh interpreters: a fork would inherit the locks of whatever threads the caller has.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+    """Yield results in the order of the tasks; at most two tasks per worker are pending."""
+    # Spawned processes: a fork would inherit locks held by the caller's threads.
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_initialize_worker)
     waiting: deque[Future[Counts]] = deque()
     try:
         for task in tasks:
-            with _interrupts_later():  # a worker may be started here
+            with _deferred_interrupts():  # a worker may be started here
                 waiting.append(pool.submit(_count, task, names))
             if len(waiting) == 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise WsssError("a worker process was killed, perhaps for want of memory", hint="try --workers 1") from None
+        raise WsssError("a worker process was killed, perhaps for lack of memory", hint="try --workers 1") from None
     finally:
-        pool.shutdown(cancel_futures=True)  # waits for the tasks begun, well under a second
+        pool.shutdown(cancel_futures=True)  # waits for running tasks, well under a second
 
 
-def _begin() -> None:
-    """A worker leaves Ctrl-C to its parent, and ends when the parent is killed."""
+def _initialize_worker() -> None:
+    """Ignore Ctrl-C in a worker, since its parent handles it, and end the worker when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         if parent:
             parent.join()
             os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 @contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block; processes started in it inherit the mask and never hear it."""
-    # Other threads than the main one never get Ctrl-C; Windows has no mask.
+def _deferred_interrupts() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the block; processes started in it inherit the mask and never receive it."""
+    # Only the main thread receives Ctrl-C; Windows has no signal mask.
     if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield
         return
-    came = []
-    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))  # another thread may take it for this one
+    received = []
+    before = signal.signal(signal.SIGINT, lambda *_: received.append(True))  # another thread may receive it
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, before)
-        if came:
+        if received:
             signal.raise_signal(signal.SIGINT)
 
 
@@ -171,7 +171,7 @@ def _count(task: Task, names: Sequence[str]) -> Counts:
             raise StoreError(
                 f"{path}: is {predicted.shape[1]} x {predicted.shape[0]} pixels, its truth {true_path} is "
                 f"{truth.shape[1]} x {truth.shape[0]}",
-                hint="label maps are never resized here; write them in the size of the photograph",
+                hint="label maps are never resized; write them in the size of the photograph",
             )
         if path is not None and photograph is not None:
             predicted = refine(predicted, read_photograph_of(photograph, predicted, path))
@@ -187,7 +187,7 @@ def _read(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     indexed, classes = read_indexed(path), len(names)
     label = highest_label(indexed.labels)
     if label > classes:
-        hint = "check --classes; 255 is void, other labels are no classes"
+        hint = "check --classes; 255 is void, other labels must be classes"
         if classes == 80 and label <= 90:
             hint = "COCO's category ids go to 90 with gaps; label maps use 1 to 80 without them"
         raise StoreError(f"{path}: label {label}, the class list ends at {classes}", hint=hint)

@@ -1,1 +1,1 @@
-"""The command line: one file a command, in data-flow order."""
+"""The command line: one file per command, in data-flow order."""

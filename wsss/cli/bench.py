@@ -9,40 +9,48 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from .common import JsonFlag, log
+from .common import Engine, JsonFlag, log
 
 
 def bench(
     bundle: Annotated[
         str, typer.Option(help="Folder of exported models, or 'mini' for the small ones that come with wsss.")
     ] = "mini",
-    engine: Annotated[str, typer.Option(help="auto, ort, trt, trt-rtx or eager.")] = "auto",
+    engine: Annotated[
+        Engine,
+        typer.Option(help="What runs the graphs. auto: TensorRT if the bundle has engines for this machine, otherwise ort."),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     model: Annotated[
-        list[str] | None, typer.Option(help="Only the graphs of this model; may be repeated. Leaves out the chain.")
+        list[str] | None, typer.Option(help="Time only the graphs of this model, not the chain; may be repeated.")
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Entries of a call; may be repeated. Default: 1 and each graph's usual number."),
+        typer.Option(min=1, help="Batch size; may be repeated. Default: 1 and the usual one of each graph."),
     ] = None,
-    images: Annotated[str | None, typer.Option(help="Photographs for the chain; default: drawn scenes.")] = None,
-    classes: Annotated[str | None, typer.Option(help="Of the chain; default: voc for --images, mini for drawn scenes.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Images that the chain is timed on.")] = 24,
+    images: Annotated[str | None, typer.Option(help="Folder of photographs for the chain; default: drawn scenes.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Classes for the chain; default: voc with --images, otherwise mini.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images to time the chain on.")] = 24,
     boxes: Annotated[
-        int | None, typer.Option(min=1, help="Boxes in each image, in the place of those found: the load of trained weights.")
+        int | None, typer.Option(min=1, help="Replace the detected boxes by this many per image: the load with trained weights.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each graph and batch size.")] = 0.3,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Seconds to measure each graph and batch size.")] = 0.3,
     reference: Annotated[
-        str | None, typer.Option(help="Bundle of FP32 graphs of the same weights, to compare labels with.")
+        str | None, typer.Option(help="Compare labels with those of this FP32 bundle of the same weights.")
     ] = None,
     unverified: Annotated[
-        bool, typer.Option("--unverified", help="Time TensorRT engines that were not compared with PyTorch.")
+        bool, typer.Option("--unverified", help="Also time TensorRT engines that were not verified against PyTorch.")
     ] = False,
     json_output: JsonFlag = False,
-    csv: Annotated[str | None, typer.Option(metavar="FILE", help="Add a row for each measurement to this file.")] = None,
-    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw images a second, and the bound.")] = None,
+    csv: Annotated[str | None, typer.Option(metavar="FILE", help="Append a row per measurement to this file.")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Plot images per second and the bound.")] = None,
 ) -> None:
-    """Time each graph and the whole chain, beside what this machine could do at best. Loading and warm-up do not count."""
+    """Time each graph and the chain, next to the hardware's bound.
+
+    Loading and warm-up are not timed.
+    """
     from ..benchmarks.bench import BenchOptions, append_csv, run_bench, table
     from ..benchmarks.plot import write_plot
     from ..runtime.labeler import MINI

@@ -1,11 +1,11 @@
-"""``wsss.toml``: the working folder's answers to flags that are not typed.
+"""``wsss.toml`` in the working folder: values for flags that are not typed.
 
     [label]
     images = "photos"
     classes = ["dog", "potted plant"]
     out = "store"
 
-One table a command, one key a flag, spelled as typed without the dashes, one value of the flag's kind. What is typed wins.
+One table per command and one key per flag, spelled as on the command line without the dashes. A typed flag takes precedence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..reading.documents import read_toml
 
 FILE = "wsss.toml"
 _COMMA = ("classes", "devices")
-"""Flags whose text is a list with commas, which TOML may give as an array."""
+"""Flags that take a comma-separated list; TOML may give an array instead."""
 _KINDS = {
     "text": ("a text", '"..."'),
     "integer": ("a whole number", "8"),
@@ -35,26 +35,25 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """What a flag takes, as far as a file can contradict it."""
+    """The type of a flag's value, as far as a TOML file can get it wrong."""
 
     parameter: str
-    """Name of the command's parameter."""
+    """Parameter name in the command's function."""
     kind: Literal["text", "integer", "number", "switch"] = "text"
     count: int = 1
-    """Values of one use: 3 for ``--batch MIN OPT MAX``."""
+    """Values per use: 3 for ``--batch MIN OPT MAX``."""
     repeats: bool = False
-    """May be typed several times, so an array may give several values."""
+    """The flag may be given several times, so that an array may give several values."""
 
 
 def read_defaults(path: Path, commands: Mapping[str, Mapping[str, Flag]]) -> dict[str, dict[str, Any]]:
-    """Flag values by command and parameter name, as click's ``default_map`` wants them; empty when there is no file.
+    """Read flag values by command and parameter name, for click's ``default_map``; empty when there is no file.
 
     Args:
-        commands: for every command its flags as typed, without the dashes.
+        commands: the flags of every command, as typed but without the dashes.
 
     Raises:
-        UsageError: not TOML; a table or key that no command or flag has, with the nearest right one; a value of another kind
-            than the flag's.
+        UsageError: not TOML; an unknown table or key (names the closest match); a value of the wrong type.
     """
     if not os.path.lexists(path):
         return {}
@@ -63,7 +62,7 @@ def read_defaults(path: Path, commands: Mapping[str, Mapping[str, Flag]]) -> dic
         if command not in commands or not isinstance(values, dict):
             raise UsageError(
                 f"{path}: expected tables named after commands ({', '.join(sorted(commands))}), got {reprlib.repr(command)}",
-                hint="a flag of wsss label stands below a line [label]",
+                hint="put the flags of wsss label below a line [label]",
             )
         flags = commands[command]
         defaults[command] = {}
@@ -84,38 +83,40 @@ def read_defaults(path: Path, commands: Mapping[str, Mapping[str, Flag]]) -> dic
 
 def _value(value: Any, flag: Flag, where: str, *, is_list: bool) -> Any:
     if is_list and isinstance(value, list) and flag.kind == "text":
-        texts = [str(each) if isinstance(each, int) and not isinstance(each, bool) else _one(each, flag, where) for each in value]
-        if split := [each for each in texts if "," in each]:
+        texts = [
+            str(item) if isinstance(item, int) and not isinstance(item, bool) else _checked(item, flag, where) for item in value
+        ]
+        if split := [text for text in texts if "," in text]:
             raise UsageError(f"{where}: expected one entry in each text, got {reprlib.repr(split[0])}", hint='["dog", "cat"]')
         return ", ".join(texts)
     if is_list and isinstance(value, int) and not isinstance(value, bool):
         return str(value)  # devices = 0
     if flag.repeats:
-        return [_one(each, flag, where) for each in (value if isinstance(value, list) else [value])]
+        return [_checked(item, flag, where) for item in (value if isinstance(value, list) else [value])]
     if flag.count == 1:
-        return _one(value, flag, where)
+        return _checked(value, flag, where)
     if not isinstance(value, list) or len(value) != flag.count:
         raise UsageError(
             f"{where}: expected {flag.count} values, got {reprlib.repr(value)}",
             hint=f"[{', '.join([_KINDS[flag.kind][1]] * flag.count)}]",
         )
-    return [_one(each, flag, where) for each in value]
+    return [_checked(item, flag, where) for item in value]
 
 
-def _one(value: Any, flag: Flag, where: str) -> Any:
+def _checked(value: Any, flag: Flag, where: str) -> Any:
     kinds: dict[str, type | tuple[type, ...]] = {"text": str, "integer": int, "number": (int, float), "switch": bool}
     is_right = isinstance(value, kinds[flag.kind]) and isinstance(value, bool) == (flag.kind == "switch")
     if not is_right or (isinstance(value, float) and not math.isfinite(value)):
         kind, example = _KINDS[flag.kind]
         raise UsageError(
             f"{where}: expected {kind}, got {reprlib.repr(value)}",
-            hint=f"{where.rpartition(' ')[2]} = {_mended(value, flag, example)}",
+            hint=f"{where.rpartition(' ')[2]} = {_corrected(value, flag, example)}",
         )
     return value
 
 
-def _mended(value: Any, flag: Flag, example: str) -> str:
-    """The value as it should be written, where its meaning is plain."""
+def _corrected(value: Any, flag: Flag, example: str) -> str:
+    """The value in the right type if its meaning is clear, otherwise ``example``."""
     if flag.kind in ("integer", "number") and isinstance(value, str) and value.strip().isdecimal():
         return value.strip()[:20]
     if flag.kind == "switch" and str(value).lower() in ("no", "off", "false", "0"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,11 +13,11 @@ from .common import JsonFlag, end_progress, show_progress
 
 def demo(
     out: Annotated[str, typer.Option(help="Folder to write.")] = "demo",
-    count: Annotated[int, typer.Option(min=1, help="Scenes to draw.")] = 40,
-    engine: Annotated[str, typer.Option(help="auto, ort or eager.")] = "ort",
+    count: Annotated[int, typer.Option(min=1, help="Number of scenes to draw.")] = 40,
+    engine: Annotated[Literal["auto", "ort", "eager"], typer.Option(help="What runs the graphs.")] = "ort",
     json_output: JsonFlag = False,
 ) -> None:
-    """The whole chain on scenes it draws itself, with the small models that come with wsss."""
+    """Label, evaluate and report drawn scenes with the embedded models."""
     from ..benchmarks.demo import run_demo
 
     result = run_demo(Path(out), count, engine, show_progress)

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def doctor(json_output: JsonFlag = False) -> None:
-    """Say what this machine can build and run: GPU, driver, libraries, extras, and the command for what is missing."""
+    """Report what this machine can build and run.
+
+    Lists GPUs, driver, libraries and extras, and the command that installs what is missing.
+    """
     from ..engines.machine import machine
 
     found = machine()
@@ -29,7 +32,7 @@ def doctor(json_output: JsonFlag = False) -> None:
 
 
 def lines_of(found: Machine) -> Iterator[str]:
-    """The report, line by line."""
+    """Yield the lines of the report."""
     from ..engines.machine import ONE_ONNXRUNTIME
 
     yield f"machine    {found.system}, {found.processor}, {found.cores} cores, {found.memory_mib >> 10} GB, Python {found.python}"

@@ -1,4 +1,4 @@
-"""What a long run tells while it goes on: a progress line and logs on stderr, or events, one JSON object a line, on stdout."""
+"""Output of a running command: a progress line and logs on stderr, or events on stdout, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -7,53 +7,53 @@ import logging
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from .common import choice, log, show_progress
+from .common import log, show_progress
 
 if TYPE_CHECKING:
     from ..runtime.run.label_folder import Summary
 
-LEVELS = ("debug", "info", "warning", "error")
+Level = Literal["debug", "info", "warning", "error"]
 SECONDS = 1.0
-"""Between two ``progress`` events, at least."""
+"""Shortest time between two ``progress`` events."""
 
 
 class Events:
-    """The voice of a run.
+    """Reports the events of a run.
 
     With ``json_output`` every event is a line on stdout, an object whose ``event`` is one of
 
-        started    what the run was asked for
-        failed     image, error: an image that could not be labeled; the run goes on
-        warning    message: anything else that is worth a look
-        progress   images, done, labeled, failed, seconds, images_per_second, seconds_left; at most one a second
-        error      message, hint: the run ended because of it
-        finished   the summary; the last line of every run that ended well or was stopped (``stopped``)
+        started    the settings of the run
+        failed     image, error: an image that could not be labeled; the run continues
+        warning    message: any other non-fatal problem
+        progress   images, done, labelled, failed, seconds, images_per_second, seconds_left; at most one per second
+        error      message, hint: the error that ended the run
+        finished   the summary; the last line of every run that completed or was stopped (``stopped``)
 
-    Without it, all but ``finished`` goes to stderr: progress on a terminal, the others as logs of their level.
+    Without it, all but ``finished`` goes to stderr: the progress line on a terminal, the others as log lines.
     """
 
     def __init__(self, json_output: bool) -> None:
         self.json_output = json_output
-        self._next, self._speaking = 0.0, threading.Lock()
+        self._next_progress, self._lock = 0.0, threading.Lock()
 
-    def tell(self, event: str, **told: Any) -> None:
-        """Writes an event, if events are wanted."""
+    def write(self, event: str, **fields: Any) -> None:
+        """Write an event if ``json_output`` is set."""
         if self.json_output:
-            with self._speaking:
-                sys.stdout.write(json.dumps({"event": event, **told}) + "\n")
+            with self._lock:
+                sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
                 sys.stdout.flush()
 
     def progress(self, summary: Summary) -> None:
-        """How far the run is."""
+        """Report how far the run is."""
         show_progress(summary)
-        if not self.json_output or time.monotonic() < self._next:
+        if not self.json_output or time.monotonic() < self._next_progress:
             return
-        self._next = time.monotonic() + SECONDS
+        self._next_progress = time.monotonic() + SECONDS
         done = summary.skipped + summary.labelled + summary.failed
         rate = (summary.labelled + summary.failed) / max(summary.seconds, 1e-9)
-        self.tell(
+        self.write(
             "progress",
             images=summary.images,
             done=done,
@@ -65,25 +65,20 @@ class Events:
         )
 
     def failed(self, image: str, error: str) -> None:
-        """An image that could not be labeled."""
+        """Report an image that could not be labeled."""
         from ..runtime.run.label_folder import printable
 
-        self.tell("failed", image=image, error=error)
+        self.write("failed", image=image, error=error)
         log(f"failed: {printable(error)}", logging.WARNING)
 
     def warn(self, message: str) -> None:
-        """Anything else that is worth a look."""
-        self.tell("warning", message=message)
+        """Report any other non-fatal problem."""
+        self.write("warning", message=message)
         log(message, logging.WARNING)
 
 
-def set_level(level: str | None) -> None:
-    """What of the logs is shown: of this level and above; None: all notes on a terminal, warnings in a pipe.
-
-    Raises:
-        UsageError: there is no such level.
-    """
+def set_level(level: Level | None) -> None:
+    """Show log lines of this level and above. None: info if stderr is a terminal, otherwise warning."""
     if level is None:
         level = "info" if sys.stderr.isatty() else "warning"
-    choice("--log-level", level, LEVELS)
     logging.getLogger("wsss").setLevel(level.upper())

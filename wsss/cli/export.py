@@ -4,38 +4,43 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from ..errors import UsageError
 from ..extras import needs
-from .common import ask, by_model, choice, log
+from .common import by_model, log
 
 if TYPE_CHECKING:
-    from ..export.family import Sampling
     from ..spec import Flavour
 
 
 def export(
-    model: Annotated[str | None, typer.Option(help="clip, grounding-dino, sam, all (of these three), or segmenter.")] = None,
+    model: Annotated[
+        Literal["clip", "grounding-dino", "sam", "all", "segmenter"],
+        typer.Option(help="Model to export; all: the first three, which label images together."),
+    ],
     variant: Annotated[
-        str | None, typer.Option(help="Architecture, for example vit_h, swin_b, ViT-L-14; default: the model's usual one.")
+        str | None, typer.Option(help="Architecture, for example vit_h, swin_b or ViT-L-14. Default: the model's usual one.")
     ] = None,
     weights: Annotated[
         list[str] | None,
-        typer.Option(help="File, folder, known name or random:SEED; MODEL=... for several models. Default: the official ones."),
+        typer.Option(
+            help="File, folder, known name or random:SEED; MODEL=... for several models. Default: the official weights."
+        ),
     ] = None,
     bundle: Annotated[str, typer.Option(help="Folder to export into.")] = "bundle",
     precision: Annotated[
-        str | None,
+        Literal["fp32", "fp16", "bf16", "auto"] | None,
         typer.Option(
-            help="fp32, fp16, bf16 (for TensorRT alone: less exact, larger range), or auto: fp16 where measured errors allow it. "
-            "Default: fp16 for TensorRT, else fp32."
+            help="bf16: for TensorRT only, less exact, larger range. auto: fp16 where measured errors allow it. "
+            "Default: fp16 for TensorRT, otherwise fp32."
         ),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="onnx, trt or trt-rtx (builds without a GPU too); auto: what this machine can run.")
+        Literal["auto", "onnx", "trt", "trt-rtx"],
+        typer.Option(help="trt-rtx also builds without a GPU; auto: what this machine can run."),
     ] = "auto",
     batch: Annotated[
         tuple[int, int, int] | None, typer.Option(metavar="MIN OPT MAX", help="Images (boxes, phrases) per call.")
@@ -44,29 +49,25 @@ def export(
         list[str] | None, typer.Option(metavar="HxW", help="Canvas of Grounding-DINO or the segmenter; may be repeated.")
     ] = None,
     sampling: Annotated[
-        str | None,
+        Literal["grid-sample", "gather", "plugin"] | None,
         typer.Option(
-            help="How Grounding-DINO reads between feature cells: grid-sample (default); gather, for a TensorRT whose "
-            "GridSample is wrong; plugin, for the full TensorRT's own kernel."
+            help="How Grounding-DINO samples features: grid-sample (default); gather, for a TensorRT version whose "
+            "GridSample is wrong; plugin, for the kernel of the full TensorRT."
         ),
     ] = None,
-    workspace: Annotated[int, typer.Option(min=1, help="TensorRT: most scratch memory of a layer, MiB.")] = 8192,
+    workspace: Annotated[int, typer.Option(min=1, help="TensorRT: largest scratch memory per layer, MiB.")] = 8192,
     compute_capability: Annotated[
         list[str] | None, typer.Option(metavar="SM", help="TensorRT-RTX: build for this GPU generation, sm89; may be repeated.")
     ] = None,
 ) -> None:
-    """Turn official checkpoints into ONNX graphs and TensorRT engines, each proven against the official implementation."""
-    from ..spec import MODELS, AxisRange, Precision
+    """Export checkpoints to verified ONNX graphs and TensorRT engines.
 
-    choice("--engine", engine, ("auto", "onnx", "trt", "trt-rtx"))
-    choice("--precision", precision or "fp32", ("fp32", "fp16", "bf16", "auto"))
-    if sampling is not None:
-        choice("--sampling", sampling, ("grid-sample", "gather", "plugin"))
-        if model not in ("grounding-dino", "all"):
-            raise UsageError(f"--sampling: only grounding-dino samples, --model is {model}", hint="leave --sampling away")
-    if model is None:
-        ask("--model", "wsss export --model sam")
-    choice("--model", model, (*MODELS, "all", "segmenter"))
+    Each graph and engine is compared with the official implementation.
+    """
+    from ..spec import MODELS, AxisRange
+
+    if sampling is not None and model not in ("grounding-dino", "all"):
+        raise UsageError(f"--sampling: for grounding-dino only, got --model {model}", hint="omit --sampling")
     names = MODELS if model == "all" else (model,)
     with needs("export"):
         from ..export.exporting import export_model, standing_model
@@ -75,9 +76,9 @@ def export(
     flavour = _flavour(engine)
     options = Options(
         batch=AxisRange(*batch) if batch else None,
-        sizes=tuple(_size(each) for each in size or ()),
-        precision=cast(Precision, "fp16" if precision == "auto" else precision or ("fp16" if flavour else "fp32")),
-        sampling=cast("Sampling | None", sampling),
+        sizes=tuple(map(_size, size or ())),
+        precision="fp16" if precision == "auto" else precision or ("fp16" if flavour else "fp32"),
+        sampling=sampling,
         measured=precision == "auto",
     )
     given = by_model(weights or [], names)
@@ -86,7 +87,7 @@ def export(
         chosen = family(name)
         kind = variant or chosen.default
         if flavour and standing_model(Path(bundle), name, variant=variant, weights=given.get(name), options=options):
-            log(f"{name}: the {options.precision} graphs in {bundle} stand, only engines are built")
+            log(f"{name}: the {options.precision} graphs in {bundle} are up to date, only engines are built")
         else:
             source = given.get(name) or chosen.official(kind)
             manifest = export_model(chosen, variant=kind, weights=source, bundle=Path(bundle), options=options, log=log)
@@ -101,7 +102,7 @@ def export(
 
 
 def _flavour(engine: str) -> Flavour | None:
-    """The TensorRT that an ``--engine`` means, None for ONNX alone."""
+    """The flavour of TensorRT that ``--engine`` selects, None for ONNX only."""
     if engine in ("trt", "trt-rtx"):
         return cast("Flavour", engine)
     if engine == "onnx":
@@ -124,9 +125,7 @@ def _build_engines(
     options = BuildOptions(flavour=flavour, workspace_mib=workspace, capabilities=capabilities)
     model = build_plans(open_bundle(bundle).model(name), options, log)
     if not find_gpus():
-        log(
-            f"{name}: no GPU here to compare the engines with PyTorch on; on the machine that will use them: wsss verify {bundle}"
-        )
+        log(f"{name}: no GPU here to verify the engines on; run this on the machine that will use them: wsss verify {bundle}")
     else:
         verify_plans(model, flavour, weights, log)
     total = sum(graph.plans[flavour].seconds for graph in model.manifest.graphs.values())

@@ -11,14 +11,14 @@ import threading
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..errors import UsageError, WsssError, WsssWarning
 from ..extras import needs
-from .common import BundleFlag, ask, choice, clock, end_progress, log
-from .events import Events, set_level
+from .common import BundleFlag, Engine, clock, end_progress, log
+from .events import Events, Level, set_level
 
 if TYPE_CHECKING:
     from ..runtime.run.label_folder import Executor, Summary
@@ -32,80 +32,81 @@ label store. docs/boxes.md shows each."""
 
 def label(
     images: Annotated[
-        str | None,
+        str,
         typer.Argument(
-            help="Folder of images (sub-folders too), one image, a list (LIST.txt: a path or URL a line), or s3://, gs:// and "
-            "the like (pip install 'wsss[remote]')."
+            metavar="IMAGES",
+            help="Folder of images (with sub-folders), one image, a list (LIST.txt: a path or URL per line), or s3://, gs:// "
+            "etc. (pip install 'wsss[remote]').",
         ),
-    ] = None,
+    ],
+    out: Annotated[str, typer.Option(help="Label store to write or continue: a folder, or s3://, gs:// etc.")],
     classes: Annotated[str | None, typer.Option(help='voc, coco, mini, a file, or names: "dog, potted plant".')] = None,
     bundle: BundleFlag = "bundle",
     model: Annotated[
-        str,
+        Literal["chain", "segmenter"],
         typer.Option(
-            help="chain (CLIP, Grounding-DINO, SAM), or segmenter: the trained one of the bundle, with its own classes."
+            help="chain: CLIP, Grounding-DINO and SAM. segmenter: the bundle's trained segmenter, with its own classes."
         ),
     ] = "chain",
-    out: Annotated[
-        str | None, typer.Option(help="Label store to write or continue: a folder, or s3://, gs:// and the like.")
-    ] = None,
-    engine: Annotated[str, typer.Option(help="auto, ort, trt, trt-rtx or eager.")] = "auto",
+    engine: Annotated[
+        Engine,
+        typer.Option(help="What runs the graphs. auto: TensorRT if the bundle has engines for this machine, otherwise ort."),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     devices: Annotated[
-        str | None, typer.Option(help="Several, a worker process for each: 0,1 (GPUs), or cpu,cpu. Takes the place of --device.")
+        str | None, typer.Option(help="Several devices, one worker process each: 0,1 (GPUs), or cpu,cpu. Replaces --device.")
     ] = None,
-    on: Annotated[str | None, typer.Option("--on", help="ray: on a Ray cluster (pip install 'wsss[ray]').")] = None,
+    on: Annotated[Literal["ray"] | None, typer.Option("--on", help="Run on a Ray cluster (pip install 'wsss[ray]').")] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="Of the Ray cluster. Default: RAY_ADDRESS, or the one of this machine, or a new one on it.")
+        str | None, typer.Option(help="Address of the Ray cluster. Default: RAY_ADDRESS, or this machine's, or a new one on it.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Labelers on the cluster. Default: its GPUs, or its cores if it has none.")
+        int | None, typer.Option(min=1, help="Labelers on the cluster. Default: one per GPU, or one per core without GPUs.")
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Images labeled together. Default: what the engines were built for.")
-    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per batch. Default: what the engines were built for.")] = None,
     unverified: Annotated[
-        bool, typer.Option("--unverified", help="Use TensorRT engines that were not compared with PyTorch; the store records it.")
+        bool, typer.Option("--unverified", help="Use TensorRT engines not verified against PyTorch; the store records it.")
     ] = False,
-    labels: Annotated[str | None, typer.Option(help="JSON of image names to class names; replaces CLIP.")] = None,
+    labels: Annotated[str | None, typer.Option(help="JSON file of the classes of each image; replaces CLIP.")] = None,
     boxes: Annotated[
         str | None,
-        typer.Option(
-            help="VOC XML or YOLO folder, COCO or own JSON, or a label store (docs/boxes.md); replaces CLIP and Grounding-DINO."
-        ),
+        typer.Option(help="VOC XML or YOLO folder, COCO or plain JSON, or a label store; replaces CLIP and Grounding-DINO."),
     ] = None,
     ignore_unknown: Annotated[
         bool,
-        typer.Option("--ignore-unknown", help="Leave out what --labels and --boxes say of classes not in --classes; counted."),
+        typer.Option(
+            "--ignore-unknown", help="Skip, and count, entries of --labels and --boxes whose class is not in --classes."
+        ),
     ] = False,
-    gate: Annotated[bool, typer.Option(help="CLIP decides which classes the detector looks for.")] = True,
-    tag_threshold: Annotated[float | None, typer.Option(help="Least CLIP probability of a class; default: the bundle's.")] = None,
-    box_threshold: Annotated[
-        float | None, typer.Option(help="Least score of a box, a mean over its phrase's tokens; default: the bundle's.")
+    gate: Annotated[bool, typer.Option(help="Let CLIP decide which classes to detect.")] = True,
+    tag_threshold: Annotated[
+        float | None, typer.Option(help="Lowest CLIP probability of a class. Default: the bundle's.")
     ] = None,
-    nms: Annotated[float, typer.Option(help="Boxes of one class with a larger IoU are one object.")] = 0.5,
-    nms_across: Annotated[float, typer.Option(help="Boxes of two classes with a larger IoU are one object.")] = 0.8,
-    margin: Annotated[float, typer.Option(help="Void where another class comes within this share of the winner.")] = 0.1,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try the images again that failed before.")] = False,
+    box_threshold: Annotated[
+        float | None, typer.Option(help="Lowest score of a box, a mean over its phrase's tokens. Default: the bundle's.")
+    ] = None,
+    nms: Annotated[float, typer.Option(help="IoU above which boxes of one class are one object.")] = 0.5,
+    nms_across: Annotated[float, typer.Option(help="IoU above which boxes of two classes are one object.")] = 0.8,
+    margin: Annotated[
+        float, typer.Option(help="Pixels are void where another class comes within this share of the best one.")
+    ] = 0.1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again the images that failed before.")] = False,
     shard: Annotated[
-        str | None, typer.Option(help="I/N, I from 0 to N - 1: label that share of the images; N runs may share a store.")
+        str | None, typer.Option(help="I/N, I from 0 to N - 1: label one of N parts of the images; N runs may share a store.")
     ] = None,
     json_output: Annotated[
-        bool, typer.Option("--json", help="Print events as JSON, one a line; the last one is the summary.")
+        bool, typer.Option("--json", help="Print events as JSON, one per line; the last one is the summary.")
     ] = False,
     log_level: Annotated[
-        str | None, typer.Option(help="debug, info, warning or error. Default: info; warning where stderr is no terminal.")
+        Level | None, typer.Option(help="Lowest level to log. Default: info if stderr is a terminal, otherwise warning.")
     ] = None,
 ) -> None:
-    """Label a folder of images. Run it again to go on where it stopped."""
+    """Label a folder of images. Run it again to continue where it stopped."""
     set_level(log_level)
     events = Events(json_output)
-    warnings.simplefilter("ignore", WsssWarning)  # those of Labeler.open, which this command logs
-    example = "wsss label photos --classes voc --bundle bundle --out store"
-    choice("--model", model, ("chain", "segmenter"))
-    for flag, value in (("IMAGES", images), ("--classes", classes), ("--out", out)):
-        if value is None and not (flag == "--classes" and model == "segmenter"):
-            ask(flag, example)
+    warnings.simplefilter("ignore", WsssWarning)  # Labeler.open warns of what this command logs
+    if classes is None and model == "chain":
+        raise UsageError("--classes is missing", hint='for example: --classes voc, or --classes "dog, potted plant"')
     share = parse_shard(shard)
     check_cluster(on, device, devices, ray_address, workers)
     from ..runtime.labeler import Labeler, Rules, strange_to_mini
@@ -114,9 +115,8 @@ def label(
     from ..runtime.run.sources import listing, source_of, store_of
     from ..runtime.run.workers import Workers
 
-    assert images is not None and out is not None
     source, store = source_of(images), store_of(out)
-    check_images(listing(source, store))  # said before the engines are loaded, which takes a while
+    check_images(listing(source, store))  # before the engines are loaded, which takes a while
     rules = Rules(
         tag_threshold=tag_threshold, box_threshold=box_threshold, nms=nms, nms_across=nms_across, margin=margin, gate=gate
     )
@@ -151,9 +151,9 @@ def label(
                 executor = stack.enter_context(how)
             else:
                 executor = stack.enter_context(Workers(openers, batch=batch)) if len(openers) > 1 else openers[0][1]()
-            told = {"engine": executor.settings["engine"], "classes": len(executor.classes.names)}
-            log(f"engine {told['engine']}, {told['classes']} classes")
-            events.tell("started", images=images, store=out, **told)
+            used, count = executor.settings["engine"], len(executor.classes.names)
+            log(f"engine {used}, {count} classes")
+            events.write("started", images=images, store=out, engine=used, classes=count)
             if message := strange_to_mini(executor.classes, executor.settings):
                 events.warn(message)
             stop = stack.enter_context(stop_on_signals())
@@ -170,20 +170,20 @@ def label(
                 warn=events.warn,
             )
     except WsssError as error:
-        events.tell("error", message=error.message, hint=error.hint)
+        events.write("error", message=error.message, hint=error.hint)
         raise
     except KeyboardInterrupt:
         end_progress()
-        log(f"interrupted; what is in {out} is whole. The same command goes on.", logging.WARNING)
+        log(f"interrupted; {out} is intact. Run the same command to continue.", logging.WARNING)
         raise SystemExit(130) from None
     end_progress()
-    _tell_summary(summary, out, events)
+    _report_summary(summary, out, events)
     if summary.stopped:
-        log(f"stopped; what is in {out} is whole. The same command goes on.", logging.WARNING)
+        log(f"stopped; {out} is intact. Run the same command to continue.", logging.WARNING)
         raise SystemExit(130)
     if summary.failed or summary.folders_failed:
         log(
-            "hint: what failed is named above; images that are mended are labeled by the same command, "
+            "hint: failures are listed above; the same command labels images that were fixed since, "
             "--retry-failed tries all of them again",
             logging.WARNING,
         )
@@ -191,34 +191,33 @@ def label(
 
 
 def parse_devices(text: str) -> list[str]:
-    """``0,1`` as cuda:0 and cuda:1; ``cpu`` and ``cuda:2`` as they are. Raises UsageError for anything else."""
-    found = [each.strip() for each in text.split(",")]
-    for each in found:
-        if not (each == "cpu" or each.removeprefix("cuda:").isdecimal()):
+    """Parse ``0,1`` into cuda:0 and cuda:1; ``cpu`` and ``cuda:2`` stay. Raises UsageError for anything else."""
+    devices = [device.strip() for device in text.split(",")]
+    for device in devices:
+        if not (device == "cpu" or device.removeprefix("cuda:").isdecimal()):
             raise UsageError(
-                f"--devices: expected numbers of GPUs or cpu, got {each!r}", hint="--devices 0,1 or --devices cpu,cpu"
+                f"--devices: expected numbers of GPUs or cpu, got {device!r}", hint="--devices 0,1 or --devices cpu,cpu"
             )
-    return [f"cuda:{each}" if each.isdecimal() else each for each in found]
+    return [f"cuda:{device}" if device.isdecimal() else device for device in devices]
 
 
 def check_cluster(on: str | None, device: str, devices: str | None, ray_address: str | None, workers: int | None) -> None:
-    """Raises UsageError for flags that do not go together: where a labeler runs on a cluster, the cluster decides."""
+    """Raises UsageError for flags that contradict ``--on``: on a cluster, the cluster chooses the devices."""
     if on is None:
         for flag, value in (("--ray-address", ray_address), ("--workers", workers)):
             if value is not None:
                 raise UsageError(f"{flag} is for --on ray", hint="several devices of this machine: --devices 0,1")
         return
-    choice("--on", on, ("ray",))
     if devices is not None:
         raise UsageError("--devices is for this machine, --on ray for a cluster", hint="--on ray --workers 8")
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(
-            f"--device {device}: on a cluster it is auto, cpu or cuda", hint="Ray gives each labeler a GPU of its own"
+            f"--device {device}: expected auto, cpu or cuda with --on ray", hint="Ray gives each labeler a GPU of its own"
         )
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:
-    """``2/8`` as (2, 8). Raises UsageError unless 0 <= I < N."""
+    """Parse ``2/8`` into (2, 8). Raises UsageError unless 0 <= I < N."""
     if text is None:
         return None
     number, _, count = text.partition("/")
@@ -229,14 +228,14 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-    """Sets the event at the first Ctrl-C, or the SIGTERM of a scheduler; at the second one the process ends at once."""
+    """Yield an event that the first Ctrl-C, or a scheduler's SIGTERM, sets; the second one ends the process at once."""
     stop = threading.Event()
 
     def on_signal(number: int, _: object) -> None:
         if stop.is_set():
-            os._exit(128 + number)  # what is in the store is whole at any moment
+            os._exit(128 + number)  # the store is intact at any moment
         stop.set()
-        log("finishing the batches in hand; once more ends at once", logging.WARNING)
+        log("stopping after the current batches; press Ctrl-C again to stop now", logging.WARNING)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -246,14 +245,14 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _tell_summary(summary: Summary, out: str, events: Events) -> None:
+def _report_summary(summary: Summary, out: str, events: Events) -> None:
     from ..runtime.run.listing import describe_left_out
 
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_seconds.items())
     padding = "" if summary.padding is None else f"; {summary.padding:.0%} of the detector's canvases were padding"
     log(f"{stages}; engines {summary.engine_seconds:.1f} s{padding}", logging.DEBUG)
     if events.json_output:
-        events.tell("finished", store=out, **dataclasses.asdict(summary))
+        events.write("finished", store=out, **dataclasses.asdict(summary))
         return
     rate = summary.labelled / summary.seconds if summary.seconds else 0.0
     folders = f" and {summary.folders_failed} sub-folders" if summary.folders_failed else ""

@@ -1,4 +1,4 @@
-"""The command line: verbs in data-flow order, each in its file of ``commands/``."""
+"""The console script: the commands in data-flow order, error messages and exit codes."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(is_given: bool) -> None:
+    if is_given:
         typer.echo(f"wsss {__version__}")
         raise typer.Exit
 
@@ -63,18 +63,18 @@ def _root(
 
 
 def _flags(command: Any) -> dict[str, Flag]:
-    """What a command's flags take, by the annotations of its function."""
+    """The types of a command's flags, by the annotations of its function."""
     hints = typing.get_type_hints(inspect.unwrap(command.callback))
     return {param.opts[0].lstrip("-"): _flag(param.name, hints.get(param.name, str)) for param in command.params}
 
 
 def _flag(name: str, hint: Any) -> Flag:
-    parts = [each for each in typing.get_args(hint) if each is not type(None)]
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
     origin = typing.get_origin(hint)
     if origin is list or origin is tuple:
         inner = _flag(name, parts[0])
         return Flag(parameter=name, kind=inner.kind, count=len(parts) if origin is tuple else 1, repeats=origin is list)
-    if parts:  # X | None
+    if parts:  # X | None; of a Literal the first text
         return _flag(name, parts[0])
     return Flag(parameter=name, kind=_KINDS.get(hint, "text"))
 
@@ -84,7 +84,7 @@ for command in (export, verify, label, train, eval, bench, report, convert, demo
 
 
 class _Stdout(io.FileIO):
-    """Standard output; what cannot be written to it (a full disk) is an error for the user, but for a pipe that was closed."""
+    """Standard output. Failed writes (a full disk) raise WsssError, except to a closed pipe."""
 
     def write(self, data: Any) -> int:
         try:
@@ -94,19 +94,19 @@ class _Stdout(io.FileIO):
         except OSError as error:
             raise WsssError(
                 f"standard output: cannot be written: {error.strerror or error}",
-                hint="files that the command wrote are whole; send its output elsewhere and run it again",
+                hint="files that the command wrote are complete; redirect its output elsewhere and run it again",
             ) from None
 
 
 def main() -> None:
-    """The console script. A WsssError is the user's to fix: one message, no traceback; exit 1, or 2 for usage."""
+    """Run the console script. A WsssError is printed without a traceback; exit code 1, or 2 for a UsageError."""
     _open_streams()
     warnings.showwarning = partial(_show_warning, warnings.showwarning)
     code = _run(app) or _run(sys.stdout.flush)
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
-        except (OSError, WsssError):  # at its end Python would try once more, and exit with 120
+        except (OSError, WsssError):  # otherwise Python flushes again at exit, and exits with 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     raise SystemExit(code)
 
@@ -126,12 +126,12 @@ def _run(work: Callable[[], object]) -> int:
     return 0
 
 
-def _show_warning(usual: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
-    """Logs what Python would show with a line of code."""
+def _show_warning(default: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Log a WsssWarning as one line; Python would add a line of code."""
     if issubclass(category, WsssWarning):
         log(str(message), logging.WARNING)
     else:
-        usual(message, category, *where)
+        default(message, category, *where)
 
 
 def _fail(message: str, code: int) -> int:
@@ -141,7 +141,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _open_streams() -> None:
-    """Puts the null device where a standard stream is closed: the next file to be opened would take its place."""
+    """Open the null device for standard streams that are closed: otherwise the next opened file gets their number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -153,7 +153,7 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
     now = sys.stdout
-    if now is sys.__stdout__ and isinstance(now, io.TextIOWrapper):  # not that of a test
+    if now is sys.__stdout__ and isinstance(now, io.TextIOWrapper):  # not replaced by a test
         raw = io.BufferedWriter(_Stdout(1, "w", closefd=False))
         sys.stdout = io.TextIOWrapper(
             raw, now.encoding, now.errors, line_buffering=now.line_buffering, write_through=now.write_through

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
 
 def verify(
-    bundle: Annotated[str, typer.Argument(help="Folder of exported models, or 'mini'.")],
-    weights: Annotated[list[str] | None, typer.Option(help="Where the weights are now, if they moved: MODEL=PATH.")] = None,
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder of exported models, or 'mini'.")],
+    weights: Annotated[list[str] | None, typer.Option(help="New location of weights that moved: MODEL=PATH.")] = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Run the parity gate again on every graph, and on a GPU on every TensorRT engine: per output, batch size and row."""
+    """Run the parity gate again on a bundle's graphs.
+
+    On a GPU also on its TensorRT engines. Prints the error of each output, batch size and row.
+    """
     from ..runtime.labeler import MINI
     from ..spec import open_bundle
 
@@ -29,33 +32,33 @@ def verify(
     with needs("export"):
         from ..export.exporting import verify_model, verify_plans
     given = by_model(weights or [], tuple(opened.models()))
-    told: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for name in opened.models():
         model = opened.model(name)
         for graph, parity in verify_model(model, given.get(name), log).items():
-            told += [{"model": name, "graph": graph, "engine": "ort", **dataclasses.asdict(row)} for row in parity.rows]
+            rows += [{"model": name, "graph": graph, "engine": "ort", **dataclasses.asdict(row)} for row in parity.rows]
         for flavour in _flavours(model):
             for graph, spec in verify_plans(model, flavour, given.get(name), log).manifest.graphs.items():
                 verdict = spec.plans[flavour].parity
                 assert verdict is not None
-                told += [{"model": name, "graph": graph, "engine": flavour, **dataclasses.asdict(row)} for row in verdict.rows]
+                rows += [{"model": name, "graph": graph, "engine": flavour, **dataclasses.asdict(row)} for row in verdict.rows]
     if json_output:
-        typer.echo(json.dumps(told, indent=1))
+        typer.echo(json.dumps(rows, indent=1))
         return
-    for row in told:
+    for row in rows:
         typer.echo(
             f"{row['model'] + '/' + row['graph']:28} {row['engine']:7} {row['output']:10} batch {row['batch']:<3} "
             f"worst row {row['row']:<3} against {row['against']:9}  error {row['error']:.1e}"
         )
-    typer.echo(f"{bundle}: {len({(row['model'], row['graph']) for row in told})} graphs equal their reference")
+    typer.echo(f"{bundle}: {len({(row['model'], row['graph']) for row in rows})} graphs equal their reference")
 
 
 def _flavours(model: Model) -> list[Flavour]:
-    """The kinds of TensorRT engines that a model has, where there is a GPU to run them on."""
+    """The TensorRT flavours that a model has engines of; none without a GPU."""
     from ..engines.plan import find_gpus
 
-    there = sorted({flavour for graph in model.manifest.graphs.values() for flavour in graph.plans})
-    if there and not find_gpus():
-        log(f"{model.manifest.family}: its {', '.join(there)} engines are left out: no GPU here")
+    flavours = sorted({flavour for graph in model.manifest.graphs.values() for flavour in graph.plans})
+    if flavours and not find_gpus():
+        log(f"{model.manifest.family}: its {', '.join(flavours)} engines are skipped: this machine has no GPU")
         return []
-    return cast("list[Flavour]", there)
+    return cast("list[Flavour]", flavours)

@@ -1,1 +1,1 @@
-"""Read files that may come from strangers: text, JSON, TOML, checkpoints, ONNX graphs."""
+"""Read untrusted files: text, JSON, TOML, checkpoints, ONNX graphs."""

@@ -1,8 +1,8 @@
-"""Read the text, JSON and TOML files that people bring: one set of rules for every reader.
+"""Read untrusted text, JSON and TOML files: one set of rules for every reader.
 
-Files may come from strangers. They must be regular (a named pipe would never end) and of a bounded size; UTF-8 or UTF-16
-with a byte-order mark is accepted; a key that stands twice, a number that is not finite, and a document nested too deep to
-be parsed are refused. Every error names the file, what was expected and what came, and carries a hint.
+Files must be regular (reading a named pipe would never end) and of limited size. UTF-8, or UTF-16 with a byte-order mark, is
+accepted. Duplicate keys, numbers that are not finite, and documents nested too deeply are refused. Every error names the file,
+what was expected and what came, and carries a hint.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 from ..errors import WsssError
 
 MAX_BYTES = 1 << 28
-"""Of a text file: 256 MiB. The instances of COCO's training set take 450 bytes a box, so half a million boxes fit."""
+"""Size of a text file: 256 MiB. COCO's training instances take 450 bytes per box, so half a million boxes fit."""
 MAX_TOML = 1 << 16
-"""Characters of a TOML document: tomllib's time grows with the square of a dotted key's parts, a second at this length."""
+"""Characters of a TOML document: tomllib's time grows with the square of a dotted key's parts, to a second at this length."""
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
@@ -32,9 +32,9 @@ def read_bytes(
     """Read a regular file of at most ``max_bytes``.
 
     Args:
-        where: how messages name the file; its path unless given. For a flag: ``--labels FILE``.
-        hint: what helps when the file cannot be read.
-        error: the class that is raised.
+        where: name of the file in messages, for a flag ``--labels FILE``; default: its path.
+        hint: hint of the error if the file cannot be read.
+        error: the exception class to raise.
 
     Raises:
         WsssError (``error``): missing, unreadable, not a regular file, or too large.
@@ -45,10 +45,10 @@ def read_bytes(
 def read_regular(
     path: Path, *, where: str = "", hint: str = "", error: type[WsssError] = WsssError, max_bytes: int = MAX_BYTES
 ) -> tuple[bytes, os.stat_result]:
-    """Read a regular file, and its status at that moment. Arguments and errors as of `read_bytes`."""
+    """Read a regular file and its status. Arguments and errors as in `read_bytes`."""
     where = where or str(path)
     try:
-        # O_NONBLOCK: opening a pipe that nobody writes to would wait forever.
+        # O_NONBLOCK: opening a pipe without a writer would block.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         with open(os.open(path, flags), "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
@@ -66,7 +66,7 @@ def read_regular(
 
 
 def decode_text(data: bytes, where: str, *, hint: str = "", error: type[WsssError] = WsssError) -> str:
-    """Decode UTF-8, or UTF-8 or UTF-16 after a byte-order mark; the mark is dropped. Raises ``error`` for other bytes."""
+    """Decode UTF-8, or UTF-16 with a byte-order mark; the mark is removed. Raises ``error`` for other bytes."""
     mark, encoding = next(((mark, name) for mark, name in _BOMS if data.startswith(mark)), (b"", "utf-8"))
     try:
         return data[len(mark) :].decode(encoding)
@@ -81,15 +81,15 @@ def parse_json(data: bytes | str, where: str, *, hint: str = "", error: type[Wss
     """Parse a JSON document.
 
     Raises:
-        WsssError (``error``): not JSON, a key twice in one object, NaN or an infinity, or nested too deep.
+        WsssError (``error``): not JSON, a duplicate key, NaN or an infinity, or nested too deeply.
     """
-    hint = hint or "check the file: it may be damaged or of another kind"
+    hint = hint or "check the file: it may be damaged or of another format"
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise error(f"{where}: the key {twice!r} stands twice", hint="keep one of them")
+            raise error(f"{where}: the key {twice!r} occurs twice", hint="keep one of them")
         return found
 
     def not_finite(name: str) -> Any:
@@ -101,13 +101,13 @@ def parse_json(data: bytes | str, where: str, *, hint: str = "", error: type[Wss
     except json.JSONDecodeError as problem:
         raise error(f"{where}: expected JSON, got {_excerpt(text, problem.pos)}: {problem}", hint=hint) from None
     except RecursionError:
-        raise error(f"{where}: expected JSON of a few levels, got one nested too deep to be read", hint=hint) from None
+        raise error(f"{where}: expected JSON of a few levels, got a document nested too deeply", hint=hint) from None
     except ValueError as problem:  # a number with more digits than Python converts
         raise error(f"{where}: expected JSON: {problem}", hint=hint) from None
 
 
 def parse_toml(data: bytes | str, where: str, *, hint: str = "", error: type[WsssError] = WsssError) -> dict[str, Any]:
-    """Parse a TOML document. Raises ``error`` where it is none, too long, or nested too deep."""
+    """Parse a TOML document. Raises ``error`` if it is invalid, too long, or nested too deeply."""
     hint = hint or 'a line of TOML is: key = "value"'
     text = data if isinstance(data, str) else decode_text(data, where, error=error)
     if len(text) > MAX_TOML:
@@ -117,23 +117,23 @@ def parse_toml(data: bytes | str, where: str, *, hint: str = "", error: type[Wss
     except tomllib.TOMLDecodeError as problem:
         raise error(f"{where}: expected TOML: {problem}", hint=hint) from None
     except RecursionError:
-        raise error(f"{where}: expected TOML of a few levels, got one nested too deep to be read", hint=hint) from None
-    except ValueError as problem:  # a date or a number that Python cannot hold
+        raise error(f"{where}: expected TOML of a few levels, got a document nested too deeply", hint=hint) from None
+    except ValueError as problem:  # a date or number outside Python's range
         raise error(f"{where}: expected TOML: {problem}", hint=hint) from None
 
 
 def read_text(path: Path, *, where: str = "", hint: str = "", error: type[WsssError] = WsssError) -> str:
-    """Read a text file. Raises as `read_bytes` and `decode_text` do."""
+    """Read a text file. Raises as `read_bytes` and `decode_text`."""
     return decode_text(read_bytes(path, where=where, hint=hint, error=error), where or str(path), error=error)
 
 
 def read_json(path: Path, *, where: str = "", hint: str = "", error: type[WsssError] = WsssError) -> Any:
-    """Read a JSON file. Raises as `read_bytes` and `parse_json` do."""
+    """Read a JSON file. Raises as `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path, where=where, hint=hint, error=error), where or str(path), hint=hint, error=error)
 
 
 def read_toml(path: Path, *, where: str = "", hint: str = "", error: type[WsssError] = WsssError) -> dict[str, Any]:
-    """Read a TOML file. Raises as `read_bytes` and `parse_toml` do."""
+    """Read a TOML file. Raises as `read_bytes` and `parse_toml`."""
     return parse_toml(read_bytes(path, where=where, hint=hint, error=error), where or str(path), hint=hint, error=error)
 
 

@@ -1,8 +1,8 @@
-"""Which other files an ONNX file reads: read from its bytes, because the runtime needs no package ``onnx``.
+"""Find the external files of an ONNX file by parsing its bytes, because the runtime does not depend on the package ``onnx``.
 
-An ONNX file is a protobuf message (onnx/onnx.proto). A tensor may lie in a file beside it, in the graph's initializers, in an
-attribute of a node, and in subgraphs and functions; the name of that file is an entry of ``TensorProto.external_data``. Every
-message that can hold a tensor is looked through, and nothing else is decoded.
+An ONNX file is a protobuf message (onnx/onnx.proto). The values of any tensor, in the graph's initializers, in attributes of
+nodes, in subgraphs and in functions, may be in another file, which an entry of ``TensorProto.external_data`` names. Every message
+that can contain a tensor is searched; nothing else is decoded.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _HOLDS: dict[str, dict[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-"""The messages of each message that lead to tensors, by field number."""
+"""For each message type: the fields, by number, that lead to tensors."""
 _MAX_DEPTH = 100
-"""Of messages in messages, as protobuf's own readers limit it."""
+"""Depth of nested messages, the limit of protobuf's own parsers."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-"""Wire types."""
+"""Protobuf wire types."""
 
 
 def external_files(path: Path) -> set[str]:
-    """The names, as they stand in an ONNX file, of the files that its tensors lie in.
+    """Names of the external files of an ONNX file, as written in it.
 
     Raises:
         BundleError: the file cannot be read as an ONNX file.
     """
     try:
-        return {name for name in _locations(memoryview(path.read_bytes()), "model", 0)}
+        return set(_locations(memoryview(path.read_bytes()), "model", 0))
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror}", hint="export the model again") from None
     except (ValueError, IndexError) as error:
@@ -58,11 +58,11 @@ def _locations(message: memoryview, kind: str, depth: int) -> Iterator[str]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and bytes of every field that has a length; others are skipped. Raises ValueError or IndexError when damaged."""
+    """Number and bytes of every length-delimited field. Raises ValueError or IndexError if the message is damaged."""
     at, end = 0, len(message)
     while at < end:
         key, at = _varint(message, at)
-        number, wire = (key & 0xFFFF_FFFF) >> 3, key & 7  # 32 bits, as protobuf's own readers take it
+        number, wire = (key & 0xFFFF_FFFF) >> 3, key & 7  # 32 bits, as in protobuf's own parsers
         if wire == _BYTES:
             length, at = _varint(message, at)
             if at + length > end:
@@ -75,7 +75,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
             at += 8 if wire == _FIXED64 else 4
             if at > end:
                 raise ValueError("it ends within a field")
-        else:  # groups, which ONNX has none of
+        else:  # groups, which ONNX does not use
             raise ValueError(f"a field of wire type {wire}")
 
 

@@ -1,8 +1,8 @@
-"""What the files of a label store say, wherever they are: one format for `labelstore` and `remote_store`.
+"""The file format of a label store, shared by `local` and `remote`.
 
-A store may come from a stranger. `parse_line` and `parse_run` are the only readers of a manifest's lines and of ``run.json``:
-what they return has the types and ranges that `Record` documents. Keys that they do not know pass unchecked, for newer
-versions may add some; a key that is absent is a matter for whoever needs it (`check_complete`), for older ones lack some.
+A store is untrusted input. Manifest lines and ``run.json`` are read only by `parse_line` and `parse_run`, which check the types
+and ranges documented at `Record`. Unknown keys pass unchecked, since newer versions may add some. Readers check with
+`check_complete` that the keys they need are present, since older versions lack some.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from ..reading.documents import parse_json
 Record = dict[str, Any]
 """A line of the manifest.
 
-path: of the image below the folder that was labeled, or as the list named it. label: of its label map below ``labels/``.
-bytes, mtime_ns (of an object in a store: etag), sha256: of the image file. sha256 is empty where it could not be read.
-error: why it has no label. Without it:
-height, width: pixels, their product at most `MAX_PIXELS`. void_px: of the label map.
+path: path of the image below the labeled folder, or as the list names it. label: path of its label map below ``labels/``.
+bytes, mtime_ns (in an object store: etag), sha256: of the image file; sha256 is empty if the file could not be read.
+error: why the image has no label. Lines without an error have:
+height, width: pixels, their product at most `MAX_PIXELS`. void_px: void pixels of the label map.
 classes: scores in 0..1 by name. boxes: at most `MAX_BOXES`, each with label, score in 0..1, quality (the mask's predicted
 IoU, not clipped), xyxy (pixels) and won_px.
 """
 MAX_LINE = 1 << 20
-"""Bytes of a line: `MAX_BOXES` boxes take 50,000."""
-_MOST_SIGNS = 1 << 16
-"""Of any text in a line."""
-_MOST_ERROR = 1 << 12
-_MOST_NUMBER = 1 << 63
-_MOST_QUALITY = 100.0
-"""A predicted IoU is the output of a linear layer: near 0..1, but not in it."""
+"""Bytes per line; `MAX_BOXES` boxes take 50,000."""
+_MAX_TEXT = 1 << 16
+"""Characters of any text in a line."""
+_MAX_ERROR = 1 << 12
+_MAX_NUMBER = 1 << 63
+_MAX_QUALITY = 100.0
+"""A predicted IoU is the output of a linear layer: near 0..1, but not limited to it."""
 _OUTSIDE = re.compile(r"/\.{0,2}(/|$)")
-"""In a path after a slash: an empty part, ``.`` or ``..``."""
+"""Matches a path, prefixed by a slash, that has an empty part, ``.`` or ``..``."""
 _WINDOWS = re.compile(r"[\\:]")
 _SHA256 = re.compile(r"([0-9a-f]{64})?")
 
 
-class Wanted(Protocol):
-    """An image that a run is asked for, as far as the store cares: its path, and its label's below ``labels/``."""
+class RequestedImage(Protocol):
+    """An image that a run was asked to label: its path, and the path of its label below ``labels/``."""
 
     @property
     def name(self) -> str: ...
@@ -57,14 +57,14 @@ class Wanted(Protocol):
     def label(self) -> str: ...
 
 
-W = TypeVar("W", bound=Wanted)
+W = TypeVar("W", bound=RequestedImage)
 INFORMATION = ("bundle", "wsss")
-"""What ``run.json`` says of the run that began the store; a run in which it is another may continue it."""
+"""Keys of ``run.json`` that describe the run that created the store; a run may continue it with other values."""
 
 
 @dataclass(kw_only=True)
 class Selection:
-    """How many images are wanted, how many of them have a line already, and how many of those lines are failures."""
+    """Counts of requested images, of those that already have a line, and of those whose line is an error."""
 
     images: int = 0
     done: int = 0
@@ -72,42 +72,42 @@ class Selection:
 
 
 class LabelWriter(Protocol):
-    """Where label maps are published. May be pickled; several threads and processes may hold one."""
+    """Writes label maps. Can be pickled and used by several threads and processes."""
 
     def write(self, name: str, label_map: np.ndarray) -> None:
-        """Publishes a label map (H, W) uint8 whole or not at all. Raises ImageError or StoreError as `LabelFolder` does."""
+        """Write a label map (H, W) uint8 atomically. Raises ImageError or StoreError as `LabelFolder` does."""
         ...
 
     def write_confidence(self, name: str, confidence: np.ndarray) -> None:
-        """Publishes the confidence (H, W) uint8 of a label map, 255 is certain, beside it. Raises as ``write``."""
+        """Write the confidence (H, W) uint8 of a label map, 255 is certain. Raises as ``write``."""
         ...
 
 
 def run_of(classes: ClassList, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``run.json`` says."""
+    """The content of ``run.json``."""
     return json.loads(json.dumps({"format": 1, "classes": list(classes.names), **settings}))
 
 
 def names_by_value(classes: ClassList) -> dict[int, str]:
-    """What ``classes.json`` says."""
+    """The content of ``classes.json``."""
     return {0: "background", **dict(enumerate(classes.names, 1)), 255: "void"}
 
 
 def line_of(record: Record) -> bytes:
-    """A record as a line of a manifest; a very long error is cut, so that `parse_line` takes the line."""
-    if len(record.get("error", "")) > _MOST_ERROR:
-        record = {**record, "error": record["error"][:_MOST_ERROR] + "..."}
-    # File names that are no Unicode come as lone surrogates (PEP 383); json.loads reads them back from bytes.
+    """Format a record as a manifest line; a very long error is cut, so that `parse_line` accepts the line."""
+    if len(record.get("error", "")) > _MAX_ERROR:
+        record = {**record, "error": record["error"][:_MAX_ERROR] + "..."}
+    # File names that are not UTF-8 contain lone surrogates (PEP 383); json.loads reads them back from bytes.
     return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def json_of(value: object) -> bytes:
-    """A value as a JSON file for people."""
+    """Format a value as an indented JSON file."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def parse_line(data: bytes) -> Record:
-    """Parse and check a line of a manifest. Raises ValueError, which says what is wrong with it."""
+    """Parse and check a manifest line. Raises ValueError with the problem."""
     try:
         record = _DECODER.decode(data.decode("utf-8", "surrogatepass"))
     except RecursionError:
@@ -120,7 +120,7 @@ def parse_line(data: bytes) -> Record:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return found
 
 
@@ -132,7 +132,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constan
 
 
 def _problem(record: object) -> str:
-    """What is wrong with a line, empty where nothing is. Of millions of lines, so in plain comparisons."""
+    """Describe what is wrong with a line; empty if nothing is. In plain comparisons: a store may have millions of lines."""
     if type(record) is not dict:
         return f"expected an object, got {_short(record)}"
     path, label = record.get("path"), record.get("label")
@@ -143,8 +143,8 @@ def _problem(record: object) -> str:
     for key in ("bytes", "void_px", "height", "width"):
         if key in record and not _is_count(record[key]):
             return f"{key}: expected a count, got {_short(record[key])}"
-    if type(at := record.get("mtime_ns", 0)) is not int or not -_MOST_NUMBER < at < _MOST_NUMBER:
-        return f"mtime_ns: expected nanoseconds, got {_short(at)}"
+    if type(mtime := record.get("mtime_ns", 0)) is not int or not -_MAX_NUMBER < mtime < _MAX_NUMBER:
+        return f"mtime_ns: expected nanoseconds, got {_short(mtime)}"
     if type(digest := record.get("sha256", "")) is not str or not _SHA256.fullmatch(digest):
         return f"sha256: expected 64 hexadecimal digits or none, got {_short(digest)}"
     for key in ("etag", "error"):
@@ -161,7 +161,7 @@ def _problem(record: object) -> str:
     if type(boxes := record.get("boxes", _NONE)) is not list or len(boxes) > MAX_BOXES:
         return f"boxes: expected at most {MAX_BOXES} boxes, got {_short(boxes)}"
     for box in boxes:
-        if problem := _problem_of_box(box):
+        if problem := _box_problem(box):
             return f"boxes: {problem}"
     return ""
 
@@ -170,7 +170,7 @@ _EMPTY: dict[str, float] = {}
 _NONE: list[Record] = []
 
 
-def _problem_of_box(box: object) -> str:
+def _box_problem(box: object) -> str:
     if type(box) is not dict:
         return f"expected an object, got {_short(box)}"
     if not _is_text(label := box.get("label")):
@@ -185,7 +185,7 @@ def _problem_of_box(box: object) -> str:
         return f"xyxy: expected the upper left corner first, got {_short(corners)}"
     if not _is_share(score := box.get("score", 0.0)):
         return f"score: expected a number in 0..1, got {_short(score)}"
-    if type(quality := box.get("quality", 0.0)) not in _NUMBERS or not -_MOST_QUALITY <= quality <= _MOST_QUALITY:
+    if type(quality := box.get("quality", 0.0)) not in _NUMBERS or not -_MAX_QUALITY <= quality <= _MAX_QUALITY:
         return f"quality: expected a predicted IoU, got {_short(quality)}"
     for key in ("won_px", "area_px"):
         if not _is_count(count := box.get(key, 0)):
@@ -197,7 +197,7 @@ _NUMBERS = (int, float)
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < _MOST_NUMBER
+    return type(value) is int and 0 <= value < _MAX_NUMBER
 
 
 def _is_share(value: Any) -> bool:
@@ -205,15 +205,15 @@ def _is_share(value: Any) -> bool:
 
 
 def _is_seconds(value: Any) -> bool:
-    return type(value) in _NUMBERS and 0 <= value < _MOST_NUMBER
+    return type(value) in _NUMBERS and 0 <= value < _MAX_NUMBER
 
 
 def _is_text(value: object) -> bool:
-    return type(value) is str and len(value) <= _MOST_SIGNS
+    return type(value) is str and len(value) <= _MAX_TEXT
 
 
 def _is_name(value: object) -> TypeGuard[str]:
-    if type(value) is not str or not 0 < len(value) <= _MOST_SIGNS or "\0" in value:
+    if type(value) is not str or not 0 < len(value) <= _MAX_TEXT or "\0" in value:
         return False
     if not value.isascii():
         try:
@@ -224,17 +224,17 @@ def _is_name(value: object) -> TypeGuard[str]:
 
 
 def is_label(name: str, *, windows: bool = os.name == "nt") -> bool:
-    """Whether this can be a label map's path below ``labels/``: a PNG file in it, whatever links and drives there are."""
+    """Whether a path can be a label map below ``labels/``: a PNG file that stays inside."""
     return name.endswith(".png") and is_below(name, windows=windows)
 
 
 def is_below(name: str, *, windows: bool = os.name == "nt") -> bool:
-    """Whether a path is one below any folder: relative, without an empty part, ``.`` or ``..``."""
+    """Whether a path stays below its folder: relative, without an empty part, ``.`` or ``..``."""
     return not _OUTSIDE.search(f"/{name}") and not (windows and _WINDOWS.search(name))
 
 
 def history_of(line: bytes) -> Record | None:
-    """What a line of ``history.jsonl`` says, None where it is damaged: labeled, seconds and stage_seconds have numbers."""
+    """Parse a line of ``history.jsonl``; None if it is damaged or labelled, seconds or stage_seconds are not numbers."""
     try:
         record = _DECODER.decode(line.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
@@ -248,25 +248,25 @@ def history_of(line: bytes) -> Record | None:
 
 
 def check_complete(record: Record, names: Collection[str], fields: Collection[str], where: object) -> None:
-    """Check that the line of a labeled image has what its reader needs.
+    """Check that the line of a labeled image has the fields that its reader needs.
 
     Args:
-        names: the store's classes. fields: of the line. where: the manifest.
+        names: the store's classes. fields: required keys. where: the manifest.
 
     Raises:
-        StoreError: a field is absent, or a class is none of the store's.
+        StoreError: a field is missing, or a class is not one of the store's.
     """
     if lacking := [field for field in fields if field not in record]:
         problem = f"lacks {', '.join(sorted(lacking))}"
     elif not all(box.keys() >= _BOX_FIELDS for box in record.get("boxes", ())):
         problem = f"has a box that lacks one of {', '.join(sorted(_BOX_FIELDS))}"
-    elif strange := {*record.get("classes", ()), *(box["label"] for box in record.get("boxes", ()))}.difference(names):
-        problem = f"names {', '.join(map(ascii_safe, sorted(strange)))}, which is none of the classes of run.json"
+    elif unknown := {*record.get("classes", ()), *(box["label"] for box in record.get("boxes", ()))}.difference(names):
+        problem = f"names {', '.join(map(ascii_safe, sorted(unknown)))}, which is none of the classes of run.json"
     else:
         return
     raise StoreError(
         f"{where}: the line of {ascii_safe(record['path'])} {problem}",
-        hint="this version of wsss writes other lines: label into a new store",
+        hint="the store is of another version of wsss: label into a new store",
     )
 
 
@@ -274,14 +274,14 @@ _BOX_FIELDS = {"label", "score", "quality", "xyxy", "won_px"}
 
 
 def ascii_safe(name: str) -> str:
-    """A file name as a message can show it: in quotes where it holds characters that do not print."""
+    """Format a file name for a message: quoted and escaped if it has unprintable characters."""
     return name if name.isprintable() else ascii(name)
 
 
 def photograph_of(images: Path, name: str) -> Path:
-    """Where the photograph of a line is: below ``images``, or ``images`` itself where that is a file.
+    """The path of a record's photograph: below ``images``, or ``images`` itself if that is a file.
 
-    Links in ``images`` are the user's own and are followed.
+    Links in ``images`` belong to the user and are followed.
 
     Raises:
         StoreError: the name leads out of ``images``.
@@ -293,31 +293,31 @@ def photograph_of(images: Path, name: str) -> Path:
     if not is_inside(path, folder) or (os.name == "nt" and _WINDOWS.search(name)):
         raise StoreError(
             f"{ascii_safe(name)}: leads out of --images {images}",
-            hint="give the folder that all its images are in; of a list of absolute paths that may be /",
+            hint="give the folder that contains all its images; for a list of absolute paths that may be /",
         )
     return Path(path)
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file of a store. Raises StoreError where a link leads it out of the store."""
+    """The path of a file of a store. Raises StoreError if a link leads out of the store."""
     path = folder / name
     if not is_inside(os.path.realpath(path), os.path.realpath(folder)):
         raise StoreError(
             f"{ascii_safe(str(path))}: a link leads out of the store",
-            hint="copy what the link leads to into the store (cp -rL copies a store without links)",
+            hint="copy the link's target into the store (cp -rL copies a store without links)",
         )
     return path
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Whether a path without ``..`` lies in a folder, both absolute or from the same folder."""
+    """Whether a path without ``..`` lies in a folder; both absolute, or relative to the same folder."""
     if folder == os.curdir:
         return not os.path.isabs(path) and path.split(os.sep)[0] != os.pardir
     return path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def parse_run(data: bytes, file: object) -> dict[str, Any]:
-    """Parse and check a ``run.json``: ``classes`` is the list of names; what else it holds is any JSON.
+    """Parse and check a ``run.json``: ``classes`` is a list of names; other values may be any JSON.
 
     Raises:
         StoreError: it is damaged; names the file.
@@ -325,32 +325,32 @@ def parse_run(data: bytes, file: object) -> dict[str, Any]:
     where = f"{file}: damaged"
     run = parse_json(data, where, hint="give a new --out", error=StoreError)
 
-    def refuse(expected: str, got: object) -> StoreError:
+    def unexpected(expected: str, got: object) -> StoreError:
         return StoreError(f"{where}: expected {expected}, got {_short(got)}", hint="give a new --out")
 
     if not isinstance(run, dict):
-        raise refuse("an object", run)
+        raise unexpected("an object", run)
     if run.get("format", 1) != 1:
-        raise StoreError(f"{file}: expected format 1, got {_short(run['format'])}", hint="take the wsss that wrote it")
+        raise StoreError(f"{file}: expected format 1, got {_short(run['format'])}", hint="use the version of wsss that wrote it")
     names = run.get("classes")
     if not isinstance(names, list) or not 0 < len(names) <= MAX_CLASSES:
-        raise refuse(f"classes, 1 to {MAX_CLASSES} names", names)
+        raise unexpected(f"classes, 1 to {MAX_CLASSES} names", names)
     for name in names:
-        if not isinstance(name, str) or not name or not name.isprintable() or len(name) > _MOST_SIGNS:
-            raise refuse("the name of a class", name)
+        if not isinstance(name, str) or not name or not name.isprintable() or len(name) > _MAX_TEXT:
+            raise unexpected("the name of a class", name)
     if len(set(names)) < len(names):
-        raise refuse("classes of different names", names)
+        raise unexpected("classes of different names", names)
     rules = run["rules"] if isinstance(run.get("rules"), dict) else {}
     for key in ("tag_threshold", "box_threshold"):
         if (value := rules.get(key)) is not None and not _is_share(value):
-            raise refuse(f"{key} in 0..1", value)
+            raise unexpected(f"{key} in 0..1", value)
     return run
 
 
 def check_same(folder: object, was: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises StoreError, which names the first difference, unless a store's settings are those of this run."""
+    """Raises StoreError, naming the first difference, unless a store's settings equal those of this run."""
     thresholds, rules = now.get("bundle", {}).get("thresholds", {}), was.get("rules")
-    if isinstance(rules, dict):  # of version 0.1: None is the bundle's threshold
+    if isinstance(rules, dict):  # version 0.1 wrote None for the bundle's threshold
         was = {**was, "rules": {name: thresholds.get(name) if value is None else value for name, value in rules.items()}}
     for key in sorted((was.keys() | now.keys()) - set(INFORMATION)):
         if was.get(key) != now.get(key):
@@ -364,17 +364,17 @@ def _short(value: object) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False)
     except RecursionError:
-        return "one nested too deep"
+        return "a value nested too deep"
     text = text if text.isprintable() else json.dumps(value)
     return text if len(text) <= 200 else text[:200] + "..."
 
 
 def cannot_write(folder: object, what: str, error: OSError) -> StoreError:
-    """The error of a store that cannot be written, its hint the way on."""
+    """A StoreError for a failed write, with a hint how to continue."""
     gone = error.errno == errno.ENOENT
     return StoreError(
         f"{folder}: cannot write {what}: {error.strerror or error}",
-        hint="was it moved or unmounted? The same command goes on where it is back, or begins anew"
+        hint="was it moved or unmounted? Put it back and run the same command to continue"
         if gone
-        else "what was written so far is whole; make room and run the same command again",
+        else "what was written so far is intact; free some space and run the same command again",
     )

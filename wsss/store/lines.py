@@ -1,8 +1,8 @@
-"""The lines of a label store's manifests: sorted, merged, mended. Only the label store uses this.
+"""Sort, merge and repair the lines of a label store's manifests. Only the label store uses this.
 
-A manifest is appended to. It is a row of *sections*, in each of which paths ascend: one section after an unbroken run, a
-second one where a later run put a new image between old ones. Merging the sections of all manifests gives each path once,
-the last line written winning, with one line of each section in memory.
+A manifest is appended to. It consists of *sections* in which paths ascend: one section after an uninterrupted run, a second one
+where a later run added an image between old ones. Merging the sections of all manifests gives the last written line of each
+path, with one line of each section in memory.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import BinaryIO, NamedTuple
 from ..errors import StoreError
 from .format import MAX_LINE, Record, Selection, W, parse_line
 
-_HINT = "delete that line: its image is done again"
+_HINT = "delete that line: its image is labeled again"
 
 
 class Line(NamedTuple):
-    """A whole line with its line break, checked, and the path that it is about."""
+    """A checked line with its line break, and the path of its image."""
 
     path: str
     data: bytes
@@ -45,16 +45,16 @@ class Section:
                 try:
                     line = line_from(file.readline(MAX_LINE + 1))
                 except ValueError:
-                    raise StoreError(f"{self.file}: was changed while it was read", hint="run the command again") from None
+                    raise StoreError(f"{self.file}: changed while it was read", hint="run the command again") from None
                 left -= len(line.data)
                 yield line
 
 
 def sections_of(file: Path) -> list[Section]:
-    """The sections of a manifest; a last line cut by a crash is left out.
+    """The sections of a manifest, without a last line that a crash truncated.
 
     Raises:
-        StoreError: a damaged line; names it. OSError: it cannot be read.
+        StoreError: a line is damaged; names it. OSError: the file cannot be read.
     """
     found: list[Section] = []
     start = stop = 0
@@ -62,7 +62,7 @@ def sections_of(file: Path) -> list[Section]:
     with open_regular(file) as lines:
         for number, data in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), 1):
             if not data.endswith(b"\n") and len(data) <= MAX_LINE:
-                break  # the crash
+                break  # truncated by a crash
             try:
                 line = line_from(data)
             except ValueError as error:
@@ -77,7 +77,7 @@ def sections_of(file: Path) -> list[Section]:
 
 
 def records_of(file: Path) -> Iterator[Record]:
-    """The lines of one manifest by path, one an image. Raises StoreError: it cannot be read, or a line is damaged."""
+    """The records of one manifest by path, one per image. Raises StoreError: it cannot be read, or a line is damaged."""
     try:
         yield from (line.record for line in merged(sections_of(file)))
     except OSError as error:
@@ -87,7 +87,7 @@ def records_of(file: Path) -> Iterator[Record]:
 
 
 def line_from(data: bytes) -> Line:
-    """Check a line of a manifest. Raises ValueError, which says what is wrong with it."""
+    """Parse and check a manifest line. Raises ValueError with the problem."""
     if len(data) > MAX_LINE:
         raise ValueError(f"longer than {MAX_LINE:,} bytes")
     if not data.endswith(b"\n"):
@@ -97,14 +97,14 @@ def line_from(data: bytes) -> Line:
 
 
 def open_regular(file: Path) -> BinaryIO:
-    """Open a file of a store for reading. Raises StoreError where it is a link, a folder, or a pipe, which would never end."""
+    """Open a file of a store for reading. Raises StoreError if it is a link, a folder or a pipe."""
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     check_regular(file)
     return open(os.open(file, os.O_RDONLY | flags), "rb")
 
 
 def check_regular(file: Path) -> None:
-    """Check that a file of a store is a regular one or absent. Raises StoreError."""
+    """Raises StoreError if a file of a store exists and is not a regular file."""
     try:
         mode = file.lstat().st_mode
     except FileNotFoundError:
@@ -115,74 +115,74 @@ def check_regular(file: Path) -> None:
 
 
 def merged(sections: Iterable[Iterable[Line]]) -> Iterator[Line]:
-    """The lines of all sections by path, one a path: that of the last section that has it."""
-    waiting: Line | None = None
+    """The lines of all sections by path, one per path: that of the last section that has it."""
+    latest: Line | None = None
     for line in heapq.merge(*sections, key=lambda line: line.path):  # of equal paths, the first section's comes first
-        if waiting and waiting.path != line.path:
-            yield waiting
-        waiting = line
-    if waiting:
-        yield waiting
+        if latest and latest.path != line.path:
+            yield latest
+        latest = line
+    if latest:
+        yield latest
 
 
-def side_by_side(wanted: Iterable[W], lines: Iterable[Line]) -> Iterator[tuple[W | None, Line | None]]:
-    """Joins what is wanted with its line, both sorted: either may be missing.
+def joined(images: Iterable[W], lines: Iterable[Line]) -> Iterator[tuple[W | None, Line | None]]:
+    """Outer join of images and lines by path, both sorted; None where one of them is missing.
 
     Raises:
-        AssertionError: ``wanted`` is not sorted by name.
+        AssertionError: ``images`` is not sorted by name.
     """
     rest = iter(lines)
     line = next(rest, None)
     last = ""
-    for each in wanted:
-        assert last <= each.name, f"{each.name!r} after {last!r}"
-        last = each.name
-        while line and line.path < each.name:
+    for image in images:
+        assert last <= image.name, f"{image.name!r} after {last!r}"
+        last = image.name
+        while line and line.path < image.name:
             yield None, line
             line = next(rest, None)
-        if line and line.path == each.name:
-            yield each, line
+        if line and line.path == image.name:
+            yield image, line
             line = next(rest, None)
         else:
-            yield each, None
+            yield image, None
     while line:
         yield None, line
         line = next(rest, None)
 
 
-def still_true(
+def current_lines(
     images: Iterable[W],
     lines: Iterable[Line],
     is_current: Callable[[W, Record], bool],
-    told: Selection,
-    drop: Callable[[str], None],
+    selection: Selection,
+    delete_label: Callable[[str], None],
     *,
-    others: bool,
+    keep_others: bool,
 ) -> Iterator[Line]:
-    """The lines to keep of those that a store has, both sorted; counts into ``told``.
+    """The lines that are still current. ``images`` and ``lines`` are sorted; counts are added to ``selection``.
 
     Args:
-        drop: given the label of a line whose image's label is called otherwise now.
-        others: keep the lines of images that are not among these.
+        delete_label: called with the label's path of an outdated line whose image's label has another path now.
+        keep_others: keep the lines of images that are not in ``images``.
     """
-    for image, line in side_by_side(images, lines):
-        told.images += image is not None
+    for image, line in joined(images, lines):
+        selection.images += image is not None
         if line is None:
             continue
         if image is None:
-            if others:
+            if keep_others:
                 yield line
             continue
         if is_current(image, line.record):
-            told.done += 1
-            told.failed += "error" in line.record
+            selection.done += 1
+            selection.failed += "error" in line.record
             yield line
         elif line.record["label"] != image.label:
-            drop(line.record["label"])
+            delete_label(line.record["label"])
 
 
 def cut_torn_line(handle: int) -> None:
-    """Ends a manifest, open for reading and writing, after its last whole line. Raises OSError."""
+    """Truncate a manifest, open for reading and writing, after its last complete line. Raises OSError."""
     size = end = os.fstat(handle).st_size
     while end:
         start = max(0, end - (1 << 16))

@@ -1,19 +1,19 @@
-"""The label store: the folder that a run writes and a trainer reads. With `manifest`, this alone knows its format.
+"""The label store in a local folder: a run writes it, a trainer reads it.
 
     labels/<image>.png     8-bit palette, original size: 0 background, 1..C classes, 255 void
     confidence/<image>.png 8-bit gray, 255 is certain; only where a segmenter made the labels
-    manifest.jsonl         one line a finished image, or its error; sorted by path
-    manifest-I-of-N.jsonl  the same of shard I, until the last of the shards folds it into manifest.jsonl
+    manifest.jsonl         one line per finished or failed image; sorted by path
+    manifest-I-of-N.jsonl  the same of shard I, until the last shard merges it into manifest.jsonl
     classes.json           names by label value
     run.json               every setting that decided the labels
-    history.jsonl          one line a run: when, how many images, how many seconds
+    history.jsonl          one line per run: when, how many images, how many seconds
 
-All but the history follows from the images, the classes and the settings: a run that was killed and continued leaves the
-same bytes as one that was not.
+Everything but the history depends only on the images, the classes and the settings: a run that was killed and continued leaves
+the same bytes as an uninterrupted one.
 
-An image is published in two steps, each whole or not at all: its PNG (temporary file, fsync, rename), then its line.
-A line without its PNG cannot happen; a PNG without its line is done again. Lines are appended; where that breaks their
-order (a new image between old ones), they are sorted when the run ends, or by the next one.
+An image is published in two atomic steps: first its PNG (temporary file, fsync, rename), then its line. So a line always has
+its PNG; a PNG without a line is labeled again. Lines are appended. If that breaks their order (a new image between old ones),
+they are sorted when the run ends, or by the next run.
 """
 
 from __future__ import annotations
@@ -55,40 +55,40 @@ from .format import (
     parse_run,
     run_of,
 )
-from .lines import Line, check_regular, cut_torn_line, merged, sections_of, side_by_side, still_true
+from .lines import Line, check_regular, current_lines, cut_torn_line, joined, merged, sections_of
 
 Shard = tuple[int, int]
-"""(I, N): the I-th of N runs that share a store, counted from 0."""
+"""(I, N): this run is number I, from 0, of N runs that share a store."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelFolder:
-    """Where label maps are published; several processes may hold one. ``temporary`` is on the same file system."""
+    """Writes label maps into a local store; several processes may hold one. ``temporary`` is on the same file system."""
 
     folder: Path
     temporary: Path
 
     def write(self, name: str, label_map: np.ndarray) -> None:
-        """Publishes a label map (H, W) uint8 whole or not at all. ``sync`` makes its name outlast a power cut.
+        """Write a label map (H, W) uint8 atomically. Call `sync` to make its name survive a power cut.
 
         Raises:
-            ImageError: the file system takes no such name. StoreError: it cannot be written.
+            ImageError: the file system does not allow the name. StoreError: it cannot be written.
         """
-        self._publish(self.folder / name, name, partial(_save, label_map))
+        self._write(self.folder / name, name, partial(_save, label_map))
 
     def write_confidence(self, name: str, confidence: np.ndarray) -> None:
-        """Publishes the confidence (H, W) uint8 of a label map, 255 is certain, as ``confidence/<name>`` beside ``labels/``.
+        """Write the confidence (H, W) uint8 of a label map, 255 is certain, as ``confidence/<name>`` beside ``labels/``.
 
         Raises:
             As ``write``.
         """
         picture = Image.fromarray(confidence)
-        self._publish(self.folder.parent / "confidence" / name, name, partial(picture.save, format="PNG"))
+        self._write(self.folder.parent / "confidence" / name, name, partial(picture.save, format="PNG"))
 
-    def _publish(self, path: Path, name: str, save: Callable[[BinaryIO], None]) -> None:
+    def _write(self, path: Path, name: str, save: Callable[[BinaryIO], None]) -> None:
         try:
             inside(self.folder.parent, path.parent.relative_to(self.folder.parent).as_posix())
-            make_folder(path.parent, within=self.folder.parent)  # a store that was moved away is not begun anew
+            make_folder(path.parent, within=self.folder.parent)  # a store that was moved away is not created again
             with replacing(path, temporary=self.temporary) as file:
                 save(file)
         except OSError as error:
@@ -97,7 +97,7 @@ class LabelFolder:
             raise cannot_write(self.folder.parent, f"the label {name}", error) from None
 
     def sync(self, names: Iterable[str]) -> None:
-        """Waits until the labels of these names would outlast a power cut. Raises OSError."""
+        """Make the labels of these names survive a power cut. Raises OSError."""
         for parent in sorted({(self.folder / name).parent for name in names}):
             sync_folder(parent)
 
@@ -106,10 +106,10 @@ class LabelStore:
     """A label store open for writing, locked against other runs.
 
     Args:
-        folder: made when absent; an existing store of the same settings is continued.
+        folder: created if missing; an existing store of the same settings is continued.
         classes: the run's class list.
-        settings: what decides the labels; a store never mixes two of them.
-        shard: this run is one of several that write the store at the same time, each its own images.
+        settings: everything that decides the labels; a store never mixes settings.
+        shard: this run is one of several that write the store at the same time, each for its own images.
 
     Raises:
         StoreError: not writable, not a store, a store of other settings or classes, or in use by another run.
@@ -141,11 +141,11 @@ class LabelStore:
             check_same(self.folder, _parse_run(self.folder), run)
         for path in (self.labels.temporary, self.labels.folder):
             inside(self.folder, path.name)
-        shutil.rmtree(self.labels.temporary, ignore_errors=True)  # what a killed run was in the middle of
+        shutil.rmtree(self.labels.temporary, ignore_errors=True)  # unfinished files of a killed run
         stack.callback(shutil.rmtree, self.labels.temporary, ignore_errors=True)
         make_folder(self.labels.temporary)
         for path, value in ((self.folder / "run.json", run), (self.folder / "classes.json", names_by_value(classes))):
-            if not path.exists():  # run.json first: from here on the folder is known as a store
+            if not path.exists():  # run.json first: it marks the folder as a store
                 write_atomically(path, json_of(value), temporary=self.labels.temporary)
         make_folder(self.labels.folder)
         self._lines = _open_lines(self._manifest)
@@ -158,50 +158,51 @@ class LabelStore:
         self.close()
 
     def close(self) -> None:
-        """Sorts the lines where that is needed, unless other shards are still at work, and lets the store go."""
+        """Sort the lines if necessary, unless other shards are still running, and release the store."""
         with self._stack:
             if self._lock.alone():
                 with suppress(OSError, StoreError):  # nothing is lost: the next run sorts them
-                    self._fold()
+                    self._merge_manifests()
 
     def has_label(self, name: str) -> bool:
-        """Is there a label map of this name?"""
+        """Whether there is a label map of this name."""
         return (self.labels.folder / name).is_file()
 
     def select(self, images: Iterable[W], is_current: Callable[[W, Record], bool]) -> Selection:
-        """Drops the lines of images that must be done again, and counts.
+        """Remove the lines of images that must be labeled again, and count the others.
 
         Args:
-            images: sorted by name. Lines of other images stay.
-            is_current: does this line still tell the truth about this image?
+            images: sorted by name. The lines of other images stay.
+            is_current: whether the line of an image is up to date.
 
         Raises:
             StoreError: the manifest is damaged or cannot be written.
         """
-        told = Selection()
+        selection = Selection()
 
-        def drop(label: str) -> None:
+        def delete_label(label: str) -> None:
             path = self.labels.folder / label
             inside(self.folder, path.parent.relative_to(self.folder).as_posix())
             path.unlink(missing_ok=True)
 
         with self._writing("the manifest"):
-            lines = still_true(images, self._merged(), is_current, told, drop, others=self._shard is None)
+            others = self._shard is None
+            lines = current_lines(images, self._merged(), is_current, selection, delete_label, keep_others=others)
             self._rewrite(self._manifest, lines)
             if self._shard is None:
                 self._remove_parts()
-        return told
+        return selection
 
     def missing(self, images: Iterable[W]) -> Iterator[W]:
-        """Those of the images, sorted by name, that have no line yet; lines written from now on do not count."""
+        """Those of the images, sorted by name, that have no line at the time of this call."""
         lines = merged(sections_of(self._manifest))
-        return (image for image, line in side_by_side(images, lines) if image is not None and line is None)
+        return (image for image, line in joined(images, lines) if image is not None and line is None)
 
     def append(self, records: Sequence[Record]) -> None:
-        """Publishes the lines of images whose labels are written.
+        """Append the lines of images whose labels are written.
 
         Raises:
-            StoreError: the disk is full or broken. None of the lines, or whole ones only, are in the manifest.
+            StoreError: the disk is full or broken. The manifest then has none of the lines, or complete ones only.
         """
         with self._writing(f"the line of {records[0]['path']}"):
             self.labels.sync(record["label"] for record in records if "error" not in record)
@@ -215,17 +216,17 @@ class LabelStore:
                 raise
 
     def write(self, record: Record, label_map: np.ndarray | None) -> None:
-        """Publishes one image: its label map (H, W) uint8 if it has one, then its line. Raises as its two steps do."""
+        """Write the label map (H, W) uint8 of an image if it has one, then its line. Raises as the two steps do."""
         if label_map is not None:
             self.labels.write(record["label"], label_map)
         self.append([record])
 
-    def add_history(self, told: Mapping[str, Any]) -> None:
-        """Notes what a run did. Raises StoreError."""
+    def add_history(self, record: Mapping[str, Any]) -> None:
+        """Append a record of a run to the history. Raises StoreError."""
         with self._writing("the history"):
             handle = _open_lines(self.folder / "history.jsonl")
             try:
-                _write_all(handle, line_of(dict(told)))
+                _write_all(handle, line_of(dict(record)))
                 os.fsync(handle)
             finally:
                 os.close(handle)
@@ -233,14 +234,14 @@ class LabelStore:
     def _merged(self) -> Iterator[Line]:
         return merged([section for file in _manifests(self.folder) for section in sections_of(file)])
 
-    def _fold(self) -> None:
+    def _merge_manifests(self) -> None:
         files = _manifests(self.folder)
         if len(files) > 1 or any(len(sections_of(file)) > 1 for file in files):
             self._rewrite(self.folder / "manifest.jsonl", self._merged())
             self._remove_parts()
 
     def _rewrite(self, manifest: Path, lines: Iterable[Line]) -> None:
-        self._close_lines()  # Windows does not replace an open file
+        self._close_lines()  # Windows cannot replace an open file
         try:
             with replacing(manifest, temporary=self.labels.temporary) as file:
                 file.writelines(line.data for line in lines)
@@ -267,10 +268,10 @@ class LabelStore:
 
 
 def read_records(folder: Path) -> Iterator[Record]:
-    """The lines of a store by path, one an image, also while a run writes it; a line cut by a crash is left out.
+    """The records of a store by path, one per image, also while a run writes it; skips a line that a crash truncated.
 
     Raises:
-        StoreError: a damaged line, or the manifest cannot be read.
+        StoreError: a line is damaged, or the manifest cannot be read.
     """
     try:
         sections = [section for file in _manifests(folder) for section in sections_of(file)]
@@ -282,7 +283,7 @@ def read_records(folder: Path) -> Iterator[Record]:
 
 
 def read_labeled_records(folder: Path, fields: Collection[str]) -> Iterator[Record]:
-    """The lines of the labeled images of a store, each with these fields and with no class but the store's.
+    """The records of the labeled images of a store, which have these fields and only classes of the store.
 
     Raises:
         StoreError: as `read_records` and `read_run`; or a line lacks a field, or names a class that the store lacks.
@@ -295,17 +296,14 @@ def read_labeled_records(folder: Path, fields: Collection[str]) -> Iterator[Reco
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The settings of a store. Raises StoreError when ``folder`` is none."""
-    if not os.path.exists(folder / "run.json"):  # unlike Path's, false where it cannot be asked
+    """The settings of a store. Raises StoreError if ``folder`` is not a store."""
+    if not os.path.exists(folder / "run.json"):  # unlike Path.exists, False for names that are too long
         raise StoreError(f"{folder}: expected a label store (with run.json)", hint="wsss label makes one")
     return _parse_run(folder)
 
 
 def read_history(folder: Path) -> list[Record]:
-    """What each run of a store noted, the first one first; empty when there is nothing to read.
-
-    Only what is whole counts: images labeled, seconds, and seconds by stage.
-    """
+    """The history records of a store's runs, oldest first; empty if there are none. Damaged lines are skipped."""
     path = folder / "history.jsonl"
     try:
         check_regular(path)
@@ -316,7 +314,7 @@ def read_history(folder: Path) -> list[Record]:
 
 
 def write_label(path: Path, label_map: np.ndarray) -> None:
-    """Writes a label map (H, W) uint8 as an 8-bit palette PNG with VOC's colors, atomically. Raises OSError."""
+    """Write a label map (H, W) uint8 as an 8-bit palette PNG with VOC's colors, atomically. Raises OSError."""
     make_folder(path.parent)
     with replacing(path) as file:
         _save(label_map, file)
@@ -324,24 +322,24 @@ def write_label(path: Path, label_map: np.ndarray) -> None:
 
 
 def label_path(store: Path, label: str) -> Path:
-    """Where the label map of a line is. Raises StoreError where a link leads it out of the store."""
+    """The path of a record's label map. Raises StoreError if a link leads out of the store."""
     return inside(store, f"labels/{label}")
 
 
 def read_label(path: Path, *, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """A label map (H, W) uint8 from an 8-bit palette or gray PNG.
+    """Read a label map (H, W) uint8 from an 8-bit palette or gray PNG.
 
     Args:
-        shape: the height and width that it must have; looked at before anything is decoded.
+        shape: the expected height and width; checked before the image is decoded.
 
     Raises:
-        StoreError: anything else, also a file that would take more than `MAX_PIXELS`.
+        StoreError: not such a PNG, another shape, or more than `MAX_PIXELS`.
     """
-    hint = "delete it and run wsss label again: it is made anew"
+    hint = "delete it and run wsss label again: it is created again"
     data = read_bytes(path, hint=hint, error=StoreError)
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            # Pillow stretches gray of fewer bits to 0..255, which makes other labels of them. Byte 24: IHDR's bit depth.
+            # Pillow stretches gray values of fewer bits to 0..255, which changes the labels. Byte 24: IHDR's bit depth.
             mode = f"{data[24]}-bit gray" if image.mode == "L" and data[24] != 8 else f"mode {image.mode}"
             if mode not in ("mode P", "mode L"):
                 raise StoreError(f"{path}: expected an 8-bit palette PNG, got {mode}", hint=hint)
@@ -355,14 +353,14 @@ def read_label(path: Path, *, shape: tuple[int, int] | None = None) -> np.ndarra
         raise
     except MemoryError:
         raise StoreError(f"{path}: this machine lacks the memory to decode it", hint=hint) from None
-    except UnidentifiedImageError:  # its own words hold a memory address
+    except UnidentifiedImageError:  # Pillow's message contains a memory address
         raise StoreError(f"{path}: not a readable label: no PNG", hint=hint) from None
-    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
+    except Exception as error:  # Pillow's decoders may raise any exception
         raise StoreError(f"{path}: not a readable label: {error or type(error).__name__}", hint=hint) from None
 
 
 def make_folder(folder: Path, within: Path | None = None) -> None:
-    """Makes a folder and those above it, where missing, to outlast a power cut; ``within`` must be there. Raises OSError."""
+    """Create a folder and missing parents, so that they survive a power cut; ``within`` must exist. Raises OSError."""
     if folder.is_dir():
         return
     if folder == within:
@@ -370,17 +368,17 @@ def make_folder(folder: Path, within: Path | None = None) -> None:
     make_folder(folder.parent, within)
     try:
         folder.mkdir()
-    except FileExistsError:  # another thread or shard was faster, or it is a file
+    except FileExistsError:  # created by another thread or shard, or a file
         if not folder.is_dir():
             raise
     sync_folder(folder.parent)
 
 
 def png_of(label_map: np.ndarray) -> memoryview:
-    """A label map (H, W) uint8 as an 8-bit palette PNG with VOC's colors."""
-    image = Image.fromarray(label_map)  # mode L; with a palette it becomes P
+    """Encode a label map (H, W) uint8 as an 8-bit palette PNG with VOC's colors."""
+    image = Image.fromarray(label_map)  # mode L; putpalette makes it P
     image.putpalette(_palette())
-    buffer = io.BytesIO()  # Pillow would write a file in many small pieces
+    buffer = io.BytesIO()  # Pillow writes to a file in many small pieces
     image.save(buffer, format="PNG")
     return buffer.getbuffer()
 
@@ -395,7 +393,7 @@ def _palette() -> bytes:
 
 
 def _open_lines(path: Path) -> int:
-    check_regular(path)  # through a link, another file would be cut and appended to
+    check_regular(path)  # otherwise the target of a link would be truncated and appended to
     new = not path.exists()
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(path, flags, 0o666)
@@ -412,7 +410,7 @@ def _write_all(handle: int, data: bytes) -> None:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    """manifest.jsonl, if there is one, then those of shards, whose lines are newer."""
+    """manifest.jsonl if it exists, then the manifests of shards, whose lines are newer."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"manifest(-\d+-of-\d+)?\.jsonl", path.name)]

@@ -1,16 +1,16 @@
-"""The label store in an object store: once no run is at work, file for file what `labelstore` says, which downloads as one.
+"""The label store in an object store. When no run is active it has the same files as a local one (see `local`).
 
-An object store has no append, no rename and no locks. So, while a run is at work:
+An object store has no append, no rename and no locks. So, while a run is active:
 
-    labels/<image>.png               one PUT, whole or not at all
-    manifest/<number>.jsonl          lines of finished images in their order, a PUT for many of them: its *parts*
+    labels/<image>.png               one PUT, which is atomic
+    manifest/<number>.jsonl          *parts*: the lines of many finished images, in order, in one PUT
     manifest-I-of-N/<number>.jsonl   the same of shard I
-    history/<time>.jsonl             what each run noted
-    .lock/                           who is at work (`remote_lock`)
+    history/<time>.jsonl             the record of a run
+    .lock/                           the active runs (`remote_lock`)
 
-When the last run leaves, parts are folded into manifest.jsonl, and only then deleted; a run that was killed leaves its
-parts to the next one, which folds them first. A line is put after its label, so that a line without a label cannot happen;
-lines that were not put yet when a run is killed cost their images a second time, no more.
+The last run merges the parts into manifest.jsonl when it ends, and then deletes them; the parts of a killed run are merged by
+the next run. A line is written after its label, so a line always has its label. If a run is killed, the images whose lines were
+not written yet are labeled again.
 """
 
 from __future__ import annotations
@@ -46,37 +46,37 @@ from .format import (
     parse_run,
     run_of,
 )
-from .lines import Line, line_from, merged, side_by_side, still_true
+from .lines import Line, current_lines, joined, line_from, merged
 from .local import Shard, png_of
 from .remote_lock import remote_lock
 
 PART_LINES, PART_SECONDS = 1000, 10.0
-"""A part is put when so many lines wait, or the oldest waits for so long."""
+"""A part is written when this many lines are pending, or the oldest has been pending this long."""
 _MANIFEST = re.compile(r"manifest(-\d+-of-\d+)?(\.jsonl|/)")
 _PART = re.compile(r"manifest(-\d+-of-\d+)?/\d{10}\.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteLabels:
-    """Where label maps are published; several processes may hold one."""
+    """Writes label maps into an object store; several processes may hold one."""
 
     folder: RemoteFolder
 
     def write(self, name: str, label_map: np.ndarray) -> None:
-        """Publishes a label map (H, W) uint8 whole or not at all.
+        """Write a label map (H, W) uint8 atomically.
 
         Raises:
-            ImageError: the store takes no such name. StoreError: it cannot be written.
+            ImageError: the object store does not allow the name. StoreError: it cannot be written.
         """
-        self._publish(f"labels/{name}", name, bytes(png_of(label_map)))
+        self._write(f"labels/{name}", name, bytes(png_of(label_map)))
 
     def write_confidence(self, name: str, confidence: np.ndarray) -> None:
-        """Publishes the confidence (H, W) uint8 of a label map, 255 is certain, as ``confidence/<name>``. Raises as ``write``."""
+        """Write the confidence (H, W) uint8 of a label map, 255 is certain, as ``confidence/<name>``. Raises as ``write``."""
         buffer = io.BytesIO()
         Image.fromarray(confidence).save(buffer, format="PNG")
-        self._publish(f"confidence/{name}", name, buffer.getvalue())
+        self._write(f"confidence/{name}", name, buffer.getvalue())
 
-    def _publish(self, path: str, name: str, data: bytes) -> None:
+    def _write(self, path: str, name: str, data: bytes) -> None:
         try:
             self.folder.write(path, data)
         except OSError as error:
@@ -86,8 +86,8 @@ class RemoteLabels:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """Files of lines that, one after the other, ascend by path."""
+class _PartsInOrder:
+    """Files whose lines, one file after the other, ascend by path."""
 
     folder: RemoteFolder
     files: Sequence[str]
@@ -104,7 +104,7 @@ class _Row:
                             raise ValueError("out of order")
                     except ValueError as error:
                         raise StoreError(
-                            f"{where}: line {number} is damaged: {error}", hint="delete that line: its image is done again"
+                            f"{where}: line {number} is damaged: {error}", hint="delete that line: its image is labeled again"
                         ) from None
                     last = line.path
                     yield line
@@ -113,7 +113,7 @@ class _Row:
 
 
 class RemoteStore:
-    """A label store open for writing, locked against other runs. As `LabelStore`, but for when lines are published.
+    """A label store open for writing, locked against other runs. As `LabelStore`, but lines are written in batches.
 
     Raises:
         As `LabelStore`.
@@ -126,9 +126,9 @@ class RemoteStore:
         self.labels = RemoteLabels(folder)
         self._part = "" if shard is None else f"-{shard[0]}-of-{shard[1]}"
         self._manifest = f"manifest{self._part}.jsonl"
-        self._there = Presence(folder, "labels/")
-        self._waiting: list[bytes] = []
-        self._since = 0.0
+        self._labels_present = Presence(folder, "labels/")
+        self._pending: list[bytes] = []
+        self._pending_since = 0.0
         try:
             with ExitStack() as stack:
                 self._check_folder()
@@ -149,7 +149,7 @@ class RemoteStore:
     def _open(self, run: dict[str, Any], classes: ClassList) -> None:
         try:
             check_same(self.folder, parse_run(self._read_run(), f"{self.folder}/run.json"), run)
-        except FileNotFoundError:  # run.json first: from here on the folder is known as a store
+        except FileNotFoundError:  # run.json first: it marks the folder as a store
             self.folder.write("run.json", json_of(run))
         self.folder.write("classes.json", json_of(names_by_value(classes)))
         self._next = 1 + max((int(name.rpartition("/")[2][:-6]) for name in self._parts(self._manifest)), default=-1)
@@ -169,86 +169,88 @@ class RemoteStore:
         self.close()
 
     def close(self) -> None:
-        """Puts what waits, folds the parts unless other shards are still at work, and lets the store go.
+        """Write pending lines, merge the parts unless other shards are still running, and release the store.
 
         Raises:
-            StoreError: lines that waited cannot be written.
+            StoreError: pending lines cannot be written.
         """
         with self._stack:
-            self._put()
-            with suppress(OSError, StoreError):  # nothing is lost: the next run folds them
+            self._write_part()
+            with suppress(OSError, StoreError):  # nothing is lost: the next run merges them
                 if self._lock.alone():
-                    self._fold()
+                    self._merge_parts()
 
     def has_label(self, name: str) -> bool:
-        """Is there a label map of this name? Cheap where names are asked for nearly in order. Raises OSError."""
-        return name in self._there
+        """Whether there is a label map of this name. Cheap if names are asked for nearly in order. Raises OSError."""
+        return name in self._labels_present
 
     def select(self, images: Iterable[W], is_current: Callable[[W, Record], bool]) -> Selection:
         """As `LabelStore.select`."""
-        told = Selection()
+        selection = Selection()
 
-        def drop(label: str) -> None:
+        def delete_label(label: str) -> None:
             self.folder.delete([f"labels/{label}"])
 
         with self._writing("the manifest"):
-            rows, files = self._rows()
-            lines = still_true(images, merged(rows), is_current, told, drop, others=not self._part)
+            parts, files = self._all_parts()
+            lines = current_lines(images, merged(parts), is_current, selection, delete_label, keep_others=not self._part)
             self.folder.write_lines(self._manifest, (line.data for line in lines))
             self._delete(self._parts(self._manifest) if self._part else files)
             self._next = 0
-        return told
+        return selection
 
     def missing(self, images: Iterable[W]) -> Iterator[W]:
         """As `LabelStore.missing`."""
-        lines = _Row(self.folder, [self._manifest])
-        return (image for image, line in side_by_side(images, lines) if image is not None and line is None)
+        lines = _PartsInOrder(self.folder, [self._manifest])
+        return (image for image, line in joined(images, lines) if image is not None and line is None)
 
     def append(self, records: Sequence[Record]) -> None:
-        """Publishes the lines of images whose labels are written, soon.
+        """Write the lines of images whose labels are written, within `PART_SECONDS`.
 
         Raises:
             StoreError: the store cannot be written, or another run took it over.
         """
-        if not self._waiting:
-            self._since = time.monotonic()
-        self._waiting += map(line_of, records)
-        if len(self._waiting) >= PART_LINES or time.monotonic() - self._since >= PART_SECONDS:
-            self._put()
+        if not self._pending:
+            self._pending_since = time.monotonic()
+        self._pending += map(line_of, records)
+        if len(self._pending) >= PART_LINES or time.monotonic() - self._pending_since >= PART_SECONDS:
+            self._write_part()
 
-    def add_history(self, told: Mapping[str, Any]) -> None:
-        """Notes what a run did. Raises StoreError."""
-        self._put()
+    def add_history(self, record: Mapping[str, Any]) -> None:
+        """Add a record of a run to the history. Raises StoreError."""
+        self._write_part()
         with self._writing("the history"):
             now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-            self.folder.write(f"history/{now}-{uuid.uuid4().hex[:8]}.jsonl", line_of(dict(told)))
+            self.folder.write(f"history/{now}-{uuid.uuid4().hex[:8]}.jsonl", line_of(dict(record)))
 
-    def _put(self) -> None:
+    def _write_part(self) -> None:
         self._lock.check()
-        if not self._waiting:
+        if not self._pending:
             return
-        with self._writing(f"{len(self._waiting)} lines of the manifest"):
-            self.folder.write(f"{self._manifest[:-6]}/{self._next:010}.jsonl", b"".join(self._waiting))
-        self._waiting.clear()
+        with self._writing(f"{len(self._pending)} lines of the manifest"):
+            self.folder.write(f"{self._manifest[:-6]}/{self._next:010}.jsonl", b"".join(self._pending))
+        self._pending.clear()
         self._next += 1
 
     def _parts(self, manifest: str) -> list[str]:
-        """The parts of a manifest; files of other names are not ours."""
+        """Names of a manifest's parts; other files are ignored."""
         return [entry.name for entry in self.folder.walk(f"{manifest[:-6]}/") if _PART.fullmatch(entry.name)]
 
-    def _rows(self) -> tuple[list[_Row], list[str]]:
-        """The manifests and their parts, the newer ones last, and the names of all but manifest.jsonl."""
+    def _all_parts(self) -> tuple[list[_PartsInOrder], list[str]]:
+        """The manifests and their parts, newest last, and the names of all these files but manifest.jsonl."""
         files, folders = self.folder.scan()
         names = [name for name in (*(file.name for file in files), *folders) if _MANIFEST.fullmatch(name)]
-        # manifest.jsonl, manifest/, then each shard's; a part is newer than the manifest it will be folded into.
+        # manifest.jsonl, manifest/, then each shard's; a part is newer than the manifest it will be merged into.
         names.sort(key=lambda name: (name not in ("manifest.jsonl", "manifest/"), re.split(r"[./]", name)[0], name[-1] == "/"))
         parts = [self._parts(f"{name[:-1]}.jsonl") if name[-1] == "/" else [name] for name in names]
-        return [_Row(self.folder, row) for row in parts], [file for row in parts for file in row if file != "manifest.jsonl"]
+        return [_PartsInOrder(self.folder, row) for row in parts], [
+            file for row in parts for file in row if file != "manifest.jsonl"
+        ]
 
-    def _fold(self) -> None:
-        rows, files = self._rows()
+    def _merge_parts(self) -> None:
+        parts, files = self._all_parts()
         if files:
-            self.folder.write_lines("manifest.jsonl", (line.data for line in merged(rows)))
+            self.folder.write_lines("manifest.jsonl", (line.data for line in merged(parts)))
             self._delete(files)
         if history := [entry.name for entry in self.folder.walk("history/")]:
             files = [entry.name for entry in self.folder.scan()[0] if entry.name == "history.jsonl"]
@@ -258,7 +260,7 @@ class RemoteStore:
             self.folder.delete(history)
 
     def _delete(self, files: Sequence[str]) -> None:
-        self._lock.check()  # of what another run writes, nothing is deleted
+        self._lock.check()  # never delete files of another run
         self.folder.delete(files)
 
     @contextmanager

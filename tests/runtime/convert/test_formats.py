@@ -572,9 +572,9 @@ def test_what_label_wrote_can_be_converted(wsss: Callable[..., Answer], world: W
 
 def test_the_command_asks_for_what_is_missing(wsss: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, made: Path) -> None:
     answer = wsss("convert", "store")
-    assert (answer.code, "--to is missing" in answer.err) == (2, True)
+    assert (answer.code, "Missing option '--to'. Choose from:" in answer.err) == (2, True)
     answer = wsss("convert", "store", "--to", "vox", "--images", "x", "--out", "y")
-    assert (answer.code, "--to: expected one of voc, coco, yolo, cvat, label-studio, hf, got 'vox'" in answer.err) == (2, True)
+    assert (answer.code, "'--to'" in answer.err, "'vox' is not one of 'voc', 'coco'" in answer.err) == (2, True, True)
     monkeypatch.delitem(__import__("sys").modules, "wsss.runtime.convert.coco", raising=False)
     monkeypatch.setitem(__import__("sys").modules, "pycocotools", None)
     answer = wsss("convert", made / "store", "--to", "coco", "--images", made / "photos", "--out", "y")

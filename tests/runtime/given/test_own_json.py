@@ -134,7 +134,7 @@ def test_a_stores_boxes_are_those_of_the_upright_photograph(tmp_path: Path) -> N
         ("7", "line 2: expected a line of a label store's manifest, got 7"),
         ('{"boxes": []}', "line 2: expected a line of a label store's manifest"),
         ('{"path": "a", "boxes": 7}', "line 2: expected a list of boxes, got 7"),
-        ('{"path": "a", "path": "b", "boxes": []}', "line 2: the key 'path' stands twice"),
+        ('{"path": "a", "path": "b", "boxes": []}', "line 2: the key 'path' occurs twice"),
     ],
 )
 def test_a_bad_line(tmp_path: Path, second: str, said: str) -> None:

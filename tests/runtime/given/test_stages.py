@@ -96,7 +96,7 @@ def test_one_entry_for_two_photographs(world: World, tmp_path: Path) -> None:
         ({"a.jpg": "dog"}, "expected a JSON object of image names"),
         ({"a.jpg": ["dgo"]}, "a.jpg: the class 'dgo' is not in this run's list: dog, cat, potted plant"),
         ({"a.jpg": [1]}, "a.jpg: expected the name of a class, got 1"),
-        ('{"a.jpg": [], "a.jpg": ["dog"]}', "the key 'a.jpg' stands twice"),
+        ('{"a.jpg": [], "a.jpg": ["dog"]}', "the key 'a.jpg' occurs twice"),
     ],
 )
 def test_bad_labels(tmp_path: Path, told: object, said: str) -> None:
@@ -208,7 +208,7 @@ def test_a_folder_of_no_form(tmp_path: Path) -> None:
         ("<annotations/>", "expected a folder of XML files"),
         ("0 0.5 0.5 0.1 0.1", "expected JSON"),
         ('{"a.jpg": [{"label": "dog", "xyxy": [NaN, 0, 1, 1]}]}', "expected finite numbers, got NaN"),
-        ('{"a.jpg": [], "a.jpg": []}', "the key 'a.jpg' stands twice"),
+        ('{"a.jpg": [], "a.jpg": []}', "the key 'a.jpg' occurs twice"),
         ('[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]', "a COCO file with its images"),
     ],
 )

@@ -353,7 +353,7 @@ def test_a_write_that_fails_stops_the_run_and_the_store_goes_on(
         (("convert", "s3://b/store", "--to", "coco", "--images", "photos", "--out", "coco"), "aws s3 sync s3://b/store store"),
         (("report", "store", "--images", "gs://b/photos"), "gcloud storage rsync --recursive gs://b/photos photos"),
         (("train", "s3://b/store", "--images", "photos", "--out", "run"), "aws s3 sync s3://b/store store"),
-        (("report", "store", "--images", "photos", "--out", "s3://b/page.html"), "give a folder of this machine"),
+        (("report", "store", "--images", "photos", "--out", "s3://b/page.html"), "give a local folder"),
     ],
 )
 def test_other_commands_say_how_to_copy(wsss: Run, command: tuple[str, ...], said: str) -> None:

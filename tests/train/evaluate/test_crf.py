@@ -16,7 +16,7 @@ from PIL import Image
 
 from wsss.errors import StoreError, WsssError
 from wsss.extras import install_line
-from wsss.train.evaluate.crf import ALIKE, SMOOTH, STEPS, SURE, find_photographs, read_photograph_of, refine
+from wsss.train.evaluate.crf import ALIKE, CONFIDENCE, SMOOTH, STEPS, find_photographs, read_photograph_of, refine
 
 if TYPE_CHECKING:
     from ..conftest import Answer
@@ -122,7 +122,7 @@ def test_axes_and_constants_against_the_exact_crf(exact: None) -> None:
 
 def test_the_published_settings() -> None:
     """IRNet, misc/imutils.py, ``crf_inference_label``."""
-    assert (STEPS, SURE) == (10, 0.7)
+    assert (STEPS, CONFIDENCE) == (10, 0.7)
     assert SMOOTH == {"sxy": 3, "compat": 3}
     assert ALIKE == {"sxy": 50, "srgb": 5, "compat": 10}
 

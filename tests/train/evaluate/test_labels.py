@@ -62,7 +62,7 @@ def test_vectors_by_number_or_name(tmp_path: Path) -> None:
         ("a.json", '{"a": ["dogg"]}', "a: the class 'dogg' is not in --classes\n\nhint: did you mean 'dog'?"),
         ("a.json", '{"a": [1]}', "a: the class 1 is not in --classes"),
         ("a.json", '{"a": [["dog"]]}', r"a: the class \['dog'\] is not in --classes"),
-        ("a.json", '{"a": ["dog"], "a": ["cat"]}', "the key 'a' stands twice"),
+        ("a.json", '{"a": ["dog"], "a": ["cat"]}', "the key 'a' occurs twice"),
         ("a.json", '{"a": ' + "[" * 200_000, "nested too deep"),
         ("a.json", '{"b": ["dog"]}', "has no entry for 1 of 1 images, for example a"),
         ("a.txt", "a 3", "line 1: expected an image id and class ids 0 to 2, got 'a 3'"),

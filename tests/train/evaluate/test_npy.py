@@ -82,11 +82,11 @@ def test_a_pickle_that_would_run_a_command_is_refused(tmp_path: Path, protocol: 
 @pytest.mark.parametrize(
     ("pickled", "said"),
     [
-        (b"\x80\x04cos\nsystem\n.", "asks for 'os.system'"),
-        (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.", "asks for 'builtins.eval'"),
+        (b"\x80\x04cos\nsystem\n.", "needs 'os.system'"),
+        (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.", "needs 'builtins.eval'"),
         (b"\x80\x04cnumpy\nndarray\n)R.", "calls ndarray"),
-        (b"\x80\x04cnumpy\ndtype\nX\x02\x00\x00\x00i4X\x02\x00\x00\x00i4\x86R)R.", "calls what is no function"),
-        (b"\x80\x04cnumpy\nndarray\n}b.", "builds something else than vectors"),
+        (b"\x80\x04cnumpy\ndtype\nX\x02\x00\x00\x00i4X\x02\x00\x00\x00i4\x86R)R.", "calls something other than a function"),
+        (b"\x80\x04cnumpy\nndarray\n}b.", "builds something other than vectors"),
         (b"\x80\x04cnumpy\nndarray\n)\x81.", "opcode NEWOBJ"),
         (b"(cnumpy\nndarray\no.", "opcode OBJ"),
         (b"(inumpy\nndarray\n.", "opcode INST"),
@@ -98,8 +98,8 @@ def test_a_pickle_that_would_run_a_command_is_refused(tmp_path: Path, protocol: 
         (b"", "got "),
         (b"\x80\x04t.", "got "),
         (b"\x80\x04j\xff\xff\xff\xff.", "got 4294967295"),
-        (b"\x80\x04}(NNu.", "key that is no image id: NoneType"),
-        (b"\x80\x04}(\x8a\x09" + b"\xff" * 8 + b"\x7fNu.", "key that is no image id: int"),
+        (b"\x80\x04}(NNu.", "key that is not an image id: NoneType"),
+        (b"\x80\x04}(\x8a\x09" + b"\xff" * 8 + b"\x7fNu.", "key that is not an image id: int"),
     ],
 )
 def test_pickles_made_by_hand(tmp_path: Path, pickled: bytes, said: str) -> None:
@@ -133,7 +133,7 @@ def test_a_content_that_is_shorter_than_its_shape_is_refused(tmp_path: Path) -> 
     pickled = pickle.dumps(boxed({"a": np.ones(20, np.float32)}), protocol=3)
     assert pickled.count(b"C\x50" + np.ones(20, np.float32).tobytes()) == 1
     shorter = pickled.replace(b"C\x50" + np.ones(20, np.float32).tobytes(), b"C\x04" + np.ones(1, np.float32).tobytes())
-    with pytest.raises(WsssError, match="builds something else than vectors"):
+    with pytest.raises(WsssError, match="builds something other than vectors"):
         read_label_dictionary(npy(tmp_path / "a.npy", shorter))
 
 

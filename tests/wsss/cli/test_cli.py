@@ -12,14 +12,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 
 from wsss import __version__
+from wsss.cli.common import Engine
+from wsss.cli.convert import Format
+from wsss.cli.train import Preset
+from wsss.engines.opening import ENGINES
 from wsss.extras import install_line
+from wsss.runtime.convert.dataset import FORMATS
 from wsss.spec import write_manifest
 from wsss.store.local import read_records, read_run
+from wsss.train.presets import PRESETS
 
 if TYPE_CHECKING:
     from .conftest import Answer, World
@@ -37,14 +43,14 @@ def label(wsss: Run, world: World, photos: Path) -> Run:
     return run
 
 
-def refused(answer: Answer, code: int, *said: str) -> None:
+def refused(answer: Answer, code: int, *messages: str) -> None:
     """One message at the end, no traceback, nothing on stdout."""
     assert answer.code == code, answer
     assert answer.out == ""
     assert re.match(r"(engine .*\n)?wsss: ", answer.err), answer.err
     assert "Traceback" not in answer.err
-    for each in said:
-        assert each in answer.err
+    for message in messages:
+        assert message in answer.err
 
 
 # ---- it works ----
@@ -66,10 +72,10 @@ def test_label_a_folder_and_again(label: Run, tmp_path: Path) -> None:
 def test_json_goes_to_stdout_and_nothing_else(label: Run) -> None:
     lines = label("--json").out.splitlines()
     assert [json.loads(line)["event"] for line in (lines[0], lines[-1])] == ["started", "finished"]
-    told = json.loads(lines[-1])
-    assert told["store"] == "store"
-    assert (told["images"], told["labelled"], told["boxes"]) == (5, 5, 7)
-    assert set(told["stage_seconds"]) == {"tag", "detect", "segment", "fuse"}
+    summary = json.loads(lines[-1])
+    assert summary["store"] == "store"
+    assert (summary["images"], summary["labelled"], summary["boxes"]) == (5, 5, 7)
+    assert set(summary["stage_seconds"]) == {"tag", "detect", "segment", "fuse"}
 
 
 def test_what_is_left_out_or_never_found_is_in_the_summary(label: Run, photos: Path) -> None:
@@ -77,9 +83,9 @@ def test_what_is_left_out_or_never_found_is_in_the_summary(label: Run, photos: P
         (photos / name).touch()
     for name in ("two.png", "sub/three.png"):
         (photos / name).unlink()
-    told = json.loads(label("--json", classes="green, blue").out.splitlines()[-1])
-    assert told["left_out"] == {".gif": 1, ".heic": 2, ".txt": 1}
-    assert (told["never_found"], told["empty"], told["warned"], told["folders_failed"]) == (["blue"], 2, 1, 0)
+    summary = json.loads(label("--json", classes="green, blue").out.splitlines()[-1])
+    assert summary["left_out"] == {".gif": 1, ".heic": 2, ".txt": 1}
+    assert (summary["never_found"], summary["empty"], summary["warned"], summary["folders_failed"]) == (["blue"], 2, 1, 0)
     again = label(classes="green, blue")
     assert again.out.endswith(
         "; 2 of 3 images hold none of the classes; never found: blue; 1 with next to no range; "
@@ -92,10 +98,8 @@ def test_classes_that_the_small_models_do_not_know_are_warned_of_once(label: Run
     for name in ("clip", "grounding-dino", "sam"):
         write_manifest(world.bundle / name, dataclasses.replace(world.model(name).manifest, variant="mini"))
     answer = label("--json")
-    warned = [
-        told for line in answer.out.splitlines() if "none of the 3 classes" in (told := json.loads(line)).get("message", "")
-    ]
-    assert [told["event"] for told in warned] == ["warning"]
+    events = [json.loads(line) for line in answer.out.splitlines()]
+    assert [event["event"] for event in events if "none of the 3 classes" in event.get("message", "")] == ["warning"]
     assert answer.err.count("none of the 3 classes is among them") == 1
     assert "WsssWarning" not in answer.err
 
@@ -138,7 +142,7 @@ def test_standard_output_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch,
     assert answer.returncode == 1
     assert answer.stderr.startswith("wsss: standard output: cannot be written: No space left on device\n\nhint: ")
     assert "Traceback" not in answer.stderr
-    silent = closed_or_full("label", "nowhere", stdout=">/dev/full", stderr="2>/dev/full")
+    silent = closed_or_full("label", "nowhere", "--out", "store", stdout=">/dev/full", stderr="2>/dev/full")
     assert silent.returncode == 2, "the error is another one, and is kept where nobody can read it"
 
 
@@ -207,7 +211,7 @@ def test_an_interrupt_says_how_to_go_on(label: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("wsss.runtime.run.label_folder.label_folder", stop)
     answer = label()
     assert answer.code == 130
-    assert "The same command goes on." in answer.err
+    assert "store is intact. Run the same command to continue." in answer.err
 
 
 def test_report_writes_a_page(label: Run, wsss: Run, tmp_path: Path) -> None:
@@ -216,6 +220,19 @@ def test_report_writes_a_page(label: Run, wsss: Run, tmp_path: Path) -> None:
     assert "showReport" in (tmp_path / "store" / "report.html").read_text()
     assert len(list((tmp_path / "store" / "report.files").glob("*/*.jpg"))) == 5
     refused(wsss("report", "photos", "--images", "photos"), 1, "expected a label store", "hint: wsss label makes one")
+
+
+def test_no_summary_of_a_command_is_cut_off(wsss: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = wsss("--help").out.partition("Commands:\n")[2].splitlines()
+    assert len(commands) == 10
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands), commands
+
+
+def test_the_choices_of_flags_are_those_of_the_program() -> None:
+    assert get_args(Engine) == ENGINES
+    assert get_args(Format) == FORMATS
+    assert get_args(Preset) == tuple(PRESETS)
 
 
 def test_version_and_help(wsss: Run) -> None:
@@ -265,16 +282,16 @@ def test_one_value_of_a_repeatable_flag_needs_no_list(wsss: Run, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[label]\nclases = 'voc'", "did you mean 'classes'?"),
         ("[lable]\n", "expected tables named after commands"),
         ("[label", "expected TOML"),
     ],
 )
-def test_a_typo_in_wsss_toml(wsss: Run, tmp_path: Path, text: str, said: str) -> None:
+def test_a_typo_in_wsss_toml(wsss: Run, tmp_path: Path, text: str, message: str) -> None:
     toml(tmp_path, text)
-    refused(wsss("label"), 2, "wsss.toml", said)
+    refused(wsss("label"), 2, "wsss.toml", message)
 
 
 def test_a_value_of_the_wrong_type_in_wsss_toml(wsss: Run, world: World, photos: Path, tmp_path: Path) -> None:
@@ -295,53 +312,61 @@ def test_classes_may_be_an_array(wsss: Run, world: World, photos: Path, tmp_path
 @pytest.mark.parametrize(
     ("argv", "missing"),
     [
-        ([], "IMAGES"),
-        (["photos"], "--classes"),
-        (["photos", "--classes", "voc"], "--out"),
+        (["label"], "Missing argument 'IMAGES'"),
+        (["label", "photos", "--classes", "voc"], "Missing option '--out'"),
+        (["label", "photos", "--out", "store"], "wsss: --classes is missing\n\nhint: for example: --classes voc"),
+        (["export"], "Missing option '--model'. Choose from:\n\tclip,\n\tgrounding-dino,"),
+        (["report"], "Missing argument 'STORE'"),
     ],
 )
-def test_a_missing_flag_is_asked_for_by_name(wsss: Run, argv: list[str], missing: str) -> None:
-    refused(wsss("label", *argv), 2, f"{missing} is missing", "hint: for example: wsss label photos --classes voc", "wsss.toml")
-
-
-def test_export_asks_for_its_model(wsss: Run) -> None:
-    refused(wsss("export"), 2, "--model is missing", "hint: for example: wsss export --model sam")
+def test_a_missing_flag_is_named(wsss: Run, argv: list[str], missing: str) -> None:
+    answer = wsss(*argv)
+    assert (answer.code, answer.out) == (2, "")
+    assert missing in answer.err and "Traceback" not in answer.err
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--device", "tpu"], "--device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
-        (["--engine", "tpu"], "--engine: expected one of auto, ort, trt, trt-rtx, eager"),
         (["--nms", "1.5"], "--nms: expected a number in 0..1, got 1.5"),
         (["--tag-threshold", "-1"], "--tag-threshold: expected a number in 0..1"),
     ],
 )
-def test_a_flag_that_means_nothing(label: Run, flags: list[str], said: str) -> None:
-    refused(label(*flags), 2, said)
+def test_a_flag_that_means_nothing(label: Run, flags: list[str], message: str) -> None:
+    refused(label(*flags), 2, message)
 
 
 @pytest.mark.parametrize(
-    "argv", [["label", "--bach", "4"], ["label", "--batch", "0"], ["label", "--batch", "x"], ["lable"], ["report"]]
+    ("argv", "message"),
+    [
+        (["label", "--bach", "4"], "--bach"),
+        (["label", "--batch", "0"], "'--batch'"),
+        (["label", "--batch", "x"], "'--batch'"),
+        (["lable"], "'lable'"),
+        (["label", "--engine", "tpu"], "'tpu' is not one of 'auto', 'ort', 'trt', 'trt-rtx', 'eager'"),
+        (["export", "--model", "dino"], "'dino' is not one of 'clip', 'grounding-dino', 'sam', 'all', 'segmenter'"),
+    ],
 )
-def test_what_click_refuses_exits_with_2(wsss: Run, argv: list[str]) -> None:
+def test_what_click_refuses_exits_with_2(wsss: Run, argv: list[str], message: str) -> None:
     answer = wsss(*argv)
     assert answer.code == 2
     assert "Usage: " in answer.err
+    assert message in answer.err
     assert "Traceback" not in answer.err
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
-        (["--model", "dino"], "--model: expected one of clip, grounding-dino, sam, all, segmenter, got 'dino'"),
+        (["--model", "sam", "--sampling", "gather"], "--sampling: for grounding-dino only, got --model sam"),
         (["--model", "sam", "--size", "800"], "--size: expected HxW in pixels, got '800'"),
         (["--model", "sam", "--size", "0x5"], "--size: expected HxW"),
     ],
 )
-def test_export_flags_that_mean_nothing(wsss: Run, argv: list[str], said: str) -> None:
+def test_export_flags_that_mean_nothing(wsss: Run, argv: list[str], message: str) -> None:
     pytest.importorskip("torch")
-    refused(wsss("export", *argv), 2, said)
+    refused(wsss("export", *argv), 2, message)
 
 
 def test_no_images(label: Run, tmp_path: Path) -> None:
@@ -355,21 +380,21 @@ def test_no_images(label: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("classes", "said"),
+    ("classes", "message"),
     [
         ("vocc", "--classes vocc: no such class list; did you mean voc?"),
         ("list.txt", "--classes list.txt: no such file"),
-        ("red, red", "the class 'red' stands twice"),
-        ("red, Red", "stands twice"),
-        ("red, st. bernard", "the class name 'st. bernard' has . in it"),
-        ("what?,red", "the class name 'what?' has ? in it"),
+        ("red, red", "the class 'red' occurs twice"),
+        ("red, Red", "occurs twice"),
+        ("red, st. bernard", "the class name 'st. bernard' contains ."),
+        ("what?,red", "the class name 'what?' contains ?"),
         ("", "the class list is empty"),
         (" , ", "the class list is empty"),
-        ("red, background", "'background' is no class to look for: labels 0 (background) and 255 (void) are in every list"),
+        ("red, background", "'background' is not a class to look for: labels 0 (background) and 255 (void) are in every list"),
     ],
 )
-def test_a_class_list_that_does_not_work(label: Run, classes: str, said: str, tmp_path: Path) -> None:
-    refused(label(classes=classes), 1, said, "\nhint: ")
+def test_a_class_list_that_does_not_work(label: Run, classes: str, message: str, tmp_path: Path) -> None:
+    refused(label(classes=classes), 1, message, "\nhint: ")
     assert not (tmp_path / "store").exists()
 
 
@@ -440,4 +465,4 @@ def test_the_module_runs_and_an_error_is_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "wsss", "label"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("wsss: IMAGES is missing\n\nhint: ")
+    assert done.stderr.startswith("Usage: ") and "Missing argument 'IMAGES'." in done.stderr

@@ -25,7 +25,7 @@ def test_byte_order_marks_are_dropped(encoding: str, tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "got the end of the file"),
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands twice"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' occurs twice"),
         ("[NaN]", "expected finite numbers, got NaN"),
         ("[-Infinity]", "expected finite numbers, got -Infinity"),
         ("[" * 200_000, "nested too deep"),

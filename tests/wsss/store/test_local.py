@@ -113,7 +113,7 @@ def test_a_save_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.Monk
             broken.setattr(owner, step, full)
             with pytest.raises(StoreError, match=r"cannot write the label bad\.png: No space left") as caught:
                 store.write(record("bad"), LABEL_MAP)
-        assert "make room" in caught.value.hint
+        assert "free some space" in caught.value.hint
         assert [line["path"] for line in read_records(folder)] == ["good.jpg"]
     assert files(folder / "labels") == ["good.png"]
     assert list(read_records(folder)) == [record("good")]
@@ -292,14 +292,14 @@ def test_a_name_that_is_no_unicode_is_kept(folder: Path) -> None:
 def test_a_store_that_is_moved_in_the_middle_of_a_write_is_not_begun_anew(
     store: LabelStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = labelstore._save
+    encode = labelstore.png_of
 
-    def move_and_save(label_map: np.ndarray, file: Any) -> None:
+    def move_and_encode(label_map: np.ndarray) -> memoryview:
         folder.rename(folder.with_name("elsewhere"))
-        save(label_map, file)
+        return encode(label_map)
 
     with monkeypatch.context() as moving, pytest.raises(StoreError, match="No such file"):
-        moving.setattr(labelstore, "_save", move_and_save)
+        moving.setattr(labelstore, "png_of", move_and_encode)
         store.labels.write("a/b.png", LABEL_MAP)
     with pytest.raises(StoreError, match="No such file"):
         store.labels.write("a/c.png", LABEL_MAP)
@@ -398,7 +398,7 @@ def test_a_line_may_lack_what_is_optional_and_have_more(folder: Path) -> None:
         (line(boxes=box(area_px=1.5)), "boxes: area_px: "),
         (line(boxes=box(score=float("nan"))), "expected finite numbers, got NaN"),
         (line().replace(b"1.02", b"1e999"), "boxes: quality: "),
-        (line().replace(b'"dog": 0.5', b'"dog": 0.5, "dog": 0.6'), "a key stands twice"),
+        (line().replace(b'"dog": 0.5', b'"dog": 0.5, "dog": 0.6'), "a key occurs twice"),
         (b"[" * 200_000 + b"\n", "nested too deep"),
         (b'{"bytes": ' + b"9" * 5000 + b"}\n", "Exceeds the limit"),
         (b"\xff\xfe{}\n", "'utf-8' codec can't decode byte"),

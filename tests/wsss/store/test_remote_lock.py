@@ -196,11 +196,11 @@ def test_an_answer_that_got_lost_is_no_other_run(folder: RemoteFolder, monkeypat
     [
         ({"pid": 7, "host": "here"}, "process 7 on here"),
         ({"pid": 7, "host": "a\x1b[2J"}, "process 7 on 'a\\x1b[2J'"),
-        ({"pid": "7", "host": "here"}, "which one is not known"),
-        ({"pid": 7, "host": ["x"]}, "which one is not known"),
-        ({"pid": True, "host": "here"}, "which one is not known"),
-        ([7], "which one is not known"),
-        (None, "which one is not known"),
+        ({"pid": "7", "host": "here"}, "holder unknown"),
+        ({"pid": 7, "host": ["x"]}, "holder unknown"),
+        ({"pid": True, "host": "here"}, "holder unknown"),
+        ([7], "holder unknown"),
+        (None, "holder unknown"),
     ],
 )
 def test_who_holds_a_lock_is_said_only_where_it_can_be(record: object, name: str) -> None:
