@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,17 +39,8 @@ class EntryBoxes:
 
     def __init__(self, entries: Mapping[str, _Entry], where: str, *, upright: bool) -> None:
         self._entries, self._where, self._upright = entries, where, upright
-        self._names = Entries(entries, where)
+        self.index = Entries(entries, where)
         _check_kind(entries, where)
-
-    def find(self, photo: str) -> str | None:
-        return self._names.find(photo)
-
-    def missing(self, photo: str) -> WsssError:
-        return self._names.missing(photo)
-
-    def all_keys(self) -> Iterable[str]:
-        return self._entries
 
     def read(self, key: str) -> Annotation:
         entry, where = self._entries[key], f"{self._where}: {key}"

@@ -21,7 +21,7 @@ import numpy as np
 
 from ...batch import VOID, Boxes, Labels, Masks, Photograph, PseudoLabels
 from ...cores import cores
-from ...errors import ImageError, OutOfMemory, WsssError
+from ...errors import ImageError, OutOfMemory
 from ...photographs import ImageFile, Place, count_pixels, decode, read_file
 from ...store.format import LabelWriter, line_of, parse_line
 from ...store.local import Record
@@ -218,7 +218,7 @@ class Stream:
             amount = pixels * (3 if pixels < LARGE else 10)
             return Loading(task, decode(file) if pixels < small else file, amount, stamp)
         except ImageError as error:
-            return Loading(task, _failed(task, error, stamp))
+            return Loading(task, failure(task, error.message, stamp))
 
     def _batches(self, loaded: Generator[Loading | None, None, None]) -> Generator[Batch, None, None]:
         """Group photographs into batches that share a detector canvas, so that the detector's calls are full.
@@ -260,7 +260,7 @@ class Stream:
             return self._labeler.canvas(photo), photo
         except ImageError as error:
             self._budget.give(loading.amount)
-            return None, _failed(loading.task, error, loading.file)
+            return None, failure(loading.task, error.message, loading.file)
 
     def _started(self, batch: Batch) -> Batch:
         self._prepare(self._labeler.tag.stage, "tag", batch.photos)
@@ -297,7 +297,7 @@ class Stream:
                 return
             (loading,) = batch.loaded
             self._budget.give(loading.amount)
-            batch = Batch(receipts=[*batch.receipts, _failed(loading.task, error, loading.file)])
+            batch = Batch(receipts=[*batch.receipts, failure(loading.task, error.message, loading.file)])
         yield batch
 
     def _tag(self, batch: Batch) -> None:
@@ -364,7 +364,7 @@ class Stream:
             self._labels.write(label, result.label_maps[row])
             return Receipt(number, record)
         except ImageError as error:
-            return _failed(loading.task, error, loading.file)
+            return failure(loading.task, error.message, loading.file)
         finally:
             self._budget.give(loading.amount)
 
@@ -374,8 +374,9 @@ def _prepare_all(stage: Prepares, pairs: list[tuple[Photograph, np.ndarray]]) ->
         stage.prepare(photo, out)
 
 
-def _failed(task: Task, error: WsssError, file: Mapping[str, int | str]) -> Receipt:
-    return Receipt(task.number, {"path": task.name, "label": task.label, **file, "error": error.message})
+def failure(task: Task, message: str, file: Mapping[str, int | str] = NOTHING) -> Receipt:
+    """The receipt of an image that failed. ``file``: the file's fields in its manifest line."""
+    return Receipt(task.number, {"path": task.name, "label": task.label, **file, "error": message})
 
 
 def _stamp(size: int, file: ImageFile | Photograph) -> Mapping[str, int | str]:
