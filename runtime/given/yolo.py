@@ -125,14 +125,14 @@ def read_names(path: Path) -> tuple[list[str], bool]:
             )
         return names, False
     document = _yaml(text, path)
-    names = document.get("names") if isinstance(document, dict) else None
-    if isinstance(names, dict) and all(isinstance(key, int) for key in names) and sorted(names) == list(range(len(names))):
-        names = [names[number] for number in range(len(names))]
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+    listed = document.get("names") if isinstance(document, dict) else None
+    if isinstance(listed, dict) and all(isinstance(key, int) for key in listed) and sorted(listed) == list(range(len(listed))):
+        listed = [listed[number] for number in range(len(listed))]
+    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) for name in listed):
         raise WsssError(
-            f"{path}: expected a list of names, or numbers from 0 to names, got {short(names)}", hint="names: [dog, cat]"
+            f"{path}: expected a list of names, or numbers from 0 to names, got {short(listed)}", hint="names: [dog, cat]"
         )
-    return names, "kpt_shape" in document
+    return listed, "kpt_shape" in document
 
 
 def _lists_in(folder: Path) -> list[Path]:

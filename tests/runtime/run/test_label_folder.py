@@ -115,11 +115,11 @@ def test_one_image_instead_of_a_folder(world: World, photos: Path, out: Path) ->
 def test_a_second_run_does_nothing(world: World, photos: Path, out: Path) -> None:
     run(world, photos, out)
     before = {path: path.stat().st_mtime_ns for path in (out / "labels").rglob("*.png")}
-    before = (out / "manifest.jsonl").read_bytes()
+    manifest = (out / "manifest.jsonl").read_bytes()
     summary = run(world, photos, out)
     assert (summary.skipped, summary.labelled, summary.failed) == (5, 0, 0)
     assert before == {path: path.stat().st_mtime_ns for path in (out / "labels").rglob("*.png")}
-    assert before == (out / "manifest.jsonl").read_bytes()
+    assert manifest == (out / "manifest.jsonl").read_bytes()
     assert world.rows("clip", "image") == []
 
 
