@@ -1,4 +1,4 @@
-"""Photographs on the canvases of the models: resized, padded, prepared ahead, stacked."""
+"""Places photographs on the models' canvases: resized, padded, prepared ahead, stacked."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 
 @runtime_checkable
 class Prepares(Protocol):
-    """A stage that looks at pixels: what it takes of a photograph can be made ahead."""
+    """A stage that takes pixels, and whose input for a photograph can be prepared ahead."""
 
     def room(self, photo: Photograph) -> tuple[int, ...]:
-        """Shape of what ``prepare`` makes."""
+        """Shape of the array that ``prepare`` fills."""
         ...
 
     def prepare(self, photo: Photograph, out: np.ndarray) -> np.ndarray:
-        """The stage's input of this photograph, uint8, written into ``out``, which is black."""
+        """Write the stage's input for this photograph into ``out``, uint8, which is black; return ``out``."""
         ...
 
 
 def made_ahead(photo: Photograph, name: str, stage: Prepares) -> np.ndarray:
-    """A stage's input of this photograph: the one prepared ahead if there is one, once, otherwise made now."""
+    """A stage's input for this photograph: the one prepared ahead, which can be taken once, or a new one."""
     if name not in photo.ahead:
         return stage.prepare(photo, np.zeros(stage.room(photo), np.uint8))
-    made, out = photo.ahead.pop(name)
-    made.result()
+    prepared, out = photo.ahead.pop(name)
+    prepared.result()
     return out
 
 
 def stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """``np.stack``, without a copy where the parts lie side by side in one array, as a batch prepared ahead does."""
+    """As ``np.stack``, but without a copy where the parts are adjacent in one array, as those of a prepared batch are."""
     first = parts[0]
     if all(
         part.base is first.base is not None
@@ -51,12 +51,12 @@ def stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def on_canvas(pixels: np.ndarray | Image.Image, frame: Frame, filter: str, out: np.ndarray | None = None) -> np.ndarray:
-    """A photograph resized into its frame, top left on a black canvas: (H, W, 3) uint8.
+    """A photograph resized to its frame, at the top left of a black canvas: (H, W, 3) uint8.
 
-    PIL's antialiased resize, as the references of CLIP, Grounding-DINO and SAM use on their images.
+    Pillow's antialiased resize, as the reference code of CLIP, Grounding-DINO and SAM uses.
 
     Args:
-        out: the canvas, black; None makes one.
+        out: the black canvas; None makes one.
     """
     height, width = frame.valid
     canvas = np.zeros((*frame.canvas, 3), np.uint8) if out is None else out
@@ -65,6 +65,6 @@ def on_canvas(pixels: np.ndarray | Image.Image, frame: Frame, filter: str, out: 
 
 
 def resized_pixels(pixels: np.ndarray | Image.Image, size: tuple[int, int], filter: str) -> np.ndarray:
-    """(h, w, 3) uint8 at this (height, width) by PIL's antialiased resize; the given pixels where they have it."""
+    """The pixels resized to (height, width) with Pillow's antialiased resize: (h, w, 3) uint8; not copied if they fit."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     return np.asarray(image.resize(size[::-1], _FILTERS[filter]) if size[::-1] != image.size else pixels)

@@ -1,7 +1,7 @@
-"""Where the classes are: Grounding-DINO on a caption of the classes that an image holds.
+"""Finds boxes of the classes in an image: Grounding-DINO on a caption of the classes that the image contains.
 
-A phrase's text features do not depend on its neighbors in the caption (sub-sentence mask, positions restart in each
-phrase), so the text graph runs once per phrase and run, and the features of any caption are a concatenation. Each class
+A phrase's text features do not depend on its neighbors in the caption (the sub-sentence mask separates them, and positions
+restart in each phrase), so the text graph runs once per phrase and run, and a caption's features are a concatenation. Each class
 is scored from the tokens of its own phrases, never by matching words.
 """
 
@@ -24,10 +24,10 @@ from .text import open_tokenizer, tokenize_phrases
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """One sub-sentence of a caption, embedded: its word pieces and the dot that ends it.
+    """The features of one sub-sentence of a caption: its word pieces and the dot that ends it.
 
     features: (T, D) float32 or float16, as the engines exchange them. label: 1-based class; 0 for [CLS] and [SEP].
-    words: how many tokens name the class.
+    words: number of tokens that name the class, without the dot.
     """
 
     label: int
@@ -42,8 +42,8 @@ class Phrase:
 class Caption:
     """A caption as the image graph takes it: T tokens of [CLS] phrase . phrase . [SEP].
 
-    text: (T, D) float32 or float16. phrase, position: (T,) int64, sub-sentence number and place in it.
-    spans: for each phrase its class and its first and last-but-one token, the dot left out.
+    text: (T, D) float32 or float16. phrase, position: (T,) int64, number of the sub-sentence and place in it.
+    spans: each phrase's class, first token and end (exclusive), without the dot.
     """
 
     text: np.ndarray
@@ -53,7 +53,7 @@ class Caption:
 
 
 def join_phrases(cls: Phrase, phrases: Sequence[Phrase], sep: Phrase) -> Caption:
-    """The caption of these phrases, equal to the reference's for the same words (its sub-sentence mask)."""
+    """Concatenate phrases to a caption, which equals the reference's (with its sub-sentence mask) for the same words."""
     parts = [cls, *phrases, sep]
     starts = np.cumsum([0, *(len(part) for part in parts)])
     return Caption(
@@ -65,9 +65,9 @@ def join_phrases(cls: Phrase, phrases: Sequence[Phrase], sep: Phrase) -> Caption
 
 
 def split_phrases(phrases: Sequence[Phrase], budget: int) -> list[list[Phrase]]:
-    """Phrases in caption-sized groups, in order: each group's tokens with [CLS] and [SEP] stay within ``budget``.
+    """Split phrases into captions, in order: each has at most ``budget`` tokens, with [CLS] and [SEP].
 
-    The reference's tokenizer cuts a longer caption at 256 tokens without a word.
+    The reference's tokenizer cuts a longer caption at 256 tokens without a warning.
     """
     groups: list[list[Phrase]] = []
     used = budget
@@ -81,16 +81,16 @@ def split_phrases(phrases: Sequence[Phrase], budget: int) -> list[list[Phrase]]:
 
 
 class Detector:
-    """Grounding-DINO's image engines, one per canvas, and the text features of every phrase, computed once.
+    """Grounding-DINO's image engines, one per canvas, and the text features of all phrases, which are computed once.
 
     Args:
         model: the bundle's ``grounding-dino``.
         text: its text engine.
-        image: gives the image engine of a canvas (height, width); called at first use.
+        image: opens the image engine of a canvas (height, width); called at first use.
         classes: the run's class list.
-        threshold: least score of a box, a mean over the phrase's tokens; None takes the bundle's.
-        nms: boxes of one class overlapping more (IoU) are one object.
-        nms_across: boxes of different classes overlapping more are one object, and the best class keeps it.
+        threshold: lowest score of a box, a mean over the phrase's tokens; None takes the bundle's.
+        nms: boxes of one class with a larger IoU are one object.
+        nms_across: boxes of different classes with a larger IoU are one object, of the class with the best score.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class Detector:
         self._cls, self._sep, self._phrases = embed_phrases(model, text, classes)
 
     def __call__(self, images: Images, labels: Labels) -> Boxes:
-        """Boxes of the classes in ``labels.present``; an image without one is not looked at."""
-        inputs: dict[int, np.ndarray] = {}  # of the images that are looked at, once for all of an image's captions
+        """Find boxes of the classes in ``labels.present``; images without a class are not processed."""
+        inputs: dict[int, np.ndarray] = {}  # one for each image that is processed, shared by its captions
         jobs: dict[tuple[int, int], list[tuple[int, Frame, Caption]]] = {}
         for number, photo in enumerate(images):
             present = [phrase for label in np.flatnonzero(labels.present[number]) for phrase in self._phrases[label]]
@@ -133,19 +133,19 @@ class Detector:
         return suppress(Boxes.join(found), self._nms, self._nms_across)
 
     def padding(self) -> float:
-        """Share of all canvases so far that was no photograph, in 0..1."""
+        """Share of all canvases so far that was padding, in 0..1."""
         return 1 - self._valid / self._pixels if self._pixels else 0.0
 
     def frame_of(self, photo: Photograph) -> Frame:
-        """Where a photograph lies on which canvas."""
+        """A photograph's canvas and its place on it."""
         return frame_for(self._preprocess, *photo.shape)
 
     def room(self, photo: Photograph) -> tuple[int, ...]:
-        """(H, W, 3), of its canvas."""
+        """(H, W, 3) of the photograph's canvas."""
         return (*self.frame_of(photo).canvas, 3)
 
     def prepare(self, photo: Photograph, out: np.ndarray) -> np.ndarray:
-        """A photograph as an image engine takes it: (H, W, 3) uint8."""
+        """The input of an image engine: (H, W, 3) uint8."""
         return on_canvas(photo.pixels, self.frame_of(photo), self._preprocess.filter, out)
 
     def _run(self, engine: Engine, inputs: Mapping[int, np.ndarray], rows: list[tuple[int, Frame, Caption]]) -> list[Boxes]:
@@ -183,8 +183,8 @@ def boxes_from_logits(
     Args:
         logits: (Q, T) float32. cxcywh: (Q, 4) float32 in 0..1 of the photograph.
         threshold: on the mean of the sigmoid scores of a phrase's tokens, as the reference's COCO evaluation scores
-            (`PostProcessCocoGrounding`: sigmoid times a span-normalized map). Its `predict()` takes a maximum over
-            tokens instead, so thresholds meant for that are not comparable. A class's best phrase counts.
+            (`PostProcessCocoGrounding`: sigmoid times a span-normalized map). Its `predict()` takes a maximum over tokens
+            instead, so that its thresholds are not comparable. A class has the score of its best phrase.
     """
     probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
     scores = np.stack([probability[:, start:stop].mean(axis=1) for _, start, stop in caption.spans], axis=1)  # (Q, phrases)
@@ -200,10 +200,10 @@ def boxes_from_logits(
 def suppress(boxes: Boxes, same: float, across: float) -> Boxes:
     """Greedy non-maximum suppression, image by image: IoU above ``same`` within a class, above ``across`` between classes.
 
-    Grounding-DINO has none inside: its 900 queries repeat objects.
+    Grounding-DINO does not suppress duplicates itself: its 900 queries repeat objects.
 
     Returns:
-        The boxes kept, by image, best first, at most ``MAX_BOXES`` an image.
+        The remaining boxes, by image, best first, at most ``MAX_BOXES`` an image.
     """
     order = np.lexsort((-boxes.score, boxes.image))
     boxes = boxes.keep(order)
@@ -228,7 +228,7 @@ def box_iou(one: np.ndarray, many: np.ndarray) -> np.ndarray:
 
 
 def embed_phrases(model: Model, text: Engine, classes: ClassList) -> tuple[Phrase, Phrase, list[list[Phrase]]]:
-    """[CLS], [SEP] and each class's phrases, through the text graph in as few calls as its range allows.
+    """Compute the features of [CLS], [SEP] and each class's phrases, in as few calls of the text graph as its range allows.
 
     Raises:
         ClassError: as `tokenize_phrases`; a phrase shares its caption with [CLS], [SEP] and its dot.

@@ -1,4 +1,4 @@
-"""One device, used by several stages at once: its engines take turns, and a call too large for its memory is made smaller."""
+"""A device that several stages share: engines take turns, and calls that do not fit in its memory are made smaller."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 CUTS = ("batch", "phrases", "boxes", "height")
-"""Axes along which the stages cut their calls, whatever the size: the results are the same."""
+"""Axes along which stages split their calls; the results do not depend on the size of the parts."""
 
 
 class CutSmaller(Exception):
-    """An engine lowered the range of an axis after running out of memory: whoever cut the calls must cut them again."""
+    """An engine has lowered the range of an axis after running out of memory: the stage must split its calls again."""
 
 
 class FairLock:
-    """FairLock are given in the order of asking. A lock of Python's would go back to the stage that has just let it go, and
-    starve those that make that stage's next input.
+    """A semaphore that serves threads in the order of their requests. Python's own locks would go back to the stage that has
+    just released one, and starve the stages that prepare its next input.
 
     Args:
-        at_once: how many have a turn at the same time.
+        at_once: how many threads may hold it at the same time.
     """
 
     def __init__(self, at_once: int) -> None:
@@ -45,10 +45,10 @@ class FairLock:
             if self._free:
                 self._free -= 1
                 return
-            mine = threading.Lock()
-            mine.acquire()
-            self._queue.append(mine)
-        mine.acquire()  # until the one before hands over
+            ticket = threading.Lock()
+            ticket.acquire()
+            self._queue.append(ticket)
+        ticket.acquire()  # waits until a holder releases it
 
     def __exit__(self, *_: object) -> None:
         with self._mutex:
@@ -59,47 +59,47 @@ class FairLock:
 
 
 class Device:
-    """Lets few engines compute at once: more are no faster, and need the memory of all.
+    """Limits how many engines compute at once: more are not faster, and each needs its memory.
 
-    ``seconds``: how long calls took so far, added up. ``warn``: told when calls are made smaller.
+    ``seconds``: the sum of all calls' times so far. ``warn``: called when calls are made smaller.
 
     Args:
-        at_once: on a GPU two, so that one computes while the other's inputs and results are on their way.
-        queues: an engine's call returns when it is queued (TensorRT's), not when it is computed (ONNX Runtime's).
+        at_once: on a GPU two, so that one computes while the other's inputs and results are copied.
+        queues: whether an engine's call returns when it is queued (TensorRT), not when it is computed (ONNX Runtime).
     """
 
     def __init__(self, at_once: int = 2, *, queues: bool = True) -> None:
         self.callers = 1 if queues else at_once
-        """Threads that should call one engine, so that the device has its next call when it ends one. An engine that holds
-        its callers gives each of them results of its own."""
+        """Threads that should call one engine, so that the device has the next call when one ends. An engine whose calls block
+        gives each caller its own results."""
         self.seconds = 0.0
         self.warn: Callable[[str], None] = lambda message: None
-        self.turn = FairLock(at_once + self.callers - 1)  # who waits within an engine takes no other's turn
+        self.turn = FairLock(at_once + self.callers - 1)  # callers that wait inside an engine do not take the turn of another
         self._counting = threading.Lock()
         self._waited = threading.local()
 
     def engine(self, engine: Engine, name: str) -> Engine:
-        """The engine, taking its turns on this device."""
+        """The engine, which takes turns on this device."""
         return _OnDevice(engine, name, self)
 
     def add_seconds(self, seconds: float) -> None:
-        """Counts a call."""
+        """Count a call's time."""
         with self._counting:
             self.seconds += seconds
 
     def waited(self) -> float:
-        """Seconds that this thread has waited for its turns so far."""
+        """Seconds that this thread has waited for its turn so far."""
         return getattr(self._waited, "seconds", 0.0)
 
     def add_wait(self, seconds: float) -> None:
-        """Counts a wait of this thread."""
+        """Count a wait of this thread."""
         self._waited.seconds = self.waited() + seconds
 
 
 class _OnDevice:
     def __init__(self, engine: Engine, name: str, device: Device) -> None:
         self._engine, self._name, self._device = engine, name, device
-        self._most: dict[str, int] = {}
+        self._limits: dict[str, int] = {}
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -111,26 +111,26 @@ class _OnDevice:
 
     @property
     def axes(self) -> Mapping[str, AxisRange]:
-        if not self._most:
+        if not self._limits:
             return self._engine.axes
         return {name: self._lowered(name, axis) for name, axis in self._engine.axes.items()}
 
     def _lowered(self, name: str, axis: AxisRange) -> AxisRange:
-        most = self._most.get(name, axis.max)
-        return AxisRange(axis.min, min(axis.opt, most), most)
+        limit = self._limits.get(name, axis.max)
+        return AxisRange(axis.min, min(axis.opt, limit), limit)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         with self._device.turn:
-            begun = time.perf_counter()
-            self._device.add_wait(begun - asked)
+            started = time.perf_counter()
+            self._device.add_wait(started - requested)
             try:
                 return self._engine(feeds)
             except OutOfMemory:
                 if not self._halve(feeds):
                     raise
             finally:
-                self._device.add_seconds(time.perf_counter() - begun)
+                self._device.add_seconds(time.perf_counter() - started)
         raise CutSmaller
 
     def _halve(self, feeds: Mapping[str, Tensor]) -> bool:
@@ -142,17 +142,17 @@ class _OnDevice:
         }
         for axis in CUTS:
             if axis in lengths and lengths[axis] > self.axes[axis].min:
-                self._most[axis] = max(lengths[axis] // 2, self.axes[axis].min)
-                self._device.warn(f"{self._name}: out of memory with {axis} = {lengths[axis]}; going on with {self._most[axis]}")
+                limit = self._limits[axis] = max(lengths[axis] // 2, self.axes[axis].min)
+                self._device.warn(f"{self._name}: out of memory with {axis} = {lengths[axis]}; going on with {limit}")
                 return True
         return False
 
 
 def cut_to_fit(stage: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Calls a stage again as long as one of its engines asks for smaller calls.
+    """Call a stage, and call it again whenever one of its engines requires smaller calls.
 
     Raises:
-        OutOfMemory: not even the smallest call fits.
+        OutOfMemory: even the smallest call does not fit.
     """
     while True:
         try:
@@ -162,22 +162,22 @@ def cut_to_fit(stage: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 
 def free_bytes(root: Path = Path("/")) -> int:
-    """Memory of the host that this process may still take: what Linux says is available, within its control group's limit.
+    """Bytes of host memory that this process may still take: what Linux reports as available, within its control group's limit.
 
-    Files that the group's processes read count as used by it; they make room when it is asked for.
+    A control group counts cached files as used memory, but Linux frees them on demand, so that they count as free here.
 
     Args:
-        root: below it lie ``proc`` and ``sys``. Where neither tells, there is no limit.
+        root: the folder of ``proc`` and ``sys``. Where neither gives a number, there is no limit.
     """
-    told = [1 << 62]
+    free = [1 << 62]
     group = root / "sys/fs/cgroup"
     with suppress(OSError, ValueError, IndexError):
-        told.append(1024 * int((root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
+        free.append(1024 * int((root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
     for limit, used, stat in (
         ("memory.max", "memory.current", "memory.stat"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         with suppress(OSError, ValueError):
             files = [line.split()[1] for line in (group / stat).read_text().splitlines() if re.match("(in)?active_file ", line)]
-            told.append(int((group / limit).read_text()) - int((group / used).read_text()) + sum(map(int, files)))
-    return max(min(told), 0)
+            free.append(int((group / limit).read_text()) - int((group / used).read_text()) + sum(map(int, files)))
+    return max(min(free), 0)

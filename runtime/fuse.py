@@ -1,8 +1,8 @@
-"""From masks to one label map per image. The arithmetic is a graph (`export/fuse.py`); this prepares its inputs.
+"""Fuses masks into one label map per image. The arithmetic is a graph (`export/fuse.py`); this module prepares its inputs.
 
-A pixel goes to the mask that claims it with the largest value, box score x predicted IoU x sigmoid(logit): by score,
-never by list order or class id. Where another class comes within ``margin`` of the winner the pixel becomes void (255).
-An image without masks is background everywhere, said explicitly.
+A pixel goes to the mask with the largest value, box score x predicted IoU x sigmoid(logit), whatever the order of the masks or
+the class ids. Where the value of another class is within ``margin`` of the winner's, the pixel is void (255). An image without
+masks is background everywhere.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ..frame import Frame
 from ..spec import Model
 
 TILE_BYTES = 64 << 20
-"""Upsampled logits of one call. Larger photographs are fused in tiles, with the same result."""
+"""Most bytes of upsampled logits in one call. Larger photographs are fused in tiles, with the same result."""
 
 
 class Fuser:
-    """The fusion engine and its one rule.
+    """Fuses masks with the fusion engine.
 
     Args:
         model: the bundle's ``sam``.
         engine: its ``fuse`` graph.
-        margin: share of the winner's value that the best other class must stay below; 0 leaves no void.
+        margin: share of the winner's value; a pixel is void where another class comes closer than that. 0: no void.
     """
 
     def __init__(self, model: Model, engine: Engine, *, margin: float = 0.1) -> None:
@@ -35,9 +35,9 @@ class Fuser:
         self.margin = margin
 
     def __call__(self, images: Images, labels: Labels, boxes: Boxes, masks: Masks) -> PseudoLabels:
-        """Label maps at original size, and how many pixels each mask outlined and won.
+        """Label maps at the photographs' size, and how many pixels each mask covers and wins.
 
-        An image with more masks than one call of the engine takes keeps its best, by score x predicted IoU.
+        Of more masks than one call of the engine takes, an image keeps the best, by score x predicted IoU.
         """
         area, won = np.zeros(len(boxes), np.int64), np.zeros(len(boxes), np.int64)
         maps = []
@@ -84,7 +84,7 @@ def _logits_of(masks: Masks, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
     parts = np.unique(masks.part[rows])
     if len(parts) == 1:
         return masks.logits[parts[0]], masks.row[rows]
-    # More boxes in one image than a decoder call takes: the only case in which logits pass through the host.
-    hosted = {part: np.asarray(masks.logits[part]) for part in parts}
-    gathered = [hosted[part][row] for part, row in zip(masks.part[rows], masks.row[rows], strict=True)]
+    # An image has more boxes than a decoder call takes: the only case in which logits are copied to the host.
+    on_host = {part: np.asarray(masks.logits[part]) for part in parts}
+    gathered = [on_host[part][row] for part, row in zip(masks.part[rows], masks.row[rows], strict=True)]
     return np.stack(gathered), np.arange(len(rows))

@@ -37,27 +37,27 @@ Q = ParamSpec("Q")
 S = TypeVar("S")
 
 USUAL_BATCH = 8
-"""Images labeled together where no engine says otherwise."""
+"""Images labeled together where the engines do not set a batch size."""
 MINI = Path(__file__).resolve().parent.parent / "mini" / "bundle"
 """The bundle shipped with the package, called ``mini``: small models of the same classes, trained on drawn scenes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Every choice between the models' outputs and the label map. Saved with each run."""
+    """All thresholds between the models' outputs and the label map. Saved with each run."""
 
     tag_threshold: float | None = None
-    """Least CLIP probability of a class that is present; None takes the bundle's."""
+    """Lowest CLIP probability of a class that is present; None takes the bundle's."""
     box_threshold: float | None = None
-    """Least Grounding-DINO score of a box (mean over the tokens of its phrase); None takes the bundle's, and all given boxes."""
+    """Lowest score of a box (Grounding-DINO's mean over the tokens of its phrase); None: the bundle's, or all given boxes."""
     nms: float = 0.5
-    """Boxes of one class with a larger IoU are one object."""
+    """Boxes of one class with a larger IoU count as one object."""
     nms_across: float = 0.8
-    """Boxes of two classes with a larger IoU are one object: the better class keeps it."""
+    """Boxes of two classes with a larger IoU count as one object, of the class with the better score."""
     margin: float = 0.1
     """A pixel is void where another class's value is within this share of the winner's."""
     gate: bool = True
-    """CLIP decides which classes the detector looks for; without it, all of them in every image."""
+    """Whether CLIP decides which classes the detector looks for; otherwise it looks for all of them in every image."""
 
     def __post_init__(self) -> None:
         for name in ("tag_threshold", "box_threshold", "nms", "nms_across", "margin"):
@@ -67,7 +67,7 @@ class Rules:
 
 
 class Timed(Generic[P, R]):
-    """A stage with a stopwatch: ``seconds`` is what its calls took since it was last reset, waits for the device left out."""
+    """A stage and its computing time: ``seconds`` of its calls since the last reset, without waits for the device."""
 
     def __init__(self, stage: Callable[P, R], device: Device | None = None) -> None:
         self.stage, self._device = stage, device or Device()
@@ -78,7 +78,7 @@ class Timed(Generic[P, R]):
         return self.part(self.stage, *args, **kwargs)
 
     def part(self, part: Callable[Q, S], *args: Q.args, **kwargs: Q.kwargs) -> S:
-        """Calls a part of the stage on the same stopwatch; parts may run in several threads."""
+        """Call a part of the stage and add its time; parts may run in several threads."""
         start = time.perf_counter() - self._device.waited()
         try:
             return cut_to_fit(part, *args, **kwargs)
@@ -108,7 +108,7 @@ class Labeler:
         self.segment = Timed(segment, self.device)
         self.fuse = Timed(fuse, self.device)
         self.settings = settings or {}
-        """All that decides the result: rules, engines and their hashes. A label store keeps it."""
+        """Everything that determines the result: rules, engines and their hashes. Saved in the label store."""
 
     @classmethod
     def open(
@@ -125,31 +125,31 @@ class Labeler:
         ignore_unknown: bool = False,
         rules: Rules | None = None,
     ) -> Labeler:
-        """Loads the engines that this run needs, and no others.
+        """Load only the engines that this run needs.
 
         Args:
             bundle: a folder made by ``wsss export``, or ``mini``.
-            classes: ``voc``, ``coco``, a file, names separated by commas, or a ClassList. A segmenter brings its own.
-            model: ``chain`` (CLIP, Grounding-DINO, SAM) or ``segmenter``, the trained one of the bundle.
+            classes: ``voc``, ``coco``, a file, names separated by commas, or a ClassList. A segmenter has its own.
+            model: ``chain`` (CLIP, Grounding-DINO, SAM) or ``segmenter``, the bundle's trained segmenter.
             engine: ``auto``, ``ort``, ``trt``, ``trt-rtx``, ``eager``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            unverified: take TensorRT engines whose gate has not run; the settings record it.
-            labels: JSON of image names to class names; takes the place of CLIP.
-            boxes: VOC XML or YOLO folder, COCO or our JSON, or a label store; takes the place of CLIP and Grounding-DINO.
-            ignore_unknown: leave out what ``labels`` and ``boxes`` say of classes that are not in the list, and count it.
+            unverified: accept TensorRT engines whose parity gate has not run; the settings record it.
+            labels: JSON of image names to class names; replaces CLIP.
+            boxes: VOC XML or YOLO folder, COCO or wsss JSON file, or a label store; replaces CLIP and Grounding-DINO.
+            ignore_unknown: ignore and count entries of ``labels`` and ``boxes`` with classes that are not in the list.
 
         Warns:
             WsssWarning: the bundle's models are ``mini`` and know none of the classes.
 
         Raises:
-            WsssError: the bundle lacks a model, a file is damaged, a class list or flag makes no sense.
+            WsssError: the bundle lacks a model, a file is damaged, or a class list or flag is not valid.
         """
         rules = rules or Rules()
         if model not in ("chain", "segmenter"):
             raise UsageError(f"--model: expected chain or segmenter, got {model!r}")
         if classes is None and model == "chain":
-            raise UsageError("--classes is missing: the chain finds what it is told to look for", hint="--classes voc")
-        typed = classes if classes is None or isinstance(classes, ClassList) else parse_classes(classes)
+            raise UsageError("--classes is missing: the chain needs the names of the classes to look for", hint="--classes voc")
+        given_classes = classes if classes is None or isinstance(classes, ClassList) else parse_classes(classes)
         folder = open_bundle(MINI if str(bundle) == "mini" else Path(bundle))
         chosen, where = choose(engine, device, (folder.model(name) for name in folder.models()))
         settings: dict[str, Any] = {
@@ -161,7 +161,7 @@ class Labeler:
         }
 
         def resolve(name: str, threshold: float, default: object) -> None:
-            """Notes the threshold that a stage goes by, and the bundle's own."""
+            """Record the threshold that a stage uses, and the bundle's own."""
             settings["rules"][name], settings["bundle"]["thresholds"][name] = threshold, float(str(default))
 
         if unverified:
@@ -183,17 +183,17 @@ class Labeler:
 
         if model == "segmenter":
             if labels or boxes:
-                raise UsageError("--labels and --boxes go with the chain, --model segmenter needs neither")
+                raise UsageError("--labels and --boxes cannot be used with --model segmenter")
             segmenter = take("segmenter")
-            known = classes_of(segmenter, typed)
+            known = classes_of(segmenter, given_classes)
             stage = SegmenterStage(segmenter, lambda canvas: opener(segmenter, f"image-{canvas[0]}x{canvas[1]}"))
-            nothing = _Everything(known, False)
+            nothing = _ConstantTags(known, False)
             return cls(known, tag=nothing, detect=no_boxes, segment=no_masks, fuse=stage, settings=settings, device=place)
-        assert typed is not None
-        known = typed
+        assert given_classes is not None
+        known = given_classes
 
         if ignore_unknown and not labels and not boxes:
-            raise UsageError("--ignore-unknown goes with --labels or --boxes")
+            raise UsageError("--ignore-unknown needs --labels or --boxes")
         given_labels = LabelsFromFile(Path(labels), known, ignore_unknown=ignore_unknown) if labels else None
         given_boxes = None
         tag: Callable[[Images], Labels]
@@ -206,7 +206,7 @@ class Labeler:
                 threshold=rules.box_threshold,
                 warn=lambda message: place.warn(message),
             )
-            tag = given_labels or _Everything(known, False)
+            tag = given_labels or _ConstantTags(known, False)
         else:
             if given_labels:
                 tag = given_labels
@@ -216,7 +216,7 @@ class Labeler:
                 tag = tagger = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold)
                 resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])
             else:
-                tag = _Everything(known, True)
+                tag = _ConstantTags(known, True)
             dino = take("grounding-dino")
             detect = detector = cut_to_fit(
                 Detector,
@@ -232,8 +232,8 @@ class Labeler:
         sam = take("sam")
         segment = MaskPredictor(sam, opener(sam, "encoder"), opener(sam, "decoder"))
         fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin)
-        if told := {name: given_hash(Path(path)) for name, path in (("labels", labels), ("boxes", boxes)) if path}:
-            settings["given"] = told
+        if hashes := {name: given_hash(Path(path)) for name, path in (("labels", labels), ("boxes", boxes)) if path}:
+            settings["given"] = hashes
         if message := strange_to_mini(known, settings):
             warnings.warn(message, WsssWarning, stacklevel=2)
         if ignored := {
@@ -252,10 +252,10 @@ class Labeler:
         return self.fuse(images, labels, boxes, masks)
 
     def label(self, images: str | Path | np.ndarray | Sequence[str | Path | np.ndarray]) -> PseudoLabels:
-        """Pseudo-labels of images given as paths or arrays (H, W, 3) uint8 RGB, in one batch and without a store.
+        """Label images given as paths or arrays (H, W, 3) uint8 RGB, in one batch and without a store.
 
         Raises:
-            ImageError: a file that is no readable image.
+            ImageError: a file that is not a readable image.
             WsssError: an array of another shape, or an image without an entry in ``labels`` or ``boxes``.
         """
         many = [images] if isinstance(images, (str, Path, np.ndarray)) else images
@@ -269,10 +269,10 @@ class Labeler:
         return self.pseudo_label(photos)
 
     def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> str | None:
-        """Why this image cannot be labeled, or None: ``--labels`` or ``--boxes`` say nothing of it, or nothing that fits it.
+        """Why this image cannot be labeled, or None: ``--labels`` or ``--boxes`` have no entry of it, or one that does not fit.
 
         Args:
-            twins: photographs of the run with the same stem, this one too, that might share its annotation (`twins_of`).
+            twins: photographs of the run with the same stem, this one included, which may share its annotation (`twins_of`).
         """
         for stage in (self.tag.stage, self.detect.stage):
             if isinstance(stage, (LabelsFromFile, BoxesFromFile)) and (error := stage.missing(photo, twins)):
@@ -280,22 +280,22 @@ class Labeler:
         return None
 
     def canvas(self, photo: Photograph) -> tuple[int, int] | None:
-        """The detector's canvas for this photograph; those of one canvas share its calls. None without a detector."""
+        """The detector's canvas for this photograph; photographs of one canvas share calls. None without a detector."""
         detector = self.detect.stage
         return detector.frame_of(photo).canvas if isinstance(detector, Detector) else None
 
     def usual_batch(self) -> int:
-        """Images to label together: as many as SAM's encoder, the slowest engine as a rule, was built for (``opt``)."""
+        """Images to label together: the ``opt`` batch size of SAM's encoder, usually the slowest engine."""
         stage = self.segment.stage
         return stage.usual_batch() if isinstance(stage, MaskPredictor) else USUAL_BATCH
 
     def padding(self) -> float | None:
-        """Share of the detector's canvases so far that was no photograph; None without a detector."""
+        """Share of the detector's canvases so far that was padding; None without a detector."""
         detector = self.detect.stage
         return detector.padding() if isinstance(detector, Detector) else None
 
     def take_seconds(self) -> dict[str, float]:
-        """Seconds that each stage took since the last call."""
+        """Seconds that each stage took since the last call of this method."""
         stages: dict[str, Timed[Any, Any]] = {"tag": self.tag, "detect": self.detect, "segment": self.segment, "fuse": self.fuse}
         taken = {name: stage.seconds for name, stage in stages.items()}
         for stage in stages.values():
@@ -304,7 +304,7 @@ class Labeler:
 
 
 def strange_to_mini(classes: ClassList, settings: Mapping[str, Any]) -> str:
-    """What to tell a user whose classes the small models of ``mini`` do not know at all; empty for any other run."""
+    """A warning for runs in which the small models of ``mini`` know none of the classes; empty for any other run."""
     variants = settings.get("bundle", {}).get("variants", {})
     if "mini" not in (variants.get("clip"), variants.get("grounding-dino")):
         return ""
@@ -312,14 +312,14 @@ def strange_to_mini(classes: ClassList, settings: Mapping[str, Any]) -> str:
     if {word.casefold() for words in classes.prompts for word in words} & {name.casefold() for name in known}:
         return ""
     return (
-        f"--classes: the bundle's models are the small ones of wsss mini, which know {', '.join(known)} and nothing else; "
+        f"--classes: the bundle has the small models of wsss mini, which know only {', '.join(known)}; "
         f"none of the {len(classes.names)} classes is among them: expect wrong labels. Export models for photographs: "
         "wsss export --model all --bundle bundle"
     )
 
 
-class _Everything:
-    """Tags without looking: every class in every image, or none."""
+class _ConstantTags:
+    """Tags every image with all classes, or with none."""
 
     def __init__(self, classes: ClassList, present: bool) -> None:
         self._classes, self._present = len(classes.names), present

@@ -1,4 +1,4 @@
-"""The outline of each box: SAM. Boxes of different images share a decoder call; embeddings stay on the device."""
+"""Predicts the mask of each box with SAM. Boxes of different images share a decoder call; embeddings stay on the device."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .canvas import made_ahead, on_canvas, stacked
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Images as the encoder sees them, on its device.
+    """The encoder's embeddings of a batch, on its device.
 
-    groups: numbers of the images of each encoder call. embeddings: what it gave, one row an image.
+    groups: numbers of the images of each encoder call. embeddings: each call's result, one row an image.
     frames: one per image of the batch, None for an image without boxes.
     """
 
@@ -43,17 +43,17 @@ class MaskPredictor:
         return self.decode(self.encode(images, boxes), boxes)
 
     def encode(self, images: Images, boxes: Boxes) -> Embedded:
-        """The images that have boxes, embedded."""
-        wanted = np.unique(boxes.image)
+        """Embed the images that have boxes."""
+        with_boxes = np.unique(boxes.image)
         frames: list[Frame | None] = [None] * len(images)
-        for number in wanted:
+        for number in with_boxes:
             frames[number] = frame_for(self._preprocess, *images[number].shape)
         step = min(self._encoder.axes["batch"].max, self._decoder.axes["images"].max)
-        groups = [wanted[start : start + step] for start in range(0, len(wanted), step)]
+        groups = [with_boxes[start : start + step] for start in range(0, len(with_boxes), step)]
         return Embedded(groups, [outliving(self._encode(images, group, frames)) for group in groups], frames)
 
     def decode(self, embedded: Embedded, boxes: Boxes) -> Masks:
-        """One mask per box of embedded images."""
+        """Predict one mask per box of the embedded images."""
         count = len(boxes)
         masks = Masks([], np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.float32), embedded.frames)
         for group, embedding in zip(embedded.groups, embedded.embeddings, strict=True):
@@ -61,7 +61,7 @@ class MaskPredictor:
         return masks
 
     def usual_batch(self) -> int:
-        """Images that a call of the encoder was built for."""
+        """The batch size that the encoder was built for."""
         return self._encoder.axes["batch"].opt
 
     def room(self, photo: Photograph) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ class MaskPredictor:
 
 
 def calls_by_image(image: np.ndarray, most: int) -> list[np.ndarray]:
-    """Rows of boxes in calls of at most ``most``, an image's boxes in one call wherever they fit.
+    """Group the rows of boxes into calls of at most ``most``, with an image's boxes in one call where they fit.
 
     Args:
         image: (N,) ascending image number of each box.

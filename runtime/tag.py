@@ -1,14 +1,14 @@
-"""Which classes are in an image: CLIP on several views of it.
+"""Finds which classes are in an image: CLIP on several views of it.
 
-Views matter because CLIP was trained on one caption an image: a small object beside a large one loses the softmax. Each
-view is scored against a set of background prompts, which are there to take the probability of views that show none of
-the classes; an image's score is its best view's (as TagCLIP, arXiv 2312.12828, crops the image around each candidate).
-Two rules, named in the bundle, since a threshold belongs to one of them:
+Several views, because CLIP was trained with one caption an image: a small object beside a large one loses in the softmax. Each
+view is scored against a set of background prompts, which take the probability of views that show none of the classes. An
+image's score is that of its best view (TagCLIP, arXiv 2312.12828, crops the image around each candidate). The bundle names one
+of two rules, because a threshold fits only one of them:
 
-- ``softmax``: one softmax over all classes and backgrounds. Classes compete: right for CLIP as published, whose
-  similarities of related classes are close.
-- ``background``: each class alone against the backgrounds, exp(c) / (exp(c) + sum of exp(b)). Several classes of one view
-  can all be certain: right where the embedding was trained for it.
+- ``softmax``: one softmax over all classes and backgrounds. Classes compete; for CLIP as published, in which related classes
+  have similar scores.
+- ``background``: each class alone against the backgrounds, exp(c) / (exp(c) + sum of exp(b)). Several classes of one view can
+  all be certain; for embeddings that were trained with this rule.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .text import open_tokenizer, tokenize_prompts
 
 
 class Tagger:
-    """CLIP's image engine and the embeddings of every prompt, computed once.
+    """CLIP's image engine and the embeddings of all prompts, which are computed once.
 
     Args:
         model: the bundle's ``clip``.
         image, text: its engines.
         classes: the run's class list.
-        threshold: least probability of a class that is present; None takes the bundle's.
+        threshold: lowest probability of a class that is present; None takes the bundle's.
     """
 
     def __init__(self, model: Model, image: Engine, text: Engine, classes: ClassList, *, threshold: float | None = None) -> None:
@@ -69,7 +69,7 @@ class Tagger:
         if self._rule == "softmax":
             exp = np.exp(logits - logits.max(axis=1, keepdims=True))
             return exp[:, : self._classes] / exp.sum(axis=1, keepdims=True)
-        # One shift for all classes would lose, below exp(-103), a class beside a much surer one.
+        # Not one softmax shift for all classes: a class beside a much more certain one would fall below exp(-103), to 0.
         others = np.logaddexp.reduce(logits[:, self._classes :], axis=1, keepdims=True)  # (V, 1)
         return np.exp(-np.logaddexp(0, others - logits[:, : self._classes]))
 
@@ -87,13 +87,8 @@ class Tagger:
 
 
 def view_windows(height: int, width: int, levels: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
-    """The views of an image: (y0, y1, x0, x1) pixels; level k is k x k windows of 2 / (k + 1) of each side, evenly spaced."""
-    windows = []
-    for level in levels:
-        for i in range(level):
-            for j in range(level):
-                windows.append((*_span(height, i, level), *_span(width, j, level)))
-    return windows
+    """The views of an image: (y0, y1, x0, x1) pixels; level k has k x k windows of 2 / (k + 1) of each side, evenly spaced."""
+    return [(*_span(height, i, level), *_span(width, j, level)) for level in levels for i in range(level) for j in range(level)]
 
 
 def _span(length: int, number: int, level: int) -> tuple[int, int]:
@@ -102,11 +97,11 @@ def _span(length: int, number: int, level: int) -> tuple[int, int]:
 
 
 def embed_prompts(model: Model, text: Engine, prompts: list[tuple[str, ...]], names: Sequence[str] = ()) -> np.ndarray:
-    """One unit vector a class: each template of each prompt is embedded and normalized, averaged, normalized again.
+    """Compute one unit vector a class: the embeddings of all its templates and prompts, normalized, averaged, normalized again.
 
     Args:
         prompts: one or more wordings per class.
-        names: of the classes, for messages; those that have one must differ in their tokens.
+        names: of the classes, for messages; classes with a name must differ in their tokens.
 
     Returns:
         (len(prompts), D) float32 (CLIP's own zero-shot recipe, openai/CLIP `notebooks/Prompt_Engineering_for_ImageNet`).

@@ -1,7 +1,7 @@
-"""Tokenizers and class phrases: what turns words into the tensors of the text graphs.
+"""Tokenizes class phrases and prompts for the text graphs.
 
-Two texts of the same tokens are one text to a model. Classes that a model cannot tell apart, or cannot read, are refused
-here: every box would go to the first of them.
+Two texts with the same tokens are the same text to a model. Classes that a model cannot tell apart, or cannot read, are refused
+here: otherwise every box would go to the first of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def open_tokenizer(model: Model) -> Tokenizer:
     path = Path(model.folder, name)
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
+    except Exception as error:  # tokenizers raises plain Exception
         raise BundleError(f"{path}: not a tokenizer: {error}", hint=again) from None
 
 
@@ -40,14 +40,14 @@ def tokenize_phrases(tokenizer: Tokenizer, classes: ClassList, budget: int) -> l
         budget: most tokens of a phrase.
 
     Raises:
-        ClassError: a word that the tokenizer does not know, a phrase without a token or with too many, or two classes with a
-            phrase of the same tokens.
+        ClassError: a word that the tokenizer does not know, a phrase without tokens or with too many, or two classes whose
+            phrases have the same tokens.
     """
     tokenizer.no_truncation()
     unknown = getattr(tokenizer.model, "unk_token", None)
-    found: list[list[list[int]]] = []
+    ids_of: list[list[list[int]]] = []
     for name, phrases in zip(classes.names, classes.phrases, strict=True):
-        found.append([])
+        ids_of.append([])
         for phrase in phrases:
             encoding = tokenizer.encode(phrase, add_special_tokens=False)
             if not encoding.ids:
@@ -55,8 +55,8 @@ def tokenize_phrases(tokenizer: Tokenizer, classes: ClassList, budget: int) -> l
             if unknown in encoding.tokens:
                 start, stop = encoding.offsets[encoding.tokens.index(unknown)]
                 raise ClassError(
-                    f"--classes: {name!r}: the detector's tokenizer does not know {phrase[start:stop]!r}; all such words are one "
-                    "and the same to it",
+                    f"--classes: {name!r}: the detector's tokenizer does not know {phrase[start:stop]!r}: to it, all such words "
+                    "are the same",
                     hint=_english(name),
                 )
             if len(encoding.ids) > budget:
@@ -64,38 +64,38 @@ def tokenize_phrases(tokenizer: Tokenizer, classes: ClassList, budget: int) -> l
                     f"--classes: a name takes {len(encoding.ids) + 1} tokens, a caption holds {budget + 1}: {name[:60]!r}",
                     hint="shorten the longest class name",
                 )
-            found[-1].append(encoding.ids)
-    _check_distinct([f"the class {name!r}" for name in classes.names], found, "the detector")
-    return found
+            ids_of[-1].append(encoding.ids)
+    _check_distinct([f"the class {name!r}" for name in classes.names], ids_of, "the detector")
+    return ids_of
 
 
 def tokenize_prompts(
     tokenizer: Tokenizer, prompts: Sequence[Sequence[str]], templates: Sequence[str], length: int, end: int, names: Sequence[str]
 ) -> list[list[list[int]]]:
-    """Token ids of every template of each row's prompts, special tokens included; what is cut is warned of.
+    """Token ids of every template of each row's prompts, with special tokens. Logs a warning about sentences that are cut.
 
     Args:
-        length: most tokens of a sentence. end: the token that ends a cut one.
-        names: for each row what messages call it; rows without a name may equal others.
+        length: most tokens of a sentence. end: the token that ends a sentence that is cut.
+        names: what messages call each row; rows without a name may equal others.
 
     Raises:
-        ClassError: two rows that have names and a sentence of the same tokens.
+        ClassError: two named rows have a sentence of the same tokens.
     """
     tokenizer.no_truncation()
-    found: list[list[list[int]]] = []
+    ids_of: list[list[list[int]]] = []
     cut: list[str] = []
     for row in prompts:
-        found.append([])
+        ids_of.append([])
         for sentence in (template.format(prompt) for prompt in row for template in templates):
             ids = tokenizer.encode(sentence).ids
             if len(ids) > length:
                 cut.append(sentence)
                 ids = [*ids[: length - 1], end]
-            found[-1].append(ids)
+            ids_of[-1].append(ids)
     if cut:
-        _log.warning("CLIP reads %d tokens and not the end of %d prompts, for example %r", length, len(cut), cut[0])
-    _check_distinct(names, found, "CLIP")
-    return found
+        _log.warning("CLIP reads only %d tokens and cuts the end of %d prompts, for example %r", length, len(cut), cut[0])
+    _check_distinct(names, ids_of, "CLIP")
+    return ids_of
 
 
 def _check_distinct(names: Sequence[str], ids: Sequence[Sequence[Sequence[int]]], model: str) -> None:
@@ -105,11 +105,12 @@ def _check_distinct(names: Sequence[str], ids: Sequence[Sequence[Sequence[int]]]
             first = owner.setdefault(tuple(sentence), row)
             if first != row:
                 raise ClassError(
-                    f"--classes: {names[first]} and {name} are the same tokens to {model}'s tokenizer: it cannot tell them apart",
-                    hint="word one of them otherwise, or leave it out",
+                    f"--classes: {names[first]} and {name} have the same tokens in {model}'s tokenizer, which cannot "
+                    "tell them apart",
+                    hint="give one of them another wording, or leave it out",
                 )
 
 
 def _english(name: str) -> str:
-    told = json.dumps({name[:40]: {"prompts": ["cat"], "phrases": ["cat"]}}, ensure_ascii=False)
-    return f"write it in English; a JSON file of classes keeps the name, for example {told}"
+    example = json.dumps({name[:40]: {"prompts": ["cat"], "phrases": ["cat"]}}, ensure_ascii=False)
+    return f"write it in English; a JSON file of classes can keep the name, for example {example}"

@@ -1,1 +1,1 @@
-"""Convert a label store to the formats of other tools, one file a format."""
+"""Converts a label store to the formats of other tools, one module for each format."""

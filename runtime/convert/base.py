@@ -1,4 +1,4 @@
-"""What a format's writer is, and what several of them share."""
+"""The protocol of a format's writer, and code that several writers share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .labeled import Labeled
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Something of the store that a format cannot hold, said when ``count`` is not 0."""
+    """Something that a format cannot represent; reported when ``count`` is not 0."""
 
     count: int
     what: str
@@ -27,21 +27,21 @@ class Loss:
 
 
 class Writer(Protocol):
-    """Writes one format. Made by an `OpenWriter`."""
+    """Writes one format. Created by an `OpenWriter`."""
 
     def add(self, item: Labeled) -> Path:
-        """Writes what is known of one image; returns where in the folder the photograph itself belongs."""
+        """Write one image's labels; return the path in the folder where its photograph belongs."""
 
     def finish(self) -> list[Loss]:
-        """Writes what can be written at the end only."""
+        """Write what depends on all images; return what the format could not represent."""
 
 
 OpenWriter = Callable[[Path, tuple[str, ...], tuple[str, ...], ExitStack], Writer]
-"""Takes the folder, the names of the classes (label 1 first) and of the splits, and what closes the files it opens."""
+"""Takes the folder, the names of the classes (label 1 first), those of the splits, and the stack that closes its files."""
 
 
 def save_indexed(path: Path, values: np.ndarray) -> None:
-    """Writes (H, W) uint8 as an 8-bit palette PNG with VOC's colors. Raises FileExistsError: there is one already."""
+    """Write (H, W) uint8 as an 8-bit palette PNG with VOC's colors. Raises FileExistsError if the file exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(values)
     image.putpalette(palette().tobytes())

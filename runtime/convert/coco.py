@@ -1,12 +1,12 @@
-"""COCO: instances and panoptic segmentation.
+"""Writes COCO: instances and panoptic segmentation.
 
     images/train/NAME.jpg                 the photographs as they are
     annotations/instances_train.json      objects of `instances` with compressed RLE, box, area, score and quality
     annotations/panoptic_train.json       their segments, and background as stuff
     annotations/panoptic_train/NAME.png   segment ids as R + 256 G + 65536 B, 0 void
 
-Category ids are label values; background, in the panoptic file, is C + 1, for COCO keeps 0 for nothing. The panoptic files
-are lossless; instances do not know void. ``score`` and ``quality`` are the box's, absent where an object has none.
+Category ids are label values; background in the panoptic file is C + 1, because COCO reserves 0. The panoptic files are
+lossless; instances cannot represent void. ``score`` and ``quality`` are those of the box, absent where an object has none.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .instances import Instances, instances_of, spans_of
 from .labeled import Labeled
 
 _ROWS = 256
-"""Colored at a time: ids take four times the memory of a label map."""
+"""Rows colored at a time: ids take four times the memory of a label map."""
 
 
 class CocoWriter:
-    """Writes COCO's files. An image's and an annotation's id is its place in the store, from 1."""
+    """Writes COCO's files. The ids of images and annotations are their places in the store, from 1."""
 
     def __init__(self, root: Path, classes: tuple[str, ...], splits: tuple[str, ...], files: ExitStack) -> None:
         (root / "annotations").mkdir()
@@ -50,7 +50,7 @@ class CocoWriter:
         split.images.add({"id": self._images, "file_name": name + item.ending, "height": height, "width": width})
         instances = instances_of(item)
         segments = []
-        for one in instances.each:
+        for one in instances.objects:
             self._objects += 1
             common = {
                 "category_id": one.label,
@@ -58,12 +58,12 @@ class CocoWriter:
                 "area": one.area_px,
                 "iscrowd": 0,
             }
-            told = {} if one.score is None else {"score": one.score, "quality": one.quality}
+            scores = {} if one.score is None else {"score": one.score, "quality": one.quality}
             mask = {"segmentation": compressed_rle(instances.crop(one), one.top, one.left, item.shape)}
-            split.objects.add({"id": self._objects, "image_id": self._images, **common, **mask, **told})
+            split.objects.add({"id": self._objects, "image_id": self._images, **common, **mask, **scores})
             segments.append({"id": one.number, **common})
         if item.count[0]:
-            number = len(instances.each) + 1
+            number = len(instances.objects) + 1
             segments.append({"id": number, "category_id": self._background, **_extent(item.label_map == 0), "iscrowd": 0})
         split.segments.add({"image_id": self._images, "file_name": f"{name}.png", "segments_info": segments})
         _save_panoptic(split.panoptic / f"{name}.png", instances, item.label_map)
@@ -77,23 +77,23 @@ class CocoWriter:
 
 
 def compressed_rle(crop: np.ndarray, top: int, left: int, size: tuple[int, int]) -> dict[str, Any]:
-    """An object as COCO's compressed RLE: ``size`` and ``counts``, a string.
+    """Encode an object as COCO's compressed RLE: ``size`` and ``counts``, a string.
 
     Args:
-        crop: (h, w) bool, the object in its box; top, left: where that is.
+        crop: (h, w) bool, the object in its box; top, left: the box's corner in the image.
         size: (height, width) of the image.
     """
-    # COCO counts down the columns, background first; from the crop, so that a large image costs no more than its objects.
+    # COCO counts down the columns, background first. The crop is encoded, so that the cost depends on the object's size only.
     spans = spans_of(crop.T, top=left, left=top, stride=size[0])
     counts = np.diff(spans.ravel(), prepend=0, append=size[0] * size[1]).tolist()
-    if not counts[-1]:  # pycocotools leaves it out
+    if not counts[-1]:  # pycocotools leaves out a 0 at the end
         counts.pop()
-    told = coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
-    return {"size": list(size), "counts": told["counts"].decode("ascii")}
+    compressed = coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
+    return {"size": list(size), "counts": compressed["counts"].decode("ascii")}
 
 
 class _Array:
-    """A JSON array written item by item into a temporary file, for files that hold several."""
+    """A JSON array that is written item by item to a temporary file, because a COCO file has several arrays."""
 
     def __init__(self, folder: Path, files: ExitStack) -> None:
         self._file = tempfile.TemporaryFile("w+", dir=folder, encoding="utf-8", newline="\n")  # noqa: SIM115
@@ -118,8 +118,8 @@ class _Split:
         self.panoptic = self._root / f"panoptic_{name}"
         self.panoptic.mkdir()
         self.images, self.objects, self.segments = (_Array(self._root, files) for _ in range(3))
-        self._things = [{"id": label, "name": each, "supercategory": ""} for label, each in enumerate(classes, 1)]
-        self._all = [{**each, "isthing": 1} for each in self._things]
+        self._things = [{"id": label, "name": class_name, "supercategory": ""} for label, class_name in enumerate(classes, 1)]
+        self._all = [{**thing, "isthing": 1} for thing in self._things]
         self._all.append({"id": len(classes) + 1, "name": "background", "supercategory": "", "isthing": 0})
 
     def finish(self) -> None:
@@ -127,7 +127,7 @@ class _Split:
         self._write("panoptic", self._all, self.segments)
 
     def _write(self, task: str, categories: list[dict[str, Any]], annotations: _Array) -> None:
-        info = {"description": "pseudo-labels made with wsss: nobody drew them", "version": __version__}
+        info = {"description": "pseudo-labels made with wsss, not drawn by people", "version": __version__}
         with (self._root / f"{task}_{self._name}.json").open("w", encoding="utf-8", newline="\n") as file:
             file.write(f'{{"info":{json.dumps(info)},\n"categories":{json.dumps(categories, ensure_ascii=False)},\n"images":')
             self.images.copy_to(file)
@@ -141,7 +141,7 @@ def _save_panoptic(path: Path, instances: Instances, label_map: np.ndarray) -> N
     colors = np.empty((*label_map.shape, 3), np.uint8)
     for top in range(0, len(label_map), _ROWS):
         rows = slice(top, top + _ROWS)
-        ids = np.where(label_map[rows] == 0, len(instances.each) + 1, instances.map[rows])
+        ids = np.where(label_map[rows] == 0, len(instances.objects) + 1, instances.map[rows])
         for channel in range(3):
             colors[rows, :, channel] = ids >> 8 * channel & 255
     with path.open("xb") as file:

@@ -1,8 +1,9 @@
-"""A label store as a data set of another tool: VOC, COCO, YOLO, CVAT, Label Studio, Hugging Face.
+"""Converts a label store to a data set of another tool: VOC, COCO, YOLO, CVAT, Label Studio, Hugging Face.
 
-Each format is a writer in a module of its own, which documents its folder. Images go through one by one, so that memory does
-not grow with them; the data set is built in a temporary folder beside ``out`` and renamed when it is whole (`publishing`; a power
-cut is not covered: the files are not synchronized one by one). The same store gives the same bytes.
+Each format has a writer in its own module, which documents the format's files. Images are converted one by one, so that memory
+does not grow with their number. The data set is built in a temporary folder beside ``out`` and renamed when it is complete
+(`publishing`; its files are not flushed to disk one by one, so that a power cut may damage them). The same store gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from .labeled import Labeled, ascii_safe, check_images, place_image, read_labell
 FORMATS = ("voc", "coco", "yolo", "cvat", "label-studio", "hf")
 WITH_SPLITS = ("voc", "coco", "yolo", "hf")
 _ORIENTATION = 0x0112
-"""EXIF: 1 is upright, 2 to 8 are turned or mirrored."""
+"""EXIF tag: 1 is upright, 2 to 8 are rotated or mirrored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What a conversion did."""
+    """Result of a conversion."""
 
     images: int
     left_out: int
-    """Images of the store that failed and have no label."""
+    """Images that failed and have no label."""
     losses: tuple[str, ...]
-    """What the format could not hold, with its measure; and what readers may trip over."""
+    """Counts of what the format cannot represent, and of what its readers may not handle."""
 
 
 def writer_of(to: str) -> OpenWriter:
@@ -47,7 +48,7 @@ def writer_of(to: str) -> OpenWriter:
     """
     if to not in FORMATS:
         raise UsageError(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}")
-    # COCO's needs a package that not everyone has.
+    # COCO's writer needs an optional package.
     if to == "coco":
         from .coco import CocoWriter
 
@@ -77,50 +78,53 @@ def convert(
     val: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
-    """Writes the finished images of a label store as a data set.
+    """Write the labeled images of a label store as a data set.
 
     Args:
-        images: the folder that was labeled, or the one image. Its files are never changed.
-        out: absent or an empty folder.
+        images: the folder or the single image that was labeled. Its files are never changed.
+        out: an empty folder, or a path that does not exist.
         to: one of `FORMATS`.
-        link: hard links instead of copies of the photographs; needs one file system.
+        link: make hard links instead of copies of the photographs; needs the same file system.
         val: share of the images that goes into the split ``val`` (see `read_labelled`).
-        progress: told images done and in all.
+        progress: called with the number of images done, and of all images.
 
     Raises:
-        StoreError: no store, nothing in it, a damaged label, or ``out`` cannot be written.
+        StoreError: there is no store, it is empty, a label is damaged, or ``out`` cannot be written.
         ImageError: photographs that are missing or changed since they were labeled.
         ModuleNotFoundError: the format needs a package that is not installed.
     """
     if not 0 <= val < 1:
         raise UsageError(f"--val: expected a share in 0..1, below 1, got {val}")
     if val and to not in WITH_SPLITS:
-        raise UsageError(f"--val: {to} has no splits", hint=f"those that have: {', '.join(WITH_SPLITS)}")
+        raise UsageError(f"--val: {to} has no splits", hint=f"formats with splits: {', '.join(WITH_SPLITS)}")
     open_writer = writer_of(to)
     classes = tuple(read_run(store)["classes"])
     total, left_out = check_images(store, images)
     _check_empty(out)
     item: Labeled | None = None
     try:
-        # Resolved: where ``out`` is a link to an empty folder, the data set goes there.
+        # Resolved, so that the data set goes to the target where ``out`` is a link to an empty folder.
         with publishing(out.resolve(), error=StoreError, sync=False) as building, ExitStack() as files:
             writer = open_writer(building, classes, ("train", "val") if val else ("train",), files)
-            done = turned = 0
+            done = rotated = 0
             for item in read_labelled(store, images, val=val):
                 target = building / writer.add(item)
                 place_image(item, target, link=link)
-                turned += is_turned(target)
+                rotated += is_rotated(target)
                 done += 1
                 if progress:
                     progress(done, total)
-            losses = [*writer.finish(), Loss(turned, "images carry an EXIF rotation; their labels fit readers that apply it")]
+            losses = [
+                *writer.finish(),
+                Loss(rotated, "images have an EXIF rotation; their labels fit only readers that apply it"),
+            ]
     except OSError as error:
-        raise _unwritten(out, item, error, link) from None
+        raise _write_error(out, item, error, link) from None
     return Conversion(images=done, left_out=left_out, losses=tuple(str(loss) for loss in losses if loss.count))
 
 
-def is_turned(path: Path) -> bool:
-    """Whether a photograph is shown turned or mirrored, so that its label fits only readers that apply its EXIF rotation."""
+def is_rotated(path: Path) -> bool:
+    """Whether EXIF rotates or mirrors a photograph, so that its label fits only readers that apply EXIF."""
     with Image.open(path, formats=FILE_FORMATS) as image:
         return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
 
@@ -128,17 +132,17 @@ def is_turned(path: Path) -> bool:
 def _check_empty(out: Path) -> None:
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise StoreError(f"--out {out}: is there already", hint="give a new or empty folder")
+            raise StoreError(f"--out {out}: exists already", hint="give a new or empty folder")
     except OSError as error:
         raise StoreError(f"--out {out}: cannot be read: {error.strerror}") from None
 
 
-def _unwritten(out: Path, item: Labeled | None, error: OSError, link: bool) -> StoreError:
+def _write_error(out: Path, item: Labeled | None, error: OSError, link: bool) -> StoreError:
     where = f"--out {out}: {ascii_safe(item.path)}: " if item else f"--out {out}: "
     if error.errno == errno.EXDEV:
-        return StoreError(f"{where}is on another file system, where no hard link leads", hint="leave --link out")
+        return StoreError(f"{where}is on another file system, to which hard links are not possible", hint="leave out --link")
     if item and error.errno == errno.EEXIST:
-        return StoreError(f"{where}another image of the store has the same name", hint="names that differ in case alone do")
+        return StoreError(f"{where}another image of the store has the same name", hint="do names differ only in case?")
     if error.errno == errno.ENAMETOOLONG:
         return StoreError(f"{where}its name is too long for the format", hint="cvat, coco, label-studio and hf keep folders")
-    return StoreError(f"{where}cannot be written: {error.strerror or error}", hint="nothing was left behind")
+    return StoreError(f"{where}cannot be written: {error.strerror or error}", hint="nothing was written")

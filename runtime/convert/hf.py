@@ -1,12 +1,12 @@
-"""Hugging Face ``imagefolder``: ``load_dataset("imagefolder", data_dir=OUT)`` gives ``image``, ``mask`` and the rest.
+"""Writes Hugging Face's ``imagefolder``: ``load_dataset("imagefolder", data_dir=OUT)`` gives ``image``, ``mask`` and more.
 
-    train/metadata.jsonl      a line an image: file_name, mask_file_name, path, objects
+    train/metadata.jsonl      one line for each image: file_name, mask_file_name, path, objects
     train/images/NAME.jpg     the photographs as they are
     train/masks/NAME.png      8-bit palette: 0 background, 1..C classes, 255 void
-    README.md                 the splits, told outright: they would be guessed from folder names such as ``test``
+    README.md                 the splits, given explicitly: datasets would guess them from folder names such as ``test``
     classes.json              names by label
 
-Lossless: ``objects`` holds the boxes as the store does: category (name), bbox (x, y, width, height in pixels), score, quality.
+Lossless: ``objects`` has the boxes of the store: category (name), bbox (x, y, width, height in pixels), score, quality.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class HuggingFaceWriter:
         names = {0: "background", **dict(enumerate(classes, 1)), VOID: void_name(classes)}
         (root / "classes.json").write_text(json.dumps(names, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         table = "\n".join(f"| {label} | {_cell(name)} |" for label, name in names.items())
-        told = "\n".join(f'  - split: {split}\n    path: "{split}/**"' for split in splits)
-        (root / "README.md").write_text(_README.format(splits=told, table=table), encoding="utf-8")
+        split_files = "\n".join(f'  - split: {split}\n    path: "{split}/**"' for split in splits)
+        (root / "README.md").write_text(_README.format(splits=split_files, table=table), encoding="utf-8")
 
     def add(self, item: Labeled) -> Path:
         name = item.name(flat=False)
@@ -73,7 +73,7 @@ configs:
 {splits}
 ---
 
-Pseudo-labels made with wsss: nobody drew them. A mask's pixel is one of
+Pseudo-labels made with wsss, not drawn by people. The values of a mask's pixels are
 
 | label | class |
 |---|---|

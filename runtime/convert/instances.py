@@ -1,16 +1,16 @@
-"""Objects in a label map, for the formats that want them one by one.
+"""Divides a label map into objects, for the formats that need them.
 
-A label store keeps one label map an image, and the boxes that led to it; the mask of a single box is not kept. What is
-called an object here is therefore a part of the label map, decided by one rule:
+A label store keeps one label map for each image and the boxes that it was made from, but not the mask of each box. An object is
+therefore a part of the label map, by these rules:
 
-- A pixel of a class belongs to that box of its class in which it lies most centrally: least max(|x - cx| / (w / 2),
-  |y - cy| / (h / 2)), which is below 1 inside a box and above 1 outside. Boxes whose mask won no pixel do not count. An
-  object behind a pole stays one object in two parts.
-- A class without such a box (labels of a segmenter, say) falls into its connected regions, diagonals included; these have
+- A pixel of a class belongs to the box of its class in which it is most central: the one with the smallest
+  max(|x - cx| / (w / 2), |y - cy| / (h / 2)), which is below 1 inside a box and above 1 outside. Boxes whose mask won no pixel
+  do not count. An object behind a pole stays one object in two parts.
+- A class without such a box (as in labels of a segmenter) is divided into its connected regions, diagonals included. These have
   no score.
 
-Every pixel of a class belongs to exactly one object; background and void to none. Where boxes of one class overlap, the
-border between their objects is a guess.
+Every pixel of a class belongs to exactly one object; background and void to none. Where boxes of one class overlap, the border
+between their objects is a guess.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import numpy as np
 from .labeled import Box, Labeled
 
 _BAND = 1 << 17
-"""Pixels compared with all boxes at a time; bounds the memory of a large image."""
+"""Pixels compared with all boxes at a time; limits the memory for a large image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
     """One object: the pixels where `Instances.map` is ``number``.
 
-    top, left, bottom, right: the tightest box round it, pixels, the last two exclusive. area_px: at least 1.
-    score, quality: of its box (detector's score, mask's predicted IoU), or None where it has none.
+    top, left, bottom, right: its bounding box in pixels, the last two exclusive. area_px: at least 1.
+    score, quality: of its box (the detector's score, the mask's predicted IoU), or None without a box.
     """
 
     number: int
@@ -49,36 +49,36 @@ class Instance:
 class Instances:
     """The objects of an image.
 
-    map: (H, W) int32, 0 where there is none, else an object's number, 1..N.
+    map: (H, W) int32, an object's number, 1..N, or 0 where there is no object.
     """
 
     map: np.ndarray
-    each: tuple[Instance, ...]
+    objects: tuple[Instance, ...]
 
     def crop(self, one: Instance) -> np.ndarray:
-        """(bottom - top, right - left) bool: the object in its box."""
+        """(bottom - top, right - left) bool: the object's mask in its bounding box."""
         return self.map[one.top : one.bottom, one.left : one.right] == one.number
 
 
 def instances_of(item: Labeled) -> Instances:
-    """The objects of an image: by class, within a class as the store lists the boxes or as the regions begin."""
+    """The objects of an image, by class, then in the store's order of the boxes or the reading order of the regions."""
     numbers = np.zeros(item.shape, np.int32)
     owners: list[tuple[int, Box | None]] = []
     for label in np.flatnonzero(item.count[1:255]) + 1:
         boxes = [box for box in item.boxes if box.label == label and box.won_px > 0]
         if boxes:
-            _share_out(item.label_map, int(label), boxes, numbers, len(owners) + 1)
+            _assign_to_boxes(item.label_map, int(label), boxes, numbers, len(owners) + 1)
             owners += [(int(label), box) for box in boxes]
         else:
             mask = item.label_map == label
-            regions, found = connected_regions(mask)
+            regions, count = connected_regions(mask)
             numbers[mask] = regions[mask] + len(owners)
-            owners += [(int(label), None)] * found
-    return _described(numbers, owners)
+            owners += [(int(label), None)] * count
+    return _with_boxes_and_areas(numbers, owners)
 
 
 def runs_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """An image cut into runs of equal pixels that end with their row.
+    """Divide an image into runs of equal pixels; no run crosses the end of a row.
 
     Args:
         values: (H, W), H and W at least 1.
@@ -99,7 +99,7 @@ def runs_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
 
 def spans_of(mask: np.ndarray, *, top: int = 0, left: int = 0, stride: int | None = None) -> np.ndarray:
-    """Where a mask is set once the rows of its image are put end to end: what run-length codes are made of.
+    """Where a mask is set in the flattened image, for run-length encodings.
 
     Args:
         mask: (H, W) bool. top, left: its corner in the image. stride: the image's width; None: the mask's.
@@ -115,13 +115,13 @@ def spans_of(mask: np.ndarray, *, top: int = 0, left: int = 0, stride: int | Non
 
 
 def connected_regions(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Regions of a mask (H, W) bool whose pixels touch, diagonals included: a map (H, W) int32 with 0 outside, and how many.
+    """Connected regions of a mask (H, W) bool, diagonals included: a map (H, W) int32 with 0 outside, and their number.
 
-    Runs of adjacent rows that touch are joined (Rosenfeld and Pfaltz 1966); a region's number is its place in reading order.
+    Joins touching runs of adjacent rows (Rosenfeld and Pfaltz 1966); a region's number is its place in reading order.
     """
     row, start, stop, value = runs_of(mask)
     row, start, stop = row[value], start[value], stop[value]
-    stride = mask.shape[1] + 2  # of a row in one axis over all rows, far enough that ends of rows do not touch
+    stride = mask.shape[1] + 2  # of a row in the flattened mask, wide enough that ends of rows do not touch
     above = np.searchsorted(row * stride + stop, (row - 1) * stride + start, side="left")
     below = np.searchsorted(row * stride + start, (row - 1) * stride + stop, side="right")
     parent = list(range(len(row)))
@@ -142,7 +142,7 @@ def connected_regions(mask: np.ndarray) -> tuple[np.ndarray, int]:
     return regions, len(distinct)
 
 
-def _share_out(label_map: np.ndarray, label: int, boxes: Sequence[Box], numbers: np.ndarray, first: int) -> None:
+def _assign_to_boxes(label_map: np.ndarray, label: int, boxes: Sequence[Box], numbers: np.ndarray, first: int) -> None:
     if len(boxes) == 1:
         numbers[label_map == label] = first
         return
@@ -150,30 +150,30 @@ def _share_out(label_map: np.ndarray, label: int, boxes: Sequence[Box], numbers:
     across = np.stack([_from_center(box.xyxy_image[0], box.xyxy_image[2], width) for box in boxes])  # (N, W)
     down = np.stack([_from_center(box.xyxy_image[1], box.xyxy_image[3], height) for box in boxes])  # (N, H)
     for top in range(0, height, band := max(1, _BAND // width)):
-        mine = label_map[top : top + band] == label
-        nearest = np.full(mine.shape, np.inf, np.float32)
-        owner = np.zeros(mine.shape, np.int32)
-        # Inside a box no box counts that the pixel is outside of: only what is outside of all has to be held against all.
+        mask = label_map[top : top + band] == label
+        nearest = np.full(mask.shape, np.inf, np.float32)
+        owner = np.zeros(mask.shape, np.int32)
+        # A pixel inside a box is nearer to it than to any box around it: only pixels outside all boxes are compared with all.
         for number, (columns, rows) in enumerate(zip(across, down[:, top : top + band], strict=True), first):
             x, y = np.flatnonzero(columns <= 1), np.flatnonzero(rows <= 1)
             if len(x) and len(y):
                 window = slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1)
-                away = np.maximum(rows[window[0], None], columns[window[1]])
-                closer = away < nearest[window]
-                nearest[window][closer] = away[closer]
+                distance = np.maximum(rows[window[0], None], columns[window[1]])
+                closer = distance < nearest[window]
+                nearest[window][closer] = distance[closer]
                 owner[window][closer] = number
-        y, x = np.nonzero(mine & (owner == 0))
+        y, x = np.nonzero(mask & (owner == 0))
         owner[y, x] = np.maximum(down[:, top + y], across[:, x]).argmin(axis=0) + first
-        numbers[top : top + band][mine] = owner[mine]
+        numbers[top : top + band][mask] = owner[mask]
 
 
 def _from_center(low: float, high: float, size: int) -> np.ndarray:
-    """How far each pixel center of an axis is from a box's center, in half sides of the box: (size,) float32."""
+    """The distance of each pixel center of an axis from a box's center, in half sides of the box: (size,) float32."""
     return (np.abs(np.arange(size) + 0.5 - (low + high) / 2) / max((high - low) / 2, 0.5)).astype(np.float32)
 
 
-def _described(numbers: np.ndarray, owners: list[tuple[int, Box | None]]) -> Instances:
-    """Boxes and areas from the runs; an owner without a pixel is left out and the others move up."""
+def _with_boxes_and_areas(numbers: np.ndarray, owners: list[tuple[int, Box | None]]) -> Instances:
+    """Compute bounding boxes and areas from the runs; owners without pixels are dropped and the others renumbered."""
     row, start, stop, value = runs_of(numbers)
     size = len(owners) + 1
     area = np.bincount(value, weights=stop - start, minlength=size).astype(np.int64)

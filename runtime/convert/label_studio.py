@@ -1,12 +1,12 @@
-"""Label Studio: a task an image, each object a brush region, as a prediction that a person goes on from.
+"""Writes Label Studio: one task for each image, with each object as a brush region of a prediction to be corrected.
 
     images/NAME.jpg   the photographs as they are
-    tasks.json        to import
-    config.xml        the labeling interface, to paste
+    tasks.json        import it
+    config.xml        the labeling interface, paste it into the project's settings
 
-Lossless: an object is a region with its score, void is a label of its own, background is what no region covers. Images are
-addressed as Label Studio serves local files: LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true,
-LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT the folder, and its ``images`` as a local storage of the project.
+Lossless: an object is a region with its score, void has its own label, background is what no region covers. The addresses of
+the images are those of Label Studio's local files: set LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and
+LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT to the folder, and add its ``images`` as a local storage of the project.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class LabelStudioWriter:
                 item.shape,
                 one.score,
             )
-            for one in instances.each
+            for one in instances.objects
         ]
         if item.count[VOID]:
             regions.append(_region(f"{self._count}-void", self._void, spans_of(item.label_map == VOID), item.shape, None))
         prediction: dict[str, Any] = {"model_version": "wsss", "result": regions}
-        scores = [one.score for one in instances.each if one.score is not None]
+        scores = [one.score for one in instances.objects if one.score is not None]
         if scores:
-            prediction["score"] = min(scores)  # of the weakest object: sorting by it brings the doubtful to the front
+            prediction["score"] = min(scores)  # of the weakest object, so that sorting by score shows doubtful images first
         task = {"data": {"image": f"/data/local-files/?d={quote(place.as_posix())}"}, "predictions": [prediction]}
         self._tasks.write(("\n" if self._count == 1 else ",\n") + json.dumps(task, ensure_ascii=False, separators=(",", ":")))
         return place
@@ -70,16 +70,16 @@ class LabelStudioWriter:
 
 
 def brush_rle(spans: np.ndarray, pixels: int) -> list[int]:
-    """A mask in Label Studio's brush code, byte for byte what `label_studio_sdk.converter.brush.mask2rle` gives.
+    """Encode a mask in Label Studio's brush format, byte for byte as `label_studio_sdk.converter.brush.mask2rle` does.
 
-    The SDK would bring some fifty packages and an older numpy for these lines, and repeats the full-size mask four times for
-    every object (2 against 1 ms for 375 x 500, 74 against 14 ms for 3000 x 4000). The code is that of thi.ng's rle-pack:
-    32 bits of length, 5 of word size - 1, four times 4 of a length's bits - 1, and then runs: one bit 1, two bits to pick
-    the length's bits, length - 1, and the 8-bit value; zeros fill the last byte.
+    The SDK needs some fifty packages and an older numpy, and repeats the full-size mask four times for every object (2 against
+    1 ms for 375 x 500, 74 against 14 ms for 3000 x 4000). The format is that of thi.ng's rle-pack: 32 bits of length, 5 of word
+    size - 1, four times 4 bits of a length's number of bits - 1, and then runs: one bit 1, two bits to select the number of bits,
+    length - 1, and the 8-bit value; zeros fill the last byte.
 
     Args:
-        spans: (S, 2) int64, where the mask is set, as `spans_of` gives them; coded as RGBA, four values of 255 a pixel.
-        pixels: of the whole image, at least 1.
+        spans: (S, 2) int64, where the mask is set, from `spans_of`; encoded as RGBA, four values of 255 a pixel.
+        pixels: number of pixels of the whole image, at least 1.
 
     Returns:
         Bytes as ints 0..255.
@@ -95,7 +95,7 @@ def brush_rle(spans: np.ndarray, pixels: int) -> list[int]:
             pick = next(pick for pick, size in enumerate(_LENGTH_BITS) if length <= 1 << size)
             bits.append(f"1{pick:02b}{length - 1:0{_LENGTH_BITS[pick]}b}{value}")
     text = "".join(bits)
-    text += "0" * (8 - len(text) % 8)  # a whole byte where none is needed, as the SDK does
+    text += "0" * (8 - len(text) % 8)  # adds a whole byte where none is needed, as the SDK does
     return list(int(text, 2).to_bytes(len(text) // 8, "big"))
 
 

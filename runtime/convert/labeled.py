@@ -1,10 +1,10 @@
-"""The finished images of a label store, one by one, as the converters take them, and the names they get elsewhere.
+"""Reads the labeled images of a label store one by one for the converters, and names their files in a data set.
 
-Names. A photograph is told apart by its path below the folder that was labeled. In a data set it keeps that path without
-its ending; what a list file, a shell or a flat folder could trip over is percent-encoded (RFC 3986, as
-`urllib.parse.quote` does), so that ``a/my dog.jpg`` becomes ``a%2Fmy%20dog`` where a format is flat. Where two photographs
-differ in their ending alone the ending stays, behind an encoded dot: ``dog%2Ejpg`` and ``dog%2Epng``; where they differ in
-case or Unicode form, capitals and what is not ASCII are encoded too: ``%44og%2Ejpg``. `original_path` takes a name back.
+Names: a photograph is identified by its path below the folder that was labeled. In a data set it keeps that path without its
+ending. Characters that list files, shells or flat folders cannot handle are percent-encoded (RFC 3986, as `urllib.parse.quote`
+does), so that ``a/my dog.jpg`` becomes ``a%2Fmy%20dog`` where a format is flat. If two photographs differ only in their ending,
+the ending stays, after an encoded dot: ``dog%2Ejpg`` and ``dog%2Epng``; if they differ in case or Unicode form, capitals and
+non-ASCII characters are encoded too: ``%44og%2Ejpg``. `original_path` decodes a name.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from ...store.format import is_below, photograph_of
 from ...store.local import Record, label_path, read_label, read_labeled_records, read_records, read_run
 
 NAMED = 10
-"""At most this many files are named in one message."""
+"""Most files that one message names."""
 FIELDS = ("bytes", "sha256", "height", "width", "boxes")
-"""Of a line, what a conversion needs."""
+"""The fields of a manifest line that a conversion needs."""
 _BAND = 1 << 22
-"""Pixels counted at a time: numpy's bincount makes 8 bytes of each."""
+"""Pixels counted at a time: numpy's bincount needs 8 bytes for each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
-    """A detection as the store recorded it.
+    """A detection of the store.
 
     xyxy_image: pixels of the photograph. score: the detector's. quality: the mask's predicted IoU, both in 0..1.
-    label: 1..C. won_px: pixels of the label map that the box's mask gave their class.
+    label: 1..C. won_px: pixels of the label map that come from this box's mask.
     """
 
     label: int
@@ -51,7 +51,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labeled:
-    """One finished image.
+    """One labeled image.
 
     label_map: (H, W) uint8, 0 background, 1..C classes, 255 void; EXIF rotation applied.
     count: (256,) int64, pixels of each label.
@@ -60,7 +60,7 @@ class Labeled:
     path: str
     """Below the folder that was labeled, with forward slashes."""
     label: str
-    """Its label's path below ``labels/``."""
+    """The label's path below ``labels/``."""
     file: Path
     size_bytes: int
     sha256: str
@@ -76,46 +76,46 @@ class Labeled:
         return self.label_map.shape[0], self.label_map.shape[1]
 
     def name(self, *, flat: bool) -> str:
-        """The image's name in a data set, without its ending; see the top of this module.
+        """The image's name in a data set, without its ending; see the module's docstring.
 
         Args:
-            flat: no folders, and nothing but letters, digits, ``-``, ``_``, ``.`` and ``%``. Otherwise folders stay, and
-                only what prints nothing or breaks a line of a list is encoded.
+            flat: without folders, and only letters, digits, ``-``, ``_``, ``.`` and ``%``. Otherwise folders stay, and only
+                characters that are not printable or not safe in a list file are encoded.
         """
         stem, ending = os.path.splitext(self.path)
-        # The store chose each label's name so that no two meet, on any file system: it knows who is alike.
-        alone, alike = self.label == f"{stem}.png", self.label not in (f"{stem}.png", f"{self.path}.png")
-        name = stem if alone else f"{stem}\0{ending[1:]}"  # no file name has a zero byte: it stands for the kept dot
+        # The store's label names are unique on any file system: they show which photographs have similar names.
+        alone, similar = self.label == f"{stem}.png", self.label not in (f"{stem}.png", f"{self.path}.png")
+        name = stem if alone else f"{stem}\0{ending[1:]}"  # a zero byte, which no file name has, marks the dot before the ending
         keeps = _kept_flat if flat else _kept
-        name = "".join(sign if keeps(sign) and not (alike and _differs(sign)) else _percent(sign) for sign in name)
+        name = "".join(char if keeps(char) and not (similar and _is_ambiguous(char)) else _percent(char) for char in name)
         if not flat:
-            name = re.sub("^#", "%23", name)  # a comment in VOC's lists
+            name = re.sub("^#", "%23", name)  # starts a comment in VOC's lists
             name = re.sub("^ +| +$", lambda found: "%20" * len(found[0]), name)
         return name.replace("%00", "%2E")
 
     @property
     def ending(self) -> str:
-        """The file's ending as it is written, with its dot."""
+        """The file's ending, with its dot and in its original case."""
         return os.path.splitext(self.path)[1]
 
 
 def original_path(file_name: str) -> str:
-    """The path that a photograph had, from its file's name in a data set: ``a%2Fmy%20dog.jpg`` was ``a/my dog.jpg``."""
+    """Decode a file's name in a data set to the photograph's original path: ``a%2Fmy%20dog.jpg`` is ``a/my dog.jpg``."""
     stem, ending = os.path.splitext(file_name)
     _, dot, kept = stem.rpartition("%2E")
     return unquote(stem, errors="surrogateescape") + ("" if dot and unquote(kept) == ending[1:] else ending)
 
 
 def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[Labeled]:
-    """The finished images of a store, in the order of its manifest; one is held at a time.
+    """Yield the labeled images of a store in the order of its manifest; only one is in memory at a time.
 
     Args:
-        images: the folder that was labeled, or the one image.
-        val: share of the images that goes into the split ``val``: those whose name's hash falls below it, so that an
-            image stays in its split when others come and go.
+        images: the folder or the single image that was labeled.
+        val: share of the images that goes into the split ``val``, chosen by a hash of the name, so that an image stays in its
+            split when others are added or removed.
 
     Raises:
-        StoreError: a label map that is missing, damaged, of another size, or that holds a label of no class.
+        StoreError: a label map is missing, damaged, of another size, or has a label that is not a class.
     """
     classes: list[str] = read_run(store)["classes"]
     known = np.zeros(256, bool)
@@ -124,9 +124,9 @@ def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[La
         label = label_path(store, record["label"])
         label_map = read_label(label, shape=(record["height"], record["width"]))
         count = count_labels(label_map)
-        if (strange := np.flatnonzero((count > 0) & ~known)).size:
+        if (unknown := np.flatnonzero((count > 0) & ~known)).size:
             raise StoreError(
-                f"{label}: holds the label {strange[0]}, the store has {len(classes)} classes",
+                f"{label}: has the label {unknown[0]}, but the store has {len(classes)} classes",
                 hint="delete it and run wsss label again",
             )
         yield Labeled(
@@ -143,17 +143,17 @@ def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[La
 
 
 def check_images(store: Path, images: Path) -> tuple[int, int]:
-    """Whether every finished image is still there with the size it had.
+    """Check that every labeled image still exists with the same size.
 
     Returns:
-        Images that have a label, and images that failed and have none.
+        The number of images that have a label, and of those that failed and have none.
 
     Raises:
-        ImageError: some are missing or changed; names them.
-        StoreError: nothing is finished, or the manifest leads out of the store's folders.
+        ImageError: images are missing or have changed; names them.
+        StoreError: no image is labeled, or the manifest has a path outside of the store's folders.
     """
     total = failed = 0
-    gone: list[str] = []
+    missing: list[str] = []
     changed: list[str] = []
     for record in read_records(store):
         if "error" in record:
@@ -161,43 +161,43 @@ def check_images(store: Path, images: Path) -> tuple[int, int]:
             continue
         total += 1
         label_path(store, record["label"])
-        if not is_below(record["path"]):  # the data set's files are called after it
+        if not is_below(record["path"]):  # the data set's files are named after it
             raise StoreError(
                 f"{store / 'manifest.jsonl'}: {ascii_safe(record['path'])} leads out of the folder",
-                hint="a store made from a list of paths cannot be converted: label the folder that they are in",
+                hint="a store made from a list of paths cannot be converted: label the folder that contains them",
             )
         try:
             status = photograph_of(images, record["path"]).stat()
         except OSError:
-            gone.append(record["path"])
+            missing.append(record["path"])
         else:
-            size = status.st_size if stat.S_ISREG(status.st_mode) else -1  # a pipe would never end
+            size = status.st_size if stat.S_ISREG(status.st_mode) else -1  # reading a pipe would never end
             if size != record.get("bytes", size):
                 changed.append(record["path"])
     if total == 0:
         raise StoreError(f"{store}: no labeled image in it", hint="run wsss label first")
-    if gone:
+    if missing:
         raise ImageError(
-            f"--images {images}: has {len(gone)} of the {total} labeled images no more: {_listed(gone)}",
+            f"--images {images}: {len(missing)} of the {total} labeled images are missing: {_listed(missing)}",
             hint="give the folder that was labeled",
         )
     if changed:
         raise ImageError(
             f"--images {images}: {len(changed)} of the {total} images changed since they were labeled: {_listed(changed)}",
-            hint="run the same wsss label again: it does the changed ones",
+            hint="run the same wsss label command again: it labels the changed images",
         )
     return total, failed
 
 
 def place_image(item: Labeled, target: Path, *, link: bool) -> None:
-    """Copies a photograph as it is, or makes a hard link to it, and checks that it is the one that was labeled.
+    """Copy a photograph unchanged, or make a hard link to it, and check that it is the one that was labeled.
 
     Raises:
-        ImageError: its content changed since. OSError: it cannot be read, written or linked.
+        ImageError: its content has changed. OSError: it cannot be read, written or linked.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if link:
-        os.link(item.file.resolve(), target)  # resolved: Linux would link to a symbolic link itself
+        os.link(item.file.resolve(), target)  # resolved, because Linux would link to a symbolic link itself
         with target.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
     else:
@@ -208,7 +208,8 @@ def place_image(item: Labeled, target: Path, *, link: bool) -> None:
                 copy.write(chunk)
     if digest.hexdigest() != item.sha256:
         raise ImageError(
-            f"{item.file}: changed since it was labeled", hint="run the same wsss label again: it does the changed ones"
+            f"{item.file}: changed since it was labeled",
+            hint="run the same wsss label command again: it labels the changed images",
         )
 
 
@@ -222,9 +223,9 @@ def count_labels(label_map: np.ndarray) -> np.ndarray:
 
 
 def void_name(classes: tuple[str, ...]) -> str:
-    """What void is called where a format wants a name: ``void``, or ``void_`` where a class has that name."""
+    """The name of void in a format that needs one: ``void``, or ``void_`` where a class has that name."""
     name = "void"
-    while name in {each.casefold() for each in classes}:
+    while name in {class_name.casefold() for class_name in classes}:
         name += "_"
     return name
 
@@ -245,21 +246,21 @@ def _share_of(path: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _kept_flat(sign: str) -> bool:
-    return sign.isalnum() or sign in "-_."
+def _kept_flat(char: str) -> bool:
+    return char.isalnum() or char in "-_."
 
 
-def _kept(sign: str) -> bool:
-    return sign.isprintable() and sign not in '%"\\'
+def _kept(char: str) -> bool:
+    return char.isprintable() and char not in '%"\\'
 
 
-def _differs(sign: str) -> bool:
-    """Whether file systems may take another sign for the same: of the other case, or of another Unicode form."""
-    return sign.isupper() or not sign.isascii()
+def _is_ambiguous(char: str) -> bool:
+    """Whether a file system may treat another character as the same: the other case, or another Unicode form."""
+    return char.isupper() or not char.isascii()
 
 
-def _percent(sign: str) -> str:
-    return "".join(f"%{byte:02X}" for byte in sign.encode("utf-8", "surrogateescape"))
+def _percent(char: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogateescape"))
 
 
 def _listed(names: list[str]) -> str:

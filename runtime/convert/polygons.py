@@ -1,9 +1,9 @@
-"""Masks as polygons that a filler turns back into the same masks.
+"""Converts masks to polygons that, when filled, give exactly the same masks.
 
-The corners are centers of the mask's border pixels, as OpenCV's findContours gives them, and fillers of this convention
-(`cv2.fillPoly`, with which ultralytics and supervision read YOLO-seg) paint the border as well as the inside. A region is
-one polygon: each of its holes hangs on a path that goes there and back over the region's own pixels, so that nothing is
-painted that was not in the mask.
+The corners are the centers of the mask's border pixels, as from OpenCV's findContours. Fillers with this convention
+(`cv2.fillPoly`, with which ultralytics and supervision read YOLO-seg) paint the border as well as the inside. A region is one
+polygon: a path over the region's own pixels, there and back, connects each hole to the outline, so that nothing outside of the
+mask is painted.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ def polygons_of(mask: np.ndarray) -> list[np.ndarray]:
         mask: (H, W) bool; may be empty.
 
     Returns:
-        Each (P, 2) int64, P >= 1: x and y of pixels of the mask. Filled by the even-odd rule, its edges painted too, it
-        is the region. The last corner is joined to the first; a region of one pixel is one corner.
+        Each (P, 2) int64, P >= 1: x and y of pixels of the mask. Filled by the even-odd rule, with painted edges, it gives
+        the region. The last corner is connected to the first; a region of one pixel has one corner.
     """
     stride = mask.shape[1] + 2
     loops, left_edges = _trace(mask)
     for number, loop in enumerate(loops):
         if not loop.outline:
-            _hang(number, loops, left_edges, stride)
+            _attach_hole(number, loops, left_edges, stride)
     return [_corners(_walk(loops, number), stride) for number, loop in enumerate(loops) if loop.outline]
 
 
 @dataclass(slots=True)
 class _Loop:
-    """A border followed once round, the mask on the right hand; pixels are places in the mask padded by one."""
+    """A closed border with the mask on its right-hand side; pixels are indices into the flattened mask, padded by one."""
 
     outline: bool
     pixels: list[int]
     holes: defaultdict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
-    """At a step: the holes that hang there, and at which of their own steps."""
+    """The holes attached at a step, each with its own step where it is attached."""
 
 
 def _trace(mask: np.ndarray) -> tuple[list[_Loop], dict[int, tuple[int, int]]]:
-    """Every border once, outlines clockwise, holes against the clock; and which loop and step pass a pixel's left edge.
+    """Trace every border: outlines clockwise, holes counterclockwise; also map pixels to the loop and step at their left edge.
 
-    A step goes along the edge between a pixel of the mask and one outside it. At a corner where two pixels of the mask
-    touch only diagonally the path crosses over, which makes them one region.
+    A step follows the edge between a pixel of the mask and one outside. Where two pixels of the mask touch only diagonally, the
+    path crosses over, so that they are one region.
     """
     padded = np.pad(mask, 1)
     stride = padded.shape[1]
     inside = padded.tobytes()
     steps = (1, stride, -1, -stride)
-    starts = np.flatnonzero(padded[1:] & ~padded[:-1]) + stride  # every loop has a pixel whose upper edge it passes
+    starts = np.flatnonzero(padded[1:] & ~padded[:-1]) + stride  # every loop follows the upper edge of some pixel
     seen = bytearray(len(inside))
     loops: list[_Loop] = []
     left_edges: dict[int, tuple[int, int]] = {}
@@ -66,7 +66,7 @@ def _trace(mask: np.ndarray) -> tuple[list[_Loop], dict[int, tuple[int, int]]]:
         pixels: list[int] = []
         while True:
             if heading == _EAST:
-                if seen[pixel]:  # a step is on one loop only: this is the start
+                if seen[pixel]:  # each step is on one loop only, so this is the start
                     break
                 seen[pixel] = 1
             elif heading == _NORTH:
@@ -84,10 +84,10 @@ def _trace(mask: np.ndarray) -> tuple[list[_Loop], dict[int, tuple[int, int]]]:
     return loops, left_edges
 
 
-def _hang(hole: int, loops: list[_Loop], left_edges: dict[int, tuple[int, int]], stride: int) -> None:
-    """Hangs a hole on the loop that lies straight to the left of its leftmost pixel.
+def _attach_hole(hole: int, loops: list[_Loop], left_edges: dict[int, tuple[int, int]], stride: int) -> None:
+    """Attach a hole to the loop directly to the left of its leftmost pixel.
 
-    That loop reaches further left than the hole does, so that following them always ends at an outline.
+    That loop reaches further left than the hole, so that following the attachments always ends at an outline.
     """
     pixels = loops[hole].pixels
     step = min(range(len(pixels)), key=lambda number: pixels[number] % stride)
@@ -99,34 +99,34 @@ def _hang(hole: int, loops: list[_Loop], left_edges: dict[int, tuple[int, int]],
 
 
 def _walk(loops: list[_Loop], outline: int) -> list[int]:
-    """The pixels of an outline, with a detour round each hole where it hangs."""
+    """The pixels of an outline, with a detour around each hole where it is attached."""
     walked: list[int] = []
-    # Holes hang on holes to any depth: a stack of loop, first step, steps done.
+    # Holes are attached to holes, to any depth. The stack has loop, first step, and steps done.
     stack = [(outline, 0, 0)]
     while stack:
         number, first, done = stack.pop()
         loop = loops[number]
         size = len(loop.pixels)
-        # A hole's first pixel comes again at its end: there the path back begins. An outline closes by itself.
+        # A hole ends with its first pixel again, where the path back starts. An outline is closed implicitly.
         for count in range(done, size + (number != outline)):
             step = (first + count) % size
             walked.append(loop.pixels[step])
-            if count < size and (hanging := loop.holes.pop(step, None)):
-                stack.append((number, first, count))  # this pixel again, then on
-                stack += [(hole, begin, 0) for hole, begin in hanging]
+            if count < size and (attached := loop.holes.pop(step, None)):
+                stack.append((number, first, count))  # this pixel again, then the rest
+                stack += [(hole, begin, 0) for hole, begin in attached]
                 break
     return walked
 
 
 def _corners(pixels: list[int], stride: int) -> np.ndarray:
-    """Without what lies on a straight line between its neighbors: (P, 2) int64, x and y in the mask."""
+    """Drop pixels on a straight line between their neighbors: (P, 2) int64, x and y in the mask."""
     y, x = np.divmod(np.array(pixels, np.int64), stride)
     points = np.stack([x - 1, y - 1], axis=1)
     moved = np.any(points != np.roll(points, -1, axis=0), axis=1)
     if not moved.any():
         return points[:1]
     points = points[moved]
-    # Steps are to one of the eight neighbors, or level: their signs are their directions.
-    come = np.sign(points - np.roll(points, 1, axis=0))
-    go = np.sign(np.roll(points, -1, axis=0) - points)
-    return points[np.any(come != go, axis=1)]
+    # Steps go to one of the eight neighbors, or along a row or column: their signs are their directions.
+    arriving = np.sign(points - np.roll(points, 1, axis=0))
+    leaving = np.sign(np.roll(points, -1, axis=0) - points)
+    return points[np.any(arriving != leaving, axis=1)]

@@ -1,12 +1,12 @@
-"""PASCAL VOC's folders for segmentation, and CVAT's "segmentation mask 1.1", which is the same with objects beside it.
+"""Writes PASCAL VOC segmentation, and CVAT's "segmentation mask 1.1", which is the same with objects.
 
     JPEGImages/                    the photographs as they are
     SegmentationClass/NAME.png     8-bit palette, VOC's colors: 0 background, 1..C classes, 255 void
     SegmentationObject/NAME.png    CVAT only: 1..254 objects of `instances`, 255 void
-    ImageSets/Segmentation/*.txt   a name a line
-    labelmap.txt                   name:r,g,b:: of each label, void too: CVAT and datumaro refuse colors not declared
+    ImageSets/Segmentation/*.txt   one name a line
+    labelmap.txt                   name:r,g,b:: of each label and void: CVAT and datumaro refuse undeclared colors
 
-VOC is flat; CVAT keeps folders, for it finds an image by its path.
+VOC is flat; CVAT keeps folders, because it finds an image by its path.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .instances import Instances, instances_of
 from .labeled import Labeled, void_name
 
 MAX_OBJECTS = VOID - 1
-"""Of an image in SegmentationObject."""
+"""Most objects of an image in SegmentationObject."""
 
 
 class VocWriter:
-    """Writes VOC's folders. Raises ClassError: a class whose name labelmap.txt cannot hold."""
+    """Writes VOC's folders. Raises ClassError for a class name that labelmap.txt cannot represent."""
 
     def __init__(self, root: Path, classes: tuple[str, ...], splits: tuple[str, ...], files: ExitStack) -> None:
         self._root = root
@@ -49,13 +49,13 @@ class VocWriter:
 
     def finish(self) -> list[Loss]:
         return [
-            Loss(self._scores, "boxes with their scores have no place in VOC segmentation"),
+            Loss(self._scores, "boxes and their scores cannot be written in VOC segmentation"),
             Loss(self._other, "images do not end in .jpg, the only ending that torchvision's VOCSegmentation opens"),
         ]
 
 
 class CvatWriter:
-    """Writes what CVAT imports as "segmentation mask 1.1" once it is zipped. Raises ClassError as `VocWriter` does."""
+    """Writes a folder that, zipped, CVAT imports as "segmentation mask 1.1". Raises ClassError as `VocWriter` does."""
 
     def __init__(self, root: Path, classes: tuple[str, ...], splits: tuple[str, ...], files: ExitStack) -> None:
         self._root = root
@@ -70,25 +70,25 @@ class CvatWriter:
         save_indexed(self._root / "SegmentationClass" / f"{name}.png", item.label_map)
         save_indexed(self._root / "SegmentationObject" / f"{name}.png", numbers)
         self._list.write(f"{name}\n")
-        self._scores += sum(each.score is not None for each in instances.each)
+        self._scores += sum(one.score is not None for one in instances.objects)
         self._merged += merged
         return Path("JPEGImages", name + item.ending)
 
     def finish(self) -> list[Loss]:
         return [
-            Loss(self._scores, "scores of objects have no place in CVAT masks"),
-            Loss(self._merged, f"objects share a number with another of their class: an image has {MAX_OBJECTS} at most"),
+            Loss(self._scores, "scores of objects cannot be written in CVAT masks"),
+            Loss(self._merged, f"objects share a number with another of their class: an image can have at most {MAX_OBJECTS}"),
         ]
 
 
 def write_label_map(path: Path, classes: tuple[str, ...]) -> None:
-    """Writes labelmap.txt: ``name:r,g,b:parts:actions``, the last two empty."""
-    named = {0: "background", **dict(enumerate(classes, 1)), VOID: void_name(classes)}
+    """Write labelmap.txt: ``name:r,g,b:parts:actions``, the last two empty."""
+    names = {0: "background", **dict(enumerate(classes, 1)), VOID: void_name(classes)}
     colors = palette().tolist()
-    for name in named.values():
+    for name in names.values():
         if name.startswith("#"):
-            raise ClassError(f"the class {name!r} would be a comment in labelmap.txt", hint="take the format coco or hf")
-    lines = [f"{name}:{','.join(map(str, colors[label]))}::" for label, name in named.items()]
+            raise ClassError(f"the class {name!r} would be a comment in labelmap.txt", hint="use the format coco or hf")
+    lines = [f"{name}:{','.join(map(str, colors[label]))}::" for label, name in names.items()]
     path.write_text("\n".join(["# label:color_rgb:parts:actions", *lines, ""]), encoding="utf-8")
 
 
@@ -99,17 +99,16 @@ def _open_list(root: Path, name: str) -> TextIO:
 
 
 def _numbered(instances: Instances, label_map: np.ndarray) -> tuple[np.ndarray, int]:
-    """Objects as (H, W) uint8, void 255; and how many had to share a number: the smallest, within their class."""
-    alone = instances.each
-    if len(alone) > MAX_OBJECTS:
-        classes = {each.label for each in alone}
-        alone = tuple(sorted(alone, key=lambda each: (-each.area_px, each.number))[: MAX_OBJECTS - len(classes)])
-    own = {each.number for each in alone}
-    number = np.zeros(len(instances.each) + 1, np.uint8)
-    given: dict[int, int] = {}
-    for each in instances.each:
-        key = each.number if each.number in own else -each.label
-        number[each.number] = given.setdefault(key, len(given) + 1)
+    """Objects as (H, W) uint8, void 255; and how many share a number with others of their class: the smallest ones."""
+    largest = sorted(instances.objects, key=lambda one: (-one.area_px, one.number))
+    if len(largest) > MAX_OBJECTS:
+        largest = largest[: MAX_OBJECTS - len({one.label for one in largest})]
+    distinct = {one.number for one in largest}
+    number = np.zeros(len(instances.objects) + 1, np.uint8)
+    assigned: dict[int, int] = {}
+    for one in instances.objects:
+        key = one.number if one.number in distinct else -one.label
+        number[one.number] = assigned.setdefault(key, len(assigned) + 1)
     numbers = number[instances.map]
     numbers[label_map == VOID] = VOID
-    return numbers, len(instances.each) - len(own)
+    return numbers, len(instances.objects) - len(distinct)

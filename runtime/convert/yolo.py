@@ -1,9 +1,9 @@
-"""YOLO-seg: a text file an image, a line an object's region: ``class x y x y x y ...``, each number a share of the side.
+"""Writes YOLO-seg: a text file for each image, with one line for each region: ``class x y x y x y ...``, shares of the sides.
 
     images/train/NAME.jpg   labels/train/NAME.txt   data.yaml
 
-Not lossless as a format: it knows neither void nor scores, and a line is one polygon. The regions themselves come back
-exactly: see `polygons`. An object in several parts is a line for each.
+The format has neither void nor scores. A line is one polygon, and an object in several parts has a line for each. The regions
+themselves are exact: see `polygons`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .labeled import Labeled
 from .polygons import polygons_of
 
 _INTO_PIXEL = 0.25
-"""Where in its pixel a corner is written: readers cut (ultralytics) or round (supervision) to whole pixels, and come to the
-same pixel from here only. Its center, 0.5, is rounded up by some."""
+"""Offset of a corner in its pixel: readers truncate (ultralytics) or round (supervision) to whole pixels, and 0.25 gives the same
+pixel either way. Its center, 0.5, would be rounded up by some."""
 
 
 class YoloWriter:
-    """Writes a YOLO-seg data set. Without a split ``val``, data.yaml names ``train`` for it, which YOLO insists on."""
+    """Writes a YOLO-seg data set. Without a split ``val``, data.yaml gives ``train`` as ``val``, which YOLO requires."""
 
     def __init__(self, root: Path, classes: tuple[str, ...], splits: tuple[str, ...], files: ExitStack) -> None:
         self._root = root
@@ -34,7 +34,7 @@ class YoloWriter:
         for split in splits:
             (root / "labels" / split).mkdir(parents=True)
             (root / "images" / split).mkdir(parents=True)
-        # Names as JSON strings, which YAML reads alike. Without `path`, paths are below data.yaml's own folder.
+        # Names as JSON strings, which YAML reads the same. Without `path`, paths start at data.yaml's folder.
         lines = [f"train: images/{splits[0]}", f"val: images/{splits[-1]}", "names:"]
         lines += [f"  {number}: {json.dumps(name, ensure_ascii=False)}" for number, name in enumerate(classes)]
         (root / "data.yaml").write_text("\n".join([*lines, ""]), encoding="utf-8")
@@ -44,7 +44,7 @@ class YoloWriter:
         height, width = item.shape
         instances = instances_of(item)
         lines = []
-        for one in instances.each:
+        for one in instances.objects:
             polygons = polygons_of(instances.crop(one))
             self._parted += len(polygons) > 1
             self._scores += one.score is not None
@@ -61,6 +61,6 @@ class YoloWriter:
     def finish(self) -> list[Loss]:
         return [
             Loss(self._void, f"void pixels ({self._void / max(self._pixels, 1):.2%} of all) become background"),
-            Loss(self._parted, "objects in several parts are a line for each part"),
-            Loss(self._scores, "scores of objects have no place in YOLO labels"),
+            Loss(self._parted, "objects in several parts have a line for each part"),
+            Loss(self._scores, "scores of objects cannot be written in YOLO labels"),
         ]

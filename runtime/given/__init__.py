@@ -1,1 +1,1 @@
-"""Labels and boxes that the user already has, in the formats people keep them in."""
+"""Labels and boxes that the user already has, in common annotation formats."""

@@ -1,11 +1,11 @@
-"""Annotations of one photograph as files hold them, and their boxes in the photograph's own frame."""
+"""An annotation of a photograph as its file has it, and the conversion of its boxes to the photograph's frame."""
 
 from __future__ import annotations
 
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,15 +15,15 @@ from ...errors import WsssError
 Corners = tuple[float, float, float, float]
 
 LEAST_SIDE_PX = 0.9
-"""Of a box. One of a whole pixel, written as shares with six decimals, may come back a little smaller."""
-MUCH = 0.1
-"""Share of a box's area, or of a photograph's side, beyond the edge that is no matter of rounding."""
+"""Smallest side of a box. A side of 1 pixel, written as a share with six decimals, may be read as slightly less."""
+TOLERANCE = 0.1
+"""Share of a box's area, or of a photograph's side, that may lie beyond the edge because of rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class GivenBox:
-    """A box as an annotation has it: the name of its class, (x0, y0, x1, y1) in the annotation's frame, 0-based with the far
-    edges exclusive, in any order; score in [0, 1]."""
+    """A box of an annotation: its class name, (x0, y0, x1, y1) in the annotation's frame, 0-based with exclusive far edges, in
+    any order; score in [0, 1]."""
 
     name: str
     xyxy: Corners
@@ -32,55 +32,60 @@ class GivenBox:
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """What a file says about one photograph."""
+    """A file's annotation of one photograph."""
 
     where: str
-    """File, and the photograph's entry in it, as messages name it."""
+    """What messages call the file and the photograph's entry in it."""
     boxes: Sequence[GivenBox]
     size: tuple[int, int] | None = None
-    """(height, width) in pixels of the photograph that was annotated; None where it is not known."""
+    """(height, width) in pixels of the photograph that was annotated; None if unknown."""
     shares: bool = False
     """Coordinates are shares of the photograph's width and height instead of pixels."""
     upright: bool = False
-    """The boxes are known to be those of the photograph after EXIF rotation."""
+    """The boxes are known to be in the frame of the photograph after EXIF rotation."""
     maybe_sides: bool = False
-    """Corners come from a list of four numbers, which some write as x, y, width, height."""
+    """The corners come from a list of four numbers, which some tools write as x, y, width, height."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """What the reader left out, counted by reason."""
+    """Number of boxes that the reader left out, by reason."""
     filename: str = ""
     folder: str = ""
-    """The photograph's name and folder as the annotation has them."""
+    """The photograph's name and folder in the annotation."""
 
 
-class BoxSource(Protocol):
-    """Annotations of a run's photographs in one format."""
+class Index(Protocol):
+    """The keys of all annotations; may be iterated several times."""
+
+    def __iter__(self) -> Iterator[str]: ...
 
     def find(self, photo: str) -> str | None:
-        """The key of a photograph's annotation, None where there is none."""
+        """The key of a photograph's annotation, or None."""
         ...
 
     def missing(self, photo: str) -> WsssError:
-        """The error of a photograph without an annotation."""
+        """The error for a photograph without an annotation."""
         ...
+
+
+class BoxSource(Protocol):
+    """Annotations in one format."""
+
+    @property
+    def index(self) -> Index: ...
 
     def read(self, key: str) -> Annotation:
-        """An annotation by its key. Raises WsssError."""
-        ...
-
-    def all_keys(self) -> Iterable[str]:
-        """The keys of all annotations."""
+        """Read an annotation by its key. Raises WsssError."""
         ...
 
 
 def short(value: object) -> str:
-    """A value of a document in a few words, however large or nested it is."""
-    words = reprlib.Repr()
-    words.maxlevel, words.maxstring, words.maxother = 3, 60, 60
-    return words.repr(value)
+    """A shortened representation of a document's value, however large or nested it is."""
+    shortener = reprlib.Repr()
+    shortener.maxlevel, shortener.maxstring, shortener.maxother = 3, 60, 60
+    return shortener.repr(value)
 
 
 def finite(value: object) -> float | None:
-    """A number of a JSON document as a float; None for anything else and for what no float holds."""
+    """A number of a JSON document as a finite float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -93,7 +98,7 @@ def size_of(height: object, width: object, where: str) -> tuple[int, int] | None
     """(height, width) of an annotation's frame; None where both are absent or 0, which some tools write for unknown.
 
     Raises:
-        WsssError: anything but two whole numbers.
+        WsssError: not two positive whole numbers.
     """
     if height in (None, 0) and width in (None, 0):
         return None
@@ -106,82 +111,82 @@ def size_of(height: object, width: object, where: str) -> tuple[int, int] | None
 
 
 def place(annotation: Annotation, photo: Photograph) -> tuple[list[GivenBox], list[str]]:
-    """An annotation's boxes in the photograph: (x0, y0, x1, y1) in its upright pixels, ordered, within its edges.
+    """Convert an annotation's boxes to the photograph: (x0, y0, x1, y1) in its upright pixels, ordered, cut at its edges.
 
     Returns:
-        The boxes that remain, and notes on what was left out, cut or assumed.
+        The boxes that remain, and notes about what was left out, cut or assumed.
 
     Raises:
-        WsssError: another frame, coordinates of another kind, or boxes of which none remains.
+        WsssError: another frame, other coordinates than the format's, or no box remains.
     """
     boxes, notes = _upright(annotation, photo)
     _check_kind(annotation, boxes, photo)
     height, width = photo.shape
     kept: list[GivenBox] = []
     swapped = cut = 0
-    dropped = Counter(annotation.left_out)
+    left_out = Counter(annotation.left_out)
     for box in boxes:
         x0, y0, x1, y1 = ordered = _ordered(box.xyxy)
         swapped += ordered != box.xyxy
         inside = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
         if inside[0] >= inside[2] or inside[1] >= inside[3]:
             empty = x0 == x1 or y0 == y1
-            dropped["less than a pixel wide or high" if empty else "outside the photograph"] += 1
+            left_out["less than a pixel wide or high" if empty else "outside the photograph"] += 1
         elif min(inside[2] - inside[0], inside[3] - inside[1]) < LEAST_SIDE_PX:
-            dropped["less than a pixel wide or high"] += 1
+            left_out["less than a pixel wide or high"] += 1
         elif box.score == 0:
-            dropped["of score 0"] += 1
+            left_out["of score 0"] += 1
         else:
-            cut += _area(inside) < (1 - MUCH) * _area(ordered)
+            cut += _area(inside) < (1 - TOLERANCE) * _area(ordered)
             kept.append(GivenBox(box.name, inside, box.score))
     total = len(boxes) + annotation.left_out.total()
-    if dropped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         if not kept:
             raise WsssError(
-                f"{annotation.where}: no box remains of {total}: {reasons}; the photograph is {_written(photo.shape)}",
+                f"{annotation.where}: no box remains of {total}: {reasons}; the photograph is {_described(photo.shape)}",
                 hint="coordinates are pixels of the photograph: check which photograph the boxes were made for",
             )
-        notes.append(f"{annotation.where}: {dropped.total()} of {total} boxes left out: {reasons}")
+        notes.append(f"{annotation.where}: {left_out.total()} of {total} boxes left out: {reasons}")
     if swapped:
         notes.append(f"{annotation.where}: {swapped} of {total} boxes had swapped corners, which were sorted")
     if cut:
         notes.append(
-            f"{annotation.where}: {cut} of {total} boxes reach far beyond the photograph, {_written(photo.shape)}, and were cut"
+            f"{annotation.where}: {cut} of {total} boxes reach far beyond the photograph, {_described(photo.shape)}, and were cut"
         )
     return kept, notes
 
 
 def looks_like_corners(sides: Sequence[Corners], size: tuple[float, float]) -> bool:
-    """Boxes given as x, y, width, height that reach far beyond ``size`` (height, width), and would not as x0, y0, x1, y1."""
+    """Whether boxes given as x, y, width, height reach far beyond ``size`` (height, width), but fit as x0, y0, x1, y1."""
     height, width = size
-    beyond = any(x + w > (1 + MUCH) * width or y + h > (1 + MUCH) * height for x, y, w, h in sides)
+    beyond = any(x + w > (1 + TOLERANCE) * width or y + h > (1 + TOLERANCE) * height for x, y, w, h in sides)
     return beyond and all(x < w <= width * 1.01 and y < h <= height * 1.01 for x, y, w, h in sides)
 
 
 def looks_like_sides(corners: Sequence[Corners]) -> bool:
-    """Boxes given as x0, y0, x1, y1 of which one has x1 < x0 or y1 < y0, but not both, and which may be x, y, width, height."""
+    """Whether of boxes given as x0, y0, x1, y1 one has x1 < x0 or y1 < y0, but not both, and all fit as x, y, width, height."""
     mixed = any((x1 < x0) != (y1 < y0) for x0, y0, x1, y1 in corners)
     return mixed and all(x1 > 0 and y1 > 0 for _, _, x1, y1 in corners)
 
 
 def sides_error(where: str) -> WsssError:
-    """The error of x, y, width, height in the place of corners."""
+    """The error for x, y, width, height instead of corners."""
     return WsssError(
         f"{where}: expected corners x0, y0, x1, y1 under xyxy, got what looks like x, y, width, height",
-        hint="write [x, y, x + width, y + height]; a COCO file, whose bbox has a width and height, is read as it is",
+        hint="write [x, y, x + width, y + height]; in a COCO file, bbox is x, y, width, height",
     )
 
 
 def _upright(annotation: Annotation, photo: Photograph) -> tuple[list[GivenBox], list[str]]:
-    """The boxes in pixels of the upright photograph, and notes on what was assumed."""
+    """The boxes in pixels of the upright photograph, and notes about what was assumed."""
     boxes, (height, width) = list(annotation.boxes), photo.shape
     if annotation.shares:
         boxes = [GivenBox(b.name, _scaled(b.xyxy, height, width), b.score) for b in boxes]
     if annotation.size is not None and annotation.size not in (photo.shape, photo.raw_shape):
         raise WsssError(
-            f"{annotation.where}: annotates a photograph of {_written(annotation.size)}, this one is {_written(photo.shape)}",
-            hint="boxes must be made for this very photograph: scale them, correct the size, or take the photograph they are of",
+            f"{annotation.where}: annotates a photograph of {_described(annotation.size)}, this one is {_described(photo.shape)}",
+            hint="boxes must be made for this photograph: scale them, correct the size, or use the photograph that was annotated",
         )
     if photo.orientation == 1 or annotation.upright or not boxes:
         return boxes, []
@@ -189,22 +194,22 @@ def _upright(annotation: Annotation, photo: Photograph) -> tuple[list[GivenBox],
         raw_height, raw_width = photo.raw_shape
         if not annotation.shares and _fit(boxes, raw_height, raw_width) and not _fit(boxes, height, width):
             raise WsssError(
-                f"{annotation.where}: boxes beyond the photograph, {_written(photo.shape)}, that fit it before EXIF rotation",
-                hint=f"say which frame they are of by its size, {_written(photo.raw_shape)}, or turn them",
+                f"{annotation.where}: boxes exceed the photograph, {_described(photo.shape)}, but fit it before EXIF rotation",
+                hint=f"give the size of their frame, {_described(photo.raw_shape)}, or rotate them",
             )
         return boxes, [
-            f"{annotation.where}: the photograph is turned by EXIF; its boxes are taken to be those of the upright one"
+            f"{annotation.where}: EXIF rotates the photograph; its boxes are assumed to be in the frame after rotation"
         ]
     if annotation.size == photo.raw_shape:
-        boxes = [GivenBox(b.name, turned(b.xyxy, photo.raw_shape, photo.orientation), b.score) for b in boxes]
+        boxes = [GivenBox(b.name, rotated(b.xyxy, photo.raw_shape, photo.orientation), b.score) for b in boxes]
     return boxes, []
 
 
-def turned(xyxy: Corners, raw_shape: tuple[int, int], orientation: int) -> Corners:
-    """A box of the stored frame in the upright one.
+def rotated(xyxy: Corners, raw_shape: tuple[int, int], orientation: int) -> Corners:
+    """Convert a box from the stored frame to the upright one.
 
     Args:
-        xyxy: pixels of the frame as stored, whose (height, width) is ``raw_shape``.
+        xyxy: pixels of the stored frame, whose (height, width) is ``raw_shape``.
         orientation: EXIF tag 0x0112 (Exif 2.32, section 4.6.4): 1 to 8.
     """
     height, width = raw_shape
@@ -217,13 +222,13 @@ def turned(xyxy: Corners, raw_shape: tuple[int, int], orientation: int) -> Corne
 
 
 def _check_kind(annotation: Annotation, boxes: Sequence[GivenBox], photo: Photograph) -> None:
-    """Raises WsssError where the numbers are no pixels or no corners."""
+    """Raise WsssError where the numbers are not pixels or not corners."""
     height, width = photo.shape
     numbers = [number for box in boxes for number in box.xyxy]
     if numbers and not annotation.shares and min(numbers) >= 0 and max(numbers) <= 1 < max(height, width):
         raise WsssError(
             f"{annotation.where}: expected pixels, got coordinates in 0..1",
-            hint=f"multiply x by the width and y by the height: this photograph is {_written(photo.shape)}",
+            hint=f"multiply x by the width and y by the height: this photograph is {_described(photo.shape)}",
         )
     if annotation.maybe_sides and any(x1 < x0 or y1 < y0 for x0, y0, x1, y1 in (box.xyxy for box in boxes)):
         sides = [box.xyxy for box in boxes]
@@ -249,5 +254,5 @@ def _area(xyxy: Corners) -> float:
     return (xyxy[2] - xyxy[0]) * (xyxy[3] - xyxy[1])
 
 
-def _written(shape: tuple[int, int]) -> str:
+def _described(shape: tuple[int, int]) -> str:
     return f"{shape[1]} x {shape[0]} (width x height)"

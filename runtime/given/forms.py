@@ -1,7 +1,8 @@
-"""Which form boxes are given in, told by content; and the hash of the files that decide."""
+"""Opens given boxes in the format that their content shows, and hashes the files they come from."""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -9,25 +10,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import WsssError
-from ...reading.documents import decode_text, parse_json, read_bytes
+from ...reading.documents import parse_json, read_bytes
 from .boxes import BoxSource, short
 from .coco import CocoBoxes, is_coco, refuse_detections
-from .own_json import JsonBoxes, ManifestBoxes
+from .own_json import json_boxes, manifest_boxes
 from .voc import VocBoxes
 from .yolo import LISTS, YoloBoxes, class_file, is_label_file
 
-FORMS = "a folder of VOC XML or YOLO txt files, a COCO file, a JSON file of our own, or a label store"
+FORMS = "a folder of VOC XML or YOLO txt files, a COCO file, a JSON file of images to boxes, or a label store"
 
 
 def open_boxes(path: Path) -> BoxSource:
-    """Open boxes in any form; the content tells which, not the name.
+    """Open boxes in any supported format, which is recognized by content, not by name.
 
     Args:
         path: a folder of VOC XML files, or of YOLO labels with their list of classes; a COCO file; a JSON object of images to
             boxes; a label store, or its manifest.
 
     Raises:
-        WsssError: missing, of another form, or contradicting itself.
+        WsssError: missing, in another format, or inconsistent.
     """
     where = f"--boxes {path}"
     if path.is_dir():
@@ -38,15 +39,15 @@ def open_boxes(path: Path) -> BoxSource:
 
 
 def given_hash(path: Path) -> str:
-    """SHA-256 of what ``--labels`` or ``--boxes`` names: a file, or the files of a folder that decide, with their names.
+    """SHA-256 of the file that ``--labels`` or ``--boxes`` names, or of the names and contents of a folder's files that are read.
 
     Raises:
         WsssError: it cannot be read.
     """
     total = hashlib.sha256()
-    for each in _deciding_files(path):
-        name = os.fsencode(os.path.relpath(each, path)) if path.is_dir() and not _is_store(path) else b""
-        data = read_bytes(each)
+    for file in _files_read(path):
+        name = os.fsencode(os.path.relpath(file, path)) if path.is_dir() and not _is_store(path) else b""
+        data = read_bytes(file)
         total.update(b"%d %s%d " % (len(name), name, len(data)) + data)
     return total.hexdigest()
 
@@ -55,12 +56,11 @@ def _open_file(path: Path, where: str) -> BoxSource:
     data = read_bytes(path, where=where, hint=FORMS)
     if data.lstrip()[:1] == b"<":
         raise WsssError(f"{where}: expected a folder of XML files, got one XML file", hint=f"give its folder, or {FORMS}")
-    text = decode_text(data, where)
-    if _is_manifest(text):
-        return ManifestBoxes(text, where)
-    document = parse_json(text, where, hint=FORMS)
+    if _is_manifest(data):
+        return manifest_boxes({where: data}, where)
+    document = parse_json(data, where, hint=FORMS)
     if isinstance(document, dict):
-        return CocoBoxes(document, where) if is_coco(document) else JsonBoxes(document, where)
+        return CocoBoxes(document, where) if is_coco(document) else json_boxes(document, where)
     if isinstance(document, list):
         raise refuse_detections(document, where)
     raise WsssError(f"{where}: expected a JSON object of image names to lists of boxes, got {short(document)}", hint=FORMS)
@@ -68,8 +68,7 @@ def _open_file(path: Path, where: str) -> BoxSource:
 
 def _open_folder(folder: Path, where: str) -> BoxSource:
     if _is_store(folder):
-        text = "".join(decode_text(read_bytes(each, hint=FORMS), str(each)) for each in _manifests(folder))
-        return ManifestBoxes(text, where)
+        return manifest_boxes({str(file): read_bytes(file, hint=FORMS) for file in _manifests(folder)}, where)
     files = _annotation_files(folder)
     if files and files[0].suffix.lower() == ".xml":
         return VocBoxes(folder, files)
@@ -80,8 +79,8 @@ def _open_folder(folder: Path, where: str) -> BoxSource:
     raise WsssError(f"{where}: expected {FORMS}, got a folder with none of them", hint=hint)
 
 
-def _deciding_files(path: Path) -> Sequence[Path]:
-    """What --labels PATH or --boxes PATH reads."""
+def _files_read(path: Path) -> Sequence[Path]:
+    """The files that ``--labels`` or ``--boxes`` reads."""
     if not path.is_dir():
         return [path]
     if _is_store(path):
@@ -91,27 +90,27 @@ def _deciding_files(path: Path) -> Sequence[Path]:
 
 
 def _annotation_files(folder: Path) -> list[Path]:
-    """The VOC XML files below a folder, or its YOLO labels; sorted, empty where there is neither.
+    """The VOC XML files or YOLO labels below a folder, sorted; empty where there are none.
 
     Raises:
         WsssError: there are both.
     """
-    found = sorted(each for each in folder.rglob("*") if each.suffix.lower() in (".xml", ".txt") and each.is_file())
-    annotations = [each for each in found if each.suffix.lower() == ".xml"]
-    texts = [each for each in found if each.suffix.lower() == ".txt" and each.name.lower() not in LISTS]
-    labeled = next((each for each in texts if is_label_file(each)), None)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".xml", ".txt") and path.is_file())
+    annotations = [path for path in files if path.suffix.lower() == ".xml"]
+    texts = [path for path in files if path.suffix.lower() == ".txt" and path.name.lower() not in LISTS]
+    labeled = next((path for path in texts if is_label_file(path)), None)
     if annotations and labeled:
         raise WsssError(
             f"--boxes {folder}: holds VOC XML files and YOLO labels: {annotations[0].name}, {labeled.name}",
-            hint="give a folder with one of the two",
+            hint="give a folder with only one of the two",
         )
     return texts if labeled else annotations
 
 
-def _is_manifest(text: str) -> bool:
-    """Is the first line one of a label store's manifest?"""
+def _is_manifest(data: bytes) -> bool:
+    """Whether the first line is one of a label store's manifest."""
     try:
-        first = json.loads(text.lstrip().partition("\n")[0])
+        first = json.loads(data.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0].decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and isinstance(first.get("path"), str)
@@ -122,5 +121,5 @@ def _is_store(folder: Path) -> bool:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    """A store's manifests, those of shards last: their lines are newer."""
+    """A store's manifests. Those of shards come last, for their lines are newer."""
     return sorted(folder.glob("manifest*.jsonl"), key=lambda path: (path.name != "manifest.jsonl", path.name))

@@ -1,10 +1,10 @@
-"""Match names as people write them: of photographs, in entries and annotations, and of classes."""
+"""Matches names of photographs in entries and annotations, and names of classes, despite differences in spelling."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 from ...classes import ClassList
@@ -14,14 +14,14 @@ from .boxes import short
 
 
 def image_key(name: str) -> str:
-    """A photograph's name as entries are compared: NFC, forward slashes, without ``./``."""
+    """Normalize a photograph's name for comparison: NFC, forward slashes, without ``./``."""
     path = unicodedata.normalize("NFC", name).replace("\\", "/")
     parts = [part for part in path.split("/") if part not in ("", ".")]
     return ("/" if path.startswith("/") else "") + "/".join(parts)
 
 
 def stem_of(name: str) -> str:
-    """The last part of a photograph's name without its ending: what annotations are named for."""
+    """The last part of a photograph's name without its ending; annotation files have the same stem."""
     stem = image_key(name).rpartition("/")[2]
     while PurePosixPath(stem).suffix.lower() in SUFFIXES:
         stem = PurePosixPath(stem).stem
@@ -29,46 +29,44 @@ def stem_of(name: str) -> str:
 
 
 def twins_of(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The photographs of one stem, in any folder: each of them to all of them. Others are left out."""
-    alike: defaultdict[str, list[str]] = defaultdict(list)
+    """Map each photograph that shares its stem with others, in any folder, to all photographs of that stem."""
+    by_stem: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
-        alike[stem_of(name)].append(name)
-    return {name: tuple(group) for group in alike.values() if len(group) > 1 for name in group}
-
-
-def by_key(entries: Mapping[str, object], where: str) -> dict[str, str]:
-    """The names of a file's entries by `image_key`. Raises WsssError where two are of one photograph."""
-    found: dict[str, str] = {}
-    for name in entries:
-        if (earlier := found.setdefault(image_key(name), name)) != name:
-            raise WsssError(f"{where}: {earlier!r} and {name!r} are the same photograph", hint="keep one of the two entries")
-    return found
+        by_stem[stem_of(name)].append(name)
+    return {name: tuple(group) for group in by_stem.values() if len(group) > 1 for name in group}
 
 
 class Entries:
-    """The photographs that a file has entries of.
+    """The photographs that a file has entries of (`Index`); the keys are their names.
 
     Args:
         names: as the file writes them. where: what messages call the file.
+
+    Raises:
+        WsssError: two names are of one photograph.
     """
 
     def __init__(self, names: Iterable[str], where: str) -> None:
         self._where = where
-        self._name = by_key(dict.fromkeys(names), where)
-        self._alike: dict[str, str] | None = None
+        self._by_key: dict[str, str] = {}
+        self._by_stem: dict[str, str] | None = None
+        for name in names:
+            if (earlier := self._by_key.setdefault(image_key(name), name)) != name:
+                raise WsssError(f"{where}: {earlier!r} and {name!r} are the same photograph", hint="keep one of the two entries")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_key.values())
 
     def find(self, photo: str) -> str | None:
-        """The entry of a photograph as the file writes it, None where there is none."""
-        return self._name.get(image_key(photo))
+        """The name of a photograph's entry as the file writes it, or None."""
+        return self._by_key.get(image_key(photo))
 
     def missing(self, photo: str) -> WsssError:
-        """The error of a photograph without an entry; names one of the same stem."""
-        if self._alike is None:
-            self._alike = {stem_of(name): name for name in self._name.values()}
-        near = self._alike.get(stem_of(photo))
-        hint = (
-            f"the file has {near!r}; entries are named as IMAGES names them: {photo!r}" if near else "add an entry, [] if empty"
-        )
+        """The error for a photograph without an entry; its hint gives an entry of the same stem."""
+        if self._by_stem is None:
+            self._by_stem = {stem_of(name): name for name in self._by_key.values()}
+        near = self._by_stem.get(stem_of(photo))
+        hint = f"the file has {near!r}; entries need the photograph's path, {photo!r}" if near else "add an entry, [] if empty"
         return WsssError(f"has no entry in {self._where}", hint=hint)
 
 
@@ -76,7 +74,7 @@ class ClassNames:
     """Finds classes of a run by name, as `ClassList.find` does.
 
     Args:
-        ignore_unknown: a name that is not in the list is None instead of an error.
+        ignore_unknown: return None instead of raising an error for a name that is not in the list.
     """
 
     def __init__(self, classes: ClassList, *, ignore_unknown: bool = False) -> None:
@@ -86,14 +84,15 @@ class ClassNames:
         return len(self._classes)
 
     def find(self, name: object, where: str) -> int | None:
-        """The label, 1-based, of the class of this name.
+        """The 1-based label of the class of this name.
 
         Raises:
-            WsssError: no string, or not in the list; names the nearest class.
+            WsssError: not a string, or not in the list; the hint names the nearest class.
         """
         if not isinstance(name, str):
             raise WsssError(
-                f"{where}: expected the name of a class, got {short(name)}", hint="names, not numbers: they are safe from shifts"
+                f"{where}: expected the name of a class, got {short(name)}",
+                hint="give names instead of numbers, whose base is not clear",
             )
         if (label := self._classes.find(name)) is not None or self._ignore:
             return label
@@ -101,10 +100,10 @@ class ClassNames:
         did_you = f"did you mean {near!r}? " if near else ""
         raise WsssError(
             f"{where}: the class {short(name)} is not in this run's list: {listed(self._classes.names)}",
-            hint=f"{did_you}check --classes; --ignore-unknown leaves out what is not in the list",
+            hint=f"{did_you}check --classes; --ignore-unknown leaves out classes that are not in the list",
         )
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:
-    """Names separated by commas, the first ones of many."""
+    """The first ``most`` names, separated by commas."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

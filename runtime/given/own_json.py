@@ -1,16 +1,17 @@
-"""Boxes in forms of our own: a JSON object of photographs to lists of boxes, and the manifest of a label store.
+"""Boxes in wsss's own formats: a JSON object that maps photographs to lists of boxes, and the manifest of a label store.
 
 {"a/dog.jpg": [{"label": "dog", "xyxy": [48, 240, 195, 371], "score": 0.9}]}
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import codecs
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import WsssError
-from ...reading.documents import parse_json
+from ...store.format import parse_line
 from .boxes import Annotation, Corners, GivenBox, finite, looks_like_sides, short, sides_error, size_of
 from .names import Entries
 
@@ -24,85 +25,94 @@ class _Entry:
     width: object = None
 
 
-class JsonBoxes:
-    """Boxes of a JSON object (`BoxSource`). Raises WsssError where the whole file is of another form.
+class EntryBoxes:
+    """Boxes of entries, each of one photograph (`BoxSource`).
 
     Args:
-        document: photograph's name to a list of ``{"label": str, "xyxy": four numbers, "score": 0..1 or absent}``.
+        entries: by the photograph's name.
         where: what messages call the file.
+        upright: the boxes are those of the photograph after EXIF rotation.
+
+    Raises:
+        WsssError: a box shows that all scores or coordinates of the file are of another kind.
     """
 
-    def __init__(self, document: Mapping[str, Any], where: str) -> None:
-        if not all(isinstance(value, list) for value in document.values()):
-            odd = next(name for name, value in document.items() if not isinstance(value, list))
-            raise WsssError(
-                f"{where}: expected a JSON object of image names to lists of boxes, got {short(document[odd])} for {odd!r}",
-                hint=f'{{"a/dog.jpg": [{EXAMPLE}]}}, a COCO file, or the manifest.jsonl of a label store',
-            )
-        self._set({name: _Entry(boxes) for name, boxes in document.items()}, where, upright=False)
-
-    def _set(self, entries: Mapping[str, _Entry], where: str, *, upright: bool) -> None:
+    def __init__(self, entries: Mapping[str, _Entry], where: str, *, upright: bool) -> None:
         self._entries, self._where, self._upright = entries, where, upright
-        self._names = Entries(entries, where)
-        _check_all(entries, where)
-
-    def find(self, photo: str) -> str | None:
-        return self._names.find(photo)
-
-    def missing(self, photo: str) -> WsssError:
-        return self._names.missing(photo)
-
-    def all_keys(self) -> Iterable[str]:
-        return self._entries
+        self.index = Entries(entries, where)
+        _check_kind(entries, where)
 
     def read(self, key: str) -> Annotation:
         entry, where = self._entries[key], f"{self._where}: {key}"
         return Annotation(
             where=where,
-            boxes=[box_from(each, where) for each in entry.boxes],
+            boxes=[box_from(box, where) for box in entry.boxes],
             size=size_of(entry.height, entry.width, where),
             upright=self._upright,
             maybe_sides=not self._upright,
         )
 
 
-class ManifestBoxes(JsonBoxes):
-    """Boxes of a label store's manifest (`BoxSource`): lines with ``path`` and ``boxes``; those of failed images are left out.
+def json_boxes(document: Mapping[str, Any], where: str) -> EntryBoxes:
+    """Boxes of a JSON object.
+
+    Args:
+        document: photograph's name to a list of ``{"label": str, "xyxy": four numbers, "score": 0..1 or absent}``.
+        where: what messages call the file.
 
     Raises:
-        WsssError: a line of another form, or no box at all: a store of a segmenter has none.
+        WsssError: the file has another form.
     """
+    for name, boxes in document.items():
+        if not isinstance(boxes, list):
+            raise WsssError(
+                f"{where}: expected a JSON object of image names to lists of boxes, got {short(boxes)} for {name!r}",
+                hint=f'{{"a/dog.jpg": [{EXAMPLE}]}}, a COCO file, or the manifest.jsonl of a label store',
+            )
+    return EntryBoxes({name: _Entry(boxes) for name, boxes in document.items()}, where, upright=False)
 
-    def __init__(self, text: str, where: str) -> None:
-        entries: dict[str, _Entry] = {}
-        for number, line in enumerate(text.splitlines(), 1):
+
+def manifest_boxes(manifests: Mapping[str, bytes], where: str) -> EntryBoxes:
+    """Boxes of a label store's manifests; failed images have none.
+
+    Args:
+        manifests: contents by what messages call the file. Of several lines about one image, the last one counts.
+        where: what messages call the store.
+
+    Raises:
+        WsssError: a damaged line, or no box at all: a segmenter's store has none.
+    """
+    entries: dict[str, _Entry] = {}
+    for file, data in manifests.items():
+        for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
             if not line.strip():
                 continue
-            at = f"{where}: line {number}"
-            record = parse_json(line, at)
-            if not isinstance(record, dict) or not isinstance(record.get("path"), str):
-                raise WsssError(f"{at}: expected a line of a label store's manifest, got {short(record)}", hint=_MANIFEST)
-            if "error" in record:
-                entries.pop(record["path"], None)
-                continue
-            if not isinstance(record.get("boxes"), list):
-                raise WsssError(f"{at}: expected a list of boxes, got {short(record.get('boxes'))}", hint=_MANIFEST)
-            entries[record["path"]] = _Entry(record["boxes"], record.get("height"), record.get("width"))
-        if not any(entry.boxes for entry in entries.values()):
-            raise WsssError(
-                f"{where}: no line has a box", hint="take the store of a chain: one made with --model segmenter has no boxes"
-            )
-        self._set(entries, where, upright=True)
+            try:
+                record = parse_line(line)
+                if "error" in record:
+                    entries.pop(record["path"], None)
+                else:
+                    entries[record["path"]] = _Entry(record["boxes"], record.get("height"), record.get("width"))
+            except (ValueError, KeyError) as error:
+                problem = "it has no boxes" if isinstance(error, KeyError) else error
+                raise WsssError(f"{file}: line {number} is damaged: {problem}", hint=_MANIFEST) from None
+    if not any(entry.boxes for entry in entries.values()):
+        raise WsssError(
+            f"{where}: no line has a box", hint="take the store of a chain: one made with --model segmenter has no boxes"
+        )
+    return EntryBoxes(entries, where, upright=True)
 
 
-_MANIFEST = 'a line is {"path": "a/dog.jpg", "boxes": [...], "height": 375, "width": 500, ...}, as wsss label writes it'
+_MANIFEST = (
+    'wsss label writes lines as {"path": "a/dog.jpg", "label": "a/dog.png", "boxes": [...], "height": 375, "width": 500, ...}'
+)
 
 
 def box_from(box: object, where: str) -> GivenBox:
     """A box from ``{"label": str, "xyxy": four finite numbers, "score": 0..1 or absent}``. Raises WsssError."""
     corners = corners_from(box.get("xyxy")) if isinstance(box, dict) else None
     if not isinstance(box, dict) or not isinstance(box.get("label"), str) or corners is None:
-        raise WsssError(f"{where}: expected a box, got {short(box)}", hint=_what_is_wrong(box))
+        raise WsssError(f"{where}: expected a box, got {short(box)}", hint=_hint_for(box))
     return GivenBox(box["label"], corners, score_from(box, where))
 
 
@@ -126,8 +136,8 @@ def score_from(box: Mapping[str, Any], where: str) -> float:
     return score
 
 
-def _check_all(entries: Mapping[str, _Entry], where: str) -> None:
-    """Raises WsssError where any box shows that the whole file has other scores or coordinates than ours."""
+def _check_kind(entries: Mapping[str, _Entry], where: str) -> None:
+    """Raises WsssError where a box shows that all scores of the file are percentages, or all coordinates x, y, width, height."""
     corners: list[Corners] = []
     for name, entry in entries.items():
         for box in entry.boxes:
@@ -141,7 +151,7 @@ def _check_all(entries: Mapping[str, _Entry], where: str) -> None:
         raise sides_error(where)
 
 
-def _what_is_wrong(box: object) -> str:
+def _hint_for(box: object) -> str:
     if isinstance(box, dict) and "bbox" in box:
         return f"corners are written under xyxy: {EXAMPLE}; bbox (x, y, width, height) is read in COCO files"
     numbers = box.get("xyxy") if isinstance(box, dict) else None

@@ -1,4 +1,4 @@
-"""Stages replaced by what the user already knows: class names per image (``--labels``), boxes per image (``--boxes``)."""
+"""Stages that take class names (``--labels``) or boxes (``--boxes``) from the user's files instead of running a model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from .names import ClassNames, Entries, image_key, listed, stem_of
 
 Warn = Callable[[str], None]
 _LABELS = '{"a/dog.jpg": ["dog"]}'
-_TWINS = (
-    "name annotations a/dog.jpg.xml for a/dog.jpg, in folders as the photographs are, or say which in <filename> and <folder>"
-)
+_TWINS = "name the annotation of a/dog.jpg a/dog.jpg.xml, in the same folders as the photographs, or set <filename> and <folder>"
 
 
 class LabelsFromFile:
@@ -32,7 +30,7 @@ class LabelsFromFile:
         ignore_unknown: leave out names that are not in the list instead of refusing the file.
 
     Raises:
-        WsssError: the file is of another form, or names a class that is not in the list.
+        WsssError: the file has another form, or names a class that is not in the list.
     """
 
     def __init__(self, path: Path, classes: ClassList, *, ignore_unknown: bool = False) -> None:
@@ -45,15 +43,15 @@ class LabelsFromFile:
         self._entries = Entries(document, str(path))
         self._present: dict[str, list[int]] = {}
         self.ignored: Counter[str] = Counter()
-        """Names that were left out, and how often."""
+        """How often each name was left out."""
         for image, names in document.items():
-            found = [(name, known.find(name, f"{where}: {image}")) for name in names]
-            self._present[image] = [label for _, label in found if label is not None]
-            self.ignored.update(name for name, label in found if label is None)
+            labels = [(name, known.find(name, f"{where}: {image}")) for name in names]
+            self._present[image] = [label for _, label in labels if label is not None]
+            self.ignored.update(name for name, label in labels if label is None)
         _check_ignored(self.ignored, any(self._present.values()), where, classes)
 
     def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> WsssError | None:
-        """Why this image cannot be labeled, or None. ``twins``: photographs of the run with the same stem, itself too."""
+        """Why this image cannot be labeled, or None. ``twins``: photographs of the run with the same stem, this one included."""
         if (entry := self._entries.find(photo.name)) is None:
             return self._entries.missing(photo.name)
         sharing = [name for name in twins if self._entries.find(name) == entry]
@@ -63,19 +61,19 @@ class LabelsFromFile:
         score = np.zeros((len(images), self._classes), np.float32)
         for row, photo in enumerate(images):
             entry = self._entries.find(photo.name)
-            assert entry is not None  # `missing` was asked
+            assert entry is not None  # `missing` was called before
             score[row, [label - 1 for label in self._present[entry]]] = 1
         return Labels(score, score > 0)
 
 
 class BoxesFromFile:
-    """Boxes from files instead of Grounding-DINO; what the tags say does not matter to them.
+    """Boxes from files instead of Grounding-DINO; the tags are not used.
 
     Args:
-        path: in any form of `open_boxes`.
+        path: in any format of `open_boxes`.
         ignore_unknown: leave out boxes of classes that are not in the list instead of failing their image.
-        threshold: leave out boxes of a lower score; None takes all.
-        warn: told of boxes that were left out, cut, sorted, or whose frame had to be assumed.
+        threshold: leave out boxes with a lower score; None keeps all.
+        warn: called when boxes were left out, cut or sorted, or their frame was assumed.
 
     Raises:
         WsssError: as `open_boxes`.
@@ -94,22 +92,22 @@ class BoxesFromFile:
         self._classes = ClassNames(classes, ignore_unknown=ignore_unknown)
         self._source = open_boxes(path)
         self.ignored: Counter[str] = Counter()
-        """Names that are left out, and how many boxes they have, over all annotations."""
+        """Number of boxes that were left out in all annotations, by class name."""
         if ignore_unknown:
             self._count_ignored(f"--boxes {path}", classes)
 
     def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> WsssError | None:
-        """Why this image cannot be labeled, or None. ``twins``: photographs of the run with the same stem, itself too."""
+        """Why this image cannot be labeled, or None. ``twins``: photographs of the run with the same stem, this one included."""
         try:
             annotation, _, _ = self._of(photo)
         except WsssError as error:
             return error
-        key = self._source.find(photo.name)
-        sharing = [name for name in twins if self._source.find(name) == key]
+        key = self._source.index.find(photo.name)
+        sharing = [name for name in twins if self._source.index.find(name) == key]
         if len(sharing) < 2 or (owner := _owner(annotation, sharing)) == photo.name:
             return None
         if owner:
-            return WsssError(f"{annotation.where}: is the annotation of {owner}, as it says itself", hint=_TWINS)
+            return WsssError(f"{annotation.where}: is the annotation of {owner}, according to its <filename>", hint=_TWINS)
         return _ambiguous(annotation.where, sharing, _TWINS)
 
     def __call__(self, images: Images, labels: Labels) -> Boxes:
@@ -129,9 +127,9 @@ class BoxesFromFile:
         return Boxes.join(parts)
 
     def _of(self, photo: Photograph) -> tuple[Annotation, list[GivenBox], list[str]]:
-        """A photograph's annotation, its boxes in pixels of the photograph, and what there is to say of them."""
-        if (key := self._source.find(photo.name)) is None:
-            raise self._source.missing(photo.name)
+        """A photograph's annotation, its boxes in pixels of the photograph, and notes about them."""
+        if (key := self._source.index.find(photo.name)) is None:
+            raise self._source.index.missing(photo.name)
         annotation = self._source.read(key)
         known = [box for box in annotation.boxes if self._classes.find(box.name, annotation.where) is not None]
         strong = [box for box in known if box.score >= self._threshold]
@@ -144,10 +142,10 @@ class BoxesFromFile:
 
     def _count_ignored(self, where: str, classes: ClassList) -> None:
         known = False
-        for key in self._source.all_keys():
+        for key in self._source.index:
             try:
                 annotation = self._source.read(key)
-            except WsssError:  # its image, if there is one, will say it
+            except WsssError:  # reported with its image, if there is one
                 continue
             unknown = [box.name for box in annotation.boxes if self._classes.find(box.name, annotation.where) is None]
             known |= len(unknown) < len(annotation.boxes)
@@ -156,7 +154,7 @@ class BoxesFromFile:
 
 
 def _owner(annotation: Annotation, sharing: Sequence[str]) -> str | None:
-    """The photograph that an annotation names, of those that it may be of; None where it does not tell."""
+    """The one of these photographs that an annotation names; None where it is not clear."""
     filename = image_key(annotation.filename)
     named = [name for name in sharing if filename in ("", stem_of(name), image_key(name).rpartition("/")[2])]
     if len(named) > 1 and annotation.folder:
@@ -166,7 +164,7 @@ def _owner(annotation: Annotation, sharing: Sequence[str]) -> str | None:
 
 
 def _ambiguous(where: str, sharing: Sequence[str], hint: str) -> WsssError:
-    return WsssError(f"{where}: of {len(sharing)} photographs, and only one can be meant: {listed(sharing, 4)}", hint=hint)
+    return WsssError(f"{where}: fits {len(sharing)} photographs, but belongs to one: {listed(sharing, 4)}", hint=hint)
 
 
 def _check_ignored(ignored: Counter[str], any_known: bool, where: str, classes: ClassList) -> None:

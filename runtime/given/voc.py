@@ -1,4 +1,4 @@
-"""Boxes of PASCAL VOC annotations: a folder of XML files named as the photographs.
+"""Reads boxes from PASCAL VOC annotations: a folder of XML files named after the photographs.
 
 Source of the format: VOC 2012 devkit, section "Annotation": corners are 1-based and inclusive.
 """
@@ -9,7 +9,7 @@ import codecs
 import math
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...errors import WsssError
@@ -18,25 +18,29 @@ from .boxes import Annotation, GivenBox, size_of
 from .names import image_key, stem_of
 
 MAX_BYTES = 1 << 24
-"""Of one annotation: 16 MiB."""
+"""Most bytes of one annotation."""
 _CHILDREN = {"folder", "filename", "path", "source", "owner", "size", "segmented", "object", "database", "verified"}
-_HINT = "--boxes wants one VOC XML file an image, of its name"
+_HINT = "--boxes needs one VOC XML file for each image, with its name"
 _DECLARED = re.compile(rb"""\s*<\?xml[^>]{0,99}?\sencoding\s*=\s*["']([\w.:-]{1,40})["']""")
 _ENCODINGS = ("utf", "ascii", "iso8859", "cp", "gb", "big5", "euc", "shift_jis", "koi8", "mac", "tis-620")
-"""Of Python's codecs, those of text files, by the beginnings of their names."""
+"""Prefixes of the names of Python's text encodings."""
 _WIDER = {"gb2312": "gb18030", "gbk": "gb18030"}
-"""Tools that declare one of these write characters of its successor, which reads it alike."""
+"""Some tools declare one of these but write characters of its superset."""
 
 
 class AnnotationFolder:
-    """Files of one ending named as the photographs: ``a/dog.xml`` or ``a/dog.jpg.xml`` for ``a/dog.jpg``, or all in one folder.
+    """Annotation files named after the photographs (`Index`): ``a/dog.xml`` or ``a/dog.jpg.xml`` for ``a/dog.jpg``, or all in
+    one folder.
+
+    Args:
+        what, ending, hint: what messages call a file, its ending, and the hint for a missing one.
 
     Raises:
-        WsssError: two files whose names differ by letter case of the ending or Unicode form only.
+        WsssError: the names of two files differ only in the case of the ending or in Unicode form.
     """
 
-    def __init__(self, folder: Path, files: Iterable[Path]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, files: Iterable[Path], what: str, ending: str, hint: str) -> None:
+        self._folder, self._what, self._ending, self._hint = folder, what, ending, hint
         self._files: dict[str, Path] = {}
         for path in files:
             key = image_key(path.relative_to(folder).with_suffix("").as_posix())
@@ -44,7 +48,7 @@ class AnnotationFolder:
                 raise WsssError(f"--boxes {folder}: {earlier.name!r} and {path.name!r} are of the same image", hint="keep one")
 
     def find(self, photo: str) -> str | None:
-        """The file of a photograph: beside the image's own folders before that of the folder itself."""
+        """The key of a photograph's file: one in the same sub-folder as the photograph, else one in the folder itself."""
         name = image_key(photo)
         stem = stem_of(photo)
         parent, _, last = name.rpartition("/")
@@ -55,47 +59,41 @@ class AnnotationFolder:
         """The file of this key."""
         return self._files[key]
 
-    def all_keys(self) -> Iterable[str]:
-        """The keys of all files."""
-        return self._files
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def missing(self, photo: str) -> WsssError:
+        """The error for a photograph without a file."""
+        return WsssError(f"has no {self._what} {stem_of(photo)}{self._ending} in {self._folder}", hint=self._hint)
 
 
 class VocBoxes:
     """Boxes of a folder of VOC XML files (`BoxSource`)."""
 
     def __init__(self, folder: Path, files: Iterable[Path]) -> None:
-        self._files = AnnotationFolder(folder, files)
-
-    def find(self, photo: str) -> str | None:
-        return self._files.find(photo)
-
-    def missing(self, photo: str) -> WsssError:
-        return WsssError(f"has no annotation {stem_of(photo)}.xml in {self._files.folder}", hint=_HINT)
-
-    def all_keys(self) -> Iterable[str]:
-        return self._files.all_keys()
+        self.index = AnnotationFolder(folder, files, "annotation", ".xml", _HINT)
 
     def read(self, key: str) -> Annotation:
-        """Raises WsssError also where ``<filename>`` is of a photograph with an annotation of its own."""
-        path = self._files.path(key)
+        """As `BoxSource.read`; refuses an annotation whose ``<filename>`` names a photograph with another annotation."""
+        path = self.index.path(key)
         annotation = read_voc_xml(path)
         named = annotation.filename
         if named and stem_of(named) != stem_of(key):
             parent = key.rpartition("/")[0]
-            other = self._files.find(f"{parent}/{named}")
+            other = self.index.find(f"{parent}/{named}")
             if other not in (None, key):
                 raise WsssError(
-                    f"{path}: <filename> is {named!r}, which has an annotation of its own, {self._files.path(other or '').name}",
-                    hint="name each XML file as its photograph, and correct or remove <filename>",
+                    f"{path}: <filename> is {named!r}, which has its own annotation, {self.index.path(other or '').name}",
+                    hint="name each XML file after its photograph, and correct or remove <filename>",
                 )
         return annotation
 
 
 def read_voc_xml(path: Path) -> Annotation:
-    """A PASCAL VOC annotation: 1-based inclusive corners become 0-based, the far ones exclusive.
+    """Read a PASCAL VOC annotation; 1-based inclusive corners become 0-based with exclusive far edges.
 
     Raises:
-        WsssError: unreadable, not a VOC annotation, with objects that have no box, or in an encoding that is not declared.
+        WsssError: unreadable, not a VOC annotation, an object without a box, or not in the declared encoding.
     """
     where = str(path)
     root = _parsed(read_bytes(path, hint=_HINT, max_bytes=MAX_BYTES), where)
@@ -108,12 +106,12 @@ def read_voc_xml(path: Path) -> Annotation:
         if child.tag not in _CHILDREN and (not objects or child.find(".//object") is not None):
             raise WsssError(
                 f"{where}: expected a VOC annotation, got <{child.tag}> in <annotation>",
-                hint="objects stand in <object> elements",
+                hint="objects must be in <object> elements",
             )
     size = root.find("size")
     return Annotation(
         where=where,
-        boxes=[_box(each, where) for each in objects],
+        boxes=[_box(element, where) for element in objects],
         size=None if size is None else size_of(_optional(size, "height", where), _optional(size, "width", where), where),
         filename=re.split(r"[/\\]", _text(root, "filename"))[-1],
         folder=re.split(r"[/\\]", _text(root, "folder"))[-1],
@@ -121,11 +119,11 @@ def read_voc_xml(path: Path) -> Annotation:
 
 
 def _parsed(data: bytes, where: str) -> ElementTree.Element:
-    """The root of an XML document, namespaces removed from all names."""
+    """Parse an XML document and remove namespaces from all names."""
     text = _decoded(data, where)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise WsssError(
-            f"{where}: declares a document type or entities, which a VOC annotation never does", hint="remove <!DOCTYPE"
+            f"{where}: declares a document type or entities, which VOC annotations do not have", hint="remove <!DOCTYPE"
         )
     try:
         root = ElementTree.fromstring(text)
@@ -150,7 +148,7 @@ def _decoded(data: bytes, where: str) -> str:
             raise LookupError
         return data.decode(_WIDER.get(codec, codec))
     except LookupError:
-        raise WsssError(f"{where}: declares the encoding {name!r}, which is not known", hint="save it as UTF-8") from None
+        raise WsssError(f"{where}: declares the unknown encoding {name!r}", hint="save it as UTF-8") from None
     except UnicodeError:
         raise WsssError(f"{where}: is not in the encoding that it declares, {name}", hint="save it as UTF-8") from None
 
@@ -167,7 +165,7 @@ def _box(thing: ElementTree.Element, where: str) -> GivenBox:
             hint="write the upright box: <bndbox><xmin>48</xmin><ymin>240</ymin><xmax>195</xmax><ymax>371</ymax></bndbox>",
         )
     x0, y0, x1, y1 = (_number(box, side, where) for side in ("xmin", "ymin", "xmax", "ymax"))
-    # The smaller of two is the near edge, also where they are swapped.
+    # The smaller coordinate is the near edge, even if the corners are swapped.
     near_x, near_y = x0 <= x1, y0 <= y1
     return GivenBox(name, (x0 - near_x, y0 - near_y, x1 - (not near_x), y1 - (not near_y)))
 

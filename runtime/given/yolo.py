@@ -1,11 +1,11 @@
-"""Boxes of YOLO labels: a folder of text files named as the photographs, and the list of classes beside it.
+"""Reads boxes from YOLO labels: a folder of text files named after the photographs, and a list of classes.
 
     0 0.35 0.52 0.20 0.31           class, then x and y of the center, width and height, as shares of the photograph's sides
     0 0.35 0.52 0.20 0.31 0.87      with a confidence, as predictions are saved
     0 0.25 0.36 0.45 0.36 0.45 0.67 class, then x and y of a region's corners, whose bounding box is taken
 
-Source of the format: docs.ultralytics.com/datasets/detect. The names of the classes, counted from 0, stand in a
-``classes.txt``, ``*.names`` (a name a line) or ``data.yaml`` (``names``) in that folder or one of the two above it.
+Source of the format: docs.ultralytics.com/datasets/detect. The names of the classes, counted from 0, come from a
+``classes.txt``, ``*.names`` (one name a line) or ``data.yaml`` (``names``) in that folder or one of the two above it.
 """
 
 from __future__ import annotations
@@ -20,50 +20,38 @@ import yaml
 from ...errors import WsssError
 from ...reading.documents import decode_text, read_bytes, read_text
 from .boxes import Annotation, Corners, GivenBox, finite, short
-from .names import stem_of
 from .voc import AnnotationFolder
 
 _LINE = re.compile(rb"\s*(\d+(\s+[-+.\deE]+){4,}\s*($|[\r\n])|$)")
-"""How a label file begins, if it is not empty."""
+"""Start of a label file that is not empty."""
 LISTS = ("classes.txt", "obj.names")
 MAX_BYTES = 1 << 20
-"""Of a list of classes."""
+"""Most bytes of a list of classes."""
 _HINT = "put classes.txt (a name a line), a .names file or data.yaml beside the labels, or one or two folders above"
 _FORM = "a line is: class x-center y-center width height, shares of the photograph's sides, for example 0 0.5 0.5 0.2 0.3"
 _SLACK = 0.01
-"""Beyond 0..1: rounding."""
+"""How far a share may exceed 0..1 because of rounding."""
 
 
 class YoloBoxes:
-    """Boxes of a folder of YOLO labels (`BoxSource`). Raises WsssError where the list of classes is missing or not clear."""
+    """Boxes of a folder of YOLO labels (`BoxSource`). Raises WsssError where the list of classes is missing or ambiguous."""
 
     def __init__(self, folder: Path, files: Iterable[Path]) -> None:
-        self._files = AnnotationFolder(folder, files)
+        self.index = AnnotationFolder(folder, files, "labels", ".txt", "for a photograph without objects, add an empty file")
         self._list = class_file(folder)
         self._names, self._has_keypoints = read_names(self._list)
 
-    def find(self, photo: str) -> str | None:
-        return self._files.find(photo)
-
-    def missing(self, photo: str) -> WsssError:
-        return WsssError(
-            f"has no labels {stem_of(photo)}.txt in {self._files.folder}", hint="an empty file is a photograph without objects"
-        )
-
-    def all_keys(self) -> Iterable[str]:
-        return self._files.all_keys()
-
     def read(self, key: str) -> Annotation:
-        path = self._files.path(key)
+        path = self.index.path(key)
         sides: list[Corners] = []
         boxes: list[GivenBox] = []
         for number, line in enumerate(read_text(path, hint=_FORM).splitlines(), 1):
             if line.strip():
-                at = f"{path}: line {number}"
-                label, xywh, score = self._line(line.split(), at)
+                where = f"{path}: line {number}"
+                label, xywh, score = self._line(line.split(), where)
                 if not 0 <= label < len(self._names):
                     raise WsssError(
-                        f"{at}: class {label} of a list of {len(self._names)}, {self._list}", hint="classes are counted from 0"
+                        f"{where}: class {label}, but {self._list} has {len(self._names)}", hint="classes are counted from 0"
                     )
                 x, y, w, h = xywh
                 sides.append(xywh)
@@ -72,16 +60,16 @@ class YoloBoxes:
             raise WsssError(f"{path}: expected centers and sides, got what looks like corners x0 y0 x1 y1", hint=_FORM)
         return Annotation(where=str(path), boxes=boxes, shares=True)
 
-    def _line(self, fields: list[str], at: str) -> tuple[int, Corners, float]:
+    def _line(self, fields: list[str], where: str) -> tuple[int, Corners, float]:
         """Class, (x, y, width, height) with x and y of the center, and score."""
-        numbers = [_number(each) for each in fields[1:]]
+        numbers = [_number(text) for text in fields[1:]]
         values = [number for number in numbers if number is not None]
         if not re.fullmatch(r"[0-9]{1,9}", fields[0]) or len(values) < len(numbers) or len(values) < 4:
-            raise WsssError(f"{at}: expected a line of YOLO labels, got {short(' '.join(fields))}", hint=_FORM)
+            raise WsssError(f"{where}: expected a line of YOLO labels, got {short(' '.join(fields))}", hint=_FORM)
         shares = values[:4] if self._has_keypoints else values
         if not all(-_SLACK <= value <= 1 + _SLACK for value in shares):
             raise WsssError(
-                f"{at}: expected shares in 0..1, got {short(' '.join(fields))}",
+                f"{where}: expected shares in 0..1, got {short(' '.join(fields))}",
                 hint=f"divide pixels by the photograph's sides: {_FORM}",
             )
         score = 1.0
@@ -90,7 +78,7 @@ class YoloBoxes:
         if len(values) == 4 or self._has_keypoints:
             x, y, w, h = values[:4]
             if w < 0 or h < 0:
-                raise WsssError(f"{at}: expected a width and height of at least 0, got {w} and {h}", hint=_FORM)
+                raise WsssError(f"{where}: expected a width and height of at least 0, got {w} and {h}", hint=_FORM)
         else:
             x0, x1, y0, y1 = min(values[::2]), max(values[::2]), min(values[1::2]), max(values[1::2])
             x, y, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
@@ -98,7 +86,7 @@ class YoloBoxes:
 
 
 def is_label_file(path: Path) -> bool:
-    """Does a text file begin as YOLO labels do, or is it empty?"""
+    """Whether a text file is empty or starts like YOLO labels."""
     try:
         with path.open("rb") as file:
             return _LINE.match(file.read(4096)) is not None
@@ -107,21 +95,21 @@ def is_label_file(path: Path) -> bool:
 
 
 def class_file(folder: Path) -> Path:
-    """The list of classes of a folder of YOLO labels: the nearest, in it or one of the two folders above.
+    """The list of classes of a folder of YOLO labels: the nearest one, in the folder or in one of the two above.
 
     Raises:
-        WsssError: there is none, or two in one folder that differ.
+        WsssError: there is none, or the lists in a folder differ.
     """
     for place in (folder, *folder.absolute().parents[:2]):
-        found = _lists_in(place)
-        if found and any(read_names(each) != read_names(found[0]) for each in found[1:]):
-            names = ", ".join(each.name for each in found)
+        lists = _lists_in(place)
+        if any(read_names(path) != read_names(lists[0]) for path in lists[1:]):
+            names = ", ".join(path.name for path in lists)
             raise WsssError(
-                f"--boxes {folder}: {place} has several lists of classes that differ: {names}", hint="leave the right one"
+                f"--boxes {folder}: {place} has several lists of classes that differ: {names}", hint="keep only the right one"
             )
-        if found:
-            return found[0]
-    raise WsssError(f"--boxes {folder}: YOLO labels without a list of classes, which they name by number", hint=_HINT)
+        if lists:
+            return lists[0]
+    raise WsssError(f"--boxes {folder}: YOLO labels name classes by number, but there is no list of classes", hint=_HINT)
 
 
 def read_names(path: Path) -> tuple[list[str], bool]:
@@ -133,18 +121,18 @@ def read_names(path: Path) -> tuple[list[str], bool]:
             names.pop()
         if not all(names):
             raise WsssError(
-                f"{path}: an empty line among the names, which are counted by line", hint="write each class on its line"
+                f"{path}: an empty line among the names, which are counted by line", hint="write one class on each line"
             )
         return names, False
     document = _yaml(text, path)
-    found = document.get("names") if isinstance(document, dict) else None
-    if isinstance(found, dict) and all(isinstance(key, int) for key in found) and sorted(found) == list(range(len(found))):
-        found = [found[number] for number in range(len(found))]
-    if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
+    listed = document.get("names") if isinstance(document, dict) else None
+    if isinstance(listed, dict) and all(isinstance(key, int) for key in listed) and sorted(listed) == list(range(len(listed))):
+        listed = [listed[number] for number in range(len(listed))]
+    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) for name in listed):
         raise WsssError(
-            f"{path}: expected a list of names, or numbers from 0 to names, got {short(found)}", hint="names: [dog, cat]"
+            f"{path}: expected a list of names, or numbers from 0 to names, got {short(listed)}", hint="names: [dog, cat]"
         )
-    return found, "kpt_shape" in document
+    return listed, "kpt_shape" in document
 
 
 def _lists_in(folder: Path) -> list[Path]:

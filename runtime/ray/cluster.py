@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, and what Ray Data is told. See `on_ray`."""
+"""Connects to a Ray cluster, and sets Ray Data's options. See `executor`."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from ...errors import UsageError, WsssError
 
 
 def connect(address: str | None, log: Callable[[str], None]) -> None:
-    """Joins a cluster: the one at this address, or of RAY_ADDRESS, or that runs on this machine, or a new one on it.
+    """Connect to a cluster: at ``address``, at RAY_ADDRESS, on this machine, or a new one started here.
 
     Raises:
-        WsssError: no cluster is where one was named.
+        WsssError: there is no cluster at the given address.
     """
-    asked = address or os.environ.get("RAY_ADDRESS") or "auto"
-    if asked.startswith("ray://"):
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if address.startswith("ray://"):
         raise UsageError(
-            f"--ray-address {asked}: wsss must run on a node of the cluster, not as a client of it",
+            f"--ray-address {address}: wsss must run on a node of the cluster, not as a client of it",
             hint="ray job submit --address http://HEAD:8265 -- wsss label ... --on ray",
         )
-    # Its C++ side prints errors into this process's stderr that are none, about the restarts of Ray Data's own actors.
+    # Ray's C++ side prints harmless errors to this process's stderr when Ray Data restarts actors.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        _check_listens(asked)
+        _check_listens(address)
         with _silent():
-            ray.init(address=asked, **quiet)
+            ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
-        if asked != "auto":
+        if address != "auto":
             raise WsssError(
-                f"--ray-address {asked}: no Ray cluster answers: {last_line(error)}", hint="`ray status` on its head node"
+                f"--ray-address {address}: no Ray cluster answers: {last_line(error)}", hint="`ray status` on its head node"
             ) from None
         log("Ray: no cluster found; one is started on this machine")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports over the network, which nobody asked for
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # would send usage reports over the network
         with _silent():
             ray.init(address="local", include_dashboard=False, **quiet)
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Nothing on stderr, also not from C++, which says there that it was told to be quiet. Failures come as exceptions."""
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Discard stderr, that of C++ code too. Failures come as exceptions."""
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(devnull, 2)
         yield
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(nowhere)
+        os.close(devnull)
 
 
 def _check_listens(address: str) -> None:
-    """Raises OSError or ValueError where nothing listens: Ray itself would ask for ever."""
+    """Raise OSError or ValueError where nothing listens; Ray itself would retry forever."""
     if address not in ("auto", "local"):
         host, _, port = address.rpartition(":")
         if not port.isdecimal():
@@ -70,19 +70,19 @@ def _check_listens(address: str) -> None:
 
 @contextlib.contextmanager
 def pipeline_settings() -> Iterator[None]:
-    """The settings of Ray Data that a pipeline takes with it."""
+    """Set the options of Ray Data for one pipeline."""
     context = DataContext.get_current()
-    wanted = {
+    options = {
         "enable_progress_bars": False,
-        "max_errored_blocks": -1,  # images whose call was lost are labeled one by one
+        "max_errored_blocks": -1,  # images of a lost call are labeled one by one
         "max_consecutive_actor_init_deaths": 10,
-        "execution_no_progress_timeout_s": -1,  # the cluster may grow late: the user is warned
+        "execution_no_progress_timeout_s": -1,  # the cluster may grow late; the user gets a warning instead
     }
-    before = {name: getattr(context, name) for name in wanted if hasattr(context, name)}
+    before = {name: getattr(context, name) for name in options if hasattr(context, name)}
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data")  # that a short run does not fill the pool
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data")  # warns that a short run does not fill the pool
     for name in before:
-        setattr(context, name, wanted[name])
+        setattr(context, name, options[name])
     try:
         yield
     finally:
@@ -91,12 +91,12 @@ def pipeline_settings() -> Iterator[None]:
 
 
 def free() -> str:
-    """What nobody uses, in words."""
-    free = ray.available_resources()
-    return f"{free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} cores"
+    """Describe the cluster's unused resources."""
+    resources = ray.available_resources()
+    return f"{resources.get('GPU', 0):g} GPUs and {resources.get('CPU', 0):g} cores"
 
 
 def last_line(error: BaseException) -> str:
-    """Of an error's message, where Ray puts the cause."""
+    """The last line of an error's message, where Ray puts the cause."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__

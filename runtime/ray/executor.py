@@ -2,10 +2,10 @@
 
     names of images -> pool of labelers, which read, label and write -> receipts -> the manifest
 
-This process lists the images, a window of them at a time, and writes the manifest. Ray Data keeps the pool at its size,
-restarts labelers that die and sends their calls again. Images of a call that two labelers died with are labeled one by one in
-a second pass; an image that labelers die of fails there, by name. wsss must be installed on every node, in this version, and
-every node must reach the bundle, the images and the store under the same paths.
+This process lists the images, one window at a time, and writes the manifest. Ray Data keeps the pool at its size, restarts
+labelers that die and repeats their calls. If two labelers die during a call, its images are labeled one by one in a second pass,
+in which an image that kills labelers fails alone. The same version of wsss must be installed on every node, and every node must
+reach the bundle, the images and the store under the same paths.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ from ...photographs import Place
 from ...store.format import LabelWriter
 from ..labeler import strange_to_mini
 from ..run.label_folder import Summary, Warn
-from ..run.stream import NOTHING, Receipt, Task
-from ..run.workers import DEATHS, Opener
+from ..run.stream import Receipt, Task, failure
+from ..run.workers import DEATHS, Opener, add_up
 from .cluster import connect, free, last_line, pipeline_settings
 from .labeler import Control, RayLabeler
 
 WINDOW = 200_000
-"""Images of one pipeline at least; 20,000 a labeler where that is more. Their names are in this process's memory, and each
+"""Images of one pipeline; 20,000 for each labeler where that is more. Their names are in this process's memory, and each
 pipeline loads the models once."""
 CALL_BATCHES = 8
-"""Batches in a call at most. A short run is cut finer, so that every labeler gets a share."""
+"""Most batches in a call. A short run has smaller calls, so that every labeler gets a share."""
 CONCURRENT_CALLS = 2
-"""Calls that a labeler works on at a time: while the last images of one are fused, those of the next are read."""
+"""Calls that a labeler runs at a time: while the last images of one are fused, those of the next are read."""
 CALLS_IN_FLIGHT = 4
-"""Calls that a labeler has been sent."""
+"""Most calls that a labeler has been sent."""
 QUIET_SECONDS = 60.0
-"""Seconds without a receipt after which the user is told what the cluster has free."""
+"""Seconds without a receipt after which a warning shows the cluster's free resources."""
 
 
 class RayExecutor:
-    """Labelers on a Ray cluster, for one run.
+    """Runs labelers on a Ray cluster, for one run.
 
     Args:
-        opener: opens a labeler on a node; it is pickled on the way there.
-        address: of the cluster; None takes RAY_ADDRESS, or the cluster that runs on this machine, or starts one on it.
-        workers: labelers; None takes one for each GPU of the cluster or, if it has none, each core.
-        gpu: each has a GPU of its own; None: if the cluster has any.
-        batch: images that a labeler labels together; None: as many as its engines were built for.
-        log: called with what the cluster has, and what is waited for.
+        opener: opens a labeler on a node; it is pickled to get there.
+        address: of the cluster; None takes RAY_ADDRESS, or the cluster on this machine, or starts one here.
+        workers: number of labelers; None takes one for each GPU of the cluster or, if it has none, each core.
+        gpu: whether each labeler has its own GPU; None: if the cluster has any.
+        batch: images that a labeler labels together; None takes the batch size that its engines were built for.
+        log: called with messages about the cluster's resources, and about what the run waits for.
 
     Raises:
-        WsssError: no such cluster, or a labeler cannot be opened there.
+        WsssError: there is no such cluster, or a labeler cannot be opened on it.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class RayExecutor:
         log: Callable[[str], None] = lambda message: None,
     ) -> None:
         self._opener, self._log = opener, log
-        self._seconds: dict[str, Summary] = {}
-        """What each labeler process has taken so far."""
+        self._summaries: dict[str, Summary] = {}
+        """The seconds so far of each labeler process."""
         self._connected = not ray.is_initialized()
         if self._connected:
             connect(address, log)
@@ -107,14 +107,14 @@ class RayExecutor:
         self.close()
 
     def close(self) -> None:
-        """Leave the cluster; one that was started for this run ends."""
+        """Disconnect from the cluster; one that was started for this run ends."""
         if self._connected:
             ray.shutdown()
 
     def _open_once(self) -> tuple[ClassList, dict[str, Any], int]:
-        """The classes, settings and usual batch of a labeler on the cluster: this machine may have no GPU."""
+        """The classes, settings and usual batch of a labeler, opened on the cluster because this machine may have no GPU."""
         needed = {"num_gpus": 1 if self._gpu else 0, "num_cpus": 1}
-        open_remotely = ray.remote(max_calls=int(self._gpu), max_retries=0)(_open)  # a process that held a GPU must end
+        open_remotely = ray.remote(max_calls=int(self._gpu), max_retries=0)(_open)  # the process must end to free its GPU
         opened = open_remotely.options(**needed).remote(self._opener, os.getcwd())
         while not ray.wait([opened], timeout=QUIET_SECONDS)[0]:
             self._log(f"Ray: waiting for the first labeler, which needs {needed}; the cluster has {free()} free")
@@ -127,29 +127,24 @@ class RayExecutor:
             ) from None
         if version != __version__:
             raise WsssError(
-                f"--on ray: the cluster has wsss {version}, this is {__version__}", hint="install the same on all nodes"
+                f"--on ray: the cluster has wsss {version}, this is {__version__}", hint="install the same version on all nodes"
             )
         if isinstance(result[0], str):
             raise WsssError(result[0], hint=result[1])
         return result[0], result[1], result[2]
 
     def report(self, summary: Summary) -> None:
-        """Add up the labelers' seconds; of their padding take the mean."""
-        each = list(self._seconds.values())
-        for stage in ("tag", "detect", "segment", "fuse"):
-            summary.stage_seconds[stage] = sum(labeler.stage_seconds.get(stage, 0.0) for labeler in each)
-        summary.engine_seconds = sum(labeler.engine_seconds for labeler in each)
-        padding = [labeler.padding for labeler in each if labeler.padding is not None]
-        summary.padding = sum(padding) / len(padding) if padding else None
+        """Fill in the sum of the labelers' seconds, and the mean of their padding."""
+        add_up(self._summaries.values(), summary)
 
     def work(
         self, tasks: Iterable[Task | None], folder: Path | Place, labels: LabelWriter, stop: threading.Event, warn: Warn
     ) -> Generator[list[Receipt], None, None]:
-        """The receipts of all tasks as they come; once ``stop`` is set, of those that labelers had in hand.
+        """Yield the receipts of all tasks as they arrive; once ``stop`` is set, only of those in progress.
 
         Raises:
-            StoreError: a labeler cannot write, or writes where this machine does not see it.
-            WsssError: the labelers die before they label anything, or would label otherwise than the first one.
+            StoreError: a labeler cannot write, or its labels are not visible on this machine.
+            WsssError: the labelers die before they label anything, or their settings differ from the first one's.
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         control = ray.remote(Control).options(num_cpus=0, scheduling_strategy=here).remote()
@@ -164,41 +159,41 @@ class RayExecutor:
             "cores": None if self._gpu else self._cores,
         }
         upcoming = (task for task in tasks if task is not None)
-        with _watching(stop, control, warn) as heard:
+        with _watching(stop, control, warn) as note_progress:
             while not stop.is_set() and (window := list(islice(upcoming, max(WINDOW, 20_000 * self._workers)))):
                 left = {task.number: task for task in window}
                 share = len(left) // (4 * self._workers)
-                failure = ""
+                cause = ""
                 for call_size in (max(self._batch, min(CALL_BATCHES * self._batch, share)), 1):
                     if not left or stop.is_set():
                         break
                     if call_size == 1:
-                        warn(f"Ray: labelers died with {len(left)} images in hand{failure}; they are labeled one by one")
+                        warn(f"Ray: labelers died while they labeled {len(left)} images{cause}; these are labeled one by one")
                     try:
                         for row in self._pass(list(left.values()), call_size, labeler):
-                            heard()
+                            note_progress()
                             receipts = [
                                 receipt for receipt in self._receipts(row, labels, warn) if left.pop(receipt.number, None)
                             ]
                             if receipts:
                                 yield receipts
                     except ray.exceptions.RayError as error:
-                        failure = f" ({last_line(error)})"
+                        cause = f" ({last_line(error)})"
                 if stop.is_set():
                     return
                 if len(left) == len(window):
                     raise WsssError(
-                        f"--on ray: the cluster labels nothing: its labelers die{failure}",
-                        hint="what is in the store is whole: the same command goes on. `ray logs` may say more",
+                        f"--on ray: the cluster labels nothing: its labelers die{cause}",
+                        hint="the store is intact: run the same command again to go on. `ray logs` may show more",
                     )
                 if left:
-                    yield [_lost(task) for task in left.values()]
+                    yield [failure(task, f"{task.name}: {DEATHS} labelers died while they labeled it") for task in left.values()]
 
     def _pass(self, tasks: list[Task], call_size: int, labeler: dict[str, Any]) -> Iterator[dict[str, str]]:
         """The rows that `RayLabeler` returns for these tasks, ``call_size`` of them a call."""
         calls = [
             {"call": f"{tasks[start].number}/{call_size}", "tasks": json.dumps(tasks[start : start + call_size])}
-            for start in range(0, len(tasks), call_size)  # JSON in ASCII: file names may be no Unicode
+            for start in range(0, len(tasks), call_size)  # JSON in ASCII, because file names may not be valid Unicode
         ]
         with pipeline_settings():
             labeled = ray.data.from_items(calls, override_num_blocks=len(calls)).map_batches(
@@ -217,17 +212,17 @@ class RayExecutor:
             yield from labeled.iter_rows()
 
     def _receipts(self, row: dict[str, str], labels: LabelWriter, warn: Warn) -> list[Receipt]:
-        """The receipts in a labeler's row. Raises the error that it holds instead."""
+        """The receipts in a labeler's row. Raises the error that the row has instead."""
         if row["error"]:
             error = json.loads(row["error"])
             kinds = {"StoreError": StoreError, "WsssError": WsssError}
             if error["kind"] not in kinds:
-                raise RuntimeError(error["message"])  # a fault of ours, with its traceback
+                raise RuntimeError(error["message"])  # a bug; the message has its traceback
             raise kinds[error["kind"]](error["message"], hint=error["hint"])
         receipts = [Receipt(number, record) for number, record in json.loads(row["receipts"])]
-        if row["process"] not in self._seconds:
+        if row["process"] not in self._summaries:
             _check_shared(labels, receipts, row["host"])
-        self._seconds[row["process"]] = Summary(**json.loads(row["seconds"]))
+        self._summaries[row["process"]] = Summary(**json.loads(row["seconds"]))
         for message in json.loads(row["warnings"]):
             warn(f"{row['host']}: {message}")
         return receipts
@@ -235,7 +230,7 @@ class RayExecutor:
 
 @contextlib.contextmanager
 def _watching(stop: threading.Event, control: Any, warn: Warn) -> Iterator[Callable[[], None]]:
-    """Pass ``stop`` on to the labelers, and warn when nothing comes for long; gives a function to call when something does."""
+    """Pass ``stop`` on to the labelers, and warn when no receipt arrives for long; yields a function to call when one does."""
     over, last = threading.Event(), [time.monotonic()]
 
     def watch() -> None:
@@ -269,18 +264,13 @@ def _open(opener: Opener, cwd: str) -> tuple[Any, ...]:
     return __version__, labeler.classes, labeler.settings, labeler.usual_batch()
 
 
-def _lost(task: Task) -> Receipt:
-    error = f"{task.name}: {DEATHS} labelers died with it in hand"
-    return Receipt(task.number, {"path": task.name, "label": task.label, **NOTHING, "error": error})
-
-
 def _check_shared(labels: LabelWriter, receipts: Iterable[Receipt], host: str) -> None:
-    """Raise StoreError where a labeler wrote its first labels into a folder that is another one here."""
+    """Raise StoreError where a labeler's first label is not visible on this machine."""
     folder = getattr(labels, "folder", None)
     written = [receipt.record["label"] for receipt in receipts if "error" not in receipt.record]
     if not isinstance(folder, Path) or not written:
         return
-    for _ in range(20):  # a network's folder may show a new file late
+    for _ in range(20):  # network file systems may show new files late
         if (folder / written[0]).is_file():
             return
         time.sleep(0.5)

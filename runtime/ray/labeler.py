@@ -1,4 +1,4 @@
-"""The labelers of a run on a Ray cluster, in actors. See `on_ray`."""
+"""The labelers of a run on a Ray cluster, as actors. See `executor`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ POLL_SECONDS = 2.0
 
 
 class Control:
-    """What the labelers of a run share, in an actor of its own: whether to stop, which calls kill, who has which cores."""
+    """State that the labelers of a run share, as an actor: whether to stop, how often calls were tried, who has which cores."""
 
     def __init__(self) -> None:
         self._stopped = False
@@ -40,7 +40,7 @@ class Control:
         self._seats: dict[str, list[str]] = {}
 
     def stop(self) -> None:
-        """Let labelers finish the batches in hand, and begin no others."""
+        """Let labelers finish the batches in progress, and start no others."""
         self._stopped = True
 
     def stopped(self) -> bool:
@@ -48,17 +48,17 @@ class Control:
         return self._stopped
 
     def begin(self, call: str) -> int:
-        """How often a call was begun before and not ended: Ray Data itself sends one that kills labelers forever."""
+        """How often a call was started before without ending; Ray Data itself repeats one that kills labelers forever."""
         attempts = self._attempts.get(call, 0)
         self._attempts[call] = attempts + 1
         return attempts
 
     def end(self, call: str) -> None:
-        """Forget a call that is done."""
+        """Forget a call that has ended."""
         self._attempts.pop(call, None)
 
     def seat(self, host: str, actor: str) -> int:
-        """The number of an actor among those of its host; a restarted one keeps it."""
+        """The number of an actor among those of its host; a restarted one keeps its number."""
         seats = self._seats.setdefault(host, [])
         if actor not in seats:
             seats.append(actor)
@@ -66,18 +66,18 @@ class Control:
 
 
 class RayLabeler:
-    """A labeler in an actor. Concurrent calls share its stages, which so have the next batch waiting.
+    """A labeler in an actor. Concurrent calls share its stages, so that the next batch is waiting for each stage.
 
-    Errors are values of the row that a call returns: an exception would make Ray try the call again.
+    A call returns errors as values of its row, because Ray would repeat a call that raises an exception.
 
     Args:
         control: handle of the run's `Control`.
         opener: opens the labeler.
-        settings: what every labeler must have, as the store has it.
-        folder, labels: where photographs are read and label maps go; every node must reach them.
-        cwd: the driver's working folder: relative paths are meant from there.
+        settings: the settings that every labeler must have, as in the store.
+        folder, labels: where photographs are read from and label maps are written to; every node must reach them.
+        cwd: the driver's working folder, from which relative paths start.
         batch: images labeled together.
-        cores: of its host, that it may use; None: all.
+        cores: number of cores of its host that it may use; None: all.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class RayLabeler:
         self._control, self._process, self._host = control, uuid.uuid4().hex, socket.gethostname()
         self._work: _Work | None = None
         self._error: dict[str, str] | None = None
-        with contextlib.suppress(OSError):  # a node without it: a relative path will not be found, and be named
+        with contextlib.suppress(OSError):  # a node without it: a relative path is then reported as not found
             os.chdir(cwd)
         if cores:
             context = ray.get_runtime_context()
@@ -107,7 +107,7 @@ class RayLabeler:
             labeler = opener()
             if json.dumps(labeler.settings, sort_keys=True) != json.dumps(dict(settings), sort_keys=True):
                 raise WsssError(
-                    f"--on ray: the labeler on {self._host} would label with other settings than the first one",
+                    f"--on ray: the labeler on {self._host} would label with settings that differ from the first one's",
                     hint="the bundle must be the same on every node; name the engine with --engine",
                 )
             self._work = _Work(LocalExecutor(labeler, batch=batch), folder, labels, stop)
@@ -121,7 +121,7 @@ class RayLabeler:
         stop.set()
 
     def __call__(self, calls: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """A row for each row of tasks: receipts and more, in JSON. No receipts where labelers died of the call."""
+        """A row for each row of tasks, with receipts and more in JSON; no receipts where labelers have died during the call."""
         rows = [self._row(call, tasks) for call, tasks in zip(calls["call"], calls["tasks"], strict=True)]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -149,7 +149,7 @@ class RayLabeler:
 
 
 class _Work:
-    """A labeler that runs as long as its process; calls add their tasks and wait for the receipts."""
+    """Runs a labeler as long as its process lives; calls add their tasks and wait for the receipts."""
 
     def __init__(self, executor: LocalExecutor, folder: Path | Place, labels: LabelWriter, stop: threading.Event) -> None:
         self.executor, self._stop = executor, stop
@@ -158,13 +158,13 @@ class _Work:
         self._lock = threading.Lock()
         self._count = 0
         self._waiting: dict[int, tuple[int, SimpleQueue[Receipt | None]]] = {}
-        """By a number of this process, since Ray may send a call twice: the run's number, and the call's queue."""
+        """The run's number of each task and its call's queue, by a number of this process: Ray may send a call twice."""
         self._ended = False
         self._error: BaseException | None = None
         threading.Thread(target=self._run, args=(folder, labels), daemon=True).start()
 
     def label(self, tasks: list[Task]) -> list[Receipt]:
-        """The receipts of these tasks; of those that were begun, when the run is stopped.
+        """The receipts of these tasks; when the run is stopped, only of those in progress.
 
         Raises:
             StoreError: a label cannot be written.
@@ -209,10 +209,10 @@ class _Work:
 
 
 def _pin(seat: int, cores: int) -> None:
-    """Keep to cores of its own: each labeler of a host would start as many threads as there are cores."""
+    """Keep this labeler to its own cores; otherwise each labeler of a host would start as many threads as there are cores."""
     if hasattr(os, "sched_setaffinity"):
-        mine = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {mine[(seat * cores + number) % len(mine)] for number in range(cores)})
+        usable = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {usable[(seat * cores + number) % len(usable)] for number in range(cores)})
 
 
 def _error_of(error: BaseException) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""One HTML page to look at a label store."""
+"""Writes an HTML page to review a label store."""

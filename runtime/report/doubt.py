@@ -1,4 +1,4 @@
-"""How much an image deserves a look: one number from what the models said of it, and the reason in words."""
+"""Ranks images for review: one number from the models' scores for an image, and the reason in words."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from ...store.local import Record
 
 WEIGHTS = {"score": 0.3, "mask": 0.8, "disagreement": 0.8, "void": 0.6}
-"""What each part can add at most; see `doubt`."""
+"""The weight of each part; see `doubt`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floors:
-    """The least scores that counted in a run, and whether its tags and boxes mean anything."""
+    """The lowest scores that counted in a run, and whether its tags and boxes are meaningful."""
 
     tag: float
     box: float
     tagged: bool
-    """False where the tags were not decided image by image: every class (``--no-gate``) or none (``--boxes``) everywhere."""
+    """False where tags do not depend on the image: all classes (``--no-gate``) or none (``--boxes``) everywhere."""
     boxed: bool = True
-    """False for a segmenter, which has no boxes; its tags are what it labeled, with their mean confidence."""
+    """False for a segmenter, which has no boxes; its tags are the classes of its labels, with their mean confidence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,49 +35,49 @@ class Doubt:
     disagreement: float
     void: float
     cause: str
-    """The part that weighs most, a key of ``WEIGHTS``; empty when nothing is doubtful."""
+    """The part with the largest weighted value, a key of ``WEIGHTS``; empty when nothing is doubtful."""
     reason: str
-    """The cause in words, naming classes and figures; empty with it."""
+    """The cause in words, with classes and numbers; empty when nothing is doubtful."""
 
 
 def floors_of(run: dict[str, Any], records: Iterable[Record]) -> Floors:
-    """The run's thresholds; where it took the bundle's own, the lowest score that any record has.
+    """The run's thresholds; where it does not record one, the lowest score of any record.
 
     Args:
-        run: the store's ``run.json``. records: its images, without the failed ones; streamed.
+        run: the store's ``run.json``. records: the lines of its labeled images; streamed.
     """
     tag = box = 1.0
     rules, models = _object(run.get("rules")), _object(run.get("models"))
     tagged = "clip" in models or "segmenter" in models
     for record in records:
         tag = min([tag, *record["classes"].values()])
-        box = min([box, *(each["score"] for each in record["boxes"])])
+        box = min([box, *(detection["score"] for detection in record["boxes"])])
         tagged = tagged or 0 < len(record["classes"]) < len(run["classes"])
-    told = rules.get("tag_threshold"), rules.get("box_threshold")
+    tag_threshold, box_threshold = rules.get("tag_threshold"), rules.get("box_threshold")
     return Floors(
-        tag=tag if told[0] is None else told[0],
-        box=box if told[1] is None else told[1],
+        tag=tag if tag_threshold is None else tag_threshold,
+        box=box if box_threshold is None else box_threshold,
         tagged=tagged,
         boxed="segmenter" not in models,
     )
 
 
 def doubt(record: Record, floors: Floors) -> Doubt:
-    """Of one labeled image: ``1 - (1 - w1 p1)(1 - w2 p2)(1 - w3 p3)(1 - w4 p4)``, weights in ``WEIGHTS``.
+    """Compute the doubt about one labeled image: ``1 - (1 - w1 p1)(1 - w2 p2)(1 - w3 p3)(1 - w4 p4)``, weights in ``WEIGHTS``.
 
-    One bad part is enough to come early, several come earlier, and no part can hide another as in a mean. On 120 drawn
+    One bad part is enough for a high doubt, several increase it, and unlike in a mean no good part hides a bad one. On 120 drawn
     scenes the order has a rank correlation of 0.78 with the labels' true error, more than any part alone
     (``benchmarks/studies/quality/doubt_ranking.py``).
 
     - score: 1 - the smallest margin of a tag or box, (score - floor) / (1 - floor).
     - mask: 1 - the lowest predicted IoU of a mask (SAM, arXiv:2304.02643, appendix A).
-    - disagreement: share of the classes, of those tagged or boxed, that are only one of the two. 0 when not both.
-    - void: share of void among the pixels that are not background; of a segmenter, which does not tell those, of all.
+    - disagreement: of the classes with a tag or a box, the share without the other; 0 if the run has only one of the two.
+    - void: share of void in the pixels that are not background; for a segmenter, which does not record those, in all pixels.
 
-    An image in which no class was found is 0: nothing that was recorded of it can be doubted.
+    An image in which no class was found has a doubt of 0, because nothing was recorded that could be doubted.
 
     Args:
-        record: a line of the manifest that is no failure. floors: see `floors_of`.
+        record: the manifest line of a labeled image. floors: see `floors_of`.
     """
     tags, boxes = record["classes"] if floors.tagged else {}, record["boxes"]
     boxed = {box["label"] for box in boxes}
@@ -87,13 +87,13 @@ def doubt(record: Record, floors: Floors) -> Doubt:
     margin, weakest = min(margins, default=(1.0, ""))
     quality, worst = min(masks, default=(1.0, ""))
     lost, extra = [name for name in tags if name not in boxed], [name for name in boxed if name not in tags]
-    everything = record["height"] * record["width"]
-    labelled = sum(box["won_px"] for box in boxes) if floors.boxed else everything - record["void_px"]
+    pixels = record["height"] * record["width"]
+    labeled = sum(box["won_px"] for box in boxes) if floors.boxed else pixels - record["void_px"]
     parts = {
         "score": 1 - margin,
         "mask": 1 - min(max(quality, 0.0), 1.0),
         "disagreement": (len(lost) + len(extra)) / max(len(tags.keys() | boxed), 1) if floors.tagged and floors.boxed else 0.0,
-        "void": record["void_px"] / max(record["void_px"] + labelled, 1),
+        "void": record["void_px"] / max(record["void_px"] + labeled, 1),
     }
     total = 1 - math.prod(1 - WEIGHTS[name] * part for name, part in parts.items())
     if total <= 0:

@@ -1,10 +1,10 @@
-"""The page to review a label store with: ``report.html``, and beside it ``report.files/`` with its data and thumbnails.
+"""Writes a page to review a label store: ``report.html``, and beside it ``report.files/`` with its data and thumbnails.
 
-    report.html              style and script inside; nothing comes from a network
-    report.files/data.js     everything the page shows, one call of showReport()
+    report.html              with style and script; loads nothing from a network
+    report.files/data.js     all data of the page, in one call of showReport()
     report.files/ab/*.jpg    photographs, *.png their labels; see `thumbnails`
 
-The page's own sources are in ``report_page/``. It opens from a disk as well as from a server.
+The page's sources are in ``assets/``. It works from a disk as well as from a server.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .doubt import Doubt, Floors, doubt, floors_of
 from .thumbnails import Progress, Thumbnails, make_thumbnails, publish, remove_thumbnails
 
 MAX_IMAGES = 10_000
-"""Images in the gallery by default; the summary counts all of them."""
+"""Most images in the gallery by default; the summary counts all images."""
 THUMBNAIL_PX = 384
 _ASSETS = Path(__file__).with_name("assets")
 _FIELDS = {"height", "width", "sha256", "classes", "boxes", "void_px"}
@@ -38,7 +38,7 @@ _SCRIPTS = ("elements.js", "summary.js", "gallery.js", "viewer.js", "start.js")
 
 @dataclass(kw_only=True)
 class Totals:
-    """What the summary says, over every image of the store."""
+    """The numbers of the summary, over all images of the store."""
 
     images: int = 0
     empty: int = 0
@@ -54,7 +54,7 @@ class Totals:
     """Images tagged with a class that have no box of it."""
 
     def add(self, record: Record, floors: Floors) -> None:
-        """Counts a labeled image; its tags only where they mean something."""
+        """Count a labeled image; its tags only where they are meaningful."""
         found = {box["label"] for box in record["boxes"]} if floors.boxed else record["classes"].keys()
         self.images += 1
         self.empty += not found
@@ -78,20 +78,20 @@ def write_report(
     thumbnail_px: int = THUMBNAIL_PX,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes the page and the folder of its files beside it, and returns the page's path.
+    """Write the page and the folder of its files, and return the page's path.
 
     The manifest is streamed; memory grows with ``limit``, not with the store.
 
     Args:
         store: the label store. images: the folder its images are in. page: the HTML file.
-        limit: at most this many images in the gallery, most doubtful first, and this many failures in the list.
-        thumbnail_px: longest side of the gallery's pictures; the large view takes the originals where it finds them.
-        progress: told after each thumbnail.
+        limit: most images in the gallery, most doubtful first, and most failures in the list.
+        thumbnail_px: longest side of the gallery's pictures; the large view shows the originals where it finds them.
+        progress: called after each thumbnail.
 
     Raises:
-        StoreError: no label store, nothing in it, a damaged line, or ``page`` cannot be written.
+        StoreError: there is no label store, it is empty, a line is damaged, or ``page`` cannot be written.
         ImageError: none of its photographs is in ``images``.
-        UsageError: ``page`` lies among the photographs, where the next run would label its thumbnails.
+        UsageError: ``page`` is among the photographs, where the next run would label its thumbnails.
     """
     run = read_run(store)
     files = page.with_name(f"{page.stem}.files")
@@ -137,7 +137,7 @@ def _count(store: Path, limit: int, floors: Floors) -> tuple[Totals, list[list[s
 
 
 def _about(store: Path, images: Path, page: Path, run: dict[str, Any], totals: Totals) -> dict[str, Any]:
-    """All of the page's data that is not about single images."""
+    """The page's data that is not about single images."""
     colors = palette()
     return {
         "title": store.resolve().name,
@@ -168,20 +168,20 @@ def _about(store: Path, images: Path, page: Path, run: dict[str, Any], totals: T
 
 
 def _seconds(store: Path) -> dict[str, Any]:
-    """Seconds an image, by the clock and by stage (stages overlap); none for runs that were killed before they noted theirs."""
-    runs = [each for each in read_history(store) if each.get("labelled")]
-    images = sum(each["labelled"] for each in runs)
+    """Seconds an image, in all and by stage (stages overlap), over all runs except those that were killed."""
+    runs = [run for run in read_history(store) if run.get("labelled")]
+    images = sum(run["labelled"] for run in runs)
     stages: Counter[str] = Counter()
-    for each in runs:
-        stages.update(each.get("stage_seconds", {}))
+    for run in runs:
+        stages.update(run.get("stage_seconds", {}))
     return {
-        "seconds": sum(each.get("seconds", 0.0) for each in runs) / max(images, 1),
-        "stages": {stage: taken / images for stage, taken in stages.items()},
+        "seconds": sum(run.get("seconds", 0.0) for run in runs) / max(images, 1),
+        "stages": {stage: seconds / images for stage, seconds in stages.items()},
     }
 
 
 def _row(classes: list[str], floors: Floors, doubted: Doubt, record: Record, thumbnails: Thumbnails) -> list[Any]:
-    """One image as `start.js` unpacks it; shares, scores and box edges in thousandths."""
+    """The data of one image, which `start.js` unpacks; shares, scores and box edges in thousandths."""
     number = {name: row for row, name in enumerate(classes)}
     size = record["width"], record["height"]
     tags = [[number[name], _thousandths(score)] for name, score in record["classes"].items() if floors.tagged]
@@ -211,7 +211,7 @@ def _row(classes: list[str], floors: Floors, doubted: Doubt, record: Record, thu
 
 
 def _page(store: Path, files: Path) -> str:
-    """The HTML. Its policy lets run only the script that is in it and the data file: no markup in a name ever could."""
+    """The HTML. Its security policy allows only its own script and the data file, so that markup in a name cannot run code."""
     style = (_ASSETS / "page.css").read_text(encoding="utf-8")
     script = "".join((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     page = string.Template((_ASSETS / "page.html").read_text(encoding="utf-8"))
@@ -229,13 +229,13 @@ def _refuse_among_photographs(store: Path, images: Path, page: Path) -> None:
     folder, inside = page.resolve().parent, images.resolve()
     if images.is_dir() and folder.is_relative_to(inside) and not folder.is_relative_to(store.resolve()):
         raise UsageError(
-            f"--out {page}: lies in --images {images}, where the next run would take its thumbnails for photographs",
-            hint=f"leave --out away: the page goes to {store / 'report.html'}",
+            f"--out {page}: is in --images {images}, where the next run would take its thumbnails for photographs",
+            hint=f"leave out --out: the page then goes to {store / 'report.html'}",
         )
 
 
 def _relative(folder: Path, page: Path) -> str:
-    """A folder's address as the page sees it, empty where there is none (another drive)."""
+    """A folder's address relative to the page, empty where there is none (another drive)."""
     try:
         path = os.path.relpath(folder.resolve(), page.resolve().parent)
     except ValueError:
@@ -244,7 +244,7 @@ def _relative(folder: Path, page: Path) -> str:
 
 
 def _shown(name: str) -> str:
-    """A file name that is no Unicode comes with lone surrogates (PEP 383), which a page cannot show."""
+    """The name without lone surrogates, which stand for bytes that are not Unicode (PEP 383); a page cannot show them."""
     return name.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 

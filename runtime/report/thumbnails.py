@@ -1,7 +1,7 @@
-"""Small pictures for the report: a photograph and its label as two files, so that the page can fade one over the other.
+"""Makes thumbnails for the report: a photograph and its label as two files, so that the page can blend them.
 
-A file is named after what it shows (hash of the photograph, or path, size and time of the label), so that a picture that
-exists is right and is not made again.
+A file's name is a hash of its source (the photograph's hash, or the label's path, size and time), so that a thumbnail that exists
+is current and is not made again.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from ...store.format import photograph_of
 from ...store.local import Record, label_path, read_label
 
 FORMAT = 1
-"""Raised when thumbnails of the same input look different from before; old ones are then made anew."""
+"""Version of the thumbnails; increased when they look different, so that old ones are made again."""
 _COLORS = palette()
 _OURS = re.compile(r"[0-9a-f]{20}\.(jpg|png)|\.[^/]*\.tmp")
 
 Progress = Callable[[int, int], None]
-"""Told how many images are done, of how many."""
+"""Called with the number of images done, and of all images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thumbnails:
-    """Of one image: files below the thumbnail folder, with forward slashes; empty where there is none."""
+    """The two thumbnails of an image: files below the thumbnail folder, with forward slashes; empty if missing."""
 
     photo: str
     label: str
     note: str
-    """Why one is missing; empty when both are there."""
+    """Why a thumbnail is missing; empty when both exist."""
 
 
 def make_thumbnails(
     store: Path, images: Path, records: Sequence[Record], folder: Path, longest_px: int, progress: Progress | None = None
 ) -> list[Thumbnails]:
-    """Thumbnails of labeled images, in their order, made on all cores; what ``folder`` has already is reused.
+    """Make thumbnails of labeled images on all cores, in the images' order; those that ``folder`` already has are reused.
 
-    A photograph or label that is missing, unreadable or no longer what was labeled gets a note instead.
+    A photograph or label that is missing, unreadable or changed gets a note instead.
 
     Args:
-        store: the label store. images: the folder its images are in. records: lines of its manifest, none a failure.
-        folder: where the pictures go; made when absent. longest_px: longest side; smaller pictures stay as they are.
+        store: the label store. images: the folder its images are in. records: manifest lines of labeled images.
+        folder: where the thumbnails go; created if needed. longest_px: longest side; smaller pictures are not enlarged.
 
     Raises:
         StoreError: ``folder`` cannot be written.
     """
     try:
-        have = {path for path, size in _files(folder) if size}  # a power cut may leave a file empty
+        have = {path for path, size in _files(folder) if size}  # a power cut may leave an empty file
         for shard in range(256):
             (folder / f"{shard:02x}").mkdir(parents=True, exist_ok=True)
         # Threads, not processes: Pillow releases the interpreter lock while it decodes, resizes and encodes.
@@ -80,21 +80,21 @@ def make_thumbnails(
 
 
 def remove_thumbnails(folder: Path, keep: Iterable[Thumbnails]) -> None:
-    """Removes the pictures below ``folder`` that no image of ``keep`` has; files of other names stay."""
-    wanted = {name for each in keep for name in (each.photo, each.label)}
+    """Remove the thumbnails below ``folder`` that are not in ``keep``; files with other names stay."""
+    kept = {name for thumbnails in keep for name in (thumbnails.photo, thumbnails.label)}
     for path, _ in _files(folder):
-        if path not in wanted and _OURS.fullmatch(path.partition("/")[2]):
+        if path not in kept and _OURS.fullmatch(path.partition("/")[2]):
             (folder / path).unlink(missing_ok=True)
 
 
 def label_picture(label_map: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """A label map in the palette's colors with a white line round every region, background clear.
+    """Draw a label map in the palette's colors, with a white line around every region and a transparent background.
 
     Args:
-        label_map: (H, W) uint8. size: (width, height) of the picture, which samples the map's pixels.
+        label_map: (H, W) uint8. size: (width, height) of the picture, for which pixels of the map are sampled.
 
     Returns:
-        Mode P; the label values are kept, background is transparent.
+        Mode P, with the label values.
     """
     height, width = label_map.shape
     rows = ((np.arange(size[1]) + 0.5) * height / size[1]).astype(int)
@@ -102,12 +102,12 @@ def label_picture(label_map: np.ndarray, size: tuple[int, int]) -> Image.Image:
     small = label_map[rows[:, None], columns]
     around = np.pad(small, 1, mode="edge")
     neighbors = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
-    edge = (small != 0) & np.logical_or.reduce([small != each for each in neighbors])
+    edge = (small != 0) & np.logical_or.reduce([small != neighbor for neighbor in neighbors])
     colors = _COLORS.copy()
-    free = np.flatnonzero(np.bincount(small.ravel(), minlength=256) == 0)
-    if len(free):  # else a picture of 256 labels has no color left for lines
-        small = np.where(edge, free[-1], small).astype(np.uint8)
-        colors[free[-1]] = 255
+    unused = np.flatnonzero(np.bincount(small.ravel(), minlength=256) == 0)
+    if len(unused):  # otherwise, with 256 labels, no palette entry is left for the lines
+        small = np.where(edge, unused[-1], small).astype(np.uint8)
+        colors[unused[-1]] = 255
     picture = Image.fromarray(small, mode="P")
     picture.putpalette(colors.tobytes())
     picture.info["transparency"] = 0
@@ -146,7 +146,7 @@ def _make(store: Path, images: Path, record: Record, folder: Path, longest_px: i
 def _photo(images: Path, record: Record, size: tuple[int, int]) -> Image.Image:
     file = read_file(photograph_of(images, record["path"]), record["path"])
     if file.sha256 != record["sha256"]:
-        raise ImageError(f"{record['path']}: is another file than the one that was labeled")
+        raise ImageError(f"{record['path']}: is not the file that was labeled")
     photo = decode(file, shorter_side_px=2 * min(size))
     return Image.fromarray(photo.pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
 
@@ -163,12 +163,12 @@ def _write(path: Path, picture: Image.Image, form: str, **options: int) -> None:
 
 
 def publish(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, but without waiting for the disk: what a power cut takes is made again."""
+    """Write a file atomically, but without flushing it to disk: what a power cut destroys is made again."""
     write_atomically(path, data, sync=False)
 
 
 def _files(folder: Path) -> list[tuple[str, int]]:
-    """Files in the folders of ``folder`` as ``ab/name``, with their sizes."""
+    """The files in the sub-folders of ``folder`` as ``ab/name``, with their sizes."""
     if not folder.is_dir():
         return []
     return [

@@ -1,1 +1,1 @@
-"""A run over a folder of images: listing, reading ahead, batching, writing the label store."""
+"""Runs over many images: listing, reading ahead, batching, and writing the label store."""

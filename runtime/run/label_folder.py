@@ -1,4 +1,4 @@
-"""A run: a folder of images through the chain into a label store, resumable."""
+"""Labels a folder of images into a label store; a run that was interrupted can be resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .sources import Source, listing
 from .stream import Receipt, Stream, Task
 
 NAMED = 10
-"""Classes that a message names at most."""
+"""Most classes that a message names."""
 
 
 @dataclass(kw_only=True)
@@ -38,50 +38,49 @@ class Summary:
     images: int = 0
     skipped: int = 0
     failed_before: int = 0
-    """Of the skipped ones, those that a former run could not label; ``retry_failed`` tries them again."""
+    """Skipped images that an earlier run could not label; ``retry_failed`` tries them again."""
     labelled: int = 0
     failed: int = 0
     boxes: int = 0
     empty: int = 0
-    """Of the images with a label, those that hold none of the classes."""
+    """Labeled images that contain none of the classes."""
     never_found: list[str] = field(default_factory=list)
-    """Classes that no image holds."""
+    """Classes that no image contains."""
     warned: int = 0
-    """Of the images with a label, those whose pixels may not show what they should (`Photograph.warning`)."""
+    """Labeled images whose pixels are suspicious (`Photograph.warning`)."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """Files beside the images that were not taken, by their ending in lower case; ``none`` and ``other`` too."""
+    """Number of files that are not images, by their ending in lower case, ``none`` or ``other``."""
     folders_failed: int = 0
     """Sub-folders that could not be read."""
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    """Stages overlap: their sum may exceed ``seconds``."""
+    """Seconds of each stage. Stages overlap, so that their sum may exceed ``seconds``."""
     engine_seconds: float = 0.0
-    """How long the engines computed, all devices together."""
+    """Seconds that the engines computed, summed over all devices."""
     padding: float | None = None
-    """Share of the detector's canvases that was no photograph."""
+    """Share of the detector's canvases that was padding."""
     stopped: bool = False
-    """Ended before its time, as asked."""
+    """The run was asked to stop and did so before the last image."""
 
     def describe_empty(self) -> str:
-        """How many images hold none of the classes, and which classes no image holds; empty where there is nothing to say."""
+        """How many images contain none of the classes, and which classes no image contains; empty where neither occurs."""
         total = self.skipped - self.failed_before + self.labelled
         if not total or not (self.empty or self.never_found):
             return ""
-        none = "" if not self.empty else f"{self.empty} of {total} images hold none of the classes"
-        names = ", ".join(self.never_found[:NAMED]) + (
-            f" and {len(self.never_found) - NAMED} others" if len(self.never_found) > NAMED else ""
-        )
-        return "; ".join(filter(None, (none, f"never found: {names}" if names else "")))
+        empty = f"{self.empty} of {total} images hold none of the classes" if self.empty else ""
+        names = ", ".join(self.never_found[:NAMED])
+        more = f" and {len(self.never_found) - NAMED} others" if len(self.never_found) > NAMED else ""
+        return "; ".join(filter(None, (empty, f"never found: {names}{more}" if names else "")))
 
 
 Progress = Callable[[Summary], None]
 Warn = Callable[[str], None]
 Failed = Callable[[str, str], None]
-"""Told of an image that failed: its path, and why."""
+"""Called with the path of an image that failed, and the reason."""
 
 
 class Executor(Protocol):
-    """Whoever labels: a labeler in this process, or several in others."""
+    """Labels the images of a run: with one labeler in this process, or several in others."""
 
     @property
     def classes(self) -> ClassList: ...
@@ -91,16 +90,16 @@ class Executor(Protocol):
     def work(
         self, tasks: Iterable[Task | None], folder: Path | Place, labels: LabelWriter, stop: threading.Event, warn: Warn
     ) -> Generator[list[Receipt], None, None]:
-        """The receipts of all tasks, nearly in order; once ``stop`` is set, of those in hand."""
+        """Yield the receipts of all tasks, nearly in order; once ``stop`` is set, only of those in progress."""
         ...
 
     def report(self, summary: Summary) -> None:
-        """Fills in the seconds and the padding."""
+        """Fill in the seconds and the padding."""
         ...
 
 
 class LocalExecutor:
-    """A labeler in this process."""
+    """Runs a labeler in this process."""
 
     def __init__(self, labeler: Labeler, *, batch: int | None) -> None:
         self._labeler, self._batch = labeler, batch or labeler.usual_batch()
@@ -130,16 +129,15 @@ class LocalExecutor:
 
 @dataclass(frozen=True)
 class Tasks:
-    """The images to label, listed as they are asked for. ``length_hint`` says about how many: folders change meanwhile."""
+    """The images to label, listed lazily. ``length_hint`` gives their approximate number, for the folder may change."""
 
-    missing: Iterator[Found]
+    images: Iterator[Found]
     count: int
     twins: Mapping[str, Sequence[str]]
 
     def __iter__(self) -> Iterator[Task]:
-        return (
-            Task(number, found.name, found.label, self.twins.get(found.name, ())) for number, found in enumerate(self.missing)
-        )
+        for number, image in enumerate(self.images):
+            yield Task(number, image.name, image.label, self.twins.get(image.name, ()))
 
     def __length_hint__(self) -> int:
         return self.count
@@ -158,27 +156,28 @@ def label_folder(
     warn: Warn = lambda message: print(message, file=sys.stderr),
     failed: Failed | None = None,
 ) -> Summary:
-    """Labels every image below ``folder`` into the store ``out``; images already there, unchanged, are skipped.
+    """Label every image below ``folder`` into the store ``out``; unchanged images that are already in it are skipped.
 
-    Neither the images' names nor their results are held in memory, so that a folder may have any number of them.
+    Neither the names of the images nor their results are held in memory, so that a folder may have any number of images.
 
     Args:
-        folder, out: on this machine or not (`sources`, `remote`).
-        labeler: one, or a executor of several on devices of their own.
-        batch: images that a labeler is given together; None takes what its engines were built for.
-        retry_failed: try the images again that a former run could not label.
+        folder, out: local, or in an object store (`sources`, `wsss.store.remote`).
+        labeler: a labeler, or an executor of several.
+        batch: images labeled together; None takes the batch size that the engines were built for.
+        retry_failed: try the images again that an earlier run could not label.
         shard: (I, N): only the I-th of N shares of the images, counted from 0; N runs may write one store at a time.
-        stop: when set, the run finishes the batches in hand and returns.
-        progress: told after each batch that is in the store.
-        warn: told of what the run goes on in spite of.
-        failed: told of each image that fails; None warns.
+        stop: when set, the run finishes the batches in progress and returns.
+        progress: called after each batch that is in the store.
+        warn: called with non-fatal problems.
+        failed: called for each image that fails; None calls ``warn``.
 
     Raises:
         ImageError: no images. StoreError: the store cannot be written or belongs to other settings.
     """
     executor = LocalExecutor(labeler, batch=batch) if isinstance(labeler, Labeler) else labeler
-    images, wanted = listing(folder, out, shard), listing(folder, out, shard)
-    check_images(listing(folder, out))
+    images = listing(folder, out, shard)
+    all_images = listing(folder, out) if shard else images
+    check_images(all_images)
     failed = failed or (lambda _, error: warn(f"failed: {printable(error)}"))
     start = time.perf_counter()
     stop = stop or threading.Event()
@@ -186,23 +185,23 @@ def label_folder(
         counts = ", ".join(f"{name} ({count})" for name, count in names.items())
         warn(f"--ignore-unknown: left out of --{flag}: {printable(counts)}")
     with _store(out, executor, shard) as store:
-        found = _Tally(executor)
-        told = store.select(wanted, found.of_kept(_Check(store.has_label, folder, retry_failed)))
-        summary = Summary(images=told.images, skipped=told.done, failed_before=told.failed)
-        _tell_left_out(wanted.left_out, summary, warn, failed)
-        twins = twins_of(found.name for found in listing(folder, out)) if "given" in executor.settings else {}
-        tasks = Tasks(store.missing(images), told.images - told.done, twins)
+        tally = _Tally(executor)
+        selection = store.select(images, tally.counting(_Check(store.has_label, folder, retry_failed)))
+        summary = Summary(images=selection.images, skipped=selection.done, failed_before=selection.failed)
+        _report_left_out(images.left_out, summary, warn, failed)
+        twins = twins_of(image.name for image in all_images) if "given" in executor.settings else {}
+        tasks = Tasks(store.missing(images), selection.images - selection.done, twins)
         with closing(executor.work(tasks, folder, store.labels, stop, warn)) as receipts:
             for records in _in_order(receipts):
                 store.append(records)
                 _count(summary, records, failed, warn)
-                found.add(records)
-                found.report(summary)
+                tally.add(records)
+                tally.report(summary)
                 executor.report(summary)
                 summary.seconds = time.perf_counter() - start
                 if progress:
                     progress(summary)
-        found.report(summary)
+        tally.report(summary)
         summary.seconds = time.perf_counter() - start
         summary.stopped = stop.is_set() and summary.skipped + summary.labelled + summary.failed < summary.images
         if summary.labelled or summary.failed:
@@ -221,7 +220,7 @@ def _store(out: Path | RemoteFolder, executor: Executor, shard: Shard | None) ->
 
 @dataclass(frozen=True)
 class _Check:
-    """Does a line still tell the truth about an image? Its content decides; size and time of change answer sooner."""
+    """Whether a manifest line is still correct: size and modification time decide if they match, else the file's hash."""
 
     has_label: Callable[[str], bool]
     folder: Path | Source
@@ -241,14 +240,14 @@ class _Check:
                 return True
             file = read_file(self.folder, image.name)
         except (OSError, ImageError):
-            return not sha256  # it could not be read then, and cannot now
+            return not sha256  # the file could not be read when the line was written, and still cannot
         return bool(sha256 == file.sha256)
 
 
 def _in_order(receipts: Iterable[list[Receipt]]) -> Iterator[list[Record]]:
-    """Lines in the order of the tasks, so that the manifest is the same however the work was shared.
+    """Yield manifest lines in the order of the tasks, so that the manifest does not depend on how the work was distributed.
 
-    Lines wait for those before them; where a run is stopped some never come, and the rest is given at the end.
+    Each line waits for those before it. Where a run is stopped some lines never come; the rest is yielded at the end.
     """
     waiting: dict[int, Record] = {}
     upcoming = 0
@@ -265,42 +264,42 @@ def _in_order(receipts: Iterable[list[Receipt]]) -> Iterator[list[Record]]:
 
 
 class _Tally:
-    """Which classes the images hold: those that are labeled now, and those that were before."""
+    """Counts the classes of the images that this run and earlier runs labeled."""
 
     def __init__(self, executor: Executor) -> None:
         self._by_pixels = "segmenter" in executor.settings.get("models", {})
         self._never = dict.fromkeys(executor.classes.names)
         self._empty = self._warned = 0
 
-    def of_kept(self, check: Callable[[Found, Record], bool]) -> Callable[[Found, Record], bool]:
-        """The same check, which also counts the lines that it lets stand."""
+    def counting(self, check: Callable[[Found, Record], bool]) -> Callable[[Found, Record], bool]:
+        """The same check; it also counts the lines that pass."""
 
-        def checked(image: Found, record: Record) -> bool:
-            kept = check(image, record)
-            if kept:
+        def check_and_count(image: Found, record: Record) -> bool:
+            passes = check(image, record)
+            if passes:
                 self.add([record])
-            return kept
+            return passes
 
-        return checked
+        return check_and_count
 
     def add(self, records: Iterable[Record]) -> None:
-        """Counts lines of images."""
+        """Count the classes of these manifest lines."""
         for record in records:
             if "error" in record:
                 continue
-            # A segmenter's classes are those with a pixel; of the chain's, which CLIP names, a mask may win none.
-            held = record["classes"] if self._by_pixels else [box["label"] for box in record["boxes"] if box["won_px"]]
-            for name in held:
+            # A segmenter records the classes that have a pixel; the chain records CLIP's, of which a mask may win no pixel.
+            found = record["classes"] if self._by_pixels else [box["label"] for box in record["boxes"] if box["won_px"]]
+            for name in found:
                 self._never.pop(name, None)
-            self._empty += not held
+            self._empty += not found
             self._warned += "warning" in record
 
     def report(self, summary: Summary) -> None:
-        """Fills in what was counted."""
+        """Fill in the counts."""
         summary.empty, summary.warned, summary.never_found = self._empty, self._warned, list(self._never)
 
 
-def _tell_left_out(left_out: LeftOut, summary: Summary, warn: Warn, failed: Failed) -> None:
+def _report_left_out(left_out: LeftOut, summary: Summary, warn: Warn, failed: Failed) -> None:
     summary.left_out = dict(sorted(left_out.files.items()))
     summary.folders_failed = len(left_out.folders)
     if left_out.files.keys() - set(SIDECARS):
@@ -324,5 +323,5 @@ def _count(summary: Summary, records: list[Record], failed: Failed, warn: Warn) 
 
 
 def printable(text: str) -> str:
-    """The text on one line: what a terminal would obey (line breaks, escape sequences) is written out."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in text)
+    """The text on one line, with control characters (line breaks, terminal escapes) written as Python escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)

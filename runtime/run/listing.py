@@ -1,4 +1,4 @@
-"""Which images a folder holds, and how their labels are called."""
+"""Lists the images of a folder, and names their labels."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from ...errors import ImageError
 from ...photographs import SUFFIXES, USUAL_SUFFIXES
 
 _LONGEST_NAME = 255
-"""Bytes of a file's name on most file systems."""
+"""Most bytes of a file name on most file systems."""
 _LONGEST_ENDING = 12
-"""Characters of what counts as a file's ending."""
+"""Most characters of a file ending that is counted on its own."""
 _MOST_ENDINGS = 100
-"""Counted apart; the files of any further ones are counted as ``other``."""
+"""Most endings that are counted on their own; files with further endings count as ``other``."""
 SIDECARS = (".xml", ".txt", ".json", ".jsonl", ".csv", ".yaml", ".yml", ".md")
-"""Endings of files that lie beside images and are none."""
+"""Endings of files that commonly accompany images."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An image of a folder: its path in it, with forward slashes, and its label's path below ``labels/``."""
+    """An image of a source: its path in it, with forward slashes, and its label's path below ``labels/``."""
 
     name: str
     label: str
     stamp: Mapping[str, int | str] | None = None
-    """Size and etag, where the listing told them."""
+    """Size and ETag, where the listing gives them."""
 
 
 @dataclass(slots=True)
 class LeftOut:
-    """What a place holds beside the images that its listing gives. Hidden files and folders do not count."""
+    """Files and folders that a listing leaves out. Hidden ones do not count."""
 
     files: Counter[str] = field(default_factory=Counter)
-    """Files that are not taken, by their ending in lower case, ``none`` or ``other``."""
+    """Number of files that are not images, by their ending in lower case, ``none`` or ``other``."""
     links: list[str] = field(default_factory=list)
     """Links to folders."""
     folders: dict[str, str] = field(default_factory=dict)
     """Sub-folders that cannot be read, and why."""
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Start again."""
         self.files.clear()
         self.links.clear()
         self.folders.clear()
 
     def count(self, name: str) -> None:
-        """Counts a file that is not taken."""
+        """Count a file that is not an image."""
         ending = PurePosixPath(name).suffix.lower() or "none"
         known = (
             ending.isprintable() and len(ending) <= _LONGEST_ENDING and (ending in self.files or len(self.files) < _MOST_ENDINGS)
@@ -63,30 +63,28 @@ class LeftOut:
 
 
 def describe_left_out(files: Mapping[str, int]) -> str:
-    """The counts of `LeftOut.files` in words, most frequent first, sidecars together at the end."""
+    """Describe the counts of `LeftOut.files`, most frequent first, sidecars together at the end."""
     words = {"none": "without an ending", "other": "with other endings"}
-    told = sorted(
-        ((count, ending) for ending, count in files.items() if ending not in SIDECARS), key=lambda each: (-each[0], each[1])
-    )
-    parts = [f"{count} {words.get(ending, ending)}" for count, ending in told[:6]]
-    if rest := sum(count for count, _ in told[6:]):
+    counts = sorted((-count, ending) for ending, count in files.items() if ending not in SIDECARS)
+    parts = [f"{-count} {words.get(ending, ending)}" for count, ending in counts[:6]]
+    if rest := -sum(count for count, _ in counts[6:]):
         parts.append(f"{rest} others")
-    if beside := {ending: files[ending] for ending in SIDECARS if ending in files}:
-        parts.append(f"{sum(beside.values())} of {' '.join(beside)}")
+    if sidecars := {ending: files[ending] for ending in SIDECARS if ending in files}:
+        parts.append(f"{sum(sidecars.values())} of {' '.join(sidecars)}")
     return ", ".join(parts)
 
 
 class Listing(Protocol):
-    """Images by name, order of code points; may be gone through again and again."""
+    """Images sorted by name (by code points); may be iterated several times."""
 
     @property
     def left_out(self) -> LeftOut:
-        """What there is beside the images, as far as they were gone through the last time."""
+        """What the last iteration has left out so far."""
         ...
 
     @property
     def path(self) -> object:
-        """What a user calls it."""
+        """What messages call it."""
         ...
 
     def __iter__(self) -> Iterator[Found]: ...
@@ -98,9 +96,9 @@ class Folder:
 
     Args:
         path: the folder or file.
-        leave_out: a folder that is not entered: the label store, whose labels are no photographs.
-        shard: (I, N): of N shares of the images, the I-th; each image is in one, whatever else is in the folder.
-        left_out: filled while the images are gone through. Links to folders are not followed.
+        leave_out: a folder that is not entered: the label store, whose labels are not photographs.
+        shard: (I, N): only the I-th of N shares of the images. Which share an image is in depends on its name alone.
+        left_out: filled by iterating. Links to folders are not followed.
     """
 
     path: Path
@@ -109,9 +107,9 @@ class Folder:
     left_out: LeftOut = field(default_factory=LeftOut, compare=False)
 
     def __iter__(self) -> Iterator[Found]:
-        """The images by name (order of code points), hidden files and folders left out.
+        """Yield the images sorted by name (by code points), without hidden files and folders.
 
-        One folder's names are in memory at a time, those above it too. Labels are named folder by folder.
+        Only the names of one folder and its parents are in memory at a time. Labels are named folder by folder.
 
         Raises:
             ImageError: no such folder, or it cannot be read; sub-folders that cannot be read are noted in ``left_out``.
@@ -131,7 +129,7 @@ class Folder:
         files, folders = self._list(prefix)
         labels = label_names(files, taken=folders, twin=prefix if twin else None)
         alike = Counter(map(_folded, folders))
-        # With its slash, a folder sorts where its images do: all names come out in order.
+        # With a slash at its end a folder's name sorts where its images do, so that all names come in order.
         for name in sorted([*files, *(f"{folder}/" for folder in folders)]):
             if name.endswith("/"):
                 yield from self._walk(prefix + name, twin or alike[_folded(name[:-1])] > 1)
@@ -174,12 +172,12 @@ def _similar(path: Path) -> str:
 
 
 def is_of_shard(name: str, shard: tuple[int, int] | None) -> bool:
-    """Is the image of this name one of shard (I, N)? Each is in one, whatever other images there are."""
+    """Whether the image of this name is in shard (I, N), which depends on its name alone."""
     return shard is None or zlib.crc32(os.fsencode(name)) % shard[1] == shard[0]
 
 
 def check_images(images: Listing) -> None:
-    """Raises ImageError unless there is an image among them."""
+    """Raise ImageError unless there is an image."""
     if next(iter(images), None) is not None:
         return
     others = describe_left_out(images.left_out.files)
@@ -192,30 +190,30 @@ def check_images(images: Listing) -> None:
 
 
 def label_names(names: list[str], *, taken: Iterable[str] = (), twin: str | None = None) -> dict[str, str]:
-    """How the label of each image of one folder is called.
+    """Name the label of each image of one folder.
 
-    ``dog.jpg`` to ``dog.png``; where two would meet, also on a file system that does not tell case, ``dog.jpg.png``; where
-    that does not help, or is too long a name, with a few letters of a hash.
+    ``dog.jpg`` gets ``dog.png``; where two images would get the same name, also where case does not count, ``dog.jpg.png``;
+    where that does not help, or the name is too long, a name with a part of a hash.
 
     Args:
         names: the images. taken: names of the folders beside them.
-        twin: the path of their folder if it has a twin that differs by case only.
+        twin: the path of their folder, if another folder beside it differs only in case.
     """
     plain = {name: str(PurePosixPath(name).with_suffix(".png")) for name in names}
     count = Counter([*map(_folded, plain.values()), *map(_folded, taken)])
     usual = [name for name in names if PurePosixPath(name).suffix.lower() in USUAL_SUFFIXES]
-    # Labels are called as they were before other endings were taken: where two would meet, those yield.
+    # Images with usual endings keep the label names of older versions, which took no other endings.
     count_usual = Counter([*(_folded(plain[name]) for name in usual), *map(_folded, taken)])
     long = {name for name in names if count[_folded(plain[name])] > 1} - {
         name for name in usual if count_usual[_folded(plain[name])] == 1
     }
-    # `a.jpg.png` is the label of a.jpg beside a.webp, and would be that of a photograph a.jpg.png too.
+    # `a.jpg.png` is the label of a.jpg beside a.webp, and would also be that of a photograph a.jpg.png.
     while True:
-        theirs = {_folded(f"{name}.png") for name in long}
-        met = {name for name in names if _folded(plain[name]) in theirs} - long
-        if not met:
+        used = {_folded(f"{name}.png") for name in long}
+        colliding = {name for name in names if _folded(plain[name]) in used} - long
+        if not colliding:
             break
-        long |= met
+        long |= colliding
     labels = {name: f"{name}.png" if name in long else plain[name] for name in names}
     count = Counter([*map(_folded, labels.values()), *map(_folded, taken)])
     for name, label in labels.items():
@@ -225,10 +223,10 @@ def label_names(names: list[str], *, taken: Iterable[str] = (), twin: str | None
 
 
 def label_of(name: str) -> str:
-    """How the label of an image is called where the names beside it are too many to be looked at; no two meet.
+    """Name the label of an image without knowing the names beside it; no two images get the same label.
 
-    ``a/dog.jpg`` to ``a/dog.png``, as in a folder; of any other format to ``a/dog.webp.png``. Labels of two images whose
-    names differ by case only need a file system that tells case.
+    ``a/dog.jpg`` gets ``a/dog.png``, as in a folder; other formats keep their ending, ``a/dog.webp.png``. Labels of two images
+    whose names differ only in case need a case-sensitive file system.
     """
     *folders, last = name.split("/")
     stem, suffix = PurePosixPath(last).stem, PurePosixPath(last).suffix
@@ -236,8 +234,8 @@ def label_of(name: str) -> str:
     label = f"{stem}.png" if plain else f"{last}.png" if suffix.lower() in USUAL_SUFFIXES else f"{last}%.png"
     if len(os.fsencode(label)) > _LONGEST_NAME:
         label = _hashed(last, name)
-    # An empty name, or ``..``, is none for a folder; one that ends as labels do might be a label's.
-    safe = [f"{each}%" if each in ("", ".", "..") or each.endswith((".png", "%")) else each for each in folders]
+    # A folder cannot have an empty name or be ``..``, and one that ends as labels do might be a label's name.
+    safe = [f"{folder}%" if folder in ("", ".", "..") or folder.endswith((".png", "%")) else folder for folder in folders]
     return "/".join([*safe, label])
 
 

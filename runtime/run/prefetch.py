@@ -1,8 +1,8 @@
-"""Work done ahead of whoever needs it: in threads of its own, through bounded queues, within a budget of memory.
+"""Prefetching in threads, through bounded queues and within a memory budget.
 
-Threads, not processes: Pillow decodes, resizes and encodes, and engines compute, without the interpreter lock. Decoding,
-the resizes and the PNG of VOC-size photographs scale 1.8 to 1.9 times from one core to two either way (see
-`benchmarks/studies/speed/host_path.py`), and threads share their arrays for nothing.
+Threads instead of processes, because Pillow and the engines release the interpreter lock: decoding, resizing and PNG encoding of
+VOC-size photographs get 1.8 to 1.9 times as fast from one core to two either way (`benchmarks/studies/speed/host_path.py`), and
+threads share arrays without copying.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class BoundedQueue(Generic[T]):
-    """A bounded queue from one thread to another; either side may end it."""
+    """A bounded queue from one producer thread to one consumer thread; either may end it."""
 
     def __init__(self, depth: int) -> None:
         self._items: deque[T] = deque()
@@ -31,7 +31,7 @@ class BoundedQueue(Generic[T]):
         self._error: BaseException | None = None
 
     def put(self, item: T) -> bool:
-        """Waits for room; False when the other side wants nothing more."""
+        """Wait for room and add an item; False when the consumer has closed the queue."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._items) < self._depth)
             if not self._closed:
@@ -40,13 +40,13 @@ class BoundedQueue(Generic[T]):
             return not self._closed
 
     def end(self, error: BaseException | None = None) -> None:
-        """The giving side is done, or failed: then the taking side raises ``error`` after the last item."""
+        """Called by the producer: no more items; the consumer raises ``error``, if there is one, after the last item."""
         with self._changed:
             self._ended, self._error = True, error
             self._changed.notify_all()
 
     def close(self) -> None:
-        """The taking side wants nothing more."""
+        """Called by the consumer: it takes no more items."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -67,12 +67,12 @@ class BoundedQueue(Generic[T]):
 def prefetched(
     source: Generator[T, None, None], depth: int = 1, *, on_close: Callable[[], None] = lambda: None
 ) -> Generator[T, None, None]:
-    """The items of a generator, made by a thread of their own, up to ``depth`` ahead.
+    """Yield the items of a generator that runs in its own thread, up to ``depth`` items ahead.
 
-    Closing it ends the thread and closes the source. What the source raises is raised here.
+    Closing this generator ends the thread and closes the source. Errors of the source are raised here.
 
     Args:
-        on_close: frees the source from whatever it may be waiting for, which nobody wants any more.
+        on_close: called when this generator closes; must wake the source if it is waiting for something.
     """
     queue: BoundedQueue[T] = BoundedQueue(depth)
 
@@ -98,30 +98,30 @@ def prefetched(
 
 
 class PriorityThreadPool:
-    """Threads that do the most urgent of what is waiting first, and of equally urgent work what came first."""
+    """A thread pool that runs the most urgent job first, and equally urgent jobs in the order of submission."""
 
     def __init__(self, count: int) -> None:
         self._waiting: list[tuple[int, int, Future[Any], Callable[[], Any]]] = []
         self._changed = threading.Condition()
-        self._asked, self._closed = 0, False
+        self._submitted, self._closed = 0, False
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         for thread in self._threads:
             thread.start()
 
     def submit(self, urgency: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Has it done; more urgent work has the higher number."""
+        """Submit a job; the higher the number, the more urgent."""
         future: Future[T] = Future()
         with self._changed:
             if self._closed:
                 raise RuntimeError("closed")
-            self._asked += 1
+            self._submitted += 1
             job: Callable[[], Any] = partial(work, *args, **kwargs)
-            heapq.heappush(self._waiting, (-urgency, self._asked, future, job))
+            heapq.heappush(self._waiting, (-urgency, self._submitted, future, job))
             self._changed.notify()
         return future
 
     def close(self) -> None:
-        """Drops what is waiting, so that whoever waits for it gets CancelledError, and ends the threads."""
+        """Cancel the waiting jobs, whose futures raise CancelledError, and end the threads."""
         with self._changed:
             self._closed = True
             for _, _, future, _ in self._waiting:
@@ -143,35 +143,35 @@ class PriorityThreadPool:
                 future.set_result(work())
             except BaseException as error:
                 future.set_exception(error)
-            del future, work  # or this thread would keep a photograph until its next work
+            del future, work  # otherwise this thread would keep a photograph in memory until its next job
 
 
 class Budget:
-    """Bytes that may be in use at once; one thread takes, any thread gives back."""
+    """Limits the bytes in use at once; one thread takes, any thread gives back."""
 
-    def __init__(self, most: int) -> None:
-        self._most, self._used = most, 0
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used = limit, 0
         self._changed = threading.Condition()
         self._closed = False
 
     def fits(self, amount: int) -> bool:
-        """Would ``take`` return at once? What is larger than the whole budget fits while nothing else is in use."""
-        return self._closed or self._used == 0 or self._used + amount <= self._most
+        """Whether ``take`` would return at once. More than the whole budget fits while nothing else is in use."""
+        return self._closed or self._used == 0 or self._used + amount <= self._limit
 
     def take(self, amount: int) -> None:
-        """Waits until that much is free."""
+        """Wait until that many bytes are free, and take them."""
         with self._changed:
             self._changed.wait_for(lambda: self.fits(amount))
             self._used += amount
 
     def give(self, amount: int) -> None:
-        """Gives back what was taken."""
+        """Give bytes back."""
         with self._changed:
             self._used -= amount
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Lets everyone through."""
+        """End all waiting; from now on everything fits."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Where photographs come from: a folder of this machine, one of an object store, or a list of files and URLs."""
+"""Sources of photographs: a local folder, a folder in an object store, or a list of files and URLs."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from ...photographs import MAX_BYTES, SUFFIXES, ImageFile, Place, read_file, sta
 from .listing import Folder, Found, LeftOut, Listing, is_of_shard, label_of
 
 SORTED_AT_ONCE = 200_000
-"""Lines of a list in memory at a time."""
+"""Most lines of a list in memory at a time."""
 LONGEST_LINE = 1 << 16
-"""Characters of a line of a list: more than any path or URL has."""
+"""Most characters of a line of a list; no path or URL is longer."""
 
 
 class Source(Place, Protocol):
-    """A place whose images can be gone through."""
+    """A place whose images can be listed."""
 
     def found(self, out: Path | RemoteFolder | None, left_out: LeftOut | None = None) -> Iterator[Found]:
-        """The images by name, order of code points; none of the store ``out``. Raises ImageError.
+        """Yield the images sorted by name (by code points), without those of the store ``out``. Raises ImageError.
 
         Args:
-            left_out: filled with what else there is.
+            left_out: filled with the other files.
         """
         ...
 
 
 @dataclass(frozen=True)
 class RemoteImages:
-    """The images of a folder in an object store, sub-folders too, or ``only`` one of them."""
+    """The images of a folder in an object store and of its sub-folders, or ``only`` one of them."""
 
     folder: RemoteFolder
     only: str = ""
@@ -49,7 +49,7 @@ class RemoteImages:
         return f"{self.folder}/{self.only}" if self.only else str(self.folder)
 
     def found(self, out: Path | RemoteFolder | None, left_out: LeftOut | None = None) -> Iterator[Found]:
-        """As `Source.found`: hidden files and folders are left out, as in a folder. Pages are fetched as they are needed."""
+        """As `Source.found`, without hidden files and folders. Pages of the listing are fetched when they are needed."""
         inside = f"{self.folder}/"
         leave_out = f"{out}/".removeprefix(inside) if isinstance(out, RemoteFolder) and f"{out}/".startswith(inside) else None
         try:
@@ -71,7 +71,8 @@ class RemoteImages:
     def read(self, name: str) -> ImageFile:
         """As `Place.read`."""
         try:
-            # Before the bytes: an object that is written anew in between has another etag than its line, and is read again.
+            # Asked before the bytes are read: an object that is replaced in between differs from its line's ETag, and is
+            # read again by the next run.
             entry = self.folder.entry(name)
             if entry.size > MAX_BYTES:
                 raise ImageError(f"{name}: expected at most {MAX_BYTES:,} bytes, got {entry.size:,}", hint="make it smaller")
@@ -83,10 +84,10 @@ class RemoteImages:
 
 @dataclass(frozen=True)
 class FileList:
-    """The images that a text file names, a path (from the working folder) or URL a line; the lines are their names.
+    """The images that a text file lists, one path (from the working folder) or URL a line; the lines are their names.
 
-    UTF-8, or UTF-16 with a byte-order mark. Empty lines and comments (``# ...``) do not count, nor do blanks around a name
-    and a leading ``./``; on systems whose paths have slashes, backslashes count as slashes where that is what exists.
+    UTF-8, or UTF-16 with a byte-order mark. Empty lines and comments (``# ...``) are skipped; blanks around a name and a leading
+    ``./`` are removed. Where paths have forward slashes, backslashes are read as slashes if that file exists.
     """
 
     path: Path
@@ -95,13 +96,13 @@ class FileList:
         return str(self.path)
 
     def found(self, out: Path | RemoteFolder | None, left_out: LeftOut | None = None) -> Iterator[Found]:
-        """As `Source.found`: each once, whatever their order in the list."""
+        """As `Source.found`: each image once, in any order of the list."""
         try:
             with ExitStack() as stack:
                 names = filter(None, map(_name_of, self._lines(stack)))
                 parts: list[Iterator[str]] = []
-                while some := sorted(islice(names, SORTED_AT_ONCE)):
-                    parts.append(_set_aside(some, stack) if len(some) == SORTED_AT_ONCE or parts else iter(some))
+                while part := sorted(islice(names, SORTED_AT_ONCE)):
+                    parts.append(_spooled(part, stack) if len(part) == SORTED_AT_ONCE or parts else iter(part))
                 yield from (Found(name, label_of(name)) for name, _ in groupby(heapq.merge(*parts)))
         except OSError as error:
             raise ImageError(
@@ -155,7 +156,7 @@ class _Listed:
 
 
 def source_of(text: str) -> Path | Source:
-    """What IMAGES names: a URL, a list (``.txt``), a folder or an image."""
+    """The source that IMAGES names: a URL, a list (``.txt``), a folder or an image."""
     if is_url(text):
         url = text.rstrip("/")
         parent, _, name = url.rpartition("/")
@@ -166,15 +167,15 @@ def source_of(text: str) -> Path | Source:
 
 
 def store_of(text: str) -> Path | RemoteFolder:
-    """What --out names: a URL or a folder."""
+    """The store that --out names: a URL or a folder."""
     return RemoteFolder(text.rstrip("/")) if is_url(text) else local_path(text)
 
 
 def local_path(text: str) -> Path:
-    """A path, also where it comes as ``file://``. Raises UsageError where that names another machine."""
+    """The path that a path or ``file://`` URL names. Raises UsageError where the URL names another machine."""
     if not text.startswith("file://"):
         return Path(text)
-    # Not urlsplit: it takes what follows a # or ? for no part of the path, and raises ValueError at a bracket.
+    # Not urlsplit: it cuts the path at # and ?, and raises ValueError at a bracket.
     machine, slash, path = text.removeprefix("file://").partition("/")
     if machine not in ("", "localhost"):
         raise UsageError(f"{text}: expected a file of this machine", hint="file:///home/me/photos has three slashes")
@@ -189,7 +190,7 @@ def listing(
     """The images of a place.
 
     Args:
-        out: the label store, whose labels are no photographs.
+        out: the label store, whose labels are not photographs.
         shard: (I, N): only those of the I-th of N shares.
     """
     if isinstance(place, Path):
@@ -202,7 +203,7 @@ def _stamp(entry: Entry) -> Mapping[str, int | str]:
 
 
 def _name_of(line: str) -> str:
-    """The image that a line of a list names; empty for a line that names none."""
+    """The image that a line of a list names, or an empty string."""
     name = line.strip(" \t")
     if name != line and _exists(line):
         name = line
@@ -225,12 +226,12 @@ def _place_of(name: str) -> tuple[Path | Place, str]:
         return RemoteImages(RemoteFolder(parent)), last
     try:
         return (Path(), name) if not name.startswith("file://") else (Path("/"), str(local_path(name)))
-    except UsageError as error:  # of this image alone
+    except UsageError as error:  # fails this image only
         raise ImageError(error.message, hint=error.hint) from None
 
 
-def _set_aside(names: list[str], stack: ExitStack) -> Iterator[str]:
-    """Sorted names in a temporary file, read as they are needed."""
+def _spooled(names: list[str], stack: ExitStack) -> Iterator[str]:
+    """Write sorted names to a temporary file, and read them back one by one."""
     file = tempfile.TemporaryFile(prefix="wsss-")  # noqa: SIM115
     stack.callback(file.close)
     for name in names:

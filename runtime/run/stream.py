@@ -1,8 +1,8 @@
-"""Images through the chain, all stages at work at once: decoding, tagging, detecting, outlining, fusing, writing.
+"""Runs images through all stages at once: decoding, tagging, detecting, outlining, fusing, writing.
 
-Each stage has a thread of its own and takes whole batches from a bounded queue; what it needs of a photograph (its views,
-its canvases) is prepared by a pool of threads while the batch waits for it, and only where the stage before asked for it.
-The engines take turns on the device (`device`), so that it always has the next call waiting.
+Each stage has its own thread and takes whole batches from a bounded queue. A thread pool prepares a stage's inputs (views,
+canvases) while the batch waits for that stage, and only for the images that the stage before selected. The engines take turns
+on the device (`device`), so that it always has the next call waiting.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 
 from ...batch import VOID, Boxes, Labels, Masks, Photograph, PseudoLabels
 from ...cores import cores
-from ...errors import ImageError, OutOfMemory, WsssError
+from ...errors import ImageError, OutOfMemory
 from ...photographs import ImageFile, Place, count_pixels, decode, read_file
-from ...store.format import LabelWriter
+from ...store.format import LabelWriter, line_of, parse_line
 from ...store.local import Record
 from ..canvas import Prepares
 from ..device import free_bytes
@@ -34,40 +34,40 @@ from .prefetch import Budget, PriorityThreadPool, prefetched
 T = TypeVar("T")
 
 PIXEL_BYTES = 3 << 29
-"""Decoded photographs in memory at once, or a quarter of what is free. A larger one is alone with it."""
+"""Most memory for decoded photographs; less where a quarter of the free memory is less. A larger photograph runs alone."""
 SMALL = 4_000_000
-"""Pixels up to which a photograph is decoded as soon as it is read, before there is room for it in the budget."""
+"""Photographs with fewer pixels are decoded as soon as they are read, before the budget has room for them."""
 LARGE = 16_000_000
-"""Pixels from which on a photograph is charged what decoding it takes for a moment (Pillow's copy and two of ours, 10
-bytes a pixel) instead of what stays (RGB, 3 bytes): a few at once would be more than all others together."""
+"""Photographs of at least this many pixels take their peak memory from the budget (10 bytes a pixel while decoding: Pillow's
+copy and two more), others what remains (RGB, 3 bytes a pixel): a few large ones at once would exceed all others together."""
 SWITCH_SECONDS = 0.001
-"""How long a thread may keep the interpreter from one that waits for it. Python's 5 ms, several times a batch, is what an
-engine of 20 ms a batch would wait for its next call."""
+"""How long a thread may hold the interpreter lock while another waits. With Python's default of 5 ms, several times a batch, an
+engine that takes 20 ms a batch would wait as long for its next call."""
 URGENCY = {"read": 0, "tag": 1, "detect": 2, "segment": 3}
-"""Of work for a stage: what is nearer to its end goes first."""
+"""Priority of the work for a stage: images that are nearer to the end go first."""
 READERS = 16
-"""Threads that fetch photographs from where they are not on this machine: they wait, for the most part."""
+"""Threads that read photographs that are not in a local folder: they mostly wait for the network."""
 AHEAD = 2
-"""Batches that wait before a stage, so that the engines find the next one even where making it now and then took twice as
-long as usual."""
+"""Batches that wait before a stage, so that an engine finds its next one even when preparing it takes twice as long as
+usual."""
 WRITERS = 8
-"""Threads that encode and write labels: most of the time they wait for the disk."""
+"""Threads that encode and write labels: they mostly wait for the disk."""
 NOTHING: Mapping[str, int | str] = {"bytes": 0, "mtime_ns": 0, "sha256": ""}
-"""What a line says of a file that could not be read."""
+"""The file's fields in the line of an image that could not be read."""
 
 
 class Task(NamedTuple):
-    """An image to be labeled, the ``number``-th of a run."""
+    """An image to label, the ``number``-th of a run."""
 
     number: int
     name: str
     label: str
     twins: Sequence[str] = ()
-    """Photographs of the run with the same stem, itself too, that given labels or boxes might take for it."""
+    """Photographs of the run with the same stem, this one included: given labels or boxes might belong to any of them."""
 
 
 class Receipt(NamedTuple):
-    """A task that is done, its label written, or that failed, and its line for the manifest."""
+    """The manifest line of a task that has finished (its label is written) or failed."""
 
     number: int
     record: Record
@@ -75,14 +75,14 @@ class Receipt(NamedTuple):
 
 @dataclass(slots=True)
 class Loading:
-    """A task whose file is read, and maybe decoded, or the receipt of its failure."""
+    """A task whose file was read and possibly decoded, or the receipt of its failure."""
 
     task: Task
     photo: Photograph | ImageFile | Future[Photograph] | Receipt
     amount: int = 0
     """Bytes taken from the budget."""
     file: Mapping[str, int | str] = field(default_factory=lambda: NOTHING)
-    """What a line says of the file."""
+    """The file's fields in the manifest line."""
 
 
 @dataclass(slots=True)
@@ -92,7 +92,7 @@ class Batch:
     loaded: list[Loading] = field(default_factory=list)
     photos: list[Photograph] = field(default_factory=list)
     receipts: list[Receipt] = field(default_factory=list)
-    """Of images that failed."""
+    """Receipts of images that failed."""
     labels: Labels | None = None
     boxes: Boxes | None = None
     embedded: Embedded | None = None
@@ -100,7 +100,7 @@ class Batch:
     result: PseudoLabels | None = None
 
     def halves(self) -> Iterator[Batch]:
-        """The batch as two, what its stages found so far divided accordingly; the receipts go with the first."""
+        """The batch as two batches with their share of the results so far; the receipts go with the first."""
         middle = len(self.photos) // 2
         for start, stop in ((0, middle), (middle, len(self.photos))):
             half = Batch(self.loaded[start:stop], self.photos[start:stop], self.receipts if start == 0 else [])
@@ -113,20 +113,20 @@ class Batch:
 
 
 class Stream:
-    """A labeler at work on one device.
+    """Pipeline of one labeler on one device.
 
     Args:
         labeler: the chain.
-        folder: the images'.
-        labels: where label maps go.
+        folder: where the images are read from.
+        labels: writes the label maps.
         batch: images labeled together.
-        stop: when set, no further batch is begun.
+        stop: when set, no further batch is started.
     """
 
     def __init__(self, labeler: Labeler, folder: Path | Place, labels: LabelWriter, *, batch: int, stop: threading.Event) -> None:
         self._labeler, self._folder, self._labels = labeler, folder, labels
         self._size, self._stop = batch, stop
-        self._over = threading.Event()
+        self._abandoned = threading.Event()
         self._budget = Budget(min(PIXEL_BYTES, free_bytes() // 4))
         self._pool = PriorityThreadPool(cores())
         self._readers = None if isinstance(folder, Path) else ThreadPoolExecutor(READERS, "read")
@@ -134,10 +134,10 @@ class Stream:
         self._encoders = ThreadPoolExecutor(labeler.device.callers, "encode")
 
     def run(self, tasks: Iterable[Task | None]) -> Generator[list[Receipt], None, None]:
-        """The receipts of all tasks, a batch at a time, nearly in order.
+        """Yield the receipts of all tasks, a batch at a time, nearly in order.
 
         Args:
-            tasks: None among them while the next one is late: what came so far does not wait for it.
+            tasks: may yield None while the next task is late; images read so far then do not wait for it.
 
         Raises:
             StoreError: a label cannot be written.
@@ -152,7 +152,7 @@ class Stream:
             stack.callback(self._pool.close)
             loaded = self._prefetched(self._load(tasks), 2 * self._size)
             tagged = self._prefetched(self._through(self._tag, self._batches(loaded)))
-            encoding = self._prefetched(self._encoding(self._through(self._detect, tagged)))
+            encoding = self._prefetched(self._submit_to_encoders(self._through(self._detect, tagged)))
             encoded = self._prefetched(self._results(encoding))
             outlined = self._prefetched(self._through(self._outline, encoded))
             fused = self._prefetched(self._through(self._fuse, outlined))
@@ -162,21 +162,21 @@ class Stream:
         return prefetched(source, depth, on_close=self._abandon)
 
     def _abandon(self) -> None:
-        """Lets those go on to their end who wait for what may never come: tasks, or room for a photograph."""
-        self._over.set()
+        """Release the threads that wait for tasks or for room in the budget, which may never come."""
+        self._abandoned.set()
         self._budget.close()
 
-    def _ends(self) -> bool:
-        return self._stop.is_set() or self._over.is_set()
+    def _is_ending(self) -> bool:
+        return self._stop.is_set() or self._abandoned.is_set()
 
     # ---- reading ----
 
     def _load(self, tasks: Iterable[Task | None]) -> Generator[Loading | None, None, None]:
-        """The tasks in order as they are decoded; None where nothing more comes before others are finished."""
+        """Yield the tasks in order as they are read; None where no more can be read until batches in progress finish."""
         upcoming = iter(tasks)
         reading: deque[Future[Loading]] = deque()
         ended = waiting = False
-        while not self._ends():
+        while not self._is_ending():
             while not ended and not waiting and len(reading) < 2 * self._size:
                 try:
                     task = next(upcoming)
@@ -204,40 +204,40 @@ class Stream:
             yield loading
 
     def _begin(self, task: Task) -> Future[Loading]:
-        if self._readers:  # that only wait; decoding is for the others
+        if self._readers:  # they only read; the pool decodes
             return self._readers.submit(self._read, task, 0)
         return self._pool.submit(URGENCY["read"], self._read, task, SMALL)
 
     def _read(self, task: Task, small: int) -> Loading:
-        """A task's file, decoded at once if it has fewer pixels than ``small``."""
-        told = NOTHING
+        """Read a task's file, and decode it if it has fewer pixels than ``small``."""
+        stamp = NOTHING
         try:
             file = read_file(self._folder, task.name)
-            told = _stamp(len(file.data), file)
+            stamp = _stamp(len(file.data), file)
             pixels = count_pixels(file)
             amount = pixels * (3 if pixels < LARGE else 10)
-            return Loading(task, decode(file) if pixels < small else file, amount, told)
+            return Loading(task, decode(file) if pixels < small else file, amount, stamp)
         except ImageError as error:
-            return Loading(task, _failed(task, error, told))
+            return Loading(task, failure(task, error.message, stamp))
 
     def _batches(self, loaded: Generator[Loading | None, None, None]) -> Generator[Batch, None, None]:
-        """Batches of photographs that the detector sees on one canvas, so that its calls are full.
+        """Group photographs into batches that share a detector canvas, so that the detector's calls are full.
 
-        An image waits for its like until four batches' worth of others have passed it.
+        An incomplete batch waits until four batches' worth of other images have passed it.
         """
         waiting: dict[object, Batch] = {}
         since: dict[object, int] = {}
         with closing(loaded):
-            for count, each in enumerate(loaded):
-                if self._ends():
+            for count, loading in enumerate(loaded):
+                if self._is_ending():
                     return
                 due = list(waiting)
-                if each is not None:
-                    key, photo = self._decoded(each)
+                if loading is not None:
+                    key, photo = self._decoded(loading)
                     batch = waiting.setdefault(key, Batch())
                     since.setdefault(key, count)
                     if isinstance(photo, Photograph):
-                        batch.loaded.append(each)
+                        batch.loaded.append(loading)
                         batch.photos.append(photo)
                     else:
                         batch.receipts.append(photo)
@@ -260,7 +260,7 @@ class Stream:
             return self._labeler.canvas(photo), photo
         except ImageError as error:
             self._budget.give(loading.amount)
-            return None, _failed(loading.task, error, loading.file)
+            return None, failure(loading.task, error.message, loading.file)
 
     def _started(self, batch: Batch) -> Batch:
         self._prepare(self._labeler.tag.stage, "tag", batch.photos)
@@ -273,8 +273,8 @@ class Stream:
             for batch in batches:
                 yield from self._attempt(stage, batch)
 
-    def _encoding(self, batches: Generator[Batch, None, None]) -> Generator[Future[list[Batch]], None, None]:
-        """Batches for the slowest engine, by as many threads as keep it busy (`Device.callers`)."""
+    def _submit_to_encoders(self, batches: Generator[Batch, None, None]) -> Generator[Future[list[Batch]], None, None]:
+        """Encode batches on the slowest engine, in as many threads as keep it busy (`Device.callers`)."""
         with closing(batches):
             for batch in batches:
                 yield self._encoders.submit(list[Batch], self._attempt(self._encode, batch))
@@ -282,8 +282,8 @@ class Stream:
     @staticmethod
     def _results(encoding: Generator[Future[list[Batch]], None, None]) -> Generator[Batch, None, None]:
         with closing(encoding):
-            for batches in encoding:
-                yield from batches.result()
+            for future in encoding:
+                yield from future.result()
 
     def _attempt(self, stage: Callable[[Batch], None], batch: Batch) -> Iterator[Batch]:
         try:
@@ -297,13 +297,13 @@ class Stream:
                 return
             (loading,) = batch.loaded
             self._budget.give(loading.amount)
-            batch = Batch(receipts=[*batch.receipts, _failed(loading.task, error, loading.file)])
+            batch = Batch(receipts=[*batch.receipts, failure(loading.task, error.message, loading.file)])
         yield batch
 
     def _tag(self, batch: Batch) -> None:
         batch.labels = self._labeler.tag(batch.photos)
-        wanted = np.flatnonzero(batch.labels.present.any(axis=1))
-        self._prepare(self._labeler.detect.stage, "detect", [batch.photos[n] for n in wanted])
+        tagged = np.flatnonzero(batch.labels.present.any(axis=1))
+        self._prepare(self._labeler.detect.stage, "detect", [batch.photos[n] for n in tagged])
 
     def _detect(self, batch: Batch) -> None:
         assert batch.labels is not None
@@ -311,7 +311,7 @@ class Stream:
         self._prepare(self._labeler.segment.stage, "segment", [batch.photos[n] for n in np.unique(batch.boxes.image)])
 
     def _encode(self, batch: Batch) -> None:
-        """The first half of `segment`, so that the next batch is encoded while this one is decoded."""
+        """Run the first half of the `segment` stage, so that the next batch is encoded while this one is decoded."""
         stage = self._labeler.segment.stage
         if isinstance(stage, MaskPredictor):
             assert batch.boxes is not None
@@ -327,23 +327,23 @@ class Stream:
         batch.embedded = None
 
     def _fuse(self, batch: Batch) -> None:
-        if batch.masks is None:  # half of a batch that was too much for the device
+        if batch.masks is None:  # half of a batch that did not fit on the device
             self._outline(batch)
         assert batch.labels is not None and batch.boxes is not None and batch.masks is not None
         batch.result = self._labeler.fuse(batch.photos, batch.labels, batch.boxes, batch.masks)
         batch.masks = None
 
     def _prepare(self, stage: object, name: str, photos: list[Photograph]) -> None:
-        if isinstance(stage, Prepares) and photos:  # given labels and boxes look at no pixels
-            rooms = [stage.room(photo) for photo in photos]
-            alike = rooms.count(rooms[0]) == len(rooms)
-            batch = np.zeros((len(photos), *rooms[0]), np.uint8) if alike else [np.zeros(room, np.uint8) for room in rooms]
-            share = -(-len(photos) // cores())  # a job for each of many small photographs would cost more than it does
+        if isinstance(stage, Prepares) and photos:  # stages with given labels or boxes need no pixels
+            shapes = [stage.room(photo) for photo in photos]
+            same = shapes.count(shapes[0]) == len(shapes)
+            batch = np.zeros((len(photos), *shapes[0]), np.uint8) if same else [np.zeros(shape, np.uint8) for shape in shapes]
+            share = -(-len(photos) // cores())  # one job for each of many small photographs would cost more than it saves
             for start in range(0, len(photos), share):
-                some = list(zip(photos[start : start + share], batch[start : start + share], strict=True))
-                made = self._pool.submit(URGENCY[name], _prepare_all, stage, some)
-                for photo, out in some:
-                    photo.ahead[name] = made, out
+                pairs = list(zip(photos[start : start + share], batch[start : start + share], strict=True))
+                prepared = self._pool.submit(URGENCY[name], _prepare_all, stage, pairs)
+                for photo, out in pairs:
+                    photo.ahead[name] = prepared, out
 
     # ---- writing ----
 
@@ -356,36 +356,41 @@ class Stream:
     def _write_one(self, batch: Batch, row: int) -> Receipt:
         loading, result = batch.loaded[row], batch.result
         assert result is not None
+        number, _, label, _ = loading.task
         try:
+            record = record_of(self._labeler.classes.names, batch.photos[row], label, result, row)
             if result.confidence is not None:
-                self._labels.write_confidence(loading.task.label, result.confidence[row])
-            self._labels.write(loading.task.label, result.label_maps[row])
-            return Receipt(
-                loading.task.number, record_of(self._labeler.classes.names, batch.photos[row], loading.task.label, result, row)
-            )
+                self._labels.write_confidence(label, result.confidence[row])
+            self._labels.write(label, result.label_maps[row])
+            return Receipt(number, record)
         except ImageError as error:
-            return _failed(loading.task, error, loading.file)
+            return failure(loading.task, error.message, loading.file)
         finally:
             self._budget.give(loading.amount)
 
 
-def _prepare_all(stage: Prepares, photos: list[tuple[Photograph, np.ndarray]]) -> None:
-    for photo, out in photos:
+def _prepare_all(stage: Prepares, pairs: list[tuple[Photograph, np.ndarray]]) -> None:
+    for photo, out in pairs:
         stage.prepare(photo, out)
 
 
-def _failed(task: Task, error: WsssError, file: Mapping[str, int | str]) -> Receipt:
-    return Receipt(task.number, {"path": task.name, "label": task.label, **file, "error": error.message})
+def failure(task: Task, message: str, file: Mapping[str, int | str] = NOTHING) -> Receipt:
+    """The receipt of an image that failed. ``file``: the file's fields in its manifest line."""
+    return Receipt(task.number, {"path": task.name, "label": task.label, **file, "error": message})
 
 
 def _stamp(size: int, file: ImageFile | Photograph) -> Mapping[str, int | str]:
-    """What a line says of a file that was read."""
+    """The file's fields in the line of an image that was read."""
     change: dict[str, int | str] = {"etag": file.etag} if file.etag else {"mtime_ns": file.mtime_ns}
     return {"bytes": size, **change, "sha256": file.sha256}
 
 
 def record_of(names: tuple[str, ...], photo: Photograph, label: str, result: PseudoLabels, row: int) -> Record:
-    """The line of image ``row`` of a result. It tells nothing of the batch or the clock: it is the same in every run."""
+    """The manifest line of image ``row`` of a result. It does not depend on the batch or the time: every run writes the same.
+
+    Raises:
+        ImageError: a number that no line may hold, such as NaN.
+    """
     boxes = [
         {
             "label": names[result.boxes.label[i] - 1],
@@ -398,7 +403,7 @@ def record_of(names: tuple[str, ...], photo: Photograph, label: str, result: Pse
         for i in np.flatnonzero(result.boxes.image == row)
     ]
     present = np.flatnonzero(result.labels.present[row])
-    return {
+    record = {
         "path": photo.name,
         "label": label,
         **_stamp(photo.size_bytes, photo),
@@ -409,3 +414,7 @@ def record_of(names: tuple[str, ...], photo: Photograph, label: str, result: Pse
         "void_px": int(np.count_nonzero(result.label_maps[row] == VOID)),
         **({"warning": photo.warning} if photo.warning else {}),
     }
+    try:
+        return parse_line(line_of(record))
+    except ValueError as error:
+        raise ImageError(f"{photo.name}: the models gave results out of range: {error}") from None

@@ -312,7 +312,7 @@ def test_a_list_with_one_line_of_another_machine_loses_that_image_alone(world: W
     good = world.save(tmp_path / "a.png", 32, 48, red=(4, 4, 20, 20))
     (tmp_path / "list.txt").write_text(f"{good}\nfile://other/b.png\n")
     labeler = Labeler.open(world.bundle, classes=world.classes)
-    said: list[str] = []
-    summary = label_folder(labeler, source_of(str(tmp_path / "list.txt")), tmp_path / "store", warn=said.append)
+    warnings: list[str] = []
+    summary = label_folder(labeler, source_of(str(tmp_path / "list.txt")), tmp_path / "store", warn=warnings.append)
     assert (summary.labelled, summary.failed) == (1, 1)
-    assert "expected a file of this machine" in said[-1]
+    assert "expected a file of this machine" in warnings[-1]

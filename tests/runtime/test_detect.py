@@ -293,7 +293,7 @@ def test_text_is_embedded_once_per_phrase_and_run(world: World) -> None:
 
 
 def test_a_list_beyond_the_budget_is_split_and_merged(world: World) -> None:
-    """Eight tokens hold three phrases; five classes take two passes, and every phrase is said exactly once an image."""
+    """Eight tokens hold three phrases; five classes take two passes, and every phrase occurs exactly once an image."""
     classes = class_list(["red", "grass", "sky", "photo", "blue"])
     photo = world.photo(32, 48, red=(0, 0, 20, 20), blue=(24, 4, 48, 32))
     stage = detector(world, classes)
@@ -304,8 +304,8 @@ def test_a_list_beyond_the_budget_is_split_and_merged(world: World) -> None:
     found = stage([photo, photo], tags([1, 2, 3, 4, 5], [5]))
     assert list(zip(found.image.tolist(), found.label.tolist(), strict=True)) == [(0, 1), (0, 5), (1, 5)]
     assert all(len(caption) <= 8 for caption in captions)
-    said = [token for caption in captions for token in caption.argmax(axis=1)[caption.any(axis=1)].tolist()]
-    assert sorted(said) == sorted([*(1, 4, 10, 5, 3), 3, *[6, 7] * 3, *[8] * 6])
+    tokens = [token for caption in captions for token in caption.argmax(axis=1)[caption.any(axis=1)].tolist()]
+    assert sorted(tokens) == sorted([*(1, 4, 10, 5, 3), 3, *[6, 7] * 3, *[8] * 6])
     assert len(captions) == 3
 
 
@@ -346,15 +346,15 @@ def test_a_word_that_the_tokenizer_does_not_know_is_refused(world: World, bert: 
 def test_a_name_of_another_script_is_kept_with_an_english_phrase(world: World, bert: None, tmp_path: Path) -> None:
     with pytest.raises(ClassError) as caught:
         detector(world, class_list(["猫"]))
-    told = caught.value.hint.partition("for example ")[2]
-    assert json.loads(told) == {"猫": {"prompts": ["cat"], "phrases": ["cat"]}}
-    (tmp_path / "classes.json").write_text(told, encoding="utf-8")
+    example = caught.value.hint.partition("for example ")[2]
+    assert json.loads(example) == {"猫": {"prompts": ["cat"], "phrases": ["cat"]}}
+    (tmp_path / "classes.json").write_text(example, encoding="utf-8")
     assert detector(world, parse_classes(str(tmp_path / "classes.json")))
 
 
 @pytest.mark.parametrize("names", [["café", "cafe"], ["cats", "càts"], ["red", "cat: réd"]])
 def test_classes_of_the_same_tokens_are_refused(world: World, bert: None, names: list[str]) -> None:
-    with pytest.raises(ClassError, match="are the same tokens to the detector's tokenizer") as caught:
+    with pytest.raises(ClassError, match="have the same tokens in the detector's tokenizer") as caught:
         detector(world, class_list(names))
     assert all(repr(name.partition(":")[0]) in caught.value.message for name in names)
 

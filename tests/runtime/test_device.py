@@ -52,8 +52,8 @@ def engine(seconds: float = 0.0) -> FakeEngine:
 
 
 def test_calls_are_halved_until_they_fit_and_stay_so() -> None:
-    device, said = Device(), list[str]()
-    device.warn = said.append
+    device, warnings = Device(), list[str]()
+    device.warn = warnings.append
     guarded = device.engine(Small(engine(), 3), "sam/encoder")
     rows = np.arange(40, dtype=np.float32).reshape(20, 2)
 
@@ -63,7 +63,7 @@ def test_calls_are_halved_until_they_fit_and_stay_so() -> None:
 
     assert cut_to_fit(stage) == [2] * 10
     assert cut_to_fit(stage) == [2] * 10
-    assert said == [
+    assert warnings == [
         "sam/encoder: out of memory with batch = 16; going on with 8",
         "sam/encoder: out of memory with batch = 8; going on with 4",
         "sam/encoder: out of memory with batch = 4; going on with 2",
@@ -139,11 +139,11 @@ def test_a_run_goes_on_with_smaller_calls(
     world: World, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str, most: int
 ) -> None:
     label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "whole")
-    said: list[str] = []
+    warnings: list[str] = []
     tight(world, monkeypatch, graph, most)
-    label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "tight", warn=said.append)
+    label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "tight", warn=warnings.append)
     assert contents(tmp_path / "tight") == contents(tmp_path / "whole")
-    assert graph == "grounding-dino/text" or any(line.startswith(f"{graph}: out of memory") for line in said), said
+    assert graph == "grounding-dino/text" or any(line.startswith(f"{graph}: out of memory") for line in warnings), warnings
 
 
 def test_an_image_that_never_fits_fails_alone(
@@ -177,11 +177,11 @@ def test_a_batch_is_tried_in_halves(world: World, photos: Path, tmp_path: Path, 
     """Fusing cannot cut its masks: two photographs of one mask each fit one by one only, those of several masks never."""
     label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "whole")
     tight(world, monkeypatch, "sam/fuse", 1)
-    said: list[str] = []
+    warnings: list[str] = []
     opened = Labeler.open(world.bundle, classes=world.classes)
-    summary = label_folder(opened, photos, tmp_path / "tight", warn=said.append)
+    summary = label_folder(opened, photos, tmp_path / "tight", warn=warnings.append)
     assert (summary.labelled, summary.failed) == (3, 2)
-    assert any("trying them in halves" in line for line in said), (said, summary)
+    assert any("trying them in halves" in line for line in warnings), (warnings, summary)
     whole, found = contents(tmp_path / "whole"), contents(tmp_path / "tight")
     labels = {name for name in found if name.startswith("labels/")}
     assert labels

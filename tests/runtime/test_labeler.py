@@ -122,9 +122,9 @@ def test_each_image_alone_is_as_in_a_batch_of_strangers(world: World) -> None:
 # ---- what a run needs ----
 
 
-def given(tmp_path: Path, told: object) -> Path:
+def given(tmp_path: Path, content: object) -> Path:
     path = tmp_path / "given.json"
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(content))
     return path
 
 

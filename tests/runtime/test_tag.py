@@ -169,7 +169,7 @@ def test_a_long_prompt_is_cut_and_still_ends(world: World) -> None:
 
 def test_a_prompt_that_is_cut_is_warned_of(world: World, caplog: pytest.LogCaptureFixture, spoken: None) -> None:
     tagger(world, class_list(["red", "green blue red green blue"]))
-    assert "CLIP reads 4 tokens and not the end of 2 prompts, for example 'photo green blue red green blue'" in caplog.text
+    assert "CLIP reads only 4 tokens and cuts the end of 2 prompts, for example 'photo green blue red green blue'" in caplog.text
     caplog.clear()
     tagger(world, class_list(["red", "green blue"]))
     assert not caplog.text
@@ -184,7 +184,7 @@ def test_a_prompt_that_is_cut_is_warned_of(world: World, caplog: pytest.LogCaptu
     ],
 )
 def test_classes_of_the_same_tokens_are_refused(world: World, names: list[str], one: str, other: str) -> None:
-    with pytest.raises(ClassError, match="are the same tokens to CLIP's tokenizer") as caught:
+    with pytest.raises(ClassError, match="have the same tokens in CLIP's tokenizer") as caught:
         tagger(world, class_list(names))
     assert one in caught.value.message and other in caught.value.message
 
@@ -196,7 +196,7 @@ def test_a_tokenizers_own_truncation_is_warned_of_too(
     cutting.enable_truncation(4)
     monkeypatch.setattr("wsss.runtime.tag.open_tokenizer", lambda model: cutting)
     tagger(world, class_list(["red green blue red green"]))
-    assert "not the end of 2 prompts" in caplog.text
+    assert "cuts the end of 2 prompts" in caplog.text
 
 
 def test_views_in_many_calls_give_what_one_call_gives(world: World) -> None:

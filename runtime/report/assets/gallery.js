@@ -1,9 +1,9 @@
 // The gallery: search, filters, order, pages of cards, and the keys that move between them.
 
-const CARDS = 60; // on a page; fills whole rows of 2 to 6
+const CARDS = 60; // on a page; fills whole rows of 2 to 6 cards
 const CHIPS = 4; // classes named on a card
-const TAIL = 12; // letters at the end of a file's name that always show
-const gallery = { shown: [], page: 0, at: 0, row: null }; // at: the card that Tab reaches; row: the class asked for
+const TAIL = 12; // letters at the end of a file's name that are always visible
+const gallery = { shown: [], page: 0, at: 0, row: null }; // at: the card that Tab reaches; row: the selected class
 
 const ORDERS = {
   doubt: (a, b) => b.doubt - a.doubt,
@@ -94,11 +94,11 @@ function card(image, at) {
     element("span", { className: "chips" },
       ...named.map((row) => element("span", { className: "chip" }, swatch(row), report.classes[row].name)),
       ...(image.classes.size > CHIPS ? [element("span", { className: "chip", textContent: `+${image.classes.size - CHIPS}` })] : []),
-      ...(image.classes.size ? [] : [element("span", { className: "none", textContent: "nothing labelled" })])),
+      ...(image.classes.size ? [] : [element("span", { className: "none", textContent: "nothing labeled" })])),
     element("span", { className: image.note ? "reason alarm" : "reason", textContent: image.note || image.reason })));
 }
 
-// A long name loses its middle: the end is what tells files apart.
+// A long name is shortened in its middle, because its end distinguishes files.
 function fileName(name) {
   const letters = [...name];
   return element("span", { className: "file", title: name },
@@ -123,14 +123,14 @@ function turnPage(step) {
 
 const cardAt = (at) => find("grid").querySelector(`[data-at="${at}"]`);
 
-// One card at a time can be reached with Tab; arrows move on from it.
+// Only one card at a time can be reached with Tab; arrow keys move to the others.
 function markCard(at) {
   cardAt(gallery.at)?.setAttribute("tabindex", "-1");
   gallery.at = at;
   cardAt(at)?.setAttribute("tabindex", "0");
 }
 
-// Focuses a card by its place among all that fit, turning to its page.
+// Focus a card by its place among the filtered images, on any page.
 function focusCard(at) {
   if (!gallery.shown.length) return;
   const to = Math.min(Math.max(at, 0), gallery.shown.length - 1);
@@ -146,17 +146,17 @@ function focusCard(at) {
 
 function columns() {
   const cards = [...find("grid").children];
-  const lower = cards.findIndex((each) => each.offsetTop > cards[0].offsetTop);
+  const lower = cards.findIndex((card) => card.offsetTop > cards[0].offsetTop);
   return lower < 0 ? cards.length : lower;
 }
 
-// The keys of the page while no dialog is open; true when the key was one of them.
+// Handle a key while no dialog is open; true if it was one of the page's keys.
 function galleryKey(key) {
   const inGrid = find("grid").contains(document.activeElement);
   if (key.startsWith("Arrow")) {
-    if (!inGrid && (key === "ArrowUp" || key === "ArrowDown")) return false; // they scroll the page
-    const ways = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns() };
-    focusCard(inGrid ? gallery.at + ways[key] : gallery.at);
+    if (!inGrid && (key === "ArrowUp" || key === "ArrowDown")) return false; // these scroll the page
+    const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns() };
+    focusCard(inGrid ? gallery.at + steps[key] : gallery.at);
   } else if (inGrid && key === "Home") focusCard(gallery.page * CARDS);
   else if (inGrid && key === "End") focusCard(gallery.page * CARDS + CARDS - 1);
   else if (key === "/") {

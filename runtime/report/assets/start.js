@@ -1,6 +1,6 @@
-// Begins the page: the data's call of showReport(), and the keys.
+// Starts the page: showReport(), which the data file calls, and the keys.
 
-// One row of the data, as _row() in runtime/report.py packs it. Scores, shares and edges of boxes are thousandths.
+// Unpack one row of the data, which _row() in runtime/report/page.py packs. Scores, shares and edges of boxes are thousandths.
 function unpack([name, label, photo, picture, note, width, height, doubt, parts, cause, reason, tags, boxes]) {
   const classes = new Set([...boxes.map(([row]) => row), ...tags.map(([row]) => row)]);
   return {
@@ -29,7 +29,7 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || !report.images.length) return;
   const { target } = event;
   const typing = target.matches("select, input:not([type=range], [type=checkbox], [type=radio])");
-  const sliding = target.matches("input") && event.key.startsWith("Arrow"); // its own arrows
+  const sliding = target.matches("input") && event.key.startsWith("Arrow"); // the arrow keys move the slider
   if (typing || sliding) return;
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const known = { "[": () => setOpacity(viewer.opacity - 10), "]": () => setOpacity(viewer.opacity + 10), l: toggleLabel, "?": toggleKeys };
@@ -42,6 +42,6 @@ document.addEventListener("keydown", (event) => {
 
 document.addEventListener("DOMContentLoaded", () => {
   if (!document.querySelector("main").hidden) return;
-  find("problem").textContent = "The folder of this page's data is not beside it: keep the page and its folder .files together.";
+  find("problem").textContent = "The folder with this page's data is missing: keep the page and its folder .files together.";
   find("problem").hidden = false;
 });

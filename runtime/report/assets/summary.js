@@ -1,4 +1,4 @@
-// The top of the page: figures of the run, classes, failures, settings.
+// The top of the page: numbers of the run, classes, failures, settings.
 
 const FEW_CLASSES = 12;
 const FAILURES_AT_ONCE = 100;
@@ -8,8 +8,8 @@ function showSummary(totals, failures, settings) {
   const shown = report.images.length;
   find("subtitle").textContent =
     shown < totals.images
-      ? `The ${count(shown)} most doubtful of ${plural(totals.images, "labelled image")}`
-      : `${plural(shown, "labelled image")}, most doubtful first`;
+      ? `The ${count(shown)} most doubtful of ${plural(totals.images, "labeled image")}`
+      : `${plural(shown, "labeled image")}, most doubtful first`;
   const missing = report.images.filter((image) => image.note).length;
   const tile = (name, value, about = "", alarm = false) =>
     element("div", { className: alarm ? "tile alarm" : "tile" },
@@ -22,7 +22,7 @@ function showSummary(totals, failures, settings) {
     tile("Classes", count(report.classes.filter((each) => each.images).length), `of ${count(report.classes.length)} found`),
     tile("Void", percent(totals.void), "of all pixels"),
     tile("Failed", count(totals.failed), totals.failed ? "listed below" : "", totals.failed > 0),
-    ...(missing ? [tile("Pictures missing", count(missing), "not there, or changed", true)] : []),
+    ...(missing ? [tile("Pictures missing", count(missing), "missing or changed", true)] : []),
     ...(totals.seconds ? [tile("Time", duration(totals.seconds), "an image")] : []),
   );
   if (totals.seconds) showStages(Object.entries(totals.stages));
@@ -31,7 +31,7 @@ function showSummary(totals, failures, settings) {
   for (const choice of document.getElementsByName("measure")) {
     choice.parentElement.hidden = choice.value !== "images" && !report.classes.some((each) => each[choice.value]);
   }
-  find("classes").open = matchMedia("(min-width: 700px)").matches; // on a phone the gallery is what matters
+  find("classes").open = matchMedia("(min-width: 700px)").matches; // on a phone, the gallery matters more
   find("measure").addEventListener("change", (event) => {
     histogram.measure = event.target.value;
     showHistogram();
@@ -47,10 +47,10 @@ function showStages(stages) {
   const total = stages.reduce((sum, [, seconds]) => sum + seconds, 0);
   find("stages").append(
     element("div", { className: "stack", "aria-hidden": "true" },
-      ...stages.map(([, taken], row) => element("i", { className: `stage-${row % 6}`, "--share": taken / total }))),
+      ...stages.map(([, seconds], row) => element("i", { className: `stage-${row % 6}`, "--share": seconds / total }))),
     element("ul", { "aria-label": "Seconds an image, by stage" },
-      ...stages.map(([name, taken], row) => element("li", {},
-        element("i", { className: `key stage-${row % 6}` }), `${name} `, element("b", { textContent: duration(taken) })))),
+      ...stages.map(([name, seconds], row) => element("li", {},
+        element("i", { className: `key stage-${row % 6}` }), `${name} `, element("b", { textContent: duration(seconds) })))),
   );
 }
 

@@ -1,6 +1,6 @@
-// The large view of one image: the original photograph and label where they are at hand, else the thumbnails.
+// The large view of one image: the original photograph and label where they are found, else the thumbnails.
 
-const MOST_PIXELS = 50e6; // larger originals would take a browser's breath
+const MAX_PIXELS = 50e6; // larger originals are too slow for a browser
 const SWIPE_PX = 50;
 const viewer = { at: 0, opacity: 60, before: 60 };
 const PARTS = [["score", "Scores"], ["mask", "Masks"], ["disagreement", "Tags against boxes"], ["void", "Void"]];
@@ -64,14 +64,14 @@ function showImage(at) {
 
 const address = (folder, name) => folder + name.split("/").map(encodeURIComponent).join("/");
 
-// The thumbnail at once, the original as soon as it has loaded, if it is still the one of this size.
+// Show the thumbnail, then the original once it has loaded, if it still has the labeled image's size.
 function showPicture(node, image, thumbnail, folder, name) {
   node.hidden = !thumbnail;
   node.classList.remove("original");
   node.removeAttribute("src");
   if (!thumbnail) return;
   node.src = report.files + thumbnail;
-  if (!folder || image.width * image.height > MOST_PIXELS) return;
+  if (!folder || image.width * image.height > MAX_PIXELS) return;
   const original = new Image();
   original.addEventListener("load", () => {
     if (gallery.shown[viewer.at] !== image || original.naturalWidth !== image.width || original.naturalHeight !== image.height) return;
@@ -119,7 +119,7 @@ function showFacts(image) {
   find("viewer-facts").scrollTop = 0;
 }
 
-// The keys of the large view; true when the key was one of them.
+// Handle a key in the large view; true if it was one of its keys.
 function viewerKey(key) {
   if (key === "ArrowLeft") showImage(viewer.at - 1);
   else if (key === "ArrowRight") showImage(viewer.at + 1);

@@ -25,7 +25,7 @@ from wsss.classes import class_list, palette
 from wsss.errors import ImageError, StoreError, UsageError, WsssError
 from wsss.extras import install_line
 from wsss.photographs import read_photograph
-from wsss.runtime.convert.dataset import FORMATS, Conversion, convert, is_turned
+from wsss.runtime.convert.dataset import FORMATS, Conversion, convert, is_rotated
 from wsss.runtime.convert.labeled import Labeled, original_path, read_labelled
 from wsss.runtime.run.listing import Folder
 from wsss.store.local import LabelStore, read_label, read_records
@@ -102,12 +102,12 @@ def scene(shape: tuple[int, int], random: np.random.Generator) -> tuple[np.ndarr
     label_map[random.random(shape) < 0.03] = 3
     label_map[0, 0] = 3
     label_map[-1, -1] = 255 if label_map.size > 1 else 3
-    told: dict[str, Any] = {"quality": 0.75, "area_px": 9, "won_px": 9}
+    common: dict[str, Any] = {"quality": 0.75, "area_px": 9, "won_px": 9}
     boxes = [
-        {"label": "dog", "score": 0.9, "xyxy": [3.25, 2.0, 20.0, 14.0], **told},
-        {"label": "potted plant", "score": 0.5, "xyxy": [4.0, 16.0, 22.5, 28.0], **told},
-        {"label": "potted plant", "score": 0.25, "xyxy": [20.0, 16.0, 40.0, 28.0], **told},
-        {"label": "dog", "score": 0.2, "xyxy": [30.0, 2.0, 44.0, 9.0], **told, "won_px": 0},
+        {"label": "dog", "score": 0.9, "xyxy": [3.25, 2.0, 20.0, 14.0], **common},
+        {"label": "potted plant", "score": 0.5, "xyxy": [4.0, 16.0, 22.5, 28.0], **common},
+        {"label": "potted plant", "score": 0.25, "xyxy": [20.0, 16.0, 40.0, 28.0], **common},
+        {"label": "dog", "score": 0.2, "xyxy": [30.0, 2.0, 44.0, 9.0], **common, "won_px": 0},
     ]
     return label_map, boxes if label_map.size > 1 else []
 
@@ -319,17 +319,17 @@ def test_losses_are_said_with_their_measure(made: Path, losses: Callable[[str], 
     maps = truth(made).values()
     void = sum(int((each == 255).sum()) for each in maps)
     share = f"{void:,} void pixels ({void / sum(each.size for each in maps):.2%} of all)"
-    turned = "1 images carry an EXIF rotation; their labels fit readers that apply it"
+    turned = "1 images have an EXIF rotation; their labels fit only readers that apply it"
     done = losses("yolo")
     assert (done.images, done.left_out) == (len(NAMES), 1)
     assert done.losses[0] == f"{share} become background"
-    assert done.losses[2:] == ("33 scores of objects have no place in YOLO labels", turned)
+    assert done.losses[2:] == ("33 scores of objects cannot be written in YOLO labels", turned)
     assert losses("voc").losses == (
-        "44 boxes with their scores have no place in VOC segmentation",
+        "44 boxes and their scores cannot be written in VOC segmentation",
         "4 images do not end in .jpg, the only ending that torchvision's VOCSegmentation opens",
         turned,
     )
-    assert losses("cvat").losses == ("33 scores of objects have no place in CVAT masks", turned)
+    assert losses("cvat").losses == ("33 scores of objects cannot be written in CVAT masks", turned)
     assert losses("label-studio").losses == losses("hf").losses == (turned,)
 
 
@@ -339,7 +339,7 @@ def test_every_exif_rotation_is_noticed(orientation: int, ending: str, tmp_path:
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (4, 3)).save(tmp_path / f"a.{ending}", exif=exif)
-    assert is_turned(tmp_path / f"a.{ending}") == (orientation > 1)
+    assert is_rotated(tmp_path / f"a.{ending}") == (orientation > 1)
 
 
 @pytest.fixture
@@ -351,9 +351,9 @@ def copy(made: Path, tmp_path: Path) -> Path:
 def test_missing_and_changed_images_are_named(copy: Path, tmp_path: Path) -> None:
     (copy / "photos/dog.png").unlink()
     (copy / "photos/line\nbreak.jpg").unlink()
-    with pytest.raises(ImageError, match=r"has 2 of the 13 labeled images no more: dog\.png, 'line\\nbreak\.jpg'"):
+    with pytest.raises(ImageError, match=r"2 of the 13 labeled images are missing: dog\.png, 'line\\nbreak\.jpg'"):
         convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
-    with pytest.raises(ImageError, match="has 13 of the 13 labeled images no more: .* and 3 more") as error:
+    with pytest.raises(ImageError, match="13 of the 13 labeled images are missing: .* and 3 more") as error:
         convert(copy / "store", tmp_path / "elsewhere", tmp_path / "out", "voc")
     assert "the folder that was labeled" in error.value.hint
 
@@ -376,12 +376,12 @@ def test_another_content_of_the_same_size_is_noticed(copy: Path, tmp_path: Path,
 
 def test_a_label_that_does_not_fit_is_named(copy: Path, tmp_path: Path) -> None:
     label = copy / "store/labels/empty.png"
-    for label_map, said in (
+    for label_map, message in (
         (np.zeros((5, 6), np.uint8), "empty.png: is 6 x 5 pixels, the photograph was 47 x 36"),
-        (np.full((36, 47), 4, np.uint8), "empty.png: holds the label 4, the store has 3 classes"),
+        (np.full((36, 47), 4, np.uint8), "empty.png: has the label 4, but the store has 3 classes"),
     ):
         Image.fromarray(label_map).save(label)
-        with pytest.raises(StoreError, match=said):
+        with pytest.raises(StoreError, match=message):
             convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
     label.unlink()
     with pytest.raises(StoreError, match=r"empty\.png: cannot be read: No such file"):
@@ -432,7 +432,7 @@ def test_a_conversion_that_is_killed_leaves_nothing_after_the_next(made: Path, t
         whole = step == (-2 if empty else -1)
         assert (out / "labelmap.txt").exists() == whole
         if whole:
-            with pytest.raises(StoreError, match="is there already"):
+            with pytest.raises(StoreError, match="exists already"):
                 convert(made / "store", made / "photos", out, "cvat")
             shutil.rmtree(out)
         convert(made / "store", made / "photos", out, "cvat")
@@ -465,11 +465,11 @@ def test_photographs_behind_a_link_of_the_users_own_are_taken(copy: Path, tmp_pa
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
 def test_a_named_pipe_is_no_label_and_no_photograph(copy: Path, tmp_path: Path) -> None:
-    for path, said in ((copy / "store/labels/empty.png", "got a named pipe"), (copy / "photos/empty.jpg", "changed since")):
+    for path, message in ((copy / "store/labels/empty.png", "got a named pipe"), (copy / "photos/empty.jpg", "changed since")):
         data = path.read_bytes()
         path.unlink()
         os.mkfifo(path)
-        with pytest.raises(WsssError, match=said):
+        with pytest.raises(WsssError, match=message):
             convert(copy / "store", copy / "photos", tmp_path / "out", "voc")
         path.unlink()
         path.write_bytes(data)
@@ -480,7 +480,7 @@ def test_out_must_be_new_or_empty(made: Path, tmp_path: Path) -> None:
     (tmp_path / "full/thesis.tex").touch()
     (tmp_path / "empty").mkdir()
     for out in ("full", "full/thesis.tex"):
-        with pytest.raises(StoreError, match="is there already"):
+        with pytest.raises(StoreError, match="exists already"):
             convert(made / "store", made / "photos", tmp_path / out, "voc")
     assert convert(made / "store", made / "photos", tmp_path / "empty", "voc").images == len(NAMES)
     with pytest.raises(StoreError, match="out: cannot be written: File exists"):
@@ -512,7 +512,7 @@ def test_links_over_file_systems_say_what_to_do(made: Path, tmp_path: Path, monk
     monkeypatch.setattr(os, "link", apart)
     with pytest.raises(StoreError, match="is on another file system") as error:
         convert(made / "store", made / "photos", tmp_path / "out", "voc", link=True)
-    assert error.value.hint == "leave --link out"
+    assert error.value.hint == "leave out --link"
 
 
 def test_a_store_without_a_label(tmp_path: Path) -> None:
@@ -523,12 +523,12 @@ def test_a_store_without_a_label(tmp_path: Path) -> None:
 
 
 def test_flags_that_mean_nothing(made: Path, tmp_path: Path) -> None:
-    for to, val, said in (
+    for to, val, message in (
         ("voc", 1.0, "--val: expected a share"),
         ("cvat", 0.1, "cvat has no splits"),
         ("voc07", 0, "--to: expected one of voc"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             convert(made / "store", made / "photos", tmp_path / "out", to, val=val)
 
 
@@ -551,11 +551,17 @@ def test_the_command(wsss: Callable[..., Answer], made: Path, tmp_path: Path) ->
     assert answer.err.startswith("left out: 1 images that failed and have no label\nnote: ")
     assert answer.err.count("note: ") == 4
     assert answer.err.endswith(f"next: yolo segment train data={tmp_path}/yolo/data.yaml\n")
-    told = json.loads(wsss(*argv, "--out", "again", "--json").out)
-    assert (told["out"], told["format"], told["images"], told["left_out"], len(told["losses"])) == ("again", "yolo", 13, 1, 4)
+    result = json.loads(wsss(*argv, "--out", "again", "--json").out)
+    assert (result["out"], result["format"], result["images"], result["left_out"], len(result["losses"])) == (
+        "again",
+        "yolo",
+        13,
+        1,
+        4,
+    )
     again = wsss(*argv, "--out", "again")
     assert (again.code, again.out) == (1, "")
-    assert again.err == "wsss: --out again: is there already\n\nhint: give a new or empty folder\n"
+    assert again.err == "wsss: --out again: exists already\n\nhint: give a new or empty folder\n"
 
 
 def test_what_label_wrote_can_be_converted(wsss: Callable[..., Answer], world: World, photos: Path, tmp_path: Path) -> None:
@@ -675,7 +681,7 @@ def test_cvat_with_more_objects_than_an_image_can_number() -> None:
         split="train",
     )
     instances = instances_of(item)
-    assert len(instances.each) == 450
+    assert len(instances.objects) == 450
     numbers, shared = _numbered(instances, label_map)
     assert shared == 450 - 252
     assert np.unique(numbers).tolist() == list(range(255))
@@ -753,11 +759,11 @@ def test_coco_rle_is_that_of_pycocotools() -> None:
 
 
 def test_coco_panoptic_is_the_label_map(made: Path, coco: Path) -> None:
-    told = json.loads((coco / "annotations/panoptic_train.json").read_text())
-    label_of = {each["id"]: each["id"] if each["isthing"] else 0 for each in told["categories"]}
-    names = {image["id"]: original_path(image["file_name"]) for image in told["images"]}
+    document = json.loads((coco / "annotations/panoptic_train.json").read_text())
+    label_of = {each["id"]: each["id"] if each["isthing"] else 0 for each in document["categories"]}
+    names = {image["id"]: original_path(image["file_name"]) for image in document["images"]}
     found = {}
-    for each in told["annotations"]:
+    for each in document["annotations"]:
         colors = np.array(Image.open(coco / "annotations/panoptic_train" / each["file_name"])).astype(int)
         ids = colors[..., 0] + 256 * colors[..., 1] + 256**2 * colors[..., 2]
         label_map = np.full(ids.shape, 255, np.uint8)

@@ -36,7 +36,7 @@ def map_of(text: str) -> np.ndarray:
 def check(instances: Instances, label_map: np.ndarray) -> None:
     """Every pixel of a class is in exactly one object of its class; boxes and areas are tight."""
     again = np.zeros(label_map.shape, np.uint8)
-    for number, one in enumerate(instances.each, 1):
+    for number, one in enumerate(instances.objects, 1):
         assert one.number == number
         mask = instances.map == number
         assert one.area_px == mask.sum() > 0
@@ -50,7 +50,7 @@ def check(instances: Instances, label_map: np.ndarray) -> None:
 def test_nothing_and_void_alone_have_no_object() -> None:
     for value in (0, 255):
         instances = instances_of(labelled(np.full((3, 4), value, np.uint8)))
-        assert instances.each == ()
+        assert instances.objects == ()
         assert not instances.map.any()
 
 
@@ -60,7 +60,7 @@ def test_touching_objects_are_split_between_their_boxes() -> None:
     check(found, label_map)
     # Columns 2 and 3 lie in both boxes of class 1: their middle is 3.
     assert found.map.tolist() == [[1, 1, 1, 2, 2, 2, 3, 3, 3, 3]]
-    assert [(one.label, one.score) for one in found.each] == [(1, 0.9), (1, 0.3), (2, 0.5)]
+    assert [(one.label, one.score) for one in found.objects] == [(1, 0.9), (1, 0.3), (2, 0.5)]
 
 
 def test_a_small_box_in_a_large_one_keeps_its_middle() -> None:
@@ -76,14 +76,14 @@ def test_two_parts_of_one_box_are_one_object_and_leaks_go_to_the_nearest() -> No
     found = instances_of(labelled(label_map, box(1, 0, 0, 8, 1), box(1, 40, 0, 42, 1)))
     check(found, label_map)
     assert found.map.tolist() == [[1, 1, 0, 2, 2, 0, 1, 1, 0, 1]]
-    assert [(one.label, one.score) for one in found.each] == [(1, 0.5), (3, None)], "the far box has no pixel left"
+    assert [(one.label, one.score) for one in found.objects] == [(1, 0.5), (3, None)], "the far box has no pixel left"
 
 
 def test_a_box_that_won_nothing_does_not_count() -> None:
     label_map = map_of("1111")
     found = instances_of(labelled(label_map, box(1, 0, 0, 2, 1, won=0), box(1, 0, 0, 4, 1, score=0.7)))
     assert found.map.tolist() == [[1, 1, 1, 1]]
-    assert found.each[0].score == 0.7
+    assert found.objects[0].score == 0.7
 
 
 def test_without_boxes_objects_are_what_touches() -> None:
@@ -91,7 +91,7 @@ def test_without_boxes_objects_are_what_touches() -> None:
     found = instances_of(labelled(label_map))
     check(found, label_map)
     assert found.map.tolist() == [[1, 0, 1, 0, 0, 2], [0, 1, 0, 0, 0, 2], [1, 0, 0, 2, 2, 0]]
-    assert found.each[0].score is None
+    assert found.objects[0].score is None
 
 
 def test_the_rule_as_it_is_written() -> None:
@@ -105,7 +105,7 @@ def test_the_rule_as_it_is_written() -> None:
         for x0, y0, x1, y1 in (each.xyxy_image for each in boxes)
     ]
     found = instances_of(labelled(label_map, *boxes))
-    assert len(found.each) == 7
+    assert len(found.objects) == 7
     assert np.array_equal(found.map, np.argmin(away, axis=0) + 1)
 
 

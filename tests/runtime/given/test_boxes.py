@@ -13,7 +13,7 @@ from PIL import Image
 from wsss.batch import Boxes, Labels, Photograph
 from wsss.classes import class_list
 from wsss.photographs import read_photograph
-from wsss.runtime.given.boxes import turned
+from wsss.runtime.given.boxes import rotated
 from wsss.runtime.given.stages import BoxesFromFile
 
 CLASSES = class_list(["dog", "cat"])
@@ -77,7 +77,7 @@ def test_boxes_of_a_photograph_that_exif_turns(tmp_path: Path, orientation: int,
     assert (photo.orientation, photo.raw_shape) == (orientation, (48, 80))
     y, x = np.nonzero(photo.pixels[:, :, 0])
     upright = [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1]
-    assert list(turned((56, 8, 72, 16), (48, 80), orientation)) == upright
+    assert list(rotated((56, 8, 72, 16), (48, 80), orientation)) == upright
     if orientation < 5 and frame == "stored":
         return  # both frames have one size: taken as upright, see below
     path = voc(tmp_path, [[56, 8, 72, 16] if frame == "stored" else upright], (48, 80) if frame == "stored" else photo.shape)
@@ -90,7 +90,7 @@ def test_boxes_of_a_photograph_that_exif_turns(tmp_path: Path, orientation: int,
 def test_a_size_that_both_frames_have_is_announced(tmp_path: Path, height: int, width: int, orientation: int) -> None:
     boxes, notes = found(voc(tmp_path, [[1, 2, 30, 35]], (height, width)), black(height, width, orientation))
     assert boxes.xyxy_image.tolist() == [[1, 2, 30, 35]]
-    assert ["taken to be those of the upright one" in note for note in notes] == [True]
+    assert ["assumed to be in the frame after rotation" in note for note in notes] == [True]
 
 
 def test_boxes_without_a_size_of_a_turned_photograph(tmp_path: Path) -> None:

@@ -88,33 +88,33 @@ def test_corners_in_the_place_of_sides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"annotations": []}, "no annotation at all"),
+        ({"annotations": []}, "it has no annotations"),
         ({"annotations": None}, "expected a list of objects under annotations"),
         ({"categories": 3}, "expected a list of objects under categories"),
         ({"images": [3]}, "expected a list of objects under images"),
         ({"images": [{"id": 1}]}, "expected a string under file_name"),
         ({"images": [{"id": 1.5, "file_name": "x"}]}, "expected a number or string under id"),
-        ({"images": [{"id": 9, "file_name": "x"}, {"id": 9, "file_name": "y"}]}, "the id 9 stands twice"),
-        ({"images": [{"id": 9, "file_name": "x"}, {"id": 8, "file_name": "x"}]}, "'x' stands twice"),
+        ({"images": [{"id": 9, "file_name": "x"}, {"id": 9, "file_name": "y"}]}, "the id 9 occurs twice"),
+        ({"images": [{"id": 9, "file_name": "x"}, {"id": 8, "file_name": "x"}]}, "'x' occurs twice"),
         ({"images": [{"id": 9, "file_name": "x"}, {"id": 8, "file_name": "./x"}]}, "are the same photograph"),
-        ({"categories": [{"id": 1, "name": "dog"}, {"id": 1, "name": "cat"}]}, "the id 1 stands twice"),
+        ({"categories": [{"id": 1, "name": "dog"}, {"id": 1, "name": "cat"}]}, "the id 1 occurs twice"),
         ({"annotations": [annotation(image_id=5)]}, "an annotation is of image 5, which is not among the images"),
         ({"annotations": [annotation(image_id="9")]}, "an annotation is of image '9', which is not"),
         ({"annotations": [annotation(score=87)]}, "expected a score in 0..1, got 87"),
     ],
 )
-def test_a_bad_file(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_a_bad_file(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(WsssError) as caught:
         given(tmp_path, coco(**changes))
-    assert said in caught.value.message
+    assert message in caught.value.message
     assert caught.value.message.startswith(f"--boxes {tmp_path / 'coco.json'}")
     assert caught.value.hint
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"category_id": 0}, "category 0 is not among the categories"),
         ({"bbox": None}, "expected bbox as x, y, width, height, got None"),
@@ -124,10 +124,10 @@ def test_a_bad_file(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
         ({"score": None}, "expected a score in 0..1, got None"),
     ],
 )
-def test_a_bad_annotation(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_a_bad_annotation(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     error = given(tmp_path, coco(annotations=[annotation(**changes)])).missing(photo())
     assert error is not None
-    assert said in error.message
+    assert message in error.message
     assert "coco.json: a/x.jpg: " in error.message
     assert error.hint
 

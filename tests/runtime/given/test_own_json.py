@@ -12,15 +12,16 @@ from wsss.batch import Labels, Photograph
 from wsss.classes import class_list
 from wsss.errors import WsssError
 from wsss.runtime.given.stages import BoxesFromFile
+from wsss.store.format import line_of
 
 CLASSES = class_list(["dog", "cat"])
 NOTHING = Labels(np.zeros((0, 2), np.float32), np.zeros((0, 2), bool))
 BOX = {"label": "cat", "xyxy": [1, 2, 30, 40], "score": 0.25}
 
 
-def written(path: Path, told: object) -> Path:
+def written(path: Path, content: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(told if isinstance(told, str) else json.dumps(told), encoding="utf-8")
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path
 
 
@@ -29,7 +30,9 @@ def photo(name: str, height: int = 60, width: int = 60, orientation: int = 1) ->
 
 
 def lines(path: Path, *records: dict[str, object]) -> Path:
-    return written(path, "".join(json.dumps(record) + "\n" for record in records) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(line_of({"label": "a.png", **record}) for record in records))
+    return path
 
 
 def test_own_json(tmp_path: Path) -> None:
@@ -44,7 +47,7 @@ def test_own_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("box", "said", "hint"),
+    ("box", "message", "hint"),
     [
         (7, "expected a box, got 7", "xyxy"),
         ({"xyxy": [0, 0, 1, 1]}, "expected a box", "label"),
@@ -63,13 +66,13 @@ def test_own_json(tmp_path: Path) -> None:
         ({"label": [[[[[[[[]]]]]]]], "xyxy": [0, 0, 9, 9]}, "expected a box", "label"),
     ],
 )
-def test_a_bad_box_is_named_with_its_image(tmp_path: Path, box: object, said: str, hint: str) -> None:
+def test_a_bad_box_is_named_with_its_image(tmp_path: Path, box: object, message: str, hint: str) -> None:
     path = written(tmp_path / "boxes.json", {"a.jpg": [box], "b.jpg": [BOX]})
     given = BoxesFromFile(path, CLASSES)
     error = given.missing(photo("a.jpg"))
     assert error is not None
     assert f"{path}: a.jpg: " in error.message
-    assert said in error.message
+    assert message in error.message
     assert hint in error.hint
     assert given.missing(photo("b.jpg")) is None
 
@@ -128,20 +131,31 @@ def test_a_stores_boxes_are_those_of_the_upright_photograph(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("second", "said"),
+    ("second", "message"),
     [
-        ("{", "line 2: expected JSON"),
-        ("7", "line 2: expected a line of a label store's manifest, got 7"),
-        ('{"boxes": []}', "line 2: expected a line of a label store's manifest"),
-        ('{"path": "a", "boxes": 7}', "line 2: expected a list of boxes, got 7"),
-        ('{"path": "a", "path": "b", "boxes": []}', "line 2: the key 'path' occurs twice"),
+        ("{", "line 2 is damaged: Expecting property name"),
+        ("7", "line 2 is damaged: expected an object, got 7"),
+        ('{"boxes": []}', "line 2 is damaged: path: expected the name of a file"),
+        ('{"path": "a", "label": "a.png"}', "line 2 is damaged: it has no boxes"),
+        ('{"path": "a", "label": "a.png", "boxes": 7}', "line 2 is damaged: boxes: expected at most 256 boxes, got 7"),
+        ('{"path": "a", "path": "b", "boxes": []}', "line 2 is damaged: a key occurs twice"),
     ],
 )
-def test_a_bad_line(tmp_path: Path, second: str, said: str) -> None:
-    path = written(tmp_path / "m", json.dumps({"path": "x", "boxes": [BOX]}) + "\n" + second + "\n")
-    with pytest.raises(WsssError, match=said) as caught:
+def test_a_bad_line(tmp_path: Path, second: str, message: str) -> None:
+    path = lines(tmp_path / "m", {"path": "x", "boxes": [BOX]})
+    path.write_bytes(path.read_bytes() + f"{second}\n".encode())
+    with pytest.raises(WsssError, match=message) as caught:
         BoxesFromFile(path, CLASSES)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["a\u2028b.jpg", "a\x85b.jpg", "a\x0cb.jpg", "caf\udce9.jpg"])
+def test_a_manifest_s_lines_end_where_the_store_ends_them(tmp_path: Path, name: str) -> None:
+    """Not at what else Python counts as a line break; and file names need not be Unicode."""
+    written(tmp_path / "run.json", {"classes": ["dog", "cat"]})
+    path = lines(tmp_path / "manifest.jsonl", {"path": name, "boxes": [BOX]}, {"path": "z.jpg", "boxes": []})
+    for given in (BoxesFromFile(path, CLASSES), BoxesFromFile(tmp_path, CLASSES)):
+        assert given([photo(name)], NOTHING).label.tolist() == [2]
 
 
 def test_a_store_without_boxes(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ XML = (
 )
 
 
-def written(path: Path, told: object) -> Path:
+def written(path: Path, content: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(told if isinstance(told, str) else json.dumps(told), encoding="utf-8")
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path
 
 
@@ -83,12 +83,12 @@ def test_one_entry_for_two_photographs(world: World, tmp_path: Path) -> None:
     path = written(tmp_path / "x.json", {"caf\u00e9.jpg": []})
     for given in (LabelsFromFile(path, CLASSES), BoxesFromFile(path, CLASSES)):
         for name in (both := ("caf\u00e9.jpg", "cafe\u0301.jpg")):
-            assert "of 2 photographs" in str(given.missing(world.photo(3, 3, name), both))
+            assert "fits 2 photographs" in str(given.missing(world.photo(3, 3, name), both))
         assert given.missing(world.photo(3, 3, "caf\u00e9.jpg"), ("caf\u00e9.jpg", "sub/caf\u00e9.jpg")) is None
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("content", "message"),
     [
         ("", "expected JSON"),
         ("{", "expected JSON"),
@@ -99,9 +99,9 @@ def test_one_entry_for_two_photographs(world: World, tmp_path: Path) -> None:
         ('{"a.jpg": [], "a.jpg": ["dog"]}', "the key 'a.jpg' occurs twice"),
     ],
 )
-def test_bad_labels(tmp_path: Path, told: object, said: str) -> None:
-    path = written(tmp_path / "labels.json", told)
-    with pytest.raises(WsssError, match=re.escape(said)) as caught:
+def test_bad_labels(tmp_path: Path, content: object, message: str) -> None:
+    path = written(tmp_path / "labels.json", content)
+    with pytest.raises(WsssError, match=re.escape(message)) as caught:
         LabelsFromFile(path, CLASSES)
     assert caught.value.message.startswith(f"--labels {path}")
     assert caught.value.hint
@@ -197,7 +197,7 @@ def test_a_folder_of_no_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "expected JSON"),
         ("7", "expected a JSON object of image names to lists of boxes, got 7"),
@@ -209,11 +209,11 @@ def test_a_folder_of_no_form(tmp_path: Path) -> None:
         ("0 0.5 0.5 0.1 0.1", "expected JSON"),
         ('{"a.jpg": [{"label": "dog", "xyxy": [NaN, 0, 1, 1]}]}', "expected finite numbers, got NaN"),
         ('{"a.jpg": [], "a.jpg": []}', "the key 'a.jpg' occurs twice"),
-        ('[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]', "a COCO file with its images"),
+        ('[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]', "a COCO file, got a list of detections"),
     ],
 )
-def test_a_bad_boxes_file(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(WsssError, match=said) as caught:
+def test_a_bad_boxes_file(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(WsssError, match=message) as caught:
         BoxesFromFile(written(tmp_path / "boxes.json", text), CLASSES)
     assert caught.value.message.startswith(f"--boxes {tmp_path / 'boxes.json'}")
     assert caught.value.hint

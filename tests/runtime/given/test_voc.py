@@ -53,7 +53,7 @@ def test_an_empty_annotation_is_background(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "expected a VOC annotation"),
         ("<annotation>", "expected a VOC annotation"),
@@ -71,20 +71,20 @@ def test_an_empty_annotation_is_background(tmp_path: Path, text: str) -> None:
         ('<!DOCTYPE a [<!ENTITY b "c">]><annotation/>', "declares a document type or entities"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><annotation/>'.encode("utf-16"), "declares a document type or entities"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><annotation/>'.encode("utf-16-le"), "declares a document type or entities"),
-        (b'<?xml version="1.0" encoding="klingon"?><annotation/>', "declares the encoding 'klingon'"),
-        (b'<?xml version="1.0" encoding="zlib"?><annotation/>', "declares the encoding 'zlib'"),
-        (b'<?xml version="1.0" encoding="unicode_escape"?><annotation/>', "declares the encoding"),
+        (b'<?xml version="1.0" encoding="klingon"?><annotation/>', "declares the unknown encoding 'klingon'"),
+        (b'<?xml version="1.0" encoding="zlib"?><annotation/>', "declares the unknown encoding 'zlib'"),
+        (b'<?xml version="1.0" encoding="unicode_escape"?><annotation/>', "declares the unknown encoding"),
         (b'<?xml version="1.0" encoding="ascii"?><annotation>\xfc</annotation>', "not in the encoding that it declares, ascii"),
         (b"<annotation><filename>M\xfcller.jpg</filename></annotation>", "expected UTF-8 text"),
         ("<annotation><size><width>6</width></size></annotation>", "expected a height and width"),
         ("<annotation><size><width>6</width><height>4.5</height></size></annotation>", "expected a height and width"),
     ],
 )
-def test_what_is_no_annotation_is_named(tmp_path: Path, text: str | bytes, said: str) -> None:
+def test_what_is_no_annotation_is_named(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(WsssError) as caught:
         read_voc_xml(written(tmp_path / "x.xml", text))
     assert caught.value.message.startswith(f"{tmp_path / 'x.xml'}: ")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert caught.value.hint
 
 
@@ -139,7 +139,7 @@ def test_two_files_of_one_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "owner"),
+    ("fields", "owner"),
     [
         ("<filename>x.png</filename>", "x.png"),
         ("<filename>photos\\x.jpg</filename>", "x.jpg"),
@@ -148,18 +148,18 @@ def test_two_files_of_one_image(tmp_path: Path) -> None:
         ("", None),
     ],
 )
-def test_one_annotation_for_two_endings(tmp_path: Path, told: str, owner: str | None) -> None:
-    written(tmp_path / "x.xml", f"<annotation>{told}{OBJECT}</annotation>")
+def test_one_annotation_for_two_endings(tmp_path: Path, fields: str, owner: str | None) -> None:
+    written(tmp_path / "x.xml", f"<annotation>{fields}{OBJECT}</annotation>")
     for name, reason in reasons(tmp_path, "x.jpg", "x.png", "y.png").items():
         if name == owner:
             assert reason == ""
         elif name[0] == "x":
-            assert (f"is the annotation of {owner}" if owner else "of 2 photographs, and only one can be meant") in reason
+            assert (f"is the annotation of {owner}" if owner else "fits 2 photographs, but belongs to one") in reason
             assert "hint: " in reason
 
 
 @pytest.mark.parametrize(
-    ("told", "owner"),
+    ("fields", "owner"),
     [
         ("<folder>left</folder><filename>x.png</filename>", "left/x.png"),
         ("<folder>data/right</folder>", "right/x.png"),
@@ -167,8 +167,8 @@ def test_one_annotation_for_two_endings(tmp_path: Path, told: str, owner: str | 
         ("<filename>x.png</filename>", None),
     ],
 )
-def test_one_annotation_for_two_folders(tmp_path: Path, told: str, owner: str | None) -> None:
-    written(tmp_path / "x.xml", f"<annotation>{told}{OBJECT}</annotation>")
+def test_one_annotation_for_two_folders(tmp_path: Path, fields: str, owner: str | None) -> None:
+    written(tmp_path / "x.xml", f"<annotation>{fields}{OBJECT}</annotation>")
     names = ("left/x.png", "right/x.png")
     assert [name for name, reason in reasons(tmp_path, *names).items() if not reason] == ([owner] if owner else [])
     written(tmp_path / "left" / "x.xml", f"<annotation>{OBJECT}</annotation>")
@@ -185,5 +185,5 @@ def test_the_name_of_a_photograph_with_an_annotation_of_its_own(tmp_path: Path) 
     written(tmp_path / "x.xml", f"<annotation><filename>y.jpg</filename>{OBJECT}</annotation>")
     written(tmp_path / "y.xml", f"<annotation>{OBJECT}</annotation>")
     found = reasons(tmp_path, "x.jpg", "y.jpg")
-    assert "<filename> is 'y.jpg', which has an annotation of its own" in found["x.jpg"]
+    assert "<filename> is 'y.jpg', which has its own annotation" in found["x.jpg"]
     assert found["y.jpg"] == ""

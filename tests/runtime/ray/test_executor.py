@@ -148,9 +148,9 @@ def test_three_nodes_make_the_same_store_though_a_labeler_is_killed(
     executor: Executor, many: Path, tmp_path: Path, whole: dict[str, bytes], world: World
 ) -> None:
     (world.bundle / "die").touch()
-    said: list[str] = []
+    warnings: list[str] = []
     with executor(dies_once="30.png") as labelers:
-        summary = label_folder(labelers, many, tmp_path / "out", warn=said.append)
+        summary = label_folder(labelers, many, tmp_path / "out", warn=warnings.append)
     assert not (world.bundle / "die").exists()
     assert (summary.labelled, summary.failed, summary.images) == (60, 2, 62)
     assert summary.engine_seconds > 0
@@ -166,7 +166,7 @@ def test_an_image_that_kills_labelers_fails_alone(
         summary = label_folder(labelers, many, tmp_path / "out", warn=quiet)
     assert (summary.labelled, summary.failed) == (59, 3)
     failed = {record["path"]: record["error"] for record in read_records(tmp_path / "out") if "error" in record}
-    assert failed["23.png"] == "23.png: 2 labelers died with it in hand"
+    assert failed["23.png"] == "23.png: 2 labelers died while they labeled it"
     labels = {name: data for name, data in contents(tmp_path / "out").items() if name.startswith("labels/")}
     assert labels == {name: data for name, data in whole.items() if name.startswith("labels/") and name != "labels/23.png"}
 
@@ -244,8 +244,8 @@ def test_the_command_asks_for_a_cluster(
     words = ["label", photos, "--classes", "red, green, blue", "--bundle", world.bundle, "--out", tmp_path / "out", "--on", "ray"]
     assert wsss(*words).code == 1
     assert wsss(*words, "--ray-address", "head:6379", "--workers", "4", "--device", "cuda", "--batch", "3").code == 1
-    told = [[each[name] for name in ("address", "workers", "gpu", "batch", "device")] for each in asked]
-    assert told == [[None, None, None, None, "auto"], ["head:6379", 4, True, 3, "cuda"]]
+    passed = [[each[name] for name in ("address", "workers", "gpu", "batch", "device")] for each in asked]
+    assert passed == [[None, None, None, None, "auto"], ["head:6379", 4, True, 3, "cuda"]]
 
 
 @pytest.mark.parametrize(

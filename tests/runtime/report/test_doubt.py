@@ -41,11 +41,11 @@ def record(
     ],
 )
 def test_one_part_alone(of: dict[str, Any], part: str, value: float, reason: str) -> None:
-    told = doubt(of, FLOORS)
-    assert (told.cause, told.reason) == (part, reason)
+    result = doubt(of, FLOORS)
+    assert (result.cause, result.reason) == (part, reason)
     for name in WEIGHTS:
-        assert getattr(told, name) == pytest.approx(value if name == part else 0), name
-    assert told.total == pytest.approx(WEIGHTS[part] * value if part else 0)
+        assert getattr(result, name) == pytest.approx(value if name == part else 0), name
+    assert result.total == pytest.approx(WEIGHTS[part] * value if part else 0)
 
 
 def test_parts_add_up_and_none_hides_another() -> None:
@@ -64,8 +64,8 @@ def test_tags_that_nothing_decided_are_left_out(tags: dict[str, float]) -> None:
 def test_a_segmenter_has_no_boxes_to_disagree_with() -> None:
     floors = floors_of({"classes": ["dog"], "models": {"segmenter": ""}}, [record(tags={"dog": 0.8}), record(tags={"dog": 0.5})])
     assert floors == Floors(tag=0.5, box=1, tagged=True, boxed=False)
-    told = doubt(record(tags={"dog": 0.75}), floors)
-    assert (told.cause, told.score, told.disagreement, told.void) == ("score", 0.5, 0, 0)
+    result = doubt(record(tags={"dog": 0.75}), floors)
+    assert (result.cause, result.score, result.disagreement, result.void) == ("score", 0.5, 0, 0)
     assert doubt(record(tags={"dog": 1}, void=25), floors).void == 0.25
 
 
@@ -75,8 +75,8 @@ RECORDS = [record(("dog", 0.6, 1), tags={"dog": 0.9}), record(), record(("cat", 
 
 def test_floors_are_the_runs_thresholds_or_else_its_lowest_scores() -> None:
     assert floors_of(RUN, RECORDS) == Floors(tag=0.7, box=0.45, tagged=True)
-    told = {**RUN, "rules": {"tag_threshold": 0.5, "box_threshold": 0.0}}
-    assert floors_of(told, RECORDS) == Floors(tag=0.5, box=0.0, tagged=True)
+    run = {**RUN, "rules": {"tag_threshold": 0.5, "box_threshold": 0.0}}
+    assert floors_of(run, RECORDS) == Floors(tag=0.5, box=0.0, tagged=True)
     assert floors_of({"classes": ["dog"]}, []) == Floors(tag=1, box=1, tagged=False)
 
 

@@ -59,8 +59,8 @@ def content(page: Chromium, selector: str) -> Any:
 
 
 def cards(page: Chromium) -> list[str]:
-    told: list[str] = page.evaluate("[...document.querySelectorAll('.card .file')].map((node) => node.title)")
-    return told
+    titles: list[str] = page.evaluate("[...document.querySelectorAll('.card .file')].map((node) => node.title)")
+    return titles
 
 
 def focused(page: Chromium) -> Any:
@@ -374,8 +374,8 @@ CONTRAST = """(() => {
   };
   const weak = [];
   for (const node of document.querySelectorAll("body *")) {
-    const said = [...node.childNodes].some((each) => each.nodeType === 3 && each.data.trim());
-    if (!said || !node.checkVisibility() || node.closest(":disabled, script, style, .unseen, .skip")) continue;
+    const text = [...node.childNodes].some((each) => each.nodeType === 3 && each.data.trim());
+    if (!text || !node.checkVisibility() || node.closest(":disabled, script, style, .unseen, .skip")) continue;
     const [a, b] = [light(parse(getComputedStyle(node).color)), light(ground(node))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     if (ratio < 4.5) weak.push(`${node.tagName} ${node.className} ${ratio.toFixed(2)} ${node.textContent.slice(0, 30)}`);

@@ -31,17 +31,17 @@ def store(world: World, photos: Path, tmp_path: Path) -> Path:
 def data_of(page: Path) -> dict[str, Any]:
     text = (page.with_name(f"{page.stem}.files") / "data.js").read_text()
     assert text.startswith("showReport(") and text.endswith(");\n")
-    told: dict[str, Any] = json.loads(text.removeprefix("showReport(").removesuffix(");\n"))
-    return told
+    data: dict[str, Any] = json.loads(text.removeprefix("showReport(").removesuffix(");\n"))
+    return data
 
 
-def names(told: dict[str, Any]) -> list[str]:
-    return [image[0] for image in told["images"]]
+def names(data: dict[str, Any]) -> list[str]:
+    return [image[0] for image in data["images"]]
 
 
 def test_the_summary_counts_every_image(store: Path, photos: Path, tmp_path: Path) -> None:
-    told = data_of(write_report(store, photos, tmp_path / "page.html"))
-    totals = told["totals"]
+    data = data_of(write_report(store, photos, tmp_path / "page.html"))
+    totals = data["totals"]
     assert {key: totals[key] for key in ("images", "empty", "boxes", "failed", "void")} == {
         "images": 6,
         "empty": 1,
@@ -49,9 +49,9 @@ def test_the_summary_counts_every_image(store: Path, photos: Path, tmp_path: Pat
         "failed": 1,
         "void": 0,
     }
-    assert told["title"] == "store"
-    assert told["settings"]["classes"] == ["red", "green", "blue"]
-    [(path, reason)] = told["failures"]
+    assert data["title"] == "store"
+    assert data["settings"]["classes"] == ["red", "green", "blue"]
+    [(path, reason)] = data["failures"]
     assert path == "bad.jpg"
     assert "not a readable image" in reason
 
@@ -81,14 +81,14 @@ def test_the_classes_are_counted(store: Path, photos: Path, tmp_path: Path) -> N
 
 
 def test_an_image_has_its_tags_boxes_and_pictures(store: Path, photos: Path, tmp_path: Path) -> None:
-    told = data_of(write_report(store, photos, tmp_path / "page.html"))
-    image = next(image for image in told["images"] if image[0] == "two.png")
+    data = data_of(write_report(store, photos, tmp_path / "page.html"))
+    image = next(image for image in data["images"] if image[0] == "two.png")
     _, label, photo, picture, note, width, height, doubt, parts, cause, reason, tags, boxes = image
     assert (label, note, width, height) == ("two.png", "", 60, 40)
-    assert (tmp_path / told["files"] / photo).is_file()
-    assert (tmp_path / told["files"] / picture).is_file()
-    assert (tmp_path / told["photographs"] / "two.png").is_file()
-    assert (tmp_path / told["labels"] / "two.png").is_file()
+    assert (tmp_path / data["files"] / photo).is_file()
+    assert (tmp_path / data["files"] / picture).is_file()
+    assert (tmp_path / data["photographs"] / "two.png").is_file()
+    assert (tmp_path / data["labels"] / "two.png").is_file()
     assert 0 < doubt < 1000
     assert (len(parts), parts[2:]) == (4, [0, 0])
     assert cause and reason
@@ -101,9 +101,9 @@ def test_tags_that_nothing_decided_are_not_shown(world: World, photos: Path, tmp
 
     ungated = Labeler.open(world.bundle, classes=world.classes, rules=Rules(gate=False))
     label_folder(ungated, photos, tmp_path / "store")
-    told = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html"))
-    assert [image[11] for image in told["images"]] == [[]] * 5
-    assert [each["unboxed"] for each in told["classes"]] == [0, 0, 0]
+    data = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html"))
+    assert [image[11] for image in data["images"]] == [[]] * 5
+    assert [each["unboxed"] for each in data["classes"]] == [0, 0, 0]
 
 
 def test_a_segmenters_store(store: Path, photos: Path, tmp_path: Path) -> None:
@@ -112,10 +112,10 @@ def test_a_segmenters_store(store: Path, photos: Path, tmp_path: Path) -> None:
     (store / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without))
     run = json.loads((store / "run.json").read_text())
     (store / "run.json").write_text(json.dumps({**run, "models": {"segmenter": "abc"}}))
-    told = data_of(write_report(store, photos, tmp_path / "page.html"))
-    assert (told["boxed"], told["totals"]["empty"], told["totals"]["boxes"]) == (False, 1, 0)
-    assert [(each["images"], each["unboxed"]) for each in told["classes"]] == [(4, 0), (2, 0), (2, 0)]
-    assert {image[9] for image in told["images"]} <= {"", "score"}
+    data = data_of(write_report(store, photos, tmp_path / "page.html"))
+    assert (data["boxed"], data["totals"]["empty"], data["totals"]["boxes"]) == (False, 1, 0)
+    assert [(each["images"], each["unboxed"]) for each in data["classes"]] == [(4, 0), (2, 0), (2, 0)]
+    assert {image[9] for image in data["images"]} <= {"", "score"}
 
 
 def test_doubtful_images_come_first_and_limit_keeps_them(world: World, tmp_path: Path) -> None:
@@ -127,29 +127,29 @@ def test_doubtful_images_come_first_and_limit_keeps_them(world: World, tmp_path:
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     labeler = Labeler.open(world.bundle, classes=world.classes, boxes=tmp_path / "boxes.json")
     label_folder(labeler, photos, tmp_path / "store")
-    told = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html"))
-    assert names(told) == ["unsure.png", "middling.png", "sure.png"]
-    told = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html", limit=2))
-    assert names(told) == ["unsure.png", "middling.png"]
-    assert told["totals"]["images"] == 3
+    data = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html"))
+    assert names(data) == ["unsure.png", "middling.png", "sure.png"]
+    data = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html", limit=2))
+    assert names(data) == ["unsure.png", "middling.png"]
+    assert data["totals"]["images"] == 3
     assert len(list((tmp_path / "page.files").glob("*/*.png"))) == 2, "the third image's label is gone"
 
 
 def test_an_image_gone_from_disk_has_a_note(store: Path, photos: Path, tmp_path: Path) -> None:
     (photos / "red.png").unlink()
-    told = data_of(write_report(store, photos, tmp_path / "page.html"))
-    assert {image[0]: image[4] for image in told["images"] if image[4]} == {
+    data = data_of(write_report(store, photos, tmp_path / "page.html"))
+    assert {image[0]: image[4] for image in data["images"] if image[4]} == {
         "red.png": "red.png: cannot be read: No such file or directory"
     }
 
 
 def test_a_page_in_the_store_and_one_elsewhere_find_their_pictures(store: Path, photos: Path, tmp_path: Path) -> None:
-    told = data_of(write_report(store, photos, store / "report.html"))
-    assert (told["files"], told["photographs"], told["labels"]) == ("report.files/", "../photos/", "labels/")
+    data = data_of(write_report(store, photos, store / "report.html"))
+    assert (data["files"], data["photographs"], data["labels"]) == ("report.files/", "../photos/", "labels/")
     (tmp_path / "a b#").mkdir()
     page = write_report(store, photos, tmp_path / "a b#" / "50%.html")
-    told = data_of(page)
-    assert (told["files"], told["photographs"], told["labels"]) == ("50%25.files/", "../photos/", "../store/labels/")
+    data = data_of(page)
+    assert (data["files"], data["photographs"], data["labels"]) == ("50%25.files/", "../photos/", "../store/labels/")
     assert 'src="50%25.files/data.js"' in page.read_text()
 
 
@@ -169,10 +169,10 @@ def test_names_never_become_markup(world: World, tmp_path: Path) -> None:
     assert 'src="%3Cu%3E.files/data.js"' in text
     for markup in ("<i>store", "<s>", "onerror", "alert(1)", "<u>"):
         assert markup not in text
-    told = data_of(page)
-    assert names(told) == [name]
-    assert told["failures"][0][0] == "<img src=x onerror=alert(1)>.png"
-    assert told["classes"][1]["name"] == "<s>green"
+    data = data_of(page)
+    assert names(data) == [name]
+    assert data["failures"][0][0] == "<img src=x onerror=alert(1)>.png"
+    assert data["classes"][1]["name"] == "<s>green"
     assert re.fullmatch(r"[\x20-\x7e\n]*", (tmp_path / "<u>.files" / "data.js").read_text()), "ASCII alone"
 
 
@@ -191,9 +191,9 @@ def test_a_name_that_is_no_unicode_can_be_shown(world: World, tmp_path: Path) ->
     world.save(photos / "plain.png", 20, 20, red=(0, 0, 10, 10))
     (photos / "plain.png").rename(photos / "caf\udce9.png")
     label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "store", warn=lambda _: None)
-    told = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html"))
-    assert names(told)[0].startswith("caf\ufffd")
-    assert told["images"][0][2], "and its thumbnail is made"
+    data = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html"))
+    assert names(data)[0].startswith("caf\ufffd")
+    assert data["images"][0][2], "and its thumbnail is made"
 
 
 def test_the_wrong_folder_and_no_store(world: World, store: Path, tmp_path: Path) -> None:
@@ -213,8 +213,8 @@ def test_a_store_of_failures_alone_has_a_page(world: World, tmp_path: Path) -> N
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "bad.jpg").write_text("no")
     label_folder(Labeler.open(world.bundle, classes=world.classes), tmp_path / "photos", tmp_path / "store", warn=lambda _: None)
-    told = data_of(write_report(tmp_path / "store", tmp_path / "photos", tmp_path / "page.html"))
-    assert (told["images"], told["totals"]["failed"]) == ([], 1)
+    data = data_of(write_report(tmp_path / "store", tmp_path / "photos", tmp_path / "page.html"))
+    assert (data["images"], data["totals"]["failed"]) == ([], 1)
 
 
 def test_a_page_among_the_photographs_is_refused(store: Path, photos: Path) -> None:
@@ -241,18 +241,18 @@ def test_a_damaged_line_is_said(store: Path, photos: Path, tmp_path: Path, chang
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"boxes": [{"label": "red", "xyxy": [0, 0, 1, 1]}]}, "has a box that lacks one of label, quality, score, won_px, xyxy"),
         ({"classes": {"mauve": 0.5}}, "names mauve, which is none of the classes of run.json"),
         ({"boxes": [{**BOX, "label": "mauve"}]}, "names mauve, which is none of the classes of run.json"),
     ],
 )
-def test_a_line_of_another_version_is_said(store: Path, photos: Path, tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+def test_a_line_of_another_version(store: Path, photos: Path, tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     *lines, last = (store / "manifest.jsonl").read_text().splitlines()
     record = {**json.loads(last), **changed}
     (store / "manifest.jsonl").write_text("\n".join([*lines, json.dumps(record)]) + "\n")
-    with pytest.raises(StoreError, match=f"manifest.jsonl: the line of {record['path']} {said}"):
+    with pytest.raises(StoreError, match=f"manifest.jsonl: the line of {record['path']} {message}"):
         write_report(store, photos, tmp_path / "page.html")
     del record["void_px"]
     (store / "manifest.jsonl").write_text("\n".join([*lines, json.dumps(record)]) + "\n")

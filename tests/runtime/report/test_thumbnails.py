@@ -165,20 +165,20 @@ def test_what_is_missing_changed_or_damaged_gets_a_note(make: Maker, world: Worl
     assert made["red.png"].photo == made["green.png"].photo == made["two.png"].label == made["black.png"].label == ""
     assert made["red.png"].label and made["two.png"].photo
     assert made["red.png"].note == "red.png: cannot be read: No such file or directory"
-    assert made["green.png"].note == "green.png: is another file than the one that was labeled"
+    assert made["green.png"].note == "green.png: is not the file that was labeled"
     assert "two.png: not a readable label" in made["two.png"].note
     assert made["black.png"].note == "labels/black.png: No such file or directory"
     assert not made["sub/three.png"].note
 
 
 @pytest.mark.parametrize(
-    ("path", "said"), [("../red.png", "leads out of --images"), ("x" * 5000, "cannot be read: File name too long")]
+    ("path", "message"), [("../red.png", "leads out of --images"), ("x" * 5000, "cannot be read: File name too long")]
 )
-def test_a_photograph_that_no_folder_can_hold_gets_a_note(make: Maker, path: str, said: str) -> None:
+def test_a_photograph_that_no_folder_can_hold_gets_a_note(make: Maker, path: str, message: str) -> None:
     records: list[dict[str, Any]] = [record for record in read_records(make.store) if record["path"] == "two.png"]
     [made] = make_thumbnails(make.store, make.photos, [{**records[0], "path": path, "sha256": "0" * 64}], make.folder, 16)
     assert made.photo == ""
-    assert said in made.note
+    assert message in made.note
 
 
 def test_labels_behind_a_link_get_a_note(make: Maker) -> None:
@@ -200,10 +200,10 @@ def test_old_pictures_go_and_other_files_stay(make: Maker) -> None:
 
 
 def test_progress_counts_to_the_end(make: Maker) -> None:
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     records: list[dict[str, Any]] = list(read_records(make.store))
-    make_thumbnails(make.store, make.photos, records, make.folder, 16, lambda done, total: told.append((done, total)))
-    assert told == [(done, 5) for done in range(1, 6)]
+    make_thumbnails(make.store, make.photos, records, make.folder, 16, lambda done, total: progress.append((done, total)))
+    assert progress == [(done, 5) for done in range(1, 6)]
 
 
 def test_a_folder_that_cannot_be_written_is_named(make: Maker) -> None:

@@ -99,8 +99,8 @@ def test_lines_wait_for_those_before_them() -> None:
         return Receipt(number, {"path": f"{number}"})
 
     groups = [[record(2), record(0)], [record(4)], [], [record(1)], [record(6), record(5)]]
-    told = [[line["path"] for line in lines] for lines in _in_order(groups)]
-    assert told == [["0"], ["1", "2"], ["4", "5", "6"]], "3 never came: the run was stopped"
+    paths = [[line["path"] for line in lines] for lines in _in_order(groups)]
+    assert paths == [["0"], ["1", "2"], ["4", "5", "6"]], "3 never came: the run was stopped"
 
 
 def test_one_image_instead_of_a_folder(world: World, photos: Path, out: Path) -> None:
@@ -115,11 +115,11 @@ def test_one_image_instead_of_a_folder(world: World, photos: Path, out: Path) ->
 def test_a_second_run_does_nothing(world: World, photos: Path, out: Path) -> None:
     run(world, photos, out)
     before = {path: path.stat().st_mtime_ns for path in (out / "labels").rglob("*.png")}
-    told = (out / "manifest.jsonl").read_bytes()
+    manifest = (out / "manifest.jsonl").read_bytes()
     summary = run(world, photos, out)
     assert (summary.skipped, summary.labelled, summary.failed) == (5, 0, 0)
     assert before == {path: path.stat().st_mtime_ns for path in (out / "labels").rglob("*.png")}
-    assert told == (out / "manifest.jsonl").read_bytes()
+    assert manifest == (out / "manifest.jsonl").read_bytes()
     assert world.rows("clip", "image") == []
 
 
@@ -190,15 +190,15 @@ def test_a_store_inside_the_folder_is_not_labeled(world: World, photos: Path) ->
 
 def test_run_json_holds_what_decided_the_labels(world: World, photos: Path, out: Path) -> None:
     run(world, photos, out)
-    told = read_run(out)
-    assert told["rules"] == {**vars(Rules()), "tag_threshold": 0.5, "box_threshold": 0.3}
-    assert told["wsss"] == __version__
-    assert told["bundle"] == {
+    saved = read_run(out)
+    assert saved["rules"] == {**vars(Rules()), "tag_threshold": 0.5, "box_threshold": 0.3}
+    assert saved["wsss"] == __version__
+    assert saved["bundle"] == {
         "name": world.bundle.name,
         "variants": dict.fromkeys(("clip", "grounding-dino", "sam"), "fake"),
         "thresholds": {"tag_threshold": 0.5, "box_threshold": 0.3},
     }
-    assert told["models"] == {name: world.model(name).manifest.identity() for name in told["models"]}
+    assert saved["models"] == {name: world.model(name).manifest.identity() for name in saved["models"]}
     assert read_history(out)[0]["wsss"] == __version__
 
 
@@ -212,12 +212,12 @@ def test_thresholds_that_are_the_bundle_s_are_the_same_settings(world: World, ph
 
 def test_a_store_of_another_version_or_from_before_thresholds_were_kept_goes_on(world: World, photos: Path, out: Path) -> None:
     run(world, photos, out)
-    told = read_run(out)
-    (out / "run.json").write_text(json.dumps({**told, "wsss": "0.0.1", "bundle": {"name": "moved"}}))
+    saved = read_run(out)
+    (out / "run.json").write_text(json.dumps({**saved, "wsss": "0.0.1", "bundle": {"name": "moved"}}))
     assert run(world, photos, out).skipped == 5
-    del told["wsss"], told["bundle"]
-    told["rules"] |= {"tag_threshold": None, "box_threshold": None}
-    (out / "run.json").write_text(json.dumps(told))
+    del saved["wsss"], saved["bundle"]
+    saved["rules"] |= {"tag_threshold": None, "box_threshold": None}
+    (out / "run.json").write_text(json.dumps(saved))
     assert run(world, photos, out).skipped == 5
     assert run(world, photos, out, rules=Rules(tag_threshold=0.5)).skipped == 5, "None was the bundle's"
     with pytest.raises(StoreError, match="was made with rules"):
@@ -235,35 +235,35 @@ def test_a_labeled_image_that_became_unreadable_is_not_done(world: World, photos
     assert (again.skipped, again.failed_before, again.failed) == (5, 1, 0), "it could not be read then, and cannot now"
 
 
-# ---- what is said ----
+# ---- messages ----
 
 
 def test_images_that_hold_nothing_and_classes_never_found(world: World, photos: Path, out: Path) -> None:
-    said: list[str] = []
-    first = run(world, photos, out, warn=said.append)
+    warnings: list[str] = []
+    first = run(world, photos, out, warn=warnings.append)
     assert (first.empty, first.never_found, first.warned) == (1, [], 1)
-    assert said == [said[0]] and said[0].startswith("black.png: next to no range")
+    assert warnings == [warnings[0]] and warnings[0].startswith("black.png: next to no range")
     for name in ("red.png", "two.png", "sub/three.png"):
         (photos / name).unlink()
     world.save(photos / "new.png", 20, 20)
-    said.clear()
-    second = run(world, photos, out, warn=said.append)
+    warnings.clear()
+    second = run(world, photos, out, warn=warnings.append)
     assert (second.skipped, second.labelled, second.empty, second.never_found) == (2, 1, 2, ["red", "blue"])
     assert second.warned == 2, "those that were labeled before count too"
-    assert said[-1] == "2 of 3 images hold none of the classes; never found: red, blue"
+    assert warnings[-1] == "2 of 3 images hold none of the classes; never found: red, blue"
 
 
 def test_failed_images_hold_neither_nothing_nor_something(world: World, tmp_path: Path, out: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_text("no")
-    said: list[str] = []
-    summary = run(world, tmp_path / "in", out, warn=said.append)
+    warnings: list[str] = []
+    summary = run(world, tmp_path / "in", out, warn=warnings.append)
     assert (summary.empty, summary.describe_empty()) == (0, "")
-    assert [line.partition(":")[0] for line in said] == ["failed"]
+    assert [line.partition(":")[0] for line in warnings] == ["failed"]
 
 
 @pytest.mark.parametrize(
-    ("summary", "said"),
+    ("summary", "message"),
     [
         (Summary(), ""),
         (Summary(labelled=3), ""),
@@ -273,20 +273,20 @@ def test_failed_images_hold_neither_nothing_nor_something(world: World, tmp_path
         (Summary(failed=2, never_found=["a"]), ""),
     ],
 )
-def test_how_empty_results_are_told(summary: Summary, said: str) -> None:
-    assert summary.describe_empty() == said
+def test_how_empty_results_are_described(summary: Summary, message: str) -> None:
+    assert summary.describe_empty() == message
 
 
 def test_files_and_links_that_are_left_out_are_told(world: World, photos: Path, out: Path) -> None:
     (photos / "notes.txt").touch()
-    said: list[str] = []
-    assert run(world, photos, out, warn=said.append).left_out == {".txt": 1}
-    assert not [line for line in said if line.startswith("left out")], "what lies beside images is no news"
+    warnings: list[str] = []
+    assert run(world, photos, out, warn=warnings.append).left_out == {".txt": 1}
+    assert not [line for line in warnings if line.startswith("left out")], "what lies beside images is no news"
     (photos / "a.heic").touch()
     (photos / "up").symlink_to(photos)
-    said.clear()
-    assert run(world, photos, out, warn=said.append).left_out == {".heic": 1, ".txt": 1}
-    assert said == [
+    warnings.clear()
+    assert run(world, photos, out, warn=warnings.append).left_out == {".heic": 1, ".txt": 1}
+    assert warnings == [
         "left out: 1 .heic, 1 of .txt",
         "left out: up: a link to a folder; label that folder itself",
     ]
@@ -298,10 +298,10 @@ def test_files_and_links_that_are_left_out_are_told(world: World, photos: Path, 
 def test_a_bad_image_is_named_and_the_run_goes_on(world: World, photos: Path, out: Path) -> None:
     (photos / "bad.jpg").write_text("no image")
     (photos / "cut.png").write_bytes((photos / "red.png").read_bytes()[:60])
-    said: list[str] = []
-    summary = run(world, photos, out, batch=2, warn=said.append)
+    warnings: list[str] = []
+    summary = run(world, photos, out, batch=2, warn=warnings.append)
     assert (summary.images, summary.labelled, summary.failed) == (7, 5, 2)
-    assert [line.split(":")[1].strip() for line in said if line.startswith("failed:")] == ["bad.jpg", "cut.png"]
+    assert [line.split(":")[1].strip() for line in warnings if line.startswith("failed:")] == ["bad.jpg", "cut.png"]
     record = records(out)["bad.jpg"]
     assert record["error"].startswith("bad.jpg: not a readable image")
     assert record["bytes"] == 8
@@ -334,10 +334,10 @@ def test_a_failed_image_is_tried_again_when_asked_or_changed(world: World, photo
 def test_an_image_without_given_labels_fails_by_name(world: World, photos: Path, out: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text(json.dumps({name: ["red"] for name in NAMES if name != "two.png"}))
     labeler = Labeler.open(world.bundle, classes=world.classes, labels=tmp_path / "labels.json")
-    said: list[str] = []
-    summary = label_folder(labeler, photos, out, warn=said.append)
+    warnings: list[str] = []
+    summary = label_folder(labeler, photos, out, warn=warnings.append)
     assert (summary.labelled, summary.failed) == (4, 1)
-    assert f"failed: two.png: has no entry in {tmp_path / 'labels.json'}; add an entry, [] if empty" in said
+    assert f"failed: two.png: has no entry in {tmp_path / 'labels.json'}; add an entry, [] if empty" in warnings
 
 
 def test_an_annotation_of_two_photographs_and_one_that_exif_turns(world: World, out: Path, tmp_path: Path) -> None:
@@ -360,12 +360,12 @@ def test_an_annotation_of_two_photographs_and_one_that_exif_turns(world: World, 
     for name in ("x", "turned"):
         (xml / f"{name}.xml").write_text(f"<annotation><filename>{name}.png</filename>{size}{objects}</annotation>")
     labeler = Labeler.open(world.bundle, classes=world.classes, boxes=xml, ignore_unknown=True)
-    said: list[str] = []
-    summary = label_folder(labeler, photos, out, warn=said.append)
+    warnings: list[str] = []
+    summary = label_folder(labeler, photos, out, warn=warnings.append)
     assert (summary.labelled, summary.failed) == (2, 1)
     assert read_run(out)["ignored"] == {"boxes": {"cow": 2}}
-    assert said[0] == "--ignore-unknown: left out of --boxes: cow (2)"
-    assert sum("1 of 2 boxes left out: 1 outside the photograph" in each for each in said) == 2
+    assert warnings[0] == "--ignore-unknown: left out of --boxes: cow (2)"
+    assert sum("1 of 2 boxes left out: 1 outside the photograph" in each for each in warnings) == 2
     assert "x.xml: is the annotation of x.png" in records(out)["x.bmp"]["error"]
     assert records(out)["x.png"]["boxes"][0]["xyxy"] == [5, 2, 25, 12]
     assert records(out)["turned.png"]["boxes"][0]["xyxy"] == [18, 5, 28, 25]

@@ -151,7 +151,7 @@ def gif() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         pytest.param(b"", "empty", id="zero bytes"),
         pytest.param(b"dear diary", "none of AVIF, BMP, JPEG, PNG, TIFF, WEBP", id="text"),
@@ -160,11 +160,11 @@ def gif() -> bytes:
         pytest.param(jpeg()[:40], "x.jpg: not a readable image", id="truncated in its header"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, data: bytes, said: str) -> None:
+def test_what_cannot_be_read_is_named(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "x.jpg").write_bytes(data)
     with pytest.raises(ImageError, match=r"^x\.jpg: not a readable image") as caught:
         read_photograph(tmp_path, "x.jpg")
-    assert said in caught.value.message
+    assert message in caught.value.message
     assert "0x" not in caught.value.message, "no address: two runs say the same"
     assert caught.value.hint
 
@@ -217,7 +217,7 @@ def test_heic_is_taken_where_a_plugin_decodes_it(tmp_path: Path) -> None:
     )
     program = "from wsss.photographs import FORMATS, SUFFIXES; print(SUFFIXES.get('.heic'), SUFFIXES.get('.heif'), *FORMATS)"
     paths = {True: f"{tmp_path}{os.pathsep}", False: ""}
-    said = [
+    results = [
         subprocess.run(
             [sys.executable, "-c", program],
             env={**os.environ, "PYTHONPATH": path + os.environ.get("PYTHONPATH", "")},
@@ -227,11 +227,11 @@ def test_heic_is_taken_where_a_plugin_decodes_it(tmp_path: Path) -> None:
         ).stdout.split()
         for path in paths.values()
     ]
-    assert said[0][:2] == ["HEIF", "HEIF"]
-    assert "HEIF" in said[0][2:]
+    assert results[0][:2] == ["HEIF", "HEIF"]
+    assert "HEIF" in results[0][2:]
     if importlib.util.find_spec("pillow_heif") is None:
-        assert said[1][:2] == ["None", "None"]
-        assert "HEIF" not in said[1]
+        assert results[1][:2] == ["None", "None"]
+        assert "HEIF" not in results[1]
 
 
 @pytest.mark.parametrize(
@@ -274,12 +274,12 @@ def test_damaged_tiffs_fail_and_say_nothing_on_stderr(tmp_path: Path) -> None:
         "    try: print(read_photograph(Path(sys.argv[1]), name).name)\n"
         "    except ImageError as error: print(error.message)\n"
     )
-    said = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
-    assert said.stdout.splitlines() == [
+    output = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert output.stdout.splitlines() == [
         *(f"{name}.tif: not a readable image: its TIFF data are damaged" for name in ("lzw", "zip", "fax")),
         "exif.jpg",
     ]
-    assert said.stderr == ""
+    assert output.stderr == ""
 
 
 # ---- folders ----

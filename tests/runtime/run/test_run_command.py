@@ -39,25 +39,25 @@ def test_events_are_objects_a_line_and_end_with_the_summary(label: Run, photos: 
     (photos / "b\nad.jpg").write_bytes(b"no")
     (photos / "loop").symlink_to(photos)
     answer = label("--json", "--batch", "2")
-    told = events_of(answer)
-    kinds = [each["event"] for each in told]
+    events = events_of(answer)
+    kinds = [each["event"] for each in events]
     assert (answer.code, kinds[0], kinds[-1], kinds.count("failed")) == (1, "started", "finished", 1)
-    assert (told[0]["store"], told[0]["engine"], told[0]["classes"]) == ("store", "ort", 3)
-    failed = told[kinds.index("failed")]
+    assert (events[0]["store"], events[0]["engine"], events[0]["classes"]) == ("store", "ort", 3)
+    failed = events[kinds.index("failed")]
     assert (failed["image"], "not a readable image" in failed["error"]) == ("b\nad.jpg", True)
-    assert "loop" in told[kinds.index("warning")]["message"]
-    progress = [each for each in told if each["event"] == "progress"]
+    assert "loop" in events[kinds.index("warning")]["message"]
+    progress = [each for each in events if each["event"] == "progress"]
     assert len(progress) >= 2
     assert [each["done"] for each in progress] == sorted(each["done"] for each in progress)
     assert (progress[-1]["images"], progress[-1]["done"], progress[-1]["seconds_left"]) == (6, 6, 0)
-    assert (told[-1]["labelled"], told[-1]["failed"], told[-1]["stopped"]) == (5, 1, False)
+    assert (events[-1]["labelled"], events[-1]["failed"], events[-1]["stopped"]) == (5, 1, False)
 
 
 def test_progress_events_come_at_a_sane_rate(label: Run, world: World, photos: Path) -> None:
     for extra in range(40):
         world.save(photos / f"{extra:02}.png", 30, 40, red=(2, 2, 20, 20))
-    told = events_of(label("--json", "--batch", "1"))
-    assert sum(each["event"] == "progress" for each in told) <= 2 + told[-1]["seconds"]
+    events = events_of(label("--json", "--batch", "1"))
+    assert sum(each["event"] == "progress" for each in events) <= 2 + events[-1]["seconds"]
 
 
 def test_an_error_is_an_event_too(label: Run, photos: Path, tmp_path: Path) -> None:
@@ -143,8 +143,8 @@ with stop_on_signals() as stop:
 
 
 def test_shards_share_a_store(label: Run, tmp_path: Path) -> None:
-    told = [events_of(label("--shard", f"{number}/3", "--json"))[-1] for number in range(3)]
-    assert sum(each["labelled"] for each in told) == 5
+    summaries = [events_of(label("--shard", f"{number}/3", "--json"))[-1] for number in range(3)]
+    assert sum(each["labelled"] for each in summaries) == 5
     assert sorted(path.name for path in (tmp_path / "store").glob("manifest*")) == ["manifest.jsonl"]
     assert events_of(label("--json"))[-1]["skipped"] == 5
 

@@ -312,12 +312,12 @@ def test_shards_at_the_same_time_make_the_same_store(label: Callable[..., Summar
     out = tmp_path / "out"
     settings = Labeler.open(world.bundle, classes=world.classes).settings
     with LabelStore(out, world.classes, settings, shard=(2, 3)):  # while one of them is at work ...
-        told = [label(out, shard=(number, 3)) for number in range(2)]
+        summaries = [label(out, shard=(number, 3)) for number in range(2)]
         assert sorted(path.name for path in out.glob("manifest*")) == [f"manifest-{number}-of-3.jsonl" for number in range(3)]
         again = label(out, shard=(0, 3))
-        assert (again.labelled, again.skipped) == (0, told[0].labelled + told[0].failed)
+        assert (again.labelled, again.skipped) == (0, summaries[0].labelled + summaries[0].failed)
     third = label(out, shard=(2, 3))
-    assert sum(each.images for each in (*told, third)) == 5
-    assert sum(each.labelled for each in (*told, third)) == 4
+    assert sum(each.images for each in (*summaries, third)) == 5
+    assert sum(each.labelled for each in (*summaries, third)) == 4
     assert contents(out) == contents(tmp_path / "whole"), "... the last one folds them into one"
     assert label(out).skipped == 5

@@ -135,7 +135,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def special(folder: Path) -> dict[str, str]:
-    """What is no file at all; name to what is said of it."""
+    """What is no file at all; name to the expected message."""
     (folder / "broken-link.jpg").symlink_to("nowhere.jpg")
     (folder / "loop.jpg").symlink_to("pool.jpg")
     (folder / "pool.jpg").symlink_to("loop.jpg")
@@ -173,7 +173,7 @@ def as_for_others(true: Callable[..., int]) -> Callable[..., int]:
 
 
 def test_every_odd_file_ends_in_one_line(world: World, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {name: said for name, (_, said) in BAD.items()} | special(folder)
+    expected = {name: message for name, (_, message) in BAD.items()} | special(folder)
     (folder / "loop-of-folders").symlink_to(folder)
     (folder / "\x1b[2Jloop").symlink_to(folder)
     (folder / "x.\x1b[2J").touch()
@@ -183,14 +183,14 @@ def test_every_odd_file_ends_in_one_line(world: World, folder: Path, tmp_path: P
     if os.geteuid() == 0:
         monkeypatch.setattr("wsss.reading.documents.os.open", as_for_others(os.open))
     assert len(GOOD) + len(expected) > 45
-    said: list[str] = []
+    warnings: list[str] = []
 
     def vanish(summary: Summary) -> None:
         (folder / "zz-vanishes.jpg").unlink(missing_ok=True)
 
     labeler = Labeler.open(world.bundle, classes=world.classes)
     out = tmp_path / "store"
-    summary = label_folder(labeler, folder, out, batch=2, progress=vanish, warn=said.append)
+    summary = label_folder(labeler, folder, out, batch=2, progress=vanish, warn=warnings.append)
     assert (summary.labelled, summary.failed) == (len(GOOD), len(expected))
 
     records = list(read_records(out))
@@ -203,12 +203,12 @@ def test_every_odd_file_ends_in_one_line(world: World, folder: Path, tmp_path: P
             assert record["path"] in record["error"]
     assert len({record["label"].casefold() for record in records if "error" not in record}) == len(GOOD)
     assert len(list((out / "labels").rglob("*.png"))) == len(GOOD) + 1, "folder.png is a folder"
-    assert sum(line.startswith("failed: ") for line in said) == len(expected)
-    assert any("loop-of-folders: a link to a folder" in line for line in said)
-    assert all(line.isprintable() for line in said), "no file name may talk to the terminal"
+    assert sum(line.startswith("failed: ") for line in warnings) == len(expected)
+    assert any("loop-of-folders: a link to a folder" in line for line in warnings)
+    assert all(line.isprintable() for line in warnings), "no file name may talk to the terminal"
 
     manifest = (out / "manifest.jsonl").read_bytes()
-    again = label_folder(labeler, folder, out, batch=2, warn=said.append)
+    again = label_folder(labeler, folder, out, batch=2, warn=warnings.append)
     assert (again.skipped, again.failed_before) == (len(GOOD) + len(expected) - 1, len(expected) - 1), "one vanished"
     assert (again.labelled, again.failed) == (0, 0)
     assert (out / "manifest.jsonl").read_bytes() == manifest

@@ -229,9 +229,9 @@ def test_shards_at_the_same_time_make_the_same_store(
 ) -> None:
     label(photos_url, f"{bucket.url}/whole")
     shards = [start(script, world, photos_url, f"{bucket.url}/store", number, 3) for number in range(3)]
-    told = [process.communicate()[1] for process in shards]
+    errors = [process.communicate()[1] for process in shards]
     assert [process.returncode for process in shards] == [0, 0, 0]
-    assert b"".join(told).startswith(b"black.png: next to no range") and b"".join(told).count(b"\n") == 1
+    assert b"".join(errors).startswith(b"black.png: next to no range") and b"".join(errors).count(b"\n") == 1
     assert bucket.contents("store") == bucket.contents("whole")
 
 
@@ -273,9 +273,9 @@ def anew(bucket: Bucket) -> Iterator[Callable[[], None]]:
     forget()
 
 
-def check_message(answer: Answer, *said: str) -> None:
+def check_message(answer: Answer, *messages: str) -> None:
     assert (answer.code, answer.out) == (1, "")
-    for text in said:
+    for text in messages:
         assert text in answer.err
     assert "hint: " in answer.err
     assert "Traceback" not in answer.err
@@ -348,7 +348,7 @@ def test_a_write_that_fails_stops_the_run_and_the_store_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         (("convert", "s3://b/store", "--to", "coco", "--images", "photos", "--out", "coco"), "aws s3 sync s3://b/store store"),
         (("report", "store", "--images", "gs://b/photos"), "gcloud storage rsync --recursive gs://b/photos photos"),
@@ -356,8 +356,8 @@ def test_a_write_that_fails_stops_the_run_and_the_store_goes_on(
         (("report", "store", "--images", "photos", "--out", "s3://b/page.html"), "give a local folder"),
     ],
 )
-def test_other_commands_say_how_to_copy(wsss: Run, command: tuple[str, ...], said: str) -> None:
+def test_other_commands_say_how_to_copy(wsss: Run, command: tuple[str, ...], message: str) -> None:
     answer = wsss(*command)
     assert (answer.code, answer.out) == (2, "")
-    assert said in answer.err
+    assert message in answer.err
     assert "only wsss label reaches object stores" in answer.err

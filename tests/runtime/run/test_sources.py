@@ -196,15 +196,15 @@ def test_a_line_of_a_list_as_people_write_it(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         pytest.param(b"a.jpg\n" + b"x" * 70_000, "line 2: expected a path or URL, got over 65,536 characters", id="long"),
         pytest.param(b"\xff\xfea", "expected UTF-16 text", id="half a character"),
     ],
 )
-def test_a_list_that_is_none(tmp_path: Path, data: bytes, said: str) -> None:
+def test_a_list_that_is_none(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "list.txt").write_bytes(data)
-    with pytest.raises(ImageError, match=said) as caught:
+    with pytest.raises(ImageError, match=message) as caught:
         names(FileList(tmp_path / "list.txt"))
     assert caught.value.hint
 

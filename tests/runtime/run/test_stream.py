@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,8 +17,10 @@ from wsss.errors import StoreError
 from wsss.runtime.device import FairLock
 from wsss.runtime.labeler import Labeler
 from wsss.runtime.run import stream
+from wsss.runtime.run.prefetch import BoundedQueue
 from wsss.runtime.run.stream import Receipt, Stream, Task
 from wsss.store import local as labelstore
+from wsss.store.format import line_of, parse_line
 from wsss.store.local import LabelFolder
 
 if TYPE_CHECKING:
@@ -101,45 +103,85 @@ def test_a_full_disk_ends_a_stream_whose_tasks_are_late(
     assert threading.active_count() == before, "no thread is left behind"
 
 
-def test_two_batches_wait_before_the_encoder(world: World, folder: Path, labels: LabelFolder) -> None:
+def test_two_batches_wait_before_the_encoder(
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While it computes, the detector goes on until two batches wait and one is in hand: one late batch costs nothing."""
-    going_on, detected = threading.Event(), list[int]()
-    encoder = world.engine("sam", "encoder")
+    begun, ended, fourth = list[BoundedQueue[Any]](), list[bool](), threading.Event()
+    counts: list[tuple[int, int]] = []
+    put, encoder = BoundedQueue.put, world.engine("sam", "encoder")
     script = encoder.script
 
+    def counted(queue: BoundedQueue[Any], item: object) -> bool:
+        if not isinstance(item, Future):  # only the detector's results are futures, of what the encoder makes of them
+            return put(queue, item)
+        with queue._changed:  # let go only while `put` waits for room
+            begun.append(queue)
+            if len(begun) == 4:
+                fourth.set()
+            ended.append(put(queue, item))
+            return ended[-1]
+
     def held(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        if not going_on.is_set():
-            deadline = time.monotonic() + 2
-            while time.monotonic() < deadline and len(detected) < 8:
-                detected[:] = [1] * sum(map(sum, (world.rows("grounding-dino", f"image-{c}") for c in ("32x48", "48x32"))))
-                time.sleep(0.01)
-            going_on.set()
+        if not counts:
+            assert fourth.wait(60), "the detector waits although there is room"
+            with begun[0]._changed:
+                counts.append((len(begun), len(ended)))
         return script(feeds)
 
+    monkeypatch.setattr(BoundedQueue, "put", counted)
     encoder.script = held
     receipts = [receipt for group in start(world, folder, labels, at_once=2).run(tasks_of(folder)) for receipt in group]
     assert len(receipts) == 12
-    assert len(detected) == 8, "of two images each: one encoded, two waiting, one in the detector's hand"
+    assert counts == [(4, 3)], "of the batches begun, one is encoded, two wait, and one is in the detector's hand"
 
 
 @pytest.mark.parametrize("callers", [1, 2])
 def test_an_encoder_that_holds_its_callers_has_the_next_call_waiting(
     world: World, folder: Path, labels: LabelFolder, callers: int
 ) -> None:
-    encoder, inside, most = world.engine("sam", "encoder"), list[int](), list[int]()
-    script = encoder.script
+    encoder, detector = world.engine("sam", "encoder"), world.engine("grounding-dino", "image-32x48")
+    inside, most, detected = list[int](), list[int](), threading.Event()
+    encode, detect, together = encoder.script, detector.script, threading.Barrier(callers)
 
     def held(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         inside.append(1)
-        time.sleep(0.1)
+        assert detected.wait(60)  # there is work for a further caller, if there is one
+        together.wait(60)
         most.append(len(inside))
+        together.wait(60)
         inside.pop()
-        return script(feeds)
+        return encode(feeds)
 
-    encoder.script = held
+    def noted(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        if len(detector.calls) > 1:
+            detected.set()
+        return detect(feeds)
+
+    encoder.script, detector.script = held, noted
     receipts = [r for group in start(world, folder, labels, at_once=3, callers=callers).run(tasks_of(folder)) for r in group]
     assert sorted(receipt.number for receipt in receipts) == list(range(12))
     assert max(most) == callers
+
+
+def test_an_image_whose_outputs_no_line_can_hold_fails_alone(world: World, folder: Path, labels: LabelFolder) -> None:
+    """JSON has no NaN: readers would refuse the whole store."""
+    decoder = world.engine("sam", "decoder")
+    script = decoder.script
+
+    def first_is_nan(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        out = dict(script(feeds))
+        out["quality"][0] = np.nan if len(decoder.calls) < 2 else 0.9
+        return out
+
+    decoder.script = first_is_nan
+    receipts = [receipt for group in start(world, folder, labels).run(tasks_of(folder)) for receipt in group]
+    records = [parse_line(line_of(receipt.record)) for receipt in receipts]
+    (failed,) = [record for record in records if "error" in record]
+    assert "expected finite numbers, got NaN" in failed["error"]
+    assert failed["bytes"] > 0
+    assert len(records) == 12
+    assert {path.name for path in labels.folder.iterdir()} == {record["label"] for record in records if record is not failed}
 
 
 @pytest.mark.parametrize("limit", ["PIXEL_BYTES", "free_bytes"])

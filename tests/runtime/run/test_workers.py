@@ -15,7 +15,7 @@ from wsss.errors import StoreError, WsssError, WsssWarning
 from wsss.runtime.labeler import Labeler
 from wsss.runtime.run.label_folder import Summary, label_folder
 from wsss.runtime.run.stream import Task
-from wsss.runtime.run.workers import Workers, _Dealer, _Worker
+from wsss.runtime.run.workers import Workers, _Dispatcher, _Worker
 from wsss.spec import write_manifest
 from wsss.store.local import read_records
 
@@ -113,11 +113,11 @@ def test_a_dead_worker_s_images_are_redone_by_the_other(
     executor: Executor, world: World, many: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     (world.bundle / "die").touch()
-    said: list[str] = []
+    warnings: list[str] = []
     with executor({"dies_once": "05.png"}, {"dies_once": "05.png"}) as workers:
-        summary = label_folder(workers, many, tmp_path / "out", warn=said.append)
+        summary = label_folder(workers, many, tmp_path / "out", warn=warnings.append)
     assert (summary.labelled, summary.failed) == (24, 1)
-    assert any("the worker on cpu died (SIGKILL)" in line for line in said)
+    assert any("the worker on cpu died (SIGKILL)" in line for line in warnings)
     assert contents(tmp_path / "out") == whole
 
 
@@ -134,7 +134,7 @@ def test_when_all_workers_die_the_store_goes_on_later(
 ) -> None:
     with executor({"dies_of": "20.png"}) as workers, pytest.raises(WsssError, match="all workers died") as caught:
         label_folder(workers, many, tmp_path / "out", warn=quiet)
-    assert "goes on" in caught.value.hint
+    assert "run the same command again" in caught.value.hint
     label_folder(Labeler.open(world.bundle, classes=world.classes), many, tmp_path / "out", warn=quiet)
     assert contents(tmp_path / "out") == whole
 
@@ -143,7 +143,7 @@ def test_what_a_worker_cannot_do_is_said(executor: Executor, many: Path, tmp_pat
     with pytest.raises(WsssError, match="no such bundle") as caught:
         executor({}, {"refuses": "no such bundle"})
     assert caught.value.hint == "do something"
-    with pytest.raises(WsssError, match="would label with other settings"):
+    with pytest.raises(WsssError, match="would label with settings that differ"):
         executor({}, {"margin": 0.3})
     with executor({"full": True}) as workers, pytest.raises(StoreError, match="No space left"):
         label_folder(workers, many, tmp_path / "out", warn=quiet)
@@ -162,17 +162,17 @@ def test_stopped_workers_finish_what_they_began(
     assert len(list((tmp_path / "out" / "labels").rglob("*.png"))) == summary.labelled
 
 
-def test_no_task_is_dealt_far_ahead_of_the_oldest_in_hand() -> None:
+def test_no_task_is_sent_far_ahead_of_the_oldest_unfinished_one() -> None:
     def worker() -> _Worker:
         return _Worker("x", None, None)  # type: ignore[arg-type]
 
     slow, quick = worker(), worker()
-    dealer = _Dealer((Task(number, f"{number}", "") for number in range(10_000)), batch=2)
-    assert [task.number for task in dealer.deal(slow, [slow, quick])] == list(range(12))
+    dispatcher = _Dispatcher((Task(number, f"{number}", "") for number in range(10_000)), batch=2)
+    assert [task.number for task in dispatcher.assign(slow, [slow, quick])] == list(range(12))
     last = -1
-    while hand := dealer.deal(quick, [slow, quick]):
-        last = hand[-1].number
-        quick.in_hand.clear()
+    while tasks := dispatcher.assign(quick, [slow, quick]):
+        last = tasks[-1].number
+        quick.pending.clear()
     assert last == 4095
-    slow.in_hand.clear()
-    assert dealer.deal(quick, [slow, quick])
+    slow.pending.clear()
+    assert dispatcher.assign(quick, [slow, quick])
