@@ -348,8 +348,8 @@ def _trace(exporter: Family, variant: str, bundle: Path) -> None:
     for make in prepared.graphs:
         graph = make().at("fp16")
         path = folder / f"{graph.name}.onnx"
-        islands = export_onnx(graph, path, store, precision="fp16")
-        graphs[graph.name] = dataclasses.replace(graph.spec(path.name, OPSET), precision="fp16", islands=islands)
+        fp32_nodes = export_onnx(graph, path, store, precision="fp16")
+        graphs[graph.name] = dataclasses.replace(graph.spec(path.name, OPSET), precision="fp16", fp32_nodes=fp32_nodes)
         _say(f"{exporter.name}: {graph.name} traced")
     if prepared.tokenizer is not None:
         prepared.tokenizer.save(str(folder / TOKENIZER))

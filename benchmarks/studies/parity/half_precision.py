@@ -189,7 +189,7 @@ def _save(key: str, told: dict[str, Any], model: Model, graph: Graph) -> None:
     told["worst"] = {output: max(row[output] for row in told["rows"].values()) for output in graph.tolerance}
     told["measures"] = {output: allowed.measure.__name__ for output, allowed in graph.tolerance.items()}
     told |= {"photographs": len(told["rows"]), "variant": model.manifest.variant, "weights": dict(model.manifest.weights)}
-    told |= {"islands": dict(model.graph(graph.name).islands), "tools": tool_versions(), "cores": os.cpu_count()}
+    told |= {"fp32_nodes": dict(model.graph(graph.name).fp32_nodes), "tools": tool_versions(), "cores": os.cpu_count()}
     write_result(RESULT, {**read_result(RESULT), key: told})
 
 
