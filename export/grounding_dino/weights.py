@@ -282,7 +282,7 @@ def _downloaded_vocabulary() -> Path:
     except WeightsError as error:
         raise WeightsError(
             f"the vocabulary of bert-base-uncased is needed: {error.message}",
-            hint=f"put {VOCABULARY.url} with the weights or at {cache_folder() / VOCABULARY.file}, or name it in WSSS_BERT_VOCAB",
+            hint=f"put {VOCABULARY.url} beside the weights or at {cache_folder() / VOCABULARY.file}, or set WSSS_BERT_VOCAB",
         ) from None
 
 

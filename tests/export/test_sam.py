@@ -349,7 +349,7 @@ def test_a_box_is_taken_with_the_one_embedding_it_needs() -> None:
 def test_what_sam_does_not_take_is_said() -> None:
     with pytest.raises(UsageError, match="vit_b, vit_l, vit_h, mini"):
         sam.prepare("vit_x", "random:0", Options())
-    with pytest.raises(UsageError, match="takes no sizes"):
+    with pytest.raises(UsageError, match="one fixed input size"):
         sam.prepare("mini", "random:0", Options(sizes=((512, 512),)))
 
 
