@@ -1,1 +1,1 @@
-"""Loaded models behind one protocol: `ort` (ONNX Runtime), `trt` (TensorRT), `eager` (PyTorch, the reference), `fake`."""
+"""Loaded graphs with one protocol: `ort` (ONNX Runtime), `trt` (TensorRT), `eager` (PyTorch, the reference), `fake`."""

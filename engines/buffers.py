@@ -1,8 +1,8 @@
 """Memory, streams and events of one NVIDIA GPU.
 
-Every engine computes in a stream of its own, so nothing is ordered by itself. The order is kept with each block of
-memory: the event after which it is written, which whoever reads it waits for, and the events after which its readers are
-done, which whoever writes it next waits for. These waits happen on the device; the host waits only to hand over.
+Every engine computes in its own stream, so the order between engines has to be enforced. Each block of memory holds the event
+after which it is written, for which readers wait, and the events after which its readers are done, for which the next writer
+waits. These waits happen on the device; the host only waits for copies to the host.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from ..errors import OutOfMemory, WsssError
 
 LEGACY_STREAM = 1
-"""Handle of CUDA's default stream, in which libraries compute that say nothing of streams (PyTorch's default, pycuda)."""
+"""Handle of CUDA's default stream, which libraries use that do not select a stream (PyTorch's default, pycuda)."""
 SUCCESS, MEMORY_ALLOCATION, NOT_READY = 0, 2, 600
 """Values of ``cudaError_t``."""
 Direction = Literal["host_to_device", "device_to_host", "device_to_device"]
@@ -36,11 +36,11 @@ _KINDS: dict[Direction, str] = {
 
 
 class CudaError(WsssError):
-    """A call that CUDA refused."""
+    """A failed CUDA call."""
 
 
 class OnDevice(Protocol):
-    """A tensor in GPU memory, as `Cuda.to_host` reads it."""
+    """A tensor in GPU memory that `Cuda.to_host` can copy."""
 
     @property
     def block(self) -> Block: ...
@@ -51,12 +51,12 @@ class OnDevice(Protocol):
     @property
     def size_bytes(self) -> int: ...
     def check(self) -> None:
-        """Raise FeedError where a later call has overwritten it."""
+        """Raise RuntimeError if a later call has overwritten it."""
         ...
 
 
 class Cuda:
-    """One GPU: every call to its runtime checked, its memory, and how many bytes were copied.
+    """One GPU: checked calls of the CUDA runtime, memory, and the number of bytes copied.
 
     Args:
         runtime: ``cuda.bindings.runtime``.
@@ -71,7 +71,7 @@ class Cuda:
         self.copied: Counter[str] = Counter()
         """Bytes copied so far, by direction."""
         self._closed = False
-        self._given: set[Block] = set()
+        self._taken: set[Block] = set()
         self._spare: dict[int, deque[Block]] = {}
         self._to_host = threading.Lock()
         try:
@@ -84,80 +84,80 @@ class Cuda:
         if device >= count:
             raise CudaError(f"--device cuda:{device}: this machine has {count} GPU{'s' * (count != 1)}", hint="they count from 0")
         self.use()
-        self._landed = Event(self)
-        # Copies to the host have a stream of their own: they wait for what they copy, not for what its engine does next.
+        self._copied_to_host = Event(self)
+        # Copies to the host have a separate stream: they wait for the tensor, not for the engine's next call.
         self.copies = Stream(self)
-        self._landing: Pinned | None = None
+        self._pinned: Pinned | None = None
 
     def call(self, name: str, *args: Any) -> Any:
-        """Calls the CUDA runtime: the value it returns, if any.
+        """Call a function of the CUDA runtime and return its value, if any.
 
         Raises:
-            OutOfMemory: the GPU, or the pinned memory of the host, is used up.
-            CudaError: any other code than success.
+            OutOfMemory: the GPU, or the host's pinned memory, is used up.
+            CudaError: any other error.
         """
         status, *values = getattr(self.runtime, name)(*args)
         if int(status) == SUCCESS:
             return values[0] if values else None
-        self.runtime.cudaGetLastError()  # or TensorRT, which asks for the last error too, takes it for its own
-        said = f"CUDA: {name}: {self._text('cudaGetErrorName', status)}, {self._text('cudaGetErrorString', status)}"
+        self.runtime.cudaGetLastError()  # clears it: TensorRT also reads the last error and would report it as its own
+        message = f"CUDA: {name}: {self._text('cudaGetErrorName', status)}, {self._text('cudaGetErrorString', status)}"
         if int(status) == MEMORY_ALLOCATION:
-            raise OutOfMemory(said, hint="a smaller --batch, or a GPU that nothing else uses")
-        raise CudaError(said)
+            raise OutOfMemory(message, hint="a smaller --batch, or a GPU that nothing else uses")
+        raise CudaError(message)
 
     def _text(self, name: str, status: Any) -> str:
         _, text = getattr(self.runtime, name)(status)
         return text.decode() if isinstance(text, bytes) else str(text)
 
     def use(self) -> None:
-        """Makes this the calling thread's GPU; CUDA keeps the choice for each thread apart."""
+        """Make this the calling thread's GPU; CUDA has a current GPU for each thread."""
         self.call("cudaSetDevice", self.device)
 
     def device_of(self, address: int) -> int:
-        """The number of the GPU that an address lies on, -1 for memory of the host."""
-        told = self.call("cudaPointerGetAttributes", address)
+        """The number of the GPU of an address, -1 for host memory."""
+        attributes = self.call("cudaPointerGetAttributes", address)
         kinds = self.runtime.cudaMemoryType
-        return int(told.device) if told.type in (kinds.cudaMemoryTypeDevice, kinds.cudaMemoryTypeManaged) else -1
+        return int(attributes.device) if attributes.type in (kinds.cudaMemoryTypeDevice, kinds.cudaMemoryTypeManaged) else -1
 
     def take(self, size_bytes: int) -> Block:
-        """Memory for a tensor that outlives its engine's calls; ``give_back`` keeps it for the next.
+        """Memory for a tensor that outlives its engine's calls; ``give_back`` keeps it for reuse.
 
-        It is not freed in between because ``cudaFree`` waits for all that the GPU has to do.
+        Blocks are reused because ``cudaFree`` waits for all work on the GPU.
         """
-        room = 1 << max(size_bytes - 1, 255).bit_length()
+        size = 1 << max(size_bytes - 1, 255).bit_length()
         block: Block | None = None
         with suppress(KeyError, IndexError):
-            block = self._spare[room].pop()
+            block = self._spare[size].pop()
         if block is None:
             try:
-                block = Block(self, room)
+                block = Block(self, size)
             except OutOfMemory:
                 self._free_spare()
-                block = Block(self, room)
-        self._given.add(block)
+                block = Block(self, size)
+        self._taken.add(block)
         return block
 
     def give_back(self, block: Block) -> None:
-        """Ends the use of what ``take`` gave. Called by the garbage collector, at any moment, in any thread: takes no lock."""
-        self._given.discard(block)
+        """Return a block for reuse. Takes no lock, because the garbage collector calls it at any time in any thread."""
+        self._taken.discard(block)
         self._spare.setdefault(block.size_bytes, deque()).append(block)
-        if self._closed and not self._given:
-            with suppress(WsssError):  # nobody is there to hear it
+        if self._closed and not self._taken:
+            with suppress(WsssError):  # a finalizer has no caller to report to
                 self._release()
 
     def close(self) -> None:
-        """Frees what is the GPU's own, or leaves that to the last tensor still held."""
+        """Free all resources, now or when the last tensor that is still in use is collected."""
         if not self._closed:
             self._closed = True
-            if not self._given:
+            if not self._taken:
                 self._release()
 
     def _release(self) -> None:
         self.use()
         self.copies.close()
         self._free_spare()
-        if self._landing is not None:
-            self._landing.free()
+        if self._pinned is not None:
+            self._pinned.free()
 
     def _free_spare(self) -> None:
         for blocks in list(self._spare.values()):
@@ -165,76 +165,76 @@ class Cuda:
                 blocks.pop().free()
 
     def to_host(self, tensor: OnDevice) -> npt.NDArray[np.generic]:
-        """A copy of a tensor on the host, through pinned memory. Waits until it is computed and copied."""
+        """Copy a tensor to the host through pinned memory. Waits until it is computed and copied."""
         self.use()
         with self._to_host:
-            if self._landing is None or self._landing.size_bytes < tensor.size_bytes:
-                if self._landing is not None:
-                    self._landing.free()
-                self._landing = None  # not to be used when there is no memory for a larger one
-                self._landing = Pinned(self, tensor.size_bytes)
+            if self._pinned is None or self._pinned.size_bytes < tensor.size_bytes:
+                if self._pinned is not None:
+                    self._pinned.free()
+                self._pinned = None  # stays None if there is no memory for a larger one
+                self._pinned = Pinned(self, tensor.size_bytes)
             tensor.block.before_read(self.copies)
-            self.copies.copy(self._landing.address, tensor.block.address, tensor.size_bytes, "device_to_host")
-            self._landed.record(self.copies)
-            tensor.block.after_read(self._landed)
-            tensor.check()  # again: a call in another thread may have come between
-            self._landed.wait_on_host()
-            return self._landing.array(tensor.shape, tensor.dtype).copy()
+            self.copies.copy(self._pinned.address, tensor.block.address, tensor.size_bytes, "device_to_host")
+            self._copied_to_host.record(self.copies)
+            tensor.block.after_read(self._copied_to_host)
+            tensor.check()  # again: another thread may have called the engine in the meantime
+            self._copied_to_host.wait_on_host()
+            return self._pinned.array(tensor.shape, tensor.dtype).copy()
 
 
 class Stream:
-    """A queue of work on the GPU. Does not wait for the default stream, nor it for this."""
+    """A queue of work on the GPU, independent of the default stream."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self.handle = cuda.call("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking)
 
     def wait(self, event: Event) -> None:
-        """What is queued from now on begins after ``event``."""
+        """Make work that is queued from now on start after ``event``."""
         self._cuda.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
 
     def wait_for(self, other: int) -> None:
-        """What is queued from now on begins after all that is queued in a stream of someone else, given by its handle."""
+        """Make work that is queued from now on start after all work queued in another library's stream, given by its handle."""
         event = Event(self._cuda)
         self._cuda.call("cudaEventRecord", event.handle, other)
         self.wait(event)
 
     def copy(self, target: int, source: int, size_bytes: int, direction: Direction) -> None:
-        """Queues a copy between two addresses. Host memory must be pinned, or the host would wait for it."""
+        """Queue a copy between two addresses. Host memory must be pinned, or the host would wait for the copy."""
         kind = getattr(self._cuda.runtime.cudaMemcpyKind, _KINDS[direction])
         self._cuda.call("cudaMemcpyAsync", target, source, size_bytes, kind, self.handle)
         self._cuda.copied[direction] += size_bytes
 
     def finish(self) -> None:
-        """Waits on the host until all is done."""
+        """Wait on the host until all work is done."""
         self._cuda.call("cudaStreamSynchronize", self.handle)
 
     def close(self) -> None:
-        """Finishes and frees it."""
+        """Wait for all work and free the stream."""
         self.finish()
         self._cuda.call("cudaStreamDestroy", self.handle)
 
 
 class Event:
-    """A point in a stream that other streams, or the host, wait for. Before its first record it is passed."""
+    """A point in a stream for which other streams or the host can wait. Counts as passed before its first record."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         runtime = cuda.runtime
-        # Blocking: a thread that waits on the host sleeps, and leaves its core to those that decode photographs.
+        # Blocking: a thread that waits on the host sleeps, and its core is free to decode photographs.
         self.handle = cuda.call("cudaEventCreateWithFlags", runtime.cudaEventDisableTiming | runtime.cudaEventBlockingSync)
         weakref.finalize(self, runtime.cudaEventDestroy, self.handle).atexit = False
 
     def record(self, stream: Stream) -> None:
-        """Moves it to the end of what is queued in ``stream``. Later points include earlier ones of the same stream."""
+        """Move the event to the end of ``stream``'s queue. A later point includes all earlier ones of the same stream."""
         self._cuda.call("cudaEventRecord", self.handle, stream.handle)
 
     def wait_on_host(self) -> None:
-        """Waits until the GPU has passed it."""
+        """Wait until the GPU has passed it."""
         self._cuda.call("cudaEventSynchronize", self.handle)
 
     def passed(self) -> bool:
-        """Whether the GPU has passed it; does not wait."""
+        """Whether the GPU has passed it, without waiting."""
         (status,) = self._cuda.runtime.cudaEventQuery(self.handle)
         if int(status) == NOT_READY:
             return False
@@ -243,78 +243,79 @@ class Event:
 
 
 class Block:
-    """A piece of GPU memory, and who uses it."""
+    """A block of GPU memory with the events of its writers and readers."""
 
     def __init__(self, cuda: Cuda, size_bytes: int) -> None:
         self.cuda, self.size_bytes = cuda, size_bytes
         self.address = int(cuda.call("cudaMalloc", max(size_bytes, 1)))
         self.version = 0
-        """Counts how often it was overwritten: a tensor of an earlier version is no more."""
+        """Counts how often it was overwritten: tensors of earlier versions are invalid."""
         self._written: Event | None = None
         self._readers: set[Event] = set()
         self._lent = False
 
     def before_read(self, stream: Stream) -> None:
-        """What is queued in ``stream`` from now on finds it written."""
+        """Make work that is queued in ``stream`` from now on wait until the block is written."""
         if self._written is not None:
             stream.wait(self._written)
 
     def after_read(self, event: Event) -> None:
-        """Someone reads it until ``event``."""
+        """Record that the block is read until ``event``."""
         self._readers.add(event)
 
     def before_write(self, stream: Stream) -> None:
-        """What is queued in ``stream`` from now on overwrites it, after all its readers so far.
+        """Make work that is queued in ``stream`` from now on wait for all readers, and start a new version.
 
-        Nothing waits for an earlier writer: all who write a block do so in one stream.
+        It does not wait for earlier writers, because all writers of a block use the same stream.
         """
         for event in self._readers:
             stream.wait(event)
-        if self._lent:  # readers that do not tell us
+        if self._lent:  # other libraries record no event
             stream.wait_for(LEGACY_STREAM)
         self._readers.clear()
         self._lent = False
         self.version += 1
 
     def after_write(self, event: Event) -> None:
-        """It is written after ``event``."""
+        """Record that the block is written after ``event``."""
         self._written = event
 
     def lend(self) -> None:
-        """Someone outside will read it in the default stream: that waits for it, and the next writer for that."""
+        """Prepare for another library that reads the block in the default stream, which waits for it, as the next writer does
+        for the default stream."""
         if self._written is not None:
             self.cuda.call("cudaStreamWaitEvent", LEGACY_STREAM, self._written.handle, 0)
         self._lent = True
 
     def overlaps(self, address: int, size_bytes: int) -> bool:
-        """Whether memory given by its address is, in part, this."""
+        """Whether a memory range overlaps the block."""
         return address < self.address + self.size_bytes and self.address < address + size_bytes
 
     def free(self) -> None:
-        """Returns the memory, after all that the GPU has to do. Its tensors are no more."""
+        """Free the memory, after all work on the GPU. Its tensors become invalid."""
         self.version += 1
         self.cuda.call("cudaFree", self.address)
 
 
 class Pinned:
-    """Page-locked memory of the host: the GPU copies from and to it by itself."""
+    """Page-locked host memory, for asynchronous copies."""
 
     def __init__(self, cuda: Cuda, size_bytes: int) -> None:
         self._cuda, self.size_bytes = cuda, max(size_bytes, 1)
         self.address = int(cuda.call("cudaHostAlloc", self.size_bytes, 0))
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
-        """Its first bytes as an array, which ends with it."""
+        """View of its first bytes as an array, valid until `free`."""
         size_bytes = math.prod(shape) * dtype.itemsize
         return np.frombuffer(memoryview((ctypes.c_uint8 * size_bytes).from_address(self.address)), dtype).reshape(shape)
 
     def free(self) -> None:
-        """Returns it."""
+        """Free the memory."""
         self._cuda.call("cudaFreeHost", self.address)
 
 
 class StagingBuffer:
-    """Where an input of an engine lands that cannot be read where it is: made at the first such input, then reused.
+    """Memory for copies of an engine's inputs that it cannot read in place.
 
     Args:
         size_bytes: of the largest input.
@@ -327,27 +328,27 @@ class StagingBuffer:
         self._turn = 0
 
     def from_host(self, array: npt.NDArray[np.generic], dtype: np.dtype[np.generic], stream: Stream) -> int:
-        """Queues the copy of an array; it may be written to at once. Returns the address on the GPU.
+        """Queue the copy of an array, which may be overwritten at once, and return the address on the GPU.
 
-        Two pinned pieces take turns, so that the host fills one while the GPU still copies the other.
+        Two pinned buffers alternate, so that the host fills one while the GPU still copies the other.
         """
         if len(self._pinned) < 2:
             self._pinned.append((Pinned(self._cuda, self._size_bytes), Event(self._cuda)))
         self._turn = (self._turn + 1) % len(self._pinned)
         pinned, sent = self._pinned[self._turn]
-        sent.wait_on_host()  # the copy of two calls ago
-        np.copyto(pinned.array(array.shape, dtype), array)  # whatever its strides and byte order
+        sent.wait_on_host()  # for the copy of two calls ago
+        np.copyto(pinned.array(array.shape, dtype), array)  # converts strides and byte order
         stream.copy(self.block.address, pinned.address, array.nbytes, "host_to_device")
         sent.record(stream)
         return self.block.address
 
     def from_device(self, address: int, size_bytes: int, stream: Stream) -> int:
-        """Queues the copy of GPU memory. Returns the address of the copy."""
+        """Queue the copy of GPU memory and return the address of the copy."""
         stream.copy(self.block.address, address, size_bytes, "device_to_device")
         return self.block.address
 
     def free(self) -> None:
-        """Returns its memory."""
+        """Free the memory."""
         self.block.free()
         for pinned, _ in self._pinned:
             pinned.free()
@@ -355,7 +356,7 @@ class StagingBuffer:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Keeps collected objects from calling CUDA in this thread: that would end a capture."""
+    """Disable garbage collection, because finalizers that call CUDA in this thread would end a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,9 +1,9 @@
-"""TensorRT's objects for one plan, and how they run: enqueued, or captured once as a CUDA graph and replayed.
+"""TensorRT's execution contexts for one plan: calls are enqueued, or captured as a CUDA graph and replayed.
 
-Enqueuing a network costs the host one launch a kernel, a replay one launch in all. A CUDA graph holds the addresses and
-shapes it was captured with, so it is kept under exactly these: an input at another address is another graph, never a
-stale pointer. It also holds the state of its execution context, so a captured context is never touched again
-(TensorRT's developer guide, "CUDA Graphs"); all contexts share one activation memory, since one stream runs them.
+Enqueuing a network costs the host one launch per kernel, a replay one launch in total. A CUDA graph contains the addresses and
+shapes with which it was captured, so these are its key: an input at another address uses another graph, never a stale pointer.
+A graph also contains the state of its execution context, so a captured context is never used again otherwise (TensorRT's
+developer guide, "CUDA Graphs"). All contexts share one activation memory, because they run in one stream.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ Inputs = tuple[tuple[Shape, int], ...]
 """(shape, address) of every input, in the order of the engine's names."""
 
 MAX_GRAPHS = 16
-"""CUDA graphs of one engine. Each costs a context: what TensorRT keeps beside weights and activations."""
+"""Most CUDA graphs of one engine. Each needs its own context: TensorRT's memory besides weights and activations."""
 CREDIT = 8
-"""How many newcomers a graph withstands after it was used."""
+"""Number of new inputs after which an unused graph may be replaced."""
 MAX_SEEN = 256
-"""Inputs that came once are remembered this long."""
+"""Most inputs that are remembered after their first call."""
 
 
 @dataclass(slots=True)
 class Captured:
-    """A graph (None where there cannot be one), its context, the shapes of its outputs, how many newcomers it withstands."""
+    """A captured CUDA graph."""
 
     executable: Any
+    """None if the context could not be captured."""
     context: Any
     shapes: dict[str, Shape]
+    """Of the outputs."""
     credit: int = CREDIT
 
 
@@ -51,11 +53,11 @@ class Contexts:
     Args:
         trt: ``tensorrt`` or ``tensorrt_rtx``.
         inputs, outputs: names.
-        cuda_graphs: replay what came before with the same shapes at the same addresses.
+        cuda_graphs: replay calls with the same shapes and addresses as before.
 
     Raises:
-        BundleError: TensorRT does not take the plan; says what it says.
-        OutOfMemory: the GPU has no room for weights or activations.
+        BundleError: TensorRT rejects the plan; includes its message.
+        OutOfMemory: the GPU has no memory for weights or activations.
     """
 
     def __init__(
@@ -74,9 +76,9 @@ class Contexts:
         self._trt, self._cuda, self._stream, self._where = trt, cuda, stream, where
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
         self.cuda_graphs = cuda_graphs
-        """Whether graphs are captured; turns False where TensorRT or CUDA does not allow it."""
+        """Whether graphs are captured; becomes False if TensorRT or CUDA does not allow it."""
         self.graphs: OrderedDict[Inputs, Captured] = OrderedDict()
-        """Captured so far; the one used last stands last."""
+        """Captured so far, the most recently used last."""
         self._retired: list[tuple[Event, Captured]] = []
         self._seen: OrderedDict[Inputs, int] = OrderedDict()
         self._addresses: Mapping[str, int] = {}
@@ -88,7 +90,7 @@ class Contexts:
         self._activations: Block | None = None
         self._context: Any = None
         if flavour == "trt":
-            trt.init_libnvinfer_plugins(self._logger, "")  # a plan may call one (`export.deformable_plugin`)
+            trt.init_libnvinfer_plugins(self._logger, "")  # a plan may use one (`export.deformable_plugin`)
         self._runtime = trt.Runtime(self._logger)
         try:
             self.engine = self._deserialized(plan)
@@ -101,22 +103,22 @@ class Contexts:
             raise
 
     def output_shapes(self, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The shapes of the outputs for shapes of the inputs. Raises WsssError where values, not shapes, decide them."""
+        """Output shapes for given input shapes. Raises WsssError if they depend on values of inputs."""
         self._set_shapes(self._context, inputs)
         return self._shapes(self._context)
 
     def bind_outputs(self, addresses: Mapping[str, int]) -> None:
-        """Where all runs write, by output name."""
+        """Set the addresses to which all runs write, by output name."""
         self._addresses = addresses
         self._bind(self._context, addresses)
 
     def run(self, inputs: Inputs) -> dict[str, Shape]:
-        """Queues one run and returns the shapes of its outputs.
+        """Queue one run and return the shapes of its outputs.
 
-        The first run of some inputs is enqueued, as TensorRT needs before a capture. The second, enqueued too, is captured
-        afterwards. From the third on the graph is replayed.
+        The first run with given shapes and addresses is enqueued, as TensorRT requires before a capture. The second is
+        enqueued, then captured. From the third on, the graph is replayed.
         """
-        self._sweep()
+        self._destroy_retired()
         if (graph := self.graphs.get(inputs)) is not None:
             self.graphs.move_to_end(inputs)
             graph.credit = CREDIT
@@ -135,7 +137,7 @@ class Contexts:
         return shapes
 
     def close(self) -> None:
-        """Waits for the stream, then releases contexts, engine and runtime in this order, as TensorRT asks."""
+        """Wait for the stream, then release contexts, engine and runtime in this order, as TensorRT requires."""
         if self._runtime is None:
             return
         self._stream.finish()
@@ -159,9 +161,10 @@ class Contexts:
     # ---- graphs ----
 
     def _is_worth_a_graph(self, inputs: Inputs) -> bool:
-        """What came twice is; when there are as many as may be, the one unused for longest goes once its credit is spent.
+        """Whether to capture these inputs, which came for the second time; retires the least recently used graph if needed.
 
-        Without credit, a folder of photographs in more sizes than there is room for would capture at every call.
+        A graph is only retired when its credit is used up. Otherwise photographs in more than `MAX_GRAPHS` sizes would cause a
+        capture at every call.
         """
         if not self.cuda_graphs:
             return False
@@ -181,12 +184,12 @@ class Contexts:
         return True
 
     def _capture(self, context: Any) -> Any:
-        """The graph of a context that has just been enqueued, or None where there cannot be one."""
+        """Capture a context that has just been enqueued; None if that is not possible."""
         call, handle = self._cuda.call, self._stream.handle
         if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(int(handle)):
-            return self._do_without_graphs("TensorRT-RTX allocates while this engine runs")
-        # Thread-local: what other threads do does not matter, but memory that TensorRT would allocate in between, and a
-        # replay would find freed, ends the capture.
+            return self._disable_graphs("TensorRT-RTX allocates while this engine runs")
+        # Thread-local: CUDA calls of other threads are allowed. An allocation by TensorRT in this thread, whose memory would be
+        # freed when the graph is replayed, ends the capture.
         mode = self._cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         graph = None
         try:
@@ -198,25 +201,25 @@ class Contexts:
                     graph = call("cudaStreamEndCapture", handle)
             if queued:
                 return call("cudaGraphInstantiate", graph, 0)
-            return self._do_without_graphs("TensorRT refused the capture")
+            return self._disable_graphs("TensorRT refused the capture")
         except WsssError as error:
-            return self._do_without_graphs(error.message)
+            return self._disable_graphs(error.message)
         finally:
             if graph is not None:
                 call("cudaGraphDestroy", graph)
 
-    def _do_without_graphs(self, reason: str) -> None:
+    def _disable_graphs(self, reason: str) -> None:
         self.cuda_graphs = False
-        said = self._logger.said()
-        log.warning("%s: runs without CUDA graphs: %s", self._where, f"{reason}: {said}" if said else reason)
+        errors = self._logger.take_errors()
+        log.warning("%s: runs without CUDA graphs: %s", self._where, f"{reason}: {errors}" if errors else reason)
 
     def _retire(self, captured: Captured) -> None:
-        """Its last run may still be queued: it is destroyed in a later call, when that is done."""
+        """Destroy a graph in a later call, because its last run may still be queued."""
         done = Event(self._cuda)
         done.record(self._stream)
         self._retired.append((done, captured))
 
-    def _sweep(self) -> None:
+    def _destroy_retired(self) -> None:
         while self._retired and self._retired[0][0].passed():
             self._destroy(self._retired.pop(0)[1])
 
@@ -227,10 +230,10 @@ class Contexts:
     # ---- contexts ----
 
     def _new_context(self, *, fixed: bool) -> Any:
-        """A context for one set of shapes, or for any.
+        """Create a context for one set of shapes, or for any shapes.
 
-        TensorRT-RTX compiles kernels for the shapes it meets. For any shape it does so in the background and meanwhile
-        runs general ones; a graph must not hold these, so for fixed shapes it compiles first.
+        TensorRT-RTX compiles kernels for the shapes of each call. In a context for any shapes it compiles in the background
+        and runs generic kernels until then. A CUDA graph must not contain those, so a context for fixed shapes compiles first.
         """
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self.engine.create_execution_context(self._configs.get(fixed, strategy))
@@ -241,7 +244,7 @@ class Contexts:
         return context
 
     def _configure(self) -> None:
-        """TensorRT-RTX's settings for both kinds of context, around one cache of compiled kernels."""
+        """Create TensorRT-RTX's settings for both kinds of context, with a common cache of compiled kernels."""
         strategies = self._trt.DynamicShapesKernelSpecializationStrategy
         for fixed, strategy in ((False, strategies.LAZY), (True, strategies.EAGER)):
             config = self.engine.create_runtime_config()
@@ -293,14 +296,14 @@ class Contexts:
         return engine
 
     def _error(self, what: str) -> WsssError:
-        said = self._logger.said()
-        if "out of memory" in said.lower() or "OutOfMemory" in said:
-            return OutOfMemory(f"{self._where}: {what}: {said}", hint="a smaller --batch, or a GPU that nothing else uses")
-        return WsssError(f"{self._where}: TensorRT {self._trt.__version__}: {what}: {said or 'no reason given'}")
+        errors = self._logger.take_errors()
+        if "out of memory" in errors.lower() or "OutOfMemory" in errors:
+            return OutOfMemory(f"{self._where}: {what}: {errors}", hint="a smaller --batch, or a GPU that nothing else uses")
+        return WsssError(f"{self._where}: TensorRT {self._trt.__version__}: {what}: {errors or 'no reason given'}")
 
 
 def _logger(trt: ModuleType) -> Any:
-    """TensorRT's log: errors are kept for our messages, warnings go to ours. Must outlive all that it is given to."""
+    """A TensorRT logger that collects errors and logs warnings. It must outlive all objects that use it."""
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -313,8 +316,8 @@ def _logger(trt: ModuleType) -> Any:
             elif severity <= trt.ILogger.WARNING:
                 log.info("TensorRT: %s", message)
 
-        def said(self) -> str:
-            """The errors since it was last asked."""
+        def take_errors(self) -> str:
+            """The errors since the last call."""
             errors, self._errors = self._errors, []
             return "; ".join(errors[-3:])
 

@@ -1,4 +1,4 @@
-"""PyTorch as an engine: the module a graph was exported from, run eagerly."""
+"""PyTorch as an engine: runs the module that a graph was exported from eagerly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .engine import check_feeds, contract
 
 
 class EagerEngine:
-    """A torch module held to a graph's contract.
+    """A torch module with the contract of its graph.
 
     Args:
         module: takes the inputs in the order of ``spec.inputs``, returns a tensor or a tuple in the order of outputs.
@@ -31,15 +31,15 @@ class EagerEngine:
     @torch.inference_mode()
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         check_feeds("eager", self.inputs, self.axes, feeds)
-        # Copied: a torch tensor must not share memory with an array the caller may write to.
+        # Copied, because the caller may write to its arrays.
         tensors = [torch.from_numpy(np.array(feeds[name])).to(self._device) for name in self.inputs]
-        # The module computes in float32 also where a half-precision graph's contract has float16 at its borders.
-        whole = [each.float() if each.dtype == torch.float16 else each for each in tensors]
+        # The module computes in float32, also if inputs of a half-precision graph are float16.
+        inputs = [each.float() if each.dtype == torch.float16 else each for each in tensors]
         try:
-            answer = self._module(*whole)
+            result = self._module(*inputs)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"eager: {error}") from None
-        outputs = (answer,) if isinstance(answer, torch.Tensor) else tuple(answer)
+        outputs = (result,) if isinstance(result, torch.Tensor) else tuple(result)
         return {
             name: value.cpu().numpy().astype(spec.dtype, copy=False)
             for (name, spec), value in zip(self.outputs.items(), outputs, strict=True)

@@ -1,4 +1,4 @@
-"""The seam between the runtime and whatever computes: the engine protocol and the check of what is fed."""
+"""The protocol of engines, which the runtime calls, and the check of their inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..spec import AxisRange, GraphSpec, TensorSpec
 
 
 class Engine(Protocol):
-    """A loaded graph with a fixed contract: all that the runtime knows of ONNX Runtime, PyTorch or TensorRT."""
+    """A loaded graph with a fixed contract; the runtime's only interface to ONNX Runtime, PyTorch and TensorRT."""
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]: ...
@@ -22,7 +22,7 @@ class Engine(Protocol):
     def outputs(self) -> Mapping[str, TensorSpec]: ...
     @property
     def axes(self) -> Mapping[str, AxisRange]:
-        """Range of every free axis. An engine refuses what lies outside."""
+        """Range of every free axis. An engine rejects lengths outside it."""
         ...
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -30,14 +30,14 @@ class Engine(Protocol):
 
         Args:
             feeds: one tensor per name in ``inputs``, of its dtype and shape; on the host, or an output of an
-                engine of the same kind. TensorRT also reads, where it is, all that has ``__cuda_array_interface__``.
+                engine of the same kind. TensorRT also reads tensors with ``__cuda_array_interface__``, without a copy.
 
         Returns:
-            One tensor per name in ``outputs``. The memory is the engine's and the next call may overwrite it: what must
-            live longer goes through `outliving`.
+            One tensor per name in ``outputs``. The engine owns the memory and its next call may overwrite it: copy tensors
+            that must live longer with `outliving`.
 
         Raises:
-            FeedError: a name, dtype or shape does not fit; says which tensor, what was expected and what came.
+            FeedError: a name, dtype or shape does not match; says which tensor, what was expected and what was given.
             OutOfMemory: the device has no memory for this call; a smaller one may fit.
         """
         ...
@@ -51,12 +51,12 @@ class Reused(Protocol):
 
 
 def outliving(tensor: Tensor) -> Tensor:
-    """An engine's output for longer than until its next call: a copy on its device where that would overwrite it."""
+    """An engine's output that stays valid after the engine's next call: a copy on its device if that would overwrite it."""
     return tensor.clone() if isinstance(tensor, Reused) else tensor
 
 
 class Shaped(Protocol):
-    """What a feed is checked by."""
+    """Anything with a shape and a dtype, as `check_feeds` needs."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -65,17 +65,17 @@ class Shaped(Protocol):
 
 
 def contract(spec: GraphSpec) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec], Mapping[str, AxisRange]]:
-    """What every engine says of itself: its inputs and outputs by name, and the range of every free axis."""
+    """The ``inputs``, ``outputs`` and ``axes`` of an engine for a graph."""
     return {each.name: each for each in spec.inputs}, {each.name: each for each in spec.outputs}, dict(spec.axes)
 
 
 def check_feeds(where: str, inputs: Mapping[str, TensorSpec], axes: Mapping[str, AxisRange], feeds: Mapping[str, Shaped]) -> None:
-    """Raises FeedError unless ``feeds`` fit ``inputs``: same names, dtypes, fixed axes, and one length per free axis."""
+    """Raise FeedError unless ``feeds`` match ``inputs``: same names, dtypes, fixed axes, and one length per free axis."""
     if feeds.keys() != inputs.keys():
         raise FeedError(f"{where}: expected the inputs {sorted(inputs)}, got {sorted(feeds)}")
     lengths: dict[str, tuple[int, str]] = {}
     for name, spec in inputs.items():
-        shape, dtype = tuple(feeds[name].shape), _name_of(feeds[name].dtype)
+        shape, dtype = tuple(feeds[name].shape), _dtype_name(feeds[name].dtype)
         if dtype != spec.dtype or len(shape) != len(spec.shape):
             raise FeedError(f"{where}: expected {spec}, got {dtype}{shape}")
         for axis, length in zip(spec.shape, shape, strict=True):
@@ -83,9 +83,9 @@ def check_feeds(where: str, inputs: Mapping[str, TensorSpec], axes: Mapping[str,
                 if length != axis:
                     raise FeedError(f"{where}: expected {spec}, got {dtype}{shape}")
                 continue
-            known, first = lengths.setdefault(axis, (length, name))
-            if length != known:
-                raise FeedError(f"{where}: {first!r} has {axis}={known}, but {name!r} has {axis}={length}")
+            expected, first = lengths.setdefault(axis, (length, name))
+            if length != expected:
+                raise FeedError(f"{where}: {first!r} has {axis}={expected}, but {name!r} has {axis}={length}")
             if axis in axes and not axes[axis].min <= length <= axes[axis].max:
                 raise FeedError(
                     f"{where}: {name!r} has {axis}={length}, the engine takes {axes[axis].min} to {axes[axis].max}",
@@ -94,5 +94,5 @@ def check_feeds(where: str, inputs: Mapping[str, TensorSpec], axes: Mapping[str,
 
 
 @lru_cache(maxsize=64)
-def _name_of(dtype: np.dtype[np.generic]) -> str:
-    return np.dtype(dtype).name  # numpy puts it together anew each time, which took longer than all other checks
+def _dtype_name(dtype: np.dtype[np.generic]) -> str:
+    return np.dtype(dtype).name  # cached: numpy builds the name on every access, which took longer than all other checks

@@ -1,4 +1,4 @@
-"""A scripted engine: for tests of the runtime and for measuring the host path without a model."""
+"""A scripted engine, for tests of the runtime and for measuring the host's work without a model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Script = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """An output that is computed at a moment still to come; whoever looks at its values waits for it, as with a GPU's."""
+    """An output that is computed at a later time; reading its values waits for that, as with outputs on a GPU."""
 
     values: np.ndarray
     at: float
-    """As ``perf_counter`` tells time."""
+    """Time of ``perf_counter`` at which it is computed."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,23 +41,23 @@ class Queued:
 
 
 class FakeEngine:
-    """Answers with ``script(feeds)``, holds both sides to the contract, and remembers what it was fed.
+    """An engine that returns ``script(feeds)``, checks inputs and outputs against the contract, and records its calls.
 
     Args:
-        spec: the contract it plays.
+        spec: the contract.
         script: from host arrays by input name to host arrays by output name.
-        seconds: how long every call takes, one after another.
-        queued: a call returns at once and its outputs come when it is computed, as TensorRT's do (`engines.trt`).
+        seconds: duration of every call; calls run one after another.
+        queued: calls return at once and their outputs are `Queued`, like those of TensorRT (`engines.trt`).
     """
 
     def __init__(self, spec: GraphSpec, script: Script, *, seconds: float = 0.0, queued: bool = False) -> None:
         self.inputs, self.outputs, self.axes = contract(spec)
         self.script = script
-        """What answers the calls; another one may be put in its place between calls."""
+        """May be replaced between calls."""
         self._seconds, self._queued = seconds, queued
         self._queueing, self._free_at = threading.Lock(), 0.0
         self.ends: list[float] = []
-        """With ``seconds``: when each call was computed (``perf_counter``)."""
+        """With ``seconds``: the time at which each call was computed (``perf_counter``)."""
         self.calls: MutableSequence[dict[str, tuple[int, ...]]] = []
         """Shape of every input of every call so far."""
 
@@ -70,26 +70,26 @@ class FakeEngine:
                 self.ends.append(end := self._free_at)
             if not self._queued:
                 _sleep_until(end)
-        answers = dict(self.script({name: np.asarray(tensor) for name, tensor in feeds.items()}))
+        outputs = dict(self.script({name: np.asarray(tensor) for name, tensor in feeds.items()}))
         free = {
             axis: length
             for spec in self.inputs.values()
             for axis, length in zip(spec.shape, feeds[spec.name].shape, strict=True)
             if isinstance(axis, str)
         }
-        check_feeds("fake (its script's answer)", self.outputs, {}, answers)
+        check_feeds("fake (outputs of the script)", self.outputs, {}, outputs)
         for spec in self.outputs.values():
-            for axis, length in zip(spec.shape, answers[spec.name].shape, strict=True):
+            for axis, length in zip(spec.shape, outputs[spec.name].shape, strict=True):
                 assert not isinstance(axis, str) or free.get(axis, length) == length, f"script: {spec} has {axis}={length}"
         if self._seconds and self._queued:
-            return {name: Queued(answers[name], end) for name in self.outputs}
-        return {name: answers[name] for name in self.outputs}
+            return {name: Queued(outputs[name], end) for name in self.outputs}
+        return {name: outputs[name] for name in self.outputs}
 
 
 def without_padding(pixels: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """A batch as an image graph sees it: black outside of each row's valid part, as `export/sam.py` zeroes the padding.
+    """Set the padding of a batch to black, as `export/sam.py` zeroes it in the graph.
 
-    Scripts that look at pixels go through this, so that a wrong ``size`` changes what they find.
+    Scripts that read pixels should use this, so that a wrong ``size`` changes their result.
 
     Args:
         pixels: (B, H, W, 3) uint8. size: (B, 2) int64, valid (height, width) of each row, within the canvas.

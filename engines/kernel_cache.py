@@ -1,8 +1,8 @@
-"""What TensorRT-RTX compiles for this GPU while it runs, kept beside the plan so that the next start finds it.
+"""The kernels that TensorRT-RTX compiles for this GPU while it runs, saved beside the plan for the next start.
 
-The file is ours around TensorRT's own: a mark, the sha256 of the rest, the rest. TensorRT checks that it belongs to this
-version, GPU and driver; the hash keeps damaged bytes away from its parser. A cache is never worth an error: one that
-cannot be read or written is said in the log and done without.
+The file holds a mark, the sha256 of TensorRT's data, and the data. TensorRT checks that they match its version, the GPU and
+the driver; the hash keeps damaged bytes away from its parser. A cache that cannot be read or written is not an error: the log
+reports it, and the kernels are compiled again.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ MARK = b"wsss-rtx-kernels1"
 
 
 def cache_beside(plan: Path) -> Path:
-    """The cache of a plan."""
+    """Path of a plan's cache."""
     return plan.with_name(f"{plan.name}.kernels")
 
 
 def load_kernels(path: Path, cache: Any) -> None:
-    """Fills an ``IRuntimeCache`` from a file, if there is a fitting one."""
+    """Fill an ``IRuntimeCache`` from a file, if there is one that matches."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return
     except OSError as error:
-        log.warning("%s: compiled kernels not read: %s", path, error.strerror)
+        log.warning("%s: the compiled kernels cannot be read: %s", path, error.strerror)
         return
     body = data[len(MARK) + 32 :]
     if data[: len(MARK)] != MARK or data[len(MARK) : len(MARK) + 32] != hashlib.sha256(body).digest():
-        log.warning("%s: compiled kernels are damaged and compiled again", path)
+        log.warning("%s: the compiled kernels are damaged and will be compiled again", path)
     elif not cache.deserialize(body):
-        log.warning("%s: compiled kernels are of another GPU, driver or TensorRT-RTX, and compiled again", path)
+        log.warning("%s: the compiled kernels are for another GPU, driver or TensorRT-RTX and will be compiled again", path)
 
 
 def save_kernels(path: Path, cache: Any) -> None:
-    """Writes an ``IRuntimeCache``, unless the file holds the same: whole or not at all."""
+    """Write an ``IRuntimeCache`` atomically, unless the file already holds the same."""
     body = bytes(cache.serialize())
     data = MARK + hashlib.sha256(body).digest() + body
     try:
@@ -49,4 +49,4 @@ def save_kernels(path: Path, cache: Any) -> None:
             return
         write_atomically(path, data)
     except OSError as error:
-        log.warning("%s: compiled kernels not kept: %s", path, error.strerror)
+        log.warning("%s: the compiled kernels cannot be saved: %s", path, error.strerror)

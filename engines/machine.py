@@ -1,7 +1,7 @@
-"""What this machine has and can do: GPUs, driver, libraries, and for each engine whether it builds and runs here.
+"""Facts about this machine: GPUs, driver, libraries, and for each engine whether it can be built and run here.
 
-Facts only, and never an exception: what cannot be found out is None, empty, or a sentence in ``troubles``. torch is not
-imported, only looked at. `Machine` is what ``wsss doctor --json`` prints and what every benchmark stores beside its figures.
+Nothing here raises an exception: unknown facts are None, empty, or a sentence in ``troubles``. torch is not imported.
+``wsss doctor --json`` prints a `Machine`, and every benchmark stores one with its results.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ PACKAGES = (
     *("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "torch", "torchvision", "transformers"),
     *("open_clip_torch", "segment-anything", "onnx", "onnxscript", "numpy", "pillow"),
 )
-"""Distributions whose versions decide what a run computes, or how fast."""
+"""Distributions whose versions affect the results or the speed of a run."""
 ONE_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-deps 'onnxruntime-gpu>=1.24'"
-"""The two packages unpack into one folder: whichever came last wins, and removing either breaks the other."""
+"""The two packages use one folder: the last one installed overwrites the other, and removing either breaks the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,64 +56,64 @@ class GpuFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """A TensorRT library that is installed."""
+    """An installed TensorRT library."""
 
     version: str
     capabilities: tuple[str, ...] = ()
-    """TensorRT-RTX: compute capabilities that it knows by name, ``sm89``."""
+    """TensorRT-RTX: compute capabilities for which it builds, ``sm89``."""
     trouble: str = ""
     """Why it cannot be loaded; empty when it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capability:
-    """What one engine can do on this machine."""
+    """Whether one engine can be built and run on this machine."""
 
     engine: str
-    """As typed after ``--engine``."""
+    """Value of ``--engine``."""
     device: str
     builds: bool
     """TensorRT: engines can be built here. ONNX Runtime and PyTorch have nothing to build."""
     runs: bool
     why: str = ""
-    """What is missing; empty when all works."""
+    """What is missing; empty if nothing is."""
     fix: str = ""
-    """The command that helps; empty where none does."""
+    """The command that helps; empty if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Everything known of this machine. ``abilities`` follows from the rest (`abilities_of`)."""
+    """All facts about this machine. ``abilities`` follows from the others (`abilities_of`)."""
 
     system: str
     processor: str
     cores: int
-    """That this process may use."""
+    """Cores that this process may use."""
     memory_mib: int
     python: str
     gpus: tuple[GpuFacts, ...] = ()
     driver: str | None = None
-    """Of NVIDIA, ``580.159.03``; None without one."""
+    """Version of NVIDIA's driver, ``580.159.03``; None without one."""
     cuda: str | None = None
-    """Newest CUDA that the driver serves."""
+    """Newest CUDA version that the driver supports."""
     packages: Mapping[str, str] = field(default_factory=dict)
-    """Versions of what is installed of `PACKAGES`."""
+    """Versions of the installed packages of `PACKAGES`."""
     torch_cuda: str | None = None
-    """The CUDA that torch was built for; None for a CPU build, or without torch."""
+    """The CUDA version that torch was built for; None for a CPU build, or without torch."""
     providers: tuple[str, ...] = ()
     """ONNX Runtime's execution providers."""
     tensorrt: Mapping[Flavour, Library] = field(default_factory=dict)
     """The TensorRT libraries that are installed."""
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Packages that each extra of wsss still lacks; empty when it is complete."""
+    """Missing packages of each extra of wsss; empty if it is complete."""
     troubles: tuple[str, ...] = ()
-    """What is wrong though nothing is missing, each with the way out."""
+    """Problems other than missing packages, each with its solution."""
     abilities: tuple[Capability, ...] = ()
 
 
 @lru_cache(maxsize=1)
 def machine() -> Machine:
-    """This machine, looked at once."""
+    """The facts about this machine, collected once."""
     packages = {name: version for name in PACKAGES if (version := version_of(name))}
     smi = _nvidia_smi()
     gpus, cuda = _gpus(smi)
@@ -138,21 +138,12 @@ def machine() -> Machine:
 
 
 def abilities_of(known: Machine) -> tuple[Capability, ...]:
-    """What each engine can do on a machine, the best one first."""
+    """Whether each engine can be built and run on a machine, the fastest engine first."""
     return (
         _ability_of_tensorrt(known, "trt"),
         _ability_of_tensorrt(known, "trt-rtx"),
-        _ability_of_ort_on_cuda(known),
-        Capability(engine="ort", device="cpu", builds=False, runs="CPUExecutionProvider" in known.providers)
-        if known.providers
-        else Capability(
-            engine="ort",
-            device="cpu",
-            builds=False,
-            runs=False,
-            why="onnxruntime is missing or cannot be loaded",
-            fix="pip install --force-reinstall onnxruntime",
-        ),
+        _ability_of_ort(known, "cuda"),
+        _ability_of_ort(known, "cpu"),
         _ability_of_eager(known, "cuda"),
         _ability_of_eager(known, "cpu"),
     )
@@ -181,13 +172,15 @@ def _ability_of_tensorrt(known: Machine, flavour: Flavour) -> Capability:
     return Capability(engine=flavour, device="cuda", builds=builds, runs=not why, why=why, fix=fix)
 
 
-def _ability_of_ort_on_cuda(known: Machine) -> Capability:
+def _ability_of_ort(known: Machine, device: str) -> Capability:
     why = fix = ""
-    if not known.gpus:
+    if device == "cuda" and not known.gpus:
         why = _without_gpu(known)
-    elif "CUDAExecutionProvider" not in known.providers:
+    elif device == "cuda" and "CUDAExecutionProvider" not in known.providers:
         why, fix = "this onnxruntime has no CUDA provider", ONE_ONNXRUNTIME
-    return Capability(engine="ort", device="cuda", builds=False, runs=not why, why=why, fix=fix)
+    elif device == "cpu" and "CPUExecutionProvider" not in known.providers:
+        why, fix = "onnxruntime is missing or cannot be loaded", "pip install --force-reinstall onnxruntime"
+    return Capability(engine="ort", device=device, builds=False, runs=not why, why=why, fix=fix)
 
 
 def _ability_of_eager(known: Machine, device: str) -> Capability:
@@ -208,34 +201,38 @@ def _without_gpu(known: Machine) -> str:
 
 # ---- GPUs ----
 
-_ASKED = ("index", "name", "compute_cap", "memory.total", "power.limit", "driver_version")
+_QUERIED = ("index", "name", "compute_cap", "memory.total", "power.limit", "driver_version")
 
 
 def _nvidia_smi() -> list[dict[str, str]]:
-    """What the driver's own tool says of each GPU; empty without it."""
+    """The output of nvidia-smi for each GPU; empty without it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    asked = [tool, f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader,nounits"]
+    command = [tool, f"--query-gpu={','.join(_QUERIED)}", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = csv.reader(said.splitlines(), skipinitialspace=True)
-    return [dict(zip(_ASKED, row, strict=True)) for row in rows if len(row) == len(_ASKED)]
+    rows = csv.reader(output.splitlines(), skipinitialspace=True)
+    return [dict(zip(_QUERIED, row, strict=True)) for row in rows if len(row) == len(_QUERIED)]
 
 
 def _gpus(smi: list[dict[str, str]]) -> tuple[tuple[GpuFacts, ...], str | None]:
-    """The GPUs as CUDA sees them, else as the driver's tool does; and the newest CUDA that the driver serves."""
+    """The GPUs according to CUDA, else to nvidia-smi; and the newest CUDA version that the driver supports."""
     powers = [_number(row["power.limit"]) for row in smi]
     try:
-        seen = find_gpus()
+        gpus = find_gpus()
     except (WsssError, ImportError, OSError):  # without cuda-bindings, or with a broken one
-        memory = [int(_number(row["memory.total"]) or 0) for row in smi]
-        told = zip(smi, memory, powers, strict=True)
         return tuple(
-            GpuFacts(index=n, name=row["name"], capability=row["compute_cap"], memory_mib=mib, power_limit_w=power)
-            for n, (row, mib, power) in enumerate(told)
+            GpuFacts(
+                index=n,
+                name=row["name"],
+                capability=row["compute_cap"],
+                memory_mib=int(_number(row["memory.total"]) or 0),
+                power_limit_w=power,
+            )
+            for n, (row, power) in enumerate(zip(smi, powers, strict=True))
         ), _cuda_of_driver()
     return tuple(
         GpuFacts(
@@ -243,11 +240,11 @@ def _gpus(smi: list[dict[str, str]]) -> tuple[tuple[GpuFacts, ...], str | None]:
             name=gpu.name,
             capability=gpu.capability,
             memory_mib=gpu.memory_bytes >> 20,
-            # $CUDA_VISIBLE_DEVICES hides GPUs from CUDA and not from the tool: then nobody knows which is which.
-            power_limit_w=powers[gpu.index] if len(powers) == len(seen) else None,
+            # $CUDA_VISIBLE_DEVICES hides GPUs from CUDA but not from nvidia-smi: then their order may differ.
+            power_limit_w=powers[gpu.index] if len(powers) == len(gpus) else None,
         )
-        for gpu in seen
-    ), seen[0].driver if seen else _cuda_of_driver()
+        for gpu in gpus
+    ), gpus[0].driver if gpus else _cuda_of_driver()
 
 
 def _cuda_of_driver() -> str | None:
@@ -285,16 +282,15 @@ def _tensorrt(flavour: Flavour) -> Library | None:
         return None
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # a CUDA library that is missing or of another version: each loader raises its own
+    except Exception as error:  # a CUDA library is missing or of another version: each loader raises its own class
         return Library(version=version_of(name) or "unknown", trouble=f"{error}".strip().split("\n")[0])
-    known = getattr(module, "ComputeCapability", None) if flavour == "trt-rtx" else None
-    names = known.__members__ if known is not None else ()
+    names = module.ComputeCapability.__members__ if flavour == "trt-rtx" and hasattr(module, "ComputeCapability") else ()
     capabilities = tuple(each.lower() for each in names if re.fullmatch(r"SM\d+", each))
     return Library(version=str(module.__version__), capabilities=capabilities)
 
 
 def _onnxruntime(packages: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """ONNX Runtime's providers, and what is wrong with it."""
+    """ONNX Runtime's providers, and problems of its installation."""
     troubles = []
     if "onnxruntime" in packages and "onnxruntime-gpu" in packages:
         troubles.append(f"onnxruntime and onnxruntime-gpu are both installed and overwrite each other: {ONE_ONNXRUNTIME}")
@@ -303,14 +299,14 @@ def _onnxruntime(packages: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[st
     try:
         library = importlib.import_module("wsss.engines.ort_library")
         providers = tuple(library.onnxruntime.get_available_providers())
-    except Exception as error:  # half of a package, after one of the two was removed
+    except Exception as error:  # an incomplete package, after one of the two was removed
         fix = "pip install --force-reinstall onnxruntime"
         return (), (*troubles, f"onnxruntime cannot be loaded: {f'{error}'.strip().split(chr(10))[0]}: {fix}")
     return providers, tuple(troubles)
 
 
 def _torch_cuda() -> str | None:
-    """The CUDA that torch was built for, read from its version file: importing torch takes seconds."""
+    """The CUDA version that torch was built for, from its version file, because importing torch takes seconds."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return None
@@ -318,12 +314,12 @@ def _torch_cuda() -> str | None:
         text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
     except OSError:
         return None
-    told = re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
-    return told.group(1) if told else None
+    match = re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return match.group(1) if match else None
 
 
 def _requirements() -> list[str]:
-    """What wsss says it needs; empty in a checkout that was never installed."""
+    """The requirements of wsss; empty in a checkout that was never installed."""
     try:
         return metadata.requires("wsss") or []
     except metadata.PackageNotFoundError:
@@ -331,23 +327,23 @@ def _requirements() -> list[str]:
 
 
 def missing_extras(requirements: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """What each extra still lacks.
+    """Missing distributions of each extra.
 
     Args:
         requirements: lines of a package's metadata, ``torch>=2.10; extra == "export"``.
 
     Returns:
-        Names of missing distributions by extra, in the order given; empty for a complete extra.
+        Names of missing distributions by extra, in the given order; empty for a complete extra.
     """
-    told: dict[str, list[str]] = {}
+    missing: dict[str, list[str]] = {}
     for line in requirements:
         name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)['\"]", line)
-        if name is None or extra is None or name.group() == "wsss":  # an extra made of others
+        if name is None or extra is None or name.group() == "wsss":  # wsss: an extra that combines others
             continue
-        lacks = told.setdefault(extra.group(1), [])
+        names = missing.setdefault(extra.group(1), [])
         if version_of(name.group()) is None:
-            lacks.append(name.group())
-    return {extra: tuple(lacks) for extra, lacks in told.items()}
+            names.append(name.group())
+    return {extra: tuple(names) for extra, names in missing.items()}
 
 
 # ---- the machine itself ----
@@ -355,10 +351,10 @@ def missing_extras(requirements: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 def _processor() -> str:
     try:
-        told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        told = None
-    return told.group(1).strip() if told else platform.processor() or platform.machine()
+        match = None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
 def _memory_mib() -> int:

@@ -1,4 +1,4 @@
-"""From names typed after ``--engine`` and ``--device`` to loaded engines."""
+"""Loads the engine that ``--engine`` and ``--device`` select."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ FLAVOURS: tuple[Flavour, ...] = ("trt", "trt-rtx")
 
 
 def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", unverified: bool = False) -> Engine:
-    """Loads one graph of a model.
+    """Load one graph of a model.
 
     Args:
-        model: from ``Bundle.model``, files already checked.
+        model: from ``Bundle.model``, with checked files.
         graph: a name in its manifest.
-        engine, device: from `choose`, or typed.
-        unverified: TensorRT: take an engine whose gate has not run.
+        engine, device: as typed, or from `choose`.
+        unverified: TensorRT: accept an engine whose gate has not run.
 
     Raises:
-        UsageError: an engine or device of another name.
-        BundleError: TensorRT: the model has no engine that may run here; says why and how to build it. ONNX Runtime: a bf16
-            graph.
-        WsssError: the engine's package or a GPU is missing; the message holds the line that helps.
+        UsageError: no such engine or device.
+        BundleError: TensorRT: the model has no engine that may run here; says why and how to build it. ONNX Runtime: the graph
+            is in bf16.
+        WsssError: the engine's package or a GPU is missing; the hint is the command that helps.
     """
     name, place = choose(engine, device, [model])
     if name in FLAVOURS:
@@ -45,11 +45,11 @@ def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", un
         spec = model.graph(graph)
         if spec.precision == "bf16":
             raise BundleError(
-                f"{model.path(graph)}: is in bf16, which ONNX Runtime does not compute",
+                f"{model.path(graph)}: is in bf16, which ONNX Runtime does not support",
                 hint="--engine trt-rtx (or trt); for ONNX Runtime: wsss export --precision fp16",
             )
         return OrtEngine(model.path(graph), spec, device=place)
-    # PyTorch modules are rebuilt from weights, which only `export` can do; it stands above this folder, hence by name.
+    # PyTorch modules are rebuilt from weights by `export`, which imports this package; hence the import by name.
     try:
         reference = importlib.import_module("wsss.export.reference")
     except ModuleNotFoundError as error:
@@ -58,17 +58,17 @@ def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", un
 
 
 def choose(engine: str, device: str, models: Iterable[Model]) -> tuple[EngineName, str]:
-    """What ``auto`` stands for on this machine.
+    """Resolve ``auto`` to an engine and a device of this machine.
 
     Args:
-        engine: ``auto`` takes TensorRT where every graph of the models has an engine that may run here, else ONNX Runtime.
-        device: ``auto`` takes the first GPU where the engine can use it, else the CPU; ``cpu``, ``cuda``, ``cuda:1``.
+        engine: ``auto`` takes TensorRT if every graph of the models has an engine that may run here, else ONNX Runtime.
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes the first GPU if the engine can use it, else the CPU.
 
     Returns:
         The engine's name, and ``cpu`` or ``cuda:N``.
 
     Raises:
-        UsageError: another name, or an engine that has no such device.
+        UsageError: no such engine or device, or the engine does not run on it.
     """
     if engine not in ENGINES:
         raise UsageError(f"--engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
@@ -89,10 +89,10 @@ def choose(engine: str, device: str, models: Iterable[Model]) -> tuple[EngineNam
 
 
 def _best_flavour(models: Iterable[Model], index: int) -> Flavour | None:
-    """The flavour of which every graph has a plan that may run on this GPU."""
+    """The flavour for which every graph has a plan that may run on this GPU."""
     try:
         models = list(models)
-    except WsssError:  # a damaged model that this run may not need; one that it needs is refused when it is opened
+    except WsssError:  # a damaged model; if the run needs it, opening it raises the error
         return None
     for flavour in FLAVOURS:
         if not all(flavour in graph.plans for model in models for graph in model.manifest.graphs.values()):

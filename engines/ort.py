@@ -1,4 +1,4 @@
-"""ONNX Runtime: the engine that runs everywhere. On a GPU, outputs stay there and feed the next graph through IO binding."""
+"""ONNX Runtime as an engine, on any machine. On a GPU, outputs stay there and are passed to the next graph by IO binding."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _DTYPES = {
 }
 
 _OUT_OF_MEMORY = ("Failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
-"""What onnxruntime says when its arena, CUDA or the C++ library has none left."""
+"""Texts of onnxruntime's errors when its arena, CUDA or the C++ library is out of memory."""
 
 
 class OrtTensor:
-    """An ``OrtValue`` as the runtime sees tensors; ``np.asarray`` brings it to the host (no copy on the CPU)."""
+    """An ``OrtValue`` as a `Tensor` of the runtime; ``np.asarray`` copies it to the host (no copy on the CPU)."""
 
     def __init__(self, value: onnxruntime.OrtValue) -> None:
         self.value = value
@@ -54,13 +54,13 @@ class OrtEngine:
     """One ONNX graph in ONNX Runtime.
 
     Args:
-        path: the ``.onnx`` file; external weights beside it, already checked to be ours (`Bundle.model`).
+        path: the ``.onnx`` file, with its external weights in the same folder; hashes already checked (`Bundle.model`).
         spec: the graph's contract from its manifest; the file is checked against it.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads on the CPU, 0 for all cores.
 
     Raises:
-        BundleError: the file is no ONNX graph, or not the one the manifest describes.
+        BundleError: the file is not an ONNX graph, or not the one that the manifest describes.
         WsssError: ``cuda`` was asked for and this onnxruntime has no CUDA provider.
     """
 
@@ -73,21 +73,21 @@ class OrtEngine:
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Idle threads sleep: waiting in a loop they hold the cores that the other engines, reading and writing want.
-        # The chain of small models on two cores: 6.0 to 7.0 images/s with the loop, 7.7 to 10.7 without.
+        # Idle threads sleep instead of spinning, so that other engines, readers and writers get the cores.
+        # The chain of small models on two cores: 6.0 to 7.0 images/s with spinning, 7.7 to 10.7 without.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = SILENT
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # for any file name
         self._device, self._number = kind, int(number or 0)
         provider = ("CUDAExecutionProvider", {"device_id": self._number}) if kind == "cuda" else "CPUExecutionProvider"
-        # onnxruntime 1.32 dies of a segmentation fault in this pass on float16 graphs; it only speeds up float32 convolutions.
+        # onnxruntime 1.32 crashes with a segmentation fault in this pass on float16 graphs; it only speeds up float32.
         disabled = [] if spec.precision == "fp32" else ["NchwcTransformer"]
         weights = _give_linked_weights(options, path)
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider], disabled_optimizers=disabled)
         except Exception as error:  # onnxruntime raises its own classes for each way a file can be broken
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {error}", hint="export the model again") from None
-        del weights  # copied by now
+        del weights  # the session has copied them
         if kind not in {p.removesuffix("ExecutionProvider").lower() for p in self._session.get_providers()}:
             raise WsssError(
                 f"{path}: asked for {device}, ONNX Runtime fell back to {self._session.get_providers()}",
@@ -101,14 +101,14 @@ class OrtEngine:
         check_feeds(self._where, self.inputs, self.axes, feeds)
         try:
             return self._run(feeds)
-        except Exception as error:  # onnxruntime's own classes do not tell
-            if any(sign in str(error) for sign in _OUT_OF_MEMORY):
+        except Exception as error:  # onnxruntime has no class for this error
+            if any(text in str(error) for text in _OUT_OF_MEMORY):
                 raise OutOfMemory(f"{self._where}: the {self._device} has no memory for this call") from None
             raise
 
     def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         binding = self._session.io_binding()
-        # Held until the run has ended: onnxruntime 1.24 binds the memory of a contiguous copy without keeping the copy.
+        # Referenced until the run has ended: onnxruntime 1.24 binds the memory of a contiguous copy without keeping the copy.
         values = {name: self._value(tensor) for name, tensor in feeds.items()}
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -123,22 +123,20 @@ class OrtEngine:
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor), self._device, self._number)
 
     def _check_contract(self, path: Path) -> None:
-        for told, found in (
-            (self.inputs, self._session.get_inputs()),
-            (self.outputs, self._session.get_outputs()),
-        ):
-            have = {node.name: node for node in found}
-            if told.keys() == have.keys() and all(_agree(spec, have[name]) for name, spec in told.items()):
+        for specs, nodes in ((self.inputs, self._session.get_inputs()), (self.outputs, self._session.get_outputs())):
+            by_name = {node.name: node for node in nodes}
+            if specs.keys() == by_name.keys() and all(_agree(spec, by_name[name]) for name, spec in specs.items()):
                 continue
-            graph = ", ".join(f"{node.name} {node.type}{node.shape}" for node in found)
+            graph = ", ".join(f"{node.name} {node.type}{node.shape}" for node in nodes)
             raise BundleError(
-                f"{path}: the manifest says {', '.join(map(str, told.values()))}; the graph has {graph}",
+                f"{path}: the manifest says {', '.join(map(str, specs.values()))}; the graph has {graph}",
                 hint="the manifest and the graph come from different exports; export the model again",
             )
 
 
 def _give_linked_weights(options: onnxruntime.SessionOptions, path: Path) -> list[mmap.mmap]:
-    """Gives ONNX Runtime the bytes of weights that are links, as in a hub's cache: it opens no links out of the folder."""
+    """Pass the bytes of weights that are symbolic links, as in a hub's cache, because ONNX Runtime does not follow links that
+    leave the folder."""
     links = {each.name for each in path.parent.iterdir() if each.is_symlink() and each.is_file() and each.stat().st_size}
     names = sorted(links & external_files(path)) if links else []
     buffers = []
@@ -154,4 +152,4 @@ def _agree(spec: TensorSpec, node: onnxruntime.NodeArg) -> bool:
     """Same dtype and rank, same fixed axes; a free axis of the contract must not be a number in the graph."""
     if np.dtype(_DTYPES.get(node.type, np.void)) != np.dtype(spec.dtype) or len(node.shape) != len(spec.shape):
         return False
-    return all(not isinstance(has, int) or has == wants for wants, has in zip(spec.shape, node.shape, strict=True))
+    return all(not isinstance(length, int) or length == axis for axis, length in zip(spec.shape, node.shape, strict=True))

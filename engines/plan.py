@@ -1,7 +1,6 @@
-"""Which TensorRT engine may be used: one whose every tie (graph, weights, library, GPU, driver) holds and whose gate has passed.
+"""Checks whether a TensorRT engine may run: graph, weights, library, GPU and driver match, and the parity gate has passed.
 
-A plan is native code made for one library version and one GPU, or a set of them. It is checked here before TensorRT reads a
-byte of it.
+A plan is native code for one library version and one GPU or a set of GPUs. It is checked before TensorRT reads any of it.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ class Gpu:
     capability: str
     """Compute capability, for example ``8.9``."""
     driver: str
-    """Newest CUDA version that the driver serves, for example ``13.0``."""
+    """Newest CUDA version that the driver supports, for example ``13.0``."""
     memory_bytes: int
 
 
 def find_gpus() -> tuple[Gpu, ...]:
-    """The CUDA devices here; none without a driver. Raises WsssError when cuda-bindings is missing."""
+    """The CUDA devices of this machine; none without a driver. Raises WsssError when cuda-bindings is missing."""
     try:
         from cuda.bindings import runtime
     except ModuleNotFoundError:
@@ -44,27 +43,27 @@ def find_gpus() -> tuple[Gpu, ...]:
         return ()
     found = []
     for index in range(count):
-        status, told = runtime.cudaGetDeviceProperties(index)
+        status, device = runtime.cudaGetDeviceProperties(index)
         if status != runtime.cudaError_t.cudaSuccess:
             continue
-        name = told.name.decode() if isinstance(told.name, bytes) else str(told.name)
+        name = device.name.decode() if isinstance(device.name, bytes) else str(device.name)
         driver = f"{version // 1000}.{version % 1000 // 10}"
-        found.append(Gpu(index, name.rstrip("\0"), f"{told.major}.{told.minor}", driver, int(told.totalGlobalMem)))
+        found.append(Gpu(index, name.rstrip("\0"), f"{device.major}.{device.minor}", driver, int(device.totalGlobalMem)))
     return tuple(found)
 
 
 def tensorrt_module(flavour: Flavour) -> ModuleType:
-    """The library of a flavour. Raises WsssError with the line that installs it."""
+    """Import the library of a flavour. Raises WsssError with the command that installs it."""
     try:
         return importlib.import_module(MODULES[flavour])
     except ModuleNotFoundError:
         raise WsssError(f"--engine {flavour}: needs the package {MODULES[flavour]}", hint=install_line(flavour)) from None
-    except ImportError as error:  # a library of CUDA that cannot be loaded
+    except ImportError as error:  # a CUDA library cannot be loaded
         raise WsssError(f"--engine {flavour}: {MODULES[flavour]} cannot be loaded: {error}") from None
 
 
 def best_flavour() -> Flavour | None:
-    """The TensorRT whose engines this machine can build and run: the full one before TensorRT-RTX; None without a GPU."""
+    """The flavour whose engines this machine can build and run, preferably the full TensorRT; None without a GPU."""
     installed = [flavour for flavour, name in MODULES.items() if importlib.util.find_spec(name) is not None]
     if not installed or importlib.util.find_spec("cuda") is None or not find_gpus():
         return None
@@ -72,14 +71,14 @@ def best_flavour() -> Flavour | None:
 
 
 def checked_plan(model: Model, graph: str, flavour: Flavour, gpu: Gpu, *, unverified: bool = False) -> tuple[Path, GraphSpec]:
-    """The plan of a graph that may run on ``gpu``, and the graph's contract narrowed to the plan's profile.
+    """The plan of a graph, if it may run on ``gpu``, and the graph's contract with the axis ranges of the plan.
 
     Args:
         model: from ``Bundle.model``: the graph and weights are those of the manifest.
-        unverified: take a plan whose gate has not run.
+        unverified: accept a plan whose gate has not run.
 
     Raises:
-        BundleError: there is none, or it is bound to something else; says to what, and the command that builds it again.
+        BundleError: there is no plan, or it does not match; says why, and the command that builds it again.
     """
     spec = model.graph(graph)
     rebuild = f"wsss export --model {model.manifest.family} --engine {flavour} --bundle {model.folder.parent}"
@@ -99,7 +98,7 @@ def checked_plan(model: Model, graph: str, flavour: Flavour, gpu: Gpu, *, unveri
 
 
 def reasons_against(model: Model, spec: GraphSpec, plan: PlanSpec, gpu: Gpu | None, version: str) -> list[str]:
-    """Why a plan may not be used here, each as the end of a sentence; without ``gpu`` the GPU is not looked at."""
+    """Reasons why a plan may not be used, each as the end of a sentence; without ``gpu`` the GPU is not checked."""
     reasons = []
     for name, expected, got in (
         ("the graph", model.manifest.files.get(spec.file), plan.graph_sha256),
@@ -122,5 +121,5 @@ def reasons_against(model: Model, spec: GraphSpec, plan: PlanSpec, gpu: Gpu | No
 
 
 def weights_sha256(model: Model) -> str:
-    """The hash of the weights that a model's graphs share; empty when they have none of their own."""
+    """The hash of the weights file that a model's graphs share; empty without one."""
     return model.manifest.files.get("weights.data", "")

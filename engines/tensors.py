@@ -1,4 +1,4 @@
-"""Tensors on the GPU: our own, and those of other libraries through ``__cuda_array_interface__``."""
+"""Tensors on the GPU: outputs of TensorRT engines, and tensors of other libraries with ``__cuda_array_interface__``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .buffers import LEGACY_STREAM, Block, Event
 
 
 class CudaTensor:
-    """A tensor on the GPU, in memory that its owner will use again.
+    """A tensor on the GPU, in memory that its engine reuses.
 
-    ``np.asarray`` copies it to the host, and alone waits. Engines, and all that reads ``__cuda_array_interface__``, take
-    it where it is. Any use after its memory was overwritten raises RuntimeError.
+    ``np.asarray`` copies it to the host and waits for that. Engines, and libraries that support
+    ``__cuda_array_interface__``, read it in place. Use after its memory was overwritten raises RuntimeError.
     """
 
     def __init__(self, block: Block, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
@@ -28,19 +28,19 @@ class CudaTensor:
 
     @property
     def size_bytes(self) -> int:
-        """Its size."""
+        """Size of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def check(self) -> None:
-        """Raises RuntimeError when its memory holds something else by now."""
+        """Raise RuntimeError if its memory was overwritten."""
         if self.block.version != self._version:
             raise RuntimeError(
                 f"a tensor {self.dtype}{self.shape} was used after its engine was called again or closed; "
-                "clone() what must live longer"
+                "clone() tensors that must live longer"
             )
 
     def clone(self) -> CudaTensor:
-        """A copy on the GPU that lives until it is dropped. The host does not wait."""
+        """A copy on the GPU with its own memory. The host does not wait for it."""
         self.check()
         cuda = self.block.cuda
         cuda.use()
@@ -58,7 +58,7 @@ class CudaTensor:
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[np.generic]:
         if copy is False:
-            raise ValueError("a tensor on the GPU has no array that is not a copy")
+            raise ValueError("a tensor on the GPU cannot become an array without a copy")
         self.check()
         array = self.block.cuda.to_host(self)
         return array if dtype is None else array.astype(dtype, copy=False)
@@ -81,7 +81,7 @@ class CudaTensor:
 
 @dataclass(frozen=True, slots=True)
 class ForeignTensor:
-    """A tensor of another library, read where it lies."""
+    """A tensor of another library, read in place."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
@@ -91,26 +91,26 @@ class ForeignTensor:
 
     @property
     def size_bytes(self) -> int:
-        """Its size."""
+        """Size of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def foreign_tensor(tensor: Any, name: str) -> ForeignTensor:
-    """Anything with ``__cuda_array_interface__`` (PyTorch, CuPy, pycuda), as a tensor that an engine reads.
+    """Convert a tensor with ``__cuda_array_interface__`` (PyTorch, CuPy, pycuda), without a copy.
 
     Raises:
-        FeedError: it has gaps between its elements.
+        FeedError: it is not contiguous, or has another byte order.
     """
-    told = tensor.__cuda_array_interface__
-    shape, dtype = tuple(int(length) for length in told["shape"]), np.dtype(told["typestr"])
+    interface = tensor.__cuda_array_interface__
+    shape, dtype = tuple(int(length) for length in interface["shape"]), np.dtype(interface["typestr"])
     if not dtype.isnative:
         raise FeedError(f"{name!r}: expected the byte order of this machine, got {dtype.str}")
-    strides = told.get("strides")
+    strides = interface.get("strides")
     if strides is not None and 0 not in shape and not _contiguous(shape, dtype.itemsize, tuple(strides)):
         raise FeedError(
             f"{name!r}: expected a C-contiguous tensor, got strides {tuple(strides)}", hint="make it contiguous first"
         )
-    return ForeignTensor(shape, dtype, int(told["data"][0]), _stream_of(tensor, told.get("stream")))
+    return ForeignTensor(shape, dtype, int(interface["data"][0]), _stream_of(tensor, interface.get("stream")))
 
 
 def _contiguous(shape: tuple[int, ...], itemsize: int, strides: tuple[int, ...]) -> bool:
@@ -122,12 +122,12 @@ def _contiguous(shape: tuple[int, ...], itemsize: int, strides: tuple[int, ...])
     return True
 
 
-def _stream_of(tensor: object, told: int | None) -> int:
-    if told:
-        return int(told)
-    # PyTorch's interface (version 2) does not say its stream, but PyTorch does, and it is there if its tensor is.
+def _stream_of(tensor: object, stream: int | None) -> int:
+    if stream:
+        return int(stream)
+    # PyTorch's interface (version 2) has no stream, so ask PyTorch, which is imported if the tensor is one of its.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(tensor, torch.Tensor):
         return int(torch.cuda.current_stream(tensor.device).cuda_stream) or LEGACY_STREAM
-    # "No wait needed" is also what pycuda says while its kernels still run in the default stream.
+    # pycuda says "no wait needed" even while its kernels still run in the default stream.
     return LEGACY_STREAM

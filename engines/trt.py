@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT-RTX: feeds in, device tensors out. One class for both; they differ in name and compilation.
+"""TensorRT and TensorRT-RTX as engines: one class for both, which differ in name and compilation.
 
-Inputs are read where they are: outputs of other engines, and tensors of any library with ``__cuda_array_interface__``.
-Arrays of the host go through pinned memory. Outputs stay on the GPU, in memory that the next call overwrites.
+Outputs of other engines, and tensors of libraries with ``__cuda_array_interface__``, are read in place. Host arrays are
+copied through pinned memory. Outputs stay on the GPU, in memory that the next call overwrites.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from .plan import tensorrt_module
 from .tensors import CudaTensor, ForeignTensor, foreign_tensor
 
 ALIGNMENT = 256
-"""Bytes. What ``cudaMalloc`` gives, and the kernels of a plan may rely on; a tensor elsewhere is copied first."""
+"""Bytes. Alignment of ``cudaMalloc``, on which the kernels of a plan may rely; other tensors are copied first."""
 
 
 def load_modules(flavour: Flavour) -> tuple[ModuleType, ModuleType]:
-    """The library of a flavour, and ``cuda.bindings.runtime``. Raises WsssError with the line that installs them."""
+    """Import the library of a flavour and ``cuda.bindings.runtime``. Raises WsssError with the command that installs them."""
     try:
         runtime = importlib.import_module("cuda.bindings.runtime")
     except ModuleNotFoundError:
         raise WsssError(f"--engine {flavour}: needs the package cuda-bindings", hint=install_line(flavour)) from None
-    except (ImportError, RuntimeError) as error:  # older ones look for the driver while they load
+    except (ImportError, RuntimeError) as error:  # older versions load the driver on import
         raise WsssError(f"--engine {flavour}: cuda-bindings cannot be loaded: {error}") from None
     return tensorrt_module(flavour), runtime
 
@@ -47,14 +47,14 @@ class TrtEngine:
     """One plan in TensorRT.
 
     Args:
-        plan: the plan file, already checked to be ours and for this machine (`plan.checked_plan`): it is native code.
-        spec: the graph's contract, its axes within the plan's profile.
+        plan: the plan file, which is native code and must have passed `plan.checked_plan`.
+        spec: the graph's contract, with axes within the plan's profile.
         device: the GPU's number.
-        cuda_graphs: replay calls that came before with the same shapes and addresses.
+        cuda_graphs: replay calls with the same shapes and addresses as before.
 
     Raises:
-        BundleError: TensorRT refuses the plan, or it is not of this contract.
-        OutOfMemory: the GPU has no room for it.
+        BundleError: TensorRT rejects the plan, or it has another contract.
+        OutOfMemory: the GPU has no memory for it.
         WsssError: a package or the GPU is missing.
     """
 
@@ -63,7 +63,7 @@ class TrtEngine:
         self.inputs, self.outputs, self.axes = contract(spec)
         self._where = f"{plan.parent.name}/{plan.stem}"
         self._lock = threading.Lock()
-        self._landings: dict[str, StagingBuffer] = {}
+        self._staging: dict[str, StagingBuffer] = {}
         self._blocks: dict[str, Block] = {}
         with ExitStack() as opened:
             self._cuda = cuda = Cuda(runtime, device)
@@ -71,7 +71,7 @@ class TrtEngine:
             self._stream = Stream(cuda)
             opened.callback(self._stream.close)
             self._done = Event(cuda)
-            opened.callback(_free, self._landings, self._blocks)
+            opened.callback(_free, self._staging, self._blocks)
             self._contexts = Contexts(
                 trt,
                 cuda,
@@ -89,7 +89,7 @@ class TrtEngine:
             for name, shape in largest.items():
                 self._blocks[name] = Block(cuda, _size_bytes(shape, self.outputs[name]))
             self._contexts.bind_outputs({name: block.address for name, block in self._blocks.items()})
-            # Runs when close() asks for it, when nobody holds the engine any more, or at the end of the program.
+            # Runs on close(), when the engine is collected, or at the end of the program.
             self._finalizer = weakref.finalize(self, _close, cuda, opened.pop_all())
 
     @property
@@ -99,7 +99,7 @@ class TrtEngine:
 
     @property
     def cuda_graphs(self) -> int:
-        """How many CUDA graphs it holds."""
+        """Number of captured CUDA graphs."""
         return len(self._contexts.graphs)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,16 +112,16 @@ class TrtEngine:
             try:
                 shapes = self._run(tensors)
             except BaseException:
-                with suppress(WsssError):  # the first error is the one to be told; what was queued still runs
-                    self._tell_owners(tensors)
+                with suppress(WsssError):  # the first error is reported; work that was queued still runs
+                    self._record_use(tensors)
                 raise
-            self._tell_owners(tensors)
+            self._record_use(tensors)
             return {
                 name: CudaTensor(self._blocks[name], shapes[name], np.dtype(self.outputs[name].dtype)) for name in self.outputs
             }
 
     def close(self) -> None:
-        """Waits for what is queued and frees everything. Outputs become unusable, clones of them stay."""
+        """Wait for queued work and free everything. Outputs become invalid, clones of them stay valid."""
         with self._lock:
             self._finalizer()
 
@@ -149,31 +149,31 @@ class TrtEngine:
     def _check_device(self, name: str, device: int) -> None:
         if device != self._cuda.device:
             there = f"cuda:{device}" if device >= 0 else "the host"
-            raise FeedError(f"{self._where}: {name!r} lies on {there}, the engine runs on cuda:{self._cuda.device}")
+            raise FeedError(f"{self._where}: {name!r} is on {there}, the engine runs on cuda:{self._cuda.device}")
 
     def _run(self, tensors: Mapping[str, np.ndarray | CudaTensor | ForeignTensor]) -> dict[str, tuple[int, ...]]:
-        inputs = tuple((tuple(tensors[name].shape), self._bring(name, tensors[name])) for name in self.inputs)
+        inputs = tuple((tuple(tensors[name].shape), self._address(name, tensors[name])) for name in self.inputs)
         for block in self._blocks.values():
             block.before_write(self._stream)
         return self._contexts.run(inputs)
 
-    def _bring(self, name: str, tensor: np.ndarray | CudaTensor | ForeignTensor) -> int:
-        """The address of an input, and the wait until it is there."""
+    def _address(self, name: str, tensor: np.ndarray | CudaTensor | ForeignTensor) -> int:
+        """The address of an input, copied if needed; the engine's stream waits until it is written."""
         if isinstance(tensor, np.ndarray):
-            return self._landing(name).from_host(tensor, np.dtype(self.inputs[name].dtype), self._stream)
+            return self._staging_buffer(name).from_host(tensor, np.dtype(self.inputs[name].dtype), self._stream)
         if isinstance(tensor, CudaTensor):
             tensor.block.before_read(self._stream)
             address = tensor.block.address
         else:
             self._stream.wait_for(tensor.stream)
             address = tensor.address
-        own = any(block.overlaps(address, tensor.size_bytes) for block in self._blocks.values())
-        if own or address % ALIGNMENT:  # its own output would be overwritten while it is read
-            return self._landing(name).from_device(address, tensor.size_bytes, self._stream)
+        is_output = any(block.overlaps(address, tensor.size_bytes) for block in self._blocks.values())
+        if is_output or address % ALIGNMENT:  # an output of this engine would be overwritten while it is read
+            return self._staging_buffer(name).from_device(address, tensor.size_bytes, self._stream)
         return address
 
-    def _tell_owners(self, tensors: Mapping[str, np.ndarray | CudaTensor | ForeignTensor]) -> None:
-        """Whoever overwrites an input or reads an output from now on waits for this call."""
+    def _record_use(self, tensors: Mapping[str, np.ndarray | CudaTensor | ForeignTensor]) -> None:
+        """Make everything that overwrites an input or reads an output from now on wait for this call."""
         self._done.record(self._stream)
         for block in self._blocks.values():
             block.after_write(self._done)
@@ -184,13 +184,13 @@ class TrtEngine:
                 tensor.block.after_read(self._done)
         for tensor in tensors.values():
             if isinstance(tensor, CudaTensor) and tensor.block not in self._blocks.values():
-                tensor.check()  # again: a call of its engine in another thread may have come between
+                tensor.check()  # again: another thread may have called its engine in the meantime
 
-    def _landing(self, name: str) -> StagingBuffer:
-        if name not in self._landings:
+    def _staging_buffer(self, name: str) -> StagingBuffer:
+        if name not in self._staging:
             spec = self.inputs[name]
-            self._landings[name] = StagingBuffer(self._cuda, _size_bytes(self._largest(spec), spec))
-        return self._landings[name]
+            self._staging[name] = StagingBuffer(self._cuda, _size_bytes(self._largest(spec), spec))
+        return self._staging[name]
 
     # ---- the contract ----
 
@@ -204,11 +204,11 @@ class TrtEngine:
         for specs, mode in ((self.inputs, trt.TensorIOMode.INPUT), (self.outputs, trt.TensorIOMode.OUTPUT)):
             wrong += [str(spec) for name, spec in specs.items() if name in found and not self._agrees(trt, spec, mode)]
         if wrong:
-            has = ", ".join(
+            tensors = ", ".join(
                 f"{name} {engine.get_tensor_dtype(name)}{tuple(engine.get_tensor_shape(name))}" for name in sorted(found)
             )
             raise BundleError(
-                f"{plan}: the manifest and the engine differ in {', '.join(wrong)}; the engine has {has}",
+                f"{plan}: the manifest and the engine differ in {', '.join(wrong)}; the engine has {tensors}",
                 hint="they come from different exports; build the engine again",
             )
 
@@ -219,7 +219,7 @@ class TrtEngine:
         if engine.get_tensor_mode(name) != mode or engine.get_tensor_dtype(name) != getattr(trt.DataType, dtypes[spec.dtype]):
             return False
         if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE or engine.is_shape_inference_io(name):
-            return False  # values on the host would decide shapes; ours never do
+            return False  # a tensor on the host whose values set shapes, which no graph of a bundle has
         low = [axis if isinstance(axis, int) else self.axes[axis].min for axis in spec.shape]
         high = self._largest(spec)
         if len(shape) != len(low) or any(has != -1 and (a, b) != (has, has) for has, a, b in zip(shape, low, high, strict=True)):

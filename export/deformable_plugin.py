@@ -1,8 +1,8 @@
-"""Deformable attention as one node, for TensorRT's own plugin, with its meaning beside it for everybody else.
+"""Deformable attention as one node for TensorRT's plugin, with an equivalent ONNX function for all other runtimes.
 
-The node is a call of `MultiscaleDeformableAttnPlugin_TRT`, an ONNX function that the file itself holds: ONNX Runtime, the
-parity gate and TensorRT-RTX, which has no plugins, compute that function. The full TensorRT would too; the builder takes the
-function out of what it parses (`plugin_called`), so that the parser looks for the plugin of that name.
+The node calls `MultiscaleDeformableAttnPlugin_TRT`, an ONNX function in the same file. ONNX Runtime, the parity gate and
+TensorRT-RTX, which has no plugins, compute that function. For the full TensorRT the builder removes the function before it
+parses the graph (`plugin_called`), so that the parser looks for the plugin of that name.
 
 The plugin's contract is that of NVIDIA/TensorRT, plugin/multiscaleDeformableAttnPlugin/README.md.
 """
@@ -23,12 +23,12 @@ from torch import Tensor
 DOMAIN = "trt.plugins"
 PLUGIN = "MultiscaleDeformableAttnPlugin_TRT"
 VERSIONS = ("2", "1")
-"""Of the plugin, newest first: 1 is deprecated since TensorRT 10.11, 2 computes the same."""
+"""Versions of the plugin, newest first: 1 is deprecated since TensorRT 10.11, 2 computes the same."""
 _opset = Opset(DOMAIN, 1)
 
 
 def plugin_sampled(values: Tensor, places: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """The node, while a graph is traced; it computes nothing in torch.
+    """Add the node to a graph that is being traced; it computes nothing in torch.
 
     Args:
         values: (B, N, heads, d) float32, the cells of all levels.
@@ -42,15 +42,15 @@ def plugin_sampled(values: Tensor, places: Tensor, weights: Tensor, shapes: Sequ
     starts = [sum(height * width for height, width in shapes[:level]) for level in range(len(shapes))]
     inputs = (values, torch.tensor(shapes, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32), places, weights)
     shape = (values.shape[0], places.shape[1], *values.shape[2:])
-    found: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{PLUGIN}", inputs, dtype=values.dtype, shape=shape, version=1)
-    return found
+    sampled: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{PLUGIN}", inputs, dtype=values.dtype, shape=shape, version=1)
+    return sampled
 
 
 @script(_opset, default_opset=op)
 def MultiscaleDeformableAttnPlugin_TRT(values, shapes, starts, places, weights):  # type: ignore[no-untyped-def]
-    """What the plugin computes: bilinear samples, 0 outside of a level, summed by their weights.
+    """The plugin's computation: bilinear samples, 0 outside a level, summed with their weights.
 
-    Args: as the plugin has them: values (B, N, heads, d) float32, shapes (L, 2) int32 (height, width), starts (L,) int32,
+    Args: those of the plugin: values (B, N, heads, d) float32, shapes (L, 2) int32 (height, width), starts (L,) int32,
         the first cell of each level, places (B, Q, heads, L, P, 2) and weights (B, Q, heads, L, P) float32.
 
     Returns: (B, Q, heads, d) float32.
@@ -67,7 +67,7 @@ def MultiscaleDeformableAttnPlugin_TRT(values, shapes, starts, places, weights):
     outside = op.ReduceMax(op.Abs(corner - inside), op.Constant(value_ints=[-1]), keepdims=0)  # 0 for cells of the level
     share = op.Where(outside > op.Constant(value_float=0.0), op.Constant(value_float=0.0), near)
     share = share * op.Unsqueeze(weights, op.Constant(value_ints=[-1]))  # (B, Q, heads, L, P, 4)
-    # ---- rows of the values, as (B N heads, d), that the corners are ----
+    # ---- index of each corner in the values, as (B N heads, d) ----
     cell = op.Cast(inside, to=7)
     width = op.Cast(op.Unsqueeze(op.Slice(shapes, [1], [2], [1]), op.Constant(value_ints=[1])), to=7)  # (L, 1, 1)
     start = op.Cast(op.Unsqueeze(starts, op.Constant(value_ints=[1, 2])), to=7)  # (L, 1, 1)
@@ -87,7 +87,7 @@ def MultiscaleDeformableAttnPlugin_TRT(values, shapes, starts, places, weights):
 
 
 def define_plugin(model: ir.Model) -> None:
-    """Puts the function beside a traced graph that calls it, in place."""
+    """Add the function to a model that calls it, in place."""
     if any(node.domain == DOMAIN for node in model.graph):
         function = ir.serde.deserialize_function(MultiscaleDeformableAttnPlugin_TRT.to_function_proto())
         model.functions[function.identifier()] = function
@@ -95,9 +95,9 @@ def define_plugin(model: ir.Model) -> None:
 
 
 def plugin_called(path: Path, version: str) -> bytes | None:
-    """A graph file without the function, its calls asking for a version of the plugin; None for a file that calls none.
+    """Serialize a graph file without the function, with calls that request a plugin version; None for a file without calls.
 
-    Weights stay in the file beside, to which the result refers.
+    Weights stay in their separate file, to which the result refers.
     """
     model = onnx.load(path, load_external_data=False)
     calls = [node for node in model.graph.node if node.domain == DOMAIN]
@@ -106,5 +106,5 @@ def plugin_called(path: Path, version: str) -> bytes | None:
     del model.functions[:]
     for node in calls:
         node.attribute.append(onnx.helper.make_attribute("plugin_version", version))
-    found: bytes = model.SerializeToString()
-    return found
+    data: bytes = model.SerializeToString()
+    return data

@@ -1,4 +1,4 @@
-"""One model from official weights to a proven folder of a bundle: trace, store, gate, publish; and the proof again later."""
+"""Export of one model from official weights to a folder of a bundle: trace, store, run the parity gate, publish, verify."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import contextlib
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
 from .. import __version__
+from ..engines.machine import version_of
 from ..engines.ort import OrtEngine
 from ..engines.plan import checked_plan, find_gpus
 from ..errors import BundleError, WeightsError
@@ -25,23 +25,22 @@ from . import verify
 from .family import Family, Graph, Options, Prepared, family
 from .precision.bf16 import write_bf16_emulation
 from .precision.search import examine_graph
-from .to_engine import with_plan
+from .to_engine import Log, with_plan
 from .to_onnx import OPSET, WeightFile, export_onnx, marked
-
-Log = Callable[[str], None]
-"""Takes one line of progress."""
 
 TOOLS = ("torch", "torchvision", "transformers", "open_clip_torch", "segment-anything", "onnx", "onnxscript", "onnxruntime")
 WEIGHTS = "weights.data"
 REPORT = ".precision.txt"
-"""What a graph's precision report is called after the graph's name."""
+"""Ending of the file name of a graph's precision report, after the graph's name."""
 TOKENIZER = "tokenizer.json"
+REFERENCE = f"official modules in torch {torch.__version__} on the CPU, row by row"
+"""What the gate compares with, for its report."""
 
 
 def export_model(
     family: Family, *, variant: str, weights: str, bundle: Path, options: Options, log: Log, gate: bool = True
 ) -> Manifest:
-    """Exports one model into ``bundle/<family>``, replacing what was there; a failure leaves everything as it was.
+    """Export one model into ``bundle/<family>``, replacing the previous export; a failure leaves the bundle unchanged.
 
     Args:
         gate: False leaves out the parity gate, to time graphs that are never used for labels; they get no parity report.
@@ -53,8 +52,8 @@ def export_model(
     """
     prepared = family.prepare(variant, weights, options)
     if (pinned := prepared.weights.get("pinned", "sha256")) != "sha256":
-        log(f"{family.name}: nothing says what {weights} must hold (pinned: {pinned}); its sha256 is in the manifest from now on")
-    with written(bundle), publishing(bundle / family.name, error=BundleError) as folder:
+        log(f"{family.name}: the publisher gives no complete sha256 of {weights} (pinned: {pinned}); the manifest records it")
+    with write_errors(bundle), publishing(bundle / family.name, error=BundleError) as folder:
         store = WeightFile(folder / WEIGHTS)
         graphs = {}
         for make in prepared.graphs:
@@ -81,38 +80,38 @@ def export_model(
 
 
 def verify_model(model: Model, weights: str | None, log: Log) -> dict[str, Parity]:
-    """Runs the parity gate again on a model's stored files.
+    """Run the parity gate again on a model's stored files.
 
     Args:
-        weights: where the weights are now; None looks where the manifest says they were.
+        weights: where the weights are now; None takes the source in the manifest.
 
     Returns:
-        The new verdict on each graph.
+        The new parity report of each graph.
 
     Raises:
         ParityError: a graph no longer passes.
-        WeightsError: the weights are gone, or others than it was exported from.
+        WeightsError: the weights are missing, or not those of the export.
     """
     prepared = prepare_again(model.manifest, weights)
-    verdicts = {}
+    reports = {}
     for make in prepared.graphs:
         graph = make().at(model.manifest.precision)
         spec = model.graph(graph.name)
-        verdicts[graph.name] = _gate(replace(graph, axes=spec.axes), spec, model.folder, where=model.manifest.family, log=log)
+        reports[graph.name] = _gate(replace(graph, axes=spec.axes), spec, model.folder, where=model.manifest.family, log=log)
         del graph
         gc.collect()
-    return verdicts
+    return reports
 
 
 def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, *, device: int = 0) -> Model:
-    """Runs the parity gate on the TensorRT engines of a model, on a GPU, and enters each verdict in the manifest.
+    """Run the parity gate on the TensorRT engines of a model, on a GPU, and record each report in the manifest.
 
     Returns:
-        The model with the verdicts.
+        The model with the reports.
 
     Raises:
-        ParityError: an engine does not compute what its reference computes; it loses the verdict it had.
-        BundleError: an engine that may not run here. WsssError: no GPU, or its library is missing.
+        ParityError: an engine does not compute what its reference computes; its previous report is removed.
+        BundleError: an engine may not run here. WsssError: no GPU, or its library is missing.
     """
     prepared = prepare_again(model.manifest, weights)
     gpu = find_gpus()[device]
@@ -128,21 +127,20 @@ def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, 
             replace(graph, axes=dict(plan.axes)),
             TrtEngine(path, spec, flavour=flavour, device=gpu.index),
             engine_name=f"{flavour} {plan.builder} on {gpu.name}",
-            reference_name=f"official modules in torch {torch.__version__} on the CPU, row by row",
+            reference_name=REFERENCE,
             where=f"{model.manifest.family} {graph.name} ({flavour})",
         )
         model = with_plan(model, graph.name, replace(plan, parity=parity))
-        errors = ", ".join(f"{name} {parity.worst(name).error:.1e}" for name in graph.tolerance)
-        log(f"{model.manifest.family}: {graph.name} {flavour} engine agrees ({errors}), {time.monotonic() - begun:.0f} s")
+        log(f"{model.manifest.family}: {graph.name} {flavour} engine agrees {_errors_and_time(parity, graph, begun)}")
         del graph
         gc.collect()
     return model
 
 
 def standing_model(bundle: Path, name: str, *, variant: str | None, weights: str | None, options: Options) -> Model | None:
-    """The model that an export with these flags would make again, when the bundle holds it whole; None otherwise.
+    """The bundle's model if an export with these flags would produce the same and its files are intact; None otherwise.
 
-    What is None or empty was not typed, and agrees with whatever stands there.
+    Flags that are None or empty were not given and match any value.
     """
     try:
         model = Bundle(bundle).model(name)
@@ -163,7 +161,7 @@ def standing_model(bundle: Path, name: str, *, variant: str | None, weights: str
 
 
 def prepare_again(manifest: Manifest, weights: str | None = None) -> Prepared:
-    """The official model an export was made from. Raises WeightsError when its weights are gone or changed."""
+    """Load the official model that an export was made from. Raises WeightsError when its weights are missing or changed."""
     prepare = family(manifest.family).prepare
     source = weights or manifest.weights["source"]
     prepared = prepare(manifest.variant, source, Options())
@@ -179,12 +177,8 @@ def prepare_again(manifest: Manifest, weights: str | None = None) -> Prepared:
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of whatever of `TOOLS` is installed, and of wsss."""
-    found = {"wsss": __version__}
-    for name in TOOLS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    """Versions of wsss and of the packages of `TOOLS` that are installed."""
+    return {"wsss": __version__} | {name: version for name in TOOLS if (version := version_of(name))}
 
 
 def _export_graph(
@@ -194,24 +188,25 @@ def _export_graph(
     begun = time.monotonic()
     graph = graph.at(precision)
     choose = partial(_measured, path.with_name(f"{graph.name}{REPORT}"), log) if options.measured and graph.half else marked
-    islands = export_onnx(graph, path, store, precision=precision, choose=choose)
+    reasons = export_onnx(graph, path, store, precision=precision, choose=choose)
     log(f"{where}: {graph.name} traced in {time.monotonic() - begun:.0f} s")
     gc.collect()  # the traced program holds a copy of the weights
-    spec = replace(graph.spec(path.name, OPSET), precision=precision, islands=islands)
+    spec = replace(graph.spec(path.name, OPSET), precision=precision, fp32_nodes=reasons)
     return replace(spec, parity=_gate(graph, spec, folder, where=where, log=log)) if gate else spec
 
 
 def _measured(report: Path, log: Log, model: ir.Model, graph: Graph) -> Mapping[str, str]:
-    """What the precision doctor keeps in FP32; its report goes beside the graph."""
-    found = examine_graph(graph, model, log=log)
-    report.write_text(f"{graph.name}: {found.report()}\n", encoding="utf-8")
-    log(f"{graph.name}: {found.report().splitlines()[0]}")
-    return found.reasons
+    """The nodes that the precision search keeps in FP32; its report is written beside the graph."""
+    diagnosis = examine_graph(graph, model, log=log)
+    text = f"{graph.name}: {diagnosis.report()}\n"
+    report.write_text(text, encoding="utf-8")
+    log(text.splitlines()[0])
+    return diagnosis.reasons
 
 
 @contextlib.contextmanager
-def written(bundle: Path) -> Iterator[None]:
-    """FairLock a disk that cannot be written into a BundleError."""
+def write_errors(bundle: Path) -> Iterator[None]:
+    """Turn an OSError into a BundleError that names the bundle."""
     try:
         yield
     except OSError as error:
@@ -223,16 +218,20 @@ def written(bundle: Path) -> Iterator[None]:
 def _gate(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log) -> Parity:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="wsss-gate-") as scratch:
-        # ONNX Runtime's CPU computes nothing in bfloat16.
+        # ONNX Runtime's CPU has no bfloat16 kernels.
         path = write_bf16_emulation(folder / spec.file, Path(scratch)) if spec.precision == "bf16" else folder / spec.file
         how = ", bfloat16 rounded in float32" if spec.precision == "bf16" else ""
         parity = verify.gate(
             graph,
             OrtEngine(path, spec),
-            engine_name=f"onnxruntime {metadata.version('onnxruntime')} on the CPU{how}",
-            reference_name=f"official modules in torch {torch.__version__} on the CPU, row by row",
+            engine_name=f"onnxruntime {version_of('onnxruntime')} on the CPU{how}",
+            reference_name=REFERENCE,
             where=f"{where} {graph.name}",
         )
-    errors = ", ".join(f"{name} {parity.worst(name).error:.1e}" for name in graph.tolerance)
-    log(f"{where}: {graph.name} agrees with its reference ({errors}), {time.monotonic() - begun:.0f} s")
+    log(f"{where}: {graph.name} agrees with its reference {_errors_and_time(parity, graph, begun)}")
     return parity
+
+
+def _errors_and_time(parity: Parity, graph: Graph, begun: float) -> str:
+    errors = ", ".join(f"{name} {parity.worst(name).error:.1e}" for name in graph.tolerance)
+    return f"({errors}), {time.monotonic() - begun:.0f} s"

@@ -1,7 +1,7 @@
-"""The glue graph behind SAM's decoder: masks of one image to its label map.
+"""The fusing graph after SAM's decoder: masks of one image to its label map.
 
-SAM's upsampling (side -> canvas, crop the padding, valid -> photograph) is linear along each axis, so the host gives it
-as two matrices (`wsss.frame`) and the graph multiplies: ``rows @ logits @ columns.T``. The masks then compete for pixels.
+SAM's upsampling (side -> canvas, crop the padding, valid -> photograph) is linear along each axis. The host passes it as two
+matrices (`wsss.frame`), and the graph multiplies: ``rows @ logits @ columns.T``. The masks then compete for pixels.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .precision.lowering import Fp32
 
 VOID = 255
 LOGIT_ROUNDING = 2.0**-17
-"""How far two ways of upsampling may lie apart, as a share of a mask's largest logit: both round coordinates up to 1,024 and
-sums in float32. Measured: up to 2**-21.8, and 2**-19.6 on processors without fused multiply-add."""
+"""Largest difference of two implementations of upsampling, as a share of a mask's largest logit: both round coordinates up to
+1,024 and sums in float32. Measured: up to 2**-21.8, and 2**-19.6 on processors without fused multiply-add."""
 VALUE_ROUNDING = 4e-6
-"""The same of ``score * sigmoid(z)``, as a share of it: a few roundings to 24 bits, and a GPU's exponential."""
+"""The same for ``score * sigmoid(z)``, as a share of it: a few roundings to 24 bits, and a GPU's exponential."""
 PIXELS = AxisRange(1, 500, 16_384)
-"""Photograph's height (or rows of a chunk of it) and width."""
+"""Height (or rows of a chunk) and width of a photograph."""
 
 
 class Fuse(nn.Module):
     """Masks of one image to a label map; the rule is `vote`.
 
-    A photograph may be fused in chunks of rows: ``label_map`` is the same, ties aside, ``area`` and ``won`` add up.
+    A photograph may be fused in chunks of rows: the ``label_map`` is the same except for ties, ``area`` and ``won`` add up.
     """
 
     def __init__(self) -> None:
@@ -53,10 +53,10 @@ def _upsample_and_vote(
 
 
 def vote(z: Tensor, score: Tensor, label: Tensor, margin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Who owns which pixel.
+    """Assign each pixel to a mask.
 
-    Mask i claims a pixel where its logit ``z`` is positive, with value ``score * sigmoid(z)``. The largest value wins,
-    the first of equal ones; the runner-up is the best mask of another label.
+    Mask i claims a pixel where its logit ``z`` is positive, with value ``score * sigmoid(z)``. The largest value wins, or the
+    first of equal values; the runner-up is the best mask of another label.
 
     Args:
         z: (N, H, W) float32 mask logits at the photograph's size; 0 is the edge.
@@ -65,8 +65,8 @@ def vote(z: Tensor, score: Tensor, label: Tensor, margin: Tensor) -> tuple[Tenso
         margin: (1,) float32, the share of its value by which a winner must lead.
 
     Returns:
-        label_map (H, W) uint8: 0 where nobody claims, 255 where the runner-up is too close, else the winner's label;
-        area (N,) int64: pixels inside each outline; won (N,) int64: pixels each mask gave its label to.
+        label_map (H, W) uint8: 0 where no mask claims, 255 where the runner-up is too close, else the winner's label;
+        area (N,) int64: pixels inside each outline; won (N,) int64: pixels that got each mask's label.
     """
     claimed = z > 0
     value = torch.where(claimed, score[:, None, None] * torch.sigmoid(z), 0.0)
@@ -76,12 +76,12 @@ def vote(z: Tensor, score: Tensor, label: Tensor, margin: Tensor) -> tuple[Tenso
     contested = (runner_up > 0) & (best - runner_up < margin * best)
     owned = (best > 0) & ~contested
     label_map = torch.where(owned, label[winner], torch.where(contested, VOID, 0)).to(torch.uint8)
-    mine = (winner == torch.arange(z.shape[0], device=z.device)[:, None, None]) & owned
-    return label_map, claimed.sum(dim=(1, 2)), mine.sum(dim=(1, 2))
+    won = (winner == torch.arange(z.shape[0], device=z.device)[:, None, None]) & owned
+    return label_map, claimed.sum(dim=(1, 2)), won.sum(dim=(1, 2))
 
 
 def fuse_graph(preprocess: Preprocess, *, logits_side: int, masks: AxisRange) -> Graph:
-    """Graph ``fuse``: see `Fuse`. Reference: ``Sam.postprocess_masks`` and the rule pixel by pixel over sorted claims."""
+    """Graph ``fuse``, see `Fuse`. Reference: ``Sam.postprocess_masks``, then the rule for each pixel over sorted claims."""
 
     @torch.inference_mode()
     def reference(feeds: Feeds, _: Feeds) -> Feeds:
@@ -95,8 +95,8 @@ def fuse_graph(preprocess: Preprocess, *, logits_side: int, masks: AxisRange) ->
     def sample(picked: int, seed: int) -> Feeds:
         return sample_masks(preprocess, logits_side, masks.max, picked, seed)
 
-    label_map = Tolerance(relative=0, measure=share_impossible, why="but for pixels within rounding of the edge or the margin")
-    counts = Tolerance(relative=0, measure=miscount, why="such pixels fall to either side")
+    label_map = Tolerance(relative=0, measure=share_impossible, why="except pixels within rounding of the edge or the margin")
+    counts = Tolerance(relative=0, measure=miscount, why="such pixels may count or not")
     return Graph(
         name="fuse",
         module=Fuse(),
@@ -120,13 +120,13 @@ def fuse_graph(preprocess: Preprocess, *, logits_side: int, masks: AxisRange) ->
         sample=sample,
         reference=reference,
         tolerance={"label_map": label_map, "area": counts, "won": counts},
-        # The masks come as float16 from the decoder; what they decide is computed in float32, like the reference.
+        # The decoder's masks are float16; the label map is computed from them in float32, like the reference.
         half=InHalf(io=frozenset({"logits"}), tolerance={"label_map": label_map, "area": counts, "won": counts}),
     )
 
 
 def upsampled(logits: Tensor, preprocess: Preprocess, size: tuple[int, int]) -> Tensor:
-    """Mask logits (N, L, L) at a photograph's (height, width), resized twice as ``Sam.postprocess_masks`` does."""
+    """Resize mask logits (N, L, L) to a photograph's (height, width), in the two steps of ``Sam.postprocess_masks``."""
     frame = frame_for(preprocess, *size)
     z = F.interpolate(logits[None], frame.canvas, mode="bilinear", align_corners=False)
     z = z[..., : frame.valid[0], : frame.valid[1]]
@@ -134,7 +134,7 @@ def upsampled(logits: Tensor, preprocess: Preprocess, size: tuple[int, int]) -> 
 
 
 def fused_by_sorting(z: np.ndarray, score: np.ndarray, label: np.ndarray, margin: float) -> Feeds:
-    """The rule of `vote` written another way: claims sorted per pixel, then walked down to the first of another label."""
+    """A second implementation of `vote`: sorts the claims per pixel and finds the first of another label."""
     value = np.where(z > 0, score[:, None, None] / (1 + np.exp(-z)), 0).astype(np.float32)
     order = np.argsort(-value, axis=0, kind="stable")  # (N, H, W), the best claim first
     ranked, labels = np.take_along_axis(value, order, 0), label[order]
@@ -153,7 +153,7 @@ def fused_by_sorting(z: np.ndarray, score: np.ndarray, label: np.ndarray, margin
 def near_ties(
     z: np.ndarray, rounding: np.ndarray, score: np.ndarray, label: np.ndarray, margin: float, fused: np.ndarray
 ) -> Feeds:
-    """What is as right as ``fused`` when each mask's logits may be off by its ``rounding``: for the gate's measures.
+    """The results that are as correct as ``fused`` if each mask's logits may differ by its ``rounding``; for the gate's measures.
 
     Args:
         z, score, label: of N masks, as for `vote`.
@@ -161,7 +161,7 @@ def near_ties(
         fused: (H, W) uint8, the label map without rounding.
 
     Returns:
-        ``label_map.options`` (M, H, W) uint8: ``fused``, and with other labels where these are possible;
+        ``label_map.options`` (M, H, W) uint8: ``fused``, and copies of it with other labels where these are possible;
         ``area.range`` and ``won.range`` (2, N) int64: the lowest and highest counts.
     """
 
@@ -175,7 +175,7 @@ def near_ties(
     rival_least, rival_most = _largest_of_others(least_of), _largest_of_others(most_of)  # (names, H, W)
     may_own = (most_of > 0) & (rival_least <= (1 - margin) * most_of)
     must_own = (least_of > 0) & (rival_most < (1 - margin) * least_of)
-    # A label's lowest value where it is claimed at all: at the edge a mask is worth nothing or half its score.
+    # A label's lowest value where a mask may claim it: at the edge a mask's value is 0 or half its score.
     lowest = np.where(most > 0, np.where(least > 0, least, score[:, None, None] / 2), np.inf)
     lowest_of = np.stack([lowest[of_name == n].min(axis=0) for n in range(len(names))])
     lowest_of = np.where(least_of > 0, least_of, lowest_of)
@@ -197,7 +197,7 @@ def near_ties(
 
 
 def _largest_of_others(values: np.ndarray) -> np.ndarray:
-    """For each of (N, ...) values, none negative, the largest of the N - 1 others; 0 where there is none."""
+    """For each of (N, ...) non-negative values, the largest of the N - 1 others; 0 for N = 1."""
     second, first = np.sort(np.concatenate([np.zeros_like(values[:1]), values]), axis=0)[-2:]
     return np.where(values == first, second, first)
 
@@ -209,7 +209,7 @@ def sample_masks(preprocess: Preprocess, logits_side: int, most: int, picked: in
     fields = F.interpolate(coarse, (logits_side, logits_side), mode="bicubic", align_corners=False)[:, 0]
     noise = torch.from_numpy(rng.normal(0, 0.5, fields.shape)).float()
     side = preprocess.longest_px // (2 if picked <= 16 else 8)  # many masks of a large photograph need gigabytes
-    # Half as high as wide: no higher than the one tile that a TensorRT engine takes (`wsss.export.to_engine.TILE`).
+    # Half as high as wide, so that it fits the one tile of a TensorRT engine (`to_engine.TILE`).
     height, width = (int(length) | 1 for length in rng.integers((side // 4, side // 2), (side // 2, side)))
     frame = frame_for(preprocess, height, width)
     return {

@@ -24,18 +24,18 @@ GROUNDING_DINO_WORDS = (
     " small sofa spotted square squiggle star striped table teal the thin thing three train tree triangle two violet"
     " white with yellow arrow"
 )
-"""Whole words of the mini tokenizer, apart by spaces; any other word falls into letters. Order and spelling fix the ids."""
+"""Words of the mini tokenizer that are one token; all others are split into letters. Order and spelling fix the ids."""
 
 GROUNDING_DINO_VOCABULARY = 1100
 """More than 1,029, because transformers hard-codes the ids of [CLS], [SEP], the dot and the question mark."""
 
 
 def grounding_dino_mini_tokenizer() -> tokenizers.Tokenizer:
-    """A BERT tokenizer of 1,100 ids: lower-casing WordPiece, ``[CLS] ... [SEP]`` around a caption.
+    """A lower-casing WordPiece tokenizer of 1,100 ids, as BERT's: ``[CLS] ... [SEP]`` around a caption.
 
     Special ids are those of ``bert-base-uncased`` ([PAD] 0, [UNK] 100, [CLS] 101, [SEP] 102, [MASK] 103, ``.`` 1012,
-    ``?`` 1029), because transformers' Grounding-DINO splits captions by these numbers. Single letters and digits, alone
-    and as ``##x``, keep every lower-case word apart from [UNK].
+    ``?`` 1029), because transformers' Grounding-DINO splits captions by these numbers. With single letters and digits, alone
+    and as ``##x``, no lower-case word becomes [UNK].
     """
     fixed = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
     characters = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -44,7 +44,12 @@ def grounding_dino_mini_tokenizer() -> tokenizers.Tokenizer:
     taken = set(vocabulary.values())
     vocabulary |= {f"[unused{place}]": place for place in range(GROUNDING_DINO_VOCABULARY) if place not in taken}
 
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    return bert_wordpiece(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+
+
+def bert_wordpiece(model: tokenizers.models.WordPiece) -> tokenizers.Tokenizer:
+    """A lower-casing BERT tokenizer with a vocabulary: ``[CLS] ... [SEP]`` around a caption."""
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -57,10 +62,10 @@ def grounding_dino_mini_tokenizer() -> tokenizers.Tokenizer:
 def build_grounding_dino_mini() -> transformers.GroundingDinoForObjectDetection:
     """Grounding-DINO of 1.9 M parameters, randomly initialized, in the official class.
 
-    As the full-size model: Swin features of strides 8 and 16 and a further level by a strided convolution, BERT, fusion
-    encoder, two-stage queries. Smaller: three Swin stages of 32, 64 and 128 channels with windows of 6 (the frame's
-    smallest feature map is 9 cells wide; a Swin layer whose map is not wider than its window would change for good),
-    width 96, 2 + 2 layers, 30 queries, BERT of two layers. No dropout: the scenes never repeat often enough to need it.
+    Same as the full-size model: Swin features of strides 8 and 16 and another level by a strided convolution, BERT, fusion
+    encoder, two-stage queries. Smaller: three Swin stages of 32, 64 and 128 channels with windows of 6 (the smallest feature
+    map is 9 cells wide; a Swin layer permanently changes its window when its map is not wider), width 96, 2 + 2 layers,
+    30 queries, BERT of two layers. No dropout: the scenes do not repeat often enough to need it.
     """
     import transformers
 
@@ -110,7 +115,7 @@ def build_grounding_dino_mini() -> transformers.GroundingDinoForObjectDetection:
 def build_sam_mini(side_px: int = 256, patch_px: int = 8) -> Sam:
     """SAM with 0.8 M parameters and random weights; the embedding is (64, side / patch, side / patch).
 
-    Everything else is as in the official ``build_sam.py``: pixel mean and std (RGB, 0-255), windowed attention
+    The rest is as in the official ``build_sam.py``: pixel mean and std (RGB, 0-255), windowed attention
     with one global block, relative positions, one single-mask and three multi-mask tokens. Low-resolution
     mask logits have four cells per patch, as in the full-size models. Only the single mask is trained.
     """
@@ -165,12 +170,12 @@ CLIP_MINI_CONTEXT = 16
 
 
 def build_clip_mini() -> open_clip.CLIP:
-    """A CLIP of 1.5 M parameters in open_clip's own class, with random weights, on the CPU, in training mode.
+    """A CLIP of 1.5 M parameters of open_clip's class, with random weights, on the CPU, in training mode.
 
     Images are (B, 3, 96, 96) float32, RGB, normalized with OpenAI's mean and standard deviation; prompts are
     (N, 16) int64 from ``clip_mini_tokenizer``; both embeddings have 64 values.
 
-    The image tower is the RN50 of CLIP (arXiv:2103.00020, section 2.4) in small: 4 stages of 1 or 2 blocks and
+    The image tower is a small version of CLIP's RN50 (arXiv:2103.00020, section 2.4): 4 stages of 1 or 2 blocks and
     an attention pool. On drawn scenes it learns far faster than a vision transformer of the same size.
     """
     import open_clip
@@ -190,9 +195,9 @@ def build_clip_mini() -> open_clip.CLIP:
 def clip_mini_tokenizer() -> tokenizers.Tokenizer:
     """CLIP's byte-level BPE (openai/CLIP, simple_tokenizer.py) with merges for ``CLIP_MINI_WORDS`` only.
 
-    Text is cleaned of doubled spaces and lower-cased. ``encode_batch(prompts)`` gives 16 ids each: start, pieces,
+    Repeated spaces are removed and text is lower-cased. ``encode_batch(prompts)`` gives 16 ids each: start, pieces,
     end, zeros; longer prompts are cut and keep their end. The start and end marks are the two highest ids, because
-    open_clip reads the text feature at the position of the largest id. Words outside the list fall into bytes.
+    open_clip reads the text feature at the position of the largest id. Words outside the list are split into bytes.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 

@@ -1,4 +1,4 @@
-"""The eager engine's graphs: the modules that were traced, rebuilt from the weights a model was exported from."""
+"""Graphs of the eager engine: the traced modules, rebuilt from the weights that a model was exported from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def open_eager(model: Model, graph: str, *, device: str = "cpu") -> Engine:
 
     Raises:
         BundleError: the model has no such graph.
-        WeightsError: the weights it was exported from are gone or changed.
+        WeightsError: the weights it was exported from are missing or changed.
     """
     spec = model.graph(graph)
     return EagerEngine(_graphs(model.folder, model.manifest.identity())[graph].module, spec, device=device)
@@ -25,5 +25,5 @@ def open_eager(model: Model, graph: str, *, device: str = "cpu") -> Engine:
 
 @lru_cache(maxsize=3)  # the models of one bundle
 def _graphs(folder: Path, identity: str) -> dict[str, Graph]:
-    made = (make() for make in prepare_again(read_manifest(folder)).graphs)
-    return {graph.name: graph for graph in made}
+    graphs = (make() for make in prepare_again(read_manifest(folder)).graphs)
+    return {graph.name: graph for graph in graphs}

@@ -1,4 +1,4 @@
-"""Export-friendly replacements of parts of the official models. Each names the op that forced it; numbers stay the same."""
+"""Replacements for parts of the official models that cannot be exported as they are, with the same results."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
+from .precision.lowering import Fp32
+
 
 class Normalize(nn.Module):
-    """Pixels (B, H, W, 3) uint8 RGB to (B, H, W, 3) float32, zero mean and unit deviation; half loses a step of 255 here."""
+    """Pixels (B, H, W, 3) uint8 RGB to (B, H, W, 3) float32, zero mean and unit deviation."""
 
     mean: Tensor
     std: Tensor
@@ -22,14 +24,26 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return (pixels.to(torch.float32) - self.mean) / self.std  # TensorRT takes uint8 into a Cast only
+        return (pixels.to(torch.float32) - self.mean) / self.std  # TensorRT accepts uint8 only as the input of a Cast
+
+
+def normalize_in_fp32(mean: Sequence[float], std: Sequence[float]) -> Fp32:
+    """`Normalize` that stays FP32 in half precision."""
+    return Fp32(Normalize(mean, std), why="half precision cannot resolve the steps between pixel values")
+
+
+def normalized(pixels: Tensor, size: Tensor, normalize: nn.Module) -> Tensor:
+    """(B, 3, H, W) float32: `Normalize` of photographs (B, H, W, 3) uint8, and 0 outside their valid (height, width) (B, 2)."""
+    rows = torch.arange(pixels.shape[1], device=pixels.device)[None, :, None] < size[:, 0, None, None]
+    columns = torch.arange(pixels.shape[2], device=pixels.device)[None, None, :] < size[:, 1, None, None]
+    return torch.where((rows & columns)[..., None], normalize(pixels), 0.0).permute(0, 3, 1, 2)
 
 
 class ChannelNorm(nn.Module):
     """segment_anything's ``LayerNorm2d`` (over the channels of (B, C, H, W)) as a LayerNormalization.
 
-    Forced by half precision: the official five operations square in the tensor's own type, which overflows float16 beyond
-    256. The ONNX operator keeps its statistics in float32 (stash_type 1) whatever comes in, and is one kernel.
+    Required by half precision: the five official operations square in the tensor's type, which overflows float16 beyond 256.
+    The ONNX operator computes its statistics in float32 (stash_type 1) for any input type, and is one kernel.
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -48,14 +62,13 @@ def with_channel_norms(layers: nn.Sequential) -> nn.Sequential:
 class SamBlock(nn.Module):
     """A block of SAM's image encoder (``ImageEncoderViT.blocks[i]``) with a free batch.
 
-    Forced by: ``window_unpartition``, whose integer division of the batch torch.export cannot prove exact, and the two
+    Required by ``window_unpartition``, whose integer division of the batch torch.export cannot prove exact, and by the two
     broadcast additions of ``add_decomposed_rel_pos`` on the (N, N) attention map, which neither ONNX Runtime nor
-    TensorRT fuses (measured on 2 cores, one global layer of ViT-B: 6.8 s; as here 2.3 s).
+    TensorRT fuses (measured on 2 cores, one global layer of ViT-B: 6.8 s; this form: 2.3 s).
 
-    The relative position terms of MViTv2 (arXiv:2112.01526, section 4.1) are a dot product of their own: with one-hot
-    key coordinates, ``q.k + rel_h + rel_w = [q, rel_h, rel_w] . [k, onehot(y), onehot(x)]``. What remains is plain
-    attention over longer vectors. Queries are taken `QUERIES` at a time, or the 4096 x 4096 maps of a batch of 8 would
-    need 6.4 GB.
+    The relative position terms of MViTv2 (arXiv:2112.01526, section 4.1) are a dot product with one-hot key coordinates:
+    ``q.k + rel_h + rel_w = [q, rel_h, rel_w] . [k, onehot(y), onehot(x)]``. The rest is standard attention over longer
+    vectors. Queries are processed `QUERIES` at a time, because the 4096 x 4096 maps of a batch of 8 would need 6.4 GB.
 
     Args:
         block: the official block; its parameters are shared, not copied.
@@ -81,7 +94,7 @@ class SamBlock(nn.Module):
         self.register_buffer("places", places[None, None])  # (1, 1, side^2, 2 side)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, grid, grid, C) to the same."""
+        """Tokens (B, grid, grid, C) to tokens of the same shape."""
         x = x + self._merge(self._attend(self._split(self.norm1(x))))
         return x + self.mlp(self.norm2(x))
 

@@ -1,7 +1,7 @@
-"""SAM (arXiv:2304.02643) out of the segment_anything package: image encoder, box decoder and the fusing graph.
+"""SAM (arXiv:2304.02643) from the segment_anything package: image encoder, box decoder and the fusing graph.
 
-Pixels go in as the host resized them; normalization, the zeroing of the padding and the gather of each box's image
-embedding are part of the graphs. Boxes of different images share a decoder call, which the official decoder cannot.
+The host only resizes the pixels: normalizing, zeroing the padding and gathering each box's image embedding are part of the
+graphs. Boxes of different images share a decoder call, which the official decoder does not support.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from . import fuse
 from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
 from .mini import build_sam_mini
 from .precision.lowering import Fp32
-from .rewrites import Normalize, SamBlock, with_channel_norms
-from .verify import photograph
+from .rewrites import SamBlock, normalize_in_fp32, normalized, with_channel_norms
+from .verify import padded_photographs
 from .weights import Download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record
 
 MEAN = (123.675, 116.28, 103.53)
@@ -47,12 +47,12 @@ BATCHES = {
 BOXES = AxisRange(1, 16, 64)
 """Boxes per decoder call."""
 IMAGES = 16
-"""Embeddings a decoder call can choose from, at most (more if the encoder's batch is larger)."""
+"""Most embeddings per decoder call (more if the encoder's batch is larger)."""
 MASKS = AxisRange(1, 16, MAX_BOXES)
-"""Masks fused in one image; more than a decoder call gives, because a photograph may need several."""
+"""Masks fused in one image; more than a decoder call returns, because a photograph may need several calls."""
 
 _URL = "https://dl.fbaipublicfiles.com/segment_anything/"
-# The hex digits in the file names are MD5; these sha256 are recorded by micro-sam (models/pretrained) among others.
+# The hex digits in the file names are MD5; these sha256 are published by micro-sam (models/pretrained), among others.
 DOWNLOADS = {
     "vit_b": Download(_URL + "sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
     "vit_l": Download(_URL + "sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
@@ -70,19 +70,19 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
         options: ``batch`` is the range of images per encoder call.
 
     Raises:
-        UsageError: an unknown variant, or sizes, which SAM does not take.
+        UsageError: an unknown variant, or sizes, which SAM does not support.
         WeightsError: a checkpoint that is missing, damaged or of another variant.
     """
     if variant not in BUILDERS:
         raise UsageError(f"--variant: expected one of {', '.join(BUILDERS)}, got {variant!r}")
     if options.sizes:
-        raise UsageError("--size: SAM sees every photograph at its own fixed side, it takes no sizes")
+        raise UsageError("--size: SAM has one fixed input size and takes no others", hint="leave --size out")
     sam, record = load(variant, weights)
     return prepared_from(sam, variant=variant, weights=record, batch=options.batch or BATCHES[variant])
 
 
 def prepared_from(sam: Sam, *, variant: str, weights: Mapping[str, str], batch: AxisRange, boxes: AxisRange = BOXES) -> Prepared:
-    """The graphs, preprocessing and settings of a loaded SAM of any size; ``weights`` is the manifest's record."""
+    """The graphs, preprocessing and settings of a loaded SAM of any size; ``weights`` is `weights_record`."""
     side, logits_side = sam.image_encoder.img_size, 4 * sam.prompt_encoder.image_embedding_size[0]
     preprocess = Preprocess(
         resize="longest",
@@ -107,7 +107,7 @@ def prepared_from(sam: Sam, *, variant: str, weights: Mapping[str, str], batch: 
 
 
 def load(variant: str, weights: str) -> tuple[Sam, dict[str, str]]:
-    """The official module in eval mode, and the manifest's record of its weights. Raises WeightsError."""
+    """Load the official module in eval mode, with the `weights_record` for the manifest. Raises WeightsError."""
     build = BUILDERS[variant]
     seed = random_seed(weights)
     if seed is not None:
@@ -118,19 +118,19 @@ def load(variant: str, weights: str) -> tuple[Sam, dict[str, str]]:
         return sam, weights_record(weights, None, sam)
     path = find_weights(weights, DOWNLOADS, model="sam")
     state = read_checkpoint(path)
-    found = variant_of(state)
-    if found not in (None, variant):
-        raise WeightsError(f"{path}: expected SAM {variant}, the file holds SAM {found}", hint=f"--variant {found}")
+    actual = variant_of(state)
+    if actual not in (None, variant):
+        raise WeightsError(f"{path}: expected SAM {variant}, the file holds SAM {actual}", hint=f"--variant {actual}")
     with torch.device("meta"):
         sam = build().eval().requires_grad_(False)
     load_exactly(sam, state, path=path, what=f"SAM {variant}", assign=True)
-    # Not in any checkpoint, and empty after building on the meta device.
+    # No checkpoint contains these, and they are empty after building on the meta device.
     sam.pixel_mean, sam.pixel_std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return sam, weights_record(weights, path, sam)
 
 
 def variant_of(state: Mapping[str, Tensor]) -> str | None:
-    """The variant whose width and depth a state dict has; None when it has none of them."""
+    """The variant with the width and depth of a state dict; None for no known variant."""
     table = state.get("image_encoder.pos_embed")
     if table is None or table.ndim != 4:
         return None
@@ -147,14 +147,10 @@ class Encoder(nn.Module):
         vit = sam.image_encoder
         self.patch_embed, self.pos_embed, self.neck = vit.patch_embed, vit.pos_embed, with_channel_norms(vit.neck)
         self.blocks = nn.ModuleList(SamBlock(block, vit.pos_embed.shape[1]) for block in vit.blocks)
-        mean, std = sam.pixel_mean.flatten().tolist(), sam.pixel_std.flatten().tolist()
-        self.normalize = Fp32(Normalize(mean, std), why="half would lose part of a pixel's step")
-        self.register_buffer("step", torch.arange(vit.img_size))
+        self.normalize = normalize_in_fp32(sam.pixel_mean.flatten().tolist(), sam.pixel_std.flatten().tolist())
 
     def forward(self, pixels: Tensor, size: Tensor) -> Tensor:
-        inside = (self.step < size[:, :1])[:, :, None] & (self.step < size[:, 1:])[:, None, :]  # (B, S, S)
-        x = torch.where(inside[..., None], self.normalize(pixels), 0.0).permute(0, 3, 1, 2)
-        x = self.patch_embed(x) + self.pos_embed  # (B, G, G, C)
+        x = self.patch_embed(normalized(pixels, size, self.normalize)) + self.pos_embed  # (B, G, G, C)
         for block in self.blocks:
             x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
@@ -179,17 +175,17 @@ class CornerWaves(nn.Module):
 class Decoder(nn.Module):
     """Embeddings (I, D, G, G), boxes (N, 4) and each box's image (N,) to logits (N, L, L) and predicted IoU (N,).
 
-    ``PromptEncoder`` and ``MaskDecoder.predict_masks`` for boxes of several images, without the three outputs that a
-    box does not need. Box corners are embedded without the in-place writes of ``_embed_boxes`` (ScatterND).
+    ``PromptEncoder`` and ``MaskDecoder.predict_masks`` for boxes of several images, without the three masks that boxes do not
+    need. Box corners are embedded without the in-place writes of ``_embed_boxes`` (ScatterND).
     """
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
         prompt, decoder = sam.prompt_encoder, sam.mask_decoder
         self.transformer, self.upscale = decoder.transformer, with_channel_norms(decoder.output_upscaling)
-        self.weigh, self.judge = decoder.output_hypernetworks_mlps[0], decoder.iou_prediction_head
+        self.mask_head, self.quality_head = decoder.output_hypernetworks_mlps[0], decoder.iou_prediction_head
         waves = CornerWaves(prompt.pe_layer.positional_encoding_gaussian_matrix, sam.image_encoder.img_size)
-        self.waves = Fp32(waves, why="phases of many turns: half has no digits left behind the point")
+        self.waves = Fp32(waves, why="large phases: half precision has no digits left for the fraction of a turn")
         self.register_buffer("corners", torch.cat([prompt.point_embeddings[2].weight, prompt.point_embeddings[3].weight]))
         self.register_buffer("tokens", torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]))
         self.register_buffer("no_mask", prompt.no_mask_embed.weight.reshape(1, -1, 1, 1))
@@ -202,13 +198,13 @@ class Decoder(nn.Module):
         hidden, keys = self.transformer(source, self.places, tokens)  # (N, tokens, D), (N, G^2, D)
         grid = source.shape[2]
         upscaled = self.upscale(keys.transpose(1, 2).reshape(-1, source.shape[1], grid, grid))  # (N, D / 8, L, L)
-        weights = self.weigh(hidden[:, 1])[:, None]  # (N, 1, D / 8)
+        weights = self.mask_head(hidden[:, 1])[:, None]  # (N, 1, D / 8)
         logits = (weights @ upscaled.flatten(2)).reshape(-1, 4 * grid, 4 * grid)
-        return logits, self.judge(hidden[:, 0])[:, 0]
+        return logits, self.quality_head(hidden[:, 0])[:, 0]
 
 
 def encoder_graph(sam: Sam, batch: AxisRange) -> Graph:
-    """Graph ``encoder``: see `Encoder`. Reference: ``Sam.preprocess`` and ``image_encoder`` of one image."""
+    """Graph ``encoder``, see `Encoder`. Reference: ``Sam.preprocess`` and ``image_encoder`` of one image."""
     side, channels, grid = sam.image_encoder.img_size, sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size[0]
 
     @torch.inference_mode()
@@ -237,7 +233,7 @@ def encoder_graph(sam: Sam, batch: AxisRange) -> Graph:
 
 
 def decoder_graph(sam: Sam, images: AxisRange, boxes: AxisRange) -> Graph:
-    """Graph ``decoder``: see `Decoder`. Reference: the official prompt encoder and mask decoder, one box at a time."""
+    """Graph ``decoder``, see `Decoder`. Reference: the official prompt encoder and mask decoder, one box at a time."""
     side, channels, grid = sam.image_encoder.img_size, sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size[0]
 
     @torch.inference_mode()
@@ -269,7 +265,7 @@ def decoder_graph(sam: Sam, images: AxisRange, boxes: AxisRange) -> Graph:
         take=take_boxes,
         tolerance={
             "logits": Tolerance(relative=1e-4, why=why),
-            "quality": Tolerance(relative=math.inf, absolute=1e-5, why=f"{why}; one number, which may lie at 0"),
+            "quality": Tolerance(relative=math.inf, absolute=1e-5, why=f"{why}; one number, which may be 0"),
         },
         half=InHalf(
             io=frozenset({"embedding", "logits"}),
@@ -284,20 +280,12 @@ def decoder_graph(sam: Sam, images: AxisRange, boxes: AxisRange) -> Graph:
 
 
 def sample_photographs(side: int, rows: int, seed: int) -> Feeds:
-    """Encoder feeds: landscape, portrait and square photographs of other sizes, noise where the padding must be zeroed."""
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, (rows, side, side, 3), dtype=np.uint8)
-    size = np.full((rows, 2), side, dtype=np.int64)
-    for row in range(rows):
-        if row % 3 < 2:
-            size[row, row % 3] = rng.integers(side // 2, side)
-        height, width = size[row]
-        pixels[row, :height, :width] = photograph(rng, height, width)
-    return {"pixels": pixels, "size": size}
+    """Encoder feeds: landscape, portrait and square photographs on a canvas of ``side`` pixels."""
+    return padded_photographs((side, side), rows, seed)
 
 
 def sample_boxes(side: int, shape: tuple[int, int, int], most: int, rows: int, seed: int) -> Feeds:
-    """Decoder feeds: boxes of 4 px to the whole side, their images interleaved; embeddings smooth as real ones are."""
+    """Decoder feeds: boxes of 4 px to the whole side, with interleaved images; the embeddings are smooth, as real ones are."""
     rng = np.random.default_rng(seed)
     images = min(most, max(rows - 1, 1))
     coarse = rng.normal(size=(images, shape[0], -(-shape[1] // 4), -(-shape[2] // 4)))
@@ -313,7 +301,7 @@ def sample_boxes(side: int, shape: tuple[int, int, int], most: int, rows: int, s
 
 
 def take_boxes(feeds: Feeds, rows: Sequence[int]) -> Feeds:
-    """The given boxes, with no more embeddings than they need."""
+    """Select boxes, and only the embeddings that they refer to."""
     some = take_rows({"boxes": feeds["boxes"], "image": feeds["image"]}, rows)
     used, image = np.unique(some["image"], return_inverse=True)
     return {"embedding": feeds["embedding"][used], "boxes": some["boxes"], "image": image.astype(np.int64)}

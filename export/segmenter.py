@@ -1,16 +1,15 @@
-"""The trained segmenter: a run of ``wsss train`` as one graph for each canvas, label map and confidence computed inside.
+"""The trained segmenter: a run of ``wsss train`` as one graph for each canvas, from pixels to label map and confidence.
 
-A photograph keeps the scale it was trained on at: its own, or one shorter side for all. It goes on the smallest canvas that
-holds it, and a larger one is read in overlapping tiles. Settings of the manifest (all read by the runtime):
+Photographs have the scale of the training: the original size, or one shorter side for all. A photograph goes on the smallest
+canvas that holds it, and a larger one is read in overlapping tiles. Settings of the manifest (all read by the runtime):
 
 - ``classes``: names by label value from 1; label 0 is background.
-- ``overlap_px``: how far neighboring tiles reach into each other; a pixel is read from the tile whose edge is farther.
+- ``overlap_px``: overlap of neighboring tiles; a pixel is read from the tile whose edge is farther away.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,14 +23,14 @@ from ..train.checkpoint import RECORD, RunRecord, load_run, weights_file
 from ..train.model import Segmenter, build_segmenter
 from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, gap_of_choices
 from .precision.lowering import Fp32
-from .rewrites import Normalize
+from .rewrites import normalize_in_fp32, normalized
 from .sam import MEAN, STD
-from .verify import photograph
+from .verify import padded_photographs, photograph
 from .weights import random_seed, spread, weights_record
 
 BATCH = AxisRange(1, 4, 8)
 RANDOM_CLASSES = 20
-"""Of ``random:SEED`` weights: as PASCAL VOC."""
+"""Number of classes of ``random:SEED`` weights, that of PASCAL VOC."""
 RANDOM_CROP = 512
 
 
@@ -39,31 +38,35 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
     """A trained segmenter ready to be traced.
 
     Args:
-        variant: ``trained`` for a run's folder, which says what it is; for ``random:SEED`` ARCHITECTURE/ENCODER, for
+        variant: ``trained`` for a run's folder, which records its architecture; ARCHITECTURE/ENCODER for ``random:SEED``, for
             example ``segformer/b0``.
         weights: the folder of a run (``wsss train --out``), or ``random:SEED``.
-        options: canvases (default: one square of the training crop; where all photographs have the same shorter side, that
-            by one and a half of it, lying and standing) and the range of images a call.
+        options: canvases (default: a square of the training crop; if all photographs have the same shorter side, that side
+            by 1.5 times that side, landscape and portrait) and the range of images per call.
 
     Raises:
-        UsageError: an unknown architecture, or a canvas that the network cannot take.
-        WeightsError: no run, or one that is damaged.
+        UsageError: an unknown architecture, or a canvas that the network does not support.
+        WeightsError: the folder is not a run, or the run is damaged.
     """
     seed = random_seed(weights)
     if seed is None:
         if variant != "trained":
-            raise UsageError(f"--variant: a run says what it is; expected trained or none, got {variant!r}")
+            raise UsageError(
+                f"--variant: a run records its architecture; expected trained, got {variant!r}", hint="leave --variant out"
+            )
         folder = Path(weights).expanduser()
         segmenter, record = load_run(folder)
-        told = _record_of(folder)
+        # One hash of the weights and the record: both change what is computed.
+        both = sha256_of(weights_file(folder)) + sha256_of(folder / RECORD)
+        source = {"source": str(folder), "sha256": hashlib.sha256(both.encode()).hexdigest()}
     else:
         segmenter, record = _random(variant, seed)
-        told = weights_record(weights, None, segmenter)
+        source = weights_record(weights, None, segmenter)
     canvases = tuple(sorted(options.sizes or _canvases(record), key=lambda canvas: canvas[0] * canvas[1]))
     for canvas in canvases:
         if any(length % record.multiple_of for length in canvas):
             raise UsageError(
-                f"--size {canvas[0]}x{canvas[1]}: {record.architecture} takes sides that are multiples of {record.multiple_of}"
+                f"--size {canvas[0]}x{canvas[1]}: {record.architecture} needs sides that are multiples of {record.multiple_of}"
             )
     return Prepared(
         variant=variant if seed is not None else f"{record.architecture}/{record.encoder}",
@@ -79,7 +82,7 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
             source=f"{RECORD} of the run: {record.source}",
         ),
         settings={"classes": list(record.classes), "overlap_px": min(min(canvas) for canvas in canvases) // 4},
-        weights=told,
+        weights=source,
     )
 
 
@@ -91,12 +94,6 @@ def _canvases(record: RunRecord) -> tuple[tuple[int, int], ...]:
         return ((rounded_up(record.crop),) * 2,)
     short, long = rounded_up(record.shorter_px), rounded_up(-(-record.shorter_px * 3 // 2))  # cameras make 4:3 and 3:2
     return (short, long), (long, short)
-
-
-def _record_of(folder: Path) -> dict[str, str]:
-    """One hash for a run's weights and its record: either changes what is computed."""
-    both = sha256_of(weights_file(folder)) + sha256_of(folder / RECORD)
-    return {"source": str(folder), "sha256": hashlib.sha256(both.encode()).hexdigest()}
 
 
 def _random(variant: str, seed: int) -> tuple[Segmenter, RunRecord]:
@@ -130,7 +127,7 @@ def _random(variant: str, seed: int) -> tuple[Segmenter, RunRecord]:
 
 @torch.no_grad()
 def _settle_statistics(segmenter: Segmenter, seed: int) -> None:
-    """Give batch norms the statistics of what reaches them, as training does: with 0 and 1 random layers explode.
+    """Set the statistics of batch norms from their inputs, as training does: with mean 0 and variance 1 random layers diverge.
 
     Computed in float64, so that the weights of a seed are the same on every processor and with any number of threads.
     """
@@ -152,17 +149,14 @@ class LabelGraph(nn.Module):
     def __init__(self, segmenter: nn.Module, record: RunRecord) -> None:
         super().__init__()
         self.segmenter = segmenter
-        self.normalize = Fp32(Normalize(record.mean, record.std), why="half would lose part of a pixel's step")
+        self.normalize = normalize_in_fp32(record.mean, record.std)
         self.decide = Fp32(_decide, why="the softmax and the largest of its values")
 
     def forward(self, pixels: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W) uint8 label of the largest logit, and (B, H, W) uint8 its probability, 255 is one."""
-        rows = torch.arange(pixels.shape[1], device=pixels.device)[None, :, None] < size[:, 0, None, None]
-        columns = torch.arange(pixels.shape[2], device=pixels.device)[None, None, :] < size[:, 1, None, None]
-        # Zero is the mean color: what the training pads with.
-        values = torch.where((rows & columns)[..., None], self.normalize(pixels), 0.0).permute(0, 3, 1, 2)
-        decided: tuple[Tensor, Tensor] = self.decide(self.segmenter(values))
-        return decided
+        """The label of the largest logit (B, H, W) uint8, and its probability (B, H, W) uint8, where 255 means 1."""
+        # Zero is the mean color, with which training pads.
+        label_and_confidence: tuple[Tensor, Tensor] = self.decide(self.segmenter(normalized(pixels, size, self.normalize)))
+        return label_and_confidence
 
 
 def _decide(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,26 +165,16 @@ def _decide(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def image_graph(segmenter: Segmenter, record: RunRecord, canvas: tuple[int, int], batch: AxisRange) -> Graph:
-    """Graph ``image-HxW``: see `LabelGraph`. Reference: the trained module itself on one normalized, padded photograph."""
+    """Graph ``image-HxW``, see `LabelGraph`. Reference: the trained module on one normalized, padded photograph."""
     height, width = canvas
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (record.mean, record.std))
 
-    def sample(rows: int, seed: int) -> Feeds:
-        rng = np.random.default_rng(seed)
-        pixels = rng.integers(0, 256, (rows, height, width, 3), dtype=np.uint8)
-        size = np.array([(height, width)] * rows, dtype=np.int64)
-        for row in range(rows):
-            if row % 3 < 2:
-                size[row, row % 3] = rng.integers(size[row, row % 3] // 2, size[row, row % 3])
-            tall, wide = (int(length) for length in size[row])
-            pixels[row, :tall, :wide] = photograph(rng, tall, wide)
-        return {"pixels": pixels, "size": size}
-
     @torch.inference_mode()
     def reference(feeds: Feeds, _: Feeds) -> Feeds:
-        tall, wide = (int(length) for length in feeds["size"][0])
+        bottom, right = (int(length) for length in feeds["size"][0])
+        photo = torch.from_numpy(feeds["pixels"][0, :bottom, :right].copy()).permute(2, 0, 1)
         image = torch.zeros(1, 3, height, width)
-        image[0, :, :tall, :wide] = (torch.from_numpy(feeds["pixels"][0, :tall, :wide].copy()).permute(2, 0, 1) - mean) / std
+        image[0, :, :bottom, :right] = (photo - mean) / std
         logits = segmenter(image)
         best, label = logits.softmax(dim=1).max(dim=1)
         return {
@@ -215,7 +199,7 @@ def image_graph(segmenter: Segmenter, record: RunRecord, canvas: tuple[int, int]
         ),
         axes={"batch": batch},
         row_axis="batch",
-        sample=sample,
+        sample=partial(padded_photographs, canvas),
         reference=reference,
         tolerance=tolerances(2e-3, 2e-3),
         half=InHalf(tolerance=tolerances(3e-2, 1e-2)),
@@ -224,10 +208,9 @@ def image_graph(segmenter: Segmenter, record: RunRecord, canvas: tuple[int, int]
 
 def _official(variant: str) -> str:
     raise WeightsError(
-        "--weights: the segmenter is one that you trained; give the folder of its run",
+        "--weights: the segmenter has no official weights; give the folder of a training run",
         hint="wsss export --model segmenter --weights RUN   (wsss train STORE --images DIR --out RUN makes one)",
     )
 
 
-VARIANTS: Sequence[str] = ("trained",)
-FAMILY = Family(name="segmenter", variants=tuple(VARIANTS), default="trained", prepare=prepare, official=_official)
+FAMILY = Family(name="segmenter", variants=("trained",), default="trained", prepare=prepare, official=_official)

@@ -1,7 +1,7 @@
-"""ONNX graphs to TensorRT engines, by `tensorrt` or `tensorrt_rtx`: one code, the libraries share their API.
+"""ONNX graphs to TensorRT engines, with `tensorrt` or `tensorrt_rtx`, which share their API.
 
-Networks are strongly typed: precision is what the graph says, no builder flag changes it. TensorRT builds on the GPU that
-will run the engine; TensorRT-RTX builds anywhere, ahead of time, for a set of compute capabilities.
+Networks are strongly typed: the graph sets the precision, and no builder flag changes it. TensorRT builds on the GPU that
+will run the engine; TensorRT-RTX builds ahead of time on any machine, for a set of compute capabilities.
 """
 
 from __future__ import annotations
@@ -25,41 +25,42 @@ from .deformable_plugin import PLUGIN, VERSIONS, plugin_called
 from .weights import cache_folder
 
 Log = Callable[[str], None]
+"""Called with one line of progress."""
 
 TILE = {"height": AxisRange(1, 128, 256), "width": AxisRange(1, 512, 1024)}
-"""The profile of the fusing graph's pixels. An engine reserves memory for its largest call: the runtime fuses in tiles of
+"""The fusing graph's range of pixels in an engine, which reserves memory for its largest call: the runtime fuses in tiles of
 this size, with the same result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How engines are built."""
+    """Settings of an engine build."""
 
     flavour: Flavour
     workspace_mib: int = 8192
-    """Most scratch memory a layer of the engine may use."""
+    """Most scratch memory that a layer of the engine may use."""
     capabilities: tuple[str, ...] = ()
-    """TensorRT-RTX: compute capabilities to build for, ``sm89``; empty takes those the library takes by itself."""
+    """TensorRT-RTX: compute capabilities to build for, ``sm89``; empty takes the library's default."""
     device: int = 0
     """TensorRT: the GPU to build on."""
 
 
 def build_plans(model: Model, options: BuildOptions, log: Log) -> Model:
-    """Builds what is missing or no longer holds, graph by graph, and enters it in the manifest as soon as it is whole.
+    """Build the engines that are missing or out of date, and record each in the manifest as soon as it is complete.
 
     Returns:
         The model with its plans.
 
     Raises:
-        WsssError: the library or a GPU is missing, or TensorRT refuses a graph; says which and why.
-        KeyboardInterrupt: after the running build was canceled; plans already built stay.
+        WsssError: the library or a GPU is missing, or TensorRT rejects a graph; says which and why.
+        KeyboardInterrupt: the running build was canceled; plans built before stay.
     """
     trt = tensorrt_module(options.flavour)
     gpu = _gpu_for(options)
     for name, spec in model.manifest.graphs.items():
         where = f"{model.manifest.family}: {name}"
         old = spec.plans.get(options.flavour)
-        if old is not None and _holds(model, spec, old, gpu, options, trt.__version__):
+        if old is not None and _is_current(model, spec, old, gpu, options, trt.__version__):
             log(f"{where}: {options.flavour} engine is up to date")
             continue
         plan = _build(trt, model, spec, options, gpu, where)
@@ -69,7 +70,7 @@ def build_plans(model: Model, options: BuildOptions, log: Log) -> Model:
 
 
 def with_plan(model: Model, graph: str, plan: PlanSpec) -> Model:
-    """The model with ``plan`` entered for a graph, in its manifest on disk too."""
+    """Record ``plan`` for a graph, in the manifest on disk too, and return the changed model."""
     spec = model.manifest.graphs[graph]
     graphs = {**model.manifest.graphs, graph: replace(spec, plans={**spec.plans, plan.flavour: plan})}
     manifest = replace(model.manifest, graphs=graphs)
@@ -78,7 +79,7 @@ def with_plan(model: Model, graph: str, plan: PlanSpec) -> Model:
 
 
 def profile_of(spec: GraphSpec) -> dict[str, AxisRange]:
-    """The range of every free axis in an engine of this graph."""
+    """The optimization profile of a graph: the range of every free axis in its engine."""
     return {axis: _within(TILE[axis], range_) if axis in TILE else range_ for axis, range_ in spec.axes.items()}
 
 
@@ -99,11 +100,11 @@ def _gpu_for(options: BuildOptions) -> Gpu | None:
     return gpus[options.device]
 
 
-def _holds(model: Model, spec: GraphSpec, plan: PlanSpec, gpu: Gpu | None, options: BuildOptions, version: str) -> bool:
+def _is_current(model: Model, spec: GraphSpec, plan: PlanSpec, gpu: Gpu | None, options: BuildOptions, version: str) -> bool:
     path = model.folder / plan.file
     same = path.is_file() and sha256_of(path) == plan.sha256 and dict(plan.axes) == profile_of(spec)
-    wanted = not options.capabilities or plan.target == " ".join(options.capabilities)
-    return same and wanted and not reasons_against(model, spec, plan, gpu, version)
+    same_target = not options.capabilities or plan.target == " ".join(options.capabilities)
+    return same and same_target and not reasons_against(model, spec, plan, gpu, version)
 
 
 # ---- one build ----
@@ -118,13 +119,13 @@ def _build(trt: ModuleType, model: Model, spec: GraphSpec, options: BuildOptions
     _check_contract(trt, network, spec, where)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
-    config.clear_flag(trt.BuilderFlag.TF32)  # its 10 bits of mantissa are those of half: FP32 islands would be for nothing
+    config.clear_flag(trt.BuilderFlag.TF32)  # its mantissa has the 10 bits of half, which would undo the nodes kept in FP32
     if options.flavour == "trt-rtx":
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or TensorRT-RTX cannot be captured in a CUDA graph
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # required for capturing TensorRT-RTX in a CUDA graph
     config.add_optimization_profile(_profile(builder, spec, axes))
     target = gpu.name if gpu else _set_capabilities(trt, config, options.capabilities)
     cache = _timing_cache(config, options, gpu, trt.__version__)
-    with _cancelled_by_ctrl_c() as canceled:
+    with _canceled_by_ctrl_c() as canceled:
         config.progress_monitor = _monitor(trt, where, canceled)
         serialized = builder.build_serialized_network(network, config)
     if canceled.is_set():
@@ -154,21 +155,21 @@ def _build(trt: ModuleType, model: Model, spec: GraphSpec, options: BuildOptions
 
 
 def _parsed(trt: ModuleType, builder: Any, logger: Any, path: Path, flavour: Flavour, where: str) -> Any:
-    # TensorRT 11 knows no other kind of network and has dropped the flag.
+    # In TensorRT 11 all networks are strongly typed, and the flag is gone.
     strongly = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly is None else 1 << int(strongly))
     parser = trt.OnnxParser(network, logger)
-    # TensorRT-RTX has no plugins: it takes the function that stands in for one.
+    # TensorRT-RTX has no plugins: it computes the function that replaces the plugin.
     with_plugin = _with_plugin(trt, logger, path, where) if flavour == "trt" else None
-    # Either way weights come from the file beside, which may exceed 2 GB.
+    # In both cases weights are read from the separate file, which may exceed 2 GB.
     if not (parser.parse_from_file(str(path)) if with_plugin is None else parser.parse(with_plugin, str(path))):
-        said = [parser.get_error(number).desc().split("\n")[0] for number in range(parser.num_errors)]
-        raise WsssError(f"{where}: TensorRT {trt.__version__} cannot read {path.name}: {'; '.join(said + logger.errors[-2:])}")
+        errors = [parser.get_error(number).desc().split("\n")[0] for number in range(parser.num_errors)]
+        raise WsssError(f"{where}: TensorRT {trt.__version__} cannot read {path.name}: {'; '.join(errors + logger.errors[-2:])}")
     return network
 
 
 def _with_plugin(trt: ModuleType, logger: Any, path: Path, where: str) -> bytes | None:
-    """The graph calling the newest version of the plugin that this TensorRT has; None for a graph that calls none."""
+    """The graph with calls of the newest plugin version that this TensorRT has; None for a graph without such calls."""
     trt.init_libnvinfer_plugins(logger, "")
     registry = trt.get_plugin_registry()
     version = next((each for each in VERSIONS if registry.get_creator(PLUGIN, each, "") is not None), None)
@@ -182,22 +183,22 @@ def _with_plugin(trt: ModuleType, logger: Any, path: Path, where: str) -> bytes 
 
 
 def _check_contract(trt: ModuleType, network: Any, spec: GraphSpec, where: str) -> None:
-    """What TensorRT understood must be what the manifest says: names, types, fixed axes."""
-    told = {"float32": trt.float32, "float16": trt.float16, "uint8": trt.uint8, "int64": trt.int64, "bool": trt.bool}
+    """Raise BundleError unless the parsed network has the names, types and fixed axes of the manifest."""
+    dtypes = {"float32": trt.float32, "float16": trt.float16, "uint8": trt.uint8, "int64": trt.int64, "bool": trt.bool}
     inputs = [network.get_input(number) for number in range(network.num_inputs)]
     outputs = [network.get_output(number) for number in range(network.num_outputs)]
     for specs, found in ((spec.inputs, inputs), (spec.outputs, outputs)):
         tensors = {tensor.name: tensor for tensor in found}
         for each in specs:
             tensor = tensors.get(each.name)
-            if tensor is None or tensor.dtype != told[each.dtype] or not _same_shape(each, tuple(tensor.shape)):
-                came = "nothing" if tensor is None else f"{tensor.dtype}{tuple(tensor.shape)}"
-                raise BundleError(f"{where}: the manifest says {each}, TensorRT read {came}", hint="export the model again")
+            if tensor is None or tensor.dtype != dtypes[each.dtype] or not _same_shape(each, tuple(tensor.shape)):
+                got = "nothing" if tensor is None else f"{tensor.dtype}{tuple(tensor.shape)}"
+                raise BundleError(f"{where}: the manifest says {each}, TensorRT read {got}", hint="export the model again")
 
 
 def _same_shape(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
     return len(shape) == len(spec.shape) and all(
-        has in (-1, wants) if isinstance(wants, int) else has == -1 for wants, has in zip(spec.shape, shape, strict=True)
+        length in (-1, axis) if isinstance(axis, int) else length == -1 for axis, length in zip(spec.shape, shape, strict=True)
     )
 
 
@@ -214,10 +215,10 @@ def _profile(builder: Any, spec: GraphSpec, axes: Mapping[str, AxisRange]) -> An
 
 
 def _set_capabilities(trt: ModuleType, config: Any, capabilities: tuple[str, ...]) -> str:
-    """Sets TensorRT-RTX's targets; returns them, as ``sm80 sm86``."""
+    """Set TensorRT-RTX's targets and return them, as ``sm80 sm86``."""
     known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
     if not capabilities:
-        # A plan without targets holds portable code that is finished on the GPU itself, from Ampere on.
+        # A plan without targets holds portable code, which is compiled on the GPU that runs it, from Ampere on.
         return " ".join(name for name in known if name != "sm75")
     if unknown := [each for each in capabilities if each not in known]:
         raise WsssError(
@@ -231,7 +232,7 @@ def _set_capabilities(trt: ModuleType, config: Any, capabilities: tuple[str, ...
 
 
 def _timing_cache(config: Any, options: BuildOptions, gpu: Gpu | None, version: str) -> Path | None:
-    """The full TensorRT's memory of measured kernels. With TensorRT-RTX a timing cache makes the builder look for a GPU."""
+    """Load the full TensorRT's timing cache and return its path; None for TensorRT-RTX, which would need a GPU for it."""
     if gpu is None:
         return None
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{gpu.name} {gpu.driver} {version}")
@@ -244,7 +245,7 @@ def _timing_cache(config: Any, options: BuildOptions, gpu: Gpu | None, version: 
 
 
 def _logger(trt: ModuleType) -> Any:
-    """Keeps TensorRT's errors for our own messages, and prints nothing itself."""
+    """A TensorRT logger that collects errors and prints nothing."""
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -259,7 +260,7 @@ def _logger(trt: ModuleType) -> Any:
 
 
 def _monitor(trt: ModuleType, where: str, canceled: threading.Event) -> Any:
-    """Says on a terminal how far a build is, and ends it when ``canceled`` is set. Called from TensorRT's threads."""
+    """A progress monitor that prints to a terminal and ends the build when ``canceled`` is set. Called by TensorRT's threads."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -284,8 +285,8 @@ def _monitor(trt: ModuleType, where: str, canceled: threading.Event) -> Any:
 
 
 @contextlib.contextmanager
-def _cancelled_by_ctrl_c() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets instead of raising in the middle of TensorRT's code."""
+def _canceled_by_ctrl_c() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, instead of raising KeyboardInterrupt inside TensorRT's code."""
     canceled = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:

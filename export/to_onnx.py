@@ -1,8 +1,7 @@
-"""Tracing a module into ONNX, and storing the weights of several graphs once.
+"""Tracing of modules to ONNX, with one weights file for all graphs of a model.
 
-Weights of all graphs of a model go to one file, each distinct tensor once: Grounding-DINO's graphs of different sizes
-share theirs. A float32 tensor that float16 holds exactly (official CLIP, the mini models) is stored as float16 behind a
-Cast: same numbers, half the bytes.
+Each distinct tensor is stored once: Grounding-DINO's graphs of different sizes share their weights. A float32 tensor that
+float16 represents exactly (official CLIP, the mini models) is stored as float16 behind a Cast: same numbers, half the bytes.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from ..errors import WsssError
 from ..spec import Precision, TensorSpec
 from .deformable_plugin import define_plugin
 from .family import Graph
-from .precision.lowering import islands, lower, name_nodes
+from .precision.lowering import fp32_nodes, lower, name_nodes
 
 OPSET = 18
-"""Newest opset whose GridSample every TensorRT reads right (TensorRT#4646); torch's default of 20 does not."""
+"""Newest opset whose GridSample every TensorRT reads correctly (TensorRT#4646), unlike that of torch's default, 20."""
 INLINE_BYTES = 1024
 """Tensors up to this size stay in the graph file: they are constants, not weights."""
 ALIGNMENT = 64
 TRACED_ROWS = 3
-"""Neither 0 nor 1, which torch.export specializes, nor a size that occurs in any model."""
+"""Not 0 or 1, for which torch.export specializes, nor a size that occurs in any model."""
 
 
 class WeightFile:
-    """One external data file, filled tensor by tensor; equal tensors share their bytes."""
+    """An external data file that grows tensor by tensor; equal tensors share their bytes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -43,7 +42,7 @@ class WeightFile:
         path.write_bytes(b"")
 
     def add(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
-        """Stores a tensor's bytes (once) and gives the reference to them."""
+        """Store a tensor's bytes, unless they are in the file already, and return a reference to them."""
         data = tensor.tobytes()
         key = hashlib.sha256(data).digest()
         if key not in self._at:
@@ -64,13 +63,13 @@ class WeightFile:
 
 
 def trace(graph: Graph) -> ir.Model:
-    """The float32 graph as torch.onnx traces it, its nodes named apart. Raises WsssError: an axis was fixed by tracing."""
+    """Trace the float32 graph with torch.onnx; node names are unique. Raises WsssError when tracing fixed a free axis."""
     feeds = graph.sample(min(TRACED_ROWS, graph.axes[graph.row_axis].max), 0)
     arguments = tuple(_float32(torch.from_numpy(feeds[spec.name].copy())) for spec in graph.inputs)
     dims = {axis: torch.export.Dim(axis) for axis in graph.axes}
     shapes = tuple({place: dims[axis] for place, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in graph.inputs)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch.onnx warns of its own deprecations
+        warnings.simplefilter("ignore")  # torch.onnx uses what torch has deprecated
         program = torch.onnx.export(
             graph.module.eval(),
             arguments,
@@ -93,8 +92,8 @@ def trace(graph: Graph) -> ir.Model:
 
 
 def _optimize(model: ir.Model) -> None:
-    """onnxscript's optimizer, after what is repeated, constant or unused has gone: its rewrite rules try to match at each node
-    they find, and two thirds of what torch.onnx writes are equal constants (Grounding-DINO mini: 34 s without, 9 s with)."""
+    """Run onnxscript's optimizer, after removing repeated, constant and unused nodes: its rewrite rules try to match at every
+    node, and two thirds of what torch.onnx writes are equal constants (Grounding-DINO mini: 9 s instead of 34 s)."""
     passes.CommonSubexpressionEliminationPass()(model)
     optimizer.fold_constants(model)
     optimizer.remove_unused_nodes(model)
@@ -106,35 +105,35 @@ Chooser = Callable[[ir.Model, Graph], Mapping[str, str]]
 
 
 def marked(model: ir.Model, graph: Graph) -> Mapping[str, str]:
-    """The nodes that the graph's modules mark as FP32, see `precision.Fp32`."""
-    return islands(model, graph.module)
+    """The nodes that the graph's modules mark with `Fp32`."""
+    return fp32_nodes(model, graph.module)
 
 
 def export_onnx(
     graph: Graph, path: Path, weights: WeightFile, *, precision: Precision = "fp32", choose: Chooser = marked
 ) -> dict[str, int]:
-    """Writes ``graph`` to ``path``, its weights into ``weights``.
+    """Write ``graph`` to ``path`` and its weights to ``weights``.
 
     Args:
         precision: of the arithmetic; in half precision, pass the graph with its half-precision contract (`Graph.at`).
-        choose: says what stays FP32 in half precision.
+        choose: selects the nodes that stay FP32 in half precision.
 
     Returns:
-        Why nodes of a half-precision graph stay FP32, and how many for each reason.
+        The reasons why nodes of a half-precision graph stay FP32, with the number of nodes for each.
 
     Raises:
         WsssError: an axis that should be free was fixed by tracing.
     """
     model = trace(graph)
-    kept: Mapping[str, str] = {}
+    reasons: Mapping[str, str] = {}
     if precision != "fp32":
-        kept = choose(model, graph)
+        reasons = choose(model, graph)
         specs = (*graph.inputs, *graph.outputs)
-        lower(model, precision, kept.keys(), {spec.name: spec.dtype for spec in specs})
+        lower(model, precision, reasons.keys(), {spec.name: spec.dtype for spec in specs})
     _store_weights(model, weights)
-    _strip(model, types=precision != "bf16")  # onnx cannot infer those of bfloat16, which opset 18 does not list for Conv
+    _strip(model, types=precision != "bf16")  # onnx cannot infer bfloat16 for Conv, where opset 18 does not allow it
     ir.save(model, path)
-    return dict(Counter(kept.values()))
+    return dict(Counter(reasons.values()))
 
 
 def _float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,8 +141,8 @@ def _float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _strip(model: ir.Model, *, types: bool) -> None:
-    """Drops what computes nothing: stack traces with the paths of the machine that traced, and the ``types`` of inner values,
-    a third of a small graph's file, which every runtime infers again."""
+    """Remove metadata: stack traces, which contain paths of this machine, and the ``types`` of inner values, which are a third
+    of a small graph's file and which every runtime infers again."""
     model.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
@@ -162,7 +161,7 @@ def _check_axes(name: str, specs: tuple[TensorSpec, ...], inputs: object) -> Non
 
 
 def _free_output_names(model: ir.Model) -> None:
-    """Renames inner values that tracing gave an output's name (``aten.embedding`` beside an output "embedding")."""
+    """Rename inner values to which tracing gave an output's name (``aten.embedding`` beside an output "embedding")."""
     outputs = {value.name: value for value in model.graph.outputs}
     for node in model.graph.all_nodes():
         for value in node.outputs:

@@ -1,8 +1,8 @@
 """The parity gate: an exported graph must compute what the official implementation computes, row by row.
 
-Run at batch 1, 2 and the largest, with other pixels, sizes, captions and boxes in every row. Each row is compared with
-the official module at batch 1, and with the graph's own result for that row alone: a graph can agree on average and
-still leak one row into its neighbor.
+The graph runs at batch 1, 2 and the largest, with different pixels, sizes, captions and boxes in every row. Each row is
+compared with the official module at batch 1, and with the graph's result for that row alone: a graph can agree on average
+and still leak one row into its neighbor.
 """
 
 from __future__ import annotations
@@ -17,74 +17,78 @@ from ..spec import Parity, ParityRow
 from .family import Feeds, Graph, Tolerance
 
 SEED = 20_240_510
-"""Of the gate's inputs; another than tracing uses."""
+"""Seed of the gate's inputs; tracing uses another."""
 
 
 def gate(graph: Graph, engine: Engine, *, engine_name: str, reference_name: str, where: str) -> Parity:
-    """Compares ``engine`` with the official computation of ``graph``.
+    """Compare ``engine`` with the official computation of ``graph``.
 
     Returns:
-        The verdict: for each output, batch size and kind of comparison the worst row.
+        The worst row for each output, batch size and kind of comparison.
 
     Raises:
-        ParityError: a row outside its tolerance, or not finite; says which output, row and how far.
+        ParityError: a row is outside its tolerance or not finite; says which output, which row, and the error.
     """
-    largest = graph.axes[graph.row_axis]
-    sizes = sorted({largest.min, min(2, largest.max), largest.max})
-    verdict = _gate_whole(graph, engine, sizes, where) if graph.whole else _gate_rows(graph, engine, sizes, where)
+    rows = graph.axes[graph.row_axis]
+    sizes = sorted({rows.min, min(2, rows.max), rows.max})
     return Parity(
         engine=engine_name,
         reference=reference_name,
         tolerance={name: str(tolerance) for name, tolerance in graph.tolerance.items()},
-        rows=tuple(verdict),
+        rows=tuple((_gate_whole if graph.whole else _gate_rows)(graph, engine, sizes, where)),
     )
 
 
 def _gate_rows(graph: Graph, engine: Engine, sizes: list[int], where: str) -> list[ParityRow]:
     feeds = graph.sample(sizes[-1], SEED)
-    known: dict[tuple[int, bytes], Feeds] = {}
+    references: dict[tuple[int, bytes], Feeds] = {}
     alone: dict[int, Feeds] = {}
-    verdict: list[ParityRow] = []
+    worst: list[ParityRow] = []
 
-    def wanted(row: int, one: Feeds, found: Feeds, batch: int) -> Feeds:
-        key = (row, found[graph.ties].tobytes() if graph.ties else b"")
-        if key not in known:
+    def reference(row: int, row_feeds: Feeds, outputs: Feeds, batch: int) -> Feeds:
+        key = (row, outputs[graph.ties].tobytes() if graph.ties else b"")
+        if key not in references:
             try:
-                known[key] = graph.reference(one, found)
-            except ParityError as error:  # a choice that was no near tie
+                references[key] = graph.reference(row_feeds, outputs)
+            except ParityError as error:  # the graph's choice was not a near tie
                 raise ParityError(f"{where}: row {row} of batch {batch}: {error.message}") from None
-        return known[key]
+        return references[key]
 
     for batch in sizes:
-        # Copied: the memory is the engine's, and it runs again below.
-        found = {name: np.array(value) for name, value in engine(graph.take(feeds, range(batch))).items()}
+        outputs = _run(engine, graph.take(feeds, range(batch)))
         rows: list[ParityRow] = []
         for row in range(batch):
-            one = graph.take(feeds, [row])
-            mine = {name: value[row : row + 1] for name, value in found.items()}
+            row_feeds = graph.take(feeds, [row])
+            got = {name: value[row : row + 1] for name, value in outputs.items()}
             if row not in alone:
-                alone[row] = mine if batch == 1 else {name: np.array(value) for name, value in engine(one).items()}
-            want, its = wanted(row, one, mine, batch), alone[row]
-            rows += _compare(graph.tolerance, mine, want, batch=batch, row=row, against="reference", where=where)
+                alone[row] = got if batch == 1 else _run(engine, row_feeds)
+            want, single = reference(row, row_feeds, got, batch), alone[row]
+            rows += _compare(graph.tolerance, got, want, batch=batch, row=row, against="reference", where=where)
             if batch == 1:
                 continue
-            if graph.ties is None or np.array_equal(mine[graph.ties], its[graph.ties]):
-                want = {**want, **its}  # and what the measures of ties need
-                rows += _compare(graph.tolerance, mine, want, batch=batch, row=row, against="alone", where=where)
-            else:  # near ties chosen otherwise make other outputs: the row alone is held to a reference of its own
-                _compare(graph.tolerance, its, wanted(row, one, its, 1), batch=1, row=row, against="reference", where=where)
-        verdict += _worst(rows)
-    return verdict
+            if graph.ties is None or np.array_equal(got[graph.ties], single[graph.ties]):
+                want = {**want, **single}  # keeps the arrays that the measures of ties read
+                rows += _compare(graph.tolerance, got, want, batch=batch, row=row, against="alone", where=where)
+            else:  # other choices between near ties change the outputs: the single row is compared with its own reference
+                want = reference(row, row_feeds, single, 1)
+                _compare(graph.tolerance, single, want, batch=1, row=row, against="reference", where=where)
+        worst += _worst(rows)
+    return worst
 
 
 def _gate_whole(graph: Graph, engine: Engine, sizes: list[int], where: str) -> list[ParityRow]:
-    verdict = []
+    rows = []
     for size in sizes:
         feeds = graph.sample(size, SEED)
-        found = {name: np.array(value) for name, value in engine(feeds).items()}
-        want = graph.reference(feeds, found)
-        verdict += _compare(graph.tolerance, found, want, batch=size, row=0, against="reference", where=where)
-    return verdict
+        got = _run(engine, feeds)
+        want = graph.reference(feeds, got)
+        rows += _compare(graph.tolerance, got, want, batch=size, row=0, against="reference", where=where)
+    return rows
+
+
+def _run(engine: Engine, feeds: Feeds) -> Feeds:
+    """A copy of the outputs, because the engine's next call overwrites them."""
+    return {name: np.array(value) for name, value in engine(feeds).items()}
 
 
 def _compare(
@@ -92,13 +96,13 @@ def _compare(
 ) -> list[ParityRow]:
     rows = []
     for name, allowed in tolerance.items():
-        said = f"{where}: output {name!r}, row {row} of batch {batch}, against {against}"
+        place = f"{where}: output {name!r}, row {row} of batch {batch}, against {against}"
         if got[name].shape != want[name].shape:
-            raise ParityError(f"{said}: shape {got[name].shape}, expected {want[name].shape}")
+            raise ParityError(f"{place}: shape {got[name].shape}, expected {want[name].shape}")
         error, worst = allowed.measure(got, want, name)
         if not np.isfinite(worst) or not error <= allowed.relative or worst > (allowed.absolute or np.inf):
             raise ParityError(
-                f"{said}: error {error:.3g}, largest difference {worst:.3g}; allowed: {allowed}",
+                f"{place}: error {error:.3g}, largest difference {worst:.3g}; allowed: {allowed}",
                 hint="the exported graph does not compute what the official module computes and was not kept",
             )
         rows.append(ParityRow(output=name, batch=batch, row=row, against=against, error=error, worst=worst))  # type: ignore[arg-type]
@@ -114,10 +118,27 @@ def _worst(rows: list[ParityRow]) -> list[ParityRow]:
     return list(worst.values())
 
 
-def photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Pixels with a photograph's falling spectrum: (height, width, 3) uint8, every call another.
+def padded_photographs(canvas: tuple[int, int], rows: int, seed: int) -> Feeds:
+    """Feeds ``pixels`` and ``size`` of an image graph: photographs of different sizes, with noise in the padding.
 
-    White noise would hide errors of resampling and of channel order: all its scales and channels are alike.
+    Args:
+        canvas: (height, width).
+    """
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (rows, *canvas, 3), dtype=np.uint8)
+    size = np.full((rows, 2), canvas, dtype=np.int64)
+    for row in range(rows):
+        if row % 3 < 2:
+            size[row, row % 3] = rng.integers(canvas[row % 3] // 2, canvas[row % 3])
+        height, width = size[row]
+        pixels[row, :height, :width] = photograph(rng, height, width)
+    return {"pixels": pixels, "size": size}
+
+
+def photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Random pixels with the falling spectrum of a photograph: (height, width, 3) uint8.
+
+    White noise would hide errors of resampling and of channel order, because all its scales and channels are alike.
     """
     scene = np.zeros((height, width, 3))
     for cells in (2, 5, 11, 23, 47):

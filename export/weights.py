@@ -1,4 +1,4 @@
-"""Official checkpoints in, state dicts out. Checkpoints are untrusted files: safetensors, or ``weights_only=True``."""
+"""Official checkpoints to state dicts. Checkpoints are untrusted: safetensors, or loaded with ``weights_only=True``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Download:
 
     url: str
     sha256: str
-    """Whole or leading hex digits, as far as the publisher gives them; empty where there are none."""
+    """All or the leading hex digits, as many as the publisher gives; empty if none."""
 
     @property
     def file(self) -> str:
@@ -40,18 +40,19 @@ class Download:
 
     @property
     def pinned(self) -> str:
-        """How far its contents are known before it is downloaded, for the manifest: ``sha256`` where they are."""
+        """How much of the hash is known before the download, for the manifest: ``sha256`` if all of it."""
         if len(self.sha256) == 64:
             return "sha256"
         return f"{len(self.sha256)} of 64 digits of its sha256" if self.sha256 else "no"
 
 
+FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 MINI_WEIGHTS = Path(__file__).resolve().parents[1] / "mini" / "weights"
-"""Trained weights of the small models. In the repository only: a wheel carries their exported bundle."""
+"""Trained weights of the small models. Only in the repository: a wheel contains their exported bundle."""
 
 
 def random_seed(weights: str) -> int | None:
-    """The seed in ``random:SEED``, None for anything else. Raises WeightsError when SEED is no whole number."""
+    """The seed in ``random:SEED``, None for anything else. Raises WeightsError when SEED is not a whole number."""
     if not weights.startswith("random:"):
         return None
     try:
@@ -63,18 +64,18 @@ def random_seed(weights: str) -> int | None:
 
 
 def find_weights(weights: str, known: Mapping[str, Download], *, model: str) -> Path:
-    """The local file or folder that ``--weights`` means; a known name is downloaded once and checked.
+    """Resolve ``--weights`` to a local file or folder; a known name is downloaded once and checked.
 
-    ``mini`` is the small model's file in this repository, also where a folder of that name lies in the working folder.
+    ``mini`` is the small model's file in this repository, even if the working folder contains a folder of that name.
 
     Raises:
-        WeightsError: no such file or name, no network, or a download whose hash is wrong. Names the file to bring.
+        WeightsError: no such file or name, no network, or a download whose hash is wrong. Names the file to get by hand.
     """
     if weights == "mini":
         trained = MINI_WEIGHTS / f"{model}.safetensors"
         if not trained.is_file():
             raise WeightsError(
-                f"--weights mini: expected {trained}", hint="take a checkout of wsss, or train them there: make mini"
+                f"--weights mini: expected {trained}", hint="use a git checkout of wsss, or train the weights: make mini"
             )
         return trained
     path = Path(weights).expanduser()
@@ -89,17 +90,19 @@ def find_weights(weights: str, known: Mapping[str, Download], *, model: str) -> 
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: ``$WSSS_CACHE``, else ``wsss`` in ``$XDG_CACHE_HOME``, else ``~/.cache/wsss``."""
+    """Folder of downloads: ``$WSSS_CACHE``, else ``wsss`` in ``$XDG_CACHE_HOME``, else ``~/.cache/wsss``."""
     if "WSSS_CACHE" in os.environ:
         return Path(os.environ["WSSS_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wsss"
 
 
 def download(what: Download, *, model: str) -> Path:
-    """A checkpoint in the cache, fetched unless it lies there; the file is hashed each time, and published whole or not at all.
+    """Download a checkpoint to the cache unless it is there, and return its path.
+
+    The file is hashed on every call. It appears in the cache complete or not at all.
 
     Raises:
-        WeightsError: it cannot be fetched whole, or has another sha256. Says how to bring the file by hand.
+        WeightsError: the download failed or has another sha256. Says how to get the file by hand.
     """
     target = cache_folder() / what.file
     bring = f"bring {what.file} by hand from {what.url} and run: wsss export --model {model} --weights {what.file}"
@@ -107,22 +110,22 @@ def download(what: Download, *, model: str) -> Path:
         if target.is_file() and sha256_of(target).startswith(what.sha256):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        _delete_abandoned_parts(target)
         with _partial(target) as partial:
             _fetch(what, partial)
             if not (got := sha256_of(partial)).startswith(what.sha256):
                 raise WeightsError(f"{what.file}: downloaded with sha256 {got}, expected {what.sha256}", hint=bring)
             partial.replace(target)
         sync_folder(target.parent)
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: an address or a header that is none
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: an invalid address or header
         raise WeightsError(f"{what.file}: cannot be downloaded from {what.url}: {error}", hint=bring) from None
     return target
 
 
 def _fetch(what: Download, partial: Path) -> None:
-    with urllib.request.build_opener(_OnlyHttps).open(what.url, timeout=30) as answer, partial.open("wb") as file:
-        total, done = int(answer.headers.get("Content-Length") or 0), 0
-        while block := answer.read(1 << 20):
+    with urllib.request.build_opener(_OnlyHttps).open(what.url, timeout=30) as response, partial.open("wb") as file:
+        total, done = int(response.headers.get("Content-Length") or 0), 0
+        while block := response.read(1 << 20):
             file.write(block)
             done += len(block)
             _show_progress(what.file, done, total)
@@ -133,18 +136,18 @@ def _fetch(what: Download, partial: Path) -> None:
 
 
 class _OnlyHttps(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection from https to anything else."""
+    """Refuses redirects from https to any other protocol."""
 
-    def redirect_request(self, req: urllib.request.Request, *answer: Any) -> urllib.request.Request | None:
-        url = answer[-1]
+    def redirect_request(self, req: urllib.request.Request, *response: Any) -> urllib.request.Request | None:
+        url = response[-1]
         if req.type == "https" and not url.startswith("https:"):
-            raise urllib.error.URLError(f"it leads to an address without https: {url}")
-        return super().redirect_request(req, *answer)
+            raise urllib.error.URLError(f"it redirects to an address without https: {url}")
+        return super().redirect_request(req, *response)
 
 
 @contextlib.contextmanager
 def _partial(target: Path) -> Iterator[Path]:
-    """A new file beside ``target``, under a name of its own: two processes may fetch the same. Deleted at the end."""
+    """A new temporary file beside ``target`` with a unique name, because two processes may download the same. Deleted at exit."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     os.close(handle)
     path = Path(name)
@@ -155,8 +158,8 @@ def _partial(target: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _sweep(target: Path) -> None:
-    """Deletes what killed downloads of this file left, a day ago or more: one that goes on still writes to it."""
+def _delete_abandoned_parts(target: Path) -> None:
+    """Delete partial files of this download that were not written for a day: newer ones may belong to a running process."""
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > 86_400:
@@ -171,49 +174,53 @@ def _show_progress(file: str, done: int, total: int) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors``, ``.pth``/``.pt``/``.bin`` file, or of a folder with ``model.safetensors``.
+    """Read the tensors of a ``.safetensors``, ``.pth``/``.pt``/``.bin`` file, or of a folder with such a file.
 
-    A ``.pth`` may hold its state dict under ``model`` or ``state_dict``. Nothing is unpickled but tensors.
+    A ``.pth`` may hold its state dict under ``model`` or ``state_dict``. Only tensors are unpickled.
 
     Raises:
         WeightsError: missing, truncated, or not a checkpoint.
     """
     if path.is_dir():
-        for name in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"):
-            if (path / name).is_file():
-                return read_checkpoint(path / name)
-        raise WeightsError(
-            f"{path}: expected a folder with model.safetensors, found {sorted(p.name for p in path.iterdir())[:8]}",
-            hint="give the file of weights itself",
-        )
-    found: Any = checkpoints.read_checkpoint(path)
+        path = file_in(path)
+    state: Any = checkpoints.read_checkpoint(path)
     for key in ("model", "state_dict"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not found or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise WeightsError(
-            f"{path}: expected a state dict of tensors, got {type(found).__name__}", hint="the file is no checkpoint of a model"
+            f"{path}: expected a state dict of tensors, got {type(state).__name__}",
+            hint="the file is not a checkpoint of a model",
         )
-    return dict(found)
+    return dict(state)
+
+
+def file_in(folder: Path, names: Sequence[str] = FOLDER_FILES) -> Path:
+    """The first of ``names`` that a folder contains. Raises WeightsError without one."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise WeightsError(f"{folder}: expected one of {', '.join(names)}, found {found}", hint="give the weights file itself")
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, path: Path, what: str, assign: bool = False) -> None:
-    """Loads ``state`` into ``module`` when names and shapes fit exactly.
+    """Load ``state`` into ``module`` if names and shapes match exactly.
 
     Args:
         path, what: the file and the architecture, for the message.
-        assign: take the tensors themselves instead of copying them: for a module on the meta device.
+        assign: use the given tensors instead of copying them: for a module on the meta device.
 
     Raises:
         WeightsError: missing or surplus keys, or another shape; names the first of each.
     """
-    own = module.state_dict()
-    missing = [name for name in own if name not in state]
-    surplus = [name for name in state if name not in own]
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in state]
+    surplus = [name for name in state if name not in expected]
     shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
     ]
     faults = [
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -225,29 +232,27 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, path: Path, 
             f"{path}: not a checkpoint of {what}: {'; '.join(faults)}",
             hint="check --variant: the file belongs to another architecture",
         )
-    module.load_state_dict({name: value.to(own[name].dtype) for name, value in state.items()}, strict=True, assign=assign)
+    module.load_state_dict({name: value.to(expected[name].dtype) for name, value in state.items()}, strict=True, assign=assign)
 
 
 def weights_record(source: str, path: Path | None, module: nn.Module) -> dict[str, str]:
-    """What the manifest says of the weights: the source as typed, and a sha256 of the file; for seeded values, of the seed and of
-    their names and shapes, because processors differ in the last digits of the values."""
+    """The manifest's record of the weights: their source as typed, and the sha256 of the file; for seeded values, a hash of the
+    seed, the names and the shapes, because processors differ in the last digits of the values."""
     if path is None:
         parts = [f"{name} {value.dtype} {tuple(value.shape)}" for name, value in module.state_dict().items()]
         return {"source": source, "sha256": hashlib.sha256("\n".join([source, *parts]).encode()).hexdigest()}
     if path.is_dir():
-        path = next(
-            path / n for n in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin") if (path / n).is_file()
-        )
-    typed_path = source != "mini" and Path(source).expanduser().exists()
-    return {"source": str(path) if typed_path else source, "sha256": sha256_of(path)}
+        path = file_in(path)
+    is_path = source != "mini" and Path(source).expanduser().exists()
+    return {"source": str(path) if is_path else source, "sha256": sha256_of(path)}
 
 
 @torch.no_grad()
 def spread(module: nn.Module, seed: int) -> None:
-    """Gives seeded weights the spread of trained ones: uneven channels, norm gains far from 1, a few outlier channels.
+    """Give seeded weights the spread of trained ones: uneven channels, norm gains far from 1, a few outlier channels.
 
-    Default initialization is too kind: every channel alike, norms at 1, zeros in the heads; errors in channel order,
-    precision and masks cancel out in it. Trained transformers have outlier channels (arXiv 2208.07339, section 4).
+    Default initialization is too uniform: all channels alike, norms at 1, zeros in the heads, so that errors in channel order,
+    precision and masks cancel out. Trained transformers have outlier channels (arXiv 2208.07339, section 4).
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -150,9 +150,9 @@ class GraphSpec:
     axes: Mapping[str, AxisRange]
     opset: int
     precision: Precision = "fp32"
-    """Of the arithmetic, except in ``islands``."""
-    islands: Mapping[str, int] = field(default_factory=dict)
-    """Number of nodes of a half-precision graph that stay FP32, by reason."""
+    """Of the arithmetic, outside of ``fp32_nodes``."""
+    fp32_nodes: Mapping[str, int] = field(default_factory=dict)
+    """Why nodes of a half-precision graph stay FP32, and how many for each reason."""
     parity: Parity | None = None
     plans: Mapping[str, PlanSpec] = field(default_factory=dict)
     """TensorRT engines of this graph by flavour."""
@@ -165,7 +165,7 @@ class Manifest:
     family: str
     variant: str
     precision: Precision = "fp32"
-    """Requested precision; `GraphSpec.islands` lists what stays FP32."""
+    """Requested precision; `GraphSpec.fp32_nodes` lists what stays FP32."""
     preprocess: Preprocess
     graphs: Mapping[str, GraphSpec]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -329,12 +329,21 @@ def read_manifest(folder: Path) -> Manifest:
     version = record.get("format") if isinstance(record, dict) else type(record).__name__
     if type(version) is not int or version != FORMAT:
         raise BundleError(f"{path}: expected manifest format {FORMAT}, got {version!s:.40}", hint=AGAIN)
+    _rename_old_keys(record)
     try:
         manifest = checked(Manifest, record, "")
         _check_manifest(manifest)
     except SpecError as error:
         raise BundleError(f"{path}: not a valid manifest: {error.message}", hint=AGAIN) from None
     return manifest
+
+
+def _rename_old_keys(record: dict[str, Any]) -> None:
+    """Turns the key ``islands`` of a graph, which earlier versions wrote, into ``fp32_nodes``, in place."""
+    graphs = record.get("graphs")
+    for graph in graphs.values() if isinstance(graphs, dict) else ():
+        if isinstance(graph, dict) and "islands" in graph and "fp32_nodes" not in graph:
+            graph["fp32_nodes"] = graph.pop("islands")
 
 
 MAX_MANIFEST = 1 << 24

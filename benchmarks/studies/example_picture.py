@@ -60,7 +60,7 @@ def picture(folder: Path) -> Image.Image:
     labeler = Labeler.open("mini", classes="mini")
     label_folder(labeler, folder / "images", folder / "store")
     colors = class_colors()
-    tiles = []
+    tiles: list[tuple[np.ndarray, np.ndarray]] = []
     for record in read_records(folder / "store"):
         if len(record["classes"]) >= 3 and record["width"] > record["height"] and len(tiles) < COLUMNS * ROWS:
             pixels = read_photograph(folder / "images", record["path"]).pixels

@@ -1,4 +1,4 @@
-"""CLIP through open_clip (arXiv:2103.00020): an image graph and a text graph into one space.
+"""CLIP (arXiv:2103.00020) from open_clip: an image graph and a text graph with a common embedding space.
 
 ``image``: ``pixels`` uint8 (batch, S, S, 3) RGB, squashed on the host, to ``embedding`` float32 (batch, D) of unit length.
 ``text``: ``tokens`` int64 (batch, C), to ``embedding`` float32 (batch, D) of unit length.
@@ -8,23 +8,23 @@ Settings in the manifest:
 ``logit_scale``, ``logit_bias``
     A logit is ``logit_scale * image . text + logit_bias``. The scale is the exponential of the trained parameter.
 ``context_length``, ``pad``, ``start``, ``end``
-    C, and the ids of the tokens that fill, begin and end a prompt; -1 where the tokenizer has none.
+    C, and the ids of the padding, start and end tokens; -1 where the tokenizer has none.
 ``templates``
     A name's embedding is the mean over these prompts, normalized again.
 ``backgrounds``
-    Names that stand for "none of the classes"; those that collide with a class of the run are left out.
+    Names for "none of the classes"; those that collide with a class of the run are left out.
 ``views``
-    Levels of a grid: level k looks at k x k windows, evenly spaced, each covering 2 / (k + 1) of both sides. A class is in an
-    image if any view shows it: the official center crop would lose what lies at the border.
+    Levels of a grid: level k has k x k evenly spaced windows, each covering 2 / (k + 1) of both sides. A class is in an
+    image if it is in any view: the official center crop would lose objects at the border.
 ``rule``, ``threshold``
-    How a view scores a class, see `runtime.tag`: ``softmax`` over all classes and backgrounds, or ``background``, alone
-    against the backgrounds. A class is present where its score reaches the threshold in any view.
+    How a view scores a class, see `runtime.tag`: ``softmax`` over all classes and backgrounds, or ``background``, each class
+    only against the backgrounds. A class is present if its score reaches the threshold in any view.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -41,7 +41,7 @@ from ...spec import AxisRange, Preprocess, TensorSpec
 from .. import weights as checkpoints
 from ..family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance
 from ..precision.lowering import Fp32
-from ..rewrites import Normalize
+from ..rewrites import normalize_in_fp32
 from ..verify import photograph
 from . import weights as clip_weights
 from .tokenizer import special_ids, tokenizer_from_open_clip
@@ -59,9 +59,9 @@ BACKGROUNDS = (
 """``BACKGROUND_CATEGORY`` of CLIP-ES, clip_text.py (github.com/linyq2117/CLIP-ES, 78e0198)."""
 VIEWS = (1, 2)
 THRESHOLD = 0.3
-"""Below one half, so that two classes sharing a view both pass. Not calibrated: official weights are not to be had here."""
+"""Below one half, so that two classes in one view can both pass. Not calibrated with official weights."""
 MINI_TEMPLATES, MINI_VIEWS = ("a clean origami {}.", "a photo of a {}.", "{}"), (1, 2, 3)
-"""What mini/train_clip.py trains and measures with."""
+"""The templates and views of mini/train_clip.py."""
 TEXT_BATCH = AxisRange(1, 32, 64)
 TOLERANCE = Tolerance(
     relative=3e-5,
@@ -77,9 +77,9 @@ def prepare(variant: str, weights_name: str, options: Options) -> Prepared:
         variant: ``mini``, or any name of ``open_clip.list_models()``.
         weights_name: a file or folder in open_clip's format, a pretrained tag of the variant, ``random:SEED``; for
             ``mini`` also ``mini``, the trained weights in the package. A tag whose weights were trained with QuickGELU
-            (``openai``) turns its variant into the ``-quickgelu`` one; for a file, the ``open_clip_config.json`` beside
-            it does, else name that variant.
-        options: ``batch`` is the range of images, and of prompts, a call; ``sizes`` cannot be changed.
+            (``openai``) selects the ``-quickgelu`` variant. For a file, the ``open_clip_config.json`` beside it does; without
+            one, give the ``-quickgelu`` variant.
+        options: ``batch`` is the range of images, and of prompts, per call; ``sizes`` cannot be changed.
 
     Raises:
         UsageError: no such variant, or a size that is not the model's.
@@ -91,7 +91,7 @@ def prepare(variant: str, weights_name: str, options: Options) -> Prepared:
     model = cast("open_clip.CLIP", loaded.model)
     height, width = _image_size(model)
     if options.sizes and set(options.sizes) != {(height, width)}:
-        raise UsageError(f"--size: CLIP {variant} sees {height}x{width}, nothing else", hint="leave --size out")
+        raise UsageError(f"--size: CLIP {variant} only takes {height}x{width}", hint="leave --size out")
     recipe = loaded.recipe
     bias = model.logit_bias
     return Prepared(
@@ -120,13 +120,13 @@ def prepare(variant: str, weights_name: str, options: Options) -> Prepared:
 
 
 class ImageTower(nn.Module):
-    """``encode_image`` from raw pixels; normalization lives in the graph."""
+    """``encode_image`` of raw pixels, with unit length; the pixels are normalized in the graph."""
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, model: open_clip.CLIP, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
-        self.normalize = Fp32(Normalize(mean, std), why="half would lose part of a pixel's step")
-        self.unit = Fp32(partial(F.normalize, dim=-1), why="a sum of squares; what is compared leaves in float32")
+        self.normalize = normalize_in_fp32(mean, std)
+        self.unit = Fp32(partial(F.normalize, dim=-1), why="a sum of squares, and embeddings are compared in float32")
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, S, S, 3) uint8 to (B, D) float32."""
@@ -135,12 +135,12 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """``encode_text``, normalized."""
+    """``encode_text``, with unit length."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: open_clip.CLIP) -> None:
         super().__init__()
         self.model = model
-        self.unit = Fp32(partial(F.normalize, dim=-1), why="a sum of squares; what is compared leaves in float32")
+        self.unit = Fp32(partial(F.normalize, dim=-1), why="a sum of squares, and embeddings are compared in float32")
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, C) int64 to (B, D) float32."""
@@ -149,7 +149,7 @@ class TextTower(nn.Module):
 
 
 def image_graph(model: open_clip.CLIP, recipe: clip_weights.Recipe, batch: AxisRange) -> Graph:
-    """The image tower; judged against open_clip on torchvision's ToTensor and Normalize of the same pixels."""
+    """Graph ``image``. Reference: open_clip on torchvision's ToTensor and Normalize of the same pixels."""
     from torchvision.transforms import Compose, Normalize, ToTensor
 
     height, width = _image_size(model)
@@ -163,22 +163,13 @@ def image_graph(model: open_clip.CLIP, recipe: clip_weights.Recipe, batch: AxisR
     def reference(feeds: Feeds, _: Feeds) -> Feeds:
         return {"embedding": model.encode_image(official(feeds["pixels"][0])[None], normalize=True).numpy()}
 
-    return Graph(
-        name="image",
-        module=ImageTower(model, _on_255(recipe.mean), _on_255(recipe.std)).eval(),
-        inputs=(TensorSpec("pixels", ("batch", height, width, 3), "uint8"),),
-        outputs=(TensorSpec("embedding", ("batch", _embedding_size(model)), "float32"),),
-        axes={"batch": batch},
-        row_axis="batch",
-        sample=sample,
-        reference=reference,
-        tolerance={"embedding": TOLERANCE},
-        half=InHalf(tolerance={"embedding": HALF_TOLERANCE}),
-    )
+    tower = ImageTower(model, _on_255(recipe.mean), _on_255(recipe.std))
+    pixels = TensorSpec("pixels", ("batch", height, width, 3), "uint8")
+    return _tower_graph("image", tower, pixels, batch, sample, reference)
 
 
 def text_graph(model: open_clip.CLIP, tokenizer: Tokenizer, batch: AxisRange) -> Graph:
-    """The text tower; sampled with prompts from one word to more than the context holds."""
+    """Graph ``text``. Its samples are prompts from one word to more than the context length."""
     context = len(tokenizer.encode("").ids)
 
     def sample(rows: int, seed: int) -> Feeds:
@@ -192,11 +183,22 @@ def text_graph(model: open_clip.CLIP, tokenizer: Tokenizer, batch: AxisRange) ->
     def reference(feeds: Feeds, _: Feeds) -> Feeds:
         return {"embedding": model.encode_text(torch.from_numpy(feeds["tokens"]), normalize=True).numpy()}
 
+    return _tower_graph("text", TextTower(model), TensorSpec("tokens", ("batch", context), "int64"), batch, sample, reference)
+
+
+def _tower_graph(
+    name: str,
+    tower: ImageTower | TextTower,
+    tensor: TensorSpec,
+    batch: AxisRange,
+    sample: Callable[[int, int], Feeds],
+    reference: Callable[[Feeds, Feeds], Feeds],
+) -> Graph:
     return Graph(
-        name="text",
-        module=TextTower(model).eval(),
-        inputs=(TensorSpec("tokens", ("batch", context), "int64"),),
-        outputs=(TensorSpec("embedding", ("batch", _embedding_size(model)), "float32"),),
+        name=name,
+        module=tower.eval(),
+        inputs=(tensor,),
+        outputs=(TensorSpec("embedding", ("batch", _embedding_size(tower.model)), "float32"),),
         axes={"batch": batch},
         row_axis="batch",
         sample=sample,
@@ -207,7 +209,7 @@ def text_graph(model: open_clip.CLIP, tokenizer: Tokenizer, batch: AxisRange) ->
 
 
 def image_batch(model: open_clip.CLIP) -> AxisRange:
-    """Range of images a call, smaller for costlier towers: ViT-B up to 64, ViT-L/14 16, ViT-L/14@336 8.
+    """Range of images per call, smaller for larger towers: ViT-B up to 64, ViT-L/14 16, ViT-L/14@336 8.
 
     The cost is estimated as parameters times 14-pixel patches, the multiply-adds of a ViT.
     """
@@ -235,7 +237,7 @@ def _official(variant: str, weights_name: str) -> tuple[clip_weights.Loaded, Tok
 
 
 def _mini(weights_name: str) -> tuple[clip_weights.Loaded, Tokenizer, Mapping[str, Any]]:
-    """The CLIP of the drawn scenes, its tokenizer and its settings; trained weights bring their measured threshold."""
+    """The CLIP of the drawn scenes, its tokenizer and its settings; trained weights contain their measured threshold."""
     from ...mini.scenes import BACKGROUNDS as DRAWN_BACKGROUNDS
     from ..mini import build_clip_mini, clip_mini_tokenizer
 
@@ -243,10 +245,7 @@ def _mini(weights_name: str) -> tuple[clip_weights.Loaded, Tokenizer, Mapping[st
     seed = checkpoints.random_seed(weights_name)
     path: Path | None = None
     if seed is not None:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = build_clip_mini().eval()
-        clip_weights.spread(model, seed)
+        model = clip_weights.seeded(build_clip_mini, seed)
     else:
         path = checkpoints.find_weights(weights_name, {}, model="clip")
         model = build_clip_mini().eval()
@@ -267,14 +266,14 @@ def _mini(weights_name: str) -> tuple[clip_weights.Loaded, Tokenizer, Mapping[st
 
 
 def _measured_rule(path: Path) -> dict[str, str | float]:
-    """The better of the two rules of `runtime.tag` and its threshold, as mini/train_clip.py measured and left them."""
-    told: dict[str, float] = {}
+    """The better of the two rules of `runtime.tag` and its threshold, from the metadata that mini/train_clip.py writes."""
+    results: dict[str, float] = {}
     if path.suffix == ".safetensors":
         with safetensors.safe_open(path, framework="numpy") as file:
-            told = json.loads((file.metadata() or {}).get("results", "{}"))
-    if told.get("pair_macro_f1", 0.0) > told.get("softmax_macro_f1", 0.0):
-        return {"rule": "background", "threshold": float(told["pair_threshold"])}
-    return {"rule": "softmax", "threshold": float(told.get("softmax_threshold", THRESHOLD))}
+            results = json.loads((file.metadata() or {}).get("results", "{}"))
+    if results.get("pair_macro_f1", 0.0) > results.get("softmax_macro_f1", 0.0):
+        return {"rule": "background", "threshold": float(results["pair_threshold"])}
+    return {"rule": "softmax", "threshold": float(results.get("softmax_threshold", THRESHOLD))}
 
 
 def _official_tokenizer(variant: str) -> Any:
@@ -283,10 +282,9 @@ def _official_tokenizer(variant: str) -> Any:
     try:
         return open_clip.get_tokenizer(variant)
     except (OSError, ValueError, ImportError) as error:  # a tokenizer on the hub, and no network
-        said = str(error).strip().splitlines()
         raise WeightsError(
-            f"--variant {variant}: its tokenizer cannot be had: {said[0] if said else type(error).__name__}",
-            hint="run once with a network, or take a variant with CLIP's own tokenizer, for example ViT-B-16",
+            f"--variant {variant}: its tokenizer cannot be loaded: {clip_weights.first_line(error)}",
+            hint="run once with a network, or use a variant with CLIP's own tokenizer, for example ViT-B-16",
         ) from None
 
 

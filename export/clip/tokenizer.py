@@ -1,9 +1,9 @@
-"""open_clip's tokenizers as `tokenizers` files, so that the runtime needs neither torch nor open_clip.
+"""Conversion of open_clip's tokenizers to `tokenizers` files, so that the runtime needs neither torch nor open_clip.
 
-Same ids as open_clip for text in any script. Carried over from its cleaning with ftfy: composed accents (NFC),
-straightened quotes, control characters dropped. Not carried over, because it would need ftfy in the base install: repair
-of mojibake, HTML entities, full-width letters, ligatures; nor a capital final sigma. The marks ``<start_of_text>`` and
-``<end_of_text>`` inside a text are letters here, not marks: a class name cannot end its own prompt.
+The ids equal open_clip's for text in any script. Of open_clip's cleaning with ftfy, the conversion includes composed accents
+(NFC), straight quotes and the removal of control characters. It does not include, because that would need ftfy in the base
+install, the repair of mojibake, HTML entities, full-width letters and ligatures, nor a capital final sigma. The marks
+``<start_of_text>`` and ``<end_of_text>`` inside a text are ordinary letters, so that a class name cannot end its prompt.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ...errors import WeightsError
 if TYPE_CHECKING:
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-PROBES = (
+CHECKED_TEXTS = (
     "",
     "a clean origami person with clothes.",
     "A Photo of the potted-plant,  isn't it? #3 & 127 (x2)",
     "\tcafé naïve 犬と猫 собака 🐕\n",
     "traffic_light " * 100,
 )
-"""Texts on which a translated tokenizer must equal open_clip's before it is used."""
+"""Texts for which a converted tokenizer must give open_clip's ids before it is used."""
 
 # open_clip/tokenizer.py, SimpleTokenizer.pat: contractions, words, single digits, runs of other signs.
 _PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -35,7 +35,7 @@ _QUOTES = ((Regex("[\u02bc\u2018-\u201b]"), "'"), (Regex("[\u201c-\u201f]"), '"'
 
 
 def tokenizer_from_open_clip(official: SimpleTokenizer | HFTokenizer, *, where: str) -> Tokenizer:
-    """The `tokenizers` equivalent of what ``open_clip.get_tokenizer`` gave.
+    """Convert a tokenizer of ``open_clip.get_tokenizer`` to `tokenizers`.
 
     Returns:
         A tokenizer whose ``encode(text).ids`` has exactly the context length: start, pieces, end, padding; a longer
@@ -47,11 +47,11 @@ def tokenizer_from_open_clip(official: SimpleTokenizer | HFTokenizer, *, where: 
     from open_clip.tokenizer import SimpleTokenizer
 
     fast = _from_simple(official) if isinstance(official, SimpleTokenizer) else _from_hugging_face(official, where=where)
-    for probe in PROBES:
-        want, got = official([probe])[0].tolist(), fast.encode(probe).ids
-        if want != got:
+    for text in CHECKED_TEXTS:
+        expected, got = official([text])[0].tolist(), fast.encode(text).ids
+        if expected != got:
             raise WeightsError(
-                f"{where}: its tokenizer has no equal form without torch: {probe[:40]!r} gives {got[:8]}, open_clip {want[:8]}",
+                f"{where}: its tokenizer cannot be converted: {text[:40]!r} gives {got[:8]}, in open_clip {expected[:8]}",
                 hint="use a variant with CLIP's own tokenizer, for example ViT-B-16",
             )
     return fast
@@ -66,8 +66,8 @@ def special_ids(official: SimpleTokenizer | HFTokenizer) -> dict[str, int]:
     inner = official.tokenizer
     start = inner.bos_token_id if inner.bos_token_id is not None else inner.cls_token_id
     end = inner.eos_token_id if inner.eos_token_id is not None else inner.sep_token_id
-    told = {"pad": inner.pad_token_id, "start": start, "end": end}
-    return {name: -1 if value is None else int(value) for name, value in told.items()}
+    ids = {"pad": inner.pad_token_id, "start": start, "end": end}
+    return {name: -1 if value is None else int(value) for name, value in ids.items()}
 
 
 def _from_simple(official: SimpleTokenizer) -> Tokenizer:
@@ -102,10 +102,10 @@ def _from_hugging_face(official: HFTokenizer, *, where: str) -> Tokenizer:
             hint="use a variant with CLIP's own tokenizer, for example ViT-B-16",
         )
     fast = Tokenizer.from_str(inner.backend_tokenizer.to_str())
-    own = [] if fast.normalizer is None else [fast.normalizer]
-    fast.normalizer = normalizers.Sequence([_cleaning(official.clean_fn), *own])
+    existing = [] if fast.normalizer is None else [fast.normalizer]
+    fast.normalizer = normalizers.Sequence([_cleaning(official.clean_fn), *existing])
     pad = inner.pad_token or "[PAD]"
-    if official.strip_sep_token:  # open_clip overwrites [SEP] by 0 after truncation: the same as ending with token 0
+    if official.strip_sep_token:  # open_clip replaces [SEP] by 0 after truncation, which equals ending with token 0
         zero = inner.convert_ids_to_tokens(0)
         fast.post_processor = processors.TemplateProcessing(
             single=f"{inner.cls_token} $A {zero}", special_tokens=[(inner.cls_token, inner.cls_token_id), (zero, 0)]
@@ -123,12 +123,9 @@ def _cleaning(clean: Any) -> normalizers.Normalizer:
     steps += [normalizers.Replace(_CONTROLS, ""), normalizers.NFC()]
     if clean is official._clean_canonicalize:
         steps.append(normalizers.Replace("_", " "))
-        steps.append(normalizers.Replace(Regex(f"[{_escaped(string.punctuation)}]"), ""))
+        escaped = "".join(f"\\{sign}" for sign in string.punctuation)
+        steps.append(normalizers.Replace(Regex(f"[{escaped}]"), ""))
     steps += [normalizers.Replace(_SPACES, " "), normalizers.Strip()]
     if clean is not official._clean_whitespace:
         steps.append(normalizers.Lowercase())
     return normalizers.Sequence(steps)
-
-
-def _escaped(signs: str) -> str:
-    return "".join("\\" + sign for sign in signs)

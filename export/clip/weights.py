@@ -1,7 +1,7 @@
 """open_clip models from official weights: names, hub folders, single files, seeded values.
 
-What a state dict does not say (QuickGELU, mean and standard deviation) comes from open_clip's table of pretrained tags,
-or from the ``open_clip_config.json`` beside the file; shapes alone would load OpenAI's weights into the wrong activation.
+Facts that a state dict does not contain (QuickGELU, mean and standard deviation) come from open_clip's table of pretrained
+tags, or from the ``open_clip_config.json`` beside the file. Without them, OpenAI's weights would get the wrong activation.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import re
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,14 @@ HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 FOLDER_FILES = (*HUB_FILES, "model.safetensors", "pytorch_model.bin")
 CONFIG = "open_clip_config.json"
 MAX_CONFIG = 1 << 20
-"""Bytes; the published ones have some hundred."""
+"""Bytes; published files have a few hundred."""
 LOGIT_SCALE = 100.0
-"""Where training of CLIP ends and is clipped (arXiv:2103.00020, section 2.5); given to seeded models."""
+"""Value at which training of CLIP clips it and ends (arXiv:2103.00020, section 2.5); used for seeded models."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What goes with weights, beside their values."""
+    """Facts about weights that a state dict does not contain."""
 
     quick_gelu: bool
     mean: tuple[float, float, float]
@@ -64,14 +65,14 @@ class Loaded:
     """The architecture in open_clip's spelling, ``-quickgelu`` included where it was forced."""
     recipe: Recipe
     record: Mapping[str, str]
-    """For the manifest: source and sha256."""
+    """Source and sha256, for the manifest."""
 
 
 def load(variant: str, weights: str) -> Loaded:
-    """An open_clip model by name.
+    """Load an open_clip model by name.
 
     Args:
-        variant: a name of ``open_clip.list_models()``; ``ViT-B/16`` is understood as ``ViT-B-16``.
+        variant: a name of ``open_clip.list_models()``; ``ViT-B/16`` means ``ViT-B-16``.
         weights: a file or folder, a pretrained tag of this variant (``openai``, ``laion2b_s34b_b88k``), ``random:SEED``.
 
     Raises:
@@ -82,10 +83,10 @@ def load(variant: str, weights: str) -> Loaded:
     seed = checkpoints.random_seed(weights)
     if seed is not None:
         recipe = recipe_of(variant, {})
-        model = seeded(variant, seed)
+        model = seeded(partial(build, variant), seed)
         return Loaded(model=model, variant=variant, recipe=recipe, record=checkpoints.weights_record(weights, None, model))
-    path, told, pinned = _find(variant, weights)
-    recipe = recipe_of(variant, told)
+    path, config, pinned = _find(variant, weights)
+    recipe = recipe_of(variant, config)
     if recipe.quick_gelu and not open_clip.get_model_config(variant).get("quick_gelu", False):
         variant = f"{variant}-quickgelu" if f"{variant}-quickgelu" in open_clip.list_models() else variant
     model = build(variant, quick_gelu=recipe.quick_gelu)
@@ -95,7 +96,7 @@ def load(variant: str, weights: str) -> Loaded:
 
 
 def known_variant(name: str) -> str:
-    """open_clip's spelling of a variant. Raises UsageError listing the closest names."""
+    """open_clip's spelling of a variant. Raises UsageError that lists the closest names."""
     variant = name.replace("/", "-").replace("@", "-")
     names = open_clip.list_models()
     if variant in names:
@@ -111,19 +112,19 @@ def known_variant(name: str) -> str:
 
 
 def build(variant: str, *, quick_gelu: bool = False) -> nn.Module:
-    """open_clip's model, float32 on the CPU in evaluation mode, values as initialized.
+    """Build open_clip's model, float32 on the CPU in evaluation mode, randomly initialized.
 
     Raises:
-        WeightsError: a tower is defined on the Hugging Face hub and cannot be reached.
+        WeightsError: a tower is defined on the Hugging Face hub, which cannot be reached.
     """
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # open_clip warns that weights are missing; they come later
+    logging.disable(logging.WARNING)  # open_clip warns that weights are missing; they are loaded later
     try:
         model = open_clip.create_model(variant, load_weights=False, pretrained_text=False, force_quick_gelu=quick_gelu)
     except OSError as error:  # transformers cannot fetch the configuration of a text tower
         raise WeightsError(
-            f"--variant {variant}: its text tower is described on the Hugging Face hub: {_first_line(error)}",
-            hint="run once with a network, or take a variant of open_clip's own, for example ViT-B-16",
+            f"--variant {variant}: its text tower is defined on the Hugging Face hub: {first_line(error)}",
+            hint="run once with a network, or use a variant that open_clip defines, for example ViT-B-16",
         ) from None
     finally:
         logging.disable(disabled)
@@ -131,11 +132,11 @@ def build(variant: str, *, quick_gelu: bool = False) -> nn.Module:
     return module
 
 
-def seeded(variant: str, seed: int) -> nn.Module:
-    """A model whose weights follow from a seed and have the spread of trained ones."""
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A model with weights from a seed, spread as trained ones are (`spread`), in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build(variant)
+        model = build().eval()
     spread(model, seed)
     return model
 
@@ -150,22 +151,21 @@ def spread(model: nn.Module, seed: int) -> None:
         scale.fill_(math.log(LOGIT_SCALE))
 
 
-def recipe_of(variant: str, told: Mapping[str, Any]) -> Recipe:
-    """What goes with weights of a variant.
+def recipe_of(variant: str, config: Mapping[str, Any]) -> Recipe:
+    """The recipe of weights of a variant.
 
     Args:
-        told: the tag's entry in open_clip's table, or the ``open_clip_config.json`` flattened; may be empty. What it
-            leaves open is taken from the variant's tags where these agree (SigLIP's mean), else it is OpenAI's.
+        config: the tag's entry in open_clip's table, or the flattened ``open_clip_config.json``; may be empty. Missing values
+            are those of the variant's tags if these agree (SigLIP's mean), else OpenAI's.
     """
     tags = [get_pretrained_cfg(variant, tag) for tag in list_pretrained_tags_by_model(variant)]
 
-    def value(name: str, otherwise: Any) -> Any:
+    def value(name: str, default: Any) -> Any:
         agreed = {tag[name] for tag in tags if name in tag}
-        return told.get(name, agreed.pop() if len(agreed) == 1 else otherwise)
+        return config.get(name, agreed.pop() if len(agreed) == 1 else default)
 
-    config = open_clip.get_model_config(variant)
     return Recipe(
-        quick_gelu=bool(told.get("quick_gelu", config.get("quick_gelu", False))),
+        quick_gelu=bool(config.get("quick_gelu", open_clip.get_model_config(variant).get("quick_gelu", False))),
         mean=tuple(value("mean", open_clip.OPENAI_DATASET_MEAN)),
         std=tuple(value("std", open_clip.OPENAI_DATASET_STD)),
         interpolation="bilinear" if value("interpolation", "bicubic") == "bilinear" else "bicubic",
@@ -173,40 +173,40 @@ def recipe_of(variant: str, told: Mapping[str, Any]) -> Recipe:
 
 
 def load_checkpoint(model: nn.Module, path: Path, *, variant: str) -> None:
-    """Loads an open_clip state dict from a file into ``model``, every key or none.
+    """Load an open_clip state dict from a file into ``model``; all its keys must match.
 
     Raises:
         WeightsError: damaged, a TorchScript archive, of another format or architecture.
     """
-    way_out = _way_out(variant)
+    instructions = _manual_download(variant)
     if _is_torchscript(path):
         raise WeightsError(
             f"{path}: a TorchScript archive (OpenAI's original release); reading it would run the code inside",
-            hint=f"take the same weights as safetensors: {way_out}",
+            hint=f"use the same weights as safetensors: {instructions}",
         )
     state = checkpoints.read_checkpoint(path)
     if any(name.startswith("vision_model.") for name in state):
-        raise WeightsError(f"{path}: the format of transformers' CLIPModel, expected open_clip's", hint=way_out)
+        raise WeightsError(f"{path}: the format of transformers' CLIPModel, expected open_clip's", hint=instructions)
     if all(name.startswith("module.") for name in state):  # saved from a DistributedDataParallel
         state = {name.removeprefix("module."): value for name, value in state.items()}
-    own = model.state_dict()
+    expected = model.state_dict()
     state = convert_state_dict(model, state)
-    if "positional_embedding" in state and "positional_embedding" not in own:
+    if "positional_embedding" in state and "positional_embedding" not in expected:
         state = convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):  # () in some releases, (1,) in others
-        if name in state and name in own and state[name].numel() == 1:
-            state[name] = state[name].reshape(own[name].shape)
+        if name in state and name in expected and state[name].numel() == 1:
+            state[name] = state[name].reshape(expected[name].shape)
     for name in ("text.transformer.embeddings.position_ids", "input_resolution", "context_length", "vocab_size"):
-        if name not in own:
+        if name not in expected:
             state.pop(name, None)
     checkpoints.load_exactly(model, state, path=path, what=f"CLIP {variant}")
 
 
 def _find(variant: str, weights: str) -> tuple[Path, Mapping[str, Any], str]:
-    """The weights file, what its tag or its config says of it, and how far a download is pinned (empty for a file)."""
+    """The weights file, the entry of its tag or its config, and `Download.pinned` of a download (empty for a file)."""
     path = Path(weights).expanduser()
     if path.is_dir():
-        path = _file_in(path)
+        path = checkpoints.file_in(path, FOLDER_FILES)
     if path.exists():
         return path, _config_beside(path, variant), ""
     tag = get_pretrained_cfg(variant, weights)
@@ -220,41 +220,33 @@ def _find(variant: str, weights: str) -> tuple[Path, Mapping[str, Any], str]:
     return path, tag, pinned
 
 
-def _file_in(folder: Path) -> Path:
-    for name in FOLDER_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise WeightsError(f"{folder}: expected one of {', '.join(FOLDER_FILES)}, found {there}")
-
-
 def _config_beside(path: Path, variant: str) -> Mapping[str, Any]:
     """The recipe in ``open_clip_config.json`` beside a weights file, {} without one.
 
     Raises:
-        WeightsError: it describes another architecture. Heads, for one, do not show in the shapes of weights.
+        WeightsError: it describes another architecture; the shapes of weights do not show, for example, the number of heads.
     """
     config = path.parent / CONFIG
     if not config.is_file():
         return {}
-    hint = f"take the {CONFIG} that came with the weights, or remove it"
+    hint = f"use the {CONFIG} that was published with the weights, or remove it"
     data = read_bytes(config, hint=hint, error=WeightsError, max_bytes=MAX_CONFIG)
-    found = parse_json(data, str(config), hint=hint, error=WeightsError)
-    model, recipe = (found.get(key) for key in ("model_cfg", "preprocess_cfg")) if isinstance(found, dict) else (None, None)
+    record = parse_json(data, str(config), hint=hint, error=WeightsError)
+    model, recipe = (record.get(key) for key in ("model_cfg", "preprocess_cfg")) if isinstance(record, dict) else (None, None)
     recipe = {} if recipe is None else recipe
     towers = [model.get(part, {}) for part in ("vision_cfg", "text_cfg")] if isinstance(model, dict) else []
     if not isinstance(model, dict) or not isinstance(recipe, dict) or not all(isinstance(tower, dict) for tower in towers):
         raise WeightsError(f"{config}: expected open_clip's model_cfg and preprocess_cfg", hint=hint)
-    own = open_clip.get_model_config(variant)
+    official = open_clip.get_model_config(variant)
     clashes = [
-        f"{section}{name} {its!r:.80} instead of {mine[name]!r}"
-        for section, its_part, mine in (
-            ("", model, own),
-            ("vision_cfg.", model.get("vision_cfg", {}), own["vision_cfg"]),
-            ("text_cfg.", model.get("text_cfg", {}), own["text_cfg"]),
+        f"{section}{name} {value!r:.80} instead of {expected[name]!r}"
+        for section, part, expected in (
+            ("", model, official),
+            ("vision_cfg.", model.get("vision_cfg", {}), official["vision_cfg"]),
+            ("text_cfg.", model.get("text_cfg", {}), official["text_cfg"]),
         )
-        for name, its in its_part.items()
-        if name in mine and isinstance(its, int | list) and not isinstance(its, bool) and its != mine[name]
+        for name, value in part.items()
+        if name in expected and isinstance(value, int | list) and not isinstance(value, bool) and value != expected[name]
     ]
     if clashes:
         raise WeightsError(f"{config}: not a {variant}: {'; '.join(clashes[:3])}", hint="check --variant")
@@ -275,11 +267,12 @@ def _config_beside(path: Path, variant: str) -> Mapping[str, Any]:
 
 
 def _download(tag: Mapping[str, Any], variant: str) -> tuple[Path, str]:
-    """The file of a pretrained tag, from the Hugging Face hub or the address in open_clip's table; and how far it is pinned."""
+    """Download the file of a pretrained tag from the Hugging Face hub or the URL in open_clip's table; returns it with
+    `Download.pinned`."""
     repository, _, file = str(tag.get("hf_hub", "")).rpartition("/")
     if not repository:
         url = str(tag["url"])
-        # open_clip's releases carry 8 digits in their names, OpenAI's addresses all of them as a folder.
+        # open_clip's releases have 8 digits in their file names, OpenAI's URLs have all digits as a folder.
         named = Path(url).stem.rpartition("-")[2] if "mlfoundations" in url else url.rsplit("/", 2)[-2]
         what = checkpoints.Download(url, named if re.fullmatch("[0-9a-f]{8}|[0-9a-f]{64}", named) else "")
         return checkpoints.download(what, model="clip"), what.pinned
@@ -292,22 +285,22 @@ def _download(tag: Mapping[str, Any], variant: str) -> tuple[Path, str]:
             return _hub_file(Path(cached), repository)
     failure: Exception | None = None
     try:
-        _reach(constants.ENDPOINT)
+        _check_network(constants.ENDPOINT)
         for name in names:
             try:
                 return _hub_file(Path(hf_hub_download(repository, name, library_name="wsss")), repository)
-            except EntryNotFoundError as error:  # this repository has only the older file
+            except EntryNotFoundError as error:  # this repository only has the older file
                 failure = error
     except (OSError, ValueError) as error:
         failure = error
     raise WeightsError(
-        f"{names[0]} of {repository}: cannot be downloaded from the Hugging Face hub: {_first_line(failure)}",
-        hint=_way_out(variant, repository, names[0]),
+        f"{names[0]} of {repository}: cannot be downloaded from the Hugging Face hub: {first_line(failure)}",
+        hint=_manual_download(variant, repository, names[0]),
     )
 
 
 def _hub_file(path: Path, repository: str) -> tuple[Path, str]:
-    """A file of the hub's cache, which keeps large ones under their sha256; and that nothing but a branch names its contents."""
+    """Check a file of the hub's cache, where large files are named by their sha256; returns it with its `Download.pinned`."""
     expected = path.resolve().name
     if re.fullmatch("[0-9a-f]{64}", expected) and (got := sha256_of(path)) != expected:
         raise WeightsError(
@@ -317,9 +310,9 @@ def _hub_file(path: Path, repository: str) -> tuple[Path, str]:
     return path, f"no: revision {path.parent.name} of {repository}"
 
 
-def _reach(address: str) -> None:
-    """Raises OSError at once where there is no network; the hub's own client retries for a minute."""
-    with contextlib.suppress(urllib.error.HTTPError):  # a refusal is an answer
+def _check_network(address: str) -> None:
+    """Raise OSError at once without a network; the hub's client would retry for a minute."""
+    with contextlib.suppress(urllib.error.HTTPError):  # the server answers, if only with an error
         urllib.request.urlopen(address, timeout=10).close()
 
 
@@ -329,8 +322,8 @@ def _hub_files(file: str) -> tuple[str, ...]:
     return (f"{Path(file).stem}.safetensors", file) if file.endswith((".bin", ".pth")) else (file,)
 
 
-def _way_out(variant: str, repository: str = "", file: str = HUB_FILES[0]) -> str:
-    """How to bring weights of a variant by hand: a folder, so that the config beside them says what shapes do not."""
+def _manual_download(variant: str, repository: str = "", file: str = HUB_FILES[0]) -> str:
+    """Instructions to get weights of a variant by hand, as a folder that also contains their config."""
     if not repository:
         tags: Iterable[str] = list_pretrained_tags_by_model(variant)
         hubs = [str(get_pretrained_cfg(variant, tag).get("hf_hub", "")) for tag in sorted(tags, key=lambda tag: tag != "openai")]
@@ -347,10 +340,11 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # said when it is read
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # reported when the file is read
         return False
 
 
-def _first_line(error: Exception | None) -> str:
+def first_line(error: Exception | None) -> str:
+    """The first line of an error's message, or its class without one."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -2,13 +2,13 @@
 
 The official classes are transformers'. Settings of the manifest (read by the runtime):
 
-- ``cls``, ``sep``, ``dot``, ``pad``: token ids. A caption is [CLS], each phrase's pieces and a dot, [SEP].
-- ``max_tokens``: most tokens of a caption, with [CLS] and [SEP]; the reference cuts there silently.
-- ``score_rule``: how the scores of a class come from those of its tokens. ``mean``, without the dot, is the official
-  COCO evaluation (demo/test_ap_on_coco.py: a span-normalized map); ``predict()`` of the demo takes a maximum.
-- ``box_threshold``: least score, under that rule. 0.3 is upstream's number for the maximum (README.md).
-- ``queries``: boxes that each photo gives, before any threshold or suppression.
-- ``sampling``: how deformable attention reads between cells, for the record (`grounding_dino_layers.sampler`).
+- ``cls``, ``sep``, ``dot``, ``pad``: token ids. A caption is [CLS], the pieces of each phrase and a dot, [SEP].
+- ``max_tokens``: most tokens of a caption, with [CLS] and [SEP]; the reference truncates silently.
+- ``score_rule``: how the score of a class follows from those of its tokens. ``mean``, without the dot, is the official
+  COCO evaluation (demo/test_ap_on_coco.py: a span-normalized map); ``predict()`` of the demo takes the maximum.
+- ``box_threshold``: lowest score of a box under that rule. 0.3 is the official number for the maximum (README.md).
+- ``queries``: boxes per photo, before any threshold or suppression.
+- ``sampling``: how deformable attention reads between cells (`layers.sampler`); not read by the runtime.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from .weights import OFFICIAL, bert_tokenizer, load
 CLS, SEP, DOT, PAD = 101, 102, 1012, 0
 """Ids of bert-base-uncased; transformers splits captions by these numbers (SPECIAL_TOKENS in its model)."""
 ANY_WORD = 104
-"""An id that ends no phrase; the gate's captions are rebuilt with it."""
+"""The id of an ordinary word; the gate rebuilds captions with it."""
 MAX_TOKENS = 256
 """max_text_len of the official configurations (groundingdino/config)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """How photographs reach a variant, how many at once, and how its weights were trained to refine boxes."""
+    """Input sizes, batch and box settings of a variant."""
 
     canvases: tuple[tuple[int, int], ...]
     short_px: int
     longest_px: int
     batch: AxisRange
     box_threshold: float
-    """Least score of a box, a mean over the tokens of its phrase."""
+    """Lowest score of a box, a mean over the tokens of its phrase."""
     margin: float
-    """Of ``inverse_sigmoid``."""
+    """``margin`` of ``inverse_sigmoid`` with which the weights were trained."""
     source: str
 
 
@@ -79,49 +79,47 @@ BEST_QUERIES = 100
 
 
 def score_difference(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
-    """Largest difference of the scores, the sigmoids of the logits (twice: it has no unit)."""
-    mine, its = (1 / (1 + np.exp(-each[name].astype(np.float64))) for each in (got, want))
-    worst = float(np.abs(mine - its).max(initial=0.0))
+    """Largest difference of the scores, the sigmoids of the logits; returned twice, as it has no unit."""
+    scores, expected = (1 / (1 + np.exp(-each[name].astype(np.float64))) for each in (got, want))
+    worst = float(np.abs(scores - expected).max(initial=0.0))
     return worst, worst
 
 
 def best_boxes_apart(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
-    """1 - IoU, at worst, of the boxes (B, Q, 4) of the queries with the best scores; largest difference of a coordinate."""
+    """Largest 1 - IoU of the boxes (B, Q, 4) of the queries with the best scores; largest difference of a coordinate."""
     best = np.argsort(-want["logits"].max(axis=2), axis=1, kind="stable")[:, :BEST_QUERIES, None]
-    mine, its = (np.take_along_axis(each[name].astype(np.float64), best, 1) for each in (got, want))
-    low = np.maximum(mine[..., :2] - mine[..., 2:] / 2, its[..., :2] - its[..., 2:] / 2)
-    high = np.minimum(mine[..., :2] + mine[..., 2:] / 2, its[..., :2] + its[..., 2:] / 2)
-    common = (high - low).clip(min=0).prod(-1)
-    overlap = common / (mine[..., 2:].prod(-1) + its[..., 2:].prod(-1) - common).clip(min=1e-12)
-    return float(1 - overlap.min()), float(np.abs(mine - its).max())
+    boxes, expected = (np.take_along_axis(each[name].astype(np.float64), best, 1) for each in (got, want))
+    low = np.maximum(boxes[..., :2] - boxes[..., 2:] / 2, expected[..., :2] - expected[..., 2:] / 2)
+    high = np.minimum(boxes[..., :2] + boxes[..., 2:] / 2, expected[..., :2] + expected[..., 2:] / 2)
+    intersection = (high - low).clip(min=0).prod(-1)
+    iou = intersection / (boxes[..., 2:].prod(-1) + expected[..., 2:].prod(-1) - intersection).clip(min=1e-12)
+    return float(1 - iou.min()), float(np.abs(boxes - expected).max())
 
 
-TEXT_TOLERANCE = Tolerance(
-    relative=2e-5, absolute=None, why="float32 rounding of 12 BERT layers; measured 1.3e-6 with seeded weights"
-)
+TEXT_TOLERANCE = Tolerance(relative=2e-5, why="float32 rounding of 12 BERT layers; measured 1.3e-6 with seeded weights")
 LOGITS_TOLERANCE = Tolerance(
-    relative=1e-4, absolute=1e-3, why="float32 rounding through the chain; measured 4e-6 and 1e-4 at full size"
+    relative=1e-4, absolute=1e-3, why="float32 rounding through all layers; measured 4e-6 and 1e-4 at full size"
 )
-BOXES_TOLERANCE = Tolerance(relative=1e-4, absolute=1e-3, why="float32 rounding through the chain; measured 4e-7 at full size")
+BOXES_TOLERANCE = Tolerance(relative=1e-4, absolute=1e-3, why="float32 rounding through all layers; measured 4e-7 at full size")
 HALF_TEXT_TOLERANCE = Tolerance(relative=5e-3, why="rounding to 11 bits through 12 BERT layers")
-HALF_LOGITS_TOLERANCE = Tolerance(relative=0.01, measure=score_difference, why="scores move by a hundredth at most")
+HALF_LOGITS_TOLERANCE = Tolerance(relative=0.01, measure=score_difference, why="scores change by 0.01 at most")
 HALF_BOXES_TOLERANCE = Tolerance(relative=0.02, measure=best_boxes_apart, why="boxes of the 100 best queries: IoU >= 0.98")
 TIE, HALF_TIE = 1e-4, 2e-2
-"""Scores of two cells count as tied when they differ by less than this share of the largest score: rounding moves them
-by 1e-6 of it (in half, by 1e-3), and ranks swap only between scores that close."""
+"""Scores of two cells count as tied when they differ by less than this share of the largest score: rounding changes them
+by 1e-6 of it (in half, by 1e-3), and only ranks of scores that close can swap."""
 
 
 def prepare(variant: str, weights: str, options: Options) -> Prepared:
-    """The model and its graphs.
+    """Grounding-DINO ready to be traced.
 
     Args:
         variant: ``swin_t``, ``swin_b`` or ``mini``.
         weights: an official ``.pth``, an ``IDEA-Research/grounding-dino-*`` folder, a known name, ``random:SEED``;
-            ``mini`` for the shipped mini weights.
+            ``mini`` for the mini weights of the package.
         options: canvases, batch range, and how deformable attention samples.
 
     Raises:
-        UsageError: no such variant. WeightsError: the weights or the vocabulary cannot be had, or do not fit.
+        UsageError: no such variant. WeightsError: the weights or the vocabulary are missing or do not fit.
     """
     if variant not in FAMILY.variants:
         raise UsageError(f"--variant: expected one of {', '.join(FAMILY.variants)}, got {variant!r}")
@@ -141,7 +139,7 @@ def assemble(
     tokenizer: object,
     record: dict[str, str],
 ) -> Prepared:
-    """What ``prepare`` returns, for any model of the official class."""
+    """The graphs, preprocessing and settings of any model of the official class."""
     canvases = tuple(sorted(options.sizes or frame.canvases, key=lambda canvas: canvas[0] * canvas[1]))
     batch = options.batch or frame.batch
     graphs: list[Callable[[], Graph]] = [partial(text_graph, model)]
@@ -186,7 +184,7 @@ def build_official(variant: str) -> GroundingDinoForObjectDetection:
 
 
 def text_graph(model: GroundingDinoForObjectDetection) -> Graph:
-    """The graph of phrases; its rows are judged inside a longer official caption."""
+    """Graph ``text``, see `TextGraph`. Reference: the official features of the phrase inside a longer caption."""
     return Graph(
         name="text",
         module=TextGraph(model),
@@ -219,8 +217,8 @@ def _random_phrase(rng: np.random.Generator, vocabulary: int, *, most: int) -> l
 
 
 @torch.no_grad()
-def _official_phrase(model: GroundingDinoForObjectDetection, feeds: Feeds, found: Feeds) -> Feeds:
-    """Features of one phrase as the official model computes them in the middle of a caption of three."""
+def _official_phrase(model: GroundingDinoForObjectDetection, feeds: Feeds, outputs: Feeds) -> Feeds:
+    """The official model's features of one phrase in the middle of a caption of three."""
     phrase = feeds["tokens"][0][feeds["mask"][0]].tolist()
     before, after = [ANY_WORD, ANY_WORD + 1, DOT], [ANY_WORD + 2, DOT]
     if phrase in ([CLS], [SEP]):
@@ -229,13 +227,13 @@ def _official_phrase(model: GroundingDinoForObjectDetection, feeds: Feeds, found
     else:
         caption = [CLS, *before, *phrase, *after, SEP]
         at = 1 + len(before)
-    features = np.zeros_like(found["features"])
+    features = np.zeros_like(outputs["features"])
     features[0, : len(phrase)] = official_text_features(model, torch.tensor([caption]))[0, at : at + len(phrase)].numpy()
     return {"features": features}
 
 
 def official_text_features(model: GroundingDinoForObjectDetection, tokens: Tensor) -> Tensor:
-    """(B, T, D) features of whole captions (B, T) int64, by transformers' own mask and BERT."""
+    """(B, T, D) features of whole captions (B, T) int64, with transformers' mask and BERT."""
     from transformers.models.grounding_dino import modeling_grounding_dino as official
 
     mask, position = official.generate_masks_with_special_tokens_and_transfer_map(tokens, model.model.special_tokens)
@@ -254,7 +252,7 @@ def image_graph(
     margin: float = OFFICIAL_MARGIN,
     sampling: Sampling = "grid-sample",
 ) -> Graph:
-    """The graph of one canvas."""
+    """Graph ``image-HxW``, see `ImageGraph`. Reference: `official_detections`."""
     height, width = canvas
     queries, channels = model.config.num_queries, model.config.d_model
     return Graph(
@@ -281,13 +279,13 @@ def image_graph(
         half=InHalf(
             io=frozenset({"text"}),
             tolerance={"logits": HALF_LOGITS_TOLERANCE, "boxes": HALF_BOXES_TOLERANCE},
-            reference=lambda room: partial(official_detections, model, margin, tie=room * HALF_TIE),
+            reference=lambda scale: partial(official_detections, model, margin, tie=scale * HALF_TIE),
         ),
     )
 
 
 def _sample_photos(model: GroundingDinoForObjectDetection, canvas: tuple[int, int], rows: int, seed: int) -> Feeds:
-    """Photos of different sizes with different captions; noise outside the photo, which must not matter."""
+    """Photos of different sizes with different captions, and noise outside the photo, which the graph must ignore."""
     rng = np.random.default_rng(seed)
     captions = [
         [[CLS], *(_random_phrase(rng, model.config.text_config.vocab_size, most=3) for _ in range(2 + row % 3)), [SEP]]
@@ -296,7 +294,7 @@ def _sample_photos(model: GroundingDinoForObjectDetection, canvas: tuple[int, in
     pixels = rng.integers(0, 256, (rows, *canvas, 3), dtype=np.uint8)
     size = np.zeros((rows, 2), np.int64)
     for row in range(rows):
-        # Row 1 fills the canvas, the others leave a margin below or at the right.
+        # Row 1 fills the canvas, the others leave a margin at the bottom or on the right.
         share = np.ones(2) if row == 1 else np.where(np.arange(2) == row // 2 % 2, 1.0, rng.uniform(0.6, 0.98))
         height, width = size[row] = np.floor(np.array(canvas) * share).astype(np.int64)
         pixels[row, :height, :width] = photograph(rng, int(height), int(width))
@@ -334,14 +332,14 @@ def _features(graph: TextGraph, tokens: list[int]) -> np.ndarray:
 
 @torch.no_grad()
 def official_detections(
-    model: GroundingDinoForObjectDetection, margin: float, feeds: Feeds, found: Feeds, *, tie: float = TIE
+    model: GroundingDinoForObjectDetection, margin: float, feeds: Feeds, outputs: Feeds, *, tie: float = TIE
 ) -> Feeds:
-    """What the official forward pass gives for one photo, starting its queries where the graph did.
+    """Result of the official forward pass for one photo, with the queries that the graph chose.
 
-    The caption is rebuilt with any words, for its structure alone, and the fed features replace BERT's.
+    The caption is rebuilt with arbitrary words, because only its structure matters: the fed features replace BERT's.
 
     Args:
-        margin: of ``inverse_sigmoid``, in place of transformers'.
+        margin: of ``inverse_sigmoid``, instead of transformers' value.
         tie: share of the largest score by which tied scores may differ.
 
     Raises:
@@ -353,10 +351,10 @@ def official_detections(
     scores: list[Tensor] = []
 
     def force_queries(_module: nn.Module, _inputs: object, logits: Tensor) -> Tensor | None:
-        if scores:  # the second call scores the chosen queries, for training
+        if scores:  # the second call, which is only for training, scores the chosen queries
             return None
         scores.append(logits.amax(-1))
-        query = torch.from_numpy(found["query"])
+        query = torch.from_numpy(outputs["query"])
         check_near_tie(scores[0][0], query[0], tie)
         ranks = torch.arange(query.shape[1], 0, -1, dtype=logits.dtype)[None]
         return torch.full_like(logits, -1.0).scatter(1, query[..., None], ranks[..., None])
@@ -372,11 +370,11 @@ def official_detections(
         for hook in hooks:
             hook.remove()
     logits = out.logits[..., : tokens.shape[1]]
-    return {"logits": logits.numpy(), "boxes": out.pred_boxes.numpy(), "query": found["query"]}
+    return {"logits": logits.numpy(), "boxes": out.pred_boxes.numpy(), "query": outputs["query"]}
 
 
 def official_pixels(feeds: Feeds) -> tuple[Tensor, Tensor]:
-    """(1, 3, H, W) float32 normalized then zero-padded, and (1, H, W) int64 mask: what the official processor makes."""
+    """The official processor's (1, 3, H, W) float32 pixels, normalized and then zero-padded, and (1, H, W) int64 mask."""
     height, width = feeds["size"][0]
     photo = torch.from_numpy(feeds["pixels"][:1, :height, :width]).permute(0, 3, 1, 2)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -387,21 +385,23 @@ def official_pixels(feeds: Feeds) -> tuple[Tensor, Tensor]:
 
 
 def caption_tokens(phrase: np.ndarray) -> Tensor:
-    """(1, T) int64 a caption with the sub-sentences that ``phrase`` (1, T) numbers: any words, each phrase with its dot."""
+    """(1, T) int64, a caption with the sub-sentences numbered in ``phrase`` (1, T): arbitrary words, and each phrase's dot."""
     numbers = phrase[0].tolist()
-    tokens = [ANY_WORD if mine == after else DOT for mine, after in zip(numbers, [*numbers[1:], -1], strict=True)]
+    tokens = [ANY_WORD if number == following else DOT for number, following in zip(numbers, [*numbers[1:], -1], strict=True)]
     last = sum(number >= 0 for number in numbers) - 1
     tokens[0], tokens[last], tokens[last + 1 :] = CLS, SEP, [PAD] * (len(numbers) - last - 1)
     return torch.tensor([tokens])
 
 
 def check_near_tie(scores: Tensor, query: Tensor, tie: float = TIE) -> None:
-    """Raises ParityError unless ``query`` (Q,) are the cells of the Q highest ``scores`` (N,), near ties aside."""
+    """Raise ParityError unless ``query`` (Q,) are the cells of the Q highest ``scores`` (N,), except for near ties."""
     best = scores.topk(len(query)).values
     gap = float((scores[query] - best).abs().max())
     allowed = tie * float(best.abs().max())
     if len(query.unique()) != len(query) or not gap <= allowed:
-        raise ParityError(f"output 'query': scores of the chosen cells lie {gap:.3g} from the best, near ties are {allowed:.3g}")
+        raise ParityError(
+            f"output 'query': scores of the chosen cells differ by {gap:.3g} from the best, near ties by up to {allowed:.3g}"
+        )
 
 
 FAMILY = Family(

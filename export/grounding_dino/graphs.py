@@ -1,15 +1,16 @@
-"""The two modules that Grounding-DINO is traced from: its own layers under a forward pass of ours.
+"""The two modules that are traced for Grounding-DINO: the official layers with a different forward pass.
 
-The layers and weights are transformers'; only the order of calls is written again, because the official forward pass
-cannot be traced with a free batch (level shapes as tensors, data-dependent checks), subtracts a maximum taken over the
-whole batch, and runs BERT on whole captions. The gate compares with the official forward pass itself.
+The layers and weights are transformers'. Only the forward pass is rewritten, because the official one cannot be traced with a
+free batch (level shapes as tensors, data-dependent checks), subtracts a maximum over the whole batch, and runs BERT on whole
+captions. The gate compares with the official forward pass.
 
-What stays FP32 in half precision was found by rounding every tensor of one part at a time (Swin-T, ``random:0``, a photograph
-on 288 x 480; the largest error of a score as it falls): 0.036 with only coordinates, box heads, choice and scores in FP32;
-0.032 with all that is done to the tokens; 0.016 with the sums and norms of all layers; 0.016 with the projections of the feature
-maps; 0.012 with the last projection of deformable attention. Of what that projection reads 64 to 84 % is common to all cells,
-so that rounding its weights moves all cells alike and no later mean removes it. Of the rest Swin alone, in half, accounts for
-0.006; keeping the decoder, the other projections of deformable attention or the fusion attention in FP32 too changed little.
+The parts that stay FP32 in half precision were found by rounding every tensor of one part at a time (Swin-T, ``random:0``, a
+photograph on 288 x 480). The largest error of a score is 0.036 with only coordinates, box heads, choice and scores in FP32. It
+falls to 0.032 with all operations on the tokens in FP32 too, to 0.016 with the sums and norms of all layers, stays there with
+the projections of the feature maps, and falls to 0.012 with the last projection of deformable attention. 64 to 84 % of the
+input of that projection is common to all cells, so that rounding its weights shifts all cells alike and no later mean removes
+the shift. Of the remaining error, Swin in half precision accounts for 0.006. Keeping the decoder, the other projections of
+deformable attention or the fusion attention in FP32 too made little difference.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers.models.grounding_dino import modeling_grounding_dino as offici
 
 from ..family import Sampling
 from ..precision.lowering import Fp32
-from ..rewrites import Normalize
+from ..rewrites import normalize_in_fp32, normalized
 from .layers import (
     OFFICIAL_MARGIN,
     Levels,
@@ -43,7 +44,7 @@ MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 """ImageNet RGB deviation, 0-255 scale: (0.229, 0.224, 0.225) * 255 (same file)."""
 BEYOND = 1e4
-"""Stands for the infinite logits of proposals outside the photo; its sigmoid is 1 too, and it fits float16."""
+"""Replaces the infinite logits of proposals outside the photo: its sigmoid is also 1, and float16 can represent it."""
 
 
 class TextGraph(nn.Module):
@@ -55,7 +56,7 @@ class TextGraph(nn.Module):
         self.projection = model.model.text_projection
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Features of P sub-sentences, independent of each other.
+        """Compute the features of P independent sub-sentences.
 
         Args:
             tokens: (P, L) int64, the word pieces of one sub-sentence and its closing dot; or one [CLS] or [SEP] alone.
@@ -78,10 +79,10 @@ class ImageGraph(nn.Module):
     """Detections of photos on one canvas: Swin, fusion encoder, two-stage queries, decoder.
 
     Args:
-        model: official model; its layers are used, not copied.
+        model: official model; its layers are shared, not copied.
         canvas: (height, width) of the pixels.
-        margin: of ``inverse_sigmoid``, as the weights were trained with.
-        sampling: how deformable attention reads between cells, see `grounding_dino_layers.sampler`.
+        margin: of ``inverse_sigmoid``, with which the weights were trained.
+        sampling: how deformable attention reads between cells, see `sampler`.
     """
 
     def __init__(
@@ -99,20 +100,22 @@ class ImageGraph(nn.Module):
         self.shapes = level_shapes(model.config, canvas)
         self.level = Fp32(call, why="projection of the feature maps, whose group norms sum over whole maps")
         self.of_text = Fp32(call, why="the few tokens that all cells and queries read")
-        self.stream = Fp32(call, why="sums and norms of what runs through all layers")
-        self.project = Fp32(call, why="deformable attention reads much the same everywhere: rounded weights err alike everywhere")
-        self.normalize = Fp32(Normalize(MEAN, STD), why="half would lose part of a pixel's step")
+        self.stream = Fp32(call, why="sums and norms of the features that run through all layers")
+        self.project = Fp32(
+            call, why="deformable attention reads similar values everywhere: rounded weights shift all cells alike"
+        )
+        self.normalize = normalize_in_fp32(MEAN, STD)
         self.geometry = Fp32(self._geometry, why="coordinates and the sines of their multiples")
         self.choose = Fp32(self._choose, why="top-k of near-equal scores, and logits of coordinates")
         self.refine = Fp32(self._refine, why="box heads: the logit of a coordinate cancels near both ends")
         self.place = Fp32(self._place, why="coordinates and the sines of their multiples")
         self.sample = sampler(sampling)
-        self.score = Fp32(self._score, why="what is compared with a threshold leaves in float32")
+        self.score = Fp32(self._score, why="scores are compared with a threshold in float32")
         table = torch.arange(model.config.max_text_len, dtype=torch.float32)[None, :, None]
         width = model.config.d_model
         self.register_buffer("places", official.encode_sinusoidal_position_embedding(table, width)[0], persistent=False)
-        # Which pixel row and column the mask of each level reads: those of interpolate(mode="nearest"), so that the
-        # masks are the reference's to the cell.
+        # The pixel rows and columns that the mask of each level reads: those of interpolate(mode="nearest"), so that the
+        # masks equal the reference's in every cell.
         for level, shape in enumerate(self.shapes):
             for name, pixels, cells in (("row", canvas[0], shape[0]), ("column", canvas[1], shape[1])):
                 index = torch.arange(pixels, dtype=torch.float32)[None, None]
@@ -121,10 +124,10 @@ class ImageGraph(nn.Module):
     def forward(
         self, pixels: Tensor, size: Tensor, text: Tensor, phrase: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores every query against every token.
+        """Score every query against every token.
 
         Args:
-            pixels: (B, H, W, 3) uint8 RGB, the photo top left; what lies outside is ignored.
+            pixels: (B, H, W, 3) uint8 RGB, the photo at the top left; pixels outside it are ignored.
             size: (B, 2) int64, height and width of the photo on the canvas, px.
             text: (B, T, D) float32, features of [CLS], the phrases with their dots, [SEP]; padded at the end.
             phrase: (B, T) int64, number of the sub-sentence of each token ([CLS] and [SEP] have their own), -1 = padding.
@@ -133,7 +136,7 @@ class ImageGraph(nn.Module):
         Returns:
             logits: (B, Q, T) float32 before the sigmoid, -inf on padding.
             boxes: (B, Q, 4) float32, center x, center y, width, height in 0..1 of the photo, not of the canvas.
-            query: (B, Q) int64, the encoder cell each query starts from, best first.
+            query: (B, Q) int64, the encoder cell from which each query starts, best first.
         """
         levels, places = self.geometry(size)
         is_token = phrase >= 0
@@ -154,12 +157,12 @@ class ImageGraph(nn.Module):
             before = boxes
             hidden = self._decode(layer, hidden, boxes, vision, text, token_mask, levels)
             boxes = self.refine(head, hidden, boxes)
-        # The last boxes come from the normed hidden state and the box that entered the last layer, as the reference's do.
+        # As in the reference, the last boxes come from the normed hidden state and the last layer's input boxes.
         hidden = self.stream(self.core.decoder.layer_norm, hidden)
         return self.score(hidden, text, is_token), self.refine(self.box_heads[-1], hidden, before), query
 
     def _geometry(self, size: Tensor) -> tuple[Levels, Tensor]:
-        """The cells that each photo covers, and (B, N, D) what their positions add to their features."""
+        """The cells that each photo covers, and the (B, N, D) position embeddings of all cells."""
         rows, columns = [], []
         for level in range(len(self.shapes)):
             rows.append(self.get_buffer(f"row{level}") < size[:, 0:1])  # (B, h)
@@ -174,12 +177,7 @@ class ImageGraph(nn.Module):
 
     def _pyramid(self, pixels: Tensor, size: Tensor) -> Tensor:
         """(B, N, D) features of all levels' cells."""
-        height, width = pixels.shape[1:3]
-        inside = (torch.arange(height, device=pixels.device)[None, :, None] < size[:, 0, None, None]) & (
-            torch.arange(width, device=pixels.device)[None, None, :] < size[:, 1, None, None]
-        )
-        values = torch.where(inside[..., None], self.normalize(pixels), 0.0).permute(0, 3, 1, 2)
-        maps = swin_features(self.core.backbone.conv_encoder.model, values)
+        maps = swin_features(self.core.backbone.conv_encoder.model, normalized(pixels, size, self.normalize))
         features = [self.level(project, each) for project, each in zip(self.core.input_proj_vision, maps, strict=False)]
         for project in self.core.input_proj_vision[len(maps) :]:
             features.append(self.level(project, maps[-1] if len(features) == len(maps) else features[-1]))
@@ -187,7 +185,7 @@ class ImageGraph(nn.Module):
         return torch.cat([each.flatten(2).transpose(1, 2) for each in features], 1)
 
     def _choose(self, vision: Tensor, text: Tensor, is_token: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-        """(B, Q) the best cells, and (B, Q, 4) their proposed boxes."""
+        """The best cells (B, Q), and their proposed boxes (B, Q, 4)."""
         sides = torch.cat([vision.new_full((h * w, 2), 0.05 * 2.0**level) for level, (h, w) in enumerate(self.shapes)])
         proposals = torch.cat([levels.centers, sides[None].expand_as(levels.centers)], -1)  # (B, N, 4)
         usable = ((proposals > 0.01) & (proposals < 0.99)).all(-1) & levels.valid
@@ -202,11 +200,11 @@ class ImageGraph(nn.Module):
         return query, boxes.sigmoid()
 
     def _refine(self, head: nn.Module, hidden: Tensor, boxes: Tensor) -> Tensor:
-        """(B, Q, 4) boxes moved by what a head reads from the hidden state."""
+        """(B, Q, 4) boxes moved by a head's prediction from the hidden state."""
         return (head(hidden) + inverse_sigmoid(boxes, self.margin)).sigmoid()
 
     def _place(self, boxes: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-        """(B, Q, L, 4) boxes in 0..1 of the canvas, and (B, Q, 2 D) the sines of their coordinates on the first level."""
+        """The boxes (B, Q, L, 4) in 0..1 of the canvas, and the sines of their coordinates on the first level (B, Q, 2 D)."""
         reference = boxes[:, :, None] * torch.cat([levels.ratios, levels.ratios], -1)[:, None]
         return reference, box_positions(reference[:, :, 0], self.core.config.d_model // 2)
 
@@ -247,7 +245,7 @@ def _enhance_text(layer: nn.Module, text: Tensor, position: Tensor, mask: Tensor
 
 
 def level_shapes(config: GroundingDinoConfig, canvas: tuple[int, int]) -> list[tuple[int, int]]:
-    """(height, width) in cells of each feature level: Swin's patches, halved (rounded up) from stage to stage."""
+    """(height, width) in cells of each feature level: Swin's patches, halved and rounded up from stage to stage."""
     backbone = config.backbone_config
     shapes = [(-(-canvas[0] // backbone.patch_size), -(-canvas[1] // backbone.patch_size))]
     first, levels = min(backbone.out_indices) - 1, config.num_feature_levels

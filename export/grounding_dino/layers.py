@@ -1,6 +1,6 @@
-"""Layers of Grounding-DINO in a form that exports; each says which op or habit forced it.
+"""Exportable forms of Grounding-DINO's layers; each docstring names the operation that made it necessary.
 
-They take the official layer and use its weights; the parity gate compares them with the official layer at work.
+The functions take the official layer and use its weights; the parity gate compares them with the official layer.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..family import Sampling
 from ..precision.lowering import Fp32
 
 MASKED = -1e4
-"""Added to what attention must not see. ``exp`` of it is exactly 0 beside any score within 9,000 of it, in float32 and
-float16 alike; the type's minimum, which transformers adds, becomes -inf in float16 once a negative score joins it."""
+"""Added to masked attention scores. Its ``exp`` is exactly 0 beside any score within 9,000 of it, in float32 and float16. The
+type's minimum, which transformers adds, becomes -inf in float16 when a negative score is added."""
 
 
 def additive_mask(seen: Tensor) -> Tensor:
@@ -28,14 +28,14 @@ def additive_mask(seen: Tensor) -> Tensor:
 
 
 OFFICIAL_MARGIN, TRANSFORMERS_MARGIN = 1e-3, 1e-5
-"""Between which values and the ends 0 and 1 the two implementations take the logits of boxes."""
+"""Distance from 0 and 1 at which the two implementations clamp coordinates before taking their logits."""
 
 
 def inverse_sigmoid(values: Tensor, margin: float = OFFICIAL_MARGIN) -> Tensor:
     """Logits of values in 0..1, finite at both ends: ``inverse_sigmoid`` of GroundingDINO's ``util/misc.py``.
 
-    transformers took ``torch.special.logit(eps=1e-5)`` instead. For a box as wide or high as the photo (a side beyond
-    0.999) its boxes and scores are then not those that the official weights were trained to give.
+    transformers uses ``torch.special.logit(eps=1e-5)`` instead. For a box as wide or high as the photo (a side beyond 0.999)
+    its boxes and scores differ from those for which the official weights were trained.
     """
     return torch.log(values.clamp(min=margin) / (1 - values).clamp(min=margin))
 
@@ -44,9 +44,9 @@ def inverse_sigmoid(values: Tensor, margin: float = OFFICIAL_MARGIN) -> Tensor:
 class Levels:
     """The cells of all feature levels, one after the other: N = sum of h * w over L levels, for B photos.
 
-    The reference carries shapes as tensors and derives positions by cumulative sums over masks. A photo lies top left,
-    so its mask is a rectangle and everything follows from two counts a level; shapes are Python ints, so that reshapes
-    and splits are static.
+    The reference has shapes as tensors and computes positions by cumulative sums over masks. A photo is at the top left of
+    the canvas, so its mask is a rectangle and all values follow from two counts per level. Shapes are Python ints, so that
+    reshapes and splits are static.
     """
 
     shapes: Sequence[tuple[int, int]]
@@ -64,7 +64,7 @@ class Levels:
 
     @staticmethod
     def from_valid(shapes: Sequence[tuple[int, int]], rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Levels:
-        """From the rows (B, h) and columns (B, w) of cells that the photo covers, bool, a level each."""
+        """Create from the rows (B, h) and columns (B, w) of cells that the photo covers, bool, one for each level."""
         counts = torch.stack([torch.stack([c.sum(1), r.sum(1)], -1) for r, c in zip(rows, columns, strict=True)], 1).float()
         valid = torch.cat([(r[:, :, None] & c[:, None, :]).flatten(1) for r, c in zip(rows, columns, strict=True)], 1)
         cells = counts.new_tensor([[width, height] for height, width in shapes])  # (L, 2)
@@ -77,9 +77,9 @@ class Levels:
         return Levels(shapes, counts, valid, points, ratios, points[:, :, None] * ratios[:, None])
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """A level's rows (B, h) and columns (B, w) numbered from 1 and divided by how many the photo covers."""
+        """Each level's rows (B, h) and columns (B, w), numbered from 1 and divided by the number that the photo covers."""
         for level, (height, width) in enumerate(self.shapes):
-            # The reference's guard against empty masks; without it the last position would differ by 1e-8.
+            # The reference adds 1e-6 against empty masks; without it the last position would differ by 1e-8.
             across, down = self.counts[:, level, 0:1] + 1e-6, self.counts[:, level, 1:2] + 1e-6
             rows = torch.arange(1, height + 1, device=down.device)
             columns = torch.arange(1, width + 1, device=across.device)
@@ -87,7 +87,7 @@ class Levels:
 
 
 def _of_cells(columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, h * w, C) twice: each cell's vector of its column, from (B, w, C), and of its row, from (B, h, C)."""
+    """Expand vectors of columns (B, w, C) and rows (B, h, C) to vectors of cells, (B, h * w, C) each."""
     width, height = columns.shape[1], rows.shape[1]
     across = columns[:, None].expand(-1, height, -1, -1).flatten(1, 2)
     return across, rows[:, :, None].expand(-1, -1, width, -1).flatten(1, 2)
@@ -96,8 +96,8 @@ def _of_cells(columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 def sine_positions(rows: Tensor, columns: Tensor, width: int, temperature: float) -> Tensor:
     """Sine positions of a level's cells: (B, h * w, 2 * width) float32, the row's part first.
 
-    As ``GroundingDinoSinePositionEmbedding``, whose cumulative sums over the mask TensorRT runs slowly: here from
-    ``Levels.steps``, with the sines of h + w positions instead of h * w.
+    Replaces ``GroundingDinoSinePositionEmbedding``, whose cumulative sums over the mask are slow in TensorRT, by the sines of
+    the h + w positions of ``Levels.steps``, instead of h * w.
 
     Args:
         rows, columns: (B, h) and (B, w) float32, positions in 0..1.
@@ -111,25 +111,25 @@ def sine_positions(rows: Tensor, columns: Tensor, width: int, temperature: float
 def box_positions(boxes: Tensor, width: int) -> Tensor:
     """Sine positions of boxes (B, Q, 4) in 0..1: (B, Q, 4 * width) float32, in the order y, x, width, height.
 
-    As ``encode_sinusoidal_position_embedding`` (temperature 10,000), in a quarter of the nodes.
+    Replaces ``encode_sinusoidal_position_embedding`` (temperature 10,000), with a quarter of its nodes.
     """
     return _waves(boxes[..., [1, 0, 2, 3]], width, 10_000.0).flatten(2)
 
 
 def _waves(position: Tensor, width: int, temperature: float) -> Tensor:
-    """(..., width): sines and cosines by turns of (...) positions."""
+    """(..., width): alternating sines and cosines of (...) positions."""
     channel = torch.arange(width, device=position.device)
     period = temperature ** (2 * torch.div(channel, 2, rounding_mode="floor").float() / width)
     angle = position[..., None] * (2 * math.pi) / period
     return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), -1).flatten(-2)
 
 
-Island = Callable[..., Tensor]
-"""(function, its arguments) to its result, as `call` does: what it is given stays FP32 in a half-precision graph."""
+Call = Callable[..., Tensor]
+"""(function, its arguments) to its result. As ``Fp32(call, why=...)``, all functions called with it stay FP32."""
 
 
 def call(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    """``function(*arguments)``; inside an `Fp32`, the island of functions that a forward pass calls in many places."""
+    """``function(*arguments)``."""
     return function(*arguments)
 
 
@@ -145,18 +145,18 @@ def multihead_attention(layer: nn.Module, queries: Tensor, keys: Tensor, values:
 
 
 def fusion_attention(
-    layer: nn.Module, vision: Tensor, text: Tensor, cells: Tensor, tokens: Tensor, of_text: Island, stream: Island
+    layer: nn.Module, vision: Tensor, text: Tensor, cells: Tensor, tokens: Tensor, of_text: Call, stream: Call
 ) -> tuple[Tensor, Tensor]:
-    """The official fusion layer: image cells look at tokens and tokens at cells, both added to their own.
+    """The official fusion layer: cross-attention from image cells to tokens and back, each added to its input.
 
-    Forced by ``attn_weights.max()`` over the whole batch, which makes a row's rounding depend on its neighbors, and by
+    Required by ``attn_weights.max()`` over the whole batch, which makes a row's rounding depend on its neighbors, and by
     ``masked_fill_`` in place; a softmax subtracts its row's maximum anyway.
 
     Args:
         layer: a ``GroundingDinoFusionLayer``.
         vision: (B, N, D); text: (B, T, D).
-        cells: (B, N) bool, cells of the photo; tokens: (B, T) bool, tokens that are no padding.
-        of_text, stream: call what is done to the tokens, and the norms and sums.
+        cells: (B, N) bool, cells of the photo; tokens: (B, T) bool, tokens that are not padding.
+        of_text, stream: call the functions of the tokens, and the norms and sums.
 
     Returns:
         vision and text of the same shapes.
@@ -183,18 +183,18 @@ def _added(stream: Tensor, gain: Tensor, seen: Tensor) -> Tensor:
 
 
 def deformable_attention(
-    layer: nn.Module, queries: Tensor, vision: Tensor, reference: Tensor, levels: Levels, sample: Sampler, project: Island
+    layer: nn.Module, queries: Tensor, vision: Tensor, reference: Tensor, levels: Levels, sample: Sampler, project: Call
 ) -> Tensor:
     """Multi-scale deformable attention (arXiv 2010.04159, equation 3).
 
-    Forced by level shapes given as tensors and a data-dependent check of them.
+    Required by level shapes given as tensors and a data-dependent check of them.
 
     Args:
         layer: a ``GroundingDinoMultiscaleDeformableAttention``.
         queries: (B, Q, D), positions added.
-        vision: (B, N, D) the cells' features.
+        vision: (B, N, D), the cells' features.
         reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes (center, sides), in 0..1 of the canvas.
-        sample: reads between the cells, from `sampler`.
+        sample: interpolates between the cells, see `sampler`.
         project: calls the layer's last projection.
 
     Returns:
@@ -214,14 +214,14 @@ Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[tuple[int, int]]], 
 
 
 def sampler(sampling: Sampling) -> Sampler:
-    """How deformable attention reads between cells.
+    """The implementation with which deformable attention interpolates between cells.
 
-    ``grid-sample`` is one GridSample a level. It stays FP32 as a whole: TensorRT takes pixels and places of one type only
-    ("`input` and `grid` must be of same type"), and places in half lie up to 0.04 cells off.
-    ``gather`` is one gather of four corners and one product for all levels, values in half, places in FP32. It moves four
-    times the memory, and is there for runtimes whose GridSample is wrong (TensorRT#4813).
-    ``plugin`` is one node for all levels, which the full TensorRT gives to its own kernel (`deformable_plugin`). FP32, for
-    the reason of GridSample.
+    ``grid-sample`` is one GridSample per level. All of it stays FP32: TensorRT requires one type for pixels and places
+    ("`input` and `grid` must be of same type"), and places in half precision are up to 0.04 cells off.
+    ``gather`` is one gather of four corners and one product for all levels, with values in half and places in FP32. It moves
+    four times the memory, and is for runtimes whose GridSample is wrong (TensorRT#4813).
+    ``plugin`` is one node for all levels, for which the full TensorRT has a kernel (`deformable_plugin`). It stays FP32 for
+    the same reason as GridSample.
     """
     if sampling == "gather":
         return GatherSampler()
@@ -245,7 +245,7 @@ def _grid_sampled(
 ) -> Tensor:
     places = _places(offsets, reference, shapes)
     parts = values.split([height * width for height, width in shapes], 1)
-    # One level's samples in memory at a time, not all of them stacked.
+    # Only one level's samples are in memory at a time.
     attended = values.new_zeros(())
     for level, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
         attended = attended + _sampled(part, shape, places[:, :, :, level], weights[:, :, :, level])
@@ -257,7 +257,7 @@ def _sampled(values: Tensor, shape: tuple[int, int], places: Tensor, weights: Te
     (B, Q, heads, P, 2) in 0..1 and weights (B, Q, heads, P)."""
     batch, queries, heads, points = weights.shape
     width = values.shape[2] // heads
-    # Shapes are spelled out: dividing a merged axis again makes tracing prove each time that it divides.
+    # Shapes are explicit: to split a merged axis again, tracing would have to prove each time that the division is exact.
     image = values.reshape(batch, -1, heads, width).permute(0, 2, 3, 1).reshape(batch * heads, width, *shape)
     grid = (2 * places - 1).transpose(1, 2).reshape(batch * heads, queries, points, 2)
     samples = functional.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -295,7 +295,7 @@ class GatherSampler(nn.Module):
 
 
 def _corners(offsets: Tensor, reference: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """The four cells around each place: their numbers among all cells, and their share of the attended value, 0 outside."""
+    """The four cells around each place: their indices among all cells, and their share of the attended value, 0 outside."""
     sides = offsets.new_tensor([[width, height] for height, width in shapes])  # (L, 2)
     ends = [height * width for height, width in shapes]
     starts = torch.tensor([sum(ends[:level]) for level in range(len(ends))], device=offsets.device)  # (L,)
@@ -322,8 +322,8 @@ def _corners(offsets: Tensor, reference: Tensor, weights: Tensor, shapes: Sequen
 def swin_features(backbone: nn.Module, pixels: Tensor) -> list[Tensor]:
     """The feature maps of transformers' ``SwinBackbone``: a list of (B, C, h, w), finest first.
 
-    Forced by its merging of batch and windows, which tracing with a free batch must divide again in every layer, and by
-    masks repeated for every row of the batch: here windows are an axis of their own.
+    Required by its merging of batch and windows, which tracing with a free batch must split again in every layer, and by
+    masks repeated for every row of the batch. Here the windows are a separate axis.
 
     Args:
         pixels: (B, 3, H, W) float32, normalized.

@@ -1,4 +1,4 @@
-"""Weights and vocabulary of Grounding-DINO: official checkpoints under the names of transformers' classes."""
+"""Weights and vocabulary of Grounding-DINO: official checkpoints with the parameter names of transformers' classes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
 from ...errors import WeightsError
 from ...reading.documents import parse_json, read_bytes
+from ..mini import bert_wordpiece
 from ..weights import (
     Download,
     cache_folder,
@@ -56,14 +57,14 @@ VOCABULARY = Download(
 def load(
     build: Callable[[], GroundingDinoForObjectDetection], variant: str, weights: str
 ) -> tuple[GroundingDinoForObjectDetection, dict[str, str], Path | None]:
-    """The model in evaluation mode, what the manifest says of its weights, and where they lie.
+    """Load the model in evaluation mode; returns it with `weights_record` and the path of its weights (None if seeded).
 
     Args:
         build: makes the model of ``variant``, randomly initialized.
         weights: ``random:SEED``, a path, a known name, or ``mini``.
 
     Raises:
-        WeightsError: the weights cannot be had, or belong to another architecture.
+        WeightsError: the weights are missing, damaged, or of another architecture.
     """
     seed = random_seed(weights)
     if seed is not None:
@@ -80,19 +81,19 @@ def load(
 
 
 TEXT_GAIN = 1 / 8
-"""What training makes of the gains of the last norm of the text, 1 at first: see `seeded`."""
+"""Value to which training moves the gains of the last norm of the text, initially 1; see `seeded`."""
 
 
 @torch.no_grad()
 def seeded(build: Callable[[], GroundingDinoForObjectDetection], seed: int) -> GroundingDinoForObjectDetection:
-    """A model of official initialization under ``seed``, then spread as trained weights are.
+    """A model with the official initialization from ``seed``, then spread as trained weights are.
 
-    A logit is the plain product of a query with a token, both normed to about 16 in 256 channels. Untrained that gives
-    logits of deviation 13, from -46 to 55 (Swin-T, seed 0), of which training leaves what a focal loss on sigmoids wants:
-    published ones lie between -6.0 and -0.2 (grounding-dino-tiny, "a cat.", nine numbers in transformers' test), those of the
-    small model trained here between -8.9 and -0.8. There the gains of the text's last norm went from 1 to 0.127, and all
-    others stayed near 1. MM-Grounding-DINO, made for training from nothing, divides by 16 (``log_scale="auto"``). With
-    `TEXT_GAIN` the logits of six photographs have deviations of 1.7 to 3.2 and lie between -7 and 11.
+    A logit is the product of a query and a token, both with a norm of about 16 in 256 channels. Untrained, logits have a
+    deviation of 13, from -46 to 55 (Swin-T, seed 0), and the focal loss on sigmoids makes them smaller in training: published
+    ones are between -6.0 and -0.2 (grounding-dino-tiny, "a cat.", nine numbers in transformers' test), those of the small
+    model trained here between -8.9 and -0.8. There the gains of the text's last norm went from 1 to 0.127, and all others
+    stayed near 1. MM-Grounding-DINO, designed for training from scratch, divides by 16 (``log_scale="auto"``). With
+    `TEXT_GAIN` the logits of six photographs have deviations of 1.7 to 3.2 and are between -7 and 11.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -111,34 +112,34 @@ _COMPARED: tuple[tuple[str | None, tuple[str, ...]], ...] = (
     (None, ("encoder_attention_heads", "decoder_attention_heads", "two_stage", "embedding_init_target", "max_text_len")),
     (None, ("layer_norm_eps", "positional_embedding_temperature", "activation_function", "position_embedding_type")),
 )
-"""Settings that do not show in the shapes of weights, by the part of the configuration they stand in."""
+"""Settings that the shapes of weights do not show, by the part of the configuration that contains them."""
 MAX_CONFIG = 1 << 20
-"""Bytes; the published ones have ten thousand."""
+"""Bytes; published files have ten thousand."""
 
 
-def _check_config(path: Path, own: GroundingDinoConfig, what: str) -> None:
-    hint = "take the config.json that was published with the weights"
+def _check_config(path: Path, expected: GroundingDinoConfig, what: str) -> None:
+    hint = "use the config.json that was published with the weights"
     data = read_bytes(path, hint=hint, error=WeightsError, max_bytes=MAX_CONFIG)
-    found = parse_json(data, str(path), hint=hint, error=WeightsError)
-    # Only what is compared: a configuration of its own makes lists as long as any number in it says.
-    kept: dict[str, Any] = {}
+    record = parse_json(data, str(path), hint=hint, error=WeightsError)
+    # Only the compared settings: from a whole configuration, transformers would make lists as long as a number in it says.
+    settings: dict[str, Any] = {}
     for part, names in _COMPARED:
-        values = found if part is None or not isinstance(found, dict) else found.get(part) or {}
+        values = record if part is None or not isinstance(record, dict) else record.get(part) or {}
         if not isinstance(values, dict):
             raise WeightsError(f"{path}: expected the configuration of a Grounding-DINO, got {values!r:.80}", hint=hint)
-        own_part = {name: values[name] for name in (*names, "out_features") if name in values}
-        kept |= own_part if part is None else {part: own_part} if values else {}
+        compared = {name: values[name] for name in (*names, "out_features") if name in values}
+        settings |= compared if part is None else {part: compared} if values else {}
     try:
-        told = GroundingDinoConfig.from_dict(kept)
-    except Exception as error:  # transformers raises its own classes, and whatever a wrong type leads to
+        config = GroundingDinoConfig.from_dict(settings)
+    except Exception as error:  # transformers raises its own classes, and wrong types lead to many others
         raise WeightsError(f"{path}: expected the configuration of a Grounding-DINO: {error!s:.200}", hint=hint) from None
     faults = []
     for part, names in _COMPARED:
         for name in names:
-            want, have = (getattr(getattr(each, part) if part else each, name, None) for each in (own, told))
-            want, have = (list(each) if isinstance(each, tuple) else each for each in (want, have))
-            if want != have:
-                faults.append(f"{part + '.' if part else ''}{name} {have!s:.80} instead of {want}")
+            want, got = (getattr(getattr(each, part) if part else each, name, None) for each in (expected, config))
+            want, got = (list(each) if isinstance(each, tuple) else each for each in (want, got))
+            if want != got:
+                faults.append(f"{part + '.' if part else ''}{name} {got!s:.80} instead of {want}")
     if faults:
         raise WeightsError(f"{path}: not the configuration of {what}: {'; '.join(faults[:4])}", hint="check --variant")
 
@@ -177,7 +178,7 @@ _RENAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^transformer\.decoder\.norm\.", "model.decoder.layer_norm."),
     (r"^transformer\.decoder\.ref_point_head\.", "model.decoder.reference_points_head."),
     (r"^transformer\.decoder\.layers\.", "DECODER."),
-    # The trap: its norms are numbered by age, not by place.
+    # The official norms are numbered in the order in which they were added to the code, not in that of the layers.
     (r"^(DECODER\.\d+)\.norm1\.", r"\1.encoder_attn_layer_norm."),
     (r"^(DECODER\.\d+)\.norm2\.", r"\1.self_attn_layer_norm."),
     (r"^(DECODER\.\d+)\.norm3\.", r"\1.final_layer_norm."),
@@ -198,17 +199,17 @@ _RENAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^(.*\.swin\..*)\.intermediate\.dense\.", r"\1.mlp.fc1."),
     (r"^(.*\.swin\..*\.blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
 ]
-"""Applied in this order; capitals stand for a prefix until the end."""
+"""Applied in this order; names in capitals are placeholders for a prefix, replaced at the end."""
 
 _DROPPED = re.compile(r"relative_position_index$|^bert\.pooler\.|position_ids$|^label_enc\.")
-"""Buffers that follow from the configuration, BERT's unused pooler, and the denoising labels of training."""
+"""Buffers computed from the configuration, BERT's unused pooler, and the denoising labels of training."""
 
 
 def transformers_names(state: Mapping[str, Tensor], model: GroundingDinoForObjectDetection) -> dict[str, Tensor]:
-    """A checkpoint's tensors under the names of ``model``'s state dict.
+    """Rename a checkpoint's tensors to the names of ``model``'s state dict.
 
-    Takes the official ``.pth`` (938 keys of Swin-T, perhaps under ``module.``), files of transformers 4 and 5, and files
-    from which tied tensors were left out. Unknown names stay, for ``load_exactly`` to name.
+    Supports the official ``.pth`` (938 keys of Swin-T, perhaps with the prefix ``module.``), files of transformers 4 and 5,
+    and files without tied tensors. Unknown names stay; ``load_exactly`` reports them.
     """
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -216,10 +217,10 @@ def transformers_names(state: Mapping[str, Tensor], model: GroundingDinoForObjec
         if not _DROPPED.search(name):
             for part, values in _split(name, value):
                 renamed[_renamed(part)] = values
-    own = model.state_dict()
-    for name in own.keys() - renamed.keys():
+    expected = model.state_dict()
+    for name in expected.keys() - renamed.keys():
         if name.startswith("model.backbone.conv_encoder.model.swin.layernorm."):
-            renamed[name] = own[name]  # transformers builds Swin's final norm, which no feature map passes
+            renamed[name] = expected[name]  # transformers builds Swin's final norm, which no feature map uses
         if tied := re.fullmatch(r"(?:model\.decoder\.)?bbox_embed\.\d+\.(.*)", name):
             first = f"bbox_embed.0.{tied[1]}"  # one head for all layers (dec_pred_bbox_embed_share)
             if first in renamed:
@@ -228,7 +229,7 @@ def transformers_names(state: Mapping[str, Tensor], model: GroundingDinoForObjec
 
 
 def _split(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
-    """Swin's ``qkv`` and ``in_proj`` of torch's attention are three of transformers' tensors, one above the other."""
+    """Split Swin's ``qkv`` and torch's ``in_proj`` into the three stacked tensors that transformers stores separately."""
     for joined, parts in (
         (r"\.attn\.qkv\.", (".attn.q.", ".attn.k.", ".attn.v.")),
         (r"\.in_proj_", (".query.", ".key.", ".value.")),
@@ -248,12 +249,12 @@ def _renamed(name: str) -> str:
 
 
 def bert_tokenizer(weights: Path | None) -> tokenizers.Tokenizer:
-    """The tokenizer of bert-base-uncased, which official checkpoints need and the ``.pth`` files do not hold.
+    """The tokenizer of bert-base-uncased, which official checkpoints need and ``.pth`` files do not contain.
 
-    Looked for beside the weights (``tokenizer.json``, ``vocab.txt``), then in ``$WSSS_BERT_VOCAB``, then downloaded once.
+    Taken from ``$WSSS_BERT_VOCAB``, else from beside the weights (``tokenizer.json``, ``vocab.txt``), else downloaded once.
 
     Raises:
-        WeightsError: it is nowhere and cannot be downloaded, or it is another vocabulary.
+        WeightsError: it is not found and cannot be downloaded, or it is another vocabulary.
     """
     folder = weights if weights is None or weights.is_dir() else weights.parent
     places = [] if folder is None else [folder / "tokenizer.json", folder / "vocab.txt"]
@@ -261,9 +262,7 @@ def bert_tokenizer(weights: Path | None) -> tokenizers.Tokenizer:
         places.insert(0, Path(os.environ["WSSS_BERT_VOCAB"]))
         if not places[0].is_file():
             raise WeightsError(f"WSSS_BERT_VOCAB: no such file: {places[0]}", hint="give bert-base-uncased's vocab.txt")
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        path = _downloaded_vocabulary()
+    path = next((place for place in places if place.is_file()), None) or _downloaded_vocabulary()
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path)) if path.suffix == ".json" else wordpiece(path)
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -283,19 +282,10 @@ def _downloaded_vocabulary() -> Path:
     except WeightsError as error:
         raise WeightsError(
             f"the vocabulary of bert-base-uncased is needed: {error.message}",
-            hint=f"bring {VOCABULARY.url} and put it beside the weights, at {cache_folder() / VOCABULARY.file},"
-            " or name it in WSSS_BERT_VOCAB",
+            hint=f"put {VOCABULARY.url} beside the weights or at {cache_folder() / VOCABULARY.file}, or set WSSS_BERT_VOCAB",
         ) from None
 
 
 def wordpiece(vocabulary: Path) -> tokenizers.Tokenizer:
     """A lower-casing BERT tokenizer from a ``vocab.txt``, one token a line."""
-    model = tokenizers.models.WordPiece.from_file(str(vocabulary), unk_token="[UNK]")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 101), ("[SEP]", 102)]
-    )
-    tokenizer.decoder = tokenizers.decoders.WordPiece()
-    return tokenizer
+    return bert_wordpiece(tokenizers.models.WordPiece.from_file(str(vocabulary), unk_token="[UNK]"))

@@ -1,6 +1,6 @@
-"""Graphs opened up for measuring: a copy is given more inputs and outputs, and ONNX Runtime computes it as it is written.
+"""Instrumented copies of a graph: extra nodes, inputs and outputs for measuring, run by ONNX Runtime.
 
-No optimization is allowed to change a copy: what is measured is the graph, not what a runtime makes of it.
+ONNX Runtime's optimizations are off, so that the graph is measured as it is written.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import onnx_ir as ir
 
 from ...engines.ort_library import SILENT, onnxruntime
 from ...errors import WsssError
-from .lowering import name_nodes, settle
+from .lowering import all_values, name_nodes, settle
 
 _NUMBERS = itertools.count()
 
 
 def open_copy(source: ir.Model | Path) -> ir.Model:
-    """A copy to be taken apart: nodes named as in the source, constants as initializers, types inferred.
+    """Copy a graph for instrumentation: nodes named as in the source, constants as initializers, types inferred.
 
     Weights that were stored as float16 behind a Cast (`to_onnx`) are float32 initializers again. Tensors are shared with
-    the source, not copied. Raises WsssError for a file that is no ONNX graph.
+    the source, not copied. Raises WsssError for a file that is not an ONNX graph.
     """
     if isinstance(source, Path):
         try:
@@ -34,36 +34,35 @@ def open_copy(source: ir.Model | Path) -> ir.Model:
     else:
         model = clone(source)
     name_nodes(model)
-    _widen_stored_weights(model)
+    _restore_float32_weights(model)
     settle(model)
     return model
 
 
 def clone(model: ir.Model) -> ir.Model:
-    """A copy that can be changed without touching the other; tensors are shared.
+    """An independent copy of a model; tensors are shared.
 
     ``ir.Model.clone`` shares the types of values, and setting a value's dtype writes into its type.
     """
     copy = model.clone()
-    for value in (*copy.graph.inputs, *copy.graph.initializers.values(), *(each for node in copy.graph for each in node.outputs)):
+    for value in all_values(copy.graph):
         if value.dtype is not None:
             value.type = ir.TensorType(value.dtype)
     return copy
 
 
 def insert(before: ir.Node | None, graph: ir.Graph, op: str, inputs: Sequence[ir.Value | None], **attributes: object) -> ir.Value:
-    """The output of a new node, put in front of ``before``; at the end when that is None."""
+    """Insert a node before ``before``, or at the end when that is None, and return its output."""
     node = ir.node(op, inputs, attributes)
     place_node(node, before, graph)
     return node.outputs[0]
 
 
 def place_node(node: ir.Node, before: ir.Node | None, graph: ir.Graph) -> None:
-    """Puts a node in front of ``before``, or at the end when that is None, under names that no traced graph has."""
-    number = next(_NUMBERS)
-    node.name = f"probe.{number}"
+    """Insert a node before ``before``, or at the end when that is None, with names that no traced graph has."""
+    node.name = f"instrument.{next(_NUMBERS)}"
     for place, value in enumerate(node.outputs):
-        value.name = f"probe.{number}.{place}"
+        value.name = f"{node.name}.{place}"
     if before is None:
         graph.append(node)
     else:
@@ -71,13 +70,13 @@ def place_node(node: ir.Node, before: ir.Node | None, graph: ir.Graph) -> None:
 
 
 def typed(value: ir.Value, *, like: ir.Value) -> ir.Value:
-    """``value`` with the type and shape of another."""
+    """Give ``value`` the type and shape of another value, and return it."""
     value.type, value.shape = like.type, like.shape
     return value
 
 
 class Session:
-    """ONNX Runtime on the CPU over a graph, without optimization; a context manager, because large weights pass by a file.
+    """A graph in ONNX Runtime on the CPU, without optimization; a context manager that owns a temporary file of weights.
 
     Args:
         model: read, not changed.
@@ -85,13 +84,13 @@ class Session:
     """
 
     def __init__(self, model: ir.Model, *, threads: int = 0) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="wsss-probe-")
+        self._folder = tempfile.TemporaryDirectory(prefix="wsss-instrument-")
         path = Path(self._folder.name) / "graph.onnx"
         ir.save(model, path, external_data="weights.data")
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        # In the order of the file. The default goes backwards from the last output, and what measures a tensor beside the
-        # main path would run after all of it: 40 nodes in a row, each measured, hold 49 tensors at once, so 7.
+        # Run nodes in the order of the file. The default order goes backwards from the last output and would run nodes that
+        # measure after the whole main path: for 40 measured nodes in a row it holds 49 tensors at once, this order holds 7.
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.intra_op_num_threads = threads
         options.log_severity_level = SILENT
@@ -100,7 +99,7 @@ class Session:
         self.outputs = tuple(each.name for each in self._session.get_outputs())
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs, by name."""
+        """Run the graph and return all outputs by name."""
         values = self._session.run(None, {name: feeds[name] for name in self.inputs})
         return dict(zip(self.outputs, values, strict=True))
 
@@ -112,7 +111,7 @@ class Session:
         self._folder.cleanup()
 
 
-def _widen_stored_weights(model: ir.Model) -> None:
+def _restore_float32_weights(model: ir.Model) -> None:
     graph = model.graph
     for node in list(graph):
         stored = node.inputs[0] if node.op_type == "Cast" else None
@@ -120,11 +119,11 @@ def _widen_stored_weights(model: ir.Model) -> None:
             continue
         if node.attributes["to"].as_int() != ir.DataType.FLOAT:
             continue
-        wide = node.outputs[0]
-        name = str(wide.name)
+        restored = node.outputs[0]
+        name = str(restored.name)
         weight = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=stored.shape)
         weight.const_value = ir.Tensor(stored.const_value.numpy().astype(np.float32), name=name)
-        wide.replace_all_uses_with(weight)
+        restored.replace_all_uses_with(weight)
         graph.remove(node, safe=True)
         graph.register_initializer(weight)
         if not stored.uses():

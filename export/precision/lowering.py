@@ -1,9 +1,9 @@
-"""FP16 and BF16 graphs: strongly typed, lowered from the FP32 graph that has passed the gate.
+"""Lowering of a traced FP32 graph to a strongly typed FP16 or BF16 graph.
 
-One mechanism serves all: every floating-point value becomes half but those of *islands*, nodes that stay FP32. Islands come
-from the modules themselves (`Fp32`, each with its reason), from the values of a graph's constants, and from the precision
-doctor, which measures. Casts stand in the graph, so TensorRT 10, TensorRT 11, TensorRT-RTX and ONNX Runtime all
-compute the same thing; no builder flag decides anything.
+Every floating-point value becomes half precision except in a short list of nodes that stay FP32. That list comes from the
+modules (`Fp32`, each with its reason), from constants that half precision cannot represent, and from the measurements of
+`search`. Casts are part of the graph, so that TensorRT 10, TensorRT 11, TensorRT-RTX and ONNX Runtime all compute the same
+thing, independent of builder flags.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from ..deformable_plugin import PLUGIN
 Half = Literal["fp16", "bf16"]
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch.onnx notes the modules that a node was traced from."""
+"""Node metadata in which torch.onnx records the modules that a node was traced from."""
 
 MOVES = frozenset(
     {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Slice", "Split", "Concat", "Expand", "Identity", "Tile"}
     | {"Gather", "GatherElements", "GatherND", "DepthToSpace", "SpaceToDepth"}
 )
-"""Ops that only move values: they stay FP32 between two islands, so that nothing is rounded on the way."""
+"""Ops that only move values: between two FP32 nodes they stay FP32, so that nothing is rounded on the way."""
 TAKES_ANY = frozenset({"Cast", "Shape", "Size"})
 """Ops whose input may be of either type."""
 LACKING = {ir.DataType.FLOAT16: frozenset({PLUGIN}), ir.DataType.BFLOAT16: frozenset({PLUGIN, "ConvTranspose"})}
-"""Ops that stay FP32: TensorRT has no kernel in the type (TensorRT-RTX 1.7: "Could not infer output types"), or one that takes
-coordinates in it."""
+"""Ops that stay FP32, by type: TensorRT has no kernel for the type (TensorRT-RTX 1.7: "Could not infer output types"), or its
+kernel would also read coordinates in it."""
 FIXED_FLOAT = {"Resize": (2,)}
-"""Inputs that ONNX itself demands as float32: (op, places)."""
+"""Positions of the inputs that ONNX requires as float32, by op."""
 
 
 class Fp32(nn.Module):
-    """What is called in here stays FP32 in a half-precision graph.
+    """Wraps a module or function whose nodes stay FP32 in a half-precision graph.
 
     Args:
         inner: a module or function of tensors.
@@ -57,20 +57,26 @@ class Fp32(nn.Module):
         return self.inner(*arguments)
 
 
-def islands(model: ir.Model, module: nn.Module) -> dict[str, str]:
-    """Names of the nodes of a traced model that lie inside an `Fp32` of the module it was traced from, with the reasons."""
-    found, parts = {}, dict(module.named_modules())
+def fp32_nodes(model: ir.Model, module: nn.Module) -> dict[str, str]:
+    """Find the nodes that were traced from an `Fp32`.
+
+    Args:
+        model: traced from ``module``.
+
+    Returns:
+        The reason (`Fp32.why`) by node name.
+    """
+    reasons, modules = {}, dict(module.named_modules())
     for node in model.graph:
         for path in ast.literal_eval(node.metadata_props.get(SCOPES, "[]")):  # modules from the root down, then the op itself
-            part = parts.get(path)
-            if isinstance(part, Fp32):
-                found[str(node.name)] = part.why
+            if isinstance(wrapper := modules.get(path), Fp32):
+                reasons[str(node.name)] = wrapper.why
                 break
-    return found
+    return reasons
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Gives every node a name of its own: islands are told by name."""
+    """Give every node a unique name, in place: the nodes that stay FP32 are listed by name."""
     seen: set[str] = set()
     for number, node in enumerate(model.graph):
         if not node.name or node.name in seen:
@@ -79,16 +85,16 @@ def name_nodes(model: ir.Model) -> None:
 
 
 def lower(model: ir.Model, half: Half, keep: AbstractSet[str], io: Mapping[str, str]) -> None:
-    """FairLock a float32 model into a half-precision one, in place.
+    """Turn a float32 model into a half-precision one, in place.
 
     Args:
-        model: all its floating-point values float32, without subgraphs; its nodes named apart (`name_nodes`).
+        model: all its floating-point values are float32, it has no subgraphs, and its node names are unique (`name_nodes`).
         half: fp16 or bf16.
         keep: names of the nodes that stay FP32.
-        io: dtypes of the graph's inputs and outputs by name, of those that are floating point: float32 or float16.
+        io: dtypes of the floating-point inputs and outputs by name: float32 or float16.
 
     Raises:
-        WsssError: ``keep`` names a node that is not there.
+        WsssError: ``keep`` names a node that the graph does not have.
     """
     names = {str(node.name) for node in model.graph}
     if keep - names:
@@ -98,39 +104,39 @@ def lower(model: ir.Model, half: Half, keep: AbstractSet[str], io: Mapping[str, 
 
 
 def settle(model: ir.Model) -> None:
-    """Makes all constants initializers and infers every type, in place."""
+    """Make all constants initializers and infer every type, in place."""
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     ShapeInferencePass()(model)
 
 
-class Widths:
-    """Which nodes of a float32 model compute in FP32 once it is lowered: what `lower` goes by, and the precision doctor.
+class NodePrecisions:
+    """Decides which nodes of a float32 model compute in FP32 once it is lowered; shared by `lower` and `simulation`.
 
     Args:
-        model: as for `lower`, its constants lifted and its types inferred (`settle`).
+        model: as for `lower`, after `settle`.
         half: fp16 or bf16.
     """
 
     def __init__(self, model: ir.Model, half: Half) -> None:
         self.graph, self.half = model.graph, TYPES[half]
-        self.floats = {value for value in _values(model.graph) if value.dtype == ir.DataType.FLOAT}
+        self.floats = {value for value in all_values(model.graph) if value.dtype == ir.DataType.FLOAT}
         """All floating-point values."""
         self.forced = {node for node in self.graph if self._needs_float32(node)}
-        """Nodes that stay FP32 whatever is asked."""
+        """Nodes that always stay FP32."""
 
-    def float32_nodes(self, keep: AbstractSet[str]) -> set[ir.Node]:
-        """Nodes that compute in FP32 when those named in ``keep`` are to."""
-        wide = self.forced | {node for node in self.graph if node.name in keep}
-        return wide | self._moves_between(wide)
+    def fp32_nodes(self, keep: AbstractSet[str]) -> set[ir.Node]:
+        """All nodes that compute in FP32 when those named in ``keep`` stay FP32."""
+        fp32 = self.forced | {node for node in self.graph if node.name in keep}
+        return fp32 | self._moves_between(fp32)
 
     def _needs_float32(self, node: ir.Node) -> bool:
-        """Whether the op is none in half, a constant of the node is lost, or it turns whole numbers into floating point."""
+        """Whether half has no kernel for the op, would lose a constant of it, or the op turns integers into floating point."""
         if node.op_type in LACKING[self.half]:
             return True
         if node.op_type == "Cast":
             source = node.inputs[0]
             assert source is not None
-            # Counts and coordinates beyond 2,048 have no exact half; pixels (uint8) and masks (bool) have.
+            # Half cannot represent counts and coordinates beyond 2,048 exactly; it can represent pixels (uint8) and masks (bool).
             return source.dtype in (ir.DataType.INT64, ir.DataType.INT32) and node.outputs[0] in self.floats
         if node.op_type == "Range":
             return node.outputs[0] in self.floats
@@ -143,35 +149,35 @@ class Widths:
                 return True
         return False
 
-    def _moves_between(self, islands: set[ir.Node]) -> set[ir.Node]:
-        """Moving nodes whose inputs and some reader are FP32."""
-        wanted: set[ir.Node] = set()
+    def _moves_between(self, fp32: set[ir.Node]) -> set[ir.Node]:
+        """Nodes of `MOVES` with FP32 inputs and at least one FP32 reader."""
+        before: set[ir.Node] = set()
         for node in reversed(self.graph):
             if node.op_type in MOVES and node.outputs[0] in self.floats:
                 readers = {use.node for value in node.outputs for use in value.uses()}
-                if readers & islands or readers & wanted:
-                    wanted.add(node)
+                if readers & (fp32 | before):
+                    before.add(node)
         between: set[ir.Node] = set()
         for node in self.graph:
-            if node in wanted:
+            if node in before:
                 sources = [value for value in node.inputs if value in self.floats]
-                if all(v.producer() in islands or v.producer() in between or v.const_value is not None for v in sources):
+                if all(v.producer() in fp32 or v.producer() in between or v.const_value is not None for v in sources):
                     between.add(node)
         return between
 
 
 class _Lowering:
     def __init__(self, model: ir.Model, half: Half, keep: AbstractSet[str], io: Mapping[str, str]) -> None:
-        widths = Widths(model, half)
-        self.graph, self.half, self.io, self.floats = model.graph, widths.half, io, widths.floats
-        self.wide = widths.float32_nodes(keep)
+        precisions = NodePrecisions(model, half)
+        self.graph, self.half, self.io, self.floats = model.graph, precisions.half, io, precisions.floats
+        self.fp32_nodes = precisions.fp32_nodes(keep)
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
         outputs = list(self.graph.outputs)
         for value in self.graph.inputs:
             if value in self.floats:
-                value.dtype = ir.DataType.FLOAT if self.io[str(value.name)] == "float32" else ir.DataType.FLOAT16
+                value.dtype = self._io_dtype(value)
         for node in list(self.graph):
             self._convert(node)
         for place, value in enumerate(outputs):
@@ -182,9 +188,9 @@ class _Lowering:
                 del self.graph.initializers[name]
 
     def _convert(self, node: ir.Node) -> None:
-        wide = node in self.wide
+        is_fp32 = node in self.fp32_nodes
         fixed = FIXED_FLOAT.get(node.op_type, ())
-        target = ir.DataType.FLOAT if wide else self.half
+        target = ir.DataType.FLOAT if is_fp32 else self.half
         for place, value in enumerate(node.inputs):
             if value is None or value not in self.floats or node.op_type in TAKES_ANY:
                 continue
@@ -192,7 +198,7 @@ class _Lowering:
         for value in node.outputs:
             if value in self.floats:
                 value.dtype = target
-        if not wide and any(value in self.floats for value in node.outputs):
+        if not is_fp32 and any(value in self.floats for value in node.outputs):
             self._retype_attributes(node)
 
     def _retype_attributes(self, node: ir.Node) -> None:
@@ -202,26 +208,26 @@ class _Lowering:
             value = node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1, np.float32)
             node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(_rounded(value, self.half), dtype=self.half))
 
-    def _as(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
-        """The value in the wanted type: itself, a rounded copy of a constant, or a Cast that all its readers share."""
-        if value.dtype == wanted:
+    def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """The value in ``dtype``: itself, a rounded copy of a constant, or a Cast that all its readers share."""
+        if value.dtype == dtype:
             return value
-        key = (value, wanted)
+        key = (value, dtype)
         if key not in self.casts:
-            self.casts[key] = self._copied(value, wanted) if value.const_value is not None else self._cast(value, wanted)
+            self.casts[key] = self._copied(value, dtype) if value.const_value is not None else self._cast(value, dtype)
         return self.casts[key]
 
-    def _copied(self, constant: ir.Value, wanted: ir.DataType) -> ir.Value:
+    def _copied(self, constant: ir.Value, dtype: ir.DataType) -> ir.Value:
         assert constant.const_value is not None
-        copy = ir.Value(name=f"{constant.name}.half", type=ir.TensorType(wanted), shape=constant.shape)
-        copy.const_value = ir.Tensor(_rounded(constant.const_value.numpy(), wanted), dtype=wanted, name=copy.name)
+        copy = ir.Value(name=f"{constant.name}.half", type=ir.TensorType(dtype), shape=constant.shape)
+        copy.const_value = ir.Tensor(_rounded(constant.const_value.numpy(), dtype), dtype=dtype, name=copy.name)
         self.graph.register_initializer(copy)
         return copy
 
-    def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
-        name = f"{value.name}.{wanted.name.lower()}"
-        cast = ir.node("Cast", [value], {"to": int(wanted)}, name=name)
-        cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = name, ir.TensorType(wanted), value.shape
+    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        name = f"{value.name}.{dtype.name.lower()}"
+        cast = ir.node("Cast", [value], {"to": int(dtype)}, name=name)
+        cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = name, ir.TensorType(dtype), value.shape
         producer = value.producer()
         if producer is None:
             self.graph.insert_before(self.graph[0], cast)
@@ -230,17 +236,20 @@ class _Lowering:
         return cast.outputs[0]
 
     def _convert_output(self, place: int, value: ir.Value) -> None:
-        wanted = ir.DataType.FLOAT if self.io[str(value.name)] == "float32" else ir.DataType.FLOAT16
-        if value.dtype == wanted:
+        dtype, name = self._io_dtype(value), str(value.name)
+        if value.dtype == dtype:
             return
-        name = str(value.name)
-        value.name = f"{name}.uncast"  # not .inner: tracing may have given that to another (`to_onnx`)
-        made = self._as(value, wanted)
-        made.name = name
-        self.graph.outputs[place] = made
+        value.name = f"{name}.uncast"  # not .inner: `to_onnx` may have given that name to another value
+        converted = self._as(value, dtype)
+        converted.name = name
+        self.graph.outputs[place] = converted
+
+    def _io_dtype(self, value: ir.Value) -> ir.DataType:
+        return ir.DataType.FLOAT if self.io[str(value.name)] == "float32" else ir.DataType.FLOAT16
 
 
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Inputs, initializers and results of all nodes."""
     yield from graph.inputs
     yield from graph.initializers.values()
     for node in graph:

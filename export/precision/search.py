@@ -1,22 +1,23 @@
-"""The precision doctor: which few nodes of a graph must stay FP32 so that it does its task in half precision.
+"""Search for the nodes that must stay FP32 so that a half-precision graph meets its tolerance.
 
-It goes by measurement alone, on calibration feeds, in three steps:
+The search measures the graph on calibration feeds, in three steps:
 
-1. *Range.* The float32 graph is run once with every node beside its half-precision twin (`half_arithmetic.examine`). Nodes
-   that write or read a value beyond the type's largest number are suspects.
-2. *Cost.* If the graph without them still misses its tolerance, stretches of the graph are put in half alone, everything
-   else in FP32, and the outputs' error against the tolerance is what that stretch costs. The costliest are split again
-   and again until they are small; as many stay FP32 as the tolerance needs.
-3. *Need.* Every group found is put back in half, by halves and down to single nodes, and stays there if the outputs hold.
+1. *Range.* The float32 graph runs once with a half-precision copy of every node (`simulation.examine`). Nodes that write or
+   read a value beyond the type's largest number are candidates.
+2. *Cost.* If the tolerance is missed with the candidates in FP32, segments of the graph are put in half precision one at a
+   time, with everything else in FP32; the cost of a segment is the outputs' error over the tolerance. The costliest
+   segments are split until they are small. As many of them stay FP32 as the tolerance needs.
+3. *Need.* Every group found so far is put back in half precision, divided again and again down to single nodes, and stays
+   there if the outputs meet the tolerance.
 
-A suspect whose value comes near the limit without passing it (`HEADROOM`) stays FP32 without trial: calibration sees few
-photographs. What cannot be seen here is said in `half_arithmetic`.
+A candidate whose value comes near the limit without passing it (`HEADROOM`) stays FP32 without a trial, because calibration
+uses few photographs. `simulation` says what these measurements do not cover.
 
-Cost: one run with twins (15 to 20 float32 runs), then trials of the whole graph with rounding switched (3 to 5 float32 runs
-each) on every feed, about ``runs`` of them at most: 1 where nothing fails, 3 to 30 for an overflow, up to 160 where digits
-are missing. SAM ViT-B at 1024 pixels: 170 s of processor time with twins, 49 s a trial. Memory: four to five times what the
-float32 graph works in (measured on the mini encoder), however deep it is, and its weights; a copy of these goes to the
-temporary folder.
+Cost: one run with copies (as long as 15 to 20 float32 runs), then trials of the whole graph with simulated rounding (3 to 5
+float32 runs each) on every feed, about ``runs`` of them at most: 1 where nothing fails, 3 to 30 for an overflow, up to 160
+where digits are missing. SAM ViT-B at 1024 pixels: 170 s of processor time with copies, 49 s a trial. Memory: four to five
+times the working memory of the float32 graph (measured on the mini encoder), at any depth, and its weights, of which a copy
+goes to the temporary folder.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,25 +42,25 @@ from .simulation import INNER_PEAK, LARGEST, ROUNDING, NodeFacts, Plan, Rounding
 from .work import COUNTED, count
 
 AIM = 0.8
-"""Share of each tolerance that calibration may use up: the gate looks at other feeds."""
+"""Share of each tolerance that calibration may use: the gate uses other feeds."""
 HEADROOM = 2.0
-"""A value that comes within this factor of the largest number is treated as beyond it."""
+"""A value within this factor of the largest number is treated as beyond it."""
 NEAR_TIE = Tolerance(
     relative=2e-2,
     measure=lambda got, want, name: (float(got[name].max()), float(got[name].max())),
     why="scores of the chosen lie that near to the best, as a share of the largest",
 )
-"""How good the float32 choice must be by the scores in half; as ``HALF_TIE`` of the Grounding-DINO gate."""
+"""How good the float32 choice must be by the half-precision scores; equals ``HALF_TIE`` of the Grounding-DINO gate."""
 CALIBRATION_SEED = 20_240_511
-"""Of the samples of `examine_graph`; the gate and tracing use others."""
-STRETCHES = 16
-"""Parts that the graph is cut into at first."""
+"""Seed of the samples of `examine_graph`; the gate and tracing use others."""
+SEGMENTS = 16
+"""Parts that the graph is first divided into."""
 SMALL = 0.005
-"""Share of all multiply-adds below which a stretch is not worth splitting before it is tried in half."""
+"""Share of all multiply-adds below which a segment is tried in half precision without splitting it."""
 SUMS = frozenset({*COUNTED, "ReduceSum", "ReduceMean", "ReduceL2", "LayerNormalization", "InstanceNormalization", "AveragePool"})
-"""Ops that add up many numbers: their error is called accumulation."""
+"""Ops that add up many numbers: their error is an accumulation."""
 DIFFERENCES = frozenset({"Add", "Sub", "Sum"})
-"""Ops whose result may be small beside its terms."""
+"""Ops whose result may be much smaller than its terms."""
 
 OVERFLOW, NAN = "overflow", "nan"
 CANCELLATION, ACCUMULATION, RESOLUTION = "cancellation", "accumulation", "resolution"
@@ -80,60 +81,56 @@ class Kept:
     name: str
     op: str
     where: str
-    """Path of the module it was traced from; empty when the graph does not tell."""
+    """Path of the module it was traced from; empty when the graph does not record it."""
     reason: str
     """A key of `REASONS`."""
     peak: float
-    """Largest magnitude that it writes."""
+    """Largest magnitude of its results."""
     local_error: float
-    """Of its results, from inputs that are right but for rounding."""
+    """`NodeFacts.local_error`."""
     multiply_adds: int
     tried: bool
-    """Whether it was put back in half by itself and the outputs left the tolerance."""
+    """Whether a trial with this single node in half precision missed the tolerance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What the doctor found."""
+    """Result of the search."""
 
     half: Half
     kept: tuple[Kept, ...]
     """In the order of the graph."""
     nodes: int
-    """How many could compute in half."""
+    """Number of nodes that could compute in half precision."""
     forced: int
-    """Nodes that `lower` keeps by itself: constants lost in half, counts."""
+    """Number of nodes that `lower` keeps in FP32 anyway: constants lost in half, counts."""
     tolerance: Mapping[str, str]
     before: Mapping[str, tuple[float, float]]
-    """Error and largest difference of each output with every node in half; nan where half gives no numbers."""
+    """Error and largest difference of each output with every node in half; nan where the output is not a number."""
     after: Mapping[str, tuple[float, float]]
     """The same with ``kept`` in FP32."""
     share: float
-    """Of the multiply-adds, in FP32."""
+    """Share of the multiply-adds in FP32, in 0..1."""
     runs: int
-    """Trials of the whole graph, each on all feeds."""
+    """Number of trials of the whole graph, each on all feeds."""
 
     @property
     def keep(self) -> frozenset[str]:
-        """Names for `precision.lower`."""
+        """Names of ``kept``, for `lowering.lower`."""
         return frozenset(node.name for node in self.kept)
 
     @property
     def reasons(self) -> dict[str, str]:
-        """The names, with the reason of each: as `precision.islands` gives them."""
+        """The reason by node name, as from `lowering.fp32_nodes`."""
         return {node.name: f"{node.reason}: {REASONS[node.reason]}" for node in self.kept}
 
-    def as_json(self) -> dict[str, object]:
-        """All of it, for a file; what is no finite number as a string."""
-        told: dict[str, object] = _for_json(asdict(self))  # type: ignore[assignment]
-        return told
-
     def report(self) -> str:
-        """For people: lines of plain text."""
+        """A report in lines of plain text."""
         kept = f"{len(self.kept)} of {self.nodes} nodes stay FP32, with {100 * self.share:.1f} % of the multiply-adds"
         lines = [f"{kept}; {self.forced} more do anyway (constants that {self.half} loses, counts). {self.runs} trials."]
         for name, allowed in self.tolerance.items():
-            lines.append(f"  {name}: error {_said(self.before[name])} in {self.half}, {_said(self.after[name])} now; {allowed}")
+            before, after = (_error_text(errors[name]) for errors in (self.before, self.after))
+            lines.append(f"  {name}: error {before} in {self.half}, {after} now; {allowed}")
         for reason, number in Counter(node.reason for node in self.kept).most_common():
             lines.append(f"  {reason} ({number}): {REASONS[reason]}")
             lines += [f"    {_line(node)}" for node in self.kept if node.reason == reason]
@@ -153,28 +150,29 @@ def diagnose(
     threads: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> Diagnosis:
-    """Finds the nodes that must stay FP32.
+    """Find the nodes that must stay FP32.
 
     Args:
         source: a float32 graph, in memory or a file; not changed.
-        feeds: real values, every one with other rows; each is measured by itself.
+        feeds: realistic values, with different rows in each; each is measured separately.
         tolerance: of outputs by name, against the float32 graph.
         half: fp16 or bf16.
         float16: inputs and outputs that are float16 by contract.
-        choices: outputs of a TopK, see `half_arithmetic.Rounding`.
-        ties: (one of ``feeds``, the float32 graph's outputs) to what else the measures of ``tolerance`` look for in a reference.
-        runs: trials of the whole graph at most; where they end, what was found so far is taken, and is not the smallest.
+        choices: outputs of a TopK, see `simulation.Rounding`.
+        ties: (one of ``feeds``, the float32 graph's outputs) to the additional arrays that the measures of ``tolerance`` read.
+        runs: most trials of the whole graph; when they run out, the nodes found so far are returned, which may be too many.
         threads: of ONNX Runtime, 0 for all cores.
-        log: told of the progress.
+        log: called with lines of progress.
 
     Raises:
         WsssError: the tolerance is missed with every node in FP32.
     """
     plan = Plan(source, half)
     feeds = [_rounded_inputs(each, float16) for each in feeds]
-    io = {str(value.name): "float16" if value.name in float16 else "float32" for value in _ends(plan)}
+    ends = (*plan.model.graph.inputs, *plan.model.graph.outputs)
+    io = {str(value.name): "float16" if value.name in float16 else "float32" for value in ends}
     facts, outputs = examine(plan, feeds, threads)
-    reference = [{**ties(each, its), **its} for each, its in zip(feeds, outputs, strict=True)]
+    reference = [{**ties(inputs, exact), **exact} for inputs, exact in zip(feeds, outputs, strict=True)]
     work = count(clone(plan.model), feeds[0])
     with Rounding(plan, io, choices, threads) as rounding:
         trials = _Trials(
@@ -186,24 +184,24 @@ def diagnose(
         after = trials.errors(keep)
     return Diagnosis(
         half=half,
-        kept=tuple(search.told(name) for name in plan.nodes if name in keep),
+        kept=tuple(search.kept_node(name) for name in plan.nodes if name in keep),
         nodes=len(plan.nodes),
         forced=len(plan.forced),
         tolerance={name: str(allowed) for name, allowed in tolerance.items()},
         before={name: before[name] for name in tolerance},
         after={name: after[name] for name in tolerance},
-        share=sum(work.get(name, 0) for name in plan.float32_nodes(keep)) / max(sum(work.values()), 1),
+        share=sum(work.get(name, 0) for name in plan.fp32_nodes(keep)) / max(sum(work.values()), 1),
         runs=trials.done,
     )
 
 
 def examine_graph(graph: Graph, model: ir.Model, *, rows: int = 3, log: Callable[[str], None] = lambda line: None) -> Diagnosis:
-    """The findings on a family's graph, on rows of its own samples and in its half-precision tolerance.
+    """Run `diagnose` on a family's graph, with rows of its samples and its half-precision tolerance.
 
     Args:
         graph: with its half-precision contract (`Graph.at`).
         model: traced from it, float32.
-        rows: how many, each by itself, as in the gate but others.
+        rows: number of rows, each measured separately; other rows than those of the gate.
     """
     if graph.whole:
         feeds = [graph.sample(min(rows, graph.axes[graph.row_axis].max), CALIBRATION_SEED)]
@@ -217,7 +215,7 @@ def examine_graph(graph: Graph, model: ir.Model, *, rows: int = 3, log: Callable
 
 
 class _Trials:
-    """Runs of the whole graph, remembered."""
+    """Runs of the whole graph, with cached results."""
 
     def __init__(
         self,
@@ -230,7 +228,7 @@ class _Trials:
     ) -> None:
         self._rounding, self._feeds, self._reference = rounding, feeds, reference
         self._tolerance, self._choices, self._most = tolerance, choices, most
-        self._known: dict[frozenset[str], dict[str, tuple[float, float]]] = {}
+        self._errors: dict[frozenset[str], dict[str, tuple[float, float]]] = {}
         self.done = 0
 
     @property
@@ -238,11 +236,11 @@ class _Trials:
         return self._most - self.done
 
     def errors(self, keep: frozenset[str]) -> dict[str, tuple[float, float]]:
-        """By output, the worst over the feeds."""
-        if keep not in self._known:
+        """Error and largest difference by output, the worst over all feeds."""
+        if keep not in self._errors:
             self.done += 1
-            self._known[keep] = self._measured(keep)
-        return self._known[keep]
+            self._errors[keep] = self._measured(keep)
+        return self._errors[keep]
 
     def _measured(self, keep: frozenset[str]) -> dict[str, tuple[float, float]]:
         worst = {name: (0.0, 0.0) for name in self._tolerance}
@@ -254,14 +252,14 @@ class _Trials:
         return worst
 
     def cost(self, keep: frozenset[str]) -> float:
-        """Largest error over its tolerance; infinite where an output is no number. Not above `AIM` holds."""
+        """Largest error over its tolerance; infinite where an output is not a number."""
         costs = [
             max(_share_used(error, allowed.relative), worst / (allowed.absolute or math.inf))
             for (error, worst), allowed in zip(self.errors(keep).values(), self._tolerance.values(), strict=True)
         ]
         return math.inf if any(math.isnan(cost) for cost in costs) else max(costs)
 
-    def holds(self, keep: frozenset[str]) -> bool:
+    def pass_with(self, keep: frozenset[str]) -> bool:
         return self.cost(keep) <= AIM
 
 
@@ -281,18 +279,18 @@ class _Search:
 
     def run(self) -> frozenset[str]:
         keep = self.near
-        if self.trials.holds(keep):
+        if self.trials.pass_with(keep):
             return keep
         groups = [group - keep for group in self.beyond if group - keep]
         keep = keep.union(*groups)
         self.log(f"{len(keep)} of {len(self.order)} nodes touch values beyond {LARGEST[self.plan.half]:g}")
-        if not self.trials.holds(keep):
+        if not self.trials.pass_with(keep):
             costly = self._costly(keep)
             groups += costly
             keep = keep.union(*costly)
         return self._needed(keep, groups)
 
-    def told(self, name: str) -> Kept:
+    def kept_node(self, name: str) -> Kept:
         node, facts = self.ops[name], self.facts.get(name, NodeFacts(0.0, 0.0, 0.0, 0.0))
         return Kept(
             name=name,
@@ -318,7 +316,7 @@ class _Search:
         return RESOLUTION
 
     def _reads_mask(self, name: str) -> bool:
-        """Whether what it reads beyond the limit is negative alone."""
+        """Whether all values beyond the limit that it reads are negative."""
         limit, sources = LARGEST[self.plan.half], [value.producer() for value in self.ops[name].inputs if value is not None]
         facts = [self.facts[str(node.name)] for node in sources if node is not None and str(node.name) in self.facts]
         return any(each.peak > limit for each in facts) and all(each.highest <= limit for each in facts)
@@ -334,45 +332,40 @@ class _Search:
         return sum(self.work.get(name, 0) for name in nodes) / max(sum(self.work.values()), 1)
 
     def _costly(self, keep: frozenset[str]) -> list[frozenset[str]]:
-        """Stretches of the graph that must join ``keep`` for the outputs to hold."""
+        """Segments of the graph that must stay FP32 besides ``keep`` for the outputs to meet their tolerance."""
         everything = frozenset(self.order)
-        if not self.trials.holds(everything):
+        if not self.trials.pass_with(everything):
             raise WsssError(
                 f"precision: with every node in FP32 the outputs are {self.trials.cost(everything):.2g} of their tolerance",
                 hint="the outputs' own type, or constants and inputs in half, cost more than the tolerance allows",
             )
-        stretches = _parts([name for name in self.order if name not in keep], STRETCHES)
-        costs = {stretch: self._cost_alone(stretch) for stretch in stretches}
-        while self.trials.left > self._reserve():
-            wanted = _prefix(costs)
-            coarse = [each for each in wanted if len(each) > 1 and (len(each) > STRETCHES or self._share(each) > SMALL)]
+        segments = _parts([name for name in self.order if name not in keep], SEGMENTS)
+        costs = {segment: self._cost_alone(segment) for segment in segments}
+        while self.trials.left > self.trials.done // 2:  # the others are left for `_needed`
+            coarse = [each for each in _costliest(costs) if len(each) > 1 and (len(each) > SEGMENTS or self._share(each) > SMALL)]
             if not coarse:
                 break
             worst = max(coarse, key=lambda each: (self._share(each), len(each)))
             del costs[worst]
             costs |= {part: self._cost_alone(part) for part in _parts(sorted(worst, key=self.order.__getitem__), 2)}
         ranked = sorted(costs, key=lambda each: costs[each], reverse=True)
-        taken = len(_prefix(costs))
-        while not self.trials.holds(keep.union(*ranked[:taken])):
+        taken = len(_costliest(costs))
+        while not self.trials.pass_with(keep.union(*ranked[:taken])):
             taken += 1
-        self.log(f"{taken} stretches of {sum(map(len, ranked[:taken]))} nodes cost the most")
+        self.log(f"{taken} segments of {sum(map(len, ranked[:taken]))} nodes cost the most")
         return ranked[:taken]
 
-    def _cost_alone(self, stretch: frozenset[str]) -> float:
-        return self.trials.cost(frozenset(self.order) - stretch)
-
-    def _reserve(self) -> int:
-        """Trials that are left to the last step."""
-        return self.trials.done // 2
+    def _cost_alone(self, segment: frozenset[str]) -> float:
+        return self.trials.cost(frozenset(self.order) - segment)
 
     def _needed(self, keep: frozenset[str], groups: Sequence[frozenset[str]]) -> frozenset[str]:
-        """``keep`` without what can go back to half, the heaviest first."""
-        by_range = frozenset().union(*self.beyond)  # known to be needed, unless all it does is to mask: last
+        """``keep`` without the nodes that can go back to half precision; the most multiply-adds are tried first."""
+        by_range = frozenset().union(*self.beyond)  # tried last: all are needed, except those whose large values only mask
         waiting = list(groups)
         while waiting and self.trials.left > 1:
             group = max(waiting, key=lambda each: (not each & by_range, self._share(each), len(each)))
             waiting.remove(group)
-            if self.trials.holds(keep - group):
+            if self.trials.pass_with(keep - group):
                 keep -= group
             elif len(group) == 1:
                 self.tried |= group
@@ -387,8 +380,8 @@ def _share_used(error: float, allowed: float) -> float:
     return error / allowed if error else 0.0
 
 
-def _prefix(costs: Mapping[frozenset[str], float]) -> list[frozenset[str]]:
-    """The costliest, without which the others together (rounding errors add up as squares) should hold."""
+def _costliest(costs: Mapping[frozenset[str], float]) -> list[frozenset[str]]:
+    """The costliest segments, without which the estimated error of the others (a root of summed squares) is within `AIM`."""
     ranked = sorted(costs, key=lambda each: costs[each], reverse=True)
     rest = 0.0
     for place in range(len(ranked) - 1, -1, -1):
@@ -408,34 +401,17 @@ def _larger(one: tuple[float, float], other: tuple[float, float]) -> tuple[float
 
 
 def _rounded_inputs(feeds: Feeds, float16: AbstractSet[str]) -> Feeds:
-    return {
-        name: value.astype(np.float16).astype(np.float32) if name in float16 else _float32(value) for name, value in feeds.items()
-    }
-
-
-def _float32(value: np.ndarray) -> np.ndarray:
-    return value.astype(np.float32) if value.dtype == np.float16 else value
-
-
-def _ends(plan: Plan) -> list[ir.Value]:
-    return [*plan.model.graph.inputs, *plan.model.graph.outputs]
+    rounded = {name: value.astype(np.float16) if name in float16 else value for name, value in feeds.items()}
+    return {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in rounded.items()}
 
 
 def _module_of(metadata: Mapping[str, str]) -> str:
-    """The innermost module that the exporter noted for a node."""
+    """Path of the innermost module that torch.onnx recorded for a node."""
     scopes = [str(each) for each in ast.literal_eval(metadata.get(SCOPES, "[]"))]
     return scopes[-2] if len(scopes) > 1 else ""
 
 
-def _for_json(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _for_json(each) for key, each in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_for_json(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _said(error: tuple[float, float]) -> str:
+def _error_text(error: tuple[float, float]) -> str:
     return "no number" if math.isnan(error[0]) else f"{error[0]:.2g}"
 
 

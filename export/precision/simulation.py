@@ -1,13 +1,13 @@
-"""What half precision does to a graph, computed in float32 with explicit rounding.
+"""Simulation of half precision: a graph computed in float32 with explicit rounding.
 
 ONNX Runtime's CPU has few float16 kernels: it computes in float32 from one node to the next and rounds only where it must
-(``(x * 1000) / 1000`` in float16 stays finite for x = 100). A lowered graph therefore looks better there than it is.
-Here every tensor that would be float16 on a GPU is rounded for certain, by a Cast there and back that no optimization
-removes, and becomes infinite where float16 ends.
+(``(x * 1000) / 1000`` in float16 stays finite for x = 100). A lowered graph is therefore more accurate there than on a GPU.
+The simulation rounds every tensor that would be float16 on a GPU, by a Cast there and back that no optimization removes, and
+values beyond the range of float16 become infinite.
 
-Not seen: what happens inside of a node. Sums are in float32 here, as they are in TensorRT's matrix products and norms
-(stash_type 1); a kernel that adds in float16 would be worse. `INNER_PEAK` makes up for the operator that is known to hold
-larger numbers than it gives.
+The simulation does not cover what happens inside a node. Sums are in float32 here, as they are in TensorRT's matrix products
+and norms (stash_type 1); a kernel that adds in float16 would be less accurate. `INNER_PEAK` lists the operator that is known
+to hold larger numbers than its result.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ import onnx_ir as ir
 from ...errors import WsssError
 from ..family import Feeds
 from .instrumentation import Session, clone, insert, open_copy, place_node, typed
-from .lowering import FIXED_FLOAT, MOVES, TAKES_ANY, TYPES, Half, Widths
+from .lowering import FIXED_FLOAT, MOVES, TAKES_ANY, TYPES, Half, NodePrecisions
 
 LARGEST = {"fp16": 65504.0, "bf16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
 """Largest finite values."""
 TINY = 1e-30
-"""Below this a norm is 0."""
+"""Norms below this count as 0."""
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 """Largest relative error of rounding once."""
 INNER_PEAK: Mapping[str, Callable[[float], float]] = {"ReduceL2": lambda peak: peak**2}
-"""Ops that TensorRT takes apart into typed steps: the largest number inside, from the largest result."""
+"""Ops that TensorRT splits into typed steps: a function from the largest result to the largest number inside."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """What one node does in half precision, from inputs that are right."""
+    """Range and error of one node in half precision, given exact inputs."""
 
     peak: float
     """Largest finite magnitude among its results in float32."""
     highest: float
-    """Largest finite number, or 0: below ``peak`` where the largest magnitude is negative, as masks are."""
+    """Largest finite number, or 0; less than ``peak`` where the largest magnitude belongs to a negative number, as in masks."""
     local_error: float
-    """Norm of the error of its results over their norm, its inputs and results rounded; inf or nan where rounding gave one
-    that float32 does not have. 0 for nodes that only move values."""
+    """Norm of the error of its results over their norm, with inputs and results rounded; inf or nan where rounding produced
+    an inf or nan that float32 does not have. 0 for nodes that only move values."""
     worst_error: float
-    """Relative error of the worst single number among them."""
+    """Largest relative error of a single number among its results."""
 
 
 class Plan:
-    """A float32 graph and which of its nodes may compute in half: what `Rounding` and `examine` work on.
+    """A float32 graph and the nodes of it that may compute in half precision; input of `Rounding` and `examine`.
 
     Args:
         source: float32, without subgraphs.
@@ -62,27 +62,27 @@ class Plan:
     def __init__(self, source: ir.Model | Path, half: Half) -> None:
         self.half = half
         self.model = open_copy(source)
-        """To be read; what is built on is a clone of it."""
-        self._widths = Widths(self.model, half)
-        self.forced = frozenset(str(node.name) for node in self._widths.forced)
-        """Names of nodes that `lower` keeps in FP32 by itself."""
-        floats, allowed = self._widths.floats, [node for node in self.model.graph if node not in self._widths.forced]
-        self.nodes = tuple(_name(node) for node in allowed if _writes(node, floats) or _reads(node, floats))
+        """Read-only; the instrumented graphs are built on clones of it."""
+        self._precisions = NodePrecisions(self.model, half)
+        forced, floats = self._precisions.forced, self._precisions.floats
+        self.forced = frozenset(map(_name, forced))
+        """Names of nodes that `lower` keeps in FP32 anyway."""
+        self.nodes = tuple(_name(node) for node in self.model.graph if node not in forced and _reads_or_writes(node, floats))
         """Names of the nodes that may compute in half, in the order of the graph."""
 
-    def float32_nodes(self, keep: AbstractSet[str]) -> frozenset[str]:
-        """Names of all nodes that compute in FP32 when ``keep`` do."""
-        return frozenset(map(_name, self._widths.float32_nodes(keep)))
+    def fp32_nodes(self, keep: AbstractSet[str]) -> frozenset[str]:
+        """Names of all nodes that compute in FP32 when those in ``keep`` do."""
+        return frozenset(map(_name, self._precisions.fp32_nodes(keep)))
 
-    def touching(self, values: Callable[[str], bool]) -> list[frozenset[str]]:
-        """Groups of nodes that write or read the results of the nodes that ``values`` picks by name.
+    def touching(self, selects: Callable[[str], bool]) -> list[frozenset[str]]:
+        """Group the nodes that write or read the results of the nodes that ``selects`` accepts by name.
 
-        A value stays FP32 only if the node that writes it and all that read it do, so nodes that share one are one group;
-        `forced` nodes are left out.
+        A value stays FP32 only if the node that writes it and all nodes that read it do, so nodes that share a value are one
+        group. `forced` nodes are left out.
         """
         groups: list[set[str]] = []
         for node in self.model.graph:
-            if not values(_name(node)):
+            if not selects(_name(node)):
                 continue
             group = {_name(node)} | {_name(use.node) for value in node.outputs for use in value.uses()}
             for other in [other for other in groups if other & group]:
@@ -96,14 +96,14 @@ class Plan:
 class Rounding:
     """A graph that can be run with any of its nodes in half precision; a context manager.
 
-    One session serves all choices: every node reads its inputs, and gives its results, through a switch.
+    One session serves all combinations: every node reads its inputs and writes its results through a switch.
 
     Args:
         plan: of the graph.
-        io: dtypes of the floating-point inputs and outputs: float32 or float16.
-        choices: int64 outputs that name the best of near-equal values (top-k): readers inside the graph get the choice of
-            the float32 graph, or ranks swapped by rounding would look like errors. How good that choice is by the
-            rounded scores comes as an output more, see `__call__`.
+        io: dtypes of the floating-point inputs and outputs by name: float32 or float16.
+        choices: int64 outputs that name the best of near-equal values (top-k). Readers inside the graph get the choice of
+            the float32 graph, because ranks swapped by rounding would look like errors. How good that choice is by the
+            rounded scores is an additional output, see `__call__`.
         threads: of ONNX Runtime, 0 for all cores.
     """
 
@@ -117,18 +117,18 @@ class Rounding:
         self._session = Session(model, threads=threads)
 
     def __call__(self, feeds: Feeds, keep: AbstractSet[str], chosen: Mapping[str, np.ndarray]) -> Feeds:
-        """Outputs with all nodes in half but ``keep`` and those that stay FP32 anyway.
+        """Run the graph with all nodes in half precision except those in ``keep`` and those that stay FP32 anyway.
 
         Args:
             feeds: floating-point inputs as float32, already rounded where they are float16 by contract.
             chosen: for each of ``choices`` the float32 graph's result.
 
         Returns:
-            The graph's outputs; for each choice NAME also ``NAME.gap``, (1,) float64: how far the scores of the chosen lie
-            from the best scores, at most, as a share of the largest.
+            The graph's outputs; for each choice NAME also ``NAME.gap``, (1,) float64: the largest difference between the
+            scores of the chosen and the best scores, as a share of the largest.
         """
-        wide = self._plan.float32_nodes(keep)
-        switches = {switch: np.array(name not in wide) for name, switch in self._switches.items()}
+        in_fp32 = self._plan.fp32_nodes(keep)
+        switches = {switch: np.array(name not in in_fp32) for name, switch in self._switches.items()}
         out = self._session({**feeds, **switches, **{pin: chosen[name] for name, pin in self._pins.items()}})
         for name, scores in self._scores.items():
             out[f"{name}.gap"] = _gap(out.pop(scores), chosen[name])
@@ -142,26 +142,26 @@ class Rounding:
 
 
 def examine(plan: Plan, feeds: Iterable[Feeds], threads: int = 0) -> tuple[dict[str, NodeFacts], list[Feeds]]:
-    """Ranges and local errors of every node, and the float32 outputs, for each of the feeds.
+    """Measure the range and the local error of every node.
 
-    Every node is computed twice, exactly and from rounded inputs; the comparison happens inside the graph, which gives
-    five numbers for each tensor, so that memory stays near that of the graph itself.
+    Every node is computed twice, exactly and from rounded inputs. The comparison is part of the graph, which outputs five
+    numbers for each tensor, so that memory stays close to that of the graph itself.
 
     Returns:
-        Facts by node name, the worst over the feeds; one dict of outputs for each of the feeds.
+        Facts by node name, the worst over all feeds; the float32 outputs for each of the feeds.
     """
     model = clone(plan.model)
     outputs = [str(value.name) for value in model.graph.outputs]
-    told = _add_shadows(model.graph, plan.half, frozenset(plan.nodes))
+    fact_outputs = _add_shadows(model.graph, plan.half, frozenset(plan.nodes))
     facts: dict[str, NodeFacts] = {}
     reference = []
     with Session(model, threads=threads) as session:
         for each in feeds:
-            found = session(each)
-            reference.append({name: found[name] for name in outputs})
-            for node, names in told.items():
-                now = [_facts(*(float(found[name]) for name in five)) for five in names]
-                facts[node] = _worst([*now, *([facts[node]] if node in facts else [])])
+            results = session(each)
+            reference.append({name: results[name] for name in outputs})
+            for node, tensors in fact_outputs.items():
+                measured = [_facts(*(float(results[name]) for name in names)) for names in tensors]
+                facts[node] = _worst([*measured, *([facts[node]] if node in facts else [])])
     return facts, reference
 
 
@@ -169,12 +169,9 @@ def _name(node: ir.Node) -> str:
     return str(node.name)
 
 
-def _writes(node: ir.Node, floats: AbstractSet[ir.Value]) -> bool:
-    return any(value in floats for value in node.outputs)
-
-
-def _reads(node: ir.Node, floats: AbstractSet[ir.Value]) -> bool:
-    return node.op_type not in TAKES_ANY and any(value in floats for value in node.inputs)
+def _reads_or_writes(node: ir.Node, floats: AbstractSet[ir.Value]) -> bool:
+    inputs = () if node.op_type in TAKES_ANY else node.inputs
+    return any(value in floats for value in (*inputs, *node.outputs))
 
 
 def _is_float(value: ir.Value | None) -> bool:
@@ -195,12 +192,12 @@ def _add_switches(graph: ir.Graph, half: Half, io: Mapping[str, str], switches: 
         for place in _rounded_places(node):
             value = node.inputs[place]
             assert value is not None
-            if not rounded.exactly(value):
+            if not rounded.is_exact(value):
                 node.replace_input_with(place, _switched(graph, node, flag, rounded(value, node), value))
         for value in filter(_is_float, node.outputs):
-            readers, narrow = list(value.uses()), rounded(value, after)
-            chosen = _switched(graph, after, flag, narrow, value)
-            rounded.know(chosen, narrow)
+            readers, half_value = list(value.uses()), rounded(value, after)
+            chosen = _switched(graph, after, flag, half_value, value)
+            rounded.register(chosen, half_value)
             for use in readers:
                 use.node.replace_input_with(use.idx, chosen)
             for place, output in enumerate(graph.outputs):
@@ -212,12 +209,12 @@ def _add_switches(graph: ir.Graph, half: Half, io: Mapping[str, str], switches: 
     graph.inputs.extend(flags.values())
 
 
-def _switched(graph: ir.Graph, before: ir.Node | None, flag: ir.Value, narrow: ir.Value, wide: ir.Value) -> ir.Value:
-    return typed(insert(before, graph, "Where", [flag, narrow, wide]), like=wide)
+def _switched(graph: ir.Graph, before: ir.Node | None, flag: ir.Value, half_value: ir.Value, exact: ir.Value) -> ir.Value:
+    return typed(insert(before, graph, "Where", [flag, half_value, exact]), like=exact)
 
 
 def _rounded_places(node: ir.Node) -> list[int]:
-    """Of the floating-point inputs that reach a node in its own type. What a moving node reads, it writes: rounded there."""
+    """Positions of the floating-point inputs that a node reads in its own type; none for moves, whose results are rounded."""
     if node.op_type in TAKES_ANY or node.op_type in MOVES:
         return []
     fixed = FIXED_FLOAT.get(node.op_type, ())
@@ -232,13 +229,13 @@ def _name_output(graph: ir.Graph, place: int, name: str, value: ir.Value) -> Non
 
 
 def _with_next(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node | None]]:
-    """Every node and the one that followed it before anything was put between."""
+    """Every node and the one that followed it before nodes are inserted between them."""
     nodes = list(graph)
     return zip(nodes, [*nodes[1:], None], strict=True)
 
 
 class _Rounded:
-    """Values rounded to half and back, each once."""
+    """Adds values rounded to half and back to a graph, each once."""
 
     def __init__(self, graph: ir.Graph, half: Half) -> None:
         self._graph, self._type = graph, TYPES[half]
@@ -246,17 +243,17 @@ class _Rounded:
 
     def __call__(self, value: ir.Value, before: ir.Node | None) -> ir.Value:
         if value not in self._made:
-            # In front of the first node that asks: early enough for all others, which come later in the graph.
+            # Before the first node that reads it; all other readers come later in the graph.
             narrow = insert(before, self._graph, "Cast", [value], to=self._type)
             self._made[value] = typed(insert(before, self._graph, "Cast", [narrow], to=ir.DataType.FLOAT), like=value)
         return self._made[value]
 
-    def know(self, value: ir.Value, rounded: ir.Value) -> None:
-        """Says what a value rounds to."""
+    def register(self, value: ir.Value, rounded: ir.Value) -> None:
+        """Use an existing value of the graph as the rounded form of ``value``."""
         self._made[value] = rounded
 
-    def exactly(self, value: ir.Value) -> bool:
-        """Whether a constant has no more digits than half."""
+    def is_exact(self, value: ir.Value) -> bool:
+        """Whether half precision represents a constant exactly."""
         if value.const_value is None:
             return False
         values = value.const_value.numpy()
@@ -280,7 +277,7 @@ def _pin(graph: ir.Graph, choices: Sequence[str]) -> dict[str, str]:
 
 
 def _expose_scores(graph: ir.Graph, pins: Mapping[str, str]) -> dict[str, str]:
-    found = {}
+    score_outputs = {}
     outputs = {str(value.name): value for value in graph.outputs}
     for name in pins:
         chooser = outputs[name].producer()
@@ -289,12 +286,12 @@ def _expose_scores(graph: ir.Graph, pins: Mapping[str, str]) -> dict[str, str]:
         scores = insert(None, graph, "Identity", [chooser.inputs[0]])
         scores.name, scores.type = f"{name}.scores", ir.TensorType(ir.DataType.FLOAT)
         graph.outputs.append(scores)
-        found[name] = str(scores.name)
-    return found
+        score_outputs[name] = str(scores.name)
+    return score_outputs
 
 
 def _gap(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Of scores (..., N) and the numbers of the K chosen (..., K)."""
+    """`Rounding`'s ``NAME.gap`` of scores (..., N) and the K chosen indices (..., K)."""
     scores = scores.astype(np.float64)
     best = -np.sort(-scores, axis=-1)[..., : chosen.shape[-1]]
     apart = np.abs(np.take_along_axis(scores, chosen, -1) - best).max(initial=0.0)
@@ -305,8 +302,12 @@ def _gap(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def _add_shadows(graph: ir.Graph, half: Half, candidates: AbstractSet[str]) -> dict[str, list[tuple[str, ...]]]:
-    """Beside every node the same node from rounded inputs; names of the scalar outputs by node, in the order of `_facts`."""
-    rounded, told = _Rounded(graph, half), {}
+    """Add a copy of every node that reads rounded inputs, and scalar outputs that compare the two.
+
+    Returns:
+        By node name, for each of its results the names of the five outputs that `_facts` takes.
+    """
+    rounded, fact_outputs = _Rounded(graph, half), {}
     numbers = {"zero": 0.0, "tiny": TINY, "largest": LARGEST[half], "finite": float(np.finfo(np.float32).max)}
     constants = [_constant(graph, f"half.{name}", value) for name, value in numbers.items()]
     for node, after in _with_next(graph):
@@ -319,8 +320,8 @@ def _add_shadows(graph: ir.Graph, half: Half, candidates: AbstractSet[str]) -> d
             if _is_float(value):
                 lowered = value if shadow is None else rounded(shadow.outputs[place], after)
                 names.append(_compared(graph, after, value, lowered, constants, f"{node.name}.{place}"))
-        told[_name(node)] = names
-    return told
+        fact_outputs[_name(node)] = names
+    return fact_outputs
 
 
 def _shadow(node: ir.Node, rounded: _Rounded, graph: ir.Graph, before: ir.Node | None) -> ir.Node:
@@ -328,12 +329,12 @@ def _shadow(node: ir.Node, rounded: _Rounded, graph: ir.Graph, before: ir.Node |
     for place in _rounded_places(node):
         value = inputs[place]
         assert value is not None
-        if not rounded.exactly(value):
+        if not rounded.is_exact(value):
             inputs[place] = rounded(value, before)
     twin = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs))
     place_node(twin, before, graph)
-    for mine, its in zip(twin.outputs, node.outputs, strict=True):
-        typed(mine, like=its)
+    for copied, original in zip(twin.outputs, node.outputs, strict=True):
+        typed(copied, like=original)
     return twin
 
 
@@ -359,8 +360,8 @@ def _compared(
     norm = put("ReduceSumSquare", put("Where", fits, exact, zero), keepdims=0)
     worst = put("ReduceMax", put("Div", put("Abs", apart), put("Max", size, tiny)), keepdims=0)
     names = tuple(f"{name}.{fact}" for fact in ("peak", "highest", "error", "norm", "worst"))
-    for value, called in zip((peak, highest, error, norm, worst), names, strict=True):
-        value.name, value.type, value.shape = called, ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
+    for value, output_name in zip((peak, highest, error, norm, worst), names, strict=True):
+        value.name, value.type, value.shape = output_name, ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
         graph.outputs.append(value)
     return names
 
@@ -379,5 +380,5 @@ def _facts(peak: float, highest: float, error: float, norm: float, worst: float)
 
 
 def _worst(facts: Sequence[NodeFacts]) -> NodeFacts:
-    """Largest of each; nan counts as more than anything."""
+    """Largest of each fact; nan is larger than any number."""
     return NodeFacts(*(float(np.max(values)) for values in zip(*map(astuple, facts), strict=True)))

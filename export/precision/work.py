@@ -1,4 +1,4 @@
-"""Multiply-adds of a graph, counted from the shapes that its tensors really have."""
+"""Multiply-adds of a graph, counted from the shapes of its tensors in a real run."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ import onnx_ir as ir
 from .instrumentation import Session, insert, open_copy
 
 COUNTED = ("MatMul", "Gemm", "Conv", "ConvTranspose")
-"""Ops whose work is counted. The others (norms, softmax, sampling) are bound by memory, not by arithmetic."""
+"""Ops that are counted. The others (norms, softmax, sampling) are bound by memory, not by arithmetic."""
 
 
 def multiply_adds(source: ir.Model | Path, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Multiply-adds of each counted node, by the node's name, for these feeds; one run of the graph.
+    """Count the multiply-adds of each node of a `COUNTED` op, by node name; runs the graph once.
 
     Args:
-        source: of any precision.
-        feeds: one array per input; free axes count as long as they are here.
+        source: a graph of any precision.
+        feeds: one array per input; they set the lengths of the free axes.
     """
     return count(open_copy(source), feeds)
 
 
 def count(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """The same of a model that may be changed, as `open_copy` gives it."""
-    graph, asked = model.graph, []
+    """Like `multiply_adds`, for a model from `open_copy`, which is changed."""
+    graph, shape_names = model.graph, {}
     for node in [node for node in graph if node.op_type in COUNTED]:
         shapes = [insert(None, graph, "Shape", [value]) for value in (node.inputs[0], node.inputs[1], node.outputs[0])]
         for place, shape in enumerate(shapes):
             shape.name = f"{node.name}.shape{place}"
             shape.dtype = ir.DataType.INT64
         graph.outputs.extend(shapes)
-        asked.append((node, tuple(str(shape.name) for shape in shapes)))
+        shape_names[node] = [str(shape.name) for shape in shapes]
     with Session(model) as session:
-        found = session(feeds)
-    return {str(node.name): _work(node, *(found[name].tolist() for name in names)) for node, names in asked}
+        outputs = session(feeds)
+    return {str(node.name): _work(node, *(outputs[name].tolist() for name in names)) for node, names in shape_names.items()}
 
 
 def float32_share(source: ir.Model | Path, feeds: Mapping[str, np.ndarray]) -> float:
-    """Share of a half-precision graph's multiply-adds that it computes in FP32, for these feeds; one run of the graph."""
+    """Share of a half-precision graph's multiply-adds that it computes in FP32, in 0..1; runs the graph once."""
     work, model = multiply_adds(source, feeds), open_copy(source)
-    wide = sum(work[str(node.name)] for node in model.graph if node.name in work and node.outputs[0].dtype == ir.DataType.FLOAT)
-    return wide / max(sum(work.values()), 1)
+    in_fp32 = [str(node.name) for node in model.graph if node.outputs[0].dtype == ir.DataType.FLOAT]
+    return sum(work.get(name, 0) for name in in_fp32) / max(sum(work.values()), 1)
 
 
 def _work(node: ir.Node, first: list[int], second: list[int], out: list[int]) -> int:

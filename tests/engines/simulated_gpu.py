@@ -707,7 +707,7 @@ class Foreign:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        told = {
+        interface = {
             "shape": self.shape,
             "typestr": self.dtype.str,
             "data": (self.address + self.offset, False),
@@ -716,21 +716,21 @@ class Foreign:
             "stream": self.stream,
         }
         if self.stream is ...:
-            del told["stream"]
-        return told
+            del interface["stream"]
+        return interface
 
 
 def read_by_library(gpu: Gpu, tensor: Any, *, stream: int = LEGACY) -> np.ndarray:
     """An array that another library fills from a tensor's interface, in its stream, when that gets there."""
-    told = tensor.__cuda_array_interface__
-    result = np.zeros(told["shape"], np.dtype(told["typestr"]))
-    if told["stream"] not in (None, stream):
+    interface = tensor.__cuda_array_interface__
+    result = np.zeros(interface["shape"], np.dtype(interface["typestr"]))
+    if interface["stream"] not in (None, stream):
         event = gpu.runtime.cudaEventCreateWithFlags(0)[1]
-        gpu.runtime.cudaEventRecord(event, told["stream"])
+        gpu.runtime.cudaEventRecord(event, interface["stream"])
         gpu.runtime.cudaStreamWaitEvent(stream, event, 0)
 
     def work() -> None:
-        data = gpu.bytes_at(told["data"][0], result.nbytes)
+        data = gpu.bytes_at(interface["data"][0], result.nbytes)
         ctypes.memmove(result.ctypes.data, data.ctypes.data, result.nbytes)
 
     gpu.put(stream, work)

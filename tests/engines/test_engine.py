@@ -38,7 +38,7 @@ def test_what_fits_passes(batch: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({}, "dino: expected the inputs ['pixels', 'size', 'text'], got []"),
         ({"pixels": np.zeros((2, 4, 4, 3), np.uint8)}, "got ['pixels']"),
@@ -53,7 +53,7 @@ def test_what_fits_passes(batch: int, tokens: int) -> None:
         (feeds(4), "'pixels' has batch=4, the engine takes 1 to 3"),
     ],
 )
-def test_what_does_not_fit_is_said(wrong: dict[str, np.ndarray], said: str) -> None:
-    with pytest.raises(FeedError, match=re.escape(said)) as caught:
+def test_what_does_not_fit_is_said(wrong: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(FeedError, match=re.escape(message)) as caught:
         check_feeds("dino", INPUTS, AXES, wrong)
     assert caught.value.message.startswith("dino: ")

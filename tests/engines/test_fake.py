@@ -46,7 +46,7 @@ def test_refuses_like_the_others_and_does_not_count_it(spec: GraphSpec) -> None:
     ],
 )
 def test_a_script_is_held_to_the_contract(spec: GraphSpec, script: Script) -> None:
-    with pytest.raises(FeedError, match="its script's answer"):
+    with pytest.raises(FeedError, match="outputs of the script"):
         FakeEngine(spec, script)({"x": np.zeros((2, 3), np.float32)})
 
 

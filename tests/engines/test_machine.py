@@ -97,7 +97,7 @@ def test_eager_needs_the_export_extra_and_a_torch_for_cuda() -> None:
 
 
 def test_missing_extras_by_name() -> None:
-    told = missing_extras(
+    missing = missing_extras(
         [
             "numpy>=1.26",
             'numpy>=1; extra == "one"',
@@ -107,7 +107,7 @@ def test_missing_extras_by_name() -> None:
             "also_no_such_thing[x]>=1; python_version > '3' and extra == 'four'",
         ]
     )
-    assert told == {"one": (), "two": ("no-such-thing",), "four": ("also_no_such_thing",)}
+    assert missing == {"one": (), "two": ("no-such-thing",), "four": ("also_no_such_thing",)}
 
 
 # ---- looking at this machine ----
@@ -136,7 +136,7 @@ def test_gpus_of_the_drivers_tool_without_cuda_bindings(monkeypatch: pytest.Monk
         raise WsssError("no cuda-bindings")
 
     monkeypatch.setattr(facts, "find_gpus", missing)
-    row = dict(zip(facts._ASKED, ("0", "NVIDIA H200", "9.0", "143771", "700.00", "580.1"), strict=True))
+    row = dict(zip(facts._QUERIED, ("0", "NVIDIA H200", "9.0", "143771", "700.00", "580.1"), strict=True))
     gpus, _ = facts._gpus([row, {**row, "power.limit": "[N/A]"}])
     assert [(gpu.name, gpu.target, gpu.memory_mib, gpu.power_limit_w) for gpu in gpus] == [
         ("NVIDIA H200", "sm90", 143771, 700.0),
@@ -144,12 +144,12 @@ def test_gpus_of_the_drivers_tool_without_cuda_bindings(monkeypatch: pytest.Monk
     ]
 
 
-@pytest.mark.parametrize(("told", "power"), [(1, 700.0), (2, None)])
-def test_a_power_limit_is_of_a_gpu_that_is_surely_meant(monkeypatch: pytest.MonkeyPatch, told: int, power: float | None) -> None:
+@pytest.mark.parametrize(("count", "power"), [(1, 700.0), (2, None)])
+def test_a_power_limit_is_of_a_gpu_that_is_surely_meant(monkeypatch: pytest.MonkeyPatch, count: int, power: float | None) -> None:
     """CUDA sees one GPU; where the driver's tool sees two, nobody knows which of them it is."""
     monkeypatch.setattr(facts, "find_gpus", lambda: (Gpu(0, "NVIDIA H200", "9.0", "13.0", 150_000 << 20),))
-    row = dict(zip(facts._ASKED, ("0", "NVIDIA H200", "9.0", "143771", "700.00", "580.1"), strict=True))
-    gpus, cuda = facts._gpus([row] * told)
+    row = dict(zip(facts._QUERIED, ("0", "NVIDIA H200", "9.0", "143771", "700.00", "580.1"), strict=True))
+    gpus, cuda = facts._gpus([row] * count)
     assert [(gpu.memory_mib, gpu.power_limit_w) for gpu in gpus] == [(150_000, power)] and cuda == "13.0"
 
 
@@ -165,11 +165,11 @@ def test_the_drivers_tool_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_this_machine_is_plain_data() -> None:
-    told = json.loads(json.dumps(dataclasses.asdict(machine())))
-    assert told["cores"] >= 1 and told["memory_mib"] > 0
-    assert told["packages"]["numpy"]
-    assert "CPUExecutionProvider" in told["providers"]
-    assert {each["engine"] for each in told["abilities"]} == {"trt", "trt-rtx", "ort", "eager"}
+    record = json.loads(json.dumps(dataclasses.asdict(machine())))
+    assert record["cores"] >= 1 and record["memory_mib"] > 0
+    assert record["packages"]["numpy"]
+    assert "CPUExecutionProvider" in record["providers"]
+    assert {each["engine"] for each in record["abilities"]} == {"trt", "trt-rtx", "ort", "eager"}
 
 
 # ---- the command ----
@@ -193,8 +193,8 @@ def test_doctor_needs_nothing_and_imports_no_torch() -> None:
     bare = subprocess.run([sys.executable, "-c", f"{hide}\n{run.format('')}"], capture_output=True, text=True)
     assert bare.returncode == 0 and bare.stderr == "", bare.stderr
     assert install_line("trt-rtx") in bare.stdout
-    told = "import atexit; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
-    here = subprocess.run([sys.executable, "-c", told + run.format(", '--json'")], capture_output=True, text=True)
+    at_exit = "import atexit; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
+    here = subprocess.run([sys.executable, "-c", at_exit + run.format(", '--json'")], capture_output=True, text=True)
     assert here.returncode == 0, here.stderr
     assert here.stderr == "False\n"
     assert json.loads(here.stdout)["abilities"]

@@ -61,7 +61,7 @@ def test_a_view_with_gaps_is_fed_right(onnx_file: Callable[..., Path], spec: Gra
 
 
 @pytest.mark.parametrize(
-    ("feeds", "said"),
+    ("feeds", "message"),
     [
         ({}, r"expected the inputs \['x'\], got \[\]"),
         ({"y": X}, r"got \['y'\]"),
@@ -70,8 +70,8 @@ def test_a_view_with_gaps_is_fed_right(onnx_file: Callable[..., Path], spec: Gra
         ({"x": np.zeros((5, 3), np.float32)}, "batch=5, the engine takes 1 to 4"),
     ],
 )
-def test_wrong_feeds_are_refused_before_it_runs(engine: OrtEngine, feeds: dict[str, np.ndarray], said: str) -> None:
-    with pytest.raises(FeedError, match=said):
+def test_wrong_feeds_are_refused_before_it_runs(engine: OrtEngine, feeds: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(FeedError, match=message):
         engine(feeds)
 
 
@@ -177,22 +177,22 @@ def test_weights_of_a_hub_s_cache(weighted: Path, linked: list[str]) -> None:
 
 def test_idle_threads_sleep(onnx_file: Callable[..., Path], spec: GraphSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else they hold the cores that other engines need; the options of a session are seen here alone."""
-    told = {}
+    used = {}
     session = onnxruntime.InferenceSession
 
     def spy(path: str, options: onnxruntime.SessionOptions, **how: object) -> object:
-        told.update(how, spinning=options.get_session_config_entry("session.intra_op.allow_spinning"))
+        used.update(how, spinning=options.get_session_config_entry("session.intra_op.allow_spinning"))
         return session(path, options, **how)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
     OrtEngine(onnx_file(), spec)
-    assert told == {"spinning": "0", "providers": ["CPUExecutionProvider"], "disabled_optimizers": []}
+    assert used == {"spinning": "0", "providers": ["CPUExecutionProvider"], "disabled_optimizers": []}
     OrtEngine(onnx_file(), replace(spec, precision="fp16"))
-    assert told["disabled_optimizers"] == ["NchwcTransformer"], "it ends in a segmentation fault on float16 convolutions"
+    assert used["disabled_optimizers"] == ["NchwcTransformer"], "it ends in a segmentation fault on float16 convolutions"
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         "Failed to allocate memory for requested buffer of size 1",  # the CPU's arena
         "CUDA failure 2: out of memory",
@@ -201,12 +201,12 @@ def test_idle_threads_sleep(onnx_file: Callable[..., Path], spec: GraphSpec, mon
     ],
 )
 def test_every_way_to_run_out_of_memory_is_told(
-    onnx_file: Callable[..., Path], spec: GraphSpec, monkeypatch: pytest.MonkeyPatch, said: str
+    onnx_file: Callable[..., Path], spec: GraphSpec, monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
     engine = OrtEngine(onnx_file(), spec)
 
     def fail(feeds: object) -> None:
-        raise RuntimeError(said)
+        raise RuntimeError(message)
 
     monkeypatch.setattr(engine, "_run", fail)
     with pytest.raises(OutOfMemory, match="double: the cpu has no memory for this call"):

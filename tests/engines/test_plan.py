@@ -66,7 +66,7 @@ REBUILD = "wsss export --model sam --engine trt-rtx --bundle "
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"graph_sha256": "0" * 64}, "another state of the graph"),
         ({"weights_sha256": "0" * 64}, "another state of the weights"),
@@ -77,8 +77,8 @@ REBUILD = "wsss export --model sam --engine trt-rtx --bundle "
         ({"target": "NVIDIA Test 4090", "driver": "12.8"}, "with the driver of CUDA 12.8, this is 13.0"),
     ],
 )
-def test_a_plan_bound_to_something_else_is_refused(model: Model, changes: dict[str, object], said: str) -> None:
-    with pytest.raises(BundleError, match=said) as caught:
+def test_a_plan_bound_to_something_else_is_refused(model: Model, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(BundleError, match=message) as caught:
         checked_plan(changed(model, **changes), "double", "trt-rtx", HERE)
     assert REBUILD + str(model.folder.parent) in str(caught.value.hint)
 

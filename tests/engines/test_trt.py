@@ -163,12 +163,12 @@ def test_asarray_converts_and_copies(bench: Bench) -> None:
     assert np.asarray(out, np.float64).dtype == np.float64
     np.asarray(out)[:] = 0
     assert np.array_equal(np.asarray(out), 2 * X), "each array is the caller's own"
-    with pytest.raises(ValueError, match="not a copy"):
+    with pytest.raises(ValueError, match="without a copy"):
         np.array(out, copy=False)
 
 
 @pytest.mark.parametrize(
-    ("feeds", "said"),
+    ("feeds", "message"),
     [
         ({}, r"expected the inputs \['x'\], got \[\]"),
         ({"x": X.astype(np.float64)}, "got float64"),
@@ -176,10 +176,10 @@ def test_asarray_converts_and_copies(bench: Bench) -> None:
         ({"x": np.zeros((5, 3), np.float32)}, "batch=5, the engine takes 1 to 4"),
     ],
 )
-def test_wrong_feeds_are_refused_before_it_runs(bench: Bench, feeds: dict[str, np.ndarray], said: str) -> None:
+def test_wrong_feeds_are_refused_before_it_runs(bench: Bench, feeds: dict[str, np.ndarray], message: str) -> None:
     engine = bench.open("double", double)
     before = engine({"x": X})["y"]
-    with pytest.raises(FeedError, match=said):
+    with pytest.raises(FeedError, match=message):
         engine(feeds)
     assert np.array_equal(np.asarray(before), 2 * X), "a refused call overwrites nothing"
 
@@ -313,11 +313,11 @@ def test_outliving_copies_only_what_would_be_overwritten(bench: Bench) -> None:
 # ---- from and to other libraries ----
 
 
-@pytest.mark.parametrize("told", [..., None, sim.LEGACY, "own"])
-def test_tensors_of_other_libraries_are_read_where_they_are(bench: Bench, told: Any) -> None:
+@pytest.mark.parametrize("given", [..., None, sim.LEGACY, "own"])
+def test_tensors_of_other_libraries_are_read_where_they_are(bench: Bench, given: Any) -> None:
     engine = bench.open("double", double)
     own = bench.gpu.runtime.cudaStreamCreateWithFlags(1)[1]
-    runs_in, says = (own, own) if told == "own" else (sim.LEGACY, told)
+    runs_in, says = (own, own) if given == "own" else (sim.LEGACY, given)
     x = foreign(bench.gpu, X, stream=says, runs_in=runs_in)
     outs = []
     for turn in range(4):
@@ -387,7 +387,7 @@ def test_foreign_tensors_of_another_kind_are_refused(bench: Bench) -> None:
     with pytest.raises(FeedError, match="byte order"):
         engine({"x": foreign(bench.gpu, X.astype(">f4"))})
     on_host = SimpleNamespace(__cuda_array_interface__={"shape": (2, 3), "typestr": "<f4", "data": (X.ctypes.data, False)})
-    with pytest.raises(FeedError, match="'x' lies on the host"):
+    with pytest.raises(FeedError, match="'x' is on the host"):
         engine({"x": on_host})
 
 
@@ -497,7 +497,7 @@ def refuse_instantiation(gpu: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("refuse", "said"),
+    ("refuse", "message"),
     [
         (refuse_capture, "cudaErrorStreamCaptureInvalidated, said by the simulation: operation not permitted"),
         (refuse_politely, "TensorRT refused the capture: operation not permitted"),
@@ -506,14 +506,14 @@ def refuse_instantiation(gpu: Any) -> None:
     ],
 )
 def test_what_cannot_be_captured_is_enqueued_and_said_once(
-    bench: Bench, caplog: pytest.LogCaptureFixture, refuse: Callable[[Any], None], said: str
+    bench: Bench, caplog: pytest.LogCaptureFixture, refuse: Callable[[Any], None], message: str
 ) -> None:
     engine = bench.open("double", double)
     refuse(bench.gpu)
     for turn in range(4):
         assert np.array_equal(np.asarray(engine({"x": X + turn})["y"]), 2 * (X + turn))
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "double: runs without CUDA graphs" in line and said in line
+    assert "double: runs without CUDA graphs" in line and message in line
     assert engine.cuda_graphs == 0 and not bench.gpu.graphs
 
 
@@ -656,7 +656,7 @@ def test_a_damaged_kernel_cache_is_ignored_and_replaced(
     file = bench.folder / "double.plan.kernels"
     file.write_bytes(damage(file.read_bytes()))
     assert compiled(bench) == {"(2,3)"}
-    assert "compiled kernels are damaged and compiled again" in caplog.text
+    assert "compiled kernels are damaged and will be compiled again" in caplog.text
     assert compiled(bench) == set()
 
 
@@ -667,7 +667,7 @@ def test_a_kernel_cache_of_another_gpu_is_ignored(bench: Bench, caplog: pytest.L
     cache.kernels = {"other-gpu", "(2,3)"}
     save_kernels(bench.folder / "double.plan.kernels", cache)
     assert compiled(bench) == {"(2,3)"}
-    assert "of another GPU, driver or TensorRT-RTX" in caplog.text
+    assert "for another GPU, driver or TensorRT-RTX" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_said(
@@ -678,7 +678,7 @@ def test_a_folder_that_cannot_be_written_is_said(
 
     monkeypatch.setattr("wsss.files.os.fsync", full)
     compiled(bench)
-    assert "compiled kernels not kept: No space left on device" in caplog.text
+    assert "compiled kernels cannot be saved: No space left on device" in caplog.text
     assert [path.name for path in bench.folder.iterdir()] == ["double.plan"], "and nothing half-written stays"
 
 
@@ -778,10 +778,10 @@ def test_another_cuda_error_is_named(bench: Bench) -> None:
 
 def test_what_tensorrt_says_of_a_failed_run_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = bench.open("double", double)
-    said = ["Error Code 2: OutOfMemory (Requested size was 9 bytes.)", "Error Code 7: Internal Error"]
+    messages = ["Error Code 2: OutOfMemory (Requested size was 9 bytes.)", "Error Code 7: Internal Error"]
 
     def fails(self: Any, stream: int) -> bool:
-        self._logger.log(sim.Severity.ERROR, said.pop(0))
+        self._logger.log(sim.Severity.ERROR, messages.pop(0))
         return False
 
     monkeypatch.setattr(sim.Context, "execute_async_v3", fails)
@@ -882,18 +882,18 @@ def test_tensors_of_another_gpu_are_refused(bench: Bench) -> None:
     elsewhere = foreign(gpu, X)
     second = bench.open("increment", increment, device=1)
     for tensor in (x, elsewhere):
-        with pytest.raises(FeedError, match=r"'x' lies on cuda:0, the engine runs on cuda:1"):
+        with pytest.raises(FeedError, match=r"'x' is on cuda:0, the engine runs on cuda:1"):
             second({"x": tensor})
 
 
 @pytest.mark.parametrize(
-    ("devices", "device", "said"), [(0, 0, "needs an NVIDIA GPU.*cudaErrorInsufficientDriver"), (1, 1, "has 1 GPU$")]
+    ("devices", "device", "message"), [(0, 0, "needs an NVIDIA GPU.*cudaErrorInsufficientDriver"), (1, 1, "has 1 GPU$")]
 )
-def test_a_gpu_that_is_not_there(bench: Bench, devices: int, device: int, said: str) -> None:
+def test_a_gpu_that_is_not_there(bench: Bench, devices: int, device: int, message: str) -> None:
     bench.use(sim.Gpu(devices=devices))
     with pytest.raises(WsssError) as caught:
         bench.open("double", double, device=device)
-    assert re.search(said, caught.value.message) and caught.value.hint
+    assert re.search(message, caught.value.message) and caught.value.hint
 
 
 def between(bench: Bench, monkeypatch: pytest.MonkeyPatch, call: str, act: Callable[[], object]) -> None:
@@ -935,20 +935,20 @@ def test_a_call_in_another_thread_that_came_between_is_noticed(bench: Bench, mon
 
 
 @pytest.mark.parametrize(
-    ("flavour", "absent", "said"),
+    ("flavour", "absent", "message"),
     [
         ("trt-rtx", "cuda.bindings.runtime", "--engine trt-rtx: needs the package cuda-bindings"),
         ("trt-rtx", "tensorrt_rtx", "--engine trt-rtx: needs the package tensorrt_rtx"),
         ("trt", "tensorrt", "--engine trt: needs the package tensorrt"),
     ],
 )
-def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, flavour: Any, absent: str, said: str) -> None:
+def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, flavour: Any, absent: str, message: str) -> None:
     for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(WsssError) as caught:
         load_modules(flavour)
-    assert (caught.value.message, caught.value.hint) == (said, install_line(flavour))
+    assert (caught.value.message, caught.value.hint) == (message, install_line(flavour))
 
 
 # ---- the simulation itself ----

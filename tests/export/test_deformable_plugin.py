@@ -21,7 +21,7 @@ import onnxruntime  # noqa: E402
 from wsss.errors import WsssError  # noqa: E402
 from wsss.export.deformable_plugin import DOMAIN, PLUGIN, define_plugin, plugin_called, plugin_sampled  # noqa: E402
 from wsss.export.precision.instrumentation import clone  # noqa: E402
-from wsss.export.precision.lowering import islands, lower, name_nodes  # noqa: E402
+from wsss.export.precision.lowering import fp32_nodes, lower, name_nodes  # noqa: E402
 from wsss.export.to_engine import _parsed  # noqa: E402
 
 SHAPES = ((7, 9), (4, 5), (2, 3))
@@ -101,7 +101,7 @@ def test_a_place_on_the_border_reads_half_of_the_outside(path: Path) -> None:
 def test_in_half_precision_the_node_and_its_coordinates_stay_float32(traced: ir.Model, half: Any) -> None:
     model = clone(traced)
     dtypes = {"values": "float16", "places": "float32", "weights": "float32", "sampled": "float16"}
-    assert not islands(model, Sampled())
+    assert not fp32_nodes(model, Sampled())
     lower(model, half, frozenset(), dtypes)
     (node,) = [node for node in model.graph if node.op_type == PLUGIN]
     wanted = [ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT32, ir.DataType.FLOAT, ir.DataType.FLOAT]
@@ -171,9 +171,9 @@ def test_tensorrt_is_given_a_call_of_its_newest_plugin(path: Path, versions: tup
 
 
 def test_tensorrt_without_the_plugin_is_refused_with_the_way_out(path: Path) -> None:
-    with pytest.raises(WsssError, match=r"grounding-dino: image: TensorRT 11\.0 has no plugin Multiscale") as told:
+    with pytest.raises(WsssError, match=r"grounding-dino: image: TensorRT 11\.0 has no plugin Multiscale") as caught:
         parsed(path, "trt")
-    assert told.value.hint == "export with --sampling grid-sample, which needs none"
+    assert caught.value.hint == "export with --sampling grid-sample, which needs none"
 
 
 def test_tensorrt_rtx_is_given_the_file_with_the_function(path: Path) -> None:
@@ -185,7 +185,7 @@ def test_tensorrt_rtx_is_given_the_file_with_the_function(path: Path) -> None:
 
 def test_nvidias_parser_asks_for_the_plugin_with_the_inputs_it_takes(path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'wsss[trt-rtx]'")
-    asked, said = [], []
+    asked, messages = [], []
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
@@ -201,7 +201,7 @@ def test_nvidias_parser_asks_for_the_plugin_with_the_inputs_it_takes(path: Path)
             trt.ILogger.__init__(self)
 
         def log(self, severity: object, message: str) -> None:
-            said.append(message)
+            messages.append(message)
 
     logger, registry, creator = Logger(), trt.get_plugin_registry(), Creator()
     builder = trt.Builder(logger)
@@ -213,7 +213,7 @@ def test_nvidias_parser_asks_for_the_plugin_with_the_inputs_it_takes(path: Path)
     finally:
         registry.deregister_creator(creator)
     assert len(asked) == 1 and "Could not create the plugin" in parser.get_error(0).desc()
-    (inputs,) = [line for line in said if f"[{PLUGIN}] inputs" in line]
+    (inputs,) = [line for line in messages if f"[{PLUGIN}] inputs" in line]
     assert re.findall(r"\((.*?)\)\[(\w+)\]", inputs) == [
         (f"-1, {CELLS}, {HEADS}, {WIDTH}", "FLOAT"),
         (f"{len(SHAPES)}, 2", "INT32"),

@@ -229,7 +229,7 @@ def test_a_download_that_nothing_pins_is_said(at_once: None, tmp_path: Path) -> 
         prepared = make_family().prepare(variant, weights, options)
         return replace(prepared, weights={**prepared.weights, "pinned": pinned})
 
-    said: list[str] = []
+    lines: list[str] = []
     for pinned in ("sha256", "8 of 64 digits of its sha256"):
         exporting.export_model(
             replace(make_family(), prepare=prepare),
@@ -237,9 +237,9 @@ def test_a_download_that_nothing_pins_is_said(at_once: None, tmp_path: Path) -> 
             weights="tag",
             bundle=tmp_path,
             options=Options(),
-            log=said.append,
+            log=lines.append,
         )
         assert open_bundle(tmp_path).model("toy").manifest.weights["pinned"] == pinned
-    assert [line for line in said if "pinned" in line] == [
-        "toy: nothing says what tag must hold (pinned: 8 of 64 digits of its sha256); its sha256 is in the manifest from now on"
+    assert [line for line in lines if "pinned" in line] == [
+        "toy: the publisher gives no complete sha256 of tag (pinned: 8 of 64 digits of its sha256); the manifest records it"
     ]

@@ -147,8 +147,8 @@ def test_a_run_of_one_shorter_side_labels_as_the_trainer_does(taught: Path, tmp_
     nothing = Labels(np.zeros((8, 2), np.float32), np.zeros((8, 2), np.bool_))
     stage = SegmenterStage(model, lambda canvas: ort_engine(model, f"image-{canvas[0]}x{canvas[1]}"))
     found = stage(photos, nothing, Boxes.none(), no_masks(photos, Boxes.none())).label_maps
-    trained, told = load_run(run)
-    args = DataArgs(mean=told.mean, std=told.std, shorter_px=told.shorter_px)
+    trained, run_record = load_run(run)
+    args = DataArgs(mean=run_record.mean, std=run_record.std, shorter_px=run_record.shorter_px)
     seen: set[int] = set()
     for photo, label_map in zip(photos, found, strict=True):
         with torch.inference_mode():
@@ -165,33 +165,33 @@ def test_a_run_of_one_shorter_side_labels_as_the_trainer_does(taught: Path, tmp_
 def test_another_best_or_record_changes_the_hash(run: Path) -> None:
     before = segmenter.prepare("trained", str(run), Options()).weights["sha256"]
     record = run / "segmenter.json"
-    told = json.loads(record.read_text())
-    record.write_text(json.dumps({**told, "mean": [1.0, 2.0, 3.0]}))
+    values = json.loads(record.read_text())
+    record.write_text(json.dumps({**values, "mean": [1.0, 2.0, 3.0]}))
     try:
         assert segmenter.prepare("trained", str(run), Options()).weights["sha256"] != before
     finally:
-        record.write_text(json.dumps(told))
+        record.write_text(json.dumps(values))
 
 
 @pytest.mark.parametrize(
-    ("variant", "weights", "sizes", "said"),
+    ("variant", "weights", "sizes", "message"),
     [
-        ("vit_b", "RUN", (), "a run says what it is"),
-        ("trained", "RUN", ((100, 96),), "--size 100x96: unet takes sides that are multiples of 32"),
+        ("vit_b", "RUN", (), "a run records its architecture"),
+        ("trained", "RUN", ((100, 96),), "--size 100x96: unet needs sides that are multiples of 32"),
         ("unet", "random:0", (), "expected ARCHITECTURE/ENCODER, got 'unet'"),
         ("unet/nonet", "random:0", (), "cannot be built"),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    run: Path, variant: str, weights: str, sizes: tuple[tuple[int, int], ...], said: str
+    run: Path, variant: str, weights: str, sizes: tuple[tuple[int, int], ...], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         segmenter.prepare(variant, weights.replace("RUN", str(run)), Options(sizes=sizes))
 
 
 def test_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"expected the folder of a training \(with segmenter.json\)"):
         segmenter.prepare("trained", str(tmp_path), Options())
-    with pytest.raises(WeightsError, match="one that you trained") as caught:
+    with pytest.raises(WeightsError, match="no official weights") as caught:
         family("segmenter").official("trained")
     assert "--weights RUN" in str(caught.value.hint)

@@ -66,20 +66,20 @@ def test_every_half_graph_agrees_with_its_fp32_reference(bundle: Bundle) -> None
 
 
 def test_what_travels_between_engines_is_half_and_what_is_read_is_not(bundle: Bundle) -> None:
-    told = {
+    dtypes = {
         f"{name}/{graph}.{tensor.name}": tensor.dtype
         for name in bundle.models()
         for graph, spec in bundle.model(name).manifest.graphs.items()
         for tensor in (*spec.inputs, *spec.outputs)
     }
-    half = {name for name, dtype in told.items() if dtype == "float16"}
+    half = {name for name, dtype in dtypes.items() if dtype == "float16"}
     assert half == {
         *(f"grounding-dino/{graph}.text" for graph in ("image-144x256", *NOT_GATED)),
         *("grounding-dino/text.features", "sam/encoder.embedding"),
         *("sam/decoder.embedding", "sam/decoder.logits", "sam/fuse.logits"),
     }
-    assert told["sam/encoder.pixels"] == told["clip/image.pixels"] == "uint8"
-    assert told["grounding-dino/image-144x256.boxes"] == told["sam/decoder.quality"] == "float32"
+    assert dtypes["sam/encoder.pixels"] == dtypes["clip/image.pixels"] == "uint8"
+    assert dtypes["grounding-dino/image-144x256.boxes"] == dtypes["sam/decoder.quality"] == "float32"
 
 
 def test_what_runs_through_the_detector_stays_float32(bundle: Bundle) -> None:
@@ -91,8 +91,8 @@ def test_what_runs_through_the_detector_stays_float32(bundle: Bundle) -> None:
     assert wide == {"LayerNormalization": 22, "InstanceNormalization": 3}
     # Swin: 7 blocks of 2, 2 between stages, 2 of feature maps, 1 of patches.
     assert half == {"LayerNormalization": 19, "InstanceNormalization": 0}
-    reasons = " ".join(model.graph("image-144x256").islands)
-    assert all(words in reasons for words in ("few tokens", "runs through all layers", "err alike everywhere", "feature maps"))
+    reasons = " ".join(model.graph("image-144x256").fp32_nodes)
+    assert all(words in reasons for words in ("few tokens", "run through all layers", "shift all cells alike", "feature maps"))
 
 
 def test_tensorrt_compiles_every_graph_with_its_contract(built: dict[str, Model]) -> None:
@@ -137,9 +137,9 @@ def test_a_contract_that_tensorrt_reads_otherwise_is_refused(built: dict[str, Mo
     model = built["clip"]
     spec = model.graph("image")
     wrong = replace(spec, outputs=(replace(spec.outputs[0], dtype="float16"),), plans={})
-    told = Model(model.folder, replace(model.manifest, graphs={"image": wrong}))
+    changed = Model(model.folder, replace(model.manifest, graphs={"image": wrong}))
     with pytest.raises(BundleError, match=r"clip: image: the manifest says embedding float16.*TensorRT read"):
-        build_plans(told, RTX, silent)
+        build_plans(changed, RTX, silent)
 
 
 def test_a_graph_that_tensorrt_cannot_read_is_named(built: dict[str, Model], tmp_path: Path) -> None:

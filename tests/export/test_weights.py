@@ -251,7 +251,7 @@ def deflated(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("write", "said"),
+    ("write", "message"),
     [
         (lambda path: path.write_bytes(b""), "not a readable file of weights"),
         (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)), "not a readable file of weights"),
@@ -265,10 +265,10 @@ def deflated(path: Path) -> None:
     ],
     ids=["empty", "cut archive", "object", "list", "no tensors", "nothing", "expanded", "compressed", "pipe"],
 )
-def test_a_checkpoint_that_is_none(tmp_path: Path, write: Callable[[Path], object], said: str) -> None:
+def test_a_checkpoint_that_is_none(tmp_path: Path, write: Callable[[Path], object], message: str) -> None:
     path = tmp_path / "model.pth"
     write(path)
-    with pytest.raises(WeightsError, match=said) as caught:
+    with pytest.raises(WeightsError, match=message) as caught:
         checkpoints.read_checkpoint(path)
     assert caught.value.hint
     assert "weights_only" not in str(caught.value), "PyTorch advises to run what is pickled"

@@ -120,6 +120,26 @@ def test_a_manifest_comes_back_as_it_was(tmp_path: Path, manifest: Manifest) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"], "no temporary left"
 
 
+def test_the_earlier_name_of_fp32_nodes_is_read(
+    bundle: Path, edit: Callable[[Callable[[dict[str, Any]], object]], None], manifest: Manifest
+) -> None:
+    expected = {"a sum of squares": 3}
+
+    def as_before(record: dict[str, Any]) -> None:
+        graph = record["graphs"]["encoder"]
+        del graph["fp32_nodes"]
+        graph["islands"] = expected
+
+    edit(as_before)
+    read = read_manifest(bundle / "sam")
+    assert read.graphs["encoder"] == replace(manifest.graphs["encoder"], fp32_nodes=expected)
+    write_manifest(bundle / "sam", read)
+    assert '"islands"' not in (bundle / "sam" / "manifest.json").read_text()
+    edit(lambda record: record["graphs"]["encoder"].update(islands=expected))
+    with pytest.raises(BundleError, match="no field 'islands' is known"):
+        read_manifest(bundle / "sam")
+
+
 def test_identity_follows_files_settings_and_preprocessing_only(manifest: Manifest) -> None:
     same = replace(manifest, tools={"onnx": "9"}, weights={"source": "elsewhere", "sha256": "00"})
     assert same.identity() == manifest.identity()
@@ -237,7 +257,7 @@ def test_a_damaged_manifest_is_named(bundle: Path, text: str, said: str) -> None
         lambda told: told["graphs"]["encoder"].update(precision="fp4"),
         lambda told: told["graphs"]["encoder"].update(opset="18"),
         lambda told: told["graphs"]["encoder"].update(surplus=1),
-        lambda told: told["graphs"]["encoder"].update(islands={"why": "two"}),
+        lambda told: told["graphs"]["encoder"].update(fp32_nodes={"why": "two"}),
         lambda told: told["graphs"]["encoder"].update(plans={"trt": {}}),
         lambda told: told["graphs"]["encoder"]["inputs"][0].update(dtype="float64"),
         lambda told: told["graphs"]["encoder"]["inputs"][0].update(shape=["batch", -1]),

@@ -158,7 +158,7 @@ def _save(key: str, entry: dict[str, Any], model: Model, graph: Graph) -> None:
     entry["worst"] = {output: max(row[output] for row in entry["rows"].values()) for output in graph.tolerance}
     entry["measures"] = {output: tolerance.measure.__name__ for output, tolerance in graph.tolerance.items()}
     entry |= {"photographs": len(entry["rows"]), "variant": model.manifest.variant, "weights": dict(model.manifest.weights)}
-    entry |= {"islands": dict(model.graph(graph.name).islands), "tools": tool_versions(), "cores": os.cpu_count()}
+    entry |= {"fp32_nodes": dict(model.graph(graph.name).fp32_nodes), "tools": tool_versions(), "cores": os.cpu_count()}
     write_result(RESULT, {**read_result(RESULT), key: entry})
 
 

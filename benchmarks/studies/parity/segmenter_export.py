@@ -72,7 +72,7 @@ def measure(folder: Path, work: Path, name: str, *, steps: int, photographs: int
             **_agreement(graph, engine, folder / "JPEGImages", paths),
             "least_allowed": LEAST[precision],
             "gate": {name: spec.parity.worst(name).error for name in spec.parity.tolerance} if spec.parity else None,
-            "fp32_islands": sum(spec.islands.values()),
+            "fp32_nodes": sum(spec.fp32_nodes.values()),
         }
         log(f"{name} {precision}: {result[precision]}")
     result["trt-rtx"] = _built(work / f"{run.name}-fp16")

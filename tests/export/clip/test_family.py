@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,15 @@ def judged(graph: Graph, spoil: Callable[[np.ndarray], np.ndarray] = lambda rows
 @pytest.mark.parametrize("variant", ["toy-vit", "toy-resnet"])
 def test_toys_export_and_pass_the_gate(variant: str, tmp_path: Path) -> None:
     log: list[str] = []
-    told = exporting.export_model(
+    manifest = exporting.export_model(
         clip.FAMILY, variant=variant, weights="random:3", bundle=tmp_path, options=THREE, log=log.append
     )
-    assert told.variant == variant
-    assert set(told.graphs) == {"image", "text"}
-    side = told.preprocess.canvases[0][0]
-    assert told.graphs["image"].inputs == (TensorSpec("pixels", ("batch", side, side, 3), "uint8"),)
-    assert told.graphs["text"].inputs == (TensorSpec("tokens", ("batch", 77), "int64"),)
-    for graph in told.graphs.values():
+    assert manifest.variant == variant
+    assert set(manifest.graphs) == {"image", "text"}
+    side = manifest.preprocess.canvases[0][0]
+    assert manifest.graphs["image"].inputs == (TensorSpec("pixels", ("batch", side, side, 3), "uint8"),)
+    assert manifest.graphs["text"].inputs == (TensorSpec("tokens", ("batch", 77), "int64"),)
+    for graph in manifest.graphs.values():
         assert graph.outputs == (TensorSpec("embedding", ("batch", 24), "float32"),)
         assert graph.parity is not None
         assert {row.batch for row in graph.parity.rows} == {1, 2, 3}
@@ -146,7 +147,7 @@ def test_mini_is_the_same_family(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "rule", "threshold"),
+    ("results", "rule", "threshold"),
     [
         ({}, "softmax", 0.3),
         ({"softmax_threshold": 0.42}, "softmax", 0.42),
@@ -155,11 +156,11 @@ def test_mini_is_the_same_family(tmp_path: Path) -> None:
     ],
 )
 def test_mini_weights_bring_the_better_rule_and_its_threshold(
-    tmp_path: Path, told: dict[str, float], rule: str, threshold: float
+    tmp_path: Path, results: dict[str, float], rule: str, threshold: float
 ) -> None:
     path = tmp_path / "clip.safetensors"
     state = graphs(clip.prepare("mini", "random:0", THREE))["image"].module.model.state_dict()
-    safetensors.torch.save_file(state, path, metadata={"results": json.dumps(told)})
+    safetensors.torch.save_file(state, path, metadata={"results": json.dumps(results)})
     settings = clip.prepare("mini", str(path), THREE).settings
     assert (settings["rule"], settings["threshold"]) == (rule, threshold)
 
@@ -316,7 +317,7 @@ def test_a_tag_of_openai_forces_quickgelu(official: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"epoch": 3, "state_dict": state}])
 def test_training_checkpoints_are_read(tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
-    model = clip_weights.seeded("toy-vit", 4)
+    model = clip_weights.seeded(partial(clip_weights.build, "toy-vit"), 4)
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     state["module.logit_scale"] = state["module.logit_scale"].reshape(1)
     torch.save(wrap(state), tmp_path / "epoch_3.pt")
@@ -330,7 +331,7 @@ def without(state: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda state: without(state, "visual.proj"), "1 missing (visual.proj)"),
         (lambda state: {**state, "extra.weight": torch.zeros(1)}, "1 surplus (extra.weight)"),
@@ -338,12 +339,12 @@ def without(state: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda state: {"vision_model.embeddings.class_embedding": torch.zeros(8)}, "format of transformers' CLIPModel"),
     ],
 )
-def test_a_state_dict_that_does_not_fit_is_refused(tmp_path: Path, spoil: Callable[[Any], Any], said: str) -> None:
+def test_a_state_dict_that_does_not_fit_is_refused(tmp_path: Path, spoil: Callable[[Any], Any], message: str) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(spoil(clip_weights.build("toy-vit").state_dict()), path)
     with pytest.raises(WeightsError) as caught:
         clip.prepare("toy-vit", str(path), THREE)
-    assert said in caught.value.message
+    assert message in caught.value.message
     assert str(path) in caught.value.message
 
 
@@ -373,7 +374,7 @@ def test_damaged_files_are_refused(official: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "value", "said"),
+    ("part", "value", "message"),
     [
         ("model_cfg", None, "_cfg"),
         ("model_cfg", {"vision_cfg": 0.5}, "_cfg"),
@@ -387,12 +388,12 @@ def test_damaged_files_are_refused(official: Path, tmp_path: Path) -> None:
         ("preprocess_cfg", {"interpolation": "nearest"}, "interpolation: expected bicubic, bilinear or random"),
     ],
 )
-def test_a_config_that_says_nonsense_is_refused(official: Path, part: str, value: object, said: str) -> None:
+def test_a_config_that_says_nonsense_is_refused(official: Path, part: str, value: object, message: str) -> None:
     """Its mean, as Inf or on another scale, would be exported; its words were read as true."""
     path = official / "open_clip_config.json"
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps({**told, part: value}))
-    with pytest.raises(WeightsError, match=re.escape(said)) as caught:
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, part: value}))
+    with pytest.raises(WeightsError, match=re.escape(message)) as caught:
         clip.prepare("toy-vit", str(official), THREE)
     assert "open_clip_config.json" in caught.value.message
     assert caught.value.hint
@@ -417,7 +418,7 @@ def test_offline_names_the_file_to_bring(monkeypatch: pytest.MonkeyPatch) -> Non
     def unreachable(address: str) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr(clip_weights, "_reach", unreachable)
+    monkeypatch.setattr(clip_weights, "_check_network", unreachable)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     with pytest.raises(
         WeightsError, match=r"open_clip_model\.safetensors of timm/vit_base_patch16_clip_224\.openai.*no network"
@@ -432,16 +433,18 @@ def test_offline_names_the_file_to_bring(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["ViT-B-16", "ViT-L-14-336"])
 def test_full_size_passes_the_gate(variant: str, tmp_path: Path) -> None:
-    told = exporting.export_model(clip.FAMILY, variant=variant, weights="random:0", bundle=tmp_path, options=Options(), log=print)
-    assert all(graph.parity is not None for graph in told.graphs.values())
+    manifest = exporting.export_model(
+        clip.FAMILY, variant=variant, weights="random:0", bundle=tmp_path, options=Options(), log=print
+    )
+    assert all(graph.parity is not None for graph in manifest.graphs.values())
 
 
 @pytest.mark.slow
 def test_real_photographs_in_mixed_batches(tmp_path: Path, photographs: list[Path]) -> None:
-    told = measure("ViT-B-16", "random:0", photographs[:20], tmp_path, batch=8)
-    assert told["photographs"] == 20
-    assert told["worst_cosine"]["image"] >= 0.99999
-    assert told["worst_cosine"]["text"] >= 0.99999
+    measured = measure("ViT-B-16", "random:0", photographs[:20], tmp_path, batch=8)
+    assert measured["photographs"] == 20
+    assert measured["worst_cosine"]["image"] >= 0.99999
+    assert measured["worst_cosine"]["text"] >= 0.99999
 
 
 def test_feeds_differ_in_every_row() -> None:

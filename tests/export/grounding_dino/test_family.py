@@ -108,11 +108,11 @@ def test_other_forms_of_sampling_pass_the_same_gate(tmp_path: Path, sampling: Sa
     model = grounding_dino_weights.seeded(lambda: toy(depths=(1, 1), encoder_layers=1), 0)
     options = Options(sizes=(CANVAS,), batch=AxisRange(1, 2, 3), sampling=sampling)
     record = {"source": "random:0", "sha256": ""}
-    told = grounding_dino.assemble(
+    prepared = grounding_dino.assemble(
         model, "toy", grounding_dino.MINI, options, tokenizer=grounding_dino_mini_tokenizer(), record=record
     )
-    assert told.settings["sampling"] == sampling
-    graph = told.graphs[1]()
+    assert prepared.settings["sampling"] == sampling
+    graph = prepared.graphs[1]()
     path = tmp_path / f"{graph.name}.onnx"
     export_onnx(graph, path, WeightFile(tmp_path / "weights.data"))
     assert "GridSample" not in {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
@@ -304,8 +304,8 @@ def test_a_hub_folder_loads_and_must_agree_with_the_variant(
     assert_same(load_toy(tmp_path), model)
     with pytest.raises(WeightsError, match=r"window_size 4 instead of 5"):
         load_toy(tmp_path, window=5)
-    told = model.config.to_dict()
-    for damaged in ({**told, "decoder_layers": None}, {**told, "text_config": 3}, [told], None):
+    config = model.config.to_dict()
+    for damaged in ({**config, "decoder_layers": None}, {**config, "text_config": 3}, [config], None):
         (tmp_path / "config.json").write_text(json.dumps(damaged))
         with pytest.raises(WeightsError, match=r"config\.json: expected the configuration of a Grounding-DINO") as caught:
             load_toy(tmp_path)

@@ -128,10 +128,10 @@ def test_queries_are_paired_by_their_cells() -> None:
     rows, columns = np.divmod(bare["query"], 16)
     order = rng.permutation(150)
     ours = {"logits": bare["logits"][order], "boxes": bare["boxes"][order] + 0.01, "query": (rows * 20 + columns)[order]}
-    told = benchmark.padding_effect(ours, bare, (128, 160), (96, 128), 4)
-    assert told["shared"] == told["shared_best"] == 1
-    assert told["boxes_largest"] == pytest.approx(0.01)
-    assert told["scores_largest"] == 0
+    effect = benchmark.padding_effect(ours, bare, (128, 160), (96, 128), 4)
+    assert effect["shared"] == effect["shared_best"] == 1
+    assert effect["boxes_largest"] == pytest.approx(0.01)
+    assert effect["scores_largest"] == 0
 
 
 @pytest.mark.slow
@@ -150,5 +150,5 @@ def test_full_size_on_real_photographs(photographs: list[Path], tmp_path: Path, 
 
 
 def test_settings_of_the_official_configuration_are_whole() -> None:
-    told = argparse.Namespace(**benchmark._official_settings())
-    assert (told.num_queries, told.hidden_dim, told.two_stage_type) == (900, 256, "standard")
+    settings = argparse.Namespace(**benchmark._official_settings())
+    assert (settings.num_queries, settings.hidden_dim, settings.two_stage_type) == (900, 256, "standard")

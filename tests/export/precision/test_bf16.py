@@ -57,9 +57,9 @@ def test_every_result_is_rounded_as_bfloat16_is(tmp_path: Path) -> None:
 
 
 def test_a_tolerance_is_coarser_and_says_so() -> None:
-    told = Tolerance(relative=0.01, absolute=0.5, why="of logits").coarser()
-    assert (told.relative, told.absolute) == (0.04, 2.0)
-    assert told.why == "4 times that of float16 (of logits), as bfloat16 rounds eight times as coarsely"
+    tolerance = Tolerance(relative=0.01, absolute=0.5, why="of logits").coarser()
+    assert (tolerance.relative, tolerance.absolute) == (0.04, 2.0)
+    assert tolerance.why == "4 times that of float16 (of logits), as bfloat16 rounds eight times as coarsely"
     assert Tolerance(relative=0.01, why="x").coarser().absolute is None
 
 

@@ -1,4 +1,4 @@
-"""Lowering to half precision: the type of every value, casts, islands and what stays float32 by itself."""
+"""Lowering to half precision: the type of every value, casts, FP32 nodes and what stays float32 by itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wsss.errors import WsssError
 from wsss.export.family import Feeds, Graph, Tolerance
-from wsss.export.precision.lowering import TYPES, Fp32, Half, islands, lower, name_nodes
+from wsss.export.precision.lowering import TYPES, Fp32, Half, fp32_nodes, lower, name_nodes
 from wsss.export.to_onnx import trace
 from wsss.spec import AxisRange, TensorSpec
 
@@ -89,7 +89,7 @@ def test_a_kept_node_reads_and_writes_float32() -> None:
     assert reads["first"] == reads["third"] == [HALF, HALF]
 
 
-def test_neighboring_islands_have_no_cast_between_them() -> None:
+def test_neighboring_fp32_nodes_have_no_cast_between_them() -> None:
     _, reads, proto = lowered(CHAIN, "first", "second", "third")
     assert casts(proto) == [] and reads["first"] == [FLOAT, FLOAT]
 
@@ -97,13 +97,13 @@ def test_neighboring_islands_have_no_cast_between_them() -> None:
 def test_readers_of_one_value_share_its_cast() -> None:
     _, _, proto = lowered(
         """g (float[4] x) => (float[4] y, float[4] z) {
-            [island] a = Exp(x)
+            [kept] a = Exp(x)
             [left] b = Neg(a)
             [right] c = Abs(a)
             [far] y = Mul(a, b)
             [other] z = Sqrt(c)
         }""",
-        "island",
+        "kept",
         y="float16",
         z="float16",
     )
@@ -138,26 +138,26 @@ MOVES = """g (float[2, 3] x) => (float[3, 2] y) <int64[2] s = {3, 2}> {
 }"""
 
 
-def test_moves_between_islands_do_not_round() -> None:
+def test_moves_between_fp32_nodes_do_not_round() -> None:
     types, _, proto = lowered(MOVES, "before", "after")
     assert {types[name] for name in "abc"} == {FLOAT} and casts(proto) == []
 
 
-@pytest.mark.parametrize("island", ["before", "after"])
-def test_moves_with_an_island_on_one_side_are_half(island: str) -> None:
-    types, _, _ = lowered(MOVES, island)
+@pytest.mark.parametrize("kept", ["before", "after"])
+def test_moves_with_an_fp32_node_on_one_side_are_half(kept: str) -> None:
+    types, _, _ = lowered(MOVES, kept)
     assert types["b"] == types["c"] == HALF
 
 
-def test_a_move_of_island_and_half_together_is_half() -> None:
+def test_a_move_of_fp32_and_half_together_is_half() -> None:
     types, reads, _ = lowered(
         """g (float[2] x) => (float[4] y) {
-            [island] a = Exp(x)
+            [kept] a = Exp(x)
             [rough] b = Neg(x)
             [join] c = Concat<axis = 0>(a, b)
             [after] y = Abs(c)
         }""",
-        "island",
+        "kept",
         "after",
     )
     assert types["c"] == HALF and reads["join"] == [HALF, HALF] and reads["after"] == [FLOAT]
@@ -204,13 +204,13 @@ def test_filled_tensors_take_the_type() -> None:
     assert compute(proto, {"n": np.array([2])})[0].tolist() == [1, 1]
 
 
-def test_an_unknown_island_is_refused() -> None:
+def test_an_unknown_fp32_node_is_refused() -> None:
     with pytest.raises(WsssError, match="no node 'nowhere'"):
         lowered(CHAIN, "nowhere")
 
 
-class HasIsland(nn.Module):
-    """Squares beyond float16 inside of an island, and halves them again outside."""
+class HasFp32(nn.Module):
+    """Squares beyond float16 inside of an `Fp32`, and halves them again outside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,13 +220,13 @@ class HasIsland(nn.Module):
         return torch.exp(-x) / self.norm(x)
 
 
-def test_islands_come_from_the_modules_with_their_reasons() -> None:
+def test_fp32_nodes_come_from_the_modules_with_their_reasons() -> None:
     def sample(rows: int, seed: int) -> Feeds:
         return {"x": np.random.default_rng(seed).uniform(300, 400, (rows, 8)).astype(np.float32)}
 
     graph = Graph(
         name="toy",
-        module=HasIsland(),
+        module=HasFp32(),
         inputs=(TensorSpec("x", ("batch", 8), "float32"),),
         outputs=(TensorSpec("y", ("batch", 8), "float32"),),
         axes={"batch": AxisRange(1, 2, 4)},
@@ -236,7 +236,7 @@ def test_islands_come_from_the_modules_with_their_reasons() -> None:
         tolerance={"y": Tolerance(relative=1e-3, why="test")},
     )
     model = trace(graph)
-    found = islands(model, graph.module)
+    found = fp32_nodes(model, graph.module)
     ops = {str(node.name): node.op_type for node in model.graph}
     assert set(found.values()) == {"a sum of squares"}
     inside, outside = {ops[name] for name in found}, {ops[name] for name in ops.keys() - found.keys()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import subprocess
 import sys
@@ -128,7 +127,7 @@ def test_values_are_rounded_between_nodes_where_onnx_runtime_is_not() -> None:
     assert session.run(None, feeds)[0][0] == 100  # why this module exists; when this fails, ONNX Runtime has become honest
 
 
-def test_a_half_node_rounds_what_it_reads_from_an_island_and_an_island_does_not() -> None:
+def test_a_half_node_rounds_what_it_reads_from_an_fp32_node_and_an_fp32_node_does_not() -> None:
     text = "g (float[N] x) => (float[N] y, float[N] z) { [one] a = Neg(x) [two] y = Neg(a) [three] z = Neg(a) }"
     feeds = {"x": np.array([1 / 3], np.float32)}
     with Rounding(Plan(parse(text), "fp16"), dict.fromkeys("xyz", "float32")) as rounding:
@@ -177,9 +176,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 16_000)
 
 def test_memory_does_not_grow_with_depth() -> None:
     """A process's peak never falls, hence one of its own. ONNX Runtime's usual order holds 49 tensors of 16 MB, ours 7."""
-    told = subprocess.run([sys.executable, "-c", DEEP], capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    assert float(told.stdout) < 14
+    process = subprocess.run([sys.executable, "-c", DEEP], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert float(process.stdout) < 14
 
 
 def test_facts_of_values_that_half_cannot_hold_are_infinite_or_no_number() -> None:
@@ -306,13 +305,12 @@ def test_the_share_is_that_of_the_kept_products() -> None:
     assert {node.name: node.multiply_adds for node in found.kept}["small"] == 2 * 4 * 8
 
 
-def test_the_report_can_be_read_and_stored() -> None:
+def test_the_report_can_be_read() -> None:
     found = diagnose(parse(FAR), [{"x": np.array([100, 1], np.float32)}], within(5e-3))
     lines = found.report().splitlines()
     assert lines[0].startswith("2 of 2 nodes stay FP32") and "y: error" in lines[1]
     assert any("Mul up: up to 1e+05" in line for line in lines)
-    told = json.loads(json.dumps(found.as_json(), allow_nan=False))
-    assert [node["name"] for node in told["kept"]] == ["up", "down"] and told["before"]["y"] != told["after"]["y"]
+    assert [node.name for node in found.kept] == ["up", "down"] and found.before["y"] != found.after["y"]
 
 
 # ---- wsss export --precision auto ----
@@ -391,7 +389,7 @@ def test_auto_exports_what_was_measured_with_its_report(tmp_path: Path) -> None:
     manifest = export(options=Options(precision="fp16", measured=True))
     (spec,) = manifest.graphs.values()
     assert spec.precision == "fp16" and spec.parity is not None
-    assert [reason.partition(":")[0] for reason in spec.islands] == [OVERFLOW] and sum(spec.islands.values()) == 2
+    assert [reason.partition(":")[0] for reason in spec.fp32_nodes] == [OVERFLOW] and sum(spec.fp32_nodes.values()) == 2
     assert "wide.precision.txt" in manifest.files
     assert "nodes stay FP32" in (tmp_path / "toy" / "wide.precision.txt").read_text()
     standing = partial(exporting.standing_model, tmp_path, "toy", variant=None, weights=None)
