@@ -500,7 +500,7 @@ def store_file(name: str) -> Callable[[Path], Files]:
 
 def use_store(case: Case) -> None:
     """What the product does with a store, one after another: label on, report, convert, score, train, give its boxes."""
-    from wsss.train.survey import look_through
+    from wsss.train.survey import survey_store
 
     store, photos = case.folder / "store", case.folder / "photos"
     before = {path: path.stat().st_mtime_ns for path in case.folder.rglob("*") if path.is_file() and store not in path.parents}
@@ -519,7 +519,7 @@ def use_store(case: Case) -> None:
         lambda: write_report(store, photos, case.folder / "out" / "report.html"),
         lambda: convert(store, photos, case.folder / "out", formats[case.number // 7 % len(formats)]),
         lambda: run_command(case.folder, "eval", "truth", "store", "--classes", ",".join(COLORS), "--workers", "1"),
-        lambda: look_through(store, photos),
+        lambda: survey_store(store, photos),
         give,
         lambda: run_command(case.folder, "eval", "store", "truth", "--json", "--workers", "1"),
     )

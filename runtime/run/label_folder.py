@@ -18,7 +18,7 @@ from ...classes import ClassList
 from ...errors import ImageError
 from ...object_storage import RemoteFolder
 from ...photographs import Place, read_file, stamp_of
-from ...store.format import LabelWriter
+from ...store.format import LabelWriter, missing_fields
 from ...store.local import LabelStore, Record, Shard
 from ...store.remote import RemoteStore
 from ..given.names import twins_of
@@ -229,7 +229,7 @@ class _Check:
     def __call__(self, image: Found, record: Record) -> bool:
         if (self.retry_failed and "error" in record) or record["label"] != image.label:
             return False
-        if "error" not in record and not self.has_label(image.label):
+        if "error" not in record and (missing_fields(record, ("classes", "boxes")) or not self.has_label(image.label)):
             return False
         sha256 = record.get("sha256", "")
         try:

@@ -247,6 +247,15 @@ def history_of(line: bytes) -> Record | None:
     return record
 
 
+def missing_fields(record: Record, fields: Collection[str]) -> str:
+    """Describe which of the fields, or of those that every box has, the line of a labeled image lacks; empty if none."""
+    if lacking := [field for field in fields if field not in record]:
+        return f"lacks {', '.join(sorted(lacking))}"
+    if not all(box.keys() >= _BOX_FIELDS for box in record.get("boxes", ())):
+        return f"has a box that lacks one of {', '.join(sorted(_BOX_FIELDS))}"
+    return ""
+
+
 def check_complete(record: Record, names: Collection[str], fields: Collection[str], where: object) -> None:
     """Check that the line of a labeled image has the fields that its reader needs.
 
@@ -256,10 +265,8 @@ def check_complete(record: Record, names: Collection[str], fields: Collection[st
     Raises:
         StoreError: a field is missing, or a class is not one of the store's.
     """
-    if lacking := [field for field in fields if field not in record]:
-        problem = f"lacks {', '.join(sorted(lacking))}"
-    elif not all(box.keys() >= _BOX_FIELDS for box in record.get("boxes", ())):
-        problem = f"has a box that lacks one of {', '.join(sorted(_BOX_FIELDS))}"
+    if problem := missing_fields(record, fields):
+        pass
     elif unknown := {*record.get("classes", ()), *(box["label"] for box in record.get("boxes", ()))}.difference(names):
         problem = f"names {', '.join(map(ascii_safe, sorted(unknown)))}, which is none of the classes of run.json"
     else:

@@ -76,16 +76,6 @@ def sections_of(file: Path) -> list[Section]:
     return found
 
 
-def records_of(file: Path) -> Iterator[Record]:
-    """The records of one manifest by path, one per image. Raises StoreError: it cannot be read, or a line is damaged."""
-    try:
-        yield from (line.record for line in merged(sections_of(file)))
-    except OSError as error:
-        raise StoreError(
-            f"{file}: cannot be read: {error.strerror or error}", hint="give a label store's manifest.jsonl"
-        ) from None
-
-
 def line_from(data: bytes) -> Line:
     """Parse and check a manifest line. Raises ValueError with the problem."""
     if len(data) > MAX_LINE:

@@ -11,7 +11,7 @@ from wsss.benchmarks.studies.quality.voc_pairs import _fewest_draws, store_of_ma
 from wsss.classes import class_list
 from wsss.store.local import read_label
 from wsss.train.args import config_from
-from wsss.train.survey import look_through
+from wsss.train.survey import survey_store
 
 
 def test_true_masks_make_a_store_to_train_on(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_true_masks_make_a_store_to_train_on(tmp_path: Path) -> None:
     classes = class_list(["dog", "cat"])
     for _ in range(2):  # the second time there is nothing left to do
         assert store_of_masks(photographs, masks, tmp_path / "store", classes) == 2
-    survey = look_through(tmp_path / "store", photographs)
+    survey = survey_store(tmp_path / "store", photographs)
     assert [item.path for item in survey.items] == ["a.jpg", "b.jpg"] and survey.failed == 0
     assert all(item.confidence == (1, 1, 1) and item.pixels == (580, 0, 16) for item in survey.items)
     np.testing.assert_array_equal(read_label(tmp_path / "store" / "labels" / "a.png"), truth)

@@ -407,6 +407,18 @@ def test_a_line_that_lacks_what_tells_its_image_is_checked_by_content_or_done_ag
     assert run(world, photos, out).labelled == (lacking != "mtime_ns")
 
 
+@pytest.mark.parametrize("lacking", ["classes", "boxes", "won_px"])
+def test_a_line_of_another_version_is_done_again(world: World, photos: Path, out: Path, lacking: str) -> None:
+    run(world, photos, out)
+    before = (out / "manifest.jsonl").read_bytes()
+    lines = [json.loads(line) for line in before.splitlines()]
+    boxed = next(line for line in lines if line["boxes"])
+    del (boxed["boxes"][0] if lacking == "won_px" else boxed)[lacking]
+    (out / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(world, photos, out).labelled == 1
+    assert (out / "manifest.jsonl").read_bytes() == before
+
+
 def test_a_line_of_a_stranger_deletes_nothing(world: World, photos: Path, out: Path) -> None:
     run(world, photos, out)
     victim = out.parent / "victim.txt"
