@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 from ..engines.plan import Gpu, find_gpus, reasons_against, tensorrt_module, weights_sha256
 from ..errors import BundleError, WsssError
 from ..files import write_atomically
+from ..progress import progress_line
 from ..spec import AxisRange, Flavour, GraphSpec, Model, PlanSpec, TensorSpec, sha256_of, write_manifest
 from .deformable_plugin import PLUGIN, VERSIONS, plugin_called
 from .weights import cache_folder
@@ -271,15 +271,12 @@ def _monitor(trt: ModuleType, where: str, canceled: threading.Event) -> Any:
             self._steps[phase] = steps
 
         def step_complete(self, phase: str, step: int) -> bool:
-            if sys.stderr.isatty():
-                print(
-                    f"\r\x1b[K{where}: {phase[:60]} {step + 1}/{self._steps.get(phase, 0)}", end="", file=sys.stderr, flush=True
-                )
+            progress_line(f"{where}: {phase[:60]} {step + 1}/{self._steps.get(phase, 0)}")
             return not canceled.is_set()
 
         def phase_finish(self, phase: str) -> None:
-            if self._steps.pop(phase, None) and not self._steps and sys.stderr.isatty():
-                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            if self._steps.pop(phase, None) and not self._steps:
+                progress_line("")
 
     return Monitor()
 

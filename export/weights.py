@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import http.client
 import os
-import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from ..files import sync_folder
+from ..files import replacing, sync_folder
+from ..progress import end_progress, progress_line
 from ..reading import checkpoints
 from ..spec import sha256_of
 
@@ -110,20 +108,19 @@ def download(what: Download, *, model: str) -> Path:
         if target.is_file() and sha256_of(target).startswith(what.sha256):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        _delete_abandoned_parts(target)
-        with _partial(target) as partial:
-            _fetch(what, partial)
-            if not (got := sha256_of(partial)).startswith(what.sha256):
+        _delete_abandoned(target.parent)
+        with replacing(target, sync=False) as file:  # `_fetch` synchronizes it, so that what is hashed is on the disk
+            _fetch(what, file)
+            if not (got := sha256_of(Path(file.name))).startswith(what.sha256):
                 raise WeightsError(f"{what.file}: downloaded with sha256 {got}, expected {what.sha256}", hint=bring)
-            partial.replace(target)
         sync_folder(target.parent)
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: an invalid address or header
         raise WeightsError(f"{what.file}: cannot be downloaded from {what.url}: {error}", hint=bring) from None
     return target
 
 
-def _fetch(what: Download, partial: Path) -> None:
-    with urllib.request.build_opener(_OnlyHttps).open(what.url, timeout=30) as response, partial.open("wb") as file:
+def _fetch(what: Download, file: BinaryIO) -> None:
+    with urllib.request.build_opener(_OnlyHttps).open(what.url, timeout=30) as response:
         total, done = int(response.headers.get("Content-Length") or 0), 0
         while block := response.read(1 << 20):
             file.write(block)
@@ -145,32 +142,19 @@ class _OnlyHttps(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, *response)
 
 
-@contextlib.contextmanager
-def _partial(target: Path) -> Iterator[Path]:
-    """A new temporary file beside ``target`` with a unique name, because two processes may download the same. Deleted at exit."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    path = Path(name)
-    try:
-        path.chmod(0o644)  # mkstemp makes it private; a cache may be shared
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _delete_abandoned_parts(target: Path) -> None:
-    """Delete partial files of this download that were not written for a day: newer ones may belong to a running process."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+def _delete_abandoned(folder: Path) -> None:
+    """Delete unfinished downloads that were not written for a day: newer ones may belong to a running process."""
+    for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > 86_400:
                 path.unlink()
 
 
 def _show_progress(file: str, done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        share = f" of {total / 1e6:.0f}" if total else ""
-        end = "\n" if done == total else ""
-        print(f"\rdownloading {file}: {done / 1e6:.0f}{share} MB", end=end, file=sys.stderr, flush=True)
+    share = f" of {total / 1e6:.0f}" if total else ""
+    progress_line(f"downloading {file}: {done / 1e6:.0f}{share} MB")
+    if done == total:
+        end_progress()
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

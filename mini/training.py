@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..files import replacing, write_atomically
 from .scenes import JPEG_QUALITY
 
 
@@ -42,10 +43,9 @@ def parameter_groups(*modules: nn.Module, weight_decay: float) -> list[dict[str,
 
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint whole or not at all."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, partial)
-    partial.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def rounded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -57,8 +57,5 @@ def rounded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a state dict in float16 as safetensors, whole or not at all."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    save_file(rounded(state), partial, metadata=metadata)
-    partial.chmod(0o644)  # safetensors creates files that only their owner can read
-    partial.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save(rounded(state), metadata))

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 from ...classes import parse_classes
 from ...errors import UsageError, WsssError
 from ...extras import needs
+from ...files import write_atomically
 from ...runtime.labeler import MINI, Labeler
 from ...runtime.run.label_folder import Summary, label_folder
 from ...spec import open_bundle
-from ...store.local import make_folder, write_atomically
+from ...store.local import make_folder
 from ...train.args import Config, config_from, read_config, typed
 from ...train.evaluate.crf import SAID, check_crf
 from ...train.evaluate.files import find_label_maps, pair_up

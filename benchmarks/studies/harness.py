@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import __version__
+from ...files import write_atomically
 from ..steps import log
 
 if TYPE_CHECKING:
@@ -107,7 +108,5 @@ def write_result(path: Path, result: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a result file whole or not at all, and print it. Raises ValueError for a number that is not finite."""
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, text.encode())
     print(text, end="")

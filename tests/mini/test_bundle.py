@@ -56,7 +56,7 @@ def test_row_does_not_see_its_neighbors(gate: bool) -> None:
 
 def test_unknown_words_do_no_harm() -> None:
     """Words that the small models never saw go through every stage all the same."""
-    with pytest.warns(WsssWarning, match="know red disc, .* and nothing else; none of the 2 classes is among them"):
+    with pytest.warns(WsssWarning, match="know only red disc, .*; none of the 2 classes is among them"):
         labeler = Labeler.open("mini", classes="aeroplane, sheep")
     result = labeler.pseudo_label(PHOTOGRAPHS[:4])
     assert all(map_.shape == scene.label.shape for map_, scene in zip(result.label_maps, SCENES[:4], strict=True))

@@ -12,6 +12,7 @@ import typer
 
 from ..errors import UsageError
 from ..object_storage import is_url
+from ..progress import progress_line
 
 if TYPE_CHECKING:
     from ..runtime.run.label_folder import Summary
@@ -72,13 +73,6 @@ def log(message: str, level: int = logging.INFO) -> None:
     logger.log(level, "%s", message)
 
 
-def progress_line(text: str) -> None:
-    """Overwrite the progress line on stderr; nothing is written unless stderr is a terminal."""
-    if sys.stderr.isatty():
-        with contextlib.suppress(OSError):
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def counter(noun: str, *, every: int = 1) -> Callable[[int, int], None]:
     """Progress callback that shows "DONE/TOTAL noun", once per ``every`` calls and at the end."""
 
@@ -95,12 +89,6 @@ def show_progress(summary: Summary) -> None:
     rate = (summary.labelled + summary.failed) / max(summary.seconds, 1e-9)
     left = (total - done) / rate if rate else 0
     progress_line(f"{done}/{total} images  {rate:.1f}/s  {clock(left)} left  {summary.failed} failed")
-
-
-def end_progress() -> None:
-    """Keep the progress line and start a new one below it."""
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
 
 
 def clock(seconds: float) -> str:

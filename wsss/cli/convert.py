@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from ..extras import needs
-from .common import JsonFlag, counter, end_progress, log, on_this_machine
+from ..progress import end_progress
+from .common import JsonFlag, counter, log, on_this_machine
 
 Format = Literal["voc", "coco", "yolo", "cvat", "label-studio", "hf"]
 _NEXT = {

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from .common import JsonFlag, end_progress, show_progress
+from ..progress import end_progress
+from .common import JsonFlag, show_progress
 
 
 def demo(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError, WsssError
-from .common import JsonFlag, counter, end_progress, log
+from ..progress import end_progress
+from .common import JsonFlag, counter, log
 
 if TYPE_CHECKING:
     from ..train.evaluate.files import LabelMaps

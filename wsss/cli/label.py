@@ -17,7 +17,8 @@ import typer
 
 from ..errors import UsageError, WsssError, WsssWarning
 from ..extras import needs
-from .common import BundleFlag, Engine, clock, end_progress, log
+from ..progress import end_progress
+from .common import BundleFlag, Engine, clock, log
 from .events import Events, Level, set_level
 
 if TYPE_CHECKING:

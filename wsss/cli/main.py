@@ -19,8 +19,9 @@ import typer
 
 from .. import __version__
 from ..errors import UsageError, WsssError, WsssWarning
+from ..progress import end_progress
 from .bench import bench
-from .common import end_progress, log
+from .common import log
 from .config import FILE, Flag, read_defaults
 from .convert import convert
 from .demo import demo

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common import counter, end_progress, on_this_machine
+from ..progress import end_progress
+from .common import counter, on_this_machine
 
 
 def report(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..extras import needs
-from .common import JsonFlag, clock, end_progress, log, on_this_machine, progress_line
+from ..progress import end_progress, progress_line
+from .common import JsonFlag, clock, log, on_this_machine
 
 if TYPE_CHECKING:
     from ..train.loop import Status

@@ -35,8 +35,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..classes import ClassList, palette
 from ..errors import ImageError, StoreError
-from ..files import replacing, sync_folder
-from ..files import write_atomically as write_atomically
+from ..files import replacing, sync_folder, write_atomically
 from ..lock import lock
 from ..photographs import MAX_PIXELS
 from ..reading.documents import read_bytes

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from ....classes import ClassList, named_list
+from ....files import write_atomically
 from ....mini.scenes import CLASSES, Scene, draw_scene
 from ....photographs import read_photograph
 from ....spec import sha256_of
-from ....store.local import LabelStore, read_records, write_atomically
+from ....store.local import LabelStore, read_records
 from ....train.args import Config
 from ....train.checkpoint import load_run, weights_file
 from ....train.evaluate.metrics import mean_iou
