@@ -189,6 +189,13 @@ def label(
             logging.WARNING,
         )
         raise SystemExit(1)
+    if summary.failed_before:
+        log(
+            f"images that failed in an earlier run and have no label: {summary.failed_before}\n\n"
+            "hint: --retry-failed tries all of them again",
+            logging.WARNING,
+        )
+        raise SystemExit(1)
 
 
 def parse_devices(text: str) -> list[str]:

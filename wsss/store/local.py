@@ -23,6 +23,7 @@ import io
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -164,8 +165,12 @@ class LabelStore:
                     self._merge_manifests()
 
     def has_label(self, name: str) -> bool:
-        """Whether there is a label map of this name."""
-        return (self.labels.folder / name).is_file()
+        """Whether there is a label map of this name. An empty file, as a power cut may leave it, is none."""
+        try:
+            found = (self.labels.folder / name).stat()
+        except OSError:
+            return False
+        return stat.S_ISREG(found.st_mode) and found.st_size > 0
 
     def select(self, images: Iterable[W], is_current: Callable[[W, Record], bool]) -> Selection:
         """Remove the lines of images that must be labeled again, and count the others.

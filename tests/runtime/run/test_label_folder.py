@@ -151,12 +151,14 @@ def test_new_and_changed_images_are_done_and_no_others(world: World, photos: Pat
     assert list(records(out)["red.png"]["classes"]) == ["green"]
 
 
-@pytest.mark.parametrize("lost", ["label", "line"])
+@pytest.mark.parametrize("lost", ["label", "bytes", "line"])
 def test_a_lost_label_or_line_is_made_again(world: World, photos: Path, out: Path, lost: str) -> None:
     run(world, photos, out)
     before = labels(out)
     if lost == "label":
         (out / "labels" / "red.png").unlink()
+    elif lost == "bytes":
+        (out / "labels" / "red.png").write_bytes(b"")
     else:
         lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
         (out / "manifest.jsonl").write_text("".join(line for line in lines if '"red.png"' not in line))

@@ -202,6 +202,11 @@ def test_a_bad_image_is_named_and_the_exit_code_tells(label: Run, tmp_path: Path
     assert "failed: bad.jpg: not a readable image" in answer.err
     assert "5 labeled (7 boxes), 0 already done, 1 failed" in answer.out
     assert label("--retry-failed").code == 1
+    again = label()
+    assert again.code == 1, "the failure is still there"
+    assert "failed in an earlier run and have no label: 1\n\nhint: --retry-failed" in again.err
+    (tmp_path / "photos" / "bad.jpg").unlink()
+    assert label().code == 0
 
 
 def test_an_interrupt_says_how_to_go_on(label: Run, monkeypatch: pytest.MonkeyPatch) -> None:
