@@ -74,7 +74,7 @@ class LabelFolder:
         Raises:
             ImageError: the file system does not allow the name. StoreError: it cannot be written.
         """
-        self._write(self.folder / name, name, partial(_save, label_map))
+        self._write(self.folder / name, name, lambda file: file.write(png_of(label_map)))
 
     def write_confidence(self, name: str, confidence: np.ndarray) -> None:
         """Write the confidence (H, W) uint8 of a label map, 255 is certain, as ``confidence/<name>`` beside ``labels/``.
@@ -85,7 +85,7 @@ class LabelFolder:
         picture = Image.fromarray(confidence)
         self._write(self.folder.parent / "confidence" / name, name, partial(picture.save, format="PNG"))
 
-    def _write(self, path: Path, name: str, save: Callable[[BinaryIO], None]) -> None:
+    def _write(self, path: Path, name: str, save: Callable[[BinaryIO], object]) -> None:
         try:
             inside(self.folder.parent, path.parent.relative_to(self.folder.parent).as_posix())
             make_folder(path.parent, within=self.folder.parent)  # a store that was moved away is not created again
@@ -321,7 +321,7 @@ def write_label(path: Path, label_map: np.ndarray) -> None:
     """Write a label map (H, W) uint8 as an 8-bit palette PNG with VOC's colors, atomically. Raises OSError."""
     make_folder(path.parent)
     with replacing(path) as file:
-        _save(label_map, file)
+        file.write(png_of(label_map))
     sync_folder(path.parent)
 
 
@@ -385,10 +385,6 @@ def png_of(label_map: np.ndarray) -> memoryview:
     buffer = io.BytesIO()  # Pillow writes to a file in many small pieces
     image.save(buffer, format="PNG")
     return buffer.getbuffer()
-
-
-def _save(label_map: np.ndarray, file: BinaryIO) -> None:
-    file.write(png_of(label_map))
 
 
 @lru_cache(maxsize=1)

@@ -58,7 +58,7 @@ def open_labeler(bundle, *, dies_once="", dies_of="", margin=0.1, full=False, re
     def no_room(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if full:
-        labelstore._save = no_room
+        labelstore.png_of = no_room
     return pipeline.Labeler.open(bundle, classes=world.classes, rules=pipeline.Rules(margin=margin))
 """
 Executor = Callable[..., Any]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..conftest import World
 
 CALLS = ("fsync", "replace", "write", "mkdir", "unlink", "open", "ftruncate")
-"""Of the module os: through these, and `labelstore._save`, passes everything that changes a store."""
+"""Of the module os: through these, and `labelstore.png_of`, passes everything that changes a store."""
 Fail = Callable[[str, Callable[[], Any]], Any]
 
 
@@ -73,12 +73,12 @@ def steps(fail: Fail) -> Iterator[None]:
                 return fail(name, lambda: true(*given, **how))
 
             broken.setattr(labelstore.os, name, step)
-        save = labelstore._save
+        encode = labelstore.png_of
 
-        def save_step(label_map: Any, file: Any) -> None:
-            fail("save", lambda: save(label_map, file))
+        def encode_step(label_map: Any) -> Any:
+            return fail("encode", lambda: encode(label_map))
 
-        broken.setattr(labelstore, "_save", save_step)
+        broken.setattr(labelstore, "png_of", encode_step)
         yield
 
 

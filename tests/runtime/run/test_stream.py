@@ -96,7 +96,7 @@ def test_a_full_disk_ends_a_stream_whose_tasks_are_late(
         while True:
             yield None
 
-    monkeypatch.setattr(labelstore, "_save", no_room)
+    monkeypatch.setattr(labelstore, "png_of", no_room)
     before = threading.active_count()
     with pytest.raises(StoreError, match="No space left"):
         list(start(world, folder, labels).run(endless()))
