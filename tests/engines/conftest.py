@@ -1,13 +1,16 @@
-"""A graph of one multiplication, its contract and its ONNX file."""
+"""A graph of one multiplication, its contract and its ONNX file; engines on a simulated machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from wsss.spec import AxisRange, GraphSpec, TensorSpec
+
+from .bench import Bench, nothing_left
 
 
 @pytest.fixture
@@ -45,3 +48,23 @@ def onnx_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def quick_garbage_collection() -> Iterator[None]:
+    """What was imported so far is not looked through again by every test."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def bench(quick_garbage_collection: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    bench = Bench(tmp_path, monkeypatch)
+    yield bench
+    for engine in bench.opened:
+        engine.close()
+    bench.opened.clear()
+    gc.collect()
+    nothing_left(bench.gpu)
