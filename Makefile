@@ -42,7 +42,7 @@ slow: $(VENV)/.installed
 # What `wsss convert` writes, read back by every consumer's own reader, in an environment of its own: two of them want an
 # older numpy and Pillow than the rest.
 formats: build/formats-venv/.installed
-	build/formats-venv/bin/python -m pytest -rs tests/runtime/convert/test_formats.py
+	build/formats-venv/bin/python -m pytest -rs tests/runtime/convert
 
 # On a machine with an NVIDIA GPU: engines, parity and speed into benchmarks/results/gpu-NAME.json; goes on where it was cut.
 # Installs nothing and needs no network. ARGS="--full" adds the large models, ARGS="--bundle DIR" takes graphs made elsewhere.
