@@ -219,7 +219,7 @@ def test_classes_that_the_small_models_do_not_know(world: World, tmp_path: Path)
     for name in ("clip", "grounding-dino", "sam"):
         manifest = world.model(name).manifest
         write_manifest(world.bundle / name, dataclasses.replace(manifest, variant="mini"))
-    with pytest.warns(WsssWarning, match="know red disc, green triangle, .* none of the 3 classes is among them") as caught:
+    with pytest.warns(WsssWarning, match="know only red disc, green triangle, .* none of the 3 classes is among them") as caught:
         Labeler.open(world.bundle, classes="red, green, blue")
     assert len(caught) == 1
     one_known = ClassList(names=("red", "blue"), prompts=(("red disc",), ("blue",)), phrases=(("red",), ("blue",)))

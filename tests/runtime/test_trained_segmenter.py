@@ -205,7 +205,8 @@ def test_a_run_keeps_the_confidence_beside_the_labels(tmp_path: Path) -> None:
     for name, each in photos.items():
         sure = np.array(Image.open(tmp_path / "store" / "confidence" / name))
         assert np.array_equal(sure, each.pixels[..., 1])
-        assert Image.open(tmp_path / "store" / "labels" / name).mode == "P"
+        with Image.open(tmp_path / "store" / "labels" / name) as label:
+            assert label.mode == "P"
 
 
 def test_the_command_line_asks_for_no_classes(wsss: Callable[..., Any], tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ def test_gpus_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     monkeypatch.setenv("RANK", "first")
     with (
-        pytest.raises(UsageError, match="RANK in the environment: expected torchrun's number, got 'first'"),
+        pytest.raises(UsageError, match="environment variable RANK: expected a number set by torchrun, got 'first'"),
         joined(settings().machine),
     ):
         pass
@@ -361,7 +361,7 @@ def relabel(scenes: Scenes, change: Callable[[int, Any], Any]) -> None:
     ("label", "said"),
     [
         (255, r"the 6 training images have no labeled pixel: all are void"),
-        (0, "hold background alone, none of the 12 classes"),
+        (0, "have only background, none of the 12 classes"),
     ],
 )
 def test_images_without_a_class_are_not_trained_on(scenes: Scenes, tmp_path: Path, label: int, said: str) -> None:
@@ -396,7 +396,7 @@ def test_what_the_images_lack_is_said(scenes: Scenes, tmp_path: Path) -> None:
     said: list[str] = []
     result = run(scenes, tmp_path / "run", "optimizer.steps=1", "data.validation_share=0.01", log=said.append)
     first, second, third = result.warnings
-    assert first.startswith("10 of 12 classes are in no image to train on and cannot be learned: ")
+    assert first.startswith("10 of 12 classes are in no training image and cannot be learned: ")
     assert second == "1 of 8 training images are entirely void (255) and have no effect"
     assert third.startswith("no image is held out (data.validation_share = 0.01 of 8): there is no validation")
     assert [line for line in said if line.startswith("warning: ")] == [f"warning: {each}" for each in result.warnings]
