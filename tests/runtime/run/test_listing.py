@@ -121,6 +121,11 @@ def test_16_bit_gray_keeps_its_high_byte(tmp_path: Path, suffix: str) -> None:
     assert pixels[0, :, 0].tolist() == [0, 0, 1, 0x12, 255]
 
 
+def test_32_bit_gray_is_read_as_16_bits_and_ends_at_black_and_white(tmp_path: Path) -> None:
+    wide = np.array([[-1, -(1 << 20), 0, 0x1234, 0xFFFF, 0x10000, 1 << 30]], np.int32)
+    assert png(tmp_path, Image.fromarray(wide), "x.tif")[0].tolist() == [[level] * 3 for level in (0, 0, 0, 0x12, 255, 255, 255)]
+
+
 def test_16_bit_color(tmp_path: Path) -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
