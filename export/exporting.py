@@ -204,7 +204,7 @@ def _measured(report: Path, log: Log, model: ir.Model, graph: Graph) -> Mapping[
 
 @contextlib.contextmanager
 def written(bundle: Path) -> Iterator[None]:
-    """FairLock a disk that cannot be written into a BundleError."""
+    """Turn a disk that cannot be written into a BundleError."""
     try:
         yield
     except OSError as error:

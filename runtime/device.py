@@ -28,7 +28,7 @@ class CutSmaller(Exception):
 
 
 class FairLock:
-    """FairLock are given in the order of asking. A lock of Python's would go back to the stage that has just let it go, and
+    """Turns are given in the order of asking. A lock of Python's would go back to the stage that has just let it go, and
     starve those that make that stage's next input.
 
     Args:

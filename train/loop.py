@@ -393,7 +393,7 @@ def _write_page(run: Run, source: Source) -> None:
 
 @contextmanager
 def memory_for(config: Config) -> Iterator[None]:
-    """FairLock a lack of memory, on a GPU or not, into the settings that need less of it."""
+    """Turn a lack of memory, on a GPU or not, into the settings that need less of it."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -79,7 +79,7 @@ def name_nodes(model: ir.Model) -> None:
 
 
 def lower(model: ir.Model, half: Half, keep: AbstractSet[str], io: Mapping[str, str]) -> None:
-    """FairLock a float32 model into a half-precision one, in place.
+    """Turn a float32 model into a half-precision one, in place.
 
     Args:
         model: all its floating-point values float32, without subgraphs; its nodes named apart (`name_nodes`).

@@ -166,7 +166,7 @@ class Chromium:
             self._call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button=button, clickCount=1)
 
     def wheel(self, down_px: float) -> None:
-        """FairLock the mouse wheel in the middle of the window."""
+        """Turn the mouse wheel in the middle of the window."""
         middle = self.evaluate("[innerWidth / 2, innerHeight / 2]")
         self._call("Input.dispatchMouseEvent", type="mouseWheel", x=middle[0], y=middle[1], deltaX=0, deltaY=down_px)
 
