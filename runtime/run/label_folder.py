@@ -164,7 +164,7 @@ def label_folder(
 
     Args:
         folder, out: on this machine or not (`sources`, `remote`).
-        labeler: one, or a executor of several on devices of their own.
+        labeler: one, or an executor of several on devices of their own.
         batch: images that a labeler is given together; None takes what its engines were built for.
         retry_failed: try the images again that a former run could not label.
         shard: (I, N): only the I-th of N shares of the images, counted from 0; N runs may write one store at a time.

@@ -50,7 +50,7 @@ class _Worker:
 
 
 class Workers:
-    """A executor of labelers, each in a process of its own, for one run.
+    """An executor of labelers, each in a process of its own, for one run.
 
     Args:
         openers: one a worker, with the name of its device.
