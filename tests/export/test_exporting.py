@@ -16,11 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wsss.engines.eager import EagerEngine
+from wsss.engines.plan import Gpu
 from wsss.errors import BundleError, ParityError, WeightsError
 from wsss.export import exporting
 from wsss.export.family import Family, Graph, Options, Prepared, Tolerance
+from wsss.export.to_engine import with_plan
 from wsss.export.to_onnx import WeightFile
-from wsss.spec import AxisRange, Bundle, GraphSpec, Manifest, Preprocess, TensorSpec, open_bundle
+from wsss.spec import AxisRange, Bundle, GraphSpec, Manifest, Model, PlanSpec, Preprocess, TensorSpec, open_bundle
 
 PREPROCESS = Preprocess(
     resize="squash", longest_px=8, filter="bilinear", canvases=((8, 8),), mean=(0, 0, 0), std=(1, 1, 1), source="test"
@@ -243,3 +246,53 @@ def test_a_download_that_nothing_pins_is_said(at_once: None, tmp_path: Path) -> 
     assert [line for line in said if "pinned" in line] == [
         "toy: nothing says what tag must hold (pinned: 8 of 64 digits of its sha256); its sha256 is in the manifest from now on"
     ]
+
+
+def test_engines_are_judged_and_one_that_fails_loses_the_verdict_it_had(
+    at_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two GPUs that are none, and in the place of TensorRT PyTorch, which multiplies by three and then by another number."""
+    export(tmp_path, make_family())
+    model = open_bundle(tmp_path).model("toy")
+    narrow = {"batch": AxisRange(1, 1, 2)}
+    plan = PlanSpec(
+        file="scale.onnx",
+        sha256=model.manifest.files["scale.onnx"],
+        flavour="trt",
+        graph_sha256="",
+        weights_sha256="",
+        precision="fp32",
+        axes=narrow,
+        builder="11.0",
+        target="H200",
+        driver="13.0",
+        seconds=1.0,
+    )
+    model = with_plan(model, "scale", plan)
+    opened: list[tuple[Path, int]] = []
+
+    def engine(path: Path, spec: GraphSpec, *, flavour: str, device: int) -> EagerEngine:
+        opened.append((path, device))
+        return EagerEngine(Scale(factor), spec)
+
+    def checked(model: Model, graph: str, flavour: str, gpu: Gpu, *, unverified: bool) -> tuple[Path, GraphSpec]:
+        assert unverified and gpu.name == "H200"
+        return model.folder / plan.file, replace(model.graph(graph), axes=dict(plan.axes))
+
+    monkeypatch.setattr(exporting, "family", lambda name: make_family())
+    monkeypatch.setattr(exporting, "find_gpus", lambda: (Gpu(0, "A100", "8.0", "13.0", 0), Gpu(1, "H200", "9.0", "13.0", 0)))
+    monkeypatch.setattr(exporting, "checked_plan", checked)
+    monkeypatch.setattr("wsss.engines.trt.TrtEngine", engine)
+    factor, said = 3.0, list[str]()
+    judged = exporting.verify_plans(model, "trt", None, said.append, device=1)
+    assert opened == [(tmp_path / "toy" / "scale.onnx", 1)]
+    assert "scale trt engine agrees (y " in said[0]
+    parity = judged.graph("scale").plans["trt"].parity
+    assert parity is not None and parity.engine == "trt 11.0 on H200"
+    assert {row.batch for row in parity.rows} == {1, 2}, "within the engine's range"
+    assert open_bundle(tmp_path).model("toy").manifest == judged.manifest
+
+    factor = 3.1
+    with pytest.raises(ParityError, match=r"toy scale \(trt\): output 'y'"):
+        exporting.verify_plans(judged, "trt", None, said.append, device=1)
+    assert open_bundle(tmp_path).model("toy").graph("scale").plans["trt"] == plan
