@@ -135,6 +135,28 @@ def test_canvases_other_than_the_familys_own_are_prepared_again(tmp_path: Path, 
     assert [options.sizes for options in asked] == [(), ((4, 9),)]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "stands"),
+    [
+        ((), True),
+        (((8, 8), (4, 9)), True),
+        (((4, 9), (8, 8)), True),
+        (((8, 8),), False),
+        (((8, 8), (4, 9), (9, 4)), False),
+    ],
+)
+def test_a_model_stands_when_all_its_canvases_are_those_that_were_typed(
+    at_once: None, tmp_path: Path, sizes: tuple[tuple[int, int], ...], stands: bool
+) -> None:
+    def prepare(variant: str, weights: str, options: Options) -> Prepared:
+        prepared = make_family().prepare(variant, weights, options)
+        return replace(prepared, preprocess=replace(PREPROCESS, canvases=((8, 8), (4, 9))))
+
+    export(tmp_path, replace(make_family(), prepare=prepare))
+    found = exporting.standing_model(tmp_path, "toy", variant=None, weights=None, options=Options(sizes=sizes))
+    assert (found is not None) == stands
+
+
 def write_at_once(graph: Graph, folder: Path, store: WeightFile, options: Options, **how: Any) -> GraphSpec:
     """In the place of tracing and the gate, which publishing knows nothing of: a graph file without a graph."""
     (folder / "scale.onnx").write_bytes(b"")
