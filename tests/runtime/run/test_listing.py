@@ -395,13 +395,22 @@ def test_a_sub_folder_that_cannot_be_read_is_noted_and_its_like_are_listed(
 
 
 def test_labels_of_folders_that_differ_by_case_only_do_not_meet(tmp_path: Path) -> None:
-    for name in ("Dog/a.jpg", "dog/a.jpg", "dog.png/x.jpg", "dog.jpg", "cat/a.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in (
+        "Dog/a.jpg",
+        "dog/a.jpg",
+        "Dog/on/b.jpg",
+        "dog/on/b.jpg",
+        "dog.png/x.jpg",
+        "dog.jpg",
+        "cat/a.jpg",
+        "cat/on/b.jpg",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     labels = {each.name: each.label for each in Folder(tmp_path)}
-    assert labels["cat/a.jpg"] == "cat/a.png"
+    assert (labels["cat/a.jpg"], labels["cat/on/b.jpg"]) == ("cat/a.png", "cat/on/b.png")
     assert labels["dog.jpg"] == "dog.jpg.png", "dog.png is a folder"
-    assert len({label.lower() for label in labels.values()}) == 5
+    assert len({label.lower() for label in labels.values()}) == 8
 
 
 def test_an_empty_folder_and_none_at_all(tmp_path: Path) -> None:
