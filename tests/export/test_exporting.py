@@ -16,11 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wsss.engines.eager import EagerEngine
+from wsss.engines.plan import Gpu
 from wsss.errors import BundleError, ParityError, WeightsError
 from wsss.export import exporting
 from wsss.export.family import Family, Graph, Options, Prepared, Tolerance
+from wsss.export.to_engine import with_plan
 from wsss.export.to_onnx import WeightFile
-from wsss.spec import AxisRange, Bundle, GraphSpec, Manifest, Preprocess, TensorSpec, open_bundle
+from wsss.spec import AxisRange, Bundle, GraphSpec, Manifest, Model, PlanSpec, Preprocess, TensorSpec, open_bundle
 
 PREPROCESS = Preprocess(
     resize="squash", longest_px=8, filter="bilinear", canvases=((8, 8),), mean=(0, 0, 0), std=(1, 1, 1), source="test"
@@ -130,6 +133,28 @@ def test_canvases_other_than_the_familys_own_are_prepared_again(tmp_path: Path, 
     )
     assert exporting.prepare_again(manifest).preprocess.canvases == ((4, 9),)
     assert [options.sizes for options in asked] == [(), ((4, 9),)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stands"),
+    [
+        ((), True),
+        (((8, 8), (4, 9)), True),
+        (((4, 9), (8, 8)), True),
+        (((8, 8),), False),
+        (((8, 8), (4, 9), (9, 4)), False),
+    ],
+)
+def test_a_model_stands_when_all_its_canvases_are_those_that_were_typed(
+    at_once: None, tmp_path: Path, sizes: tuple[tuple[int, int], ...], stands: bool
+) -> None:
+    def prepare(variant: str, weights: str, options: Options) -> Prepared:
+        prepared = make_family().prepare(variant, weights, options)
+        return replace(prepared, preprocess=replace(PREPROCESS, canvases=((8, 8), (4, 9))))
+
+    export(tmp_path, replace(make_family(), prepare=prepare))
+    found = exporting.standing_model(tmp_path, "toy", variant=None, weights=None, options=Options(sizes=sizes))
+    assert (found is not None) == stands
 
 
 def write_at_once(graph: Graph, folder: Path, store: WeightFile, options: Options, **how: Any) -> GraphSpec:
@@ -243,3 +268,53 @@ def test_a_download_that_nothing_pins_is_said(at_once: None, tmp_path: Path) -> 
     assert [line for line in lines if "pinned" in line] == [
         "toy: the publisher gives no complete sha256 of tag (pinned: 8 of 64 digits of its sha256); the manifest records it"
     ]
+
+
+def test_engines_are_judged_and_one_that_fails_loses_the_verdict_it_had(
+    at_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two GPUs that are none, and in the place of TensorRT PyTorch, which multiplies by three and then by another number."""
+    export(tmp_path, make_family())
+    model = open_bundle(tmp_path).model("toy")
+    narrow = {"batch": AxisRange(1, 1, 2)}
+    plan = PlanSpec(
+        file="scale.onnx",
+        sha256=model.manifest.files["scale.onnx"],
+        flavour="trt",
+        graph_sha256="",
+        weights_sha256="",
+        precision="fp32",
+        axes=narrow,
+        builder="11.0",
+        target="H200",
+        driver="13.0",
+        seconds=1.0,
+    )
+    model = with_plan(model, "scale", plan)
+    opened: list[tuple[Path, int]] = []
+
+    def engine(path: Path, spec: GraphSpec, *, flavour: str, device: int) -> EagerEngine:
+        opened.append((path, device))
+        return EagerEngine(Scale(factor), spec)
+
+    def checked(model: Model, graph: str, flavour: str, gpu: Gpu, *, unverified: bool) -> tuple[Path, GraphSpec]:
+        assert unverified and gpu.name == "H200"
+        return model.folder / plan.file, replace(model.graph(graph), axes=dict(plan.axes))
+
+    monkeypatch.setattr(exporting, "family", lambda name: make_family())
+    monkeypatch.setattr(exporting, "find_gpus", lambda: (Gpu(0, "A100", "8.0", "13.0", 0), Gpu(1, "H200", "9.0", "13.0", 0)))
+    monkeypatch.setattr(exporting, "checked_plan", checked)
+    monkeypatch.setattr("wsss.engines.trt.TrtEngine", engine)
+    factor, said = 3.0, list[str]()
+    judged = exporting.verify_plans(model, "trt", None, said.append, device=1)
+    assert opened == [(tmp_path / "toy" / "scale.onnx", 1)]
+    assert "scale trt engine agrees (y " in said[0]
+    parity = judged.graph("scale").plans["trt"].parity
+    assert parity is not None and parity.engine == "trt 11.0 on H200"
+    assert {row.batch for row in parity.rows} == {1, 2}, "within the engine's range"
+    assert open_bundle(tmp_path).model("toy").manifest == judged.manifest
+
+    factor = 3.1
+    with pytest.raises(ParityError, match=r"toy scale \(trt\): output 'y'"):
+        exporting.verify_plans(judged, "trt", None, said.append, device=1)
+    assert open_bundle(tmp_path).model("toy").graph("scale").plans["trt"] == plan

@@ -285,6 +285,15 @@ def test_images_of_different_canvases_keep_their_order(world: World) -> None:
     assert world.rows("grounding-dino", "image-32x48") == [2]
 
 
+def test_padding_is_the_share_of_the_canvases_that_is_no_photograph(world: World) -> None:
+    stage = detector(world)
+    assert stage.padding() == 0
+    stage([world.photo(32, 36, red=(0, 0, 9, 9))], tags([1]))
+    assert stage.padding() == 1 - (32 * 36) / (32 * 48)
+    stage([world.photo(42, 32, red=(0, 0, 9, 9)), world.photo(20, 20)], tags([1], []))
+    assert stage.padding() == 1 - (32 * 36 + 42 * 32) / (2 * 32 * 48), "what is not looked at does not count"
+
+
 def test_text_is_embedded_once_per_phrase_and_run(world: World) -> None:
     stage = detector(world)
     assert world.rows("grounding-dino", "text") == [2, 2, 1], "[CLS], [SEP] and three phrases"

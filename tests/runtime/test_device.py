@@ -76,6 +76,21 @@ def test_an_engine_that_holds_its_callers_gets_two_where_two_may_compute() -> No
     assert [Device(at_once, queues=queues).callers for at_once in (1, 2) for queues in (True, False)] == [1, 1, 1, 2]
 
 
+@pytest.mark.parametrize(("at_once", "queues", "turns"), [(1, True, 1), (1, False, 1), (2, True, 2), (2, False, 3)])
+def test_who_waits_within_an_engine_takes_no_other_s_turn(at_once: int, queues: bool, turns: int) -> None:
+    device, taken = Device(at_once, queues=queues), list[int]()
+
+    def take_all() -> None:
+        while True:
+            device.turn.__enter__()
+            taken.append(1)
+
+    thread = threading.Thread(target=take_all, daemon=True)
+    thread.start()
+    thread.join(timeout=0.2)
+    assert len(taken) == turns
+
+
 def test_the_smallest_call_that_does_not_fit_is_an_error() -> None:
     guarded = Device().engine(Small(engine(), 0), "x")
     with pytest.raises(CutSmaller):

@@ -137,6 +137,8 @@ def test_more_masks_than_a_call_takes_keep_the_best(world: World, parts: int) ->
     [
         ([0.9, 0.6], [0.5, 0.95], 2),  # 0.45 against 0.57
         ([0.9, 0.5], [0.6, 0.8], 1),  # 0.54 against 0.40
+        ([0.5, 0.9], [1.6, 0.7], 2),  # a predicted IoU beyond 1 counts as 1: 0.50 against 0.63
+        ([0.9, 0.5], [-3.0, 0.1], 2),  # and one below 0 as next to nothing
     ],
 )
 def test_masks_compete_by_score_times_quality(world: World, score: list[float], quality: list[float], winner: int) -> None:
@@ -149,6 +151,15 @@ def test_masks_compete_by_score_times_quality(world: World, score: list[float], 
         masks = Masks([logits], np.zeros(2, int), np.arange(2), np.float32(quality)[order], list(frames))
         result = stage([world.photo(32, 32)], LABELS, boxes, masks)
         assert np.unique(result.label_maps[0]).tolist() == [winner], order
+
+
+@pytest.mark.parametrize("quality", [0.0, -0.2])
+def test_a_mask_without_rivals_claims_its_pixels_whatever_its_predicted_iou(world: World, quality: float) -> None:
+    frames = [frame_for(world.model("sam").manifest.preprocess, 32, 32)]
+    boxes = Boxes(np.zeros((1, 4), np.float32), np.float32([0.5]), np.array([2]), np.zeros(1, np.int64))
+    masks = Masks([np.full((1, 32, 32), 4, np.float32)], np.zeros(1, int), np.zeros(1, int), np.float32([quality]), list(frames))
+    result = Fuser(world.model("sam"), world.engine("sam", "fuse"))([world.photo(32, 32)], LABELS, boxes, masks)
+    assert np.unique(result.label_maps[0]).tolist() == [2]
 
 
 @pytest.mark.parametrize(("margin", "value"), [(0.0, 1), (0.05, 1), (0.2, 255)])

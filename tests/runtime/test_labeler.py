@@ -15,6 +15,7 @@ from wsss import Labeler, PseudoLabels
 from wsss.batch import Photograph
 from wsss.classes import ClassList, class_list
 from wsss.errors import BundleError, ClassError, ImageError, UsageError, WsssError, WsssWarning
+from wsss.runtime.device import Device
 from wsss.runtime.labeler import Rules, Timed
 from wsss.spec import write_manifest
 
@@ -35,6 +36,20 @@ def test_no_image(world: World) -> None:
     result = Labeler.open(world.bundle, classes=world.classes).label([])
     assert isinstance(result, PseudoLabels)
     assert len(result) == len(result.boxes) == 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "place", "at_once", "queues"),
+    [("ort", "cpu", 1, False), ("ort", "cuda:0", 2, False), ("trt", "cuda:0", 2, True), ("eager", "cpu", 1, True)],
+)
+def test_on_a_gpu_two_engines_compute_at_once_and_on_a_cpu_one(
+    world: World, monkeypatch: pytest.MonkeyPatch, engine: str, place: str, at_once: int, queues: bool
+) -> None:
+    told: list[dict[str, object]] = []
+    monkeypatch.setattr("wsss.runtime.labeler.choose", lambda *_: (engine, place))
+    monkeypatch.setattr("wsss.runtime.labeler.Device", lambda **how: (told.append(how), Device(**how))[1])
+    Labeler.open(world.bundle, classes=world.classes)
+    assert told == [{"at_once": at_once, "queues": queues}]
 
 
 def test_pixels_in_labels_out(world: World) -> None:

@@ -143,6 +143,14 @@ def test_threshold(world: World, threshold: float | None, present: bool) -> None
     assert np.array_equal(labels.present, labels.score >= (0.5 if threshold is None else threshold))
 
 
+def test_a_class_whose_score_is_the_threshold_is_present(world: World) -> None:
+    photos = [world.photo(40, 40, red=(0, 0, 20, 20)), world.photo(40, 40, green=(0, 0, 30, 30))]
+    score = tagger(world)(photos).score[0, 0]
+    assert 0 < score < 1
+    assert tagger(world, threshold=float(score))(photos).present[0, 0]
+    assert not tagger(world, threshold=float(np.nextafter(score, np.float32(1))))(photos).present[0, 0]
+
+
 def test_prompts_are_averaged_and_normalized_again(world: World) -> None:
     words = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
     words /= np.linalg.norm(words, axis=1, keepdims=True)

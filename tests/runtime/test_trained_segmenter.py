@@ -144,6 +144,13 @@ def test_outlines_run_smoothly_when_a_label_map_grows() -> None:
     assert at_size(label_map, sure, (40, 40))[0] is label_map
 
 
+def test_confidence_between_two_pixels_is_rounded_to_the_nearest() -> None:
+    label_map, sure = np.full((1, 2), 3, np.uint8), np.array([[100, 101]], np.uint8)
+    grown, confidence = at_size(label_map, sure, (2, 4))
+    assert grown.tolist() == [[3] * 4] * 2
+    assert confidence.tolist() == [[100, 100, 101, 101]] * 2, "of 100, 100.25, 100.75 and 101"
+
+
 @pytest.mark.parametrize(
     ("size", "canvas"),
     [((10, 10), (32, 32)), ((24, 48), (24, 48)), ((20, 40), (24, 48)), ((33, 33), (24, 48)), ((999, 1), (24, 48))],

@@ -76,6 +76,15 @@ def test_any_division_of_a_step_sees_the_same_images(world: int, accumulate: int
     assert list(positions(args, first=2)) == list(positions(args))[2 * accumulate :]
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_share_each_forward_pass(world: int) -> None:
+    """What a batch norm over all processes sees does not depend on their number."""
+    args = DataArgs(crop=32, batch=8, accumulate=2)
+    of_each = [list(positions(args, first=1, rank=rank, world=world)) for rank in range(world)]
+    passes = [sorted(position for rows in some for position in rows) for some in zip(*of_each, strict=True)]
+    assert passes[:3] == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
+
+
 def test_seeds_of_steps_differ() -> None:
     told = {step_seed(*each) for each in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))}
     assert len(told) == 5

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +25,9 @@ from wsss.errors import StoreError, UsageError, WeightsError, WsssError
 from wsss.store.local import read_label, write_label
 from wsss.train import curve, loop
 from wsss.train.args import Config, config_from, typed
-from wsss.train.checkpoint import load_run, read_record, read_tensors
+from wsss.train.checkpoint import Progress, load_run, read_record, read_tensors
 from wsss.train.distributed import joined
-from wsss.train.loop import Result, train
+from wsss.train.loop import Recorder, Result, Status, train
 from wsss.train.model import Segmenter
 from wsss.train.survey import survey_store
 
@@ -90,6 +91,23 @@ def test_a_training_leaves_all_that_is_needed(scenes: Scenes, tmp_path: Path) ->
     assert_equal(
         averaged.network.state_dict(), {k.removeprefix("average."): v for k, v in last.items() if k.startswith("average.")}
     )
+
+
+def test_the_time_left_follows_from_the_steps_of_this_sitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty steps took twenty seconds since the run was taken up again at step 100; of 300, 150 are left."""
+    now = [7.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    going_on = SimpleNamespace(
+        config=settings("optimizer.steps=300"), world=SimpleNamespace(is_first=True), progress=Progress(step=100, seconds=1000.0)
+    )
+    told: list[Status] = []
+    recorder = Recorder(going_on, tmp_path, told.append)  # type: ignore[arg-type]
+    now[0] += 20
+    going_on.progress.step = 150
+    recorder.tell(0.5, is_last=True)
+    recorder.close()
+    assert [(each.step, each.steps, each.loss, each.seconds_left) for each in told] == [(150, 300, 0.5, 60)]
+    assert going_on.progress.seconds == 1020
 
 
 def test_it_learns(scenes: Scenes, tmp_path: Path) -> None:

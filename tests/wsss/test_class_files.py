@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from wsss.classes import ClassList, class_list, parse_classes
+from wsss import class_files
+from wsss.classes import MAX_LETTERS, MAX_WORDINGS, ClassList, Names, class_list, parse_classes
 from wsss.errors import ClassError
 
 CATEGORIES = [
@@ -126,6 +127,7 @@ def test_synonyms_of_wordnet_are_wordings(tmp_path: Path) -> None:
         ("a.txt", "name\ndog\n", "is a column header", "remove it"),
         ("a.txt", "0: dog\ncat\n", "some lines are numbered and some are not: '0: dog'", "number all"),
         ("a.txt", "0 dog\n1 cat\nbird\n", "some lines are numbered", "number all"),
+        ("a.txt", "1 dog\n2 cat\nbird\n", "some lines are numbered", "number all"),
         ("a.txt", "5 dog\n6 cat\n", "ascend from 0 or 1", "JSON"),
         ("a.txt", "0 dog\n0 cat\n", "ascend from", "JSON"),
         ("a.txt", "dog 128 0 0\ncat 0 128 0\n", "names and colors", "only the names"),
@@ -201,6 +203,34 @@ def test_what_is_not_understood_is_refused_with_a_hint(
 
 
 @pytest.mark.parametrize(
+    ("limit", "most", "name", "content", "said"),
+    [
+        ("MAX_LINES", 2, "a.txt", "dog\n{}", "expected at most 2 lines, got 3"),
+        ("MAX_LINE", 10, "a.txt", "dog: puppy{}", "expected lines of at most 10 letters, got 11"),
+        ("MAX_YAML_BYTES", 12, "a.yaml", "names: [dog]{}", "expected YAML of at most 12 characters, got 13"),
+        ("MAX_LIST_BYTES", 3, "a.txt", "dog{}", "expected at most 3 bytes, got 4"),
+        ("MAX_JSON_BYTES", 7, "a.json", '["dog"]{}', "expected at most 7 bytes, got 8"),
+    ],
+)
+def test_a_file_of_the_largest_size_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, most: int, name: str, content: str, said: str
+) -> None:
+    monkeypatch.setattr(class_files, limit, most)
+    if limit == "MAX_JSON_BYTES":  # whatever lists of names may take
+        monkeypatch.setattr(class_files, "MAX_LIST_BYTES", 1)
+    assert read(tmp_path, name, content.format("")).names == ("dog",)
+    with pytest.raises(ClassError, match=said):
+        read(tmp_path, name, content.format("\n" if limit != "MAX_LINE" else "x"))
+
+
+@pytest.mark.parametrize(("longest", "text"), [(MAX_LETTERS, "x" * MAX_LETTERS), (MAX_WORDINGS, "dog:" + "a," * MAX_WORDINGS)])
+def test_a_name_of_the_most_letters_and_a_class_of_the_most_wordings(longest: int, text: str) -> None:
+    assert len(class_list([text])) == 1
+    with pytest.raises(ClassError, match=f"at most {longest}"):
+        class_list([f"{text}a"])
+
+
+@pytest.mark.parametrize(
     ("name", "content", "left"),
     [
         ("a.txt", "background\ndog\ncat\n", "'background'"),
@@ -211,6 +241,7 @@ def test_what_is_not_understood_is_refused_with_a_hint(
         ("a.json", '{"background": 0, "dog": 1, "cat": 2}', "'background'"),
         ("labelmap.txt", "dog:128,0,0::\nbackground:0,0,0::\ncat:0,128,0::\n", "'background'"),
         ("a.pbtxt", "item { id: 0 name: 'background' } item { id: 1 name: 'dog' } item { id: 2 name: 'cat' }", "'background'"),
+        ("a.pbtxt", "item { id: 1 name: 'background' } item { id: 2 name: 'dog' } item { id: 3 name: 'cat' }", "'background'"),
     ],
 )
 def test_labels_0_and_255_are_no_classes(
@@ -284,6 +315,12 @@ def test_a_pipe_is_no_class_file(tmp_path: Path) -> None:
 )
 def test_a_class_is_found_as_people_write_it(name: str, label: int | None) -> None:
     assert class_list(["pottedplant", "café", "hot dog", "hotdog"]).find(name) == label
+
+
+def test_of_names_that_differ_by_case_alone_each_is_found_as_it_is_written_and_else_the_first() -> None:
+    names = Names(["Dog", "dog"])
+    assert [names.find(name) for name in ("Dog", "dog", "DOG")] == [1, 2, 1]
+    assert names.nearest("dgo") == "Dog"
 
 
 def test_the_nearest_class() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,39 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert content(tmp_path / "clip") == {"old"}
     assert hidden(tmp_path) == []
+
+
+def test_what_a_killed_process_had_moved_away_outlives_a_block_that_fails(tmp_path: Path) -> None:
+    publish(tmp_path / ".clip.old-0123abcd", "old")
+    with pytest.raises(ZeroDivisionError), publishing(tmp_path / "clip"):
+        raise ZeroDivisionError
+    assert content(tmp_path / "clip") == {"old"}
+    assert hidden(tmp_path) == []
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path / "clip", "old")
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        publish(tmp_path / "clip", "new")
+    assert content(tmp_path / "clip") == {"old"}
+    assert hidden(tmp_path) == []
+
+
+def test_of_several_that_were_moved_away_the_last_one_is_restored(tmp_path: Path) -> None:
+    for name, text in ((".clip.old-bbbbbbbb", "older"), (".clip.old-aaaaaaaa", "newer"), (".clip.old-cccccccc", "newest")):
+        publish(tmp_path / f"was {text}", text)
+        time.sleep(0.02)  # a file system's clock may tick a hundred times a second
+        (tmp_path / f"was {text}").rename(tmp_path / name)
+    assert restore(tmp_path / "clip")
+    assert content(tmp_path / "clip") == {"newest"}
 
 
 def test_two_processes_never_publish_one_folder(tmp_path: Path) -> None:

@@ -158,6 +158,11 @@ def test_the_smallest_canvas_that_holds_it(height: int, width: int, valid: tuple
     assert frame_for(DINO, height, width) == Frame((height, width), valid, canvas)
 
 
+def test_the_smallest_canvas_has_the_fewest_pixels() -> None:
+    canvases = ((60, 60), (20, 120))  # 3600 px against 2400, though its sides add up to less
+    assert frame_for(preprocess("longest", 20, canvases=canvases), 20, 20).canvas == (20, 120)
+
+
 @pytest.mark.parametrize(
     ("height", "width", "valid", "canvas"),
     [

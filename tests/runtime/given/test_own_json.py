@@ -170,3 +170,5 @@ def test_the_threshold_leaves_out_weak_boxes(tmp_path: Path) -> None:
     assert [given.missing(photo(name)) for name in ("a.jpg", "b.jpg")] == [None, None]
     boxes = given([photo("a.jpg"), photo("b.jpg")], NOTHING)
     assert (boxes.label.tolist(), boxes.score.tolist()) == ([1], [0.5])
+    given = BoxesFromFile(path, CLASSES, threshold=0.5)
+    assert given([photo("a.jpg")], NOTHING).score.tolist() == [0.5], "the threshold itself passes"

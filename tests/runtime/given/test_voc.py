@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wsss.batch import Photograph
+from wsss.batch import Labels, Photograph
 from wsss.classes import class_list
 from wsss.errors import WsssError
 from wsss.runtime.given.boxes import GivenBox
@@ -16,6 +16,7 @@ from wsss.runtime.given.stages import BoxesFromFile
 from wsss.runtime.given.voc import read_voc_xml
 
 CLASSES = class_list(["dog", "cat", "potted plant"])
+NOTHING = Labels(np.zeros((0, 3), np.float32), np.zeros((0, 3), bool))
 OBJECT = "<object><name>dog</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></object>"
 VOC = """<annotation><filename>x.jpg</filename>
 <object><name>dog</name><difficult>1</difficult><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>500</xmax><ymax>375</ymax></bndbox>
@@ -129,6 +130,17 @@ def test_names_of_the_files(tmp_path: Path) -> None:
     missing = reasons(tmp_path, "w.jpg")["w.jpg"]
     assert "has no annotation w.xml" in missing
     assert "hint: " in missing
+
+
+def test_the_file_in_the_photograph_s_own_folder_with_its_ending_comes_first(tmp_path: Path) -> None:
+    """The dog's box ends where the file says; each file is removed in turn."""
+    files = ("a/x.jpg.xml", "a/x.xml", "x.jpg.xml", "x.xml")
+    for end, name in enumerate(files, 10):
+        written(tmp_path / name, f"<annotation>{OBJECT.replace('<xmax>5<', f'<xmax>{end}<')}</annotation>")
+    for end, name in enumerate(files, 10):
+        boxes = BoxesFromFile(tmp_path, CLASSES)([photo("a/x.jpg")], NOTHING)
+        assert boxes.xyxy_image.tolist() == [[0, 0, end, 5]]
+        (tmp_path / name).unlink()
 
 
 def test_two_files_of_one_image(tmp_path: Path) -> None:

@@ -65,6 +65,15 @@ def test_every_image_gets_a_label_of_its_size_and_a_line(world: World, photos: P
     assert np.unique(read_label(out / "labels" / "sub" / "three.png")).tolist() == [0, 1, 2, 3]
 
 
+def test_a_second_run_of_one_labeler_counts_its_own_seconds(world: World, photos: Path, tmp_path: Path) -> None:
+    labeler = Labeler.open(world.bundle, classes=world.classes)
+    label_folder(labeler, photos, tmp_path / "first")
+    before = labeler.device.seconds
+    assert before > 0
+    summary = label_folder(labeler, photos / "red.png", tmp_path / "second")
+    assert summary.engine_seconds == pytest.approx(labeler.device.seconds - before)
+
+
 def test_a_line_tells_all_of_an_image(world: World, photos: Path, out: Path) -> None:
     run(world, photos, out)
     record = records(out)["two.png"]

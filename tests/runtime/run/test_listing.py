@@ -121,6 +121,11 @@ def test_16_bit_gray_keeps_its_high_byte(tmp_path: Path, suffix: str) -> None:
     assert pixels[0, :, 0].tolist() == [0, 0, 1, 0x12, 255]
 
 
+def test_32_bit_gray_is_read_as_16_bits_and_ends_at_black_and_white(tmp_path: Path) -> None:
+    wide = np.array([[-1, -(1 << 20), 0, 0x1234, 0xFFFF, 0x10000, 1 << 30]], np.int32)
+    assert png(tmp_path, Image.fromarray(wide), "x.tif")[0].tolist() == [[level] * 3 for level in (0, 0, 0, 0x12, 255, 255, 255)]
+
+
 def test_16_bit_color(tmp_path: Path) -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -390,13 +395,22 @@ def test_a_sub_folder_that_cannot_be_read_is_noted_and_its_like_are_listed(
 
 
 def test_labels_of_folders_that_differ_by_case_only_do_not_meet(tmp_path: Path) -> None:
-    for name in ("Dog/a.jpg", "dog/a.jpg", "dog.png/x.jpg", "dog.jpg", "cat/a.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in (
+        "Dog/a.jpg",
+        "dog/a.jpg",
+        "Dog/on/b.jpg",
+        "dog/on/b.jpg",
+        "dog.png/x.jpg",
+        "dog.jpg",
+        "cat/a.jpg",
+        "cat/on/b.jpg",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     labels = {each.name: each.label for each in Folder(tmp_path)}
-    assert labels["cat/a.jpg"] == "cat/a.png"
+    assert (labels["cat/a.jpg"], labels["cat/on/b.jpg"]) == ("cat/a.png", "cat/on/b.png")
     assert labels["dog.jpg"] == "dog.jpg.png", "dog.png is a folder"
-    assert len({label.lower() for label in labels.values()}) == 5
+    assert len({label.lower() for label in labels.values()}) == 8
 
 
 def test_an_empty_folder_and_none_at_all(tmp_path: Path) -> None:

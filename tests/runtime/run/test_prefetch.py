@@ -114,6 +114,9 @@ def test_rows_side_by_side_are_stacked_without_a_copy() -> None:
         assert np.array_equal(stacked(apart), np.stack(apart))
         assert not np.shares_memory(stacked(apart), batch)
     assert np.array_equal(stacked([batch[0]]), batch[:1])
+    for unlike in ([batch[0].reshape(3, 2), batch[1].reshape(2, 3)], [batch[0], batch[1, :2]]):
+        with pytest.raises(ValueError, match="same shape"):
+            stacked(unlike)
 
 
 def test_hands_do_the_most_urgent_first_and_then_what_came_first() -> None:

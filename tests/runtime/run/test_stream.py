@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from wsss.errors import StoreError
+from wsss.errors import OutOfMemory, StoreError
 from wsss.runtime.device import FairLock
 from wsss.runtime.labeler import Labeler
 from wsss.runtime.run import stream
@@ -198,3 +198,50 @@ def test_large_photographs_come_one_by_one(
     receipts = [receipt for group in start(world, folder, labels).run(tasks_of(folder)) for receipt in group]
     assert len(receipts) == 12
     assert world.rows("grounding-dino", "image-32x48") == [1] * 6
+
+
+@pytest.mark.parametrize(("large", "together"), [(1201, 2), (1200, 1)])
+def test_a_large_photograph_counts_with_what_decoding_it_takes(
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch, large: int, together: int
+) -> None:
+    """A budget of four photographs of 1200 pixels, or of one that takes ten bytes a pixel instead of three."""
+    monkeypatch.setattr(stream, "PIXEL_BYTES", 4 * 1200 * 3)
+    monkeypatch.setattr(stream, "LARGE", large)
+    assert len(finished(start(world, folder, labels), tasks_of(folder))) == 12
+    assert world.rows("grounding-dino", "image-32x48")[0] == max(world.rows("grounding-dino", "image-32x48")) == together
+
+
+@pytest.mark.parametrize("small", [0, 10**9])
+def test_a_photograph_that_fails_makes_room_for_the_next(
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    """A budget smaller than any two photographs, of which all but two are cut off behind their headers."""
+    for path in sorted(folder.iterdir())[1:-1]:
+        path.write_bytes(path.read_bytes()[:60])
+    monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 3)
+    monkeypatch.setattr(stream, "SMALL", small)
+    receipts = finished(start(world, folder, labels), tasks_of(folder))
+    assert sorted(receipt.number for receipt in receipts if "error" in receipt.record) == list(range(1, 11))
+    assert len(receipts) == 12
+
+
+def test_a_photograph_that_the_device_has_no_memory_for_makes_room_for_the_next(
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        raise OutOfMemory("no memory")
+
+    monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 3)
+    world.engine("sam", "encoder").script = no_memory
+    receipts = finished(start(world, folder, labels), tasks_of(folder))
+    assert [receipt.record.get("error") for receipt in receipts] == ["no memory"] * 12
+
+
+def finished(running: Stream, tasks: list[Task]) -> list[Receipt]:
+    """All receipts; fails where a stream waits for ever."""
+    receipts = list[Receipt]()
+    thread = threading.Thread(target=lambda: receipts.extend(each for group in running.run(tasks) for each in group), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive(), "it waits for room that nobody gives back"
+    return receipts

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
@@ -23,7 +24,7 @@ from wsss.cli.train import Preset
 from wsss.engines.opening import ENGINES
 from wsss.extras import install_line
 from wsss.runtime.convert.dataset import FORMATS
-from wsss.spec import write_manifest
+from wsss.spec import AxisRange, ParityRow, write_manifest
 from wsss.store.local import read_records, read_run
 from wsss.train.presets import PRESETS
 
@@ -372,6 +373,54 @@ def test_what_click_refuses_exits_with_2(wsss: Run, argv: list[str], message: st
 def test_export_flags_that_mean_nothing(wsss: Run, argv: list[str], message: str) -> None:
     pytest.importorskip("torch")
     refused(wsss("export", *argv), 2, message)
+
+
+def test_export_flags_reach_the_exporter_and_the_builder_of_engines(wsss: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from wsss.export.family import Family, Options
+    from wsss.export.to_engine import BuildOptions
+
+    asked: list[object] = []
+
+    def export_model(family: Family, *, log: object, **how: object) -> SimpleNamespace:
+        asked.append({"family": family.name, **how})
+        rows = [ParityRow(output="y", batch=1, row=0, against="reference", error=error, worst=1) for error in (1e-6, 2e-3, 1e-5)]
+        return SimpleNamespace(graphs={"encoder": SimpleNamespace(parity=SimpleNamespace(rows=rows))})
+
+    def build_plans(model: object, options: BuildOptions, log: object) -> SimpleNamespace:
+        asked.append((model, options))
+        return SimpleNamespace(manifest=SimpleNamespace(graphs={"encoder": SimpleNamespace(plans={"trt-rtx": plan})}))
+
+    plan = SimpleNamespace(seconds=4.0)
+    toy = Family(name="toy", variants=(), default="usual", prepare=None, official=lambda kind: f"official {kind}")  # type: ignore[arg-type]
+    monkeypatch.setattr("wsss.export.family.family", lambda name: dataclasses.replace(toy, name=name))
+    monkeypatch.setattr("wsss.export.exporting.export_model", export_model)
+    monkeypatch.setattr("wsss.export.exporting.standing_model", lambda *_, **how: asked.append(how))
+    monkeypatch.setattr("wsss.export.to_engine.build_plans", build_plans)
+    monkeypatch.setattr("wsss.spec.open_bundle", lambda folder: SimpleNamespace(model=lambda name: (folder, name)))
+    monkeypatch.setattr("wsss.engines.plan.find_gpus", tuple)
+    answer = wsss(
+        *("export", "--model", "sam", "--variant", "vit_l", "--weights", "random:3", "--bundle", "here", "--batch", 1, 2, 3),
+        *("--precision", "bf16", "--engine", "trt-rtx", "--workspace", 64),
+        *("--compute-capability", "sm89", "--compute-capability", "sm120"),
+    )
+    options = Options(batch=AxisRange(1, 2, 3), precision="bf16")
+    assert asked == [
+        {"variant": "vit_l", "weights": "random:3", "options": options},
+        {"family": "sam", "variant": "vit_l", "weights": "random:3", "bundle": Path("here"), "options": options},
+        ((Path("here"), "sam"), BuildOptions(flavour="trt-rtx", workspace_mib=64, capabilities=("sm89", "sm120"))),
+    ]
+    assert "worst error against the official module 2.0e-03" in answer.out
+    assert "here/sam: 1 trt-rtx engines, built in 4 s" in answer.out
+
+    asked.clear()
+    wsss("export", "--model", "grounding-dino", "--size", "32x48", "--size", "48x32", "--sampling", "gather", "--engine", "onnx")
+    options = Options(sizes=((32, 48), (48, 32)), sampling="gather", precision="fp32")
+    told = {"variant": "usual", "weights": "official usual", "bundle": Path("bundle"), "options": options}
+    assert asked == [{"family": "grounding-dino", **told}]
+    asked.clear()
+    wsss("export", "--model", "grounding-dino", "--precision", "auto", "--engine", "onnx")
+    assert asked == [{"family": "grounding-dino", **told, "options": Options(precision="fp16", measured=True)}]
 
 
 def test_no_images(label: Run, tmp_path: Path) -> None:

@@ -170,6 +170,14 @@ def test_a_run_that_slept_too_long_finds_out(folder: RemoteFolder, monkeypatch: 
     assert locks(folder) == [".lock/run"], "the other's"
 
 
+def test_a_run_that_slept_to_its_end_leaves_the_other_s_lock(folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_lock, "BEAT", 1000.0)  # it lets go before its next sign of life
+    with lock(folder, "") as held:
+        folder.write(".lock/run", json.dumps({"owner": "x", "pid": 7, "host": "elsewhere"}).encode())
+        assert not held._lease.lost
+    assert locks(folder) == [".lock/run"], "the other's"
+
+
 def test_an_answer_that_got_lost_is_no_other_run(folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write arrives, the answer does not, and the second try meets the first one's object."""
     create, swap = RemoteFolder.create, RemoteFolder.swap
