@@ -104,7 +104,7 @@ def test_the_time_left_follows_from_the_steps_of_this_sitting(tmp_path: Path, mo
     recorder = Recorder(going_on, tmp_path, told.append)  # type: ignore[arg-type]
     now[0] += 20
     going_on.progress.step = 150
-    recorder.tell(0.5, is_last=True)
+    recorder.record_step(0.5, is_last=True)
     recorder.close()
     assert [(each.step, each.steps, each.loss, each.seconds_left) for each in told] == [(150, 300, 0.5, 60)]
     assert going_on.progress.seconds == 1020

@@ -206,7 +206,7 @@ def test_what_is_not_understood_is_refused_with_a_hint(
     ("limit", "most", "name", "content", "said"),
     [
         ("MAX_LINES", 2, "a.txt", "dog\n{}", "expected at most 2 lines, got 3"),
-        ("MAX_LINE", 10, "a.txt", "dog: puppy{}", "expected lines of at most 10 letters, got 11"),
+        ("MAX_LINE", 10, "a.txt", "dog: puppy{}", "expected lines of at most 10 characters, got 11"),
         ("MAX_YAML_BYTES", 12, "a.yaml", "names: [dog]{}", "expected YAML of at most 12 characters, got 13"),
         ("MAX_LIST_BYTES", 3, "a.txt", "dog{}", "expected at most 3 bytes, got 4"),
         ("MAX_JSON_BYTES", 7, "a.json", '["dog"]{}', "expected at most 7 bytes, got 8"),

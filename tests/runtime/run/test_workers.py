@@ -163,13 +163,13 @@ def test_stopped_workers_finish_what_they_began(
 
 
 def test_seconds_of_workers_are_added_up_and_their_padding_is_averaged() -> None:
-    told = (
+    summaries = (
         Summary(engine_seconds=1, stage_seconds={"tag": 1, "fuse": 2}, padding=0.1),
         Summary(engine_seconds=4, stage_seconds={"tag": 5}, padding=0.3),
         Summary(),
     )
     workers, summary = Workers.__new__(Workers), Summary()
-    workers._workers = [_Worker("x", None, None, told=each) for each in told]  # type: ignore[arg-type]
+    workers._workers = [_Worker("x", None, None, summary=each) for each in summaries]  # type: ignore[arg-type]
     workers.report(summary)
     assert (summary.engine_seconds, summary.padding) == (5, pytest.approx(0.2))
     assert summary.stage_seconds == {"tag": 6, "detect": 0, "segment": 0, "fuse": 2}
