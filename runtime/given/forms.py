@@ -1,12 +1,9 @@
-"""Opens given boxes in the format that their content shows, and hashes the files they come from."""
+"""Opens given boxes in the format that their content shows."""
 
 from __future__ import annotations
 
 import codecs
-import hashlib
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import WsssError
@@ -15,7 +12,7 @@ from .boxes import BoxSource, short
 from .coco import CocoBoxes, is_coco, refuse_detections
 from .own_json import json_boxes, manifest_boxes
 from .voc import VocBoxes
-from .yolo import LISTS, YoloBoxes, class_file, is_label_file
+from .yolo import LISTS, YoloBoxes, is_label_file
 
 FORMS = "a folder of VOC XML or YOLO txt files, a COCO file, a JSON file of images to boxes, or a label store"
 
@@ -36,20 +33,6 @@ def open_boxes(path: Path) -> BoxSource:
     if not path.exists():
         raise WsssError(f"{where}: no such file or folder", hint=FORMS)
     return _open_file(path, where)
-
-
-def given_hash(path: Path) -> str:
-    """SHA-256 of the file that ``--labels`` or ``--boxes`` names, or of the names and contents of a folder's files that are read.
-
-    Raises:
-        WsssError: it cannot be read.
-    """
-    total = hashlib.sha256()
-    for file in _files_read(path):
-        name = os.fsencode(os.path.relpath(file, path)) if path.is_dir() and not _is_store(path) else b""
-        data = read_bytes(file)
-        total.update(b"%d %s%d " % (len(name), name, len(data)) + data)
-    return total.hexdigest()
 
 
 def _open_file(path: Path, where: str) -> BoxSource:
@@ -77,16 +60,6 @@ def _open_folder(folder: Path, where: str) -> BoxSource:
     inside = sorted(path.name for path in folder.glob("*.json"))
     hint = f"give the file itself: --boxes {folder / inside[0]}" if inside else FORMS
     raise WsssError(f"{where}: expected {FORMS}, got a folder with none of them", hint=hint)
-
-
-def _files_read(path: Path) -> Sequence[Path]:
-    """The files that ``--labels`` or ``--boxes`` reads."""
-    if not path.is_dir():
-        return [path]
-    if _is_store(path):
-        return _manifests(path)
-    files = _annotation_files(path)
-    return [*files, class_file(path)] if files and files[0].suffix.lower() == ".txt" else files
 
 
 def _annotation_files(folder: Path) -> list[Path]:

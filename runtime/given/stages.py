@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,18 @@ class LabelsFromFile:
         """Why this image cannot be labeled, or None. ``twins``: photographs of the run with the same stem, this one included."""
         if (entry := self._entries.find(photo.name)) is None:
             return self._entries.missing(photo.name)
-        sharing = [name for name in twins if self._entries.find(name) == entry]
+        sharing = self.sharing(photo.name, twins)
         return _ambiguous(f"{self._path}: {entry}", sharing, "rename one of them") if len(sharing) > 1 else None
+
+    def content(self, name: str) -> object:
+        """What the file says about the photograph of this name, in values whose ``repr`` is always the same. Raises WsssError."""
+        if (entry := self._entries.find(name)) is None:
+            raise self._entries.missing(name)
+        return sorted(set(self._present[entry]))
+
+    def sharing(self, name: str, twins: Sequence[str]) -> list[str]:
+        """Those of the photographs that have the entry of the photograph of this name."""
+        return [twin for twin in twins if self._entries.find(twin) == self._entries.find(name)]
 
     def __call__(self, images: Images) -> Labels:
         score = np.zeros((len(images), self._classes), np.float32)
@@ -102,13 +113,23 @@ class BoxesFromFile:
             annotation, _, _ = self._of(photo)
         except WsssError as error:
             return error
-        key = self._source.index.find(photo.name)
-        sharing = [name for name in twins if self._source.index.find(name) == key]
+        sharing = self.sharing(photo.name, twins)
         if len(sharing) < 2 or (owner := _owner(annotation, sharing)) == photo.name:
             return None
         if owner:
             return WsssError(f"{annotation.where}: is the annotation of {owner}, according to its <filename>", hint=_TWINS)
         return _ambiguous(annotation.where, sharing, _TWINS)
+
+    def content(self, name: str) -> object:
+        """As `LabelsFromFile.content`."""
+        annotation, known = self._known(name)
+        boxes = [(box.name, box.xyxy, box.score) for box in known]
+        frame = annotation.size, annotation.shares, annotation.upright
+        return boxes, frame, sorted(annotation.left_out.items()), annotation.filename, annotation.folder
+
+    def sharing(self, name: str, twins: Sequence[str]) -> list[str]:
+        """As `LabelsFromFile.sharing`."""
+        return [twin for twin in twins if self._source.index.find(twin) == self._source.index.find(name)]
 
     def __call__(self, images: Images, labels: Labels) -> Boxes:
         parts = [Boxes.none()]
@@ -126,12 +147,16 @@ class BoxesFromFile:
                 parts.append(found)
         return Boxes.join(parts)
 
+    def _known(self, name: str) -> tuple[Annotation, list[GivenBox]]:
+        """The annotation of the photograph of this name, and its boxes of known classes."""
+        if (key := self._source.index.find(name)) is None:
+            raise self._source.index.missing(name)
+        annotation = self._source.read(key)
+        return annotation, [box for box in annotation.boxes if self._classes.find(box.name, annotation.where) is not None]
+
     def _of(self, photo: Photograph) -> tuple[Annotation, list[GivenBox], list[str]]:
         """A photograph's annotation, its boxes in pixels of the photograph, and notes about them."""
-        if (key := self._source.index.find(photo.name)) is None:
-            raise self._source.index.missing(photo.name)
-        annotation = self._source.read(key)
-        known = [box for box in annotation.boxes if self._classes.find(box.name, annotation.where) is not None]
+        annotation, known = self._known(photo.name)
         strong = [box for box in known if box.score >= self._threshold]
         boxes, notes = place(replace(annotation, boxes=strong), photo)
         if len(boxes) > MAX_BOXES:
@@ -151,6 +176,50 @@ class BoxesFromFile:
             known |= len(unknown) < len(annotation.boxes)
             self.ignored.update(unknown)
         _check_ignored(self.ignored, known, where, classes)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The labels and boxes that were given to a run."""
+
+    labels: LabelsFromFile | None = None
+    boxes: BoxesFromFile | None = None
+
+    @classmethod
+    def open(
+        cls,
+        classes: ClassList,
+        labels: str | Path | None,
+        boxes: str | Path | None,
+        *,
+        ignore_unknown: bool = False,
+        threshold: float | None = None,
+        warn: Warn = lambda message: None,
+    ) -> Given:
+        """Open what ``--labels`` and ``--boxes`` name. Arguments and errors as of `LabelsFromFile` and `BoxesFromFile`."""
+        return cls(
+            LabelsFromFile(Path(labels), classes, ignore_unknown=ignore_unknown) if labels else None,
+            BoxesFromFile(Path(boxes), classes, ignore_unknown=ignore_unknown, threshold=threshold, warn=warn) if boxes else None,
+        )
+
+    def hash(self, name: str, twins: Sequence[str] = ()) -> str:
+        """Hash of what was given for a photograph, or of the reason why that cannot be used; empty if nothing was given.
+
+        Args:
+            twins: photographs of the run with the same stem, this one included, which may share its annotation.
+        """
+        parts: list[object] = []
+        for stage in (self.labels, self.boxes):
+            if stage is None:
+                parts.append(None)
+                continue
+            try:
+                content = stage.content(name)
+            except WsssError as error:
+                content = error.message
+            sharing = stage.sharing(name, twins)
+            parts.append((content, sharing if len(sharing) > 1 else []))
+        return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16] if any(parts) else ""
 
 
 def _owner(annotation: Annotation, sharing: Sequence[str]) -> str | None:

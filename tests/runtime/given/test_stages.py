@@ -13,8 +13,7 @@ import pytest
 from wsss.batch import Labels
 from wsss.classes import class_list
 from wsss.errors import WsssError
-from wsss.runtime.given.forms import given_hash
-from wsss.runtime.given.stages import BoxesFromFile, LabelsFromFile
+from wsss.runtime.given.stages import BoxesFromFile, Given, LabelsFromFile
 
 if TYPE_CHECKING:
     from ..conftest import World
@@ -228,46 +227,40 @@ def test_no_boxes_there(tmp_path: Path) -> None:
 # ---- the hash ----
 
 
-def test_the_hash_of_what_is_given_tells_every_change(tmp_path: Path) -> None:
-    written(tmp_path / "xml" / "a.xml", "<a/>")
-    written(tmp_path / "xml" / "sub" / "b.xml", "<b/>")
-    written(tmp_path / "xml" / "notes.txt", "not looked at")
-    seen = [given_hash(tmp_path / "xml")]
-    (tmp_path / "xml" / "notes.txt").write_text("still not")
-    assert given_hash(tmp_path / "xml") == seen[0]
-    (tmp_path / "xml" / "sub" / "b.xml").write_text("<c/>")
-    seen.append(given_hash(tmp_path / "xml"))
-    (tmp_path / "xml" / "a.xml").rename(tmp_path / "xml" / "aa.xml")
-    seen.append(given_hash(tmp_path / "xml"))
-    (tmp_path / "xml" / "c.XML").write_text("<c/>")
-    seen.append(given_hash(tmp_path / "xml"))
-    seen.append(given_hash(tmp_path / "xml" / "aa.xml"))
-    assert len(set(seen)) == 5
-    with pytest.raises(WsssError, match="cannot be read: No such file"):
-        given_hash(tmp_path / "none")
+def test_the_hash_changes_with_what_is_given_for_a_photograph_only(tmp_path: Path) -> None:
+    def hashes(**how: bool) -> list[str]:
+        given = Given.open(CLASSES, tmp_path / "l.json", tmp_path / "xml", **how)
+        return [given.hash(name) for name in ("a.jpg", "b.jpg", "c.jpg")]
 
+    def changed() -> list[int]:
+        nonlocal before
+        now, was = hashes(), before
+        before = now
+        return [row for row in range(3) if now[row] != was[row]]
 
-def test_the_hash_of_an_xml_folder_is_the_one_that_stores_have(tmp_path: Path) -> None:
-    """Of versions before this one: their stores go on."""
-    written(tmp_path / "a.xml", "<a/>")
-    assert given_hash(tmp_path) == "84e75bd2edc8ddac2f2ade63a61005174ed7478d6d85a668c6960aa73fa9a16b"
-    assert given_hash(tmp_path / "a.xml") == "ac454bcc10e8043d062bbef0ccc1f3c60b7c71ec1e9d03506ed07a9c2a1a5992"
+    written(tmp_path / "l.json", {"a.jpg": ["dog"], "b.jpg": ["dog", "cat"]})
+    written(tmp_path / "xml" / "a.xml", XML.format("dog"))
+    written(tmp_path / "xml" / "b.xml", XML.format("cow"))
+    before = hashes()
+    assert len({*before}) == 3 and all(len(each) == 16 for each in before)
+    written(tmp_path / "xml" / "a.xml", XML.format("Dog").replace("Dog", "cat"))
+    assert changed() == [0]
+    written(tmp_path / "xml" / "c.xml", "<annotation/>")
+    assert changed() == [2]
+    written(tmp_path / "l.json", {"c.jpg": [], "b.jpg": ["cat", "dog", "dog"], "a.jpg": ["dog"]})
+    assert changed() == [2], "order and repetition do not count"
+    assert [one == other for one, other in zip(hashes(ignore_unknown=True), before, strict=True)] == [True, False, True]
+    written(tmp_path / "xml" / "b.xml", XML.format("cat"))
+    assert changed() == [1]
+    given = Given.open(CLASSES, None, tmp_path / "xml")
+    assert given.hash("a.jpg") not in ("", before[0])
+    assert given.hash("a.jpg", ["a.jpg", "a.png"]) != given.hash("a.jpg") == given.hash("a.jpg", ["a.jpg", "sub/x.jpg"])
+    assert Given().hash("a.jpg") == ""
 
 
 def test_the_hash_covers_the_list_of_classes(tmp_path: Path) -> None:
-    written(tmp_path / "labels" / "train" / "a.txt", "0 0.5 0.5 0.1 0.1\n")
+    labels = written(tmp_path / "labels" / "train" / "a.txt", "0 0.5 0.5 0.1 0.1\n").parent
     written(tmp_path / "data.yaml", "names: [dog, cat]\n")
-    before = given_hash(tmp_path / "labels" / "train")
+    before = Given.open(CLASSES, None, labels).hash("a.jpg")
     written(tmp_path / "data.yaml", "names: [cat, dog]\n")
-    assert given_hash(tmp_path / "labels" / "train") != before
-
-
-def test_the_hash_of_a_store_is_its_manifest(tmp_path: Path) -> None:
-    line = json.dumps({"path": "a.jpg", "boxes": [{"label": "dog", "xyxy": [0, 0, 1, 1]}]})
-    written(tmp_path / "run.json", {})
-    written(tmp_path / "manifest.jsonl", line + "\n")
-    before = given_hash(tmp_path)
-    written(tmp_path / "history.jsonl", "{}")
-    assert given_hash(tmp_path) == before
-    written(tmp_path / "manifest-0-of-2.jsonl", line + "\n")
-    assert given_hash(tmp_path) != before
+    assert Given.open(CLASSES, None, labels).hash("a.jpg") != before
