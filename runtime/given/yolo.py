@@ -3,6 +3,7 @@
     0 0.35 0.52 0.20 0.31           class, then x and y of the center, width and height, as shares of the photograph's sides
     0 0.35 0.52 0.20 0.31 0.87      with a confidence, as predictions are saved
     0 0.25 0.36 0.45 0.36 0.45 0.67 class, then x and y of a region's corners, whose bounding box is taken
+    0 0.35 0.52 0.20 0.31 0.3 0.5 2 class and box, then keypoints, where data.yaml has ``kpt_shape`` (or ``task: pose``)
 
 Source of the format: docs.ultralytics.com/datasets/detect. The names of the classes, counted from 0, come from a
 ``classes.txt``, ``*.names`` (one name a line) or ``data.yaml`` (``names``) in that folder or one of the two above it.
@@ -11,7 +12,7 @@ Source of the format: docs.ultralytics.com/datasets/detect. The names of the cla
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ _HINT = "put classes.txt (a name a line), a .names file or data.yaml beside the 
 _FORM = "a line is: class x-center y-center width height, shares of the photograph's sides, for example 0 0.5 0.5 0.2 0.3"
 _SLACK = 0.01
 """How far a share may exceed 0..1 because of rounding."""
+_NEAR = 0.6
+"""How far from the center of its box a keypoint may lie, as a share of the box's side."""
 
 
 class YoloBoxes:
@@ -39,7 +42,10 @@ class YoloBoxes:
     def __init__(self, folder: Path, files: Iterable[Path]) -> None:
         self.index = AnnotationFolder(folder, files, "labels", ".txt", "for a photograph without objects, add an empty file")
         self._list = class_file(folder)
-        self._names, self._has_keypoints = read_names(self._list)
+        self._names, keypoints = read_names(self._list)
+        self._has_keypoints = bool(keypoints)
+        if not keypoints:
+            _check_kind(self.index, regions=keypoints is False)
 
     def read(self, key: str) -> Annotation:
         path = self.index.path(key)
@@ -102,18 +108,20 @@ def class_file(folder: Path) -> Path:
     """
     for place in (folder, *folder.absolute().parents[:2]):
         lists = _lists_in(place)
-        if any(read_names(path) != read_names(lists[0]) for path in lists[1:]):
+        read = [read_names(path) for path in lists]
+        if any(names != read[0][0] for names, _ in read):
             names = ", ".join(path.name for path in lists)
             raise WsssError(
                 f"--boxes {folder}: {place} has several lists of classes that differ: {names}", hint="keep only the right one"
             )
         if lists:
-            return lists[0]
+            return next((path for path, (_, keypoints) in zip(lists, read, strict=True) if keypoints is not None), lists[0])
     raise WsssError(f"--boxes {folder}: YOLO labels name classes by number, but there is no list of classes", hint=_HINT)
 
 
-def read_names(path: Path) -> tuple[list[str], bool]:
-    """The names of a list of classes, and whether labels have keypoints (data.yaml's ``kpt_shape``). Raises WsssError."""
+def read_names(path: Path) -> tuple[list[str], bool | None]:
+    """The names of a list of classes, and whether labels have keypoints (data.yaml's ``kpt_shape`` or ``task``); None if
+    unknown. Raises WsssError."""
     text = decode_text(read_bytes(path, hint=_HINT, max_bytes=MAX_BYTES), str(path))
     if path.suffix.lower() not in (".yaml", ".yml"):
         names = [line.strip() for line in text.splitlines()]
@@ -123,7 +131,7 @@ def read_names(path: Path) -> tuple[list[str], bool]:
             raise WsssError(
                 f"{path}: an empty line among the names, which are counted by line", hint="write one class on each line"
             )
-        return names, False
+        return names, None
     document = _yaml(text, path)
     listed = document.get("names") if isinstance(document, dict) else None
     if isinstance(listed, dict) and all(isinstance(key, int) for key in listed) and sorted(listed) == list(range(len(listed))):
@@ -132,7 +140,64 @@ def read_names(path: Path) -> tuple[list[str], bool]:
         raise WsssError(
             f"{path}: expected a list of names, or numbers from 0 to names, got {short(listed)}", hint="names: [dog, cat]"
         )
-    return listed, "kpt_shape" in document
+    task = document.get("task")
+    return listed, True if "kpt_shape" in document or task == "pose" else False if isinstance(task, str) else None
+
+
+def _check_kind(index: AnnotationFolder, *, regions: bool) -> None:
+    """Raise WsssError where the lines of all files together show another order or kind of values than they are read as.
+
+    Args:
+        regions: long lines are known to be regions.
+    """
+    usual, shifted, lengths, long, posed = 0, list[str](), set[int](), 0, list[str]()
+    for path in map(index.path, index):
+        try:
+            lines = read_text(path).splitlines()
+        except WsssError:  # reported with its photograph
+            continue
+        for number, line in enumerate(lines, 1):
+            values = [value for value in map(_number, line.split()[1:]) if value is not None]
+            where = f"{path}: line {number}"
+            if len(values) == 5 and (as_usual := _is_box(values[:4])) != _is_box(values[1:]):
+                usual += as_usual
+                shifted += [] if as_usual else [f"{where}: {short(line.strip())}"]
+            elif len(values) > 5:
+                lengths.add(len(values))
+                long += 1
+                posed += [f"{where}: {short(line.strip())}"] if _is_pose(values) else []
+    if len(shifted) > usual:
+        raise WsssError(
+            f"{shifted[0]}: expected class x y width height confidence, got what looks like class confidence x y width height",
+            hint="write the confidence at the end of the line, or leave it out",
+        )
+    if not regions and len(lengths) == 1 and 2 * len(posed) > long:  # regions differ in their number of corners
+        raise WsssError(
+            f"{posed[0]}: expected a box or a region, got what may also be a box and keypoints",
+            hint="add a data.yaml with the names of the classes, and kpt_shape: [17, 3] for keypoints or task: segment for regions",
+        )
+
+
+def _is_box(values: Sequence[float]) -> bool:
+    """Whether four values can be the center, width and height of a box inside the photograph."""
+    x, y, w, h = values
+    return w > 0 and h > 0 and min(x - w / 2, y - h / 2) >= -_SLACK and max(x + w / 2, y + h / 2) <= 1 + _SLACK
+
+
+def _is_pose(values: Sequence[float]) -> bool:
+    """Whether values can be a box, then keypoints near it (x, y and possibly visibility), and possibly a confidence."""
+    (x, y, w, h), rest = values[:4], values[4:]
+    return (
+        _is_box(values[:4])
+        and any(
+            all(
+                abs(px - x) <= _NEAR * w and abs(py - y) <= _NEAR * h for px, py in points if (px, py) != (0, 0)
+            )  # 0, 0: not seen
+            for each in (2, 3)
+            if len(rest) % each < 2
+            for points in [list(zip(rest[: len(rest) // each * each : each], rest[1::each], strict=False))]
+        )
+    )
 
 
 def _lists_in(folder: Path) -> list[Path]:

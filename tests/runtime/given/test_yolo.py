@@ -150,3 +150,40 @@ def test_bad_lists_of_classes(tmp_path: Path, list_name: str, names: str, messag
 def test_keypoints_follow_the_box(tmp_path: Path) -> None:
     labels = folder(tmp_path, "0 0.5 0.5 0.25 0.5 0.1 0.1 2 0.2 0.2 0", "names: [dog]\nkpt_shape: [2, 3]\n", "data.yaml")
     assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).xyxy_image.tolist() == [[30, 10, 50, 30]]
+
+
+POSES = (  # x y of three keypoints, the last one not seen; with visibility; with visibility and confidence
+    "0 0.5 0.5 0.25 0.5 0.42 0.3 0.58 0.7 0 0\n0 0.3 0.4 0.2 0.2 0.3 0.35 0.35 0.45 0 0\n",
+    "0 0.5 0.5 0.25 0.5 0.42 0.3 2 0.58 0.7 2 0 0 0\n",
+    "0 0.5 0.5 0.25 0.5 0.42 0.3 2 0.58 0.7 1 0 0 0 0.875\n",
+)
+
+
+@pytest.mark.parametrize("text", POSES)
+def test_keypoints_without_a_word_about_them_are_refused(tmp_path: Path, text: str) -> None:
+    labels = folder(tmp_path, text)
+    with pytest.raises(WsssError, match=r"x\.txt: line 1: .*may also be a box and keypoints") as caught:
+        BoxesFromFile(labels, CLASSES)
+    assert "kpt_shape" in caught.value.hint and "task: segment" in caught.value.hint
+    for kind in ("kpt_shape: [3, 2]", "task: pose"):
+        (tmp_path / "data.yaml").write_text(f"names: [dog, cat]\n{kind}\n")
+        assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).xyxy_image[0].tolist() == [30, 10, 50, 30]
+    (tmp_path / "data.yaml").write_text("names: [dog, cat]\ntask: segment\n")
+    BoxesFromFile(labels, CLASSES)
+
+
+def test_regions_are_not_taken_for_keypoints(tmp_path: Path) -> None:
+    """Small regions near the center, such as the first one, could be keypoints; not all of a folder are."""
+    near = "0 0.5 0.5 0.6 0.5 0.6 0.6 0.5 0.6\n"
+    for others in ("0 0.1 0.1 0.3 0.1 0.3 0.3 0.1 0.3\n", "0 0.5 0.5 0.6 0.5 0.6 0.6\n"):
+        xyxy = BoxesFromFile(folder(tmp_path, near + others), CLASSES)([photo()], NOTHING).xyxy_image
+        assert xyxy[0] == pytest.approx([40, 20, 48, 24])
+
+
+def test_a_confidence_before_the_box_is_refused(tmp_path: Path) -> None:
+    """The first line can be read both ways, the second one cannot."""
+    labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n1 0.9 0.5 0.5 0.3 0.2\n")
+    with pytest.raises(WsssError, match=r"x\.txt: line 2: .*class x y width height confidence, got what .*class confidence x y"):
+        BoxesFromFile(labels, CLASSES)
+    labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n1 0.9 0.5 0.2 0.3 0.9\n")
+    assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).score == pytest.approx([0.3, 0.9])
