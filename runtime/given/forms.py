@@ -12,7 +12,7 @@ from .boxes import BoxSource, short
 from .coco import CocoBoxes, is_coco, refuse_detections
 from .own_json import json_boxes, manifest_boxes
 from .voc import VocBoxes
-from .yolo import LISTS, YoloBoxes, is_label_file
+from .yolo import LISTS, YoloBoxes, first_line, is_label, resembles_label
 
 FORMS = "a folder of VOC XML or YOLO txt files, a COCO file, a JSON file of images to boxes, or a label store"
 
@@ -57,27 +57,37 @@ def _open_folder(folder: Path, where: str) -> BoxSource:
         return VocBoxes(folder, files)
     if files:
         return YoloBoxes(folder, files)
+    text = next((path for path in _texts(folder) if first_line(path)), None)
+    got = f": {text} starts with {short(first_line(text))}" if text else ""
     inside = sorted(path.name for path in folder.glob("*.json"))
     hint = f"give the file itself: --boxes {folder / inside[0]}" if inside else FORMS
-    raise WsssError(f"{where}: expected {FORMS}, got a folder with none of them", hint=hint)
+    raise WsssError(f"{where}: expected {FORMS}, got a folder with none of them{got}", hint=hint)
 
 
 def _annotation_files(folder: Path) -> list[Path]:
     """The VOC XML files or YOLO labels below a folder, sorted; empty where there are none.
 
     Raises:
-        WsssError: there are both.
+        WsssError: there are both. A text file that is empty, or a list, does not count beside XML files.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".xml", ".txt") and path.is_file())
-    annotations = [path for path in files if path.suffix.lower() == ".xml"]
-    texts = [path for path in files if path.suffix.lower() == ".txt" and path.name.lower() not in LISTS]
-    labeled = next((path for path in texts if is_label_file(path)), None)
+    annotations, texts = _files(folder, ".xml"), _texts(folder)
+    labeled = next((path for path in texts if is_label(first_line(path))), None)
     if annotations and labeled:
         raise WsssError(
             f"--boxes {folder}: holds VOC XML files and YOLO labels: {annotations[0].name}, {labeled.name}",
             hint="give a folder with only one of the two",
         )
-    return texts if labeled else annotations
+    if annotations:
+        return annotations
+    return texts if labeled or any(not (line := first_line(path)) or resembles_label(line) for path in texts) else []
+
+
+def _texts(folder: Path) -> list[Path]:
+    return [path for path in _files(folder, ".txt") if path.name.lower() not in LISTS]
+
+
+def _files(folder: Path, ending: str) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ending and path.is_file())
 
 
 def _is_manifest(data: bytes) -> bool:

@@ -11,6 +11,7 @@ Source of the format: docs.ultralytics.com/datasets/detect. The names of the cla
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,8 +24,6 @@ from ...reading.documents import decode_text, read_bytes, read_text
 from .boxes import Annotation, Corners, GivenBox, finite, short
 from .voc import AnnotationFolder
 
-_LINE = re.compile(rb"\s*(\d+(\s+[-+.\deE]+){4,}\s*($|[\r\n])|$)")
-"""Start of a label file that is not empty."""
 LISTS = ("classes.txt", "obj.names")
 MAX_BYTES = 1 << 20
 """Most bytes of a list of classes."""
@@ -70,34 +69,60 @@ class YoloBoxes:
         """Class, (x, y, width, height) with x and y of the center, and score."""
         numbers = [_number(text) for text in fields[1:]]
         values = [number for number in numbers if number is not None]
-        if not re.fullmatch(r"[0-9]{1,9}", fields[0]) or len(values) < len(numbers) or len(values) < 4:
-            raise WsssError(f"{where}: expected a line of YOLO labels, got {short(' '.join(fields))}", hint=_FORM)
+        got = short(" ".join(fields))
+        label = _class(fields[0])
+        if label is None or len(values) < len(numbers) or len(values) < 4:
+            raise WsssError(f"{where}: expected a line of YOLO labels, got {got}", hint=self._hint_for(fields))
         shares = values[:4] if self._has_keypoints else values
-        if not all(-_SLACK <= value <= 1 + _SLACK for value in shares):
-            raise WsssError(
-                f"{where}: expected shares in 0..1, got {short(' '.join(fields))}",
-                hint=f"divide pixels by the photograph's sides: {_FORM}",
-            )
+        if min(values[2:4]) < 0 and (len(values) < 6 or self._has_keypoints):
+            raise WsssError(f"{where}: expected a width and height of at least 0, got {got}", hint=_FORM)
+        if wrong := [value for value in shares if not -_SLACK <= value <= 1 + _SLACK]:
+            if len(shares) % 2 and wrong == shares[-1:]:
+                hint = "the last value is a confidence in 0..1: divide percent by 100, or leave it out"
+            elif set(wrong) == {2.0}:
+                hint = "keypoints with a visibility of 2 need a data.yaml with kpt_shape"
+            else:
+                hint = _FORM if max(wrong) <= 1 else f"divide percent by 100, pixels by the photograph's sides: {_FORM}"
+            raise WsssError(f"{where}: expected shares in 0..1, got {got}", hint=hint)
         score = 1.0
         if not self._has_keypoints and len(values) % 2:
             score = min(max(values.pop(), 0.0), 1.0)
         if len(values) == 4 or self._has_keypoints:
             x, y, w, h = values[:4]
-            if w < 0 or h < 0:
-                raise WsssError(f"{where}: expected a width and height of at least 0, got {w} and {h}", hint=_FORM)
         else:
             x0, x1, y0, y1 = min(values[::2]), max(values[::2]), min(values[1::2]), max(values[1::2])
             x, y, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
-        return int(fields[0]), (x, y, w, h), score
+        return label, (x, y, w, h), score
+
+    def _hint_for(self, fields: list[str]) -> str:
+        if any(mark in field for mark in ",;" for field in fields):
+            return f"separate values by blanks, and write decimal points: {_FORM}"
+        if _number(fields[0]) is None:
+            return f"the class is its number in {self._list}, counted from 0: {_FORM}"
+        return _FORM
 
 
-def is_label_file(path: Path) -> bool:
-    """Whether a text file is empty or starts like YOLO labels."""
+def first_line(path: Path) -> str:
+    """The first line of a text file that is not blank; empty if there is none, or the file cannot be read."""
     try:
         with path.open("rb") as file:
-            return _LINE.match(file.read(4096)) is not None
+            start = file.read(4096)
     except OSError:
-        return False
+        return ""
+    encoding = "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    return next(filter(str.strip, start.decode(encoding, "replace").splitlines()), "")
+
+
+def is_label(line: str) -> bool:
+    """Whether a line is one of YOLO labels: a class and at least four numbers."""
+    fields = line.split()
+    return len(fields) > 4 and _class(fields[0]) is not None and None not in map(_number, fields[1:])
+
+
+def resembles_label(line: str) -> bool:
+    """Whether a line might be one of YOLO labels in another spelling: with commas, or the name of its class."""
+    fields = re.split(r"[\s,;]+", line.strip())
+    return len(fields) > 4 and None not in map(_number, fields[-4:])
 
 
 def class_file(folder: Path) -> Path:
@@ -174,7 +199,7 @@ def _check_kind(index: AnnotationFolder, *, regions: bool) -> None:
     if not regions and len(lengths) == 1 and 2 * len(posed) > long:  # regions differ in their number of corners
         raise WsssError(
             f"{posed[0]}: expected a box or a region, got what may also be a box and keypoints",
-            hint="add a data.yaml with the names of the classes, and kpt_shape: [17, 3] for keypoints or task: segment for regions",
+            hint="add a data.yaml with names, and with kpt_shape: [17, 3] for keypoints or task: segment for regions",
         )
 
 
@@ -230,6 +255,12 @@ def _yaml(text: str, path: Path) -> Any:
 
 def _beyond(boxes: Iterable[GivenBox]) -> bool:
     return any(x1 > 1.1 or y1 > 1.1 or x0 < -0.1 or y0 < -0.1 for x0, y0, x1, y1 in (box.xyxy for box in boxes))
+
+
+def _class(text: str) -> int | None:
+    """A class as a whole number, also as numpy.savetxt writes it: 0.000000000000000000e+00."""
+    number = _number(text)
+    return int(number) if number is not None and 0 <= number < 1e9 and number == int(number) else None
 
 
 def _number(text: str) -> float | None:

@@ -187,6 +187,18 @@ def test_a_folder_of_two_forms(tmp_path: Path) -> None:
         BoxesFromFile(tmp_path, CLASSES)
 
 
+def test_lists_and_empty_files_beside_xml_files_are_no_labels(world: World, tmp_path: Path) -> None:
+    """As in the root of a VOC data set: ImageSets/Main/trainval.txt."""
+    written(tmp_path / "Annotations" / "000005.xml", XML.format("dog"))
+    written(tmp_path / "ImageSets" / "Main" / "trainval.txt", "000005\n000007\n000009\n000012\n000016\n")
+    written(tmp_path / "ImageSets" / "Main" / "dog_val.txt", "000005  1\n000007 -1\n")
+    written(tmp_path / "000007.txt", "")
+    given = BoxesFromFile(tmp_path, CLASSES)
+    assert given.missing(world.photo(9, 9, "Annotations/000005.jpg")) is None
+    error = given.missing(world.photo(9, 9, "000005.jpg"))
+    assert error is not None and f"--boxes {tmp_path / 'Annotations'}" in error.hint
+
+
 def test_a_folder_of_no_form(tmp_path: Path) -> None:
     written(tmp_path / "instances.json", "{}")
     written(tmp_path / "notes.txt", "nothing")

@@ -38,6 +38,7 @@ def photo(name: str = "x.jpg", orientation: int = 1) -> Photograph:
         ("0 0.25 0.5 0.5 0.25 0.75 0.5 0.5 0.75", [20, 10, 60, 30], 1),
         ("0 0.25 0.5 0.5 0.25 0.75 0.5 0.5 0.75 0.5", [20, 10, 60, 30], 0.5),
         ("  0   0.0125 0.0250 2.5e-2 5e-2  ", [0, 0, 2, 2], 1),
+        ("0.000000000000000000e+00 5.0e-01 5.0e-01 2.5e-01 5.0e-01", [30, 10, 50, 30], 1),
     ],
 )
 def test_lines(tmp_path: Path, line: str, xyxy: list[float], score: float) -> None:
@@ -55,7 +56,8 @@ def test_lines(tmp_path: Path, line: str, xyxy: list[float], score: float) -> No
     [
         ("2 0.5 0.5 0.1 0.1", "class 2, but "),
         ("0 0.5 0.5 0.1", "expected a line of YOLO labels"),
-        ("0.0 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
+        ("0.5 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
+        ("-1 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
         ("9" * 5000 + " 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
         ("dog 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
         ("0 0.5 0.5 0.1 nan", "expected a line of YOLO labels"),
@@ -187,3 +189,61 @@ def test_a_confidence_before_the_box_is_refused(tmp_path: Path) -> None:
         BoxesFromFile(labels, CLASSES)
     labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n1 0.9 0.5 0.2 0.3 0.9\n")
     assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).score == pytest.approx([0.3, 0.9])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("label", ["0", "0.0"])
+def test_a_folder_in_another_encoding_is_recognized(tmp_path: Path, encoding: str, label: str) -> None:
+    labels = folder(tmp_path, "")
+    (labels / "empty.txt").unlink()
+    (labels / "x.txt").write_text(f"{label} 0.5 0.5 0.25 0.5\n", encoding=encoding)
+    assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).xyxy_image.tolist() == [[30, 10, 50, 30]]
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("0,0.5,0.5,0.1,0.1", "separate values by blanks"),
+        ("0; 0.5; 0.5; 0.1; 0.1", "separate values by blanks"),
+        ("0 0,5 0,5 0,1 0,1", "decimal points"),
+        ("dog 0.5 0.5 0.1 0.1", "the class is its number in "),
+        ("0 0.5 0.5 0.1 0.1 87", "divide percent by 100"),
+        ("0 0.5 0.5 -0.2 0.1", "a line is: class"),
+        ("0 -0.5 0.5 0.2 0.1", "a line is: class"),
+        ("0 0.5 0.5 0.2 0.1 0.5 0.5 2 0.9 0.1 2", "need a data.yaml with kpt_shape"),
+        ("0 320 240 100 80", "pixels by the photograph's sides"),
+    ],
+)
+def test_hints_fit_the_mistake(tmp_path: Path, line: str, hint: str) -> None:
+    """Also where all files of the folder have it."""
+    labels = folder(tmp_path, f"\n{line}\n")
+    (labels / "empty.txt").unlink()
+    error = BoxesFromFile(labels, CLASSES).missing(photo())
+    assert error is not None
+    assert "x.txt: line 2: expected" in error.message
+    assert hint in error.hint
+    assert ("pixels" in error.hint) == ("pixels" in hint)
+
+
+def test_a_folder_of_other_text_files_names_one(tmp_path: Path) -> None:
+    labels = folder(tmp_path, "1 2 3 4 5 6 7 8 plane 0\n")
+    (labels / "empty.txt").unlink()
+    with pytest.raises(WsssError, match=r"none of them: .*x\.txt starts with '1 2 3 4 5 6 7 8 plane 0'"):
+        BoxesFromFile(labels, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("train/x.txt", "--boxes {}/train"), ("X.txt", "upper and lower case"), ("deep/x.jpg.txt", "--boxes {}/deep")],
+)
+def test_the_nearest_file_is_named(tmp_path: Path, name: str, hint: str) -> None:
+    labels = tmp_path / "labels"
+    (labels / name).parent.mkdir(parents=True)
+    (labels / name).write_text("0 0.5 0.5 0.1 0.1")
+    (labels / "classes.txt").write_text("dog")
+    error = BoxesFromFile(labels, CLASSES).missing(photo())
+    assert error is not None
+    assert "has no labels x.txt" in error.message
+    assert f"there is {labels / name}: " in error.hint
+    assert hint.format(labels) in error.hint
+    assert "empty file" not in error.hint
