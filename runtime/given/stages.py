@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,11 @@ from .names import ClassNames, Entries, image_key, listed, stem_of
 Warn = Callable[[str], None]
 _LABELS = '{"a/dog.jpg": ["dog"]}'
 _TWINS = "name the annotation of a/dog.jpg a/dog.jpg.xml, in the same folders as the photographs, or set <filename> and <folder>"
+
+
+PERCENT_PHOTOS, PERCENT_BOXES, PERCENT_PX = 3, 5, 150
+"""Coordinates up to 100 are suspected to be percent once this many photographs with both sides longer than ``PERCENT_PX``, and
+this many boxes in them, were seen, and no annotation has a larger coordinate."""
 
 
 class LabelsFromFile:
@@ -99,13 +105,15 @@ class BoxesFromFile:
         threshold: float | None = None,
         warn: Warn = lambda message: None,
     ) -> None:
-        self._warn, self._threshold = warn, threshold or 0.0
+        self._where, self._warn, self._threshold = f"--boxes {path}", warn, threshold or 0.0
+        self._percent: tuple[int, int] | None = 0, 0
+        """Photographs and boxes that might be in percent; None once that is decided."""
         self._classes = ClassNames(classes, ignore_unknown=ignore_unknown)
         self._source = open_boxes(path)
         self.ignored: Counter[str] = Counter()
         """Number of boxes that were left out in all annotations, by class name."""
         if ignore_unknown:
-            self._count_ignored(f"--boxes {path}", classes)
+            self._count_ignored(self._where, classes)
 
     def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> WsssError | None:
         """Why this image cannot be labeled, or None. ``twins``: photographs of the run with the same stem, this one included."""
@@ -135,6 +143,7 @@ class BoxesFromFile:
         parts = [Boxes.none()]
         for row, photo in enumerate(images):
             annotation, boxes, notes = self._of(photo)
+            self._suspect_percent(annotation, photo)
             for note in notes:
                 self._warn(f"{photo.name}: {note}")
             if boxes:
@@ -165,17 +174,39 @@ class BoxesFromFile:
             )
         return annotation, boxes, notes
 
+    def _suspect_percent(self, annotation: Annotation, photo: Photograph) -> None:
+        """Warn once if all coordinates of all annotations may be percent."""
+        if self._percent is None or not annotation.boxes or min(photo.shape) <= PERCENT_PX:
+            return
+        photos, boxes = self._percent[0] + 1, self._percent[1] + len(annotation.boxes)
+        if annotation.shares or _exceeds_percent(annotation):
+            self._percent = None
+        elif photos < PERCENT_PHOTOS or boxes < PERCENT_BOXES:
+            self._percent = photos, boxes
+        else:
+            self._percent = None
+            if not any(map(_exceeds_percent, self._annotations())):
+                self._warn(
+                    f"{self._where}: no coordinate exceeds 100, but photographs such as {photo.name} are larger, "
+                    f"{photo.shape[1]} x {photo.shape[0]}: expected pixels; are these percent?"
+                )
+
+    def _annotations(self) -> Iterator[Annotation]:
+        for key in self._source.index:
+            with suppress(WsssError):  # reported with its image, if there is one
+                yield self._source.read(key)
+
     def _count_ignored(self, where: str, classes: ClassList) -> None:
         known = False
-        for key in self._source.index:
-            try:
-                annotation = self._source.read(key)
-            except WsssError:  # reported with its image, if there is one
-                continue
+        for annotation in self._annotations():
             unknown = [box.name for box in annotation.boxes if self._classes.find(box.name, annotation.where) is None]
             known |= len(unknown) < len(annotation.boxes)
             self.ignored.update(unknown)
         _check_ignored(self.ignored, known, where, classes)
+
+
+def _exceeds_percent(annotation: Annotation) -> bool:
+    return any(max(box.xyxy) > 100 for box in annotation.boxes)
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,27 @@ def test_no_boxes_there(tmp_path: Path) -> None:
     assert "VOC XML" in caught.value.hint
 
 
+def test_coordinates_that_may_be_percent_are_announced_once(world: World, tmp_path: Path) -> None:
+    box = {"label": "dog", "xyxy": [20, 30, 60, 80]}
+    photos = [world.photo(375, 500, f"{number}.jpg") for number in range(4)]
+    boxes: dict[str, object] = {photo.name: [box, box] for photo in photos}
+
+    def warnings(size: int = 375) -> list[str]:
+        notes: list[str] = []
+        given = BoxesFromFile(written(tmp_path / "x.json", boxes), CLASSES, warn=notes.append)
+        for number in range(4):
+            given([world.photo(size, 500, f"{number}.jpg")], NOTHING)
+        return notes
+
+    (note,) = warnings()
+    assert "x.json: no coordinate exceeds 100, but photographs such as 2.jpg are larger, 500 x 375: expected pixels" in note
+    assert warnings(150) == []
+    boxes["another.jpg"] = [{"label": "dog", "xyxy": [20, 30, 101, 80]}]
+    assert warnings() == []
+    boxes = {"0.jpg": [box, box], "1.jpg": [], "2.jpg": [], "3.jpg": [box, box, box]}
+    assert warnings() == [], "of two photographs only"
+
+
 # ---- the hash ----
 
 
