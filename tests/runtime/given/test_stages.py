@@ -199,6 +199,15 @@ def test_lists_and_empty_files_beside_xml_files_are_no_labels(world: World, tmp_
     assert error is not None and f"--boxes {tmp_path / 'Annotations'}" in error.hint
 
 
+@pytest.mark.parametrize(("start", "kind"), [(b"\x89PNG\r\n\x1a\n", "a PNG image"), (b"\x1f\x8b\x08", "a gzip archive")])
+def test_a_binary_file_is_named_as_what_it_is(tmp_path: Path, start: bytes, kind: str) -> None:
+    (tmp_path / "x").write_bytes(start)
+    for given in (LabelsFromFile, BoxesFromFile):
+        with pytest.raises(WsssError, match=f"expected UTF-8 text, got {kind}") as caught:
+            given(tmp_path / "x", CLASSES)
+        assert "save the file" not in caught.value.hint
+
+
 def test_a_folder_of_no_form(tmp_path: Path) -> None:
     written(tmp_path / "instances.json", "{}")
     written(tmp_path / "notes.txt", "nothing")
