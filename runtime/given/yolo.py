@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class YoloBoxes:
         self._names, keypoints = read_names(self._list)
         self._has_keypoints = bool(keypoints)
         if not keypoints:
-            _check_kind(self.index, regions=keypoints is False)
+            _check_kind(self.index, named=keypoints is False)
 
     def read(self, key: str) -> Annotation:
         path = self.index.path(key)
@@ -169,13 +170,15 @@ def read_names(path: Path) -> tuple[list[str], bool | None]:
     return listed, True if "kpt_shape" in document or task == "pose" else False if isinstance(task, str) else None
 
 
-def _check_kind(index: AnnotationFolder, *, regions: bool) -> None:
+def _check_kind(index: AnnotationFolder, *, named: bool) -> None:
     """Raise WsssError where the lines of all files together show another order or kind of values than they are read as.
 
     Args:
-        regions: long lines are known to be regions.
+        named: data.yaml has another ``task`` than pose, so that lines that can be read in two ways are as documented.
     """
-    usual, shifted, lengths, long, posed = 0, list[str](), set[int](), 0, list[str]()
+    count: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    lengths: set[int] = set()
     for path in map(index.path, index):
         try:
             lines = read_text(path).splitlines()
@@ -183,24 +186,32 @@ def _check_kind(index: AnnotationFolder, *, regions: bool) -> None:
             continue
         for number, line in enumerate(lines, 1):
             values = [value for value in map(_number, line.split()[1:]) if value is not None]
-            where = f"{path}: line {number}"
-            if len(values) == 5 and (as_usual := _is_box(values[:4])) != _is_box(values[1:]):
-                usual += as_usual
-                shifted += [] if as_usual else [f"{where}: {short(line.strip())}"]
-            elif len(values) > 5:
+            kind = _kind(values)
+            count[kind] += 1
+            if kind not in first:
+                first[kind] = f"{path}: line {number}: {short(line.strip())}"
+            if len(values) > 5:
                 lengths.add(len(values))
-                long += 1
-                posed += [f"{where}: {short(line.strip())}"] if _is_pose(values) else []
-    if len(shifted) > usual:
+    if count["shifted"] > count["usual"] or (count["either"] and not count["usual"] and not named):
         raise WsssError(
-            f"{shifted[0]}: expected class x y width height confidence, got what looks like class confidence x y width height",
-            hint="write the confidence at the end of the line, or leave it out",
+            f"{first['shifted' if count['shifted'] else 'either']}: expected class x y width height confidence, got what "
+            f"{'looks like' if count['shifted'] else 'may also be'} class confidence x y width height",
+            hint="write the confidence at the end of the line"
+            + ("" if count["shifted"] else "; if it is there already, add a data.yaml with names and task: detect"),
         )
-    if not regions and len(lengths) == 1 and 2 * len(posed) > long:  # regions differ in their number of corners
+    if not named and len(lengths) == 1 and count["pose"] > count["region"]:  # regions differ in their number of corners
         raise WsssError(
-            f"{posed[0]}: expected a box or a region, got what may also be a box and keypoints",
+            f"{first['pose']}: expected a box or a region, got what may also be a box and keypoints",
             hint="add a data.yaml with names, and with kpt_shape: [17, 3] for keypoints or task: segment for regions",
         )
+
+
+def _kind(values: Sequence[float]) -> str:
+    """What the values of a line after its class can be."""
+    if len(values) == 5:
+        as_usual, as_shifted = _is_box(values[:4]), _is_box(values[1:])
+        return "either" if as_usual and as_shifted else "usual" if as_usual else "shifted" if as_shifted else ""
+    return "" if len(values) < 5 else "pose" if _is_pose(values) else "region"
 
 
 def _is_box(values: Sequence[float]) -> bool:
@@ -212,17 +223,15 @@ def _is_box(values: Sequence[float]) -> bool:
 def _is_pose(values: Sequence[float]) -> bool:
     """Whether values can be a box, then keypoints near it (x, y and possibly visibility), and possibly a confidence."""
     (x, y, w, h), rest = values[:4], values[4:]
-    return (
-        _is_box(values[:4])
-        and any(
-            all(
-                abs(px - x) <= _NEAR * w and abs(py - y) <= _NEAR * h for px, py in points if (px, py) != (0, 0)
-            )  # 0, 0: not seen
-            for each in (2, 3)
-            if len(rest) % each < 2
-            for points in [list(zip(rest[: len(rest) // each * each : each], rest[1::each], strict=False))]
-        )
-    )
+    if not _is_box(values[:4]):
+        return False
+    for each in (2, 3):
+        count, left = divmod(len(rest), each)
+        points = [rest[each * n : each * n + 2] for n in range(count)]
+        seen = [(px, py) for px, py in points if (px, py) != (0, 0)]
+        if left < 2 and all(abs(px - x) <= _NEAR * w and abs(py - y) <= _NEAR * h for px, py in seen):
+            return True
+    return False
 
 
 def _lists_in(folder: Path) -> list[Path]:

@@ -187,6 +187,12 @@ def test_a_confidence_before_the_box_is_refused(tmp_path: Path) -> None:
     labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n1 0.9 0.5 0.5 0.3 0.2\n")
     with pytest.raises(WsssError, match=r"x\.txt: line 2: .*class x y width height confidence, got what .*class confidence x y"):
         BoxesFromFile(labels, CLASSES)
+    labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n")
+    with pytest.raises(WsssError, match=r"x\.txt: line 1: .*class x y width height confidence, got what may also be class conf"):
+        BoxesFromFile(labels, CLASSES)
+    (tmp_path / "data.yaml").write_text("names: [dog, cat]\ntask: detect\n")
+    assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).score == pytest.approx([0.3])
+    (tmp_path / "data.yaml").unlink()
     labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n1 0.9 0.5 0.2 0.3 0.9\n")
     assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).score == pytest.approx([0.3, 0.9])
 
