@@ -24,9 +24,8 @@ from ..spec import Model, open_bundle
 from .detect import Detector
 from .device import Device, cut_to_fit
 from .fuse import Fuser
-from .given.forms import given_hash
 from .given.names import twins_of
-from .given.stages import BoxesFromFile, LabelsFromFile
+from .given.stages import BoxesFromFile, Given, LabelsFromFile
 from .segment import MaskPredictor
 from .tag import Tagger
 from .trained_segmenter import SegmenterStage, classes_of, no_boxes, no_masks
@@ -100,6 +99,7 @@ class Labeler:
         fuse: Callable[[Images, Labels, Boxes, Masks], PseudoLabels],
         settings: dict[str, Any] | None = None,
         device: Device | None = None,
+        given: Given | None = None,
     ) -> None:
         self.classes = classes
         self.device = device or Device()
@@ -109,6 +109,7 @@ class Labeler:
         self.fuse = Timed(fuse, self.device)
         self.settings = settings or {}
         """Everything that determines the result: rules, engines and their hashes. Saved in the label store."""
+        self.given = given or Given()
 
     @classmethod
     def open(
@@ -194,22 +195,22 @@ class Labeler:
 
         if ignore_unknown and not labels and not boxes:
             raise UsageError("--ignore-unknown needs --labels or --boxes")
-        given_labels = LabelsFromFile(Path(labels), known, ignore_unknown=ignore_unknown) if labels else None
-        given_boxes = None
+        given = Given.open(
+            known,
+            labels,
+            boxes,
+            ignore_unknown=ignore_unknown,
+            threshold=rules.box_threshold,
+            warn=lambda message: place.warn(message),
+        )
         tag: Callable[[Images], Labels]
         detect: Callable[[Images, Labels], Boxes]
-        if boxes:
-            detect = given_boxes = BoxesFromFile(
-                Path(boxes),
-                known,
-                ignore_unknown=ignore_unknown,
-                threshold=rules.box_threshold,
-                warn=lambda message: place.warn(message),
-            )
-            tag = given_labels or _ConstantTags(known, False)
+        if given.boxes:
+            detect = given.boxes
+            tag = given.labels or _ConstantTags(known, False)
         else:
-            if given_labels:
-                tag = given_labels
+            if given.labels:
+                tag = given.labels
             elif rules.gate:
                 clip = take("clip")
                 graphs = opener(clip, "image"), opener(clip, "text")
@@ -232,17 +233,20 @@ class Labeler:
         sam = take("sam")
         segment = MaskPredictor(sam, opener(sam, "encoder"), opener(sam, "decoder"))
         fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin)
-        if hashes := {name: given_hash(Path(path)) for name, path in (("labels", labels), ("boxes", boxes)) if path}:
-            settings["given"] = hashes
+        # Their contents are hashed in the line of each image, so that corrections do not need a new store.
+        if names := {
+            flag: os.path.basename(os.path.abspath(path)) for flag, path in (("labels", labels), ("boxes", boxes)) if path
+        }:
+            settings["given"] = names
         if message := strange_to_mini(known, settings):
             warnings.warn(message, WsssWarning, stacklevel=2)
         if ignored := {
-            flag: dict(sorted(given.ignored.items()))
-            for flag, given in (("labels", given_labels), ("boxes", given_boxes))
-            if given and given.ignored
+            flag: dict(sorted(stage.ignored.items()))
+            for flag, stage in (("labels", given.labels), ("boxes", given.boxes))
+            if stage and stage.ignored
         }:
             settings["ignored"] = ignored
-        return cls(known, tag=tag, detect=detect, segment=segment, fuse=fuse, settings=settings, device=place)
+        return cls(known, tag=tag, detect=detect, segment=segment, fuse=fuse, settings=settings, device=place, given=given)
 
     def pseudo_label(self, images: Images) -> PseudoLabels:
         """Label maps for B photographs: (H, W) uint8 each, 0 background, 255 void."""

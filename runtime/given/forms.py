@@ -1,12 +1,9 @@
-"""Opens given boxes in the format that their content shows, and hashes the files they come from."""
+"""Opens given boxes in the format that their content shows."""
 
 from __future__ import annotations
 
 import codecs
-import hashlib
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import WsssError
@@ -15,7 +12,7 @@ from .boxes import BoxSource, short
 from .coco import CocoBoxes, is_coco, refuse_detections
 from .own_json import json_boxes, manifest_boxes
 from .voc import VocBoxes
-from .yolo import LISTS, YoloBoxes, class_file, is_label_file
+from .yolo import LISTS, YoloBoxes, first_line, is_label, resembles_label
 
 FORMS = "a folder of VOC XML or YOLO txt files, a COCO file, a JSON file of images to boxes, or a label store"
 
@@ -36,20 +33,6 @@ def open_boxes(path: Path) -> BoxSource:
     if not path.exists():
         raise WsssError(f"{where}: no such file or folder", hint=FORMS)
     return _open_file(path, where)
-
-
-def given_hash(path: Path) -> str:
-    """SHA-256 of the file that ``--labels`` or ``--boxes`` names, or of the names and contents of a folder's files that are read.
-
-    Raises:
-        WsssError: it cannot be read.
-    """
-    total = hashlib.sha256()
-    for file in _files_read(path):
-        name = os.fsencode(os.path.relpath(file, path)) if path.is_dir() and not _is_store(path) else b""
-        data = read_bytes(file)
-        total.update(b"%d %s%d " % (len(name), name, len(data)) + data)
-    return total.hexdigest()
 
 
 def _open_file(path: Path, where: str) -> BoxSource:
@@ -74,37 +57,37 @@ def _open_folder(folder: Path, where: str) -> BoxSource:
         return VocBoxes(folder, files)
     if files:
         return YoloBoxes(folder, files)
+    text = next((path for path in _texts(folder) if first_line(path)), None)
+    got = f": {text} starts with {short(first_line(text))}" if text else ""
     inside = sorted(path.name for path in folder.glob("*.json"))
     hint = f"give the file itself: --boxes {folder / inside[0]}" if inside else FORMS
-    raise WsssError(f"{where}: expected {FORMS}, got a folder with none of them", hint=hint)
-
-
-def _files_read(path: Path) -> Sequence[Path]:
-    """The files that ``--labels`` or ``--boxes`` reads."""
-    if not path.is_dir():
-        return [path]
-    if _is_store(path):
-        return _manifests(path)
-    files = _annotation_files(path)
-    return [*files, class_file(path)] if files and files[0].suffix.lower() == ".txt" else files
+    raise WsssError(f"{where}: expected {FORMS}, got a folder with none of them{got}", hint=hint)
 
 
 def _annotation_files(folder: Path) -> list[Path]:
     """The VOC XML files or YOLO labels below a folder, sorted; empty where there are none.
 
     Raises:
-        WsssError: there are both.
+        WsssError: there are both. A text file that is empty, or a list, does not count beside XML files.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".xml", ".txt") and path.is_file())
-    annotations = [path for path in files if path.suffix.lower() == ".xml"]
-    texts = [path for path in files if path.suffix.lower() == ".txt" and path.name.lower() not in LISTS]
-    labeled = next((path for path in texts if is_label_file(path)), None)
+    annotations, texts = _files(folder, ".xml"), _texts(folder)
+    labeled = next((path for path in texts if is_label(first_line(path))), None)
     if annotations and labeled:
         raise WsssError(
             f"--boxes {folder}: holds VOC XML files and YOLO labels: {annotations[0].name}, {labeled.name}",
             hint="give a folder with only one of the two",
         )
-    return texts if labeled else annotations
+    if annotations:
+        return annotations
+    return texts if labeled or any(not (line := first_line(path)) or resembles_label(line) for path in texts) else []
+
+
+def _texts(folder: Path) -> list[Path]:
+    return [path for path in _files(folder, ".txt") if path.name.lower() not in LISTS]
+
+
+def _files(folder: Path, ending: str) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ending and path.is_file())
 
 
 def _is_manifest(data: bytes) -> bool:

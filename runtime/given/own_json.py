@@ -128,11 +128,13 @@ def score_from(box: Mapping[str, Any], where: str) -> float:
     """The ``score`` of a box, 1 where there is none. Raises WsssError unless it is in 0..1."""
     score = finite(box.get("score", 1.0))
     if score is None or not 0 <= score <= 1:
-        in_percent = score is not None and score > 1
-        raise WsssError(
-            f"{where}: expected a score in 0..1, got {short(box['score'])}",
-            hint="divide scores in percent by 100" if in_percent else "leave the score out where there is none: it counts as 1",
-        )
+        if score is not None:
+            hint = "divide scores in percent by 100" if score > 1 else "scores are in 0..1"
+        elif box["score"] is None:
+            hint = "leave the score out where there is none: it counts as 1"
+        else:
+            hint = 'a score is a number: "score": 0.9'
+        raise WsssError(f"{where}: expected a score in 0..1, got {short(box['score'])}", hint=hint)
     return score
 
 

@@ -42,6 +42,7 @@ class AnnotationFolder:
     def __init__(self, folder: Path, files: Iterable[Path], what: str, ending: str, hint: str) -> None:
         self._folder, self._what, self._ending, self._hint = folder, what, ending, hint
         self._files: dict[str, Path] = {}
+        self._by_stem: dict[str, Path] | None = None
         for path in files:
             key = image_key(path.relative_to(folder).with_suffix("").as_posix())
             if (earlier := self._files.setdefault(key, path)) != path:
@@ -63,8 +64,17 @@ class AnnotationFolder:
         return iter(self._files)
 
     def missing(self, photo: str) -> WsssError:
-        """The error for a photograph without a file."""
-        return WsssError(f"has no {self._what} {stem_of(photo)}{self._ending} in {self._folder}", hint=self._hint)
+        """The error for a photograph without a file; its hint gives a file of the same stem, also in another folder or case."""
+        if self._by_stem is None:
+            self._by_stem = {stem_of(key).casefold(): path for key, path in self._files.items()}
+        hint = self._hint
+        if near := self._by_stem.get(stem_of(photo).casefold()):
+            hint = f"there is {near}: " + (
+                f"if it is the photograph's, give its folder: --boxes {near.parent}"
+                if near.parent != self._folder and near.stem in (stem_of(photo), image_key(photo).rpartition("/")[2])
+                else "the names must be the same, in upper and lower case, too"
+            )
+        return WsssError(f"has no {self._what} {stem_of(photo)}{self._ending} in {self._folder}", hint=hint)
 
 
 class VocBoxes:
@@ -140,7 +150,11 @@ def _decoded(data: bytes, where: str) -> str:
     if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or not declared:
         if data[:2] in (b"<\0", b"\0<"):
             return data.decode("utf-16-le" if data[:1] == b"<" else "utf-16-be", "replace")
-        return decode_text(data, where, hint='save it as UTF-8, or declare its encoding: <?xml version="1.0" encoding="gb2312"?>')
+        return decode_text(
+            data,
+            where,
+            hint='save it as UTF-8, or declare its encoding, such as iso-8859-1 or gb2312: <?xml version="1.0" encoding="NAME"?>',
+        )
     name = declared[1].decode()
     try:
         codec = codecs.lookup(name).name

@@ -22,6 +22,7 @@ from ...store.format import LabelWriter, missing_fields
 from ...store.local import LabelStore, Record, Shard
 from ...store.remote import RemoteStore
 from ..given.names import twins_of
+from ..given.stages import Given
 from ..labeler import Labeler
 from .listing import SIDECARS, Found, LeftOut, check_images, describe_left_out
 from .sources import Source, listing
@@ -134,10 +135,12 @@ class Tasks:
     images: Iterator[Found]
     count: int
     twins: Mapping[str, Sequence[str]]
+    given: Given
 
     def __iter__(self) -> Iterator[Task]:
         for number, image in enumerate(self.images):
-            yield Task(number, image.name, image.label, self.twins.get(image.name, ()))
+            twins = self.twins.get(image.name, ())
+            yield Task(number, image.name, image.label, twins, self.given.hash(image.name, twins))
 
     def __length_hint__(self) -> int:
         return self.count
@@ -151,6 +154,7 @@ def label_folder(
     batch: int | None = None,
     retry_failed: bool = False,
     shard: Shard | None = None,
+    given: Given | None = None,
     stop: threading.Event | None = None,
     progress: Progress | None = None,
     warn: Warn = lambda message: print(message, file=sys.stderr),
@@ -166,6 +170,7 @@ def label_folder(
         batch: images labeled together; None takes the batch size that the engines were built for.
         retry_failed: try the images again that an earlier run could not label.
         shard: (I, N): only the I-th of N shares of the images, counted from 0; N runs may write one store at a time.
+        given: the labels and boxes that the labelers of an executor were given; opened before them.
         stop: when set, the run finishes the batches in progress and returns.
         progress: called after each batch that is in the store.
         warn: called with non-fatal problems.
@@ -175,6 +180,8 @@ def label_folder(
         ImageError: no images. StoreError: the store cannot be written or belongs to other settings.
     """
     executor = LocalExecutor(labeler, batch=batch) if isinstance(labeler, Labeler) else labeler
+    given = given or (labeler.given if isinstance(labeler, Labeler) else Given())
+    assert any((given.labels, given.boxes)) == ("given" in executor.settings)
     images = listing(folder, out, shard)
     all_images = listing(folder, out) if shard else images
     check_images(all_images)
@@ -186,11 +193,11 @@ def label_folder(
         warn(f"--ignore-unknown: left out of --{flag}: {printable(counts)}")
     with _store(out, executor, shard) as store:
         tally = _Tally(executor)
-        selection = store.select(images, tally.counting(_Check(store.has_label, folder, retry_failed)))
+        twins = twins_of(image.name for image in all_images) if "given" in executor.settings else {}
+        selection = store.select(images, tally.counting(_Check(store.has_label, folder, retry_failed, given, twins)))
         summary = Summary(images=selection.images, skipped=selection.done, failed_before=selection.failed)
         _report_left_out(images.left_out, summary, warn, failed)
-        twins = twins_of(image.name for image in all_images) if "given" in executor.settings else {}
-        tasks = Tasks(store.missing(images), selection.images - selection.done, twins)
+        tasks = Tasks(store.missing(images), selection.images - selection.done, twins, given)
         with closing(executor.work(tasks, folder, store.labels, stop, warn)) as receipts:
             for records in _in_order(receipts):
                 store.append(records)
@@ -220,16 +227,21 @@ def _store(out: Path | RemoteFolder, executor: Executor, shard: Shard | None) ->
 
 @dataclass(frozen=True)
 class _Check:
-    """Whether a manifest line is still correct: size and modification time decide if they match, else the file's hash."""
+    """Whether a manifest line is still correct: of the same photograph (size and modification time decide if they match, else
+    the file's hash), and of the same given labels and boxes."""
 
     has_label: Callable[[str], bool]
     folder: Path | Source
     retry_failed: bool
+    given: Given
+    twins: Mapping[str, Sequence[str]]
 
     def __call__(self, image: Found, record: Record) -> bool:
         if (self.retry_failed and "error" in record) or record["label"] != image.label:
             return False
         if "error" not in record and (missing_fields(record, ("classes", "boxes")) or not self.has_label(image.label)):
+            return False
+        if record.get("given", "") != self.given.hash(image.name, self.twins.get(image.name, ())):
             return False
         sha256 = record.get("sha256", "")
         try:

@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import heapq
 import os
+import posixpath
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -86,8 +87,9 @@ class RemoteImages:
 class FileList:
     """The images that a text file lists, one path (from the working folder) or URL a line; the lines are their names.
 
-    UTF-8, or UTF-16 with a byte-order mark. Empty lines and comments (``# ...``) are skipped; blanks around a name and a leading
-    ``./`` are removed. Where paths have forward slashes, backslashes are read as slashes if that file exists.
+    UTF-8, or UTF-16 with a byte-order mark. Empty lines and comments (``# ...``) are skipped. Blanks around a name are removed,
+    and paths are normalized: ``./a//b/../c.png`` is ``a/c.png``. Where paths have forward slashes, backslashes are read as
+    slashes if that file exists.
     """
 
     path: Path
@@ -137,9 +139,10 @@ class FileList:
         try:
             file = read_file(place, inside)
         except ImageError as error:
-            raise ImageError(
-                error.message.replace(inside, name, 1) if inside != name else error.message, hint=error.hint
-            ) from None
+            message = error.message.replace(inside, name, 1) if inside != name else error.message
+            if not is_url(name) and PurePosixPath(name).suffix.lower() not in SUFFIXES and not _exists(inside):
+                message += "; a list has one path or URL a line, with its ending, without quotes or further columns"
+            raise ImageError(message, hint=error.hint) from None
         return ImageFile(name=name, data=file.data, mtime_ns=file.mtime_ns, etag=file.etag, sha256=file.sha256)
 
 
@@ -211,9 +214,19 @@ def _name_of(line: str) -> str:
         return ""
     if "\\" in name and not is_url(name) and not _exists(name) and _exists(name.replace("\\", "/")):
         name = name.replace("\\", "/")
-    while name.startswith("./"):
-        name = name[2:].lstrip("/")
-    return name
+    return name if not name or "\0" in name or is_url(name) or name.startswith("file://") else _normalized(name)
+
+
+def _normalized(name: str) -> str:
+    """A path without empty parts, ``.`` and ``a/..``, so that each file has one name."""
+    normal = posixpath.normpath(name)
+    normal = normal[1:] if normal.startswith("//") else normal
+    if ".." in name.split("/"):  # below a link to a folder, .. is the parent of the link's target
+        try:
+            return normal if os.path.samefile(name, normal) else name
+        except OSError:
+            return name
+    return normal
 
 
 def _exists(name: str) -> bool:

@@ -64,6 +64,8 @@ class Task(NamedTuple):
     label: str
     twins: Sequence[str] = ()
     """Photographs of the run with the same stem, this one included: given labels or boxes might belong to any of them."""
+    given: str = ""
+    """Hash of the labels and boxes that were given for it."""
 
 
 class Receipt(NamedTuple):
@@ -356,9 +358,9 @@ class Stream:
     def _write_one(self, batch: Batch, row: int) -> Receipt:
         loading, result = batch.loaded[row], batch.result
         assert result is not None
-        number, _, label, _ = loading.task
+        number, _, label, _, given = loading.task
         try:
-            record = record_of(self._labeler.classes.names, batch.photos[row], label, result, row)
+            record = record_of(self._labeler.classes.names, batch.photos[row], label, result, row, given)
             if result.confidence is not None:
                 self._labels.write_confidence(label, result.confidence[row])
             self._labels.write(label, result.label_maps[row])
@@ -376,7 +378,11 @@ def _prepare_all(stage: Prepares, pairs: list[tuple[Photograph, np.ndarray]]) ->
 
 def failure(task: Task, message: str, file: Mapping[str, int | str] = NOTHING) -> Receipt:
     """The receipt of an image that failed. ``file``: the file's fields in its manifest line."""
-    return Receipt(task.number, {"path": task.name, "label": task.label, **file, "error": message})
+    return Receipt(task.number, {"path": task.name, "label": task.label, **file, **_given(task.given), "error": message})
+
+
+def _given(given: str) -> Mapping[str, str]:
+    return {"given": given} if given else {}
 
 
 def _stamp(size: int, file: ImageFile | Photograph) -> Mapping[str, int | str]:
@@ -385,8 +391,11 @@ def _stamp(size: int, file: ImageFile | Photograph) -> Mapping[str, int | str]:
     return {"bytes": size, **change, "sha256": file.sha256}
 
 
-def record_of(names: tuple[str, ...], photo: Photograph, label: str, result: PseudoLabels, row: int) -> Record:
+def record_of(names: tuple[str, ...], photo: Photograph, label: str, result: PseudoLabels, row: int, given: str = "") -> Record:
     """The manifest line of image ``row`` of a result. It does not depend on the batch or the time: every run writes the same.
+
+    Args:
+        given: as in `Task`.
 
     Raises:
         ImageError: a number that no line may hold, such as NaN.
@@ -407,6 +416,7 @@ def record_of(names: tuple[str, ...], photo: Photograph, label: str, result: Pse
         "path": photo.name,
         "label": label,
         **_stamp(photo.size_bytes, photo),
+        **_given(given),
         "height": photo.shape[0],
         "width": photo.shape[1],
         "classes": {names[c]: round(float(result.labels.score[row, c]), 4) for c in present},

@@ -110,6 +110,8 @@ def label(
         raise UsageError("--classes is missing", hint='for example: --classes voc, or --classes "dog, potted plant"')
     share = parse_shard(shard)
     check_cluster(on, device, devices, ray_address, workers)
+    from ..classes import parse_classes
+    from ..runtime.given.stages import Given
     from ..runtime.labeler import Labeler, Rules, strange_to_mini
     from ..runtime.run.label_folder import label_folder
     from ..runtime.run.listing import check_images
@@ -144,6 +146,10 @@ def label(
     try:
         with contextlib.ExitStack() as stack:
             executor: Labeler | Executor
+            given = None
+            if (labels or boxes) and classes and (on or len(openers) > 1) and model == "chain":
+                # Before the labelers open it: images whose files change in between are labeled again by the next run.
+                given = Given.open(parse_classes(classes), labels, boxes, ignore_unknown=ignore_unknown)
             if on == "ray":
                 with needs("ray"):
                     from ..runtime.ray.executor import RayExecutor
@@ -165,6 +171,7 @@ def label(
                 batch=batch,
                 retry_failed=retry_failed,
                 shard=share,
+                given=given,
                 stop=stop,
                 progress=events.progress,
                 failed=events.failed,

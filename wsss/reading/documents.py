@@ -23,6 +23,17 @@ MAX_BYTES = 1 << 28
 """Size of a text file: 256 MiB. COCO's training instances take 450 bytes per box, so half a million boxes fit."""
 MAX_TOML = 1 << 16
 """Characters of a TOML document: tomllib's time grows with the square of a dotted key's parts, to a second at this length."""
+_BINARY = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"\x1f\x8b": "a gzip archive",
+    b"PK\x03\x04": "a ZIP archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"\x93NUMPY": "a NumPy array",
+}
+"""Starts of common files that are not text."""
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
@@ -71,6 +82,8 @@ def decode_text(data: bytes, where: str, *, hint: str = "", error: type[WsssErro
     try:
         return data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as problem:
+        if kind := next((kind for start, kind in _BINARY.items() if data.startswith(start)), ""):
+            raise error(f"{where}: expected UTF-8 text, got {kind}", hint="give a text file; unpack an archive first") from None
         raise error(
             f"{where}: expected UTF-8 text, got byte 0x{data[len(mark) + problem.start]:02x} at {len(mark) + problem.start}",
             hint=hint or "save the file as UTF-8",

@@ -29,6 +29,7 @@ Record = dict[str, Any]
 
 path: path of the image below the labeled folder, or as the list names it. label: path of its label map below ``labels/``.
 bytes, mtime_ns (in an object store: etag), sha256: of the image file; sha256 is empty if the file could not be read.
+given: hash of the labels and boxes that were given for the image; absent if none were.
 error: why the image has no label. Lines without an error have:
 height, width: pixels, their product at most `MAX_PIXELS`. void_px: void pixels of the label map.
 classes: scores in 0..1 by name. boxes: at most `MAX_BOXES`, each with label, score in 0..1, quality (the mask's predicted
@@ -58,7 +59,7 @@ class RequestedImage(Protocol):
 
 
 W = TypeVar("W", bound=RequestedImage)
-INFORMATION = ("bundle", "wsss")
+INFORMATION = ("bundle", "wsss", "ignored")
 """Keys of ``run.json`` that describe the run that created the store; a run may continue it with other values."""
 
 
@@ -147,7 +148,7 @@ def _problem(record: object) -> str:
         return f"mtime_ns: expected nanoseconds, got {_short(mtime)}"
     if type(digest := record.get("sha256", "")) is not str or not _SHA256.fullmatch(digest):
         return f"sha256: expected 64 hexadecimal digits or none, got {_short(digest)}"
-    for key in ("etag", "error"):
+    for key in ("etag", "given", "error"):
         if key in record and not _is_text(record[key]):
             return f"{key}: expected a text, got {_short(record[key])}"
     height, width = record.get("height", 1), record.get("width", 1)
@@ -359,6 +360,11 @@ def check_same(folder: object, was: dict[str, Any], now: dict[str, Any]) -> None
     thresholds, rules = now.get("bundle", {}).get("thresholds", {}), was.get("rules")
     if isinstance(rules, dict):  # version 0.1 wrote None for the bundle's threshold
         was = {**was, "rules": {name: thresholds.get(name) if value is None else value for name, value in rules.items()}}
+    if isinstance(hashes := was.get("given"), dict) and any(_SHA256.fullmatch(str(text)) and text for text in hashes.values()):
+        raise StoreError(
+            f"--out {folder}: was made by an earlier version, which did not record what was given for each image",
+            hint="give a new --out",
+        )
     for key in sorted((was.keys() | now.keys()) - set(INFORMATION)):
         if was.get(key) != now.get(key):
             raise StoreError(

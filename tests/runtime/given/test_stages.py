@@ -13,8 +13,7 @@ import pytest
 from wsss.batch import Labels
 from wsss.classes import class_list
 from wsss.errors import WsssError
-from wsss.runtime.given.forms import given_hash
-from wsss.runtime.given.stages import BoxesFromFile, LabelsFromFile
+from wsss.runtime.given.stages import BoxesFromFile, Given, LabelsFromFile
 
 if TYPE_CHECKING:
     from ..conftest import World
@@ -188,6 +187,27 @@ def test_a_folder_of_two_forms(tmp_path: Path) -> None:
         BoxesFromFile(tmp_path, CLASSES)
 
 
+def test_lists_and_empty_files_beside_xml_files_are_no_labels(world: World, tmp_path: Path) -> None:
+    """As in the root of a VOC data set: ImageSets/Main/trainval.txt."""
+    written(tmp_path / "Annotations" / "000005.xml", XML.format("dog"))
+    written(tmp_path / "ImageSets" / "Main" / "trainval.txt", "000005\n000007\n000009\n000012\n000016\n")
+    written(tmp_path / "ImageSets" / "Main" / "dog_val.txt", "000005  1\n000007 -1\n")
+    written(tmp_path / "000007.txt", "")
+    given = BoxesFromFile(tmp_path, CLASSES)
+    assert given.missing(world.photo(9, 9, "Annotations/000005.jpg")) is None
+    error = given.missing(world.photo(9, 9, "000005.jpg"))
+    assert error is not None and f"--boxes {tmp_path / 'Annotations'}" in error.hint
+
+
+@pytest.mark.parametrize(("start", "kind"), [(b"\x89PNG\r\n\x1a\n", "a PNG image"), (b"\x1f\x8b\x08", "a gzip archive")])
+def test_a_binary_file_is_named_as_what_it_is(tmp_path: Path, start: bytes, kind: str) -> None:
+    (tmp_path / "x").write_bytes(start)
+    for given in (LabelsFromFile, BoxesFromFile):
+        with pytest.raises(WsssError, match=f"expected UTF-8 text, got {kind}") as caught:
+            given(tmp_path / "x", CLASSES)
+        assert "save the file" not in caught.value.hint
+
+
 def test_a_folder_of_no_form(tmp_path: Path) -> None:
     written(tmp_path / "instances.json", "{}")
     written(tmp_path / "notes.txt", "nothing")
@@ -225,49 +245,64 @@ def test_no_boxes_there(tmp_path: Path) -> None:
     assert "VOC XML" in caught.value.hint
 
 
+def test_coordinates_that_may_be_percent_are_announced_once(world: World, tmp_path: Path) -> None:
+    box = {"label": "dog", "xyxy": [20, 30, 60, 80]}
+    photos = [world.photo(375, 500, f"{number}.jpg") for number in range(4)]
+    boxes: dict[str, object] = {photo.name: [box, box] for photo in photos}
+
+    def warnings(size: int = 375) -> list[str]:
+        notes: list[str] = []
+        given = BoxesFromFile(written(tmp_path / "x.json", boxes), CLASSES, warn=notes.append)
+        for number in range(4):
+            given([world.photo(size, 500, f"{number}.jpg")], NOTHING)
+        return notes
+
+    (note,) = warnings()
+    assert "x.json: no coordinate exceeds 100, but photographs such as 2.jpg are larger, 500 x 375: expected pixels" in note
+    assert warnings(150) == []
+    boxes["another.jpg"] = [{"label": "dog", "xyxy": [20, 30, 101, 80]}]
+    assert warnings() == []
+    boxes = {"0.jpg": [box, box], "1.jpg": [], "2.jpg": [], "3.jpg": [box, box, box]}
+    assert warnings() == [], "of two photographs only"
+
+
 # ---- the hash ----
 
 
-def test_the_hash_of_what_is_given_tells_every_change(tmp_path: Path) -> None:
-    written(tmp_path / "xml" / "a.xml", "<a/>")
-    written(tmp_path / "xml" / "sub" / "b.xml", "<b/>")
-    written(tmp_path / "xml" / "notes.txt", "not looked at")
-    seen = [given_hash(tmp_path / "xml")]
-    (tmp_path / "xml" / "notes.txt").write_text("still not")
-    assert given_hash(tmp_path / "xml") == seen[0]
-    (tmp_path / "xml" / "sub" / "b.xml").write_text("<c/>")
-    seen.append(given_hash(tmp_path / "xml"))
-    (tmp_path / "xml" / "a.xml").rename(tmp_path / "xml" / "aa.xml")
-    seen.append(given_hash(tmp_path / "xml"))
-    (tmp_path / "xml" / "c.XML").write_text("<c/>")
-    seen.append(given_hash(tmp_path / "xml"))
-    seen.append(given_hash(tmp_path / "xml" / "aa.xml"))
-    assert len(set(seen)) == 5
-    with pytest.raises(WsssError, match="cannot be read: No such file"):
-        given_hash(tmp_path / "none")
+def test_the_hash_changes_with_what_is_given_for_a_photograph_only(tmp_path: Path) -> None:
+    def hashes(**how: bool) -> list[str]:
+        given = Given.open(CLASSES, tmp_path / "l.json", tmp_path / "xml", **how)
+        return [given.hash(name) for name in ("a.jpg", "b.jpg", "c.jpg")]
 
+    def changed() -> list[int]:
+        nonlocal before
+        now, was = hashes(), before
+        before = now
+        return [row for row in range(3) if now[row] != was[row]]
 
-def test_the_hash_of_an_xml_folder_is_the_one_that_stores_have(tmp_path: Path) -> None:
-    """Of versions before this one: their stores go on."""
-    written(tmp_path / "a.xml", "<a/>")
-    assert given_hash(tmp_path) == "84e75bd2edc8ddac2f2ade63a61005174ed7478d6d85a668c6960aa73fa9a16b"
-    assert given_hash(tmp_path / "a.xml") == "ac454bcc10e8043d062bbef0ccc1f3c60b7c71ec1e9d03506ed07a9c2a1a5992"
+    written(tmp_path / "l.json", {"a.jpg": ["dog"], "b.jpg": ["dog", "cat"]})
+    written(tmp_path / "xml" / "a.xml", XML.format("dog"))
+    written(tmp_path / "xml" / "b.xml", XML.format("cow"))
+    before = hashes()
+    assert len({*before}) == 3 and all(len(each) == 16 for each in before)
+    written(tmp_path / "xml" / "a.xml", XML.format("Dog").replace("Dog", "cat"))
+    assert changed() == [0]
+    written(tmp_path / "xml" / "c.xml", "<annotation/>")
+    assert changed() == [2]
+    written(tmp_path / "l.json", {"c.jpg": [], "b.jpg": ["cat", "dog", "dog"], "a.jpg": ["dog"]})
+    assert changed() == [2], "order and repetition do not count"
+    assert [one == other for one, other in zip(hashes(ignore_unknown=True), before, strict=True)] == [True, False, True]
+    written(tmp_path / "xml" / "b.xml", XML.format("cat"))
+    assert changed() == [1]
+    given = Given.open(CLASSES, None, tmp_path / "xml")
+    assert given.hash("a.jpg") not in ("", before[0])
+    assert given.hash("a.jpg", ["a.jpg", "a.png"]) != given.hash("a.jpg") == given.hash("a.jpg", ["a.jpg", "sub/x.jpg"])
+    assert Given().hash("a.jpg") == ""
 
 
 def test_the_hash_covers_the_list_of_classes(tmp_path: Path) -> None:
-    written(tmp_path / "labels" / "train" / "a.txt", "0 0.5 0.5 0.1 0.1\n")
+    labels = written(tmp_path / "labels" / "train" / "a.txt", "0 0.5 0.5 0.1 0.1\n").parent
     written(tmp_path / "data.yaml", "names: [dog, cat]\n")
-    before = given_hash(tmp_path / "labels" / "train")
+    before = Given.open(CLASSES, None, labels).hash("a.jpg")
     written(tmp_path / "data.yaml", "names: [cat, dog]\n")
-    assert given_hash(tmp_path / "labels" / "train") != before
-
-
-def test_the_hash_of_a_store_is_its_manifest(tmp_path: Path) -> None:
-    line = json.dumps({"path": "a.jpg", "boxes": [{"label": "dog", "xyxy": [0, 0, 1, 1]}]})
-    written(tmp_path / "run.json", {})
-    written(tmp_path / "manifest.jsonl", line + "\n")
-    before = given_hash(tmp_path)
-    written(tmp_path / "history.jsonl", "{}")
-    assert given_hash(tmp_path) == before
-    written(tmp_path / "manifest-0-of-2.jsonl", line + "\n")
-    assert given_hash(tmp_path) != before
+    assert Given.open(CLASSES, None, labels).hash("a.jpg") != before

@@ -39,6 +39,7 @@ def photo(name: str = "x.jpg", orientation: int = 1) -> Photograph:
         ("0 0.25 0.5 0.5 0.25 0.75 0.5 0.5 0.75", [20, 10, 60, 30], 1),
         ("0 0.25 0.5 0.5 0.25 0.75 0.5 0.5 0.75 0.5", [20, 10, 60, 30], 0.5),
         ("  0   0.0125 0.0250 2.5e-2 5e-2  ", [0, 0, 2, 2], 1),
+        ("0.000000000000000000e+00 5.0e-01 5.0e-01 2.5e-01 5.0e-01", [30, 10, 50, 30], 1),
     ],
 )
 def test_lines(tmp_path: Path, line: str, xyxy: list[float], score: float) -> None:
@@ -56,7 +57,8 @@ def test_lines(tmp_path: Path, line: str, xyxy: list[float], score: float) -> No
     [
         ("2 0.5 0.5 0.1 0.1", "class 2, but "),
         ("0 0.5 0.5 0.1", "expected a line of YOLO labels"),
-        ("0.0 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
+        ("0.5 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
+        ("-1 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
         ("9" * 5000 + " 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
         ("dog 0.5 0.5 0.1 0.1", "expected a line of YOLO labels"),
         ("0 0.5 0.5 0.1 nan", "expected a line of YOLO labels"),
@@ -151,3 +153,104 @@ def test_bad_lists_of_classes(tmp_path: Path, list_name: str, names: str, messag
 def test_keypoints_follow_the_box(tmp_path: Path) -> None:
     labels = folder(tmp_path, "0 0.5 0.5 0.25 0.5 0.1 0.1 2 0.2 0.2 0", "names: [dog]\nkpt_shape: [2, 3]\n", "data.yaml")
     assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).xyxy_image.tolist() == [[30, 10, 50, 30]]
+
+
+POSES = (  # x y of three keypoints, the last one not seen; with visibility; with visibility and confidence
+    "0 0.5 0.5 0.25 0.5 0.42 0.3 0.58 0.7 0 0\n0 0.3 0.4 0.2 0.2 0.3 0.35 0.35 0.45 0 0\n",
+    "0 0.5 0.5 0.25 0.5 0.42 0.3 2 0.58 0.7 2 0 0 0\n",
+    "0 0.5 0.5 0.25 0.5 0.42 0.3 2 0.58 0.7 1 0 0 0 0.875\n",
+)
+
+
+@pytest.mark.parametrize("text", POSES)
+def test_keypoints_without_a_word_about_them_are_refused(tmp_path: Path, text: str) -> None:
+    labels = folder(tmp_path, text)
+    with pytest.raises(WsssError, match=r"x\.txt: line 1: .*may also be a box and keypoints") as caught:
+        BoxesFromFile(labels, CLASSES)
+    assert "kpt_shape" in caught.value.hint and "task: segment" in caught.value.hint
+    for kind in ("kpt_shape: [3, 2]", "task: pose"):
+        (tmp_path / "data.yaml").write_text(f"names: [dog, cat]\n{kind}\n")
+        assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).xyxy_image[0].tolist() == [30, 10, 50, 30]
+    (tmp_path / "data.yaml").write_text("names: [dog, cat]\ntask: segment\n")
+    BoxesFromFile(labels, CLASSES)
+
+
+def test_regions_are_not_taken_for_keypoints(tmp_path: Path) -> None:
+    """Small regions near the center, such as the first one, could be keypoints; not all of a folder are."""
+    near = "0 0.5 0.5 0.6 0.5 0.6 0.6 0.5 0.6\n"
+    for others in ("0 0.1 0.1 0.3 0.1 0.3 0.3 0.1 0.3\n", "0 0.5 0.5 0.6 0.5 0.6 0.6\n"):
+        xyxy = BoxesFromFile(folder(tmp_path, near + others), CLASSES)([photo()], NOTHING).xyxy_image
+        assert xyxy[0] == pytest.approx([40, 20, 48, 24])
+
+
+def test_a_confidence_before_the_box_is_refused(tmp_path: Path) -> None:
+    """The first line can be read both ways, the second one cannot."""
+    labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n1 0.9 0.5 0.5 0.3 0.2\n")
+    with pytest.raises(WsssError, match=r"x\.txt: line 2: .*class x y width height confidence, got what .*class confidence x y"):
+        BoxesFromFile(labels, CLASSES)
+    labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n")
+    with pytest.raises(WsssError, match=r"x\.txt: line 1: .*class x y width height confidence, got what may also be class conf"):
+        BoxesFromFile(labels, CLASSES)
+    (tmp_path / "data.yaml").write_text("names: [dog, cat]\ntask: detect\n")
+    assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).score == pytest.approx([0.3])
+    (tmp_path / "data.yaml").unlink()
+    labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n1 0.9 0.5 0.2 0.3 0.9\n")
+    assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).score == pytest.approx([0.3, 0.9])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("label", ["0", "0.0"])
+def test_a_folder_in_another_encoding_is_recognized(tmp_path: Path, encoding: str, label: str) -> None:
+    labels = folder(tmp_path, "")
+    (labels / "empty.txt").unlink()
+    (labels / "x.txt").write_text(f"{label} 0.5 0.5 0.25 0.5\n", encoding=encoding)
+    assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).xyxy_image.tolist() == [[30, 10, 50, 30]]
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("0,0.5,0.5,0.1,0.1", "separate values by blanks"),
+        ("0; 0.5; 0.5; 0.1; 0.1", "separate values by blanks"),
+        ("0 0,5 0,5 0,1 0,1", "decimal points"),
+        ("dog 0.5 0.5 0.1 0.1", "the class is its number in "),
+        ("0 0.5 0.5 0.1 0.1 87", "divide percent by 100"),
+        ("0 0.5 0.5 -0.2 0.1", "a line is: class"),
+        ("0 -0.5 0.5 0.2 0.1", "a line is: class"),
+        ("0 0.5 0.5 0.2 0.1 0.5 0.5 2 0.9 0.1 2", "need a data.yaml with kpt_shape"),
+        ("0 320 240 100 80", "pixels by the photograph's sides"),
+    ],
+)
+def test_hints_fit_the_mistake(tmp_path: Path, line: str, hint: str) -> None:
+    """Also where all files of the folder have it."""
+    labels = folder(tmp_path, f"\n{line}\n")
+    (labels / "empty.txt").unlink()
+    error = BoxesFromFile(labels, CLASSES).missing(photo())
+    assert error is not None
+    assert "x.txt: line 2: expected" in error.message
+    assert hint in error.hint
+    assert ("pixels" in error.hint) == ("pixels" in hint)
+
+
+def test_a_folder_of_other_text_files_names_one(tmp_path: Path) -> None:
+    labels = folder(tmp_path, "1 2 3 4 5 6 7 8 plane 0\n")
+    (labels / "empty.txt").unlink()
+    with pytest.raises(WsssError, match=r"none of them: .*x\.txt starts with '1 2 3 4 5 6 7 8 plane 0'"):
+        BoxesFromFile(labels, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("train/x.txt", "--boxes {}/train"), ("X.txt", "upper and lower case"), ("deep/x.jpg.txt", "--boxes {}/deep")],
+)
+def test_the_nearest_file_is_named(tmp_path: Path, name: str, hint: str) -> None:
+    labels = tmp_path / "labels"
+    (labels / name).parent.mkdir(parents=True)
+    (labels / name).write_text("0 0.5 0.5 0.1 0.1")
+    (labels / "classes.txt").write_text("dog")
+    error = BoxesFromFile(labels, CLASSES).missing(photo())
+    assert error is not None
+    assert "has no labels x.txt" in error.message
+    assert f"there is {labels / name}: " in error.hint
+    assert hint.format(labels) in error.hint
+    assert "empty file" not in error.hint

@@ -184,8 +184,8 @@ def test_other_settings_are_refused_before_any_image(world: World, photos: Path,
 
 def test_other_given_labels_are_refused(world: World, photos: Path, out: Path, tmp_path: Path) -> None:
     for label in ("red", "green"):
-        (tmp_path / "labels.json").write_text(json.dumps({name: [label] for name in NAMES}))
-        labeler = Labeler.open(world.bundle, classes=world.classes, labels=tmp_path / "labels.json")
+        (tmp_path / f"{label}.json").write_text(json.dumps({name: [label] for name in NAMES}))
+        labeler = Labeler.open(world.bundle, classes=world.classes, labels=tmp_path / f"{label}.json")
         if label == "red":
             label_folder(labeler, photos, out)
     with pytest.raises(StoreError, match=r'was made with given = \{"labels": '):
@@ -349,6 +349,55 @@ def test_an_image_without_given_labels_fails_by_name(world: World, photos: Path,
     summary = label_folder(labeler, photos, out, warn=warnings.append)
     assert (summary.labelled, summary.failed) == (4, 1)
     assert f"failed: two.png: has no entry in {tmp_path / 'labels.json'}; add an entry, [] if empty" in warnings
+
+
+def test_corrected_annotations_are_labeled_in_the_same_store(world: World, photos: Path, out: Path, tmp_path: Path) -> None:
+    """Only the images whose annotation changed are labeled; the store equals one that was made without the mistakes."""
+    xml, quiet = tmp_path / "xml", {"warn": lambda _: None}
+
+    def annotate(name: str, label: str, width: int = 9) -> None:
+        (xml / name).parent.mkdir(parents=True, exist_ok=True)
+        box = f"<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>{width}</xmax><ymax>9</ymax></bndbox>"
+        (xml / name).with_suffix(".xml").write_text(f"<annotation><object><name>{label}</name>{box}</object></annotation>")
+
+    def label(out: Path, **how: bool) -> tuple[int, int, int]:
+        labeler = Labeler.open(world.bundle, classes=world.classes, boxes=xml, ignore_unknown=how.pop("ignore_unknown", False))
+        summary = label_folder(labeler, photos, out, **quiet, **how)
+        return summary.skipped, summary.labelled, summary.failed
+
+    for name in NAMES[:3]:
+        annotate(name, "red")
+    annotate(NAMES[3], "cow")
+    assert label(out) == (0, 3, 2)
+    assert label(out) == (5, 0, 0)
+    assert label(out, retry_failed=True) == (3, 0, 2)
+    assert label(out, ignore_unknown=True) == (4, 1, 0)
+    annotate(NAMES[3], "blue")  # corrected
+    annotate(NAMES[4], "green")  # added
+    annotate(NAMES[0], "red", 7)  # changed
+    assert label(out) == (2, 3, 0)
+    assert label(out) == (5, 0, 0)
+    assert label(tmp_path / "new") == (0, 5, 0)
+    assert records(out)["two.png"]["given"]
+    for file in ("run.json", "manifest.jsonl"):
+        assert (out / file).read_bytes() == (tmp_path / "new" / file).read_bytes()
+    assert labels(out) == labels(tmp_path / "new")
+    xml.rename(tmp_path / "other")
+    xml = tmp_path / "other"
+    with pytest.raises(StoreError, match='was made with given = {"boxes": "xml"}, this run has {"boxes": "other"}'):
+        label(out)
+
+
+def test_a_store_that_kept_one_hash_of_all_that_was_given_is_refused(
+    world: World, photos: Path, out: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "boxes.json").write_text(json.dumps({name: [] for name in NAMES}))
+    labeler = Labeler.open(world.bundle, classes=world.classes, boxes=tmp_path / "boxes.json")
+    label_folder(labeler, photos, out, warn=lambda _: None)
+    settings = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**settings, "given": {"boxes": "a" * 64}}))
+    with pytest.raises(StoreError, match="made by an earlier version, which did not record what was given for each image"):
+        label_folder(labeler, photos, out)
 
 
 def test_an_annotation_of_two_photographs_and_one_that_exif_turns(world: World, out: Path, tmp_path: Path) -> None:

@@ -175,11 +175,18 @@ def test_a_line_of_a_list_as_people_write_it(tmp_path: Path, monkeypatch: pytest
     for name in ("sub/x.jpg", "sub/y.jpg", "z.jpg", "#1.jpg", "blank .jpg ", "back\\slash.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("deep/er")
+    (tmp_path / "deep" / "z.jpg").touch()
     lines = {
         "sub\\x.jpg": "sub/x.jpg",
         "  sub/y.jpg \t": "sub/y.jpg",
         "./z.jpg": "z.jpg",
         ".//./z.jpg": "z.jpg",
+        "sub//x.jpg": "sub/x.jpg",
+        "sub/../sub/./y.jpg": "sub/y.jpg",
+        "link/../z.jpg": "link/../z.jpg",
+        "../gone.jpg": "../gone.jpg",
         "# a comment": None,
         "#1.jpg": "#1.jpg",
         "   ": None,
@@ -233,3 +240,12 @@ def test_a_list_names_paths_and_urls(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(ImageError) as caught:
             place.read(name)
         assert caught.value.message.startswith(f"{name}: cannot be read")
+
+
+def test_a_line_that_has_more_than_a_path_is_told_the_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = FileList(tmp_path / "list.txt")
+    for name in ("a.png\t3", "a.png,dog", '"a.png"', "2007_000032", "none.png"):
+        with pytest.raises(ImageError, match="cannot be read") as caught:
+            place.read(name)
+        assert ("a list has one path or URL a line" in caught.value.message) == (name != "none.png")
