@@ -42,8 +42,14 @@ def connect(address: str | None, log: Callable[[str], None]) -> None:
             ) from None
         log("Ray: no cluster found; one is started on this machine")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # would send usage reports over the network
-        with _silent():
-            ray.init(address="local", include_dashboard=False, **quiet)
+        try:
+            with _silent():
+                ray.init(address="local", include_dashboard=False, **quiet)
+        except Exception as error:  # Ray raises plain ones
+            raise WsssError(
+                f"--on ray: Ray cannot start on this machine: {last_line(error)}",
+                hint="run the same command again, or start Ray by hand: ray start --head",
+            ) from None
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ...classes import ClassList
 from ...errors import ImageError
 from ...object_storage import RemoteFolder
 from ...photographs import Place, read_file, stamp_of
-from ...store.format import LabelWriter, missing_fields
+from ...store.format import LabelWriter, Store, missing_fields
 from ...store.local import LabelStore, Record, Shard
 from ...store.remote import RemoteStore
 from ..given.names import twins_of
@@ -219,7 +219,7 @@ def label_folder(
     return summary
 
 
-def _store(out: Path | RemoteFolder, executor: Executor, shard: Shard | None) -> LabelStore | RemoteStore:
+def _store(out: Path | RemoteFolder, executor: Executor, shard: Shard | None) -> Store:
     if isinstance(out, Path):
         return LabelStore(out, executor.classes, executor.settings, shard=shard)
     return RemoteStore(out, executor.classes, executor.settings, shard=shard)

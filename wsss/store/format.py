@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, TypeVar
@@ -82,6 +82,20 @@ class LabelWriter(Protocol):
     def write_confidence(self, name: str, confidence: np.ndarray) -> None:
         """Write the confidence (H, W) uint8 of a label map, 255 is certain. Raises as ``write``."""
         ...
+
+
+class Store(Protocol):
+    """A label store open for writing: `LabelStore` on this machine, `RemoteStore` in an object store."""
+
+    @property
+    def labels(self) -> LabelWriter: ...
+    def __enter__(self) -> Store: ...
+    def __exit__(self, *_: object) -> None: ...
+    def has_label(self, name: str) -> bool: ...
+    def select(self, images: Iterable[W], is_current: Callable[[W, Record], bool]) -> Selection: ...
+    def missing(self, images: Iterable[W]) -> Iterator[W]: ...
+    def append(self, records: Sequence[Record]) -> None: ...
+    def add_history(self, record: Mapping[str, Any]) -> None: ...
 
 
 def run_of(classes: ClassList, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -278,6 +278,24 @@ def test_an_address_where_nothing_listens_is_said(
     assert "expected HOST:PORT" in wsss(*words, "--ray-address", "nowhere").err
 
 
+def test_a_cluster_that_does_not_start_is_one_message(
+    wsss: Callable[..., Answer],
+    world: World,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    disconnected: None,
+) -> None:
+    def too_slow(*, address: str, **_: object) -> None:
+        raise ConnectionError if address == "auto" else Exception("a trace\nThe current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", too_slow)
+    flags = ["--classes", "red", "--bundle", world.bundle, "--out", tmp_path / "out", "--on", "ray"]
+    answer = wsss("label", photos, *flags)
+    assert answer.code == 1
+    assert "Ray cannot start on this machine: The current node timed out during startup.\n\nhint: run the same" in answer.err
+
+
 def test_without_ray_the_command_says_what_to_install(
     wsss: Callable[..., Answer], photos: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
