@@ -41,7 +41,7 @@ from wsss.runtime.convert.dataset import convert
 from wsss.runtime.labeler import MINI, Labeler
 from wsss.runtime.report.page import write_report
 from wsss.runtime.run.label_folder import label_folder, printable
-from wsss.runtime.run.sources import listing, source_of
+from wsss.runtime.run.sources import source_of
 from wsss.spec import Model, open_bundle, sha256_of
 from wsss.store.local import read_label
 
@@ -696,14 +696,14 @@ def list_of_photos(folder: Path) -> Files:
 @kind(list_of_photos, beside=make_photos)
 def list_of_images(case: Case) -> None:
     source = source_of(str(case.file))
-    found = list(listing(source, case.folder / "store"))
+    found = list(source.listing(case.folder / "store"))
     labels = [each.label for each in found]
     assert len(set(labels)) == len(labels)
     for each in found[:20]:
         parts = Path(each.label).parts
         assert ".." not in parts and not Path(each.label).is_absolute(), each
         with contextlib.suppress(WsssError):
-            decode(read_file(source, each.name))
+            decode(source.read(each.name))
 
 
 def make_truth(folder: Path) -> None:

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, _imaging, features
@@ -83,26 +82,12 @@ class ImageFile:
     sha256: str
 
 
-class Place(Protocol):
-    """A source of photographs other than a local folder. Can be pickled and used by any number of threads and processes."""
-
-    def read(self, name: str) -> ImageFile:
-        """Read one image's bytes. Raises ImageError as `read_file` does."""
-        ...
-
-    def stamp(self, name: str) -> Mapping[str, int | str]:
-        """As `stamp_of`. Raises OSError or ImageError."""
-        ...
-
-
-def read_file(folder: Path | Place, name: str) -> ImageFile:
+def read_file(folder: Path, name: str) -> ImageFile:
     """Read the bytes of an image of a folder, or of ``folder`` itself if that is a file.
 
     Raises:
         ImageError: missing, unreadable, not a regular file, or too large.
     """
-    if not isinstance(folder, Path):
-        return folder.read(name)
     data, status = read_regular(
         path_of(folder, name),
         where=name,
@@ -113,14 +98,8 @@ def read_file(folder: Path | Place, name: str) -> ImageFile:
     return ImageFile(name=name, data=data, mtime_ns=status.st_mtime_ns, sha256=hashlib.sha256(data).hexdigest())
 
 
-def stamp_of(folder: Path | Place, name: str) -> Mapping[str, int | str]:
-    """Metadata that changes with the image: ``bytes``, and ``mtime_ns`` or ``etag``. Does not read the file.
-
-    Raises:
-        OSError or ImageError: the image is missing.
-    """
-    if not isinstance(folder, Path):
-        return folder.stamp(name)
+def stamp_of(folder: Path, name: str) -> Mapping[str, int]:
+    """Metadata that changes with the image: ``bytes`` and ``mtime_ns``. Does not read the file. Raises OSError: it is missing."""
     status = path_of(folder, name).stat()
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 

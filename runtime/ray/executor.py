@@ -28,10 +28,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ... import __version__
 from ...classes import ClassList
 from ...errors import StoreError, WsssError, WsssWarning
-from ...photographs import Place
 from ...store.format import LabelWriter
 from ..labeler import strange_to_mini
 from ..run.label_folder import Summary, Warn
+from ..run.sources import Source
 from ..run.stream import Receipt, Task, failure
 from ..run.workers import DEATHS, Opener, add_up
 from .cluster import connect, free, last_line, pipeline_settings
@@ -138,7 +138,7 @@ class RayExecutor:
         add_up(self._summaries.values(), summary)
 
     def work(
-        self, tasks: Iterable[Task | None], folder: Path | Place, labels: LabelWriter, stop: threading.Event, warn: Warn
+        self, tasks: Iterable[Task | None], source: Source, labels: LabelWriter, stop: threading.Event, warn: Warn
     ) -> Generator[list[Receipt], None, None]:
         """Yield the receipts of all tasks as they arrive; once ``stop`` is set, only of those in progress.
 
@@ -152,7 +152,7 @@ class RayExecutor:
             "control": control,
             "opener": self._opener,
             "settings": self.settings,
-            "folder": folder,
+            "source": source,
             "labels": labels,
             "cwd": os.getcwd(),
             "batch": self._batch,

@@ -13,7 +13,6 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -21,9 +20,9 @@ import numpy as np
 import ray
 
 from ...errors import StoreError, WsssError, WsssWarning
-from ...photographs import Place
 from ...store.format import LabelWriter
 from ..run.label_folder import LocalExecutor, Summary
+from ..run.sources import Source
 from ..run.stream import Receipt, Task
 from ..run.workers import DEATHS, Opener
 
@@ -74,7 +73,7 @@ class RayLabeler:
         control: handle of the run's `Control`.
         opener: opens the labeler.
         settings: the settings that every labeler must have, as in the store.
-        folder, labels: where photographs are read from and label maps are written to; every node must reach them.
+        source, labels: where photographs are read from and label maps are written to; every node must reach them.
         cwd: the driver's working folder, from which relative paths start.
         batch: images labeled together.
         cores: number of cores of its host that it may use; None: all.
@@ -86,7 +85,7 @@ class RayLabeler:
         control: Any,
         opener: Opener,
         settings: Mapping[str, Any],
-        folder: Path | Place,
+        source: Source,
         labels: LabelWriter,
         cwd: str,
         batch: int,
@@ -110,7 +109,7 @@ class RayLabeler:
                     f"--on ray: the labeler on {self._host} would label with settings that differ from the first one's",
                     hint="the bundle must be the same on every node; name the engine with --engine",
                 )
-            self._work = _Work(LocalExecutor(labeler, batch=batch), folder, labels, stop)
+            self._work = _Work(LocalExecutor(labeler, batch=batch), source, labels, stop)
         except WsssError as error:
             self._error = _error_of(error)
 
@@ -151,7 +150,7 @@ class RayLabeler:
 class _Work:
     """Runs a labeler as long as its process lives; calls add their tasks and wait for the receipts."""
 
-    def __init__(self, executor: LocalExecutor, folder: Path | Place, labels: LabelWriter, stop: threading.Event) -> None:
+    def __init__(self, executor: LocalExecutor, source: Source, labels: LabelWriter, stop: threading.Event) -> None:
         self.executor, self._stop = executor, stop
         self.warnings: list[str] = []
         self._inbox: SimpleQueue[list[Task]] = SimpleQueue()
@@ -161,7 +160,7 @@ class _Work:
         """The run's number of each task and its call's queue, by a number of this process: Ray may send a call twice."""
         self._ended = False
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, args=(folder, labels), daemon=True).start()
+        threading.Thread(target=self._run, args=(source, labels), daemon=True).start()
 
     def label(self, tasks: list[Task]) -> list[Receipt]:
         """The receipts of these tasks; when the run is stopped, only of those in progress.
@@ -185,10 +184,10 @@ class _Work:
             raise self._error
         return receipts
 
-    def _run(self, folder: Path | Place, labels: LabelWriter) -> None:
+    def _run(self, source: Source, labels: LabelWriter) -> None:
         error: BaseException | None = None
         try:
-            for receipts in self.executor.work(self._tasks(), folder, labels, self._stop, self.warnings.append):
+            for receipts in self.executor.work(self._tasks(), source, labels, self._stop, self.warnings.append):
                 for receipt in receipts:
                     with self._lock:
                         number, queue = self._waiting.pop(receipt.number)

@@ -17,7 +17,6 @@ from ... import __version__
 from ...classes import ClassList
 from ...errors import ImageError
 from ...object_storage import RemoteFolder
-from ...photographs import Place, read_file, stamp_of
 from ...store.format import LabelWriter, Store, missing_fields
 from ...store.local import LabelStore, Record, Shard
 from ...store.remote import RemoteStore
@@ -25,7 +24,7 @@ from ..given.names import twins_of
 from ..given.stages import Given
 from ..labeler import Labeler
 from .listing import SIDECARS, Found, LeftOut, check_images, describe_left_out
-from .sources import Source, listing
+from .sources import LocalImages, Source
 from .stream import Receipt, Stream, Task
 
 NAMED = 10
@@ -89,7 +88,7 @@ class Executor(Protocol):
     def settings(self) -> dict[str, Any]: ...
 
     def work(
-        self, tasks: Iterable[Task | None], folder: Path | Place, labels: LabelWriter, stop: threading.Event, warn: Warn
+        self, tasks: Iterable[Task | None], source: Source, labels: LabelWriter, stop: threading.Event, warn: Warn
     ) -> Generator[list[Receipt], None, None]:
         """Yield the receipts of all tasks, nearly in order; once ``stop`` is set, only of those in progress."""
         ...
@@ -116,10 +115,10 @@ class LocalExecutor:
         return self._labeler.settings
 
     def work(
-        self, tasks: Iterable[Task | None], folder: Path | Place, labels: LabelWriter, stop: threading.Event, warn: Warn
+        self, tasks: Iterable[Task | None], source: Source, labels: LabelWriter, stop: threading.Event, warn: Warn
     ) -> Generator[list[Receipt], None, None]:
         self._labeler.device.warn = warn
-        return Stream(self._labeler, folder, labels, batch=self._batch, stop=stop).run(tasks)
+        return Stream(self._labeler, source, labels, batch=self._batch, stop=stop).run(tasks)
 
     def report(self, summary: Summary) -> None:
         for stage, seconds in self._labeler.take_seconds().items():
@@ -182,8 +181,9 @@ def label_folder(
     executor = LocalExecutor(labeler, batch=batch) if isinstance(labeler, Labeler) else labeler
     given = given or (labeler.given if isinstance(labeler, Labeler) else Given())
     assert any((given.labels, given.boxes)) == ("given" in executor.settings)
-    images = listing(folder, out, shard)
-    all_images = listing(folder, out) if shard else images
+    source = LocalImages(folder) if isinstance(folder, Path) else folder
+    images = source.listing(out, shard)
+    all_images = source.listing(out) if shard else images
     check_images(all_images)
     failed = failed or (lambda _, error: warn(f"failed: {printable(error)}"))
     start = time.perf_counter()
@@ -194,11 +194,11 @@ def label_folder(
     with _store(out, executor, shard) as store:
         tally = _Tally(executor)
         twins = twins_of(image.name for image in all_images) if "given" in executor.settings else {}
-        selection = store.select(images, tally.counting(_Check(store.has_label, folder, retry_failed, given, twins)))
+        selection = store.select(images, tally.counting(_Check(store.has_label, source, retry_failed, given, twins)))
         summary = Summary(images=selection.images, skipped=selection.done, failed_before=selection.failed)
         _report_left_out(images.left_out, summary, warn, failed)
         tasks = Tasks(store.missing(images), selection.images - selection.done, twins, given)
-        with closing(executor.work(tasks, folder, store.labels, stop, warn)) as receipts:
+        with closing(executor.work(tasks, source, store.labels, stop, warn)) as receipts:
             for records in _in_order(receipts):
                 store.append(records)
                 _count(summary, records, failed, warn)
@@ -231,7 +231,7 @@ class _Check:
     the file's hash), and of the same given labels and boxes."""
 
     has_label: Callable[[str], bool]
-    folder: Path | Source
+    source: Source
     retry_failed: bool
     given: Given
     twins: Mapping[str, Sequence[str]]
@@ -245,12 +245,12 @@ class _Check:
             return False
         sha256 = record.get("sha256", "")
         try:
-            stamp = image.stamp or stamp_of(self.folder, image.name)
+            stamp = image.stamp or self.source.stamp(image.name)
             if sha256 and stamp["bytes"] != record.get("bytes"):
                 return False
             if sha256 and stamp.items() <= record.items():
                 return True
-            file = read_file(self.folder, image.name)
+            file = self.source.read(image.name)
         except (OSError, ImageError):
             return not sha256  # the file could not be read when the line was written, and still cannot
         return bool(sha256 == file.sha256)

@@ -13,12 +13,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count, groupby, islice
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import ClassVar, Protocol
 from urllib.parse import unquote
 
 from ...errors import ImageError, UsageError
 from ...object_storage import Entry, RemoteFolder, hint_of, is_url
-from ...photographs import MAX_BYTES, SUFFIXES, ImageFile, Place, read_file, stamp_of
+from ...photographs import MAX_BYTES, SUFFIXES, ImageFile, read_file, stamp_of
+from ...store.local import Shard
 from .listing import Folder, Found, LeftOut, Listing, is_of_shard, label_of
 
 SORTED_AT_ONCE = 200_000
@@ -27,16 +28,53 @@ LONGEST_LINE = 1 << 16
 """Most characters of a line of a list; no path or URL is longer."""
 
 
-class Source(Place, Protocol):
-    """A place whose images can be listed."""
+class Source(Protocol):
+    """Where photographs are. Can be pickled and used by any number of threads and processes."""
 
-    def found(self, out: Path | RemoteFolder | None, left_out: LeftOut | None = None) -> Iterator[Found]:
-        """Yield the images sorted by name (by code points), without those of the store ``out``. Raises ImageError.
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading mostly waits for a network."""
+        ...
+
+    def listing(self, out: Path | RemoteFolder | None = None, shard: Shard | None = None) -> Listing:
+        """The images.
 
         Args:
-            left_out: filled with the other files.
+            out: the label store, whose labels are not photographs.
+            shard: (I, N): only those of the I-th of N shares.
         """
         ...
+
+    def read(self, name: str) -> ImageFile:
+        """Read one image's bytes. Raises ImageError as `read_file` does."""
+        ...
+
+    def stamp(self, name: str) -> Mapping[str, int | str]:
+        """Metadata that changes with the image: ``bytes``, and ``mtime_ns`` or ``etag``. Raises OSError or ImageError."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalImages:
+    """The images of a folder on this machine and of its sub-folders, or the one image ``path``."""
+
+    path: Path
+    is_remote: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def listing(self, out: Path | RemoteFolder | None = None, shard: Shard | None = None) -> Folder:
+        """As `Source.listing`."""
+        return Folder(self.path, out if isinstance(out, Path) else None, shard)
+
+    def read(self, name: str) -> ImageFile:
+        """As `Source.read`."""
+        return read_file(self.path, name)
+
+    def stamp(self, name: str) -> Mapping[str, int | str]:
+        """As `Source.stamp`."""
+        return stamp_of(self.path, name)
 
 
 @dataclass(frozen=True)
@@ -45,12 +83,17 @@ class RemoteImages:
 
     folder: RemoteFolder
     only: str = ""
+    is_remote: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return f"{self.folder}/{self.only}" if self.only else str(self.folder)
 
+    def listing(self, out: Path | RemoteFolder | None = None, shard: Shard | None = None) -> Listing:
+        """As `Source.listing`, without hidden files and folders. Pages are fetched when they are needed."""
+        return _Listed(self, out, shard)
+
     def found(self, out: Path | RemoteFolder | None, left_out: LeftOut | None = None) -> Iterator[Found]:
-        """As `Source.found`, without hidden files and folders. Pages of the listing are fetched when they are needed."""
+        """Yield the images of `listing`, and fill ``left_out`` with the other files."""
         inside = f"{self.folder}/"
         leave_out = f"{out}/".removeprefix(inside) if isinstance(out, RemoteFolder) and f"{out}/".startswith(inside) else None
         try:
@@ -66,11 +109,11 @@ class RemoteImages:
             raise ImageError(f"{self}: cannot be listed: {error.strerror or error}", hint=hint_of(error)) from None
 
     def stamp(self, name: str) -> Mapping[str, int | str]:
-        """As `Place.stamp`."""
+        """As `Source.stamp`."""
         return _stamp(self.folder.entry(name))
 
     def read(self, name: str) -> ImageFile:
-        """As `Place.read`."""
+        """As `Source.read`."""
         try:
             # Asked before the bytes are read: an object that is replaced in between differs from its line's ETag, and is
             # read again by the next run.
@@ -93,12 +136,18 @@ class FileList:
     """
 
     path: Path
+    is_remote: ClassVar[bool] = True
+    """It may list URLs."""
 
     def __str__(self) -> str:
         return str(self.path)
 
+    def listing(self, out: Path | RemoteFolder | None = None, shard: Shard | None = None) -> Listing:
+        """As `Source.listing`: each image once, in any order of the list."""
+        return _Listed(self, out, shard)
+
     def found(self, out: Path | RemoteFolder | None, left_out: LeftOut | None = None) -> Iterator[Found]:
-        """As `Source.found`: each image once, in any order of the list."""
+        """Yield the images of `listing`; nothing else is in a list."""
         try:
             with ExitStack() as stack:
                 names = filter(None, map(_name_of, self._lines(stack)))
@@ -130,14 +179,15 @@ class FileList:
             yield line.rstrip("\r\n")
 
     def stamp(self, name: str) -> Mapping[str, int | str]:
-        """As `Place.stamp`."""
-        return stamp_of(*_place_of(name))
+        """As `Source.stamp`."""
+        source, inside = _source_of(name)
+        return source.stamp(inside)
 
     def read(self, name: str) -> ImageFile:
-        """As `Place.read`."""
-        place, inside = _place_of(name)
+        """As `Source.read`."""
+        source, inside = _source_of(name)
         try:
-            file = read_file(place, inside)
+            file = source.read(inside)
         except ImageError as error:
             message = error.message.replace(inside, name, 1) if inside != name else error.message
             if not is_url(name) and PurePosixPath(name).suffix.lower() not in SUFFIXES and not _exists(inside):
@@ -148,9 +198,9 @@ class FileList:
 
 @dataclass(frozen=True)
 class _Listed:
-    path: Source
+    path: RemoteImages | FileList
     out: Path | RemoteFolder | None
-    shard: tuple[int, int] | None
+    shard: Shard | None
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def __iter__(self) -> Iterator[Found]:
@@ -158,7 +208,7 @@ class _Listed:
         return (found for found in self.path.found(self.out, self.left_out) if is_of_shard(found.name, self.shard))
 
 
-def source_of(text: str) -> Path | Source:
+def source_of(text: str) -> Source:
     """The source that IMAGES names: a URL, a list (``.txt``), a folder or an image."""
     if is_url(text):
         url = text.rstrip("/")
@@ -166,7 +216,7 @@ def source_of(text: str) -> Path | Source:
         alone = PurePosixPath(name).suffix.lower() in SUFFIXES and not text.endswith("/") and not parent.endswith("/")
         return RemoteImages(RemoteFolder(parent), name) if alone else RemoteImages(RemoteFolder(url))
     path = local_path(text)
-    return FileList(path) if path.suffix.lower() == ".txt" and path.is_file() else path
+    return FileList(path) if path.suffix.lower() == ".txt" and path.is_file() else LocalImages(path)
 
 
 def store_of(text: str) -> Path | RemoteFolder:
@@ -183,22 +233,6 @@ def local_path(text: str) -> Path:
     if machine not in ("", "localhost"):
         raise UsageError(f"{text}: expected a file of this machine", hint="file:///home/me/photos has three slashes")
     return Path(unquote(slash + path))
-
-
-def listing(
-    place: Path | Source,
-    out: Path | RemoteFolder | None = None,
-    shard: tuple[int, int] | None = None,
-) -> Listing:
-    """The images of a place.
-
-    Args:
-        out: the label store, whose labels are not photographs.
-        shard: (I, N): only those of the I-th of N shares.
-    """
-    if isinstance(place, Path):
-        return Folder(place, out if isinstance(out, Path) else None, shard)
-    return _Listed(place, out, shard)
 
 
 def _stamp(entry: Entry) -> Mapping[str, int | str]:
@@ -233,12 +267,12 @@ def _exists(name: str) -> bool:
     return os.path.lexists(name.replace("\0", ""))
 
 
-def _place_of(name: str) -> tuple[Path | Place, str]:
+def _source_of(name: str) -> tuple[Source, str]:
     if is_url(name):
         parent, _, last = name.rpartition("/")
         return RemoteImages(RemoteFolder(parent)), last
     try:
-        return (Path(), name) if not name.startswith("file://") else (Path("/"), str(local_path(name)))
+        return (LocalImages(Path()), name) if not name.startswith("file://") else (LocalImages(Path("/")), str(local_path(name)))
     except UsageError as error:  # fails this image only
         raise ImageError(error.message, hint=error.hint) from None
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -22,7 +21,7 @@ import numpy as np
 from ...batch import VOID, Boxes, Labels, Masks, Photograph, PseudoLabels
 from ...cores import cores
 from ...errors import ImageError, OutOfMemory
-from ...photographs import ImageFile, Place, count_pixels, decode, read_file
+from ...photographs import ImageFile, count_pixels, decode
 from ...store.format import LabelWriter, line_of, parse_line
 from ...store.local import Record
 from ..canvas import Prepares
@@ -30,6 +29,7 @@ from ..device import free_bytes
 from ..labeler import Labeler
 from ..segment import Embedded, MaskPredictor
 from .prefetch import Budget, PriorityThreadPool, prefetched
+from .sources import Source
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ engine that takes 20 ms a batch would wait as long for its next call."""
 URGENCY = {"read": 0, "tag": 1, "detect": 2, "segment": 3}
 """Priority of the work for a stage: images that are nearer to the end go first."""
 READERS = 16
-"""Threads that read photographs that are not in a local folder: they mostly wait for the network."""
+"""Threads that read photographs of a remote source: they mostly wait for the network."""
 AHEAD = 2
 """Batches that wait before a stage, so that an engine finds its next one even when preparing it takes twice as long as
 usual."""
@@ -119,19 +119,19 @@ class Stream:
 
     Args:
         labeler: the chain.
-        folder: where the images are read from.
+        source: where the images are read from.
         labels: writes the label maps.
         batch: images labeled together.
         stop: when set, no further batch is started.
     """
 
-    def __init__(self, labeler: Labeler, folder: Path | Place, labels: LabelWriter, *, batch: int, stop: threading.Event) -> None:
-        self._labeler, self._folder, self._labels = labeler, folder, labels
+    def __init__(self, labeler: Labeler, source: Source, labels: LabelWriter, *, batch: int, stop: threading.Event) -> None:
+        self._labeler, self._source, self._labels = labeler, source, labels
         self._size, self._stop = batch, stop
         self._abandoned = threading.Event()
         self._budget = Budget(min(PIXEL_BYTES, free_bytes() // 4))
         self._pool = PriorityThreadPool(cores())
-        self._readers = None if isinstance(folder, Path) else ThreadPoolExecutor(READERS, "read")
+        self._readers = ThreadPoolExecutor(READERS, "read") if source.is_remote else None
         self._writers = ThreadPoolExecutor(WRITERS, "write")
         self._encoders = ThreadPoolExecutor(labeler.device.callers, "encode")
 
@@ -214,7 +214,7 @@ class Stream:
         """Read a task's file, and decode it if it has fewer pixels than ``small``."""
         stamp = NOTHING
         try:
-            file = read_file(self._folder, task.name)
+            file = self._source.read(task.name)
             stamp = _stamp(len(file.data), file)
             pixels = count_pixels(file)
             amount = pixels * (3 if pixels < LARGE else 10)

@@ -17,16 +17,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from ...classes import ClassList
 from ...errors import StoreError, WsssError, WsssWarning
-from ...photographs import Place
 from ...store.format import LabelWriter
 from ..labeler import Labeler, strange_to_mini
 from .label_folder import LocalExecutor, Summary, Warn
+from .sources import Source
 from .stream import Receipt, Task, failure
 
 Opener = Callable[[], Labeler]
@@ -121,7 +120,7 @@ class Workers:
         add_up([worker.summary for worker in self._workers], summary)
 
     def work(
-        self, tasks: Iterable[Task | None], folder: Path | Place, labels: LabelWriter, stop: threading.Event, warn: Warn
+        self, tasks: Iterable[Task | None], source: Source, labels: LabelWriter, stop: threading.Event, warn: Warn
     ) -> Generator[list[Receipt], None, None]:
         """Yield the receipts of all tasks as they arrive; once ``stop`` is set, only of those in progress.
 
@@ -131,7 +130,7 @@ class Workers:
         dispatcher = _Dispatcher(tasks, self._batch)
         alive, ending = list(self._workers), False
         for worker in alive:
-            _send(worker, (folder, labels))
+            _send(worker, (source, labels))
         while alive:
             if not ending:
                 for worker in [] if stop.is_set() else alive:
@@ -271,10 +270,10 @@ def _serve(pipe: Connection, opener: Opener, batch: int | None, share: set[int])
     start = inbox.get()
     if start == "end":
         return
-    folder, labels = start
+    source, labels = start
     executor, summary = LocalExecutor(labeler, batch=batch), Summary()
     try:
-        for receipts in executor.work(_tasks(inbox), folder, labels, stop, lambda message: send("warn", message)):
+        for receipts in executor.work(_tasks(inbox), source, labels, stop, lambda message: send("warn", message)):
             executor.report(summary)
             send("receipts", receipts, summary)
     except StoreError as error:

@@ -115,11 +115,11 @@ def label(
     from ..runtime.labeler import Labeler, Rules, strange_to_mini
     from ..runtime.run.label_folder import label_folder
     from ..runtime.run.listing import check_images
-    from ..runtime.run.sources import listing, source_of, store_of
+    from ..runtime.run.sources import source_of, store_of
     from ..runtime.run.workers import Workers
 
     source, store = source_of(images), store_of(out)
-    check_images(listing(source, store))  # before the engines are loaded, which takes a while
+    check_images(source.listing(store))  # before the engines are loaded, which takes a while
     rules = Rules(
         tag_threshold=tag_threshold, box_threshold=box_threshold, nms=nms, nms_across=nms_across, margin=margin, gate=gate
     )

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ....runtime.run.label_folder import Summary, label_folder
 from ....runtime.run.listing import Found
-from ....runtime.run.sources import listing
+from ....runtime.run.sources import LocalImages
 from ....store.local import LabelStore, read_records
 from ..harness import RESULTS, about, peak_memory_bytes, run_part, study_parser, write_result
 from .fake_chain import SMALL, open_fake
@@ -37,7 +37,7 @@ def listing_cost(folder: Path, count: int) -> dict[str, float]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     begun = time.process_time()
-    images = list(listing(folder / "photos"))
+    images = list(LocalImages(folder / "photos").listing())
     listed = time.process_time() - begun
     with LabelStore(folder / "out", labeler.classes, labeler.settings) as store:
         for start in range(0, count, 1000):

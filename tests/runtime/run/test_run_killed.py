@@ -21,7 +21,7 @@ from wsss import files
 from wsss.errors import StoreError
 from wsss.photographs import ImageFile
 from wsss.runtime.labeler import Labeler
-from wsss.runtime.run import stream
+from wsss.runtime.run import sources
 from wsss.runtime.run.label_folder import Summary, label_folder
 from wsss.store import local as labelstore
 from wsss.store.local import LabelStore, read_label, read_records
@@ -265,14 +265,14 @@ def test_a_run_that_is_stopped_finishes_what_it_began_and_goes_on(
         world.save(many / f"{number:02}.png", 30, 40, blue=(2, 2, 20, 20))
     label(tmp_path / "whole")
     stop = threading.Event()
-    read = stream.read_file
+    read = sources.read_file
 
     def read_some(folder: Path, name: str) -> ImageFile:
         if name >= "10":  # names of digits come before a/ and b/
             assert stop.wait(60), "the first ten make progress without the others"
         return read(folder, name)
 
-    monkeypatch.setattr(stream, "read_file", read_some)
+    monkeypatch.setattr(sources, "read_file", read_some)
     first = label(tmp_path / "out", stop=stop, progress=lambda _: stop.set())
     assert first.stopped
     assert 0 < first.labelled < 30

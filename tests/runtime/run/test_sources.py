@@ -12,10 +12,9 @@ import pytest
 
 from wsss.errors import ImageError, UsageError
 from wsss.object_storage import RemoteFolder
-from wsss.photographs import read_file, stamp_of
 from wsss.runtime.run import sources
 from wsss.runtime.run.listing import check_images, label_of
-from wsss.runtime.run.sources import FileList, RemoteImages, listing, local_path, source_of, store_of
+from wsss.runtime.run.sources import FileList, LocalImages, RemoteImages, local_path, source_of, store_of
 
 if TYPE_CHECKING:
     from ..conftest import Bucket
@@ -68,9 +67,9 @@ def test_a_name_too_long_for_a_file_is_cut() -> None:
 def test_what_images_and_out_name(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("x.jpg\n")
     (tmp_path / "folder.txt").mkdir()
-    assert source_of("photos") == Path("photos")
-    assert source_of(str(tmp_path / "folder.txt")) == tmp_path / "folder.txt"
-    assert source_of(str(tmp_path / "none.txt")) == tmp_path / "none.txt"
+    assert source_of("photos") == LocalImages(Path("photos"))
+    assert source_of(str(tmp_path / "folder.txt")) == LocalImages(tmp_path / "folder.txt")
+    assert source_of(str(tmp_path / "none.txt")) == LocalImages(tmp_path / "none.txt")
     assert source_of(str(tmp_path / "list.txt")) == FileList(tmp_path / "list.txt")
     assert source_of("s3://b/photos/") == RemoteImages(RemoteFolder("s3://b/photos"))
     assert source_of("s3://b") == RemoteImages(RemoteFolder("s3://b"))
@@ -79,13 +78,14 @@ def test_what_images_and_out_name(tmp_path: Path) -> None:
     assert source_of("s3://b/x.jpg/") == RemoteImages(RemoteFolder("s3://b/x.jpg"))
     assert store_of("s3://b/store/") == RemoteFolder("s3://b/store")
     assert store_of("store") == Path("store")
-    assert source_of("file:///data/my%20photos") == local_path("file://localhost/data/my%20photos") == Path("/data/my photos")
+    assert source_of("file:///data/my%20photos") == LocalImages(Path("/data/my photos"))
+    assert local_path("file://localhost/data/my%20photos") == Path("/data/my photos")
     with pytest.raises(UsageError, match="expected a file of this machine"):
         source_of("file://data/photos")
 
 
 def names(place: RemoteImages | FileList, out: RemoteFolder | None = None, shard: tuple[int, int] | None = None) -> list[str]:
-    return [found.name for found in listing(place, out, shard)]
+    return [found.name for found in place.listing(out, shard)]
 
 
 def test_images_of_a_bucket_are_those_of_a_folder(bucket: Bucket, tmp_path: Path) -> None:
@@ -96,31 +96,32 @@ def test_images_of_a_bucket_are_those_of_a_folder(bucket: Bucket, tmp_path: Path
         (tmp_path / name).write_bytes(b"1")
     bucket.put("photos-2/x.jpg", b"1")
     place = RemoteImages(RemoteFolder(f"{bucket.url}/photos"))
-    there = listing(place, RemoteFolder(f"{bucket.url}/photos/store"))
+    there = place.listing(RemoteFolder(f"{bucket.url}/photos/store"))
     assert len(list(there)) == 6
     assert there.left_out.files == {".txt": 1}
-    here = [found.name for found in listing(tmp_path, tmp_path / "store")]
+    here = [found.name for found in LocalImages(tmp_path).listing(tmp_path / "store")]
     assert names(place, RemoteFolder(f"{bucket.url}/photos/store")) == here
     assert here == ["A.JPEG", "a.jpg", "storeroom/x.jpg", "sub/b.png", "sub/c d.webp", "z.tif"]
     assert "store/labels/a.png" in names(place, RemoteFolder(f"{bucket.url}/photos-2"))
     shards = [names(place, RemoteFolder(f"{bucket.url}/photos/store"), (number, 3)) for number in range(3)]
     assert sorted(name for shard in shards for name in shard) == here
-    assert shards == [[found.name for found in listing(tmp_path, tmp_path / "store", (number, 3))] for number in range(3)]
-    check_images(listing(place))
+    local = [LocalImages(tmp_path).listing(tmp_path / "store", (number, 3)) for number in range(3)]
+    assert shards == [[found.name for found in images] for images in local]
+    check_images(place.listing())
 
 
 def test_an_object_is_read_and_stamped(bucket: Bucket) -> None:
     bucket.put("photos/a b.jpg", b"12")
     bucket.put("photos/empty.jpg", b"")
     place = pickle.loads(pickle.dumps(RemoteImages(RemoteFolder(f"{bucket.url}/photos"))))
-    file = read_file(place, "a b.jpg")
+    file = place.read("a b.jpg")
     assert (file.name, file.data, file.etag) == ("a b.jpg", b"12", "c20ad4d76fe97759aa27a0c99bff6710")
-    assert stamp_of(place, "a b.jpg") == {"bytes": 2, "etag": file.etag}
+    assert place.stamp("a b.jpg") == {"bytes": 2, "etag": file.etag}
     (found, _) = place.found(None)
     assert found.stamp == {"bytes": 2, "etag": file.etag}
-    assert read_file(place, "empty.jpg").data == b""
+    assert place.read("empty.jpg").data == b""
     with pytest.raises(ImageError, match=r"^none\.jpg: cannot be read: not found"):
-        read_file(place, "none.jpg")
+        place.read("none.jpg")
 
 
 def test_an_object_that_is_too_long_is_not_read(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +143,7 @@ def test_one_object(bucket: Bucket) -> None:
 
 def test_no_images_in_a_bucket(bucket: Bucket) -> None:
     with pytest.raises(ImageError, match=rf"^{bucket.url}/photos: no images in it"):
-        check_images(listing(RemoteImages(RemoteFolder(f"{bucket.url}/photos"))))
+        check_images(RemoteImages(RemoteFolder(f"{bucket.url}/photos")).listing())
 
 
 # ---- lists ----
@@ -219,9 +220,9 @@ def test_a_list_that_is_none(tmp_path: Path, data: bytes, message: str) -> None:
 def test_an_empty_list_and_none_at_all(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("\n\n")
     with pytest.raises(ImageError, match="no images in it"):
-        check_images(listing(FileList(tmp_path / "list.txt")))
+        check_images(FileList(tmp_path / "list.txt").listing())
     with pytest.raises(ImageError, match=r"none\.txt: cannot be read"):
-        check_images(listing(FileList(tmp_path / "none.txt")))
+        check_images(FileList(tmp_path / "none.txt").listing())
 
 
 def test_a_list_names_paths_and_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from wsss.store import local as labelstore
 from wsss.errors import WsssError
 from wsss.runtime import labeler as pipeline
-from wsss.runtime.run import stream
+from wsss.runtime.run import sources
 
 spec = importlib.util.spec_from_file_location("scripted_world", {conftest!r})
 module = sys.modules["scripted_world"] = importlib.util.module_from_spec(spec)
@@ -39,13 +39,13 @@ def open_labeler(bundle, *, dies_once="", dies_of="", margin=0.1, full=False, re
         raise WsssError(refuses, hint="do something")
     world = module.World(bundle)
     pipeline.open_graph = world.open_graph
-    read = stream.read_file
+    read = sources.read_file
     def read_file(folder, name):
         if name == dies_of or (name == dies_once and Path(bundle, "die").exists()):
             Path(bundle, "die").unlink(missing_ok=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return read(folder, name)
-    stream.read_file = read_file
+    sources.read_file = read_file
     def no_room(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if full:
