@@ -146,7 +146,7 @@ def test_one_object_and_a_list(label: Run, bucket: Bucket, photos: Path, photos_
     assert (answer.code, "2 labeled (3 boxes), 0 already done, 1 failed" in answer.out) == (1, True)
     assert f"failed: {photos_url}/none.png: cannot be read: not found" in answer.err
     again = label("list.txt", "store")
-    assert (again.code, "0 labeled (0 boxes), 3 already done (1 of them failed" in again.out) == (0, True)
+    assert (again.code, "0 labeled (0 boxes), 3 already done (1 of them failed" in again.out) == (1, True)
     for record in read_records(tmp_path / "store"):
         assert "error" in record or read_label(tmp_path / "store" / "labels" / record["label"]).any()
 

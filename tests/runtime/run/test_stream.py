@@ -18,6 +18,7 @@ from wsss.runtime.device import FairLock
 from wsss.runtime.labeler import Labeler
 from wsss.runtime.run import stream
 from wsss.runtime.run.prefetch import BoundedQueue
+from wsss.runtime.run.sources import LocalImages
 from wsss.runtime.run.stream import Receipt, Stream, Task
 from wsss.store import local as labelstore
 from wsss.store.format import line_of, parse_line
@@ -37,7 +38,7 @@ def labels(tmp_path: Path) -> LabelFolder:
 def start(world: World, folder: Path, labels: LabelFolder, *, batch: int = 2, at_once: int = 1, callers: int = 1) -> Stream:
     labeler = Labeler.open(world.bundle, classes=world.classes)
     labeler.device.turn, labeler.device.callers = FairLock(at_once), callers
-    return Stream(labeler, folder, labels, batch=batch, stop=threading.Event())
+    return Stream(labeler, LocalImages(folder), labels, batch=batch, stop=threading.Event())
 
 
 def tasks_of(folder: Path) -> list[Task]:
