@@ -300,6 +300,17 @@ def test_the_hash_changes_with_what_is_given_for_a_photograph_only(tmp_path: Pat
     assert Given().hash("a.jpg") == ""
 
 
+def test_the_hash_covers_the_size_that_an_annotation_is_for(tmp_path: Path) -> None:
+    """The same boxes of another frame are other boxes."""
+
+    def hash_with(size: str) -> str:
+        written(tmp_path / "xml" / "a.xml", XML.format("dog").replace("<annotation>", f"<annotation>{size}"))
+        return Given.open(CLASSES, None, tmp_path / "xml").hash("a.jpg")
+
+    sizes = ["", "<size><width>40</width><height>30</height></size>", "<size><width>30</width><height>40</height></size>"]
+    assert len({hash_with(size) for size in sizes}) == 3
+
+
 def test_the_hash_covers_the_list_of_classes(tmp_path: Path) -> None:
     labels = written(tmp_path / "labels" / "train" / "a.txt", "0 0.5 0.5 0.1 0.1\n").parent
     written(tmp_path / "data.yaml", "names: [dog, cat]\n")
