@@ -62,7 +62,11 @@ class Rules:
         for name in ("tag_threshold", "box_threshold", "nms", "nms_across", "margin"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise UsageError(f"--{name.replace('_', '-')}: expected a number in 0..1, got {value}")
+                default = getattr(Rules, name)
+                raise UsageError(
+                    f"--{name.replace('_', '-')}: expected a number in 0..1, got {value}",
+                    hint=f"the default is {'the one of the bundle' if default is None else default}",
+                )
 
 
 class Timed(Generic[P, R]):
@@ -194,7 +198,7 @@ class Labeler:
         known = given_classes
 
         if ignore_unknown and not labels and not boxes:
-            raise UsageError("--ignore-unknown needs --labels or --boxes")
+            raise UsageError("--ignore-unknown needs --labels or --boxes", hint="without them, --classes alone decides")
         given = Given.open(
             known,
             labels,

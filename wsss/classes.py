@@ -34,6 +34,8 @@ from .errors import ClassError
 _log = logging.getLogger("wsss")
 
 LISTS = ("voc", "coco", "mini")
+_KNOWN_AS = {"voc": "pascal", "coco": "mscoco"}
+"""What else the lists are called."""
 MAX_CLASSES = 254
 """An 8-bit label has 256 values; 0 is background and 255 is void."""
 MINI_CLASSES = (
@@ -181,6 +183,7 @@ def parse_classes(text: str) -> ClassList:
                 f"--classes {text[:200]}: no such file", hint=f"give a file with one name per line, or {', '.join(LISTS)}"
             )
         near = difflib.get_close_matches(text[:40].lower().rstrip("0123456789-_"), LISTS, n=1, cutoff=0.8)
+        near = near or [named for named, known in _KNOWN_AS.items() if known in text[:40].lower()]
         if near:
             raise ClassError(
                 f"--classes {text}: no such class list; did you mean {near[0]}?",
@@ -262,6 +265,10 @@ def _list_of(entries: Entries, where: str = "") -> ClassList:
         names=tuple(names), prompts=tuple(prompts), phrases=tuple(phrases), negatives=_wordings(entries.negatives)
     )
     if where:
+        if numbers := [name for name in classes.names if name.isdecimal()]:
+            _log.warning(
+                "%s: %s: the models look for these digits, not for classes of that number", where, ", ".join(numbers[:10])
+            )
         singular: dict[str, str] = {}
         for name in classes.names:
             if (other := singular.setdefault(_singular(cleaned(name)), name)) != name:
@@ -297,6 +304,8 @@ def _without_background(entries: Entries, where: str) -> Entries:
         _log.warning("%s: left out %s, which is not a class to look for; %s", where, ", ".join(removed), labels)
     elif None not in numbers and numbers not in (list(range(len(kept))), list(range(1, len(kept) + 1))):
         _log.warning("%s: the file's numbers, %s to %s, have gaps and are not kept: %s", where, numbers[0], numbers[-1], labels)
+    elif numbers[:1] == [0]:
+        _log.info("%s: %s; 0 is background", where, labels)
     return Entries(classes=kept, negatives=entries.negatives)
 
 
@@ -323,6 +332,8 @@ def _check_name(name: str) -> None:
         )
     if not cleaned(name):
         raise ClassError("a class has no name", hint="remove the empty entry")
+    if "|" in name:
+        raise ClassError(f"the class name {excerpt(name)} contains |", hint='separate classes by commas: "dog, cat"')
     if cleaned(name) == "background":
         raise ClassError(f"{name!r} is label 0 of every list", hint="remove it from the list")
     if re.fullmatch(r"n\d{8}|/[mg]/\w+", name):

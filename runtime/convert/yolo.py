@@ -35,7 +35,7 @@ class YoloWriter:
             (root / "labels" / split).mkdir(parents=True)
             (root / "images" / split).mkdir(parents=True)
         # Names as JSON strings, which YAML reads the same. Without `path`, paths start at data.yaml's folder.
-        lines = [f"train: images/{splits[0]}", f"val: images/{splits[-1]}", "names:"]
+        lines = [f"train: images/{splits[0]}", f"val: images/{splits[-1]}", "task: segment", "names:"]
         lines += [f"  {number}: {json.dumps(name, ensure_ascii=False)}" for number, name in enumerate(classes)]
         (root / "data.yaml").write_text("\n".join([*lines, ""]), encoding="utf-8")
 

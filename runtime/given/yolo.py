@@ -166,6 +166,8 @@ def read_names(path: Path) -> tuple[list[str], bool | None]:
         raise WsssError(
             f"{path}: expected a list of names, or numbers from 0 to names, got {short(listed)}", hint="names: [dog, cat]"
         )
+    if isinstance(count := document.get("nc"), int) and count != len(listed):
+        raise WsssError(f"{path}: nc is {count}, names has {len(listed)} entries", hint="correct the wrong one")
     task = document.get("task")
     return listed, True if "kpt_shape" in document or task == "pose" else False if isinstance(task, str) else None
 

@@ -92,7 +92,9 @@ class RemoteImages:
         """As `Source.listing`, without hidden files and folders. Pages are fetched when they are needed."""
         return _Listed(self, out, shard)
 
-    def found(self, out: Path | RemoteFolder | None, left_out: LeftOut | None = None) -> Iterator[Found]:
+    def found(
+        self, out: Path | RemoteFolder | None, shard: Shard | None = None, left_out: LeftOut | None = None
+    ) -> Iterator[Found]:
         """Yield the images of `listing`, and fill ``left_out`` with the other files."""
         inside = f"{self.folder}/"
         leave_out = f"{out}/".removeprefix(inside) if isinstance(out, RemoteFolder) and f"{out}/".startswith(inside) else None
@@ -100,6 +102,8 @@ class RemoteImages:
             for entry in [self.folder.entry(self.only)] if self.only else self.folder.walk():
                 name = PurePosixPath(entry.name)
                 if any(part.startswith(".") for part in name.parts) or (leave_out and entry.name.startswith(leave_out)):
+                    continue
+                if not is_of_shard(entry.name, shard):
                     continue
                 if name.suffix.lower() in SUFFIXES:
                     yield Found(entry.name, label_of(entry.name), _stamp(entry))
@@ -146,7 +150,9 @@ class FileList:
         """As `Source.listing`: each image once, in any order of the list."""
         return _Listed(self, out, shard)
 
-    def found(self, out: Path | RemoteFolder | None, left_out: LeftOut | None = None) -> Iterator[Found]:
+    def found(
+        self, out: Path | RemoteFolder | None, shard: Shard | None = None, left_out: LeftOut | None = None
+    ) -> Iterator[Found]:
         """Yield the images of `listing`; nothing else is in a list."""
         try:
             with ExitStack() as stack:
@@ -154,7 +160,8 @@ class FileList:
                 parts: list[Iterator[str]] = []
                 while part := sorted(islice(names, SORTED_AT_ONCE)):
                     parts.append(_spooled(part, stack) if len(part) == SORTED_AT_ONCE or parts else iter(part))
-                yield from (Found(name, label_of(name)) for name, _ in groupby(heapq.merge(*parts)))
+                each = (name for name, _ in groupby(heapq.merge(*parts)))
+                yield from (Found(name, label_of(name)) for name in each if is_of_shard(name, shard))
         except OSError as error:
             raise ImageError(
                 f"{self.path}: cannot be read: {error.strerror}", hint="a list of images is a text file, a path or URL a line"
@@ -205,7 +212,7 @@ class _Listed:
 
     def __iter__(self) -> Iterator[Found]:
         self.left_out.clear()
-        return (found for found in self.path.found(self.out, self.left_out) if is_of_shard(found.name, self.shard))
+        return self.path.found(self.out, self.shard, self.left_out)
 
 
 def source_of(text: str) -> Source:

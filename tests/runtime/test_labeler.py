@@ -253,8 +253,9 @@ def test_a_photograph_without_range_is_warned_of(world: World, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["tag_threshold", "box_threshold", "nms", "nms_across", "margin"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_rules_outside_0_to_1_are_refused_as_typed(name: str, value: float) -> None:
-    with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')}: expected a number in 0..1"):
+    with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')}: expected a number in 0..1") as caught:
         Rules(**{name: value})  # type: ignore[arg-type]
+    assert caught.value.hint == f"the default is {getattr(Rules(), name) or 'the one of the bundle'}"
 
 
 # ---- stopwatch ----

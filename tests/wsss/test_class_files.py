@@ -251,6 +251,18 @@ def test_labels_0_and_255_are_no_classes(
     assert f"left out {left}, which is not a class to look for; labels are 1 'dog' to 2 'cat'" in warned.text
 
 
+def test_numbers_that_move_by_one_are_announced(tmp_path: Path, warned: pytest.LogCaptureFixture) -> None:
+    read(tmp_path, "a.txt", "0 dog\n1 cat\n")
+    (record,) = warned.records
+    assert record.levelname == "INFO"
+    assert record.message.endswith("labels are 1 'dog' to 2 'cat'; 0 is background")
+
+
+def test_digits_as_names_are_announced(warned: pytest.LogCaptureFixture) -> None:
+    assert parse_classes("dog, 2, 3").names == ("dog", "2", "3")
+    assert "2, 3: the models look for these digits" in warned.text
+
+
 @pytest.mark.parametrize("name", ["background", "Void", "__ignore__", "unlabeled"])
 def test_nor_on_the_command_line(name: str) -> None:
     with pytest.raises(ClassError, match="is not a class to look for") as caught:

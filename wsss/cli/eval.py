@@ -64,7 +64,10 @@ def eval(
     found, true = find_label_maps(Path(predicted)), find_label_maps(Path(truth))
     listed = _class_names(classes, found, true)
     if labels and found.classes is None:
-        raise WsssError(f"--labels {labels}: {found.folder} is not a label store, so it has no scores of image labels")
+        raise WsssError(
+            f"--labels {labels}: {found.folder} is not a label store, so it has no scores of image labels",
+            hint="give the store as PRED",
+        )
     if png and not Path(png).parent.is_dir():
         raise WsssError(f"--png {png}: there is no folder {Path(png).parent}", hint="create it first: nothing was scored yet")
     pairs = pair_up(found, true, Path(names) if names else None)

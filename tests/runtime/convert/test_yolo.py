@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from wsss.runtime.convert.labeled import original_path
-
-if TYPE_CHECKING:
-    pass
+from wsss.runtime.given.yolo import read_names
 
 from .stores import CLASSES, check_maps, paint, photos_below, truth
 
@@ -51,6 +48,11 @@ def test_yolo_read_as_ultralytics_does(made: Path, converted: Callable[..., Path
             cv2.fillPoly(mask, [(corners * (width, height)).astype(np.int32)], 1)
             found[name][mask > 0] = int(label) + 1
     check_maps(found, made, void=False)
+
+
+def test_yolo_says_that_lines_are_regions(converted: Callable[..., Path]) -> None:
+    out = converted("yolo")
+    assert read_names(out / "data.yaml") == (list(CLASSES), False)
 
 
 def test_yolo_read_by_supervision(made: Path, converted: Callable[..., Path]) -> None:

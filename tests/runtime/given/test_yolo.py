@@ -137,6 +137,7 @@ def test_the_nearest_list_counts_and_two_must_agree(tmp_path: Path) -> None:
         ("data.yaml", "names: dog", "expected a list of names"),
         ("data.yaml", "names: [1, 2]", "expected a list of names"),
         ("data.yaml", "names: {1: dog, 2: cat}", "expected a list of names"),
+        ("data.yaml", "names: [dog, cat]\nnc: 3", "nc is 3, names has 2 entries"),
         ("data.yaml", "names: [dog, cat", "expected YAML"),
         ("data.yaml", "names: !!python/object/apply:os.system [true]", "expected YAML"),
     ],

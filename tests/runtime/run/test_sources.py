@@ -105,8 +105,11 @@ def test_images_of_a_bucket_are_those_of_a_folder(bucket: Bucket, tmp_path: Path
     assert "store/labels/a.png" in names(place, RemoteFolder(f"{bucket.url}/photos-2"))
     shards = [names(place, RemoteFolder(f"{bucket.url}/photos/store"), (number, 3)) for number in range(3)]
     assert sorted(name for shard in shards for name in shard) == here
-    local = [LocalImages(tmp_path).listing(tmp_path / "store", (number, 3)) for number in range(3)]
-    assert shards == [[found.name for found in images] for images in local]
+    for number, shard in enumerate(shards):
+        local = LocalImages(tmp_path).listing(tmp_path / "store", (number, 3))
+        remote = place.listing(RemoteFolder(f"{bucket.url}/photos/store"), (number, 3))
+        assert [found.name for found in local] == [found.name for found in remote] == shard
+        assert local.left_out.files == remote.left_out.files
     check_images(place.listing())
 
 
