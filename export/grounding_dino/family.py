@@ -13,7 +13,7 @@ The official classes are transformers'. Settings of the manifest (read by the ru
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from unittest import mock
@@ -29,7 +29,7 @@ from ...spec import AxisRange, Preprocess, TensorSpec
 from .. import mini
 from ..family import Family, Feeds, Graph, InHalf, Options, Prepared, Sampling, Tolerance
 from ..verify import photograph
-from .graphs import MEAN, STD, ImageGraph, TextGraph
+from .graphs import MEAN, STD, ImageGraph, TextGraph, level_shapes
 from .layers import OFFICIAL_MARGIN, TRANSFORMERS_MARGIN, inverse_sigmoid
 from .weights import OFFICIAL, bert_tokenizer, load
 
@@ -285,7 +285,10 @@ def image_graph(
 
 
 def _sample_photos(model: GroundingDinoForObjectDetection, canvas: tuple[int, int], rows: int, seed: int) -> Feeds:
-    """Photos of different sizes with different captions, and noise outside the photo, which the graph must ignore."""
+    """Photos of different sizes with different captions, and noise outside the photo, which the graph must ignore.
+
+    Row 1 fills the canvas. Of the others one side has an `edge_lengths` (or is the canvas's), the other a margin.
+    """
     rng = np.random.default_rng(seed)
     captions = [
         [[CLS], *(_random_phrase(rng, model.config.text_config.vocab_size, most=3) for _ in range(2 + row % 3)), [SEP]]
@@ -293,12 +296,27 @@ def _sample_photos(model: GroundingDinoForObjectDetection, canvas: tuple[int, in
     ]
     pixels = rng.integers(0, 256, (rows, *canvas, 3), dtype=np.uint8)
     size = np.zeros((rows, 2), np.int64)
+    shapes = level_shapes(model.config, canvas)
+    edges = [edge_lengths(canvas[axis], [shape[axis] for shape in shapes]) or [canvas[axis]] for axis in range(2)]
     for row in range(rows):
-        # Row 1 fills the canvas, the others leave a margin at the bottom or on the right.
-        share = np.ones(2) if row == 1 else np.where(np.arange(2) == row // 2 % 2, 1.0, rng.uniform(0.6, 0.98))
-        height, width = size[row] = np.floor(np.array(canvas) * share).astype(np.int64)
+        size[row] = canvas if row == 1 else np.floor(np.array(canvas) * rng.uniform(0.6, 0.98))
+        if row != 1:
+            axis = row // 2 % 2
+            size[row, axis] = edges[axis][(row // 4 + row % 2) % len(edges[axis])]
+        height, width = size[row]
         pixels[row, :height, :width] = photograph(rng, int(height), int(width))
     return {"pixels": pixels, "size": size, **caption_feeds(captions, partial(_features, TextGraph(model).eval()))}
+
+
+def edge_lengths(length: int, cells: Sequence[int]) -> list[int]:
+    """Sides of a photograph, px, longest first, whose outer cells on some level have their centers at exactly 0.01 and 0.99.
+
+    These are the limits of proposals (`graphs.EDGE`); the centers of 50, and of 150, cells lie on them.
+
+    Args:
+        length: the canvas's side, px. cells: its cells on each level.
+    """
+    return sorted({count * length // most for most in cells for count in (50, 150) if count <= most}, reverse=True)
 
 
 def caption_feeds(captions: list[list[list[int]]], features: Callable[[list[int]], np.ndarray]) -> Feeds:

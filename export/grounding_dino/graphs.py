@@ -43,6 +43,9 @@ MEAN = (123.675, 116.28, 103.53)
 """ImageNet RGB mean, 0-255 scale: (0.485, 0.456, 0.406) * 255 (GroundingDINO, groundingdino/util/inference.py)."""
 STD = (58.395, 57.12, 57.375)
 """ImageNet RGB deviation, 0-255 scale: (0.229, 0.224, 0.225) * 255 (same file)."""
+EDGE = 1e-6
+"""Proposals must lie between 0.01 and 0.99. The outer cells of 50 lie exactly there, and do not count in the official model
+(float32 division rounds 49.5 / 50 to 0.99). No other cell of up to 5,000 is so close, and no rounding of a division as large."""
 BEYOND = 1e4
 """Replaces the infinite logits of proposals outside the photo: its sigmoid is also 1, and float16 can represent it."""
 
@@ -188,7 +191,7 @@ class ImageGraph(nn.Module):
         """The best cells (B, Q), and their proposed boxes (B, Q, 4)."""
         sides = torch.cat([vision.new_full((h * w, 2), 0.05 * 2.0**level) for level, (h, w) in enumerate(self.shapes)])
         proposals = torch.cat([levels.centers, sides[None].expand_as(levels.centers)], -1)  # (B, N, 4)
-        usable = ((proposals > 0.01) & (proposals < 0.99)).all(-1) & levels.valid
+        usable = ((proposals > 0.01 + EDGE) & (proposals < 0.99 - EDGE)).all(-1) & levels.valid
         # Finite also for cells outside the photo; a usable proposal lies between 0.01 and 0.99 and is not clamped.
         proposals = inverse_sigmoid(proposals).masked_fill(~usable[..., None], BEYOND)
         cells = self.core.enc_output_norm(self.core.enc_output(vision * usable[..., None]))
