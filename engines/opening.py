@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import logging
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Literal, cast
 
 from ..errors import BundleError, UsageError, WsssError
@@ -11,6 +14,8 @@ from ..extras import install_line
 from ..spec import Flavour, Model
 from .engine import Engine
 from .plan import Gpu, checked_plan, find_gpus
+
+_log = logging.getLogger("wsss")
 
 EngineName = Literal["ort", "trt", "trt-rtx", "eager"]
 ENGINES = ("auto", "ort", "trt", "trt-rtx", "eager")
@@ -85,7 +90,7 @@ def choose(engine: str, device: str, models: Iterable[Model]) -> tuple[EngineNam
         engine = "ort"
     if engine in FLAVOURS or kind == "cuda":
         return cast(EngineName, engine), place
-    return cast(EngineName, engine), place if kind == "auto" and engine == "ort" and _ort_has_cuda() else "cpu"
+    return cast(EngineName, engine), place if kind == "auto" and engine == "ort" and _ort_uses_gpu() else "cpu"
 
 
 def _best_flavour(models: Iterable[Model], index: int) -> Flavour | None:
@@ -97,12 +102,17 @@ def _best_flavour(models: Iterable[Model], index: int) -> Flavour | None:
     for flavour in FLAVOURS:
         if not all(flavour in graph.plans for model in models for graph in model.manifest.graphs.values()):
             continue
+        if importlib.util.find_spec("cuda") is None:
+            continue
         try:
             gpus = find_gpus()
+            if index >= len(gpus):
+                continue
             for model in models:
                 for graph in model.manifest.graphs:
                     checked_plan(model, graph, flavour, gpus[index])
-        except (WsssError, IndexError):
+        except WsssError as error:
+            _log.warning("--engine auto: not %s: %s", flavour, error.message)
             continue
         return flavour
     return None
@@ -118,7 +128,12 @@ def _gpu(place: str, flavour: Flavour) -> Gpu:
     return gpus[index]
 
 
-def _ort_has_cuda() -> bool:
-    from .ort_library import onnxruntime
+@lru_cache(maxsize=1)
+def _ort_uses_gpu() -> bool:
+    """Whether ``--device auto`` takes a GPU with ONNX Runtime; warns once where it has a CUDA provider and cannot use it."""
+    from .ort_library import cuda_trouble, onnxruntime
 
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    trouble = cuda_trouble()
+    if trouble and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        _log.warning("--device auto: takes the CPU: %s", trouble)
+    return trouble is None

@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from ..batch import Tensor
 from ..errors import BundleError, OutOfMemory, WsssError
+from ..extras import replace_onnxruntime
 from ..reading.onnx_files import external_files
 from ..spec import GraphSpec, TensorSpec
 from .engine import check_feeds, contract
-from .machine import ONE_ONNXRUNTIME
-from .ort_library import SILENT, onnxruntime
+from .ort_library import SILENT, cuda_trouble, onnxruntime
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -61,15 +61,15 @@ class OrtEngine:
 
     Raises:
         BundleError: the file is not an ONNX graph, or not the one that the manifest describes.
-        WsssError: ``cuda`` was asked for and this onnxruntime has no CUDA provider.
+        WsssError: ``cuda`` was asked for, and this onnxruntime cannot compute on a GPU here.
     """
 
     def __init__(self, path: Path, spec: GraphSpec, *, device: str = "cpu", threads: int = 0) -> None:
         kind, _, number = device.partition(":")
-        if kind == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        if kind == "cuda" and (trouble := cuda_trouble()):
             raise WsssError(
-                f"--engine ort on cuda: this onnxruntime {onnxruntime.__version__} has no CUDA provider",
-                hint=f"{ONE_ONNXRUNTIME}   (or run on the CPU)",
+                f"--engine ort on cuda: {trouble}",
+                hint="--device cpu" if "no NVIDIA GPU" in trouble else f"{replace_onnxruntime('gpu')}   (or --device cpu)",
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -32,13 +33,19 @@ class Gpu:
 
 
 def find_gpus() -> tuple[Gpu, ...]:
-    """The CUDA devices of this machine; none without a driver. Raises WsssError when cuda-bindings is missing."""
+    """The CUDA devices of this machine; none without a driver.
+
+    Raises:
+        WsssError: cuda-bindings is missing, or is for a newer CUDA than the driver's; the hint is the command that helps.
+    """
     try:
         from cuda.bindings import runtime
     except ModuleNotFoundError:
         raise WsssError("TensorRT engines need cuda-bindings", hint=install_line("trt-rtx")) from None
     _, version = runtime.cudaDriverGetVersion()
     status, count = runtime.cudaGetDeviceCount()
+    if status == runtime.cudaError_t.cudaErrorInsufficientDriver and version:  # without a driver the version is 0
+        raise too_old(f"{version // 1000}.{version % 1000 // 10}")
     if status != runtime.cudaError_t.cudaSuccess:
         return ()
     found = []
@@ -52,6 +59,21 @@ def find_gpus() -> tuple[Gpu, ...]:
     return tuple(found)
 
 
+def too_old(cuda: str) -> WsssError:
+    """The error for a driver that serves ``cuda``, for example ``12.4``, and not the newer CUDA of cuda-bindings."""
+    hint = f"update the driver, or {install_line('trt-rtx-cu12')}   (with the full TensorRT: {install_line('trt-cu12')})"
+    return WsssError(
+        f"NVIDIA's driver serves CUDA {cuda}, cuda-bindings {metadata.version('cuda-bindings')} needs a newer one",
+        hint=hint if cuda.startswith("12.") else "update the driver",
+    )
+
+
+def supports(library: ModuleType, capability: str) -> bool:
+    """Whether a TensorRT library runs on GPUs of a compute capability, ``8.9``. TensorRT-RTX lists those that it knows."""
+    known = getattr(library, "ComputeCapability", None)
+    return known is None or f"SM{capability.replace('.', '')}" in known.__members__
+
+
 def tensorrt_module(flavour: Flavour) -> ModuleType:
     """Import the library of a flavour. Raises WsssError with the command that installs it."""
     try:
@@ -63,11 +85,29 @@ def tensorrt_module(flavour: Flavour) -> ModuleType:
 
 
 def best_flavour() -> Flavour | None:
-    """The flavour whose engines this machine can build and run, preferably the full TensorRT; None without a GPU."""
+    """The flavour whose engines this machine can build and run on its first GPU, preferably the full TensorRT, or None.
+
+    Raises:
+        WsssError: TensorRT is installed, and the driver is too old for it.
+    """
     installed = [flavour for flavour, name in MODULES.items() if importlib.util.find_spec(name) is not None]
-    if not installed or importlib.util.find_spec("cuda") is None or not find_gpus():
+    if not installed or importlib.util.find_spec("cuda") is None or not (gpus := find_gpus()):
         return None
-    return installed[0]
+    return next((each for each in installed if supports(tensorrt_module(each), gpus[0].capability)), None)
+
+
+def why_not_here(flavour: Flavour) -> str | None:
+    """Why engines of a flavour cannot run on this machine's first GPU, as a clause; None if they can.
+
+    Raises:
+        WsssError: the library or cuda-bindings is missing, or does not fit the driver.
+    """
+    gpus = find_gpus()
+    if not gpus:
+        return "this machine has no GPU"
+    if not supports(tensorrt_module(flavour), gpus[0].capability):
+        return f"{MODULES[flavour]} does not support this GPU ({gpus[0].name}, sm{gpus[0].capability.replace('.', '')})"
+    return None
 
 
 def checked_plan(model: Model, graph: str, flavour: Flavour, gpu: Gpu, *, unverified: bool = False) -> tuple[Path, GraphSpec]:
@@ -87,8 +127,12 @@ def checked_plan(model: Model, graph: str, flavour: Flavour, gpu: Gpu, *, unveri
     if plan is None:
         raise BundleError(f"{where}: has no {flavour} engine", hint=f"build it: {rebuild}")
     check_file(model.folder, plan.file, plan.sha256, again=rebuild)
-    for reason in reasons_against(model, spec, plan, gpu, tensorrt_module(flavour).__version__):
-        raise BundleError(f"{where}: its {flavour} engine {reason}", hint=f"build it again: {rebuild}")
+    library = tensorrt_module(flavour)
+    again = f"build it again: {rebuild}"
+    if not supports(library, gpu.capability):
+        again = f"{MODULES[flavour]} does not support this GPU; the full TensorRT does: {rebuild.replace(flavour, 'trt')}"
+    for reason in reasons_against(model, spec, plan, gpu, library.__version__):
+        raise BundleError(f"{where}: its {flavour} engine {reason}", hint=again)
     if plan.parity is None and not unverified:
         raise BundleError(
             f"{where}: its {flavour} engine was never compared with PyTorch",

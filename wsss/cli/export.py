@@ -110,22 +110,22 @@ def _flavour(engine: str) -> Flavour | None:
     from ..engines.plan import best_flavour
 
     flavour = best_flavour()
-    log(f"engine {flavour or 'onnx'}")
+    log(f"engine {flavour or 'onnx'}; wsss doctor says why no other" if flavour is None else f"engine {flavour}")
     return flavour
 
 
 def _build_engines(
     bundle: Path, name: str, flavour: Flavour, weights: str | None, workspace: int, capabilities: tuple[str, ...]
 ) -> None:
-    from ..engines.plan import find_gpus
+    from ..engines.plan import why_not_here
     from ..export.exporting import verify_plans
     from ..export.to_engine import BuildOptions, build_plans
     from ..spec import open_bundle
 
     options = BuildOptions(flavour=flavour, workspace_mib=workspace, capabilities=capabilities)
     model = build_plans(open_bundle(bundle).model(name), options, log)
-    if not find_gpus():
-        log(f"{name}: no GPU here to verify the engines on; run this on the machine that will use them: wsss verify {bundle}")
+    if reason := why_not_here(flavour):
+        log(f"{name}: engines not verified: {reason}; on the machine that will use them: wsss verify {bundle}")
     else:
         verify_plans(model, flavour, weights, log)
     total = sum(graph.plans[flavour].seconds for graph in model.manifest.graphs.values())

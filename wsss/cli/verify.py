@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,11 +54,14 @@ def verify(
 
 
 def _flavours(model: Model) -> list[Flavour]:
-    """The TensorRT flavours that a model has engines of; none without a GPU."""
-    from ..engines.plan import find_gpus
+    """The TensorRT flavours that a model has engines of, and that run on this machine's GPU."""
+    from ..engines.opening import FLAVOURS
+    from ..engines.plan import why_not_here
 
-    flavours = sorted({flavour for graph in model.manifest.graphs.values() for flavour in graph.plans})
-    if flavours and not find_gpus():
-        log(f"{model.manifest.family}: its {', '.join(flavours)} engines are skipped: this machine has no GPU")
-        return []
-    return cast("list[Flavour]", flavours)
+    found: list[Flavour] = []
+    for flavour in (each for each in FLAVOURS if any(each in graph.plans for graph in model.manifest.graphs.values())):
+        if reason := why_not_here(flavour):
+            log(f"{model.manifest.family}: its {flavour} engines are skipped: {reason}")
+        else:
+            found.append(flavour)
+    return found
