@@ -17,8 +17,8 @@ from types import ModuleType
 
 import numpy as np
 
-from ..engines.opening import FLAVOURS, open_graph
-from ..engines.plan import find_gpus
+from ..engines.opening import open_graph
+from ..engines.plan import MODULES, find_gpus
 from ..errors import WsssError
 from ..spec import GraphSpec, Manifest, Model, Precision, Preprocess, TensorSpec, sha256_of, write_manifest
 
@@ -172,7 +172,7 @@ def product_by_graph(engine: str, device: str, precision: Precision, side: int, 
     """
     with tempfile.TemporaryDirectory() as folder:
         model = _product_model(Path(folder) / "product", precision, side, products)
-        if engine in FLAVOURS:
+        if engine in MODULES:
             from ..export.to_engine import BuildOptions, build_plans
 
             index = int(device.partition(":")[2] or 0)

@@ -25,21 +25,22 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ..engines.machine import machine
-from ..engines.opening import FLAVOURS, open_graph
+from ..engines.opening import open_graph
+from ..engines.plan import MODULES
 from ..errors import BundleError, WeightsError, WsssError
 from ..runtime.labeler import MINI
 from ..spec import AxisRange, Bundle, Flavour, GraphSpec, Model, Parity, TensorSpec, open_bundle
 from .ceiling import Ceiling, measure_ceiling
+from .gpu_check import mark_of
 from .latency import Opener, measure_graph
-from .steps import LEFT_OUT, log
+from .steps import LEFT_OUT, ROOT, log
 from .throughput import CHAIN_MODELS, measure_chain
 
 if TYPE_CHECKING:
     from ..engines.engine import Engine
     from ..export.family import Graph
 
-ROOT = Path(__file__).resolve().parent.parent
-MODULES = (
+IMPORTED = (
     *("torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime", "transformers", "open_clip", "segment_anything"),
     *("safetensors", "tokenizers", "PIL", "typer", "pytest", "cuda.bindings.runtime", "tensorrt_rtx", "tensorrt", "ml_dtypes"),
 )
@@ -55,7 +56,7 @@ class LeftOut(Exception):
 
 def step_machine() -> dict[str, Any]:
     """Describe this machine and the packages that can be imported."""
-    return {**dataclasses.asdict(machine()), "modules": {name: _importable(name) for name in MODULES}}
+    return {**dataclasses.asdict(machine()), "modules": {name: _importable(name) for name in IMPORTED}}
 
 
 def step_ceiling() -> dict[str, Any]:
@@ -137,7 +138,7 @@ def step_gate(bundle: Path, engine: str, rows: int) -> dict[str, Any]:
     for name in open_bundle(bundle).models():
         model = open_bundle(bundle).model(name)
         try:
-            if rows == 0 and engine in FLAVOURS:
+            if rows == 0 and engine in MODULES:
                 verdicts |= _gate_plans(model, engine)
             else:
                 verdicts |= _gate_rows(model, engine, rows)
@@ -354,11 +355,6 @@ def _find(brought: Sequence[Path], name: str, variant: str) -> Path | None:
         if model.manifest.variant == variant:
             return model.folder
     return None
-
-
-def mark_of(bundle: Path, flavour: str) -> Path:
-    """The file that marks a bundle whose engines are all built."""
-    return bundle / f".engines-{flavour}"
 
 
 def opener(engine: str) -> Opener:

@@ -13,13 +13,12 @@ from ..errors import BundleError, UsageError, WsssError
 from ..extras import install_line
 from ..spec import Flavour, Model
 from .engine import Engine
-from .plan import Gpu, checked_plan, find_gpus
+from .plan import MODULES, Gpu, checked_plan, find_gpus
 
 _log = logging.getLogger("wsss")
 
 EngineName = Literal["ort", "trt", "trt-rtx", "eager"]
 ENGINES = ("auto", "ort", "trt", "trt-rtx", "eager")
-FLAVOURS: tuple[Flavour, ...] = ("trt", "trt-rtx")
 
 
 def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", unverified: bool = False) -> Engine:
@@ -38,7 +37,7 @@ def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", un
         WsssError: the engine's package or a GPU is missing; the hint is the command that helps.
     """
     name, place = choose(engine, device, [model])
-    if name in FLAVOURS:
+    if name in MODULES:
         gpu = _gpu(place, name)
         path, spec = checked_plan(model, graph, name, gpu, unverified=unverified)
         from .trt import TrtEngine
@@ -80,7 +79,7 @@ def choose(engine: str, device: str, models: Iterable[Model]) -> tuple[EngineNam
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
         raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N, got {device!r}")
-    if engine in FLAVOURS and kind == "cpu":
+    if engine in MODULES and kind == "cpu":
         raise UsageError(f"--device cpu: --engine {engine} runs on a GPU", hint="--engine ort runs on the CPU")
     place = f"cuda:{number or 0}"
     if engine == "auto":
@@ -88,7 +87,7 @@ def choose(engine: str, device: str, models: Iterable[Model]) -> tuple[EngineNam
         if best is not None:
             return best, place
         engine = "ort"
-    if engine in FLAVOURS or kind == "cuda":
+    if engine in MODULES or kind == "cuda":
         return cast(EngineName, engine), place
     return cast(EngineName, engine), place if kind == "auto" and engine == "ort" and _ort_uses_gpu() else "cpu"
 
@@ -99,7 +98,7 @@ def _best_flavour(models: Iterable[Model], index: int) -> Flavour | None:
         models = list(models)
     except WsssError:  # a damaged model; if the run needs it, opening it raises the error
         return None
-    for flavour in FLAVOURS:
+    for flavour in MODULES:
         if not all(flavour in graph.plans for model in models for graph in model.manifest.graphs.values()):
             continue
         if importlib.util.find_spec("cuda") is None:

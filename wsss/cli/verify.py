@@ -55,11 +55,10 @@ def verify(
 
 def _flavours(model: Model) -> list[Flavour]:
     """The TensorRT flavours that a model has engines of, and that run on this machine's GPU."""
-    from ..engines.opening import FLAVOURS
-    from ..engines.plan import why_not_here
+    from ..engines.plan import MODULES, why_not_here
 
     found: list[Flavour] = []
-    for flavour in (each for each in FLAVOURS if any(each in graph.plans for graph in model.manifest.graphs.values())):
+    for flavour in (each for each in MODULES if any(each in graph.plans for graph in model.manifest.graphs.values())):
         if reason := why_not_here(flavour):
             log(f"{model.manifest.family}: its {flavour} engines are skipped: {reason}")
         else:
