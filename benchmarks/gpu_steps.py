@@ -26,7 +26,7 @@ import numpy as np
 
 from ..engines.machine import machine
 from ..engines.opening import open_graph
-from ..engines.plan import MODULES
+from ..engines.plan import MODULES, plan_here
 from ..errors import BundleError, WeightsError, WsssError
 from ..runtime.labeler import MINI
 from ..spec import AxisRange, Bundle, Flavour, GraphSpec, Model, Parity, TensorSpec, open_bundle
@@ -121,7 +121,8 @@ def step_engines(bundle: Path, flavour: Flavour) -> dict[str, Any]:
     for name in open_bundle(bundle).models():
         model = build_plans(open_bundle(bundle).model(name), BuildOptions(flavour=flavour), log)
         for graph, spec in model.manifest.graphs.items():
-            plan = spec.plans[flavour]
+            plan = plan_here(spec, flavour)
+            assert plan is not None
             size = (model.folder / plan.file).stat().st_size
             built[f"{name}/{graph}"] = {"seconds": plan.seconds, "megabytes": round(size / 1e6, 1), "target": plan.target}
     mark_of(bundle, flavour).touch()
@@ -289,8 +290,8 @@ def _tiny_plan(trt: Any, weights: np.ndarray, target: str) -> bytes:
 def _gate_plans(model: Model, flavour: Flavour) -> dict[str, Any]:
     from ..export.exporting import verify_plans
 
-    graphs = verify_plans(model, flavour, None, log).manifest.graphs
-    return {f"{model.manifest.family}/{graph}": _verdict(spec.plans[flavour].parity) for graph, spec in graphs.items()}
+    reports = verify_plans(model, flavour, None, log)
+    return {f"{model.manifest.family}/{graph}": _verdict(parity) for graph, parity in reports.items()}
 
 
 def _gate_rows(model: Model, engine: str, rows: int) -> dict[str, Any]:

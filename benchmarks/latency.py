@@ -33,7 +33,7 @@ import numpy as np
 from ..batch import Tensor
 from ..engines.engine import Engine
 from ..engines.opening import open_graph
-from ..engines.plan import MODULES
+from ..engines.plan import MODULES, plan_here
 from ..errors import WsssError
 from ..spec import Flavour, Model, Parity
 from .ceiling import Ceiling
@@ -151,7 +151,7 @@ def parity_of(model: Model, graph: str, engine: str) -> float | None:
     spec = model.graph(graph)
     verdict: Parity | None = spec.parity
     if engine in MODULES:
-        plan = next((plan for flavour, plan in spec.plans.items() if flavour == engine), None)
+        plan = plan_here(spec, engine)
         verdict = plan.parity if plan else None
     return None if verdict is None else max((row.error for row in verdict.rows), default=None)
 

@@ -99,7 +99,7 @@ def _best_flavour(models: Iterable[Model], index: int) -> Flavour | None:
     except WsssError:  # a damaged model; if the run needs it, opening it raises the error
         return None
     for flavour in MODULES:
-        if not all(flavour in graph.plans for model in models for graph in model.manifest.graphs.values()):
+        if not all(graph.plan_for(flavour) for model in models for graph in model.manifest.graphs.values()):
             continue
         if importlib.util.find_spec("cuda") is None:
             continue

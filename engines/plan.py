@@ -14,7 +14,7 @@ from types import ModuleType
 
 from ..errors import BundleError, WsssError
 from ..extras import install_line
-from ..spec import Flavour, GraphSpec, Model, PlanSpec, check_file
+from ..spec import AMPERE_OR_NEWER, Flavour, GraphSpec, Model, PlanSpec, check_file
 
 MODULES: dict[Flavour, str] = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
 
@@ -96,17 +96,18 @@ def best_flavour() -> Flavour | None:
     return next((each for each in installed if supports(tensorrt_module(each), gpus[0].capability)), None)
 
 
-def why_not_here(flavour: Flavour) -> str | None:
-    """Why engines of a flavour cannot run on this machine's first GPU, as a clause; None if they can.
+def why_not_here(flavour: Flavour, index: int = 0) -> str | None:
+    """Why engines of a flavour cannot run on GPU ``index`` of this machine, as a clause; None if they can.
 
     Raises:
         WsssError: the library or cuda-bindings is missing, or does not fit the driver.
     """
     gpus = find_gpus()
-    if not gpus:
-        return "this machine has no GPU"
-    if not supports(tensorrt_module(flavour), gpus[0].capability):
-        return f"{MODULES[flavour]} does not support this GPU ({gpus[0].name}, sm{gpus[0].capability.replace('.', '')})"
+    if index >= len(gpus):
+        return f"this machine has no GPU {index}" if gpus else "this machine has no GPU"
+    gpu = gpus[index]
+    if not supports(tensorrt_module(flavour), gpu.capability):
+        return f"{MODULES[flavour]} does not support this GPU ({gpu.name}, sm{gpu.capability.replace('.', '')})"
     return None
 
 
@@ -122,7 +123,7 @@ def checked_plan(model: Model, graph: str, flavour: Flavour, gpu: Gpu, *, unveri
     """
     spec = model.graph(graph)
     rebuild = f"wsss export --model {model.manifest.family} --engine {flavour} --bundle {model.folder.parent}"
-    plan = spec.plans.get(flavour)
+    plan = spec.plan_for(flavour, gpu.name)
     where = f"{model.folder.name}/{graph}"
     if plan is None:
         raise BundleError(f"{where}: has no {flavour} engine", hint=f"build it: {rebuild}")
@@ -133,9 +134,11 @@ def checked_plan(model: Model, graph: str, flavour: Flavour, gpu: Gpu, *, unveri
         again = f"{MODULES[flavour]} does not support this GPU; the full TensorRT does: {rebuild.replace(flavour, 'trt')}"
     for reason in reasons_against(model, spec, plan, gpu, library.__version__):
         raise BundleError(f"{where}: its {flavour} engine {reason}", hint=again)
-    if plan.parity is None and not unverified:
+    other_driver = plan.driver not in (None, gpu.driver)
+    if (plan.parity is None or other_driver) and not unverified:
+        under = f" under this driver (CUDA {gpu.driver}; CUDA {plan.driver} then)" if other_driver else ""
         raise BundleError(
-            f"{where}: its {flavour} engine was never compared with PyTorch",
+            f"{where}: its {flavour} engine was never compared with PyTorch{under}",
             hint=f"on this machine: wsss verify {model.folder.parent}   (or --unverified, which the label store records)",
         )
     return model.folder / plan.file, replace(spec, axes=dict(plan.axes))
@@ -157,11 +160,19 @@ def reasons_against(model: Model, spec: GraphSpec, plan: PlanSpec, gpu: Gpu | No
     if gpu is not None:
         if plan.driver is None and f"sm{gpu.capability.replace('.', '')}" not in plan.target.split():
             reasons.append(f"was built for {plan.target}, this is {gpu.name} (sm{gpu.capability.replace('.', '')})")
-        if plan.driver is not None and plan.target != gpu.name:
+        if plan.driver is not None and plan.target != gpu.name and not (plan.target == AMPERE_OR_NEWER and _at_least(gpu, 8)):
             reasons.append(f"was built on {plan.target}, this is {gpu.name}")
-        if plan.driver is not None and plan.driver != gpu.driver:
-            reasons.append(f"was built with the driver of CUDA {plan.driver}, this is {gpu.driver}")
     return reasons
+
+
+def plan_here(spec: GraphSpec, flavour: Flavour, index: int = 0) -> PlanSpec | None:
+    """The plan of a graph for GPU ``index`` of this machine, else any of that flavour; None without one."""
+    gpus = find_gpus()
+    return spec.plan_for(flavour, gpus[index].name if index < len(gpus) else "")
+
+
+def _at_least(gpu: Gpu, major: int) -> bool:
+    return int(gpu.capability.partition(".")[0]) >= major
 
 
 def weights_sha256(model: Model) -> str:

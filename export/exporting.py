@@ -103,11 +103,11 @@ def verify_model(model: Model, weights: str | None, log: Log) -> dict[str, Parit
     return reports
 
 
-def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, *, device: int = 0) -> Model:
+def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, *, device: int = 0) -> dict[str, Parity]:
     """Run the parity gate on the TensorRT engines of a model, on a GPU, and record each report in the manifest.
 
     Returns:
-        The model with the reports.
+        The reports by graph.
 
     Raises:
         ParityError: an engine does not compute what its reference computes; its previous report is removed.
@@ -115,10 +115,13 @@ def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, 
     """
     prepared = prepare_again(model.manifest, weights)
     gpu = find_gpus()[device]
+    reports: dict[str, Parity] = {}
     for make in prepared.graphs:
         graph = make().at(model.manifest.precision)
         path, spec = checked_plan(model, graph.name, flavour, gpu, unverified=True)
-        plan = replace(model.graph(graph.name).plans[flavour], parity=None)
+        built = model.graph(graph.name).plan_for(flavour, gpu.name)
+        assert built is not None
+        plan = replace(built, parity=None, driver=built.driver and gpu.driver)
         model = with_plan(model, graph.name, plan)
         from ..engines.trt import TrtEngine
 
@@ -131,10 +134,11 @@ def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, 
             where=f"{model.manifest.family} {graph.name} ({flavour})",
         )
         model = with_plan(model, graph.name, replace(plan, parity=parity))
+        reports[graph.name] = parity
         log(f"{model.manifest.family}: {graph.name} {flavour} engine agrees {_errors_and_time(parity, graph, begun)}")
         del graph
         gc.collect()
-    return model
+    return reports
 
 
 def standing_model(bundle: Path, name: str, *, variant: str | None, weights: str | None, options: Options) -> Model | None:

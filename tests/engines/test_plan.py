@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from wsss.engines import opening, plan
 from wsss.engines.plan import Gpu, checked_plan
 from wsss.errors import BundleError, WsssError
 from wsss.extras import install_line
-from wsss.spec import AxisRange, GraphSpec, Manifest, Model, Parity, PlanSpec, Preprocess, sha256_of
+from wsss.spec import AMPERE_OR_NEWER, AxisRange, GraphSpec, Manifest, Model, Parity, PlanSpec, Preprocess, sha256_of
 
 HERE = Gpu(0, "NVIDIA Test 4090", "8.9", "13.0", 24 << 30)
 PARITY = Parity(engine="trt-rtx", reference="torch", tolerance={}, rows=())
@@ -75,7 +76,6 @@ REBUILD = "wsss export --model sam --engine trt-rtx --bundle "
         ({"builder": "1.6.0"}, "built by version 1.6.0, installed is 1.7.1"),
         ({"target": "sm80 sm86"}, r"was built for sm80 sm86, this is NVIDIA Test 4090 \(sm89\)"),
         ({"target": "NVIDIA H200", "driver": "13.0"}, "was built on NVIDIA H200, this is NVIDIA Test 4090"),
-        ({"target": "NVIDIA Test 4090", "driver": "12.8"}, "with the driver of CUDA 12.8, this is 13.0"),
     ],
 )
 def test_a_plan_bound_to_something_else_is_refused(model: Model, changes: dict[str, object], message: str) -> None:
@@ -86,6 +86,33 @@ def test_a_plan_bound_to_something_else_is_refused(model: Model, changes: dict[s
 
 def test_a_plan_built_here_is_taken(model: Model) -> None:
     checked_plan(changed(model, target=HERE.name, driver=HERE.driver), "double", "trt-rtx", HERE)
+
+
+def test_another_driver_voids_the_verdict_and_not_the_plan(model: Model) -> None:
+    other = changed(model, target=HERE.name, driver="12.8")
+    with pytest.raises(BundleError, match=r"never compared .* under this driver \(CUDA 13.0; CUDA 12.8 then\)") as caught:
+        checked_plan(other, "double", "trt-rtx", HERE)
+    assert "wsss verify" in caught.value.hint
+    checked_plan(other, "double", "trt-rtx", HERE, unverified=True)
+
+
+def test_a_bundle_serves_several_gpus(model: Model) -> None:
+    spec = model.graph("double")
+    built = replace(spec.plans["trt-rtx"], flavour="trt", driver=HERE.driver)
+    plans = [replace(built, target=name, file=f"{name}.plan") for name in ("NVIDIA L4", HERE.name, AMPERE_OR_NEWER)]
+    spec = replace(spec, plans={plan.key: plan for plan in plans})
+    assert list(spec.plans) == ["trt on NVIDIA L4", f"trt on {HERE.name}", f"trt on {AMPERE_OR_NEWER}"]
+    assert spec.plan_for("trt", HERE.name) == plans[1]
+    assert spec.plan_for("trt", "NVIDIA A100") == plans[2], "which runs there too"
+    assert spec.plan_for("trt-rtx") is None
+    several = Model(model.folder, replace(model.manifest, graphs={"double": spec}))
+    for each in plans:
+        shutil.copy(model.folder / "double.trt-rtx.plan", model.folder / each.file)
+    assert checked_plan(several, "double", "trt", HERE)[0].name == f"{HERE.name}.plan"
+    a100 = replace(HERE, name="NVIDIA A100", capability="8.0")
+    assert checked_plan(several, "double", "trt", a100)[0].name == f"{AMPERE_OR_NEWER}.plan"
+    with pytest.raises(BundleError, match="was built on GPUs of compute capability 8.0 and newer, this is T4"):
+        checked_plan(several, "double", "trt", replace(HERE, name="T4", capability="7.5"))
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: bytes([data[0] ^ 1]) + data[1:], lambda data: b""])

@@ -287,7 +287,7 @@ def test_engines_are_judged_and_one_that_fails_loses_the_verdict_it_had(
         axes=narrow,
         builder="11.0",
         target="H200",
-        driver="13.0",
+        driver="12.8",
         seconds=1.0,
     )
     model = with_plan(model, "scale", plan)
@@ -306,15 +306,16 @@ def test_engines_are_judged_and_one_that_fails_loses_the_verdict_it_had(
     monkeypatch.setattr(exporting, "checked_plan", checked)
     monkeypatch.setattr("wsss.engines.trt.TrtEngine", engine)
     factor, said = 3.0, list[str]()
-    judged = exporting.verify_plans(model, "trt", None, said.append, device=1)
+    reports = exporting.verify_plans(model, "trt", None, said.append, device=1)
     assert opened == [(tmp_path / "toy" / "scale.onnx", 1)]
     assert "scale trt engine agrees (y " in said[0]
-    parity = judged.graph("scale").plans["trt"].parity
-    assert parity is not None and parity.engine == "trt 11.0 on H200"
+    parity = reports["scale"]
+    assert parity.engine == "trt 11.0 on H200"
     assert {row.batch for row in parity.rows} == {1, 2}, "within the engine's range"
-    assert open_bundle(tmp_path).model("toy").manifest == judged.manifest
+    judged = open_bundle(tmp_path).model("toy")
+    assert judged.graph("scale").plans == {"trt on H200": replace(plan, parity=parity, driver="13.0")}
 
     factor = 3.1
     with pytest.raises(ParityError, match=r"toy scale \(trt\): output 'y'"):
         exporting.verify_plans(judged, "trt", None, said.append, device=1)
-    assert open_bundle(tmp_path).model("toy").graph("scale").plans["trt"] == plan
+    assert open_bundle(tmp_path).model("toy").graph("scale").plans["trt on H200"] == replace(plan, driver="13.0")

@@ -38,10 +38,8 @@ def verify(
         for graph, parity in verify_model(model, given.get(name), log).items():
             rows += [{"model": name, "graph": graph, "engine": "ort", **dataclasses.asdict(row)} for row in parity.rows]
         for flavour in _flavours(model):
-            for graph, spec in verify_plans(model, flavour, given.get(name), log).manifest.graphs.items():
-                verdict = spec.plans[flavour].parity
-                assert verdict is not None
-                rows += [{"model": name, "graph": graph, "engine": flavour, **dataclasses.asdict(row)} for row in verdict.rows]
+            for graph, parity in verify_plans(model, flavour, given.get(name), log).items():
+                rows += [{"model": name, "graph": graph, "engine": flavour, **dataclasses.asdict(row)} for row in parity.rows]
     if json_output:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -58,7 +56,7 @@ def _flavours(model: Model) -> list[Flavour]:
     from ..engines.plan import MODULES, why_not_here
 
     found: list[Flavour] = []
-    for flavour in (each for each in MODULES if any(each in graph.plans for graph in model.manifest.graphs.values())):
+    for flavour in (each for each in MODULES if any(graph.plan_for(each) for graph in model.manifest.graphs.values())):
         if reason := why_not_here(flavour):
             log(f"{model.manifest.family}: its {flavour} engines are skipped: {reason}")
         else:
