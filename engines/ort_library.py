@@ -35,7 +35,11 @@ SILENT = 4
 """The severity "fatal": as ``log_severity_level`` of a session, nothing is printed."""
 onnxruntime.set_default_logger_severity(SILENT)
 
-__all__ = ["SILENT", "cuda_trouble", "onnxruntime"]
+TF32 = "NVIDIA_TF32_OVERRIDE"
+"""NVIDIA's variable: with 0, FP32 products keep 24 bits, also in cuDNN's convolutions, which ignore ONNX Runtime's option
+(onnxruntime#19470); with 1, they may round their factors to the 10 bits of TF32."""
+
+__all__ = ["SILENT", "TF32", "cuda_trouble", "onnxruntime"]
 
 
 @lru_cache(maxsize=1)
@@ -43,9 +47,11 @@ def cuda_trouble() -> str | None:
     """Why ONNX Runtime cannot compute on a GPU here; None if it can. Loads the libraries of its CUDA provider.
 
     Without this check, ONNX Runtime takes the CPU in place of a provider that it cannot load, or fails when it loads a graph.
+    Sets `TF32` to 0 in this process, unless the user has set it.
     """
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return f"this onnxruntime {onnxruntime.__version__} has no CUDA provider"
+    os.environ.setdefault(TF32, "0")  # read when the libraries are loaded
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
         onnxruntime.preload_dlls()  # of NVIDIA's wheels
     folder, pattern = Path(onnxruntime.__file__).parent / "capi", "libonnxruntime_providers_{}.so"

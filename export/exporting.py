@@ -79,11 +79,12 @@ def export_model(
     return manifest
 
 
-def verify_model(model: Model, weights: str | None, log: Log) -> dict[str, Parity]:
-    """Run the parity gate again on a model's stored files.
+def verify_model(model: Model, weights: str | None, log: Log, *, device: str = "cpu") -> dict[str, Parity]:
+    """Run the parity gate again on a model's stored files, in ONNX Runtime.
 
     Args:
         weights: where the weights are now; None takes the source in the manifest.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
 
     Returns:
         The new parity report of each graph.
@@ -91,13 +92,15 @@ def verify_model(model: Model, weights: str | None, log: Log) -> dict[str, Parit
     Raises:
         ParityError: a graph no longer passes.
         WeightsError: the weights are missing, or not those of the export.
+        WsssError: ONNX Runtime cannot compute on this device.
     """
     prepared = prepare_again(model.manifest, weights)
     reports = {}
     for make in prepared.graphs:
         graph = make().at(model.manifest.precision)
         spec = model.graph(graph.name)
-        reports[graph.name] = _gate(replace(graph, axes=spec.axes), spec, model.folder, where=model.manifest.family, log=log)
+        graph = replace(graph, axes=spec.axes)
+        reports[graph.name] = _gate(graph, spec, model.folder, where=model.manifest.family, log=log, device=device)
         del graph
         gc.collect()
     return reports
@@ -219,16 +222,17 @@ def write_errors(bundle: Path) -> Iterator[None]:
         ) from None
 
 
-def _gate(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log) -> Parity:
+def _gate(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log, device: str = "cpu") -> Parity:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="wsss-gate-") as scratch:
-        # ONNX Runtime's CPU has no bfloat16 kernels.
+        # ONNX Runtime has no bfloat16 kernels for most operators.
         path = write_bf16_emulation(folder / spec.file, Path(scratch)) if spec.precision == "bf16" else folder / spec.file
         how = ", bfloat16 rounded in float32" if spec.precision == "bf16" else ""
+        place = "the CPU" if device == "cpu" else device
         parity = verify.gate(
             graph,
-            OrtEngine(path, spec),
-            engine_name=f"onnxruntime {version_of('onnxruntime')} on the CPU{how}",
+            OrtEngine(path, spec, device=device),
+            engine_name=f"onnxruntime {version_of('onnxruntime') or version_of('onnxruntime-gpu')} on {place}{how}",
             reference_name=REFERENCE,
             where=f"{where} {graph.name}",
         )

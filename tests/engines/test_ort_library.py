@@ -155,8 +155,13 @@ def compiled(folder: Path, **sources: str) -> None:
         )
 
 
-def test_a_missing_cuda_library_is_named(with_provider: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_cuda_library_is_named(
+    with_provider: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ort_library.TF32, "0")  # so that it is restored
+    monkeypatch.delenv(ort_library.TF32)
     assert "libonnxruntime_providers_shared.so: cannot open" in str(ort_library.cuda_trouble())
+    assert os.environ[ort_library.TF32] == "0"
     assert capsys.readouterr().out == ""
 
 

@@ -107,6 +107,22 @@ def test_export_fail_replace_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         exporting.verify_model(changed, None, print)
 
 
+def test_the_gate_runs_on_the_device_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(tmp_path, make_family())
+    devices: list[str] = []
+
+    def engine(path: Path, spec: GraphSpec, *, device: str) -> EagerEngine:
+        devices.append(device)
+        return EagerEngine(Scale(3.0), spec)
+
+    monkeypatch.setattr(exporting, "family", lambda name: make_family())
+    monkeypatch.setattr(exporting, "OrtEngine", engine)
+    model = open_bundle(tmp_path).model("toy")
+    assert exporting.verify_model(model, None, print)["scale"].engine.endswith("on the CPU")
+    assert exporting.verify_model(model, None, print, device="cuda:1")["scale"].engine.endswith("on cuda:1")
+    assert devices == ["cpu", "cuda:1"]
+
+
 def test_a_bundle_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="cannot be written"):

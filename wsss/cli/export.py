@@ -90,6 +90,9 @@ def export(
         raise UsageError(
             "--hardware-compatible is for the full TensorRT", hint="TensorRT-RTX engines run on several generations anyway"
         )
+    if sampling is None and "grounding-dino" in names and flavour is None and _labels_with_ort_on_gpu(engine):
+        sampling = "gather"
+        log("grounding-dino: --sampling gather, because ONNX Runtime computes GridSample on the CPU")
     options = Options(
         batch=AxisRange(*batch) if batch else None,
         sizes=tuple(map(_size, size or ())),
@@ -136,6 +139,13 @@ def _flavour(engine: str) -> Flavour | None:
     flavour = best_flavour()
     log(f"engine {flavour or 'onnx'}; wsss doctor says why no other" if flavour is None else f"engine {flavour}")
     return flavour
+
+
+def _labels_with_ort_on_gpu(engine: str) -> bool:
+    """Whether ``--engine auto`` of `wsss label` will take ONNX Runtime on this machine's GPU."""
+    from ..engines.ort_library import cuda_trouble
+
+    return engine == "auto" and cuda_trouble() is None
 
 
 def _build_engines(bundle: Path, name: str, options: BuildOptions, weights: str | None) -> None:
