@@ -73,7 +73,11 @@ def build_plans(model: Model, options: BuildOptions, log: Log) -> Model:
             log(f"{where}: {options.flavour} engine is up to date")
             continue
         plan = _leaving_on_ctrl_c(partial(_build, trt, model, spec, options, gpu, where, log))
-        log(f"{where}: {options.flavour} engine built in {plan.seconds:.0f} s, {_size(model.folder / plan.file)}{_memory()}")
+        fused = ""
+        if plan.fused_attentions or plan.softmaxes_alone:
+            fused = f"; {plan.fused_attentions} attentions fused, {plan.softmaxes_alone} softmaxes alone"
+        size = _size(model.folder / plan.file)
+        log(f"{where}: {options.flavour} engine built in {plan.seconds:.0f} s, {size}{_memory()}{fused}")
         model = with_plan(model, name, plan)
     return model
 
@@ -143,6 +147,7 @@ def _build(
     config.clear_flag(trt.BuilderFlag.TF32)  # its mantissa has the 10 bits of half, which would undo the nodes kept in FP32
     if options.flavour == "trt-rtx":
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # required for capturing TensorRT-RTX in a CUDA graph
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the log of TensorRT-RTX then ends in the compiled layers
     config.add_optimization_profile(_profile(builder, spec, axes))
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
@@ -180,6 +185,8 @@ def _build(
         target=target,
         driver=gpu.driver if gpu else None,
         seconds=round(time.monotonic() - begun, 1),
+        fused_attentions=sum("mha" in layer for layer in logger.layers) if logger.layers else None,
+        softmaxes_alone=sum("SubExp" in layer for layer in logger.layers) if logger.layers else None,
     )
 
 
@@ -282,16 +289,19 @@ def _timing_cache(config: Any, gpu: Gpu | None, version: str) -> Path | None:
 
 
 def _logger(trt: ModuleType) -> Any:
-    """A TensorRT logger that collects errors and prints nothing."""
+    """A TensorRT logger that collects errors, and the names of compiled layers where TensorRT lists them; it prints nothing."""
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.layers: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message.split("\n")[0])
+            elif "LayerType" in message:
+                self.layers += re.findall(r"^Name: ([^,]+), LayerType", message, re.MULTILINE)
 
     return Logger()
 

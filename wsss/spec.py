@@ -140,6 +140,10 @@ class PlanSpec:
     """CUDA driver it was built, and compared, with; None if built ahead of time."""
     seconds: float
     """Build time."""
+    fused_attentions: int | None = None
+    """Attentions that were compiled to one kernel each, which never writes its map; None where the builder does not tell."""
+    softmaxes_alone: int | None = None
+    """Softmaxes that are kernels of their own, of attentions that were not fused among others; None likewise."""
     parity: Parity | None = None
     """The parity gate's result for this engine on a GPU; without it the engine is not used."""
 

@@ -231,6 +231,16 @@ def test_queries_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(block(tokens), whole)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("number", [0, 1])
+def test_keys_and_values_of_one_width_change_nothing(number: int) -> None:
+    """With windows and without."""
+    block = toy_sam().image_encoder.blocks[number]
+    padded, tokens = SamBlock(block, SIDE // PATCH, one_width=True), torch.randn(2, SIDE // PATCH, SIDE // PATCH, 32)
+    assert padded.width % 8 == 0
+    torch.testing.assert_close(padded(tokens), SamBlock(block, SIDE // PATCH)(tokens))
+
+
 # ---- weights ----
 
 

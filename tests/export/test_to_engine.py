@@ -111,6 +111,26 @@ def test_tensorrt_compiles_every_graph_with_its_contract(built: dict[str, Model]
             assert plan.axes["batch"] == AxisRange(1, 2, 8)
 
 
+def test_no_fusion_is_lost(built: dict[str, Model]) -> None:
+    """Attentions that TensorRT compiles to one kernel, and softmaxes that are kernels of their own. Of the detector's, 4 are the
+    weights of deformable attention, which are none of an attention."""
+    counts = {
+        f"{name}/{graph}": (plan.fused_attentions, plan.softmaxes_alone)
+        for name, model in built.items()
+        for graph, spec in model.manifest.graphs.items()
+        for plan in spec.plans.values()
+    }
+    assert counts == {
+        "clip/image": (1, 0),
+        "clip/text": (1, 0),
+        "grounding-dino/text": (2, 0),
+        **dict.fromkeys((f"grounding-dino/image-{size}" for size in ("192x192", "144x256", "256x144")), (8, 12)),
+        "sam/encoder": (4, 0),
+        "sam/decoder": (2, 5),
+        "sam/fuse": (0, 0),
+    }
+
+
 def test_the_manifest_on_disk_knows_the_plans(built: dict[str, Model], bundle: Bundle) -> None:
     for name, model in built.items():
         again = bundle.model(name)
