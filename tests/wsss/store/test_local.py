@@ -18,7 +18,7 @@ from PIL import Image
 from wsss.classes import class_list, palette
 from wsss.errors import StoreError
 from wsss.store import local as labelstore
-from wsss.store.format import inside, is_label
+from wsss.store.format import inside, is_label, missing_fields, photograph_of
 from wsss.store.local import (
     LabelStore,
     label_path,
@@ -117,6 +117,24 @@ def test_a_save_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.Monk
         assert [line["path"] for line in read_records(folder)] == ["good.jpg"]
     assert files(folder / "labels") == ["good.png"]
     assert list(read_records(folder)) == [record("good")]
+
+
+def test_a_line_that_the_disk_has_no_room_for_leaves_no_part(
+    store: LabelStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write(record("one"), LABEL_MAP)
+    before, write = (folder / "manifest.jsonl").read_bytes(), os.write
+
+    def full(handle: int, data: bytes) -> int:
+        write(handle, data[:10])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(StoreError, match=r"cannot write the line of two\.jpg: No space left"):
+        patched.setattr(os, "write", full)
+        store.write(record("two"), LABEL_MAP)
+    assert (folder / "manifest.jsonl").read_bytes() == before
+    store.write(record("two"), LABEL_MAP)
+    assert list(read_records(folder)) == [record("one"), record("two")]
 
 
 def test_write_atomically_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,9 +360,10 @@ def test_a_line_may_lack_what_is_optional_and_have_more(folder: Path) -> None:
     lines = [
         line(seconds={"tag": 1}, other=[None]),
         b'{"path": "two.jpg", "label": "a/..b/two.png"}\n',
-        line(path="/x", mtime_ns=-1),
+        line(path="/x", mtime_ns=-1, boxes=box(quality=-0.1, xyxy=[0, 3, 2, 4])),
+        line(path="/y", classes={str(number): 0.5 for number in range(254)}, boxes=box() * 256),
     ]
-    assert [each["path"] for each in read_records(store_of(folder, *lines))] == ["/x", "one.jpg", "two.jpg"]
+    assert [each["path"] for each in read_records(store_of(folder, *lines))] == ["/x", "/y", "one.jpg", "two.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -389,7 +408,7 @@ def test_a_line_may_lack_what_is_optional_and_have_more(folder: Path) -> None:
         (line(boxes=box(xyxy=[0, 0, 1])), "boxes: xyxy: expected four numbers"),
         (line(boxes=box(xyxy=[0, 0, 1, "2"])), "boxes: xyxy: "),
         (line(boxes=box(xyxy=[2, 0, 1, 1])), "boxes: xyxy: expected the upper left corner first"),
-        (line(boxes=box(xyxy=[0, 2, 1, 1])), "boxes: xyxy: expected the upper left corner first"),
+        (line(boxes=box(xyxy=[0, 2, 9, 1])), "boxes: xyxy: expected the upper left corner first"),
         (line(boxes=box(score=-0.1)), "boxes: score: "),
         (line(boxes=box(score=True)), "boxes: score: "),
         (line(boxes=box(quality=None)), "boxes: quality: "),
@@ -422,6 +441,19 @@ def test_a_line_that_cannot_be_is_named_and_harms_nothing(folder: Path, data: by
         else:  # cut when the store was opened
             assert store.select(photos("one"), lambda *_: False).done == 0
     assert victim.exists()
+
+
+def test_boxes_of_older_versions_have_no_area() -> None:
+    older = [{key: value for key, value in box()[0].items() if key != "area_px"}]
+    assert missing_fields(WHOLE | {"boxes": older}, ("boxes",)) == ""
+    assert missing_fields(WHOLE | {"boxes": [*older, {"label": "dog"}]}, ("boxes",)).startswith("has a box that lacks one of ")
+
+
+def test_a_folder_whose_name_starts_like_that_of_the_images_is_outside(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    assert photograph_of(tmp_path / "photos", "a/../b.jpg") == tmp_path / "photos" / "b.jpg"
+    with pytest.raises(StoreError, match=r"\.\./photos-2/a\.jpg: leads out of --images"):
+        photograph_of(tmp_path / "photos", "../photos-2/a.jpg")
 
 
 def test_labels_with_drives_and_backslashes_are_refused_where_they_mean_something() -> None:
@@ -516,6 +548,7 @@ def test_history_that_is_damaged_is_left_out(folder: Path) -> None:
         b"7\n",
         b'{"labelled": "x"}\n',
         b'{"labelled": 1, "seconds": NaN}\n',
+        b'{"labelled": 1, "seconds": -1}\n',
         b'{"stage_seconds": {"tag": "x"}}\n',
         b"[" * 9999,
     ]
