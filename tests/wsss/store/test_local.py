@@ -119,6 +119,13 @@ def test_a_save_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.Monk
     assert list(read_records(folder)) == [record("good")]
 
 
+def test_a_line_that_is_written_in_pieces_is_whole(store: LabelStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:7]))
+    store.write(record("one"), LABEL_MAP)
+    assert list(read_records(folder)) == [record("one")]
+
+
 def test_a_line_that_the_disk_has_no_room_for_leaves_no_part(
     store: LabelStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +208,30 @@ def test_an_image_done_twice_has_one_line_the_last(folder: Path) -> None:
         assert [line["bytes"] for line in read_records(folder)] == [2]
 
 
+def test_shards_write_lines_of_their_own_until_the_last_one_leaves(folder: Path) -> None:
+    with LabelStore(folder, CLASSES, SETTINGS) as store:
+        for name in ("a", "b"):
+            store.write(record(name), LABEL_MAP)
+    with LabelStore(folder, CLASSES, SETTINGS, shard=(1, 2)) as other:
+        other.select(photos("b"), lambda *_: False)
+        other.write(record("b") | {"bytes": 2}, LABEL_MAP)
+        with LabelStore(folder, CLASSES, SETTINGS, shard=(0, 2)) as store:
+            assert store.select(photos("a", "c"), lambda *_: True).done == 1
+            store.write(record("c"), LABEL_MAP)
+        lines = {path.name: path.read_text().count("\n") for path in folder.glob("*.jsonl")}
+        assert lines == {"manifest.jsonl": 2, "manifest-0-of-2.jsonl": 2, "manifest-1-of-2.jsonl": 1}
+        assert [line["bytes"] for line in read_records(folder)] == [1, 2, 1], "a shard's lines are newer"
+    assert [path.name for path in folder.glob("*.jsonl")] == ["manifest.jsonl"]
+    assert [line["bytes"] for line in read_records(folder)] == [1, 2, 1]
+
+
+def test_an_empty_label_which_a_power_cut_leaves_is_none(store: LabelStore, folder: Path) -> None:
+    (folder / "labels" / "one.png").touch()
+    assert not store.has_label("one.png")
+    store.labels.write("one.png", LABEL_MAP)
+    assert store.has_label("one.png")
+
+
 def test_a_last_line_cut_at_any_byte_is_done_again(folder: Path) -> None:
     with LabelStore(folder, CLASSES, SETTINGS) as store:
         store.write(record("one"), LABEL_MAP)
@@ -246,6 +277,13 @@ def test_a_store_of_other_settings_is_not_touched(folder: Path, classes: list[st
     assert str(folder) in caught.value.message
     assert "new --out" in caught.value.hint
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_with_the_lock_of_a_killed_run_is_empty(folder: Path) -> None:
+    folder.mkdir()
+    (folder / ".lock").touch()
+    with LabelStore(folder, CLASSES, SETTINGS):
+        assert read_run(folder)["classes"] == ["dog", "cat"]
 
 
 def test_a_folder_that_holds_something_else_is_refused(folder: Path) -> None:
@@ -554,6 +592,8 @@ def test_history_that_is_damaged_is_left_out(folder: Path) -> None:
     ]
     (folder / "history.jsonl").write_bytes(good + b"".join(bad))
     assert [each["labelled"] for each in read_history(folder)] == [1]
+    (folder / "history.jsonl").write_bytes(good + good[:-1])
+    assert len(read_history(folder)) == 1, "the last line has no end"
 
 
 @pytest.mark.parametrize(
