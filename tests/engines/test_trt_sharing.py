@@ -76,6 +76,14 @@ def test_a_clone_lives_on(bench: Bench) -> None:
     assert np.array_equal(np.asarray(engine({"x": clones[2]})["y"]), 4 * (X + 2))
 
 
+def test_a_clone_outlives_its_engine_and_other_clones(bench: Bench) -> None:
+    engine = bench.open("double", double)
+    dropped, kept = engine({"x": X})["y"].clone(), engine({"x": X + 1})["y"].clone()
+    engine.close()
+    del dropped
+    assert np.array_equal(np.asarray(kept), 2 * (X + 1))
+
+
 def test_memory_of_a_dropped_clone_is_reused_after_its_readers(bench: Bench) -> None:
     first, second = bench.open("double", double), bench.open("increment", increment)
     out = second({"x": first({"x": X})["y"].clone()})["y"]
@@ -149,6 +157,13 @@ def test_a_view_of_its_own_output_by_another_library(bench: Bench) -> None:
     view = SimpleNamespace(__cuda_array_interface__=out.__cuda_array_interface__)
     assert np.array_equal(np.asarray(engine({"x": view})["y"]), X + 2)
     assert engine.copied["device_to_device"] == X.nbytes
+
+
+def test_memory_beside_an_output_is_not_its_own(bench: Bench) -> None:
+    block = bench.open("double", double)._blocks["y"]
+    end = block.address + block.size_bytes
+    assert block.overlaps(end - 4, 4) and block.overlaps(block.address - 4, 8)
+    assert not block.overlaps(end, 4) and not block.overlaps(block.address - 4, 4)
 
 
 @pytest.mark.parametrize(("strides", "fits"), [((12, 4), True), ((24, 8), False), ((4, 8), False)])
