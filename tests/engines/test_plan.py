@@ -75,6 +75,7 @@ REBUILD = "wsss export --model sam --engine trt-rtx --bundle "
         ({"target": "sm80 sm86"}, r"was built for sm80 sm86, this is NVIDIA Test 4090 \(sm89\)"),
         ({"target": "NVIDIA H200", "driver": "13.0"}, "was built on NVIDIA H200, this is NVIDIA Test 4090"),
         ({"target": "NVIDIA Test 4090", "driver": "12.8"}, "with the driver of CUDA 12.8, this is 13.0"),
+        ({"target": "NVIDIA Test 4090", "driver": "13.1"}, "with the driver of CUDA 13.1, this is 13.0"),
     ],
 )
 def test_a_plan_bound_to_something_else_is_refused(model: Model, changes: dict[str, object], message: str) -> None:

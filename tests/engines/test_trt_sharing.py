@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from wsss.engines.engine import outliving
-from wsss.engines.tensors import CudaTensor
+from wsss.engines.tensors import CudaTensor, foreign_tensor
 from wsss.errors import FeedError, WsssError
 
 from . import simulated_gpu as sim
@@ -176,6 +176,13 @@ def test_gaps_are_refused(bench: Bench, strides: tuple[int, ...], fits: bool) ->
     else:
         with pytest.raises(FeedError, match=r"'x': expected a C-contiguous tensor, got strides"):
             engine({"x": x})
+
+
+@pytest.mark.parametrize(("shape", "strides"), [((1, 3), (999, 4)), ((2, 1), (4, 999)), ((0, 3), (0, 0))])
+def test_strides_of_one_step_or_none_do_not_matter(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    interface = {"shape": shape, "typestr": "<f4", "data": (256, False), "strides": strides}
+    tensor = foreign_tensor(SimpleNamespace(__cuda_array_interface__=interface), "x")
+    assert (tensor.shape, tensor.dtype, tensor.address) == (shape, np.float32, 256)
 
 
 def test_foreign_tensors_of_another_kind_are_refused(bench: Bench) -> None:
