@@ -69,6 +69,17 @@ def test_the_only_one_of_its_shape_does_not_wait_for_the_end(world: World, tmp_p
     assert 2 < order.index(0) < 20
 
 
+def test_a_failure_does_not_wait_for_the_end(world: World, tmp_path: Path, labels: LabelFolder) -> None:
+    """Lines are written in the order of the images: those of all others would wait for it."""
+    for number in range(60):
+        world.save(tmp_path / "in" / f"{number:02}.png", 30, 40, red=(2, 2, 20, 20))
+    (tmp_path / "in" / "00.png").write_text("no")
+    order = [
+        receipt.number for group in start(world, tmp_path / "in", labels).run(tasks_of(tmp_path / "in")) for receipt in group
+    ]
+    assert order.index(0) < 20
+
+
 def test_what_came_does_not_wait_for_tasks_that_are_late(world: World, folder: Path, labels: LabelFolder) -> None:
     done = threading.Event()
 
