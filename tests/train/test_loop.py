@@ -25,7 +25,7 @@ from wsss.errors import StoreError, UsageError, WeightsError, WsssError
 from wsss.store.local import read_label, write_label
 from wsss.train import curve, loop
 from wsss.train.args import Config, config_from, typed
-from wsss.train.checkpoint import Progress, load_run, read_record, read_tensors
+from wsss.train.checkpoint import BEST, LAST, Progress, load_run, read_record, read_tensors
 from wsss.train.distributed import joined
 from wsss.train.loop import Recorder, Result, Status, train
 from wsss.train.model import Segmenter
@@ -258,6 +258,18 @@ def test_a_checkpoint_of_other_classes(scenes: Scenes, tmp_path: Path) -> None:
     run(scenes, tmp_path / "other", init, "model.new_head=true", "optimizer.steps=1")
     _, record = load_run(tmp_path / "other")
     assert sorted(record.init["random"]) == ["segmentation_head.0.bias", "segmentation_head.0.weight"]
+
+
+def test_best_weights_are_kept_only_beside_a_checkpoint(tmp_path: Path) -> None:
+    """Those of a training that ended before its first checkpoint would stay the best of the next."""
+    loop._prepare_folder(tmp_path, Config())
+    (tmp_path / BEST).touch()
+    loop._prepare_folder(tmp_path, Config())
+    assert not (tmp_path / BEST).exists()
+    for name in (BEST, LAST):
+        (tmp_path / name).touch()
+    loop._prepare_folder(tmp_path, Config())
+    assert (tmp_path / BEST).exists()
 
 
 def test_a_folder_that_is_no_run(scenes: Scenes, tmp_path: Path) -> None:
