@@ -29,6 +29,7 @@ from wsss.train.checkpoint import BEST, LAST, Progress, load_run, read_record, r
 from wsss.train.distributed import joined
 from wsss.train.loop import Recorder, Result, Status, train
 from wsss.train.model import Segmenter
+from wsss.train.optimizer import rate_at
 from wsss.train.survey import survey_store
 
 from .conftest import TINY
@@ -108,6 +109,8 @@ def test_the_time_left_follows_from_the_steps_of_this_sitting(tmp_path: Path, mo
     recorder.close()
     assert [(each.step, each.steps, each.loss, each.seconds_left) for each in told] == [(150, 300, 0.5, 60)]
     assert going_on.progress.seconds == 1020
+    args = going_on.config.optimizer
+    assert told[0].rate == rate_at(149, args) > rate_at(150, args), "the rate of the step that was done"
 
 
 def test_it_learns(scenes: Scenes, tmp_path: Path) -> None:
