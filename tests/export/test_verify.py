@@ -106,6 +106,13 @@ def test_a_leak_within_the_tolerance_of_the_reference_still_counts_against_the_r
         run(lambda x: double(x) * (0.91 if len(x) == 1 else 1.09), loose)
 
 
+@pytest.mark.parametrize("worst", [np.inf, np.nan])
+def test_a_difference_that_is_no_number_fails_under_any_tolerance(worst: float) -> None:
+    graph = make_graph(relative=np.inf, measure=lambda got, want, name: (0.0, worst))
+    with pytest.raises(ParityError, match=f"error 0, largest difference {worst}"):
+        run(double, graph)
+
+
 def test_the_absolute_limit_sees_one_value_among_many() -> None:
     def one_off(x: np.ndarray) -> np.ndarray:
         return in_place(x, lambda y: y.__setitem__((0, 0), y[0, 0] + 0.01))
