@@ -118,6 +118,14 @@ def test_a_leak_within_the_tolerance_of_the_reference_still_counts_against_the_r
         run(lambda x: double(x) * (0.91 if len(x) == 1 else 1.09), loose)
 
 
+def test_equal_infinities_do_not_differ() -> None:
+    """Masked logits are minus infinity in the reference too."""
+    want = {"y": np.array([-np.inf, 3, 4], np.float32)}
+    assert relative_error(want, want, "y") == (0, 0)
+    assert relative_error({"y": np.array([-np.inf, 3, 3], np.float32)}, want, "y") == (0.2, 1)
+    assert relative_error({"y": np.array([-9e9, 3, 4], np.float32)}, want, "y") == (np.inf, np.inf)
+
+
 def test_bfloat16_is_allowed_wider_ties_and_errors_than_float16() -> None:
     scales: list[float] = []
 
