@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -99,6 +100,18 @@ def test_the_manifest_holds_what_the_runtime_needs(model: Model) -> None:
 def test_verify_runs_the_gate_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "family", lambda name: TOY)
     assert list(verify_model(model, None, print)) == ["encoder", "decoder", "fuse"]
+
+
+def test_verify_holds_a_model_against_graphs_of_its_precision(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: dict[str, str] = {}
+
+    def gate(graph: Graph, *_: object, **__: object) -> None:
+        dtypes[graph.name] = graph.outputs[0].dtype
+
+    monkeypatch.setattr(exporting, "family", lambda name: TOY)
+    monkeypatch.setattr(exporting, "_gate", gate)
+    verify_model(Model(model.folder, replace(model.manifest, precision="fp16")), None, print)
+    assert dtypes == {"encoder": "float16", "decoder": "float16", "fuse": "uint8"}
 
 
 def test_the_eager_engine_is_rebuilt_from_the_weights(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
