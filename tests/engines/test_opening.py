@@ -51,6 +51,7 @@ def test_onnx_runtime_takes_the_gpu_it_can_use(model: Model, monkeypatch: pytest
     monkeypatch.setattr(opening, "_ort_uses_gpu", lambda: True)
     assert choose("auto", "auto", [model]) == ("ort", "cuda:0")
     assert choose("auto", "cpu", [model]) == ("ort", "cpu")
+    assert choose("eager", "auto", [model]) == ("eager", "cpu"), "what PyTorch can use is another question"
 
 
 @pytest.mark.parametrize("typed", ["", "ORT", "onnx", "tensorflow"])

@@ -88,9 +88,10 @@ def test_a_plan_built_here_is_taken(model: Model) -> None:
     checked_plan(changed(model, target=HERE.name, driver=HERE.driver), "double", "trt-rtx", HERE)
 
 
-def test_another_driver_voids_the_verdict_and_not_the_plan(model: Model) -> None:
-    other = changed(model, target=HERE.name, driver="12.8")
-    with pytest.raises(BundleError, match=r"never compared .* under this driver \(CUDA 13.0; CUDA 12.8 then\)") as caught:
+@pytest.mark.parametrize("driver", ["12.8", "13.1"])
+def test_another_driver_voids_the_verdict_and_not_the_plan(model: Model, driver: str) -> None:
+    other = changed(model, target=HERE.name, driver=driver)
+    with pytest.raises(BundleError, match=rf"never compared .* under this driver \(CUDA 13.0; CUDA {driver} then\)") as caught:
         checked_plan(other, "double", "trt-rtx", HERE)
     assert "wsss verify" in caught.value.hint
     checked_plan(other, "double", "trt-rtx", HERE, unverified=True)

@@ -107,6 +107,7 @@ def test_tensorrt_compiles_every_graph_with_its_contract(built: dict[str, Model]
         assert sha256_of(path) == plan.sha256
         assert dict(plan.axes) == profile_of(spec)
         assert plan.parity is None and plan.precision == "fp16"
+        assert "sm89" in plan.target.split() and "sm75" not in plan.target.split()
         if "batch" in plan.axes:
             assert plan.axes["batch"] == AxisRange(1, 2, 8)
 
@@ -145,6 +146,28 @@ def test_what_stands_is_not_built_again(built: dict[str, Model], monkeypatch: py
     assert lines == ["clip: image: trt-rtx engine is up to date", "clip: text: trt-rtx engine is up to date"]
 
 
+def test_a_plan_of_another_profile_is_built_again(built: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = built["clip"].graph("text")
+    plan = spec.plans["trt-rtx"]
+    older = replace(spec, plans={"trt-rtx": replace(plan, axes={"batch": AxisRange(1, 2, 4)})})
+    model = Model(built["clip"].folder, replace(built["clip"].manifest, graphs={"text": older}))
+    monkeypatch.setattr(to_engine, "_build", lambda *_: plan)
+    monkeypatch.setattr(to_engine, "with_plan", lambda model, *_: model)
+    lines: list[str] = []
+    build_plans(model, RTX, lines.append)
+    assert len(lines) == 1 and "built in" in lines[0]
+
+
+def test_a_tile_lies_within_the_graphs_range() -> None:
+    axes = {"height": AxisRange(1, 10, 100), "width": AxisRange(600, 700, 800), "masks": AxisRange(1, 300, 400)}
+    spec = GraphSpec(file="fuse.onnx", inputs=(), outputs=(), axes=axes, opset=18)
+    assert profile_of(spec) == {
+        "height": AxisRange(1, 100, 100),
+        "width": AxisRange(600, 600, 800),
+        "masks": AxisRange(1, 300, 400),
+    }
+
+
 def test_a_damaged_plan_is_built_again(built: dict[str, Model]) -> None:
     model = built["clip"]
     path = model.folder / model.graph("text").plans["trt-rtx"].file
@@ -177,18 +200,20 @@ def test_an_unknown_compute_capability_lists_the_known(built: dict[str, Model]) 
         build_plans(built["clip"], replace(RTX, capabilities=("sm90",)), silent)
 
 
-def test_float32_is_no_tf32(built: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    import tensorrt_rtx
+def test_float32_is_no_tf32_and_memory_is_given_to_the_engine(built: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorrt_rtx as trt
 
-    flags = []
+    found = []
 
     def look(config: Any, *_: object) -> None:
-        flags.append(config.get_flag(tensorrt_rtx.BuilderFlag.TF32))
+        flags = [config.get_flag(flag) for flag in (trt.BuilderFlag.TF32, trt.BuilderFlag.REQUIRE_USER_ALLOCATION)]
+        found.append((*flags, config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) >> 20))
 
     monkeypatch.setattr(to_engine, "_timing_cache", look)
     spec = built["sam"].graph("fuse")
-    build_plans(Model(built["sam"].folder, replace(built["sam"].manifest, graphs={"fuse": replace(spec, plans={})})), RTX, silent)
-    assert flags == [False]
+    model = Model(built["sam"].folder, replace(built["sam"].manifest, graphs={"fuse": replace(spec, plans={})}))
+    build_plans(model, replace(RTX, workspace_mib=512), silent)
+    assert found == [(False, True, 512)]
 
 
 def test_building_for_one_gpu_generation_says_so(built: dict[str, Model]) -> None:
