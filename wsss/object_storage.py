@@ -128,9 +128,10 @@ class RemoteFolder:
             listed = _retried(lambda: fs.ls(where, detail=True))
         except FileNotFoundError:
             return [], []
-        infos = sorted(((below + info["name"].rstrip("/").rpartition("/")[2], info) for info in listed), key=lambda pair: pair[0])
+        inside = [info for info in listed if info["name"].rstrip("/") != where.rstrip("/")]  # some list the folder itself too
+        infos = sorted(((below + info["name"].rstrip("/").rpartition("/")[2], info) for info in inside), key=lambda pair: pair[0])
         entries = [Entry(name, int(info["size"] or 0), _etag_of(info)) for name, info in infos if info["type"] == "file"]
-        return entries, [f"{name}/" for name, info in infos if info["type"] == "directory" and name != below.rstrip("/")]
+        return entries, [f"{name}/" for name, info in infos if info["type"] == "directory"]
 
     def walk(self, below: str = "") -> Iterator[Entry]:
         """All files below a folder, sorted by name (code points).

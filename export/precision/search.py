@@ -254,10 +254,11 @@ class _Trials:
     def cost(self, keep: frozenset[str]) -> float:
         """Largest error over its tolerance; infinite where an output is not a number."""
         costs = [
-            max(_share_used(error, allowed.relative), worst / (allowed.absolute or math.inf))
+            cost
             for (error, worst), allowed in zip(self.errors(keep).values(), self._tolerance.values(), strict=True)
+            for cost in (_share_used(error, allowed.relative), worst / (allowed.absolute or math.inf))
         ]
-        return math.inf if any(math.isnan(cost) for cost in costs) else max(costs)
+        return math.inf if any(map(math.isnan, costs)) else max(costs)
 
     def pass_with(self, keep: frozenset[str]) -> bool:
         return self.cost(keep) <= AIM

@@ -191,6 +191,21 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
     return remote._opened("memory://some/where")[0]
 
 
+@pytest.mark.parametrize("below", ["", "a/"])
+def test_a_folder_that_is_listed_in_itself_is_left_out(memory: Any, monkeypatch: pytest.MonkeyPatch, below: str) -> None:
+    """As some stores do that keep a mark for each folder."""
+    memory.store.clear()
+    folder = RemoteFolder("memory://some/where")
+    folder.write("a/b.jpg", b"1")
+    plain, listed = folder.scan(below), memory.ls
+
+    def with_itself(path: str, **how: Any) -> list[dict[str, Any]]:
+        return [{"name": path, "size": 0, "type": "directory"}, *listed(path, **how)]
+
+    monkeypatch.setattr(memory, "ls", with_itself)
+    assert folder.scan(below) == plain
+
+
 @pytest.mark.parametrize(
     "error", [TimeoutError("slow"), OSError("reset"), ConnectionResetError(104, "reset"), RuntimeError("odd")]
 )

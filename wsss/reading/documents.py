@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import errno
 import json
+import math
 import os
 import stat
 import tomllib
@@ -108,9 +109,13 @@ def parse_json(data: bytes | str, where: str, *, hint: str = "", error: type[Wss
     def not_finite(name: str) -> Any:
         raise error(f"{where}: expected finite numbers, got {name}", hint=hint)
 
+    def finite(digits: str) -> float:
+        number = float(digits)
+        return number if math.isfinite(number) else not_finite(digits[:40])
+
     text = data if isinstance(data, str) else decode_text(data, where, error=error)
     try:
-        return json.loads(text, object_pairs_hook=without_duplicates, parse_constant=not_finite)
+        return json.loads(text, object_pairs_hook=without_duplicates, parse_constant=not_finite, parse_float=finite)
     except json.JSONDecodeError as problem:
         raise error(f"{where}: expected JSON, got {_excerpt(text, problem.pos)}: {problem}", hint=hint) from None
     except RecursionError:

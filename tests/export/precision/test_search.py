@@ -34,6 +34,7 @@ from wsss.export.precision.search import (
     RESOLUTION,
     Diagnosis,
     _costliest,
+    _Trials,
     diagnose,
     examine_graph,
 )
@@ -69,6 +70,13 @@ def test_nodes_that_touch_each_other_are_one_group() -> None:
     names = [str(node.name) for node in plan.model.graph]
     groups = plan.touching(lambda name: name in (names[0], names[1], names[4]))
     assert sorted(sorted(names.index(name) for name in group) for group in groups) == [[0, 1, 2], [4, 5]]
+
+
+@pytest.mark.parametrize(("measured", "cost"), [((0.5, 2.0), 0.5), ((math.nan, 0.0), math.inf), ((0.5, math.nan), math.inf)])
+def test_what_is_not_a_number_costs_all(measured: tuple[float, float], cost: float) -> None:
+    tolerance = {"y": Tolerance(relative=1.0, absolute=8.0, measure=lambda *_: measured, why="test")}
+    trials = _Trials(lambda *_: {}, [{}], [{}], tolerance, (), 9)  # type: ignore[arg-type]
+    assert trials.cost(frozenset()) == cost
 
 
 # ---- the six faults, and the same graphs unharmed ----

@@ -30,6 +30,7 @@ def test_byte_order_marks_are_dropped(encoding: str, mark: str, tmp_path: Path) 
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' occurs twice"),
         ("[NaN]", "expected finite numbers, got NaN"),
         ("[-Infinity]", "expected finite numbers, got -Infinity"),
+        ("[1e999]", "expected finite numbers, got 1e999"),
         ("[" * 200_000, "nested too deep"),
         ('{"a":' * 200_000, "nested too deep"),
         ("[" + "1" * 5000 + "]", "expected JSON"),
