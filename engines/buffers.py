@@ -253,6 +253,7 @@ class Block:
         self._written: Event | None = None
         self._readers: set[Event] = set()
         self._lent = False
+        self._lock = threading.Lock()  # readers and the writer are different threads
 
     def before_read(self, stream: Stream) -> None:
         """Make work that is queued in ``stream`` from now on wait until the block is written."""
@@ -260,21 +261,26 @@ class Block:
             stream.wait(self._written)
 
     def after_read(self, event: Event) -> None:
-        """Record that the block is read until ``event``."""
-        self._readers.add(event)
+        """Record that the block is read until ``event``.
+
+        A reader that checks the version afterwards finds either that the next writer waits for it, or that it was too late.
+        """
+        with self._lock:
+            self._readers.add(event)
 
     def before_write(self, stream: Stream) -> None:
         """Make work that is queued in ``stream`` from now on wait for all readers, and start a new version.
 
         It does not wait for earlier writers, because all writers of a block use the same stream.
         """
-        for event in self._readers:
+        with self._lock:
+            readers, self._readers = self._readers, set()
+            lent, self._lent = self._lent, False
+            self.version += 1
+        for event in readers:
             stream.wait(event)
-        if self._lent:  # other libraries record no event
+        if lent:  # other libraries record no event
             stream.wait_for(LEGACY_STREAM)
-        self._readers.clear()
-        self._lent = False
-        self.version += 1
 
     def after_write(self, event: Event) -> None:
         """Record that the block is written after ``event``."""
@@ -285,7 +291,8 @@ class Block:
         for the default stream."""
         if self._written is not None:
             self.cuda.call("cudaStreamWaitEvent", LEGACY_STREAM, self._written.handle, 0)
-        self._lent = True
+        with self._lock:
+            self._lent = True
 
     def overlaps(self, address: int, size_bytes: int) -> bool:
         """Whether a memory range overlaps the block."""

@@ -54,6 +54,7 @@ class CudaTensor:
         block.after_write(copied)
         clone = CudaTensor(block, self.shape, self.dtype)
         weakref.finalize(clone, cuda.give_back, block).atexit = False
+        self.check()  # again: another thread may have called the engine in the meantime
         return clone
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[np.generic]:
@@ -66,9 +67,9 @@ class CudaTensor:
     @property
     def __cuda_array_interface__(self) -> dict[str, object]:
         """Version 3 (numba.readthedocs.io, CUDA Array Interface), for use in the default stream."""
-        self.check()
         self.block.cuda.use()
         self.block.lend()
+        self.check()  # after lending: from then on, the next call of the engine waits for the reader
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,

@@ -255,10 +255,28 @@ def test_a_call_in_another_thread_waits_for_a_hand_over(bench: Bench, monkeypatc
     assert np.array_equal(np.asarray(out), 2 * X)
 
 
-@pytest.mark.parametrize("use", ["hand-over", "feed"])
+@pytest.mark.parametrize("use", ["hand-over", "feed", "clone"])
 def test_a_call_in_another_thread_that_came_between_is_noticed(bench: Bench, monkeypatch: pytest.MonkeyPatch, use: str) -> None:
     first, second = bench.open("double", double), bench.open("increment", increment)
     out = first({"x": X})["y"]
     between(bench, monkeypatch, "cudaStreamWaitEvent", lambda: first({"x": X}))
     with pytest.raises(RuntimeError, match="was used after its engine was called again"):
-        np.asarray(out) if use == "hand-over" else second({"x": out})
+        {"hand-over": np.asarray, "feed": lambda out: second({"x": out}), "clone": lambda out: out.clone()}[use](out)
+
+
+def test_a_reader_that_comes_while_the_next_writer_waits_is_noticed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may neither break the writer's wait for the readers before it, nor be forgotten."""
+    first, second = bench.open("double", double), bench.open("increment", increment)
+    out = first({"x": X})["y"]
+    np.asarray(out)  # a reader, for which the next call waits
+    noticed: list[str] = []
+
+    def read() -> None:
+        try:
+            second({"x": out})
+        except RuntimeError as error:
+            noticed.append(f"{error}")
+
+    between(bench, monkeypatch, "cudaStreamWaitEvent", read)
+    assert np.array_equal(np.asarray(first({"x": X + 1})["y"]), 2 * (X + 1))
+    assert noticed and "was used after its engine was called again" in noticed[0]
