@@ -79,6 +79,7 @@ class Contexts:
         """Whether graphs are captured; becomes False if TensorRT or CUDA does not allow it."""
         self.graphs: OrderedDict[Inputs, Captured] = OrderedDict()
         """Captured so far, the most recently used last."""
+        self._max_graphs = MAX_GRAPHS
         self._retired: list[tuple[Event, Captured]] = []
         self._seen: OrderedDict[Inputs, int] = OrderedDict()
         self._addresses: Mapping[str, int] = {}
@@ -116,7 +117,8 @@ class Contexts:
         """Queue one run and return the shapes of its outputs.
 
         The first run with given shapes and addresses is enqueued, as TensorRT requires before a capture. The second is
-        enqueued, then captured. From the third on, the graph is replayed.
+        enqueued, then captured. From the third on, the graph is replayed. Graphs are an extra: without memory for them, runs
+        are enqueued.
         """
         self._destroy_retired()
         if (graph := self.graphs.get(inputs)) is not None:
@@ -124,11 +126,15 @@ class Contexts:
             graph.credit = CREDIT
             self._cuda.call("cudaGraphLaunch", graph.executable, self._stream.handle)
             return graph.shapes
-        if not self._is_worth_a_graph(inputs):
+        context = self._extra_context() if self._is_worth_a_graph(inputs) else None
+        if context is None:
             return self._enqueue(self._context, inputs)
-        context = self._new_context(fixed=True)
         self._bind(context, self._addresses)
-        shapes = self._enqueue(context, inputs)
+        try:
+            shapes = self._enqueue(context, inputs)
+        except OutOfMemory as error:
+            self._disable_graphs(error.message)
+            return self._enqueue(self._context, inputs)
         captured = Captured(self._capture(context), context, shapes)
         if captured.executable is None:
             self._retire(captured)
@@ -174,7 +180,7 @@ class Contexts:
             self._seen.popitem(last=False)
         if seen < 2:
             return False
-        if len(self.graphs) >= MAX_GRAPHS:
+        if len(self.graphs) >= self._max_graphs:
             oldest = next(iter(self.graphs))
             self.graphs[oldest].credit -= 1
             if self.graphs[oldest].credit > 0:
@@ -182,6 +188,23 @@ class Contexts:
             self._retire(self.graphs.pop(oldest))
         del self._seen[inputs]
         return True
+
+    def _extra_context(self) -> Any:
+        """A context for another graph. If memory is short, older graphs are given up for it, and as many as fit then are the
+        most from now on; None if not even one fits."""
+        while True:
+            try:
+                return self._new_context(fixed=True)
+            except OutOfMemory as error:
+                if not self._retired:
+                    if not self.graphs:
+                        return self._disable_graphs(error.message)
+                    if self._max_graphs == MAX_GRAPHS:
+                        log.warning("%s: keeps fewer CUDA graphs: %s", self._where, error.message)
+                    self._retire(self.graphs.popitem(last=False)[1])
+                    self._max_graphs = len(self.graphs) + 1
+                self._retired[-1][0].wait_on_host()
+                self._destroy_retired()
 
     def _capture(self, context: Any) -> Any:
         """Capture a context that has just been enqueued; None if that is not possible."""

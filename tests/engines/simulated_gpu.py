@@ -79,6 +79,8 @@ class Network:
     """It is not enqueued in a capture."""
     weights_fit: bool = True
     activations_bytes: int = 1 << 16
+    context_bytes: int = 0
+    """GPU memory of each execution context, without activations."""
 
 
 class Gpu:
@@ -516,11 +518,18 @@ class Engine:
         return RuntimeConfig(self._gpu)
 
     def create_execution_context(self, config: Any) -> Any:
+        own = 0
+        if self._network.context_bytes:
+            status, own = self._gpu.runtime.cudaMalloc(self._network.context_bytes)
+            self._gpu.last_error = Status.cudaSuccess
+            if status != Status.cudaSuccess:
+                self._logger.log(Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was 9 bytes.)")
+                return None
         if self._gpu.rtx:
             assert isinstance(config, RuntimeConfig) and config.allocation == "user" and config.cache is not None
-            return RtxContext(self._gpu, self._network, self._logger, config)
+            return RtxContext(self._gpu, self._network, self._logger, own, config)
         assert config == "user"
-        return Context(self._gpu, self._network, self._logger)
+        return Context(self._gpu, self._network, self._logger, own)
 
     def __del__(self) -> None:
         self._gpu.released.append("engine")
@@ -560,8 +569,8 @@ class RuntimeCache:
 
 
 class Context:
-    def __init__(self, gpu: Gpu, network: Network, logger: Any) -> None:
-        self._gpu, self._network, self._logger = gpu, network, logger
+    def __init__(self, gpu: Gpu, network: Network, logger: Any, own: int) -> None:
+        self._gpu, self._network, self._logger, self._own = gpu, network, logger, own
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._memory = (0, 0)
@@ -654,14 +663,16 @@ class Context:
         self.state[0] += 1
         if self._running[0]:
             self._gpu.faults.append("a context was released while it ran")
+        if self._own:
+            del self._gpu.memory[self._own]
         self._gpu.released.append("context")
 
 
 class RtxContext(Context):
     """Compiles kernels for new shapes: before the run, or in the background while general ones run."""
 
-    def __init__(self, gpu: Gpu, network: Network, logger: Any, config: RuntimeConfig) -> None:
-        super().__init__(gpu, network, logger)
+    def __init__(self, gpu: Gpu, network: Network, logger: Any, own: int, config: RuntimeConfig) -> None:
+        super().__init__(gpu, network, logger, own)
         self._cache = config.cache
         self.general = config.dynamic_shapes_kernel_specialization_strategy == "lazy"
 

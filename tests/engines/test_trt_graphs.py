@@ -128,6 +128,60 @@ def test_what_cannot_be_captured_is_enqueued_and_said_once(
     assert engine.cuda_graphs == 0 and not bench.gpu.graphs
 
 
+def short_of_memory(bench: Bench, contexts: int) -> Any:
+    """A GPU on which an engine has memory for this many execution contexts."""
+    bench.use(sim.Gpu(memory_bytes=(contexts << 20) + (1 << 19)))
+    return bench.open("double", double, network={"context_bytes": 1 << 20})
+
+
+@pytest.mark.parametrize("graphs", [0, 1, 2])
+def test_graphs_that_do_not_fit_in_memory_are_an_extra(bench: Bench, caplog: pytest.LogCaptureFixture, graphs: int) -> None:
+    """All calls are answered at their full size, and creating contexts is not tried at each of them."""
+    engine = short_of_memory(bench, 1 + graphs)
+    allocations, clones = [], []
+    for turn in range(30):
+        for rows in (1, 2, 3, 4):
+            x = np.full((rows, 3), turn, np.float32)
+            clones.append((engine({"x": x})["y"].clone(), 2 * x))
+            assert engine.cuda_graphs <= graphs
+        allocations.append(bench.count("cudaMalloc"))
+    for clone, expected in clones:
+        assert np.array_equal(np.asarray(clone), expected)
+    assert engine.cuda_graphs == graphs
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert ("keeps fewer CUDA graphs" if graphs else "runs without CUDA graphs") in line and "OutOfMemory" in line
+    if not graphs:
+        assert bench.count("cudaStreamBeginCapture") == 0
+    else:
+        assert bench.count("cudaStreamBeginCapture") <= 4 + 30 * 4 / contexts.CREDIT
+
+
+def test_a_graph_is_given_up_after_its_last_run(bench: Bench) -> None:
+    engine = short_of_memory(bench, 2)
+    one, two = foreign(bench.gpu, X[:1]), foreign(bench.gpu, X)
+    outs = [engine({"x": x})["y"].clone() for x in (one, one, one, two, two, two)]
+    for out in outs:
+        assert np.array_equal(np.asarray(out), 2 * X[: len(np.asarray(out))])
+    assert engine.cuda_graphs == 1 and bench.count("cudaGraphLaunch") == 2 and bench.count("cudaGraphExecDestroy") == 1
+
+
+def test_a_first_run_for_a_graph_that_does_not_fit_is_enqueued(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = bench.open("double", double)
+    engine({"x": X})
+    enqueue, general = sim.Context.execute_async_v3, engine._contexts._context
+
+    def fails(self: Any, stream: int) -> bool:
+        if self is general:
+            return bool(enqueue(self, stream))
+        self._logger.log(sim.Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was 9 bytes.)")
+        return False
+
+    monkeypatch.setattr(sim.Context, "execute_async_v3", fails)
+    for _ in range(3):
+        assert np.array_equal(np.asarray(engine({"x": X})["y"]), 2 * X)
+    assert engine.cuda_graphs == 0
+
+
 class Litter:
     """A cycle that calls CUDA when it is collected, as another library's tensors do."""
 
