@@ -1,9 +1,9 @@
 """TensorRT's execution contexts for one plan: calls are enqueued, or captured as a CUDA graph and replayed.
 
-Enqueuing a network costs the host one launch per kernel, a replay one launch in total. A CUDA graph contains the addresses and
-shapes with which it was captured, so these are its key: an input at another address uses another graph, never a stale pointer.
-A graph also contains the state of its execution context, so a captured context is never used again otherwise (TensorRT's
-developer guide, "CUDA Graphs"). All contexts share one activation memory, because they run in one stream.
+Enqueuing a network costs the host one launch per kernel, a replay one launch in total. A CUDA graph contains the shapes and
+addresses with which it was captured. Shapes are its key. Addresses are always the same, because inputs are copied to fixed
+memory; that of the activations changes where the arena grows, which ends all graphs. A graph also contains the state of its
+execution context, so a captured context is never used again otherwise (TensorRT's developer guide, "CUDA Graphs").
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import Any
 
 from ..errors import BundleError, OutOfMemory, WsssError
 from ..spec import Flavour
-from .buffers import Block, Cuda, Event, Stream, no_garbage_collection
+from .arena import shared_arena
+from .buffers import Cuda, Event, Stream, no_garbage_collection
 from .kernel_cache import cache_beside, load_kernels, save_kernels
 
 log = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
-Inputs = tuple[tuple[Shape, int], ...]
-"""(shape, address) of every input, in the order of the engine's names."""
+Inputs = tuple[Shape, ...]
+"""Shape of every input, in the order of the engine's names."""
 
 MAX_GRAPHS = 16
 """Most CUDA graphs of one engine. Each needs its own context: TensorRT's memory besides weights and activations."""
@@ -53,11 +54,11 @@ class Contexts:
     Args:
         trt: ``tensorrt`` or ``tensorrt_rtx``.
         inputs, outputs: names.
-        cuda_graphs: replay calls with the same shapes and addresses as before.
+        cuda_graphs: replay calls with the same shapes as before.
 
     Raises:
         BundleError: TensorRT rejects the plan; includes its message.
-        OutOfMemory: the GPU has no memory for weights or activations.
+        OutOfMemory: the GPU has no memory for the weights.
     """
 
     def __init__(
@@ -88,16 +89,16 @@ class Contexts:
         self.engine: Any = None
         self._cache: Any = None
         self._configs: dict[bool, Any] = {}
-        self._activations: Block | None = None
         self._context: Any = None
         if flavour == "trt":
             trt.init_libnvinfer_plugins(self._logger, "")  # a plan may use one (`export.deformable_plugin`)
         self._runtime = trt.Runtime(self._logger)
+        self._arena = shared_arena(cuda)
+        self._generation = self._arena.generation
         try:
             self.engine = self._deserialized(plan)
             if flavour == "trt-rtx":
                 self._configure()
-            self._activations = Block(cuda, self.engine.device_memory_size_v2)
             self._context = self._new_context(fixed=False)
         except BaseException:
             self._release()
@@ -108,19 +109,26 @@ class Contexts:
         self._set_shapes(self._context, inputs)
         return self._shapes(self._context)
 
-    def bind_outputs(self, addresses: Mapping[str, int]) -> None:
-        """Set the addresses to which all runs write, by output name."""
+    def bind(self, addresses: Mapping[str, int]) -> None:
+        """Set the addresses of all inputs and outputs, for all runs."""
         self._addresses = addresses
-        self._bind(self._context, addresses)
+        self._bind(self._context)
 
     def run(self, inputs: Inputs) -> dict[str, Shape]:
         """Queue one run and return the shapes of its outputs.
 
-        The first run with given shapes and addresses is enqueued, as TensorRT requires before a capture. The second is
-        enqueued, then captured. From the third on, the graph is replayed. Graphs are an extra: without memory for them, runs
-        are enqueued.
+        The first run with given shapes is enqueued, as TensorRT requires before a capture. The second is enqueued, then
+        captured. From the third on, the graph is replayed. Graphs are an extra: without memory for them, runs are enqueued.
+
+        Raises:
+            OutOfMemory: the GPU has no memory for the activations of these shapes.
         """
         self._destroy_retired()
+        with self._arena.turn(self._stream):
+            return self._run(inputs)
+
+    def _run(self, inputs: Inputs) -> dict[str, Shape]:
+        self._retire_outdated()
         if (graph := self.graphs.get(inputs)) is not None:
             self.graphs.move_to_end(inputs)
             graph.credit = CREDIT
@@ -129,7 +137,7 @@ class Contexts:
         context = self._extra_context() if self._is_worth_a_graph(inputs) else None
         if context is None:
             return self._enqueue(self._context, inputs)
-        self._bind(context, self._addresses)
+        self._bind(context)
         try:
             shapes = self._enqueue(context, inputs)
         except OutOfMemory as error:
@@ -160,9 +168,7 @@ class Contexts:
         self._configs, self._cache = {}, None
         self.engine = None
         self._runtime = None
-        if self._activations is not None:
-            self._activations.free()
-            self._activations = None
+        self._arena.leave()
 
     # ---- graphs ----
 
@@ -236,6 +242,16 @@ class Contexts:
         errors = self._logger.take_errors()
         log.warning("%s: runs without CUDA graphs: %s", self._where, f"{reason}: {errors}" if errors else reason)
 
+    def _retire_outdated(self) -> None:
+        """Give up all graphs if the activations have moved. Their shapes count as seen, so that the next run is captured."""
+        if self._generation == self._arena.generation:
+            return
+        self._generation = self._arena.generation
+        for inputs, captured in self.graphs.items():
+            self._seen[inputs] = 1
+            self._retire(captured)
+        self.graphs.clear()
+
     def _retire(self, captured: Captured) -> None:
         """Destroy a graph in a later call, because its last run may still be queued."""
         done = Event(self._cuda)
@@ -262,8 +278,6 @@ class Contexts:
         context = self.engine.create_execution_context(self._configs.get(fixed, strategy))
         if context is None:
             raise self._error("no execution context")
-        assert self._activations is not None
-        context.set_device_memory(self._activations.address, self._activations.size_bytes)
         return context
 
     def _configure(self) -> None:
@@ -280,21 +294,28 @@ class Contexts:
             self._configs[fixed] = config
 
     def _enqueue(self, context: Any, inputs: Inputs) -> dict[str, Shape]:
-        named = dict(zip(self._inputs, inputs, strict=True))
-        self._set_shapes(context, {name: shape for name, (shape, _) in named.items()})
-        self._bind(context, {name: address for name, (_, address) in named.items()})
+        self._set_shapes(context, dict(zip(self._inputs, inputs, strict=True)))
         shapes = self._shapes(context)
+        self._arena.reserve(self._activation_bytes(context))
+        self._retire_outdated()
+        context.set_device_memory(self._arena.address, self._arena.size_bytes)
         if not context.execute_async_v3(int(self._stream.handle)):
             raise self._error("the run failed")
         return shapes
+
+    def _activation_bytes(self, context: Any) -> int:
+        """For the shapes that are set; of the whole profile, where TensorRT cannot tell."""
+        if hasattr(context, "update_device_memory_size_for_shapes"):
+            return int(context.update_device_memory_size_for_shapes())
+        return int(self.engine.device_memory_size_v2)
 
     def _set_shapes(self, context: Any, inputs: Mapping[str, Shape]) -> None:
         for name, shape in inputs.items():
             if not context.set_input_shape(name, shape):
                 raise self._error(f"{name!r} of shape {shape} refused")
 
-    def _bind(self, context: Any, addresses: Mapping[str, int]) -> None:
-        for name, address in addresses.items():
+    def _bind(self, context: Any) -> None:
+        for name, address in self._addresses.items():
             if not context.set_tensor_address(name, address):
                 raise self._error(f"the address of {name!r} refused")
 

@@ -55,6 +55,24 @@ def outliving(tensor: Tensor) -> Tensor:
     return tensor.clone() if isinstance(tensor, Reused) else tensor
 
 
+class Resident(DeviceTensor, Protocol):
+    """A tensor on an engine's device, of which adjacent rows can be fed."""
+
+    def __getitem__(self, rows: slice, /) -> DeviceTensor: ...
+
+
+@runtime_checkable
+class Uploads(Protocol):
+    """An engine to whose device arrays can be copied ahead of the calls that read them."""
+
+    def upload(self, array: np.ndarray) -> np.ndarray | Resident: ...
+
+
+def uploaded(engine: Engine, array: np.ndarray) -> np.ndarray | Resident:
+    """An array to feed several times, or in parts: a copy on the engine's device, if it can read one there."""
+    return engine.upload(array) if isinstance(engine, Uploads) else array
+
+
 class Shaped(Protocol):
     """Anything with a shape and a dtype, as `check_feeds` needs."""
 

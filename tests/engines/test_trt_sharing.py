@@ -22,11 +22,11 @@ from .bench import Bench, X, double, foreign, increment, tensors
 # ---- from engine to engine ----
 
 
-def test_outputs_feed_the_next_engine_without_a_copy(bench: Bench) -> None:
+def test_outputs_feed_the_next_engine_on_the_gpu(bench: Bench) -> None:
     first, second = bench.open("double", double), bench.open("increment", increment)
     out = second({"x": first({"x": X})["y"]})["y"]
     assert np.array_equal(np.asarray(out), 2 * X + 1), "the second stream waited for the first"
-    assert dict(second.copied) == {"device_to_host": X.nbytes}
+    assert dict(second.copied) == {"device_to_device": X.nbytes, "device_to_host": X.nbytes}
     assert dict(first.copied) == {"host_to_device": X.nbytes}
 
 
@@ -46,6 +46,20 @@ def test_an_engine_may_eat_its_own_output(bench: Bench) -> None:
         out = engine({"x": out})["y"]
     assert np.array_equal(np.asarray(out), X + 5)
     assert engine.copied["device_to_device"] == 4 * X.nbytes
+
+
+def test_an_input_that_is_there_already_is_not_copied_again(bench: Bench) -> None:
+    first, second = bench.open("double", double), bench.open("increment", increment)
+    for turn in range(3):
+        out = first({"x": X + turn})["y"]
+        for tensor in (out, out, out):
+            assert np.array_equal(np.asarray(second({"x": tensor})["y"]), 2 * (X + turn) + 1)
+    assert second.copied["device_to_device"] == 3 * X.nbytes
+    assert np.array_equal(np.asarray(second({"x": X})["y"]), X + 1)
+    assert np.array_equal(np.asarray(second({"x": out})["y"]), 2 * (X + 2) + 1), "an array came between"
+    sim.read_by_library(bench.gpu, out)
+    second({"x": out})
+    assert second.copied["device_to_device"] == 5 * X.nbytes, "another library may have written to it"
 
 
 def test_a_network_that_writes_before_it_has_read_all_of_its_own_output(bench: Bench) -> None:
@@ -97,7 +111,7 @@ def test_outliving_copies_only_what_would_be_overwritten(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("given", [..., None, sim.LEGACY, "own"])
-def test_tensors_of_other_libraries_are_read_where_they_are(bench: Bench, given: Any) -> None:
+def test_tensors_of_other_libraries_are_read_on_the_gpu(bench: Bench, given: Any) -> None:
     engine = bench.open("double", double)
     own = bench.gpu.runtime.cudaStreamCreateWithFlags(1)[1]
     runs_in, says = (own, own) if given == "own" else (sim.LEGACY, given)
