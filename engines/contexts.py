@@ -9,6 +9,7 @@ execution context, so a captured context is never used again otherwise (TensorRT
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ MAX_GRAPHS = 16
 """Most CUDA graphs of one engine. Each needs its own context: TensorRT's memory besides weights and activations."""
 CREDIT = 8
 """Number of new inputs after which an unused graph may be replaced."""
+SAVE_SECONDS = 120.0
+"""Least time between two saves of compiled kernels while an engine is in use, so that a run that is killed loses few."""
 MAX_SEEN = 256
 """Most inputs that are remembered after their first call."""
 
@@ -88,6 +91,8 @@ class Contexts:
         self._logger = _logger(trt)
         self.engine: Any = None
         self._cache: Any = None
+        self._saved_at = time.monotonic()
+        self._may_have_compiled = False
         self._configs: dict[bool, Any] = {}
         self._context: Any = None
         if flavour == "trt":
@@ -125,7 +130,10 @@ class Contexts:
         """
         self._destroy_retired()
         with self._arena.turn(self._stream):
-            return self._run(inputs)
+            shapes = self._run(inputs)
+        if self._may_have_compiled and time.monotonic() >= self._saved_at + SAVE_SECONDS:
+            self._save_kernels()
+        return shapes
 
     def _run(self, inputs: Inputs) -> dict[str, Shape]:
         self._retire_outdated()
@@ -155,9 +163,13 @@ class Contexts:
         if self._runtime is None:
             return
         self._stream.finish()
+        self._save_kernels()
+        self._release()
+
+    def _save_kernels(self) -> None:
         if self._cache is not None:
             save_kernels(self._cache_file, self._cache)
-        self._release()
+        self._saved_at, self._may_have_compiled = time.monotonic(), False
 
     def _release(self) -> None:
         while self.graphs:
@@ -299,6 +311,7 @@ class Contexts:
         self._arena.reserve(self._activation_bytes(context))
         self._retire_outdated()
         context.set_device_memory(self._arena.address, self._arena.size_bytes)
+        self._may_have_compiled = True
         if not context.execute_async_v3(int(self._stream.handle)):
             raise self._error("the run failed")
         return shapes

@@ -325,6 +325,29 @@ def test_rtx_keeps_compiled_kernels_beside_the_plan(bench: Bench) -> None:
     assert sorted(path.name for path in bench.folder.iterdir()) == ["double.plan", "double.plan.kernels"]
 
 
+def test_rtx_saves_compiled_kernels_while_it_runs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed does not close its engines."""
+    now, writes = [1000.0], []
+    monkeypatch.setattr(contexts.time, "monotonic", lambda: now[0])
+    save = contexts.save_kernels
+    monkeypatch.setattr(contexts, "save_kernels", lambda path, cache: (writes.append(now[0]), save(path, cache)))
+    bench.use(sim.Gpu(rtx=True))
+    engine, file = bench.open("double", double, flavour="trt-rtx"), bench.folder / "double.plan.kernels"
+    engine({"x": X})
+    assert not file.exists()
+    now[0] += contexts.SAVE_SECONDS
+    engine({"x": X[:1]})
+    assert b"(2,3)" in file.read_bytes() and b"(1,3)" in file.read_bytes()
+    for turn in range(20):
+        now[0] += contexts.SAVE_SECONDS / 4
+        engine({"x": X[: 1 + turn % 2]})
+    assert len(writes) == 2, "replays compile nothing"
+    engine({"x": np.concatenate([X, X])})
+    assert len(writes) == 3 and b"(4,3)" in file.read_bytes()
+    engine({"x": np.concatenate([X, X[:1]])})
+    assert len(writes) == 3, "a moment later"
+
+
 @pytest.mark.parametrize(
     "damage",
     [lambda data: b"", lambda data: data[:-1], lambda data: data[:-1] + b"?", lambda data: data[17:], lambda data: b"x" * 99],
