@@ -20,8 +20,10 @@ class Arena:
     results still overlap with another engine's run; only the run itself waits for the one before, on the GPU. A large network
     fills a GPU alone, and in return a chain needs the memory of its largest call, not the sum over its engines.
 
-    It is as large as the largest call so far. Where it must grow it moves, which makes CUDA graphs invalid that contain its
-    address; ``generation`` counts that.
+    It is as large as the largest call so far needs (``update_device_memory_size_for_shapes``; an engine of the full TensorRT
+    may need the memory of its largest call for every call, unless it was built with RUNTIME_ACTIVATION_RESIZE_10_10, which
+    TensorRT-RTX always does). Where it must grow it moves, which makes CUDA graphs invalid that contain its address;
+    ``generation`` counts that.
     """
 
     def __init__(self, cuda: Cuda) -> None:

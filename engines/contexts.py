@@ -317,10 +317,9 @@ class Contexts:
         return shapes
 
     def _activation_bytes(self, context: Any) -> int:
-        """For the shapes that are set; of the whole profile, where TensorRT cannot tell."""
-        if hasattr(context, "update_device_memory_size_for_shapes"):
-            return int(context.update_device_memory_size_for_shapes())
-        return int(self.engine.device_memory_size_v2)
+        """For the shapes that are set; of the whole profile, where TensorRT cannot tell or says 0, as it does after an error."""
+        update = getattr(context, "update_device_memory_size_for_shapes", lambda: 0)
+        return int(update()) or int(self.engine.device_memory_size_v2)
 
     def _set_shapes(self, context: Any, inputs: Mapping[str, Shape]) -> None:
         for name, shape in inputs.items():

@@ -92,8 +92,14 @@ def test_each_gpu_has_its_own(bench: Bench) -> None:
     assert [bench.gpu.used_bytes(device) // MIB for device in (0, 1)] == [2, 4]
 
 
-def test_a_tensorrt_that_cannot_tell_gets_the_memory_of_the_profile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(sim.Context, "update_device_memory_size_for_shapes")
+@pytest.mark.parametrize("method", [True, False])
+def test_a_tensorrt_that_cannot_tell_gets_the_memory_of_the_profile(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: bool
+) -> None:
+    if method:
+        monkeypatch.setattr(sim.Context, "update_device_memory_size_for_shapes", lambda self: 0)
+    else:
+        monkeypatch.delattr(sim.Context, "update_device_memory_size_for_shapes")
     engine = bench.open("double", double, **per_row(3))
     assert np.array_equal(np.asarray(engine({"x": X})["y"]), 2 * X)
     assert used_mib(bench) == 12
