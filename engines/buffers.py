@@ -423,10 +423,11 @@ class StagingBuffer:
         """
         if source is not None and source == self._source:
             return
-        self._source = source
+        self._source = None  # until all of it is queued
         stream.copy(self.block.address, address, size_bytes, "device_to_device")
         if padded_bytes > size_bytes:
             stream.fill(self.block.address + size_bytes, fill & 0xFF, padded_bytes - size_bytes)
+        self._source = source
 
     def free(self) -> None:
         """Free the memory."""

@@ -30,7 +30,7 @@ class Engine(Protocol):
 
         Args:
             feeds: one tensor per name in ``inputs``, of its dtype and shape; on the host, or an output of an
-                engine of the same kind. TensorRT also reads tensors with ``__cuda_array_interface__``, without a copy.
+                engine of the same kind. TensorRT also reads tensors with ``__cuda_array_interface__``, without the host.
 
         Returns:
             One tensor per name in ``outputs``. The engine owns the memory and its next call may overwrite it: copy tensors

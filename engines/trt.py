@@ -110,9 +110,7 @@ class TrtEngine:
         return len(self._contexts.graphs)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self._finalizer.alive:
-            raise RuntimeError(f"{self._where}: called after it was closed")
-        self._cuda.use()
+        self._use()
         tensors = {name: self._readable(name, tensor) for name, tensor in feeds.items()}
         check_feeds(self._where, self.inputs, self.axes, tensors)
         with self._lock:
@@ -123,22 +121,11 @@ class TrtEngine:
                     self._record_use(tensors)
                 raise
             self._record_use(tensors)
-            lengths: dict[str, int] = {}
-            for name in self.inputs:
-                lengths |= self._axes_of(name, tensors[name].shape)
-            return {
-                name: CudaTensor(
-                    self._blocks[name],
-                    tuple(lengths.get(f"{axis}", length) for axis, length in zip(spec.shape, shapes[name], strict=True)),
-                    np.dtype(spec.dtype),
-                    stored=shapes[name],
-                )
-                for name, spec in self.outputs.items()
-            }
+            return self._cut(shapes, tensors)
 
     def upload(self, array: np.ndarray) -> CudaTensor:
         """A copy of an array on the GPU, for several calls. The host does not wait for it."""
-        self._cuda.use()
+        self._use()
         with self._lock:
             tensor = new_tensor(self._cuda, self._stream, array.shape, array.dtype)
             self._uploads.send(array, array.dtype, tensor.address, self._stream)
@@ -159,6 +146,11 @@ class TrtEngine:
         self.close()
 
     # ---- one call ----
+
+    def _use(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError(f"{self._where}: called after it was closed")
+        self._cuda.use()
 
     def _readable(self, name: str, tensor: Any) -> np.ndarray | CudaTensor | ForeignTensor:
         if isinstance(tensor, CudaTensor) and not tensor.is_contiguous:
@@ -203,6 +195,22 @@ class TrtEngine:
             self._stream.wait_for(tensor.stream)
         buffer.from_device(tensor.address, tensor.size_bytes, self._stream, padded_bytes, fill, source)
         return shape
+
+    def _cut(
+        self, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray | CudaTensor | ForeignTensor]
+    ) -> dict[str, Tensor]:
+        """The outputs, of these padded shapes, without what belongs to the padding of the inputs."""
+        lengths: dict[int | str, int] = {}
+        for name in self.inputs:
+            lengths.update(self._axes_of(name, tensors[name].shape))
+        cut = {
+            name: tuple(lengths.get(axis, length) for axis, length in zip(spec.shape, shapes[name], strict=True))
+            for name, spec in self.outputs.items()
+        }
+        return {
+            name: CudaTensor(self._blocks[name], cut[name], np.dtype(spec.dtype), shapes[name])
+            for name, spec in self.outputs.items()
+        }
 
     def _padded(self, axis: str, length: int, tensors: Mapping[str, np.ndarray | CudaTensor | ForeignTensor]) -> int:
         """The padded length of an axis. A tensor on the GPU is only padded at its end, that is, along its first axis."""

@@ -62,6 +62,17 @@ def test_an_input_that_is_there_already_is_not_copied_again(bench: Bench) -> Non
     assert second.copied["device_to_device"] == 5 * X.nbytes, "another library may have written to it"
 
 
+def test_an_input_whose_copy_failed_is_copied_again(bench: Bench) -> None:
+    first, second = bench.open("double", double), bench.open("increment", increment)
+    second({"x": X})
+    out = first({"x": X})["y"]
+    bench.gpu.fail["cudaMemcpyAsync"] = sim.Status.cudaErrorInvalidValue
+    with pytest.raises(WsssError, match="cudaErrorInvalidValue"):
+        second({"x": out})
+    bench.gpu.fail.clear()
+    assert np.array_equal(np.asarray(second({"x": out})["y"]), 2 * X + 1)
+
+
 def test_a_network_that_writes_before_it_has_read_all_of_its_own_output(bench: Bench) -> None:
     """Two outputs, of which the first overwrites what the second needs, unless the input was copied away."""
     names = tensors(("batch", 3), "float32", "y", "z")
