@@ -8,6 +8,7 @@ padded (`padding`), and outputs are cut accordingly. Outputs stay on the GPU, in
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import threading
 import weakref
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..batch import Tensor
-from ..errors import BundleError, FeedError, WsssError
+from ..errors import BundleError, FeedError, OutOfMemory, WsssError
 from ..extras import install_line
 from ..spec import Flavour, GraphSpec, TensorSpec
 from .buffers import Block, Cuda, Event, PinnedRing, StagingBuffer, Stream
@@ -29,6 +30,8 @@ from .engine import check_feeds, contract
 from .padding import FILL, padded_length
 from .plan import tensorrt_module
 from .tensors import CudaTensor, ForeignTensor, foreign_tensor, new_tensor
+
+log = logging.getLogger(__name__)
 
 
 def load_modules(flavour: Flavour) -> tuple[ModuleType, ModuleType]:
@@ -67,6 +70,7 @@ class TrtEngine:
         self._lock = threading.Lock()
         self._staging: dict[str, StagingBuffer] = {}
         self._blocks: dict[str, Block] = {}
+        self._pads = True  # until a call fits in memory only without padding
         with ExitStack() as opened:
             self._cuda = cuda = Cuda(runtime, device)
             opened.callback(cuda.close)
@@ -176,7 +180,14 @@ class TrtEngine:
         inputs = tuple(self._stage(name, tensors) for name in self.inputs)
         for block in self._blocks.values():
             block.before_write(self._stream)
-        return self._contexts.run(inputs)
+        try:
+            return self._contexts.run(inputs)
+        except OutOfMemory as error:
+            if inputs == tuple(tensors[name].shape for name in self.inputs):
+                raise
+            log.warning("%s: pads its inputs no more: %s", self._where, error.message)
+        self._pads = False
+        return self._run(tensors)
 
     def _stage(self, name: str, tensors: Mapping[str, np.ndarray | CudaTensor | ForeignTensor]) -> tuple[int, ...]:
         """Queue the copy of an input to where the graph reads it, padded, and return its padded shape."""
@@ -214,6 +225,8 @@ class TrtEngine:
 
     def _padded(self, axis: str, length: int, tensors: Mapping[str, np.ndarray | CudaTensor | ForeignTensor]) -> int:
         """The padded length of an axis. A tensor on the GPU is only padded at its end, that is, along its first axis."""
+        if not self._pads:
+            return length
         if any(not isinstance(tensors[name], np.ndarray) and axis in spec.shape[1:] for name, spec in self.inputs.items()):
             return length
         return padded_length(axis, length, self.axes)

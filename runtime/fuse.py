@@ -20,8 +20,6 @@ from ..spec import Model
 
 TILE_BYTES = 64 << 20
 """Most bytes of upsampled logits in one call. Larger photographs are fused in tiles, with the same result."""
-
-
 MATRICES = 32
 """Most upsampling matrices that stay on the device, one for each length of a photograph's side: 0.5 MB for 500 pixels."""
 

@@ -10,9 +10,10 @@ import pytest
 
 from wsss.engines.trt import TrtEngine
 from wsss.errors import OutOfMemory
+from wsss.spec import AxisRange
 
 from . import simulated_gpu as sim
-from .bench import Bench, X, double, foreign, increment
+from .bench import Bench, X, double, foreign, increment, tensors
 
 MIB = 1 << 20
 
@@ -61,6 +62,17 @@ def test_a_smaller_batch_fits(bench: Bench) -> None:
             engine({"x": rows(4)})
         for turn in range(3):
             assert np.array_equal(np.asarray(engine({"x": rows(2, turn)})["y"]), rows(2, 2 * turn))
+
+
+def test_padding_never_makes_a_call_too_large(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.use(sim.Gpu(memory_bytes=55 * MIB))
+    boxes, area = tensors(("boxes", 3), "float32", "x"), tensors(("boxes", 3), "float32", "y")
+    engine = bench.open("double", double, boxes, area, axes={"boxes": AxisRange(1, 8, 16)}, **per_row(10))
+    for count in (5, 2, 5, 5, 3, 5):
+        assert np.array_equal(np.asarray(engine({"x": rows(count)})["y"]), rows(count, 2))
+    with pytest.raises(OutOfMemory):
+        engine({"x": rows(6)})
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == ["pads its inputs no more"]
 
 
 def test_graphs_whose_activations_moved_are_captured_again(bench: Bench) -> None:

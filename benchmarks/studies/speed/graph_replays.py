@@ -43,6 +43,7 @@ TESTS = Path(__file__).parents[3] / "tests" / "engines" / "simulated_gpu.py"
 BATCH, SCORE = 8, 0.3
 TILE = {"height": AxisRange(1, 128, 256), "width": AxisRange(1, 512, 1024)}
 """`to_engine.TILE`, without importing PyTorch."""
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
 Found = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """By photograph: boxes (N, 4) float32, xyxy in its pixels, and 1-based classes (N,) int64."""
 
@@ -154,9 +155,6 @@ def known_boxes(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         table = np.array(rows, np.float64).reshape(-1, 5)
         found[path.name] = table[:, 1:].astype(np.float32), table[:, 0].astype(np.int64)
     return found
-
-
-CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def batches(photos: Images, canvases: Mapping[str, object], seed: int) -> Iterator[Images]:
