@@ -70,7 +70,7 @@ $(VENV)/.installed: pyproject.toml
 build/demo-venv/.installed: pyproject.toml
 	test -x build/demo-venv/bin/python || $(PYTHON) -m venv build/demo-venv
 	$(call pip,build/demo-venv/bin) --quiet --upgrade pip
-	$(call pip,build/demo-venv/bin) --quiet --editable .
+	$(call pip,build/demo-venv/bin) --quiet --editable '.[cpu]'
 	touch $@
 
 build/formats-venv/.installed: pyproject.toml

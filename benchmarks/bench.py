@@ -25,7 +25,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -41,6 +40,7 @@ from ..spec import open_bundle
 from .ceiling import Ceiling, measure_ceiling
 from .latency import measure_graph
 from .published import published_for
+from .steps import commit
 from .throughput import CHAIN_MODELS, measure_chain, reference_for
 
 COLUMNS = (
@@ -154,21 +154,6 @@ def run_bench(options: BenchOptions, log: Log) -> Report:
         "published": [dataclasses.asdict(figure) for figure in published_for(model.manifest for model in models)],
         "left_out": left_out,
     }
-
-
-def commit() -> str | None:
-    """The commit of this checkout, with a ``+`` when files differ from it; None where wsss is installed without git."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        head, changes = (
-            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+" if changes else "")
 
 
 # ---- for a terminal ----

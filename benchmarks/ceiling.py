@@ -17,8 +17,8 @@ from types import ModuleType
 
 import numpy as np
 
-from ..engines.opening import FLAVOURS, open_graph
-from ..engines.plan import find_gpus
+from ..engines.opening import open_graph
+from ..engines.plan import MODULES, find_gpus
 from ..errors import WsssError
 from ..spec import GraphSpec, Manifest, Model, Precision, Preprocess, TensorSpec, sha256_of, write_manifest
 
@@ -103,7 +103,7 @@ def _by_torch(index: int, precision: Precision) -> Ceiling:
     torch = importlib.import_module("torch")
     device = torch.device("cuda", index)
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    torch.backends.cuda.matmul.allow_tf32 = True  # as TensorRT and ONNX Runtime do by default
+    torch.backends.cuda.matmul.allow_tf32 = False  # as engines are built and ONNX Runtime is set
     one, other = (torch.randn(GPU_SIDE, GPU_SIDE, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(one)
     free = torch.cuda.mem_get_info(device)[0]
@@ -121,7 +121,7 @@ def _by_torch(index: int, precision: Precision) -> Ceiling:
 
     product = 2 * GPU_SIDE**3 / timed(lambda: torch.matmul(one, other, out=out), 10) * 1e-12
     copied = 2 * size / timed(lambda: target.copy_(source), 5) * 1e-9
-    precision_name = "float32 with TF32" if precision == "fp32" else str(dtype).removeprefix("torch.")
+    precision_name = str(dtype).removeprefix("torch.")
     return Ceiling(
         teraflops=product,
         gigabytes_per_second=copied,
@@ -172,7 +172,7 @@ def product_by_graph(engine: str, device: str, precision: Precision, side: int, 
     """
     with tempfile.TemporaryDirectory() as folder:
         model = _product_model(Path(folder) / "product", precision, side, products)
-        if engine in FLAVOURS:
+        if engine in MODULES:
             from ..export.to_engine import BuildOptions, build_plans
 
             index = int(device.partition(":")[2] or 0)

@@ -3,8 +3,9 @@
     python -m wsss.benchmarks.gpu_check --out benchmarks/results [--bundle DIR] [--full] [--minutes 7]
 
 Runs in steps (`wsss.benchmarks.steps`) and writes ``OUT/gpu-NAME.json``; the same command continues an interrupted check. It
-needs torch and numpy, and TensorRT-RTX or TensorRT with cuda-bindings; a step whose other packages are missing is recorded as
-left out. Where no TensorRT runs on the GPU, ONNX Runtime's CUDA provider is measured; without it, PyTorch under autocast to FP16.
+needs numpy, pillow, pyyaml, tokenizers and torch, and TensorRT-RTX or TensorRT with cuda-bindings; a step whose other packages
+are missing is recorded as left out. Where no TensorRT runs on the GPU, ONNX Runtime's CUDA provider is
+measured; without it, PyTorch under autocast to FP16.
 
 Besides ``identity`` and ``steps`` the file has ``engine`` (what was measured, and why no better one), ``ended`` and
 ``not_begun`` (steps for which the time did not suffice). Results by step:
@@ -38,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import re
 import sys
@@ -49,11 +51,9 @@ from typing import Any
 
 from .. import __version__
 from ..engines.machine import Machine, machine
-from ..engines.opening import FLAVOURS
+from ..engines.plan import MODULES
 from ..errors import WsssError
-from .bench import commit
-from .gpu_steps import ROOT, mark_of
-from .steps import Log, Record, Step, log, run_steps
+from .steps import ROOT, Log, Record, Step, commit, log, run_steps
 
 WORK = Path("build") / "gpu-check"
 FULL_SIZE = {
@@ -65,6 +65,8 @@ FULL_SIZE = {
 """The largest comes last."""
 BY_DEFAULT = ("SAM vit_b", "CLIP ViT-B-16")
 """The others need ``--full``."""
+PACKAGES = {"numpy": "numpy", "PIL": "pillow", "tokenizers": "tokenizers", "torch": "torch", "yaml": "pyyaml"}
+"""The distributions of the modules that every step needs."""
 MINUTES, FULL_MINUTES = 7.0, 30.0
 BOXES = 10
 """Random boxes in each image of a chain with random weights."""
@@ -91,8 +93,10 @@ def check(
         work: folder for graphs and engines.
 
     Raises:
-        WsssError: this machine has no GPU.
+        WsssError: this machine has no GPU, or packages are missing that every step needs.
     """
+    if missing := [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]:
+        raise WsssError(f"gpu-check: needs {', '.join(missing)}", hint=f"pip install {' '.join(missing)}")
     known = machine()
     if not known.gpus:
         raise WsssError(
@@ -136,7 +140,7 @@ def identity_of(known: Machine, bundles: Sequence[Path]) -> dict[str, Any]:
 def first_steps(known: Machine, record: Path) -> list[Step]:
     """The steps on whose results the others depend."""
     step = _StepMaker(record)
-    installed = [flavour for flavour in FLAVOURS if flavour in known.tensorrt]
+    installed = [flavour for flavour in MODULES if flavour in known.tensorrt]
     probes = [step(f"{ENGINES[flavour]} runs here", 120, "probe", flavour) for flavour in installed]
     return [step("machine", 120, "machine"), step("ceiling", 120, "ceiling"), *probes]
 
@@ -148,7 +152,7 @@ def choose_engine(record: Record, known: Machine) -> tuple[str, str]:
         ``trt``, ``trt-rtx``, ``ort`` or ``eager``; the reasons, one for each better engine.
     """
     reasons = []
-    for flavour in FLAVOURS:
+    for flavour in MODULES:
         name = ENGINES[flavour]
         if flavour not in known.tensorrt:
             reasons.append(f"{name} is not installed")
@@ -189,7 +193,7 @@ def later_steps(engine: str, bundles: Sequence[Path], full: bool, work: Path, re
 def _measured(step: _StepMaker, title: str, bundle: Path, engine: str, *, rows: int, limit_s: float) -> Iterator[Step]:
     """The steps of one bundle: build, latency and gate."""
     needs: tuple[str, ...] = (f"{title}: graphs",)
-    if engine in FLAVOURS:
+    if engine in MODULES:
         yield step(f"{title}: engines", limit_s, "engines", str(bundle), engine, needs=needs, product=mark_of(bundle, engine))
         needs = (f"{title}: engines",)
     yield step(f"{title}: latency", limit_s, "latency", str(bundle), engine, needs=needs)
@@ -197,8 +201,13 @@ def _measured(step: _StepMaker, title: str, bundle: Path, engine: str, *, rows: 
         yield step(f"{title}: gate", limit_s, "gate", str(bundle), engine, str(rows), needs=needs)
 
 
+def mark_of(bundle: Path, flavour: str) -> Path:
+    """The file that marks a bundle whose engines are all built."""
+    return bundle / f".engines-{flavour}"
+
+
 def _ready(title: str, engine: str) -> tuple[str, ...]:
-    return (f"{title}: engines",) if engine in FLAVOURS else (f"{title}: graphs",)
+    return (f"{title}: engines",) if engine in MODULES else (f"{title}: graphs",)
 
 
 class _StepMaker:

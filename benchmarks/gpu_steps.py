@@ -25,21 +25,22 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ..engines.machine import machine
-from ..engines.opening import FLAVOURS, open_graph
+from ..engines.opening import open_graph
+from ..engines.plan import MODULES, plan_here
 from ..errors import BundleError, WeightsError, WsssError
 from ..runtime.labeler import MINI
 from ..spec import AxisRange, Bundle, Flavour, GraphSpec, Model, Parity, TensorSpec, open_bundle
 from .ceiling import Ceiling, measure_ceiling
+from .gpu_check import mark_of
 from .latency import Opener, measure_graph
-from .steps import LEFT_OUT, log
+from .steps import LEFT_OUT, ROOT, log
 from .throughput import CHAIN_MODELS, measure_chain
 
 if TYPE_CHECKING:
     from ..engines.engine import Engine
     from ..export.family import Graph
 
-ROOT = Path(__file__).resolve().parent.parent
-MODULES = (
+IMPORTED = (
     *("torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime", "transformers", "open_clip", "segment_anything"),
     *("safetensors", "tokenizers", "PIL", "typer", "pytest", "cuda.bindings.runtime", "tensorrt_rtx", "tensorrt", "ml_dtypes"),
 )
@@ -55,7 +56,7 @@ class LeftOut(Exception):
 
 def step_machine() -> dict[str, Any]:
     """Describe this machine and the packages that can be imported."""
-    return {**dataclasses.asdict(machine()), "modules": {name: _importable(name) for name in MODULES}}
+    return {**dataclasses.asdict(machine()), "modules": {name: _importable(name) for name in IMPORTED}}
 
 
 def step_ceiling() -> dict[str, Any]:
@@ -120,7 +121,8 @@ def step_engines(bundle: Path, flavour: Flavour) -> dict[str, Any]:
     for name in open_bundle(bundle).models():
         model = build_plans(open_bundle(bundle).model(name), BuildOptions(flavour=flavour), log)
         for graph, spec in model.manifest.graphs.items():
-            plan = spec.plans[flavour]
+            plan = plan_here(spec, flavour)
+            assert plan is not None
             size = (model.folder / plan.file).stat().st_size
             built[f"{name}/{graph}"] = {"seconds": plan.seconds, "megabytes": round(size / 1e6, 1), "target": plan.target}
     mark_of(bundle, flavour).touch()
@@ -137,7 +139,7 @@ def step_gate(bundle: Path, engine: str, rows: int) -> dict[str, Any]:
     for name in open_bundle(bundle).models():
         model = open_bundle(bundle).model(name)
         try:
-            if rows == 0 and engine in FLAVOURS:
+            if rows == 0 and engine in MODULES:
                 verdicts |= _gate_plans(model, engine)
             else:
                 verdicts |= _gate_rows(model, engine, rows)
@@ -288,8 +290,8 @@ def _tiny_plan(trt: Any, weights: np.ndarray, target: str) -> bytes:
 def _gate_plans(model: Model, flavour: Flavour) -> dict[str, Any]:
     from ..export.exporting import verify_plans
 
-    graphs = verify_plans(model, flavour, None, log).manifest.graphs
-    return {f"{model.manifest.family}/{graph}": _verdict(spec.plans[flavour].parity) for graph, spec in graphs.items()}
+    reports = verify_plans(model, flavour, None, log)
+    return {f"{model.manifest.family}/{graph}": _verdict(parity) for graph, parity in reports.items()}
 
 
 def _gate_rows(model: Model, engine: str, rows: int) -> dict[str, Any]:
@@ -354,11 +356,6 @@ def _find(brought: Sequence[Path], name: str, variant: str) -> Path | None:
         if model.manifest.variant == variant:
             return model.folder
     return None
-
-
-def mark_of(bundle: Path, flavour: str) -> Path:
-    """The file that marks a bundle whose engines are all built."""
-    return bundle / f".engines-{flavour}"
 
 
 def opener(engine: str) -> Opener:

@@ -32,7 +32,8 @@ import numpy as np
 
 from ..batch import Tensor
 from ..engines.engine import Engine
-from ..engines.opening import FLAVOURS, open_graph
+from ..engines.opening import open_graph
+from ..engines.plan import MODULES, plan_here
 from ..errors import WsssError
 from ..spec import Flavour, Model, Parity
 from .ceiling import Ceiling
@@ -149,8 +150,8 @@ def parity_of(model: Model, graph: str, engine: str) -> float | None:
     """The largest error of this graph in this engine in the parity gate; None when it has not passed the gate."""
     spec = model.graph(graph)
     verdict: Parity | None = spec.parity
-    if engine in FLAVOURS:
-        plan = next((plan for flavour, plan in spec.plans.items() if flavour == engine), None)
+    if engine in MODULES:
+        plan = plan_here(spec, engine)
         verdict = plan.parity if plan else None
     return None if verdict is None else max((row.error for row in verdict.rows), default=None)
 
@@ -175,7 +176,7 @@ def on_device(
         value = onnxruntime.OrtValue.ortvalue_from_numpy
         # ONNX Runtime waits at the end of each call.
         yield {name: OrtTensor(value(array, "cuda", index)) for name, array in feeds.items()}, lambda outputs: None
-    elif device != "cpu" and engine in FLAVOURS:
+    elif device != "cpu" and engine in MODULES:
         with _in_gpu_memory(feeds, engine, index) as resident_feeds_and_wait:
             yield resident_feeds_and_wait
     else:

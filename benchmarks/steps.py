@@ -28,12 +28,28 @@ TAIL = 2000
 """Characters kept of a failed step's output: its end gives the reason."""
 LEFT_OUT = "left out"
 """Key of a step's result that gives the reason why the step does not apply."""
+ROOT = Path(__file__).resolve().parent.parent
+"""The checkout, or the folder of the installed package."""
 Log = Callable[[str], None]
 
 
 def log(line: str) -> None:
     """Print a line of progress to stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with a ``+`` when files differ from it; None where wsss is installed without git."""
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        head, changes = (
+            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changes else "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..cores import cores
 from ..errors import WsssError
-from ..extras import install_line
+from ..extras import install_line, replace_onnxruntime
 from ..spec import Flavour
 from .plan import MODULES, find_gpus
 
@@ -33,8 +33,6 @@ PACKAGES = (
     *("open_clip_torch", "segment-anything", "onnx", "onnxscript", "numpy", "pillow"),
 )
 """Distributions whose versions affect the results or the speed of a run."""
-ONE_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-deps 'onnxruntime-gpu>=1.24'"
-"""The two packages use one folder: the last one installed overwrites the other, and removing either breaks the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +100,10 @@ class Machine:
     """The CUDA version that torch was built for; None for a CPU build, or without torch."""
     providers: tuple[str, ...] = ()
     """ONNX Runtime's execution providers."""
+    ort_cuda_trouble: str = ""
+    """Why ONNX Runtime cannot compute on a GPU; empty if it can."""
+    cuda_trouble: str = ""
+    """Why cuda-bindings, and so TensorRT, cannot use the driver; empty if it can, or there is none."""
     tensorrt: Mapping[Flavour, Library] = field(default_factory=dict)
     """The TensorRT libraries that are installed."""
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -116,8 +118,8 @@ def machine() -> Machine:
     """The facts about this machine, collected once."""
     packages = {name: version for name in PACKAGES if (version := version_of(name))}
     smi = _nvidia_smi()
-    gpus, cuda = _gpus(smi)
-    providers, troubles = _onnxruntime(packages)
+    gpus, cuda, cuda_trouble = _gpus(smi)
+    providers, ort_cuda_trouble, troubles = _onnxruntime(packages)
     facts = {
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
@@ -130,6 +132,8 @@ def machine() -> Machine:
         "packages": packages,
         "torch_cuda": _torch_cuda(),
         "providers": providers,
+        "ort_cuda_trouble": ort_cuda_trouble,
+        "cuda_trouble": cuda_trouble,
         "tensorrt": {flavour: found for flavour in MODULES if (found := _tensorrt(flavour))},
         "extras": missing_extras(_requirements()),
         "troubles": troubles,
@@ -163,6 +167,8 @@ def _ability_of_tensorrt(known: Machine, flavour: Flavour) -> Capability:
         why, fix, builds = "cuda-bindings is not installed", install_line(flavour), ahead
     elif not known.gpus:
         why, builds = _without_gpu(known), ahead
+    elif known.cuda_trouble:
+        why, fix, builds = known.cuda_trouble, install_line(f"{flavour}-cu12"), ahead
     elif ahead and known.gpus[0].target not in library.capabilities:
         knows = ", ".join(library.capabilities)
         why = f"TensorRT-RTX {library.version} knows {knows}, this GPU is {known.gpus[0].target}"
@@ -176,10 +182,10 @@ def _ability_of_ort(known: Machine, device: str) -> Capability:
     why = fix = ""
     if device == "cuda" and not known.gpus:
         why = _without_gpu(known)
-    elif device == "cuda" and "CUDAExecutionProvider" not in known.providers:
-        why, fix = "this onnxruntime has no CUDA provider", ONE_ONNXRUNTIME
+    elif device == "cuda" and known.ort_cuda_trouble:
+        why, fix = known.ort_cuda_trouble, replace_onnxruntime("gpu")
     elif device == "cpu" and "CPUExecutionProvider" not in known.providers:
-        why, fix = "onnxruntime is missing or cannot be loaded", "pip install --force-reinstall onnxruntime"
+        why, fix = "onnxruntime is missing or cannot be loaded", replace_onnxruntime("cpu")
     return Capability(engine="ort", device=device, builds=False, runs=not why, why=why, fix=fix)
 
 
@@ -218,13 +224,14 @@ def _nvidia_smi() -> list[dict[str, str]]:
     return [dict(zip(_QUERIED, row, strict=True)) for row in rows if len(row) == len(_QUERIED)]
 
 
-def _gpus(smi: list[dict[str, str]]) -> tuple[tuple[GpuFacts, ...], str | None]:
-    """The GPUs according to CUDA, else to nvidia-smi; and the newest CUDA version that the driver supports."""
+def _gpus(smi: list[dict[str, str]]) -> tuple[tuple[GpuFacts, ...], str | None, str]:
+    """The GPUs according to CUDA, else to nvidia-smi; the newest CUDA version that the driver supports; and what keeps CUDA
+    from using them (empty if nothing does)."""
     powers = [_number(row["power.limit"]) for row in smi]
     try:
         gpus = find_gpus()
-    except (WsssError, ImportError, OSError):  # without cuda-bindings, or with a broken one
-        return tuple(
+    except (WsssError, ImportError, OSError) as error:  # without cuda-bindings, with a broken one, or one too new for the driver
+        listed = tuple(
             GpuFacts(
                 index=n,
                 name=row["name"],
@@ -233,8 +240,9 @@ def _gpus(smi: list[dict[str, str]]) -> tuple[tuple[GpuFacts, ...], str | None]:
                 power_limit_w=power,
             )
             for n, (row, power) in enumerate(zip(smi, powers, strict=True))
-        ), _cuda_of_driver()
-    return tuple(
+        )
+        return listed, _cuda_of_driver(), str(getattr(error, "message", error))
+    found = tuple(
         GpuFacts(
             index=gpu.index,
             name=gpu.name,
@@ -244,7 +252,8 @@ def _gpus(smi: list[dict[str, str]]) -> tuple[tuple[GpuFacts, ...], str | None]:
             power_limit_w=powers[gpu.index] if len(powers) == len(gpus) else None,
         )
         for gpu in gpus
-    ), gpus[0].driver if gpus else _cuda_of_driver()
+    )
+    return found, gpus[0].driver if gpus else _cuda_of_driver(), ""
 
 
 def _cuda_of_driver() -> str | None:
@@ -289,20 +298,22 @@ def _tensorrt(flavour: Flavour) -> Library | None:
     return Library(version=str(module.__version__), capabilities=capabilities)
 
 
-def _onnxruntime(packages: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """ONNX Runtime's providers, and problems of its installation."""
+def _onnxruntime(packages: Mapping[str, str]) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
+    """ONNX Runtime's providers, why it cannot use a GPU (empty if it can), and problems of its installation."""
     troubles = []
     if "onnxruntime" in packages and "onnxruntime-gpu" in packages:
-        troubles.append(f"onnxruntime and onnxruntime-gpu are both installed and overwrite each other: {ONE_ONNXRUNTIME}")
+        fix = f"{replace_onnxruntime('gpu')}   (or cpu)"
+        troubles.append(f"onnxruntime and onnxruntime-gpu are both installed and overwrite each other: {fix}")
     if importlib.util.find_spec("onnxruntime") is None:
-        return (), tuple(troubles)
+        return (), "", tuple(troubles)
     try:
         library = importlib.import_module("wsss.engines.ort_library")
         providers = tuple(library.onnxruntime.get_available_providers())
+        cuda_trouble = library.cuda_trouble() or ""
     except Exception as error:  # an incomplete package, after one of the two was removed
-        fix = "pip install --force-reinstall onnxruntime"
-        return (), (*troubles, f"onnxruntime cannot be loaded: {f'{error}'.strip().split(chr(10))[0]}: {fix}")
-    return providers, tuple(troubles)
+        fix = f"{replace_onnxruntime('cpu')}   (or gpu)"
+        return (), "", (*troubles, f"onnxruntime cannot be loaded: {f'{error}'.strip().split(chr(10))[0]}: {fix}")
+    return providers, cuda_trouble, tuple(troubles)
 
 
 def _torch_cuda() -> str | None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import logging
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Literal, cast
 
 from ..errors import BundleError, UsageError, WsssError
 from ..extras import install_line
 from ..spec import Flavour, Model
 from .engine import Engine
-from .plan import Gpu, checked_plan, find_gpus
+from .plan import MODULES, Gpu, checked_plan, find_gpus
+
+_log = logging.getLogger("wsss")
 
 EngineName = Literal["ort", "trt", "trt-rtx", "eager"]
 ENGINES = ("auto", "ort", "trt", "trt-rtx", "eager")
-FLAVOURS: tuple[Flavour, ...] = ("trt", "trt-rtx")
 
 
 def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", unverified: bool = False) -> Engine:
@@ -33,7 +37,7 @@ def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", un
         WsssError: the engine's package or a GPU is missing; the hint is the command that helps.
     """
     name, place = choose(engine, device, [model])
-    if name in FLAVOURS:
+    if name in MODULES:
         gpu = _gpu(place, name)
         path, spec = checked_plan(model, graph, name, gpu, unverified=unverified)
         from .trt import TrtEngine
@@ -75,7 +79,7 @@ def choose(engine: str, device: str, models: Iterable[Model]) -> tuple[EngineNam
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
         raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N, got {device!r}")
-    if engine in FLAVOURS and kind == "cpu":
+    if engine in MODULES and kind == "cpu":
         raise UsageError(f"--device cpu: --engine {engine} runs on a GPU", hint="--engine ort runs on the CPU")
     place = f"cuda:{number or 0}"
     if engine == "auto":
@@ -83,9 +87,9 @@ def choose(engine: str, device: str, models: Iterable[Model]) -> tuple[EngineNam
         if best is not None:
             return best, place
         engine = "ort"
-    if engine in FLAVOURS or kind == "cuda":
+    if engine in MODULES or kind == "cuda":
         return cast(EngineName, engine), place
-    return cast(EngineName, engine), place if kind == "auto" and engine == "ort" and _ort_has_cuda() else "cpu"
+    return cast(EngineName, engine), place if kind == "auto" and engine == "ort" and _ort_uses_gpu() else "cpu"
 
 
 def _best_flavour(models: Iterable[Model], index: int) -> Flavour | None:
@@ -94,15 +98,20 @@ def _best_flavour(models: Iterable[Model], index: int) -> Flavour | None:
         models = list(models)
     except WsssError:  # a damaged model; if the run needs it, opening it raises the error
         return None
-    for flavour in FLAVOURS:
-        if not all(flavour in graph.plans for model in models for graph in model.manifest.graphs.values()):
+    for flavour in MODULES:
+        if not all(graph.plan_for(flavour) for model in models for graph in model.manifest.graphs.values()):
+            continue
+        if importlib.util.find_spec("cuda") is None:
             continue
         try:
             gpus = find_gpus()
+            if index >= len(gpus):
+                continue
             for model in models:
                 for graph in model.manifest.graphs:
                     checked_plan(model, graph, flavour, gpus[index])
-        except (WsssError, IndexError):
+        except WsssError as error:
+            _log.warning("--engine auto: not %s: %s", flavour, error.message)
             continue
         return flavour
     return None
@@ -118,7 +127,12 @@ def _gpu(place: str, flavour: Flavour) -> Gpu:
     return gpus[index]
 
 
-def _ort_has_cuda() -> bool:
-    from .ort_library import onnxruntime
+@lru_cache(maxsize=1)
+def _ort_uses_gpu() -> bool:
+    """Whether ``--device auto`` takes a GPU with ONNX Runtime; warns once where it has a CUDA provider and cannot use it."""
+    from .ort_library import cuda_trouble, onnxruntime
 
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    trouble = cuda_trouble()
+    if trouble and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        _log.warning("--device auto: takes the CPU: %s", trouble)
+    return trouble is None

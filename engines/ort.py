@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,11 +12,11 @@ import numpy.typing as npt
 
 from ..batch import Tensor
 from ..errors import BundleError, OutOfMemory, WsssError
+from ..extras import replace_onnxruntime
 from ..reading.onnx_files import external_files
 from ..spec import GraphSpec, TensorSpec
 from .engine import check_feeds, contract
-from .machine import ONE_ONNXRUNTIME
-from .ort_library import SILENT, onnxruntime
+from .ort_library import SILENT, TF32, cuda_trouble, onnxruntime
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -25,8 +26,11 @@ _DTYPES = {
     "tensor(bool)": np.bool_,
 }
 
-_OUT_OF_MEMORY = ("Failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
-"""Texts of onnxruntime's errors when its arena, CUDA or the C++ library is out of memory."""
+_OUT_OF_MEMORY = (
+    *("Failed to allocate memory", "out of memory", "bad_alloc", "bad allocation"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED"),
+)
+"""Texts of onnxruntime's errors when its arena, CUDA, cuBLAS, cuDNN or the C++ library is out of memory."""
 
 
 class OrtTensor:
@@ -61,15 +65,15 @@ class OrtEngine:
 
     Raises:
         BundleError: the file is not an ONNX graph, or not the one that the manifest describes.
-        WsssError: ``cuda`` was asked for and this onnxruntime has no CUDA provider.
+        WsssError: ``cuda`` was asked for, and this onnxruntime cannot compute on a GPU here.
     """
 
     def __init__(self, path: Path, spec: GraphSpec, *, device: str = "cpu", threads: int = 0) -> None:
         kind, _, number = device.partition(":")
-        if kind == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        if kind == "cuda" and (trouble := cuda_trouble()):
             raise WsssError(
-                f"--engine ort on cuda: this onnxruntime {onnxruntime.__version__} has no CUDA provider",
-                hint=f"{ONE_ONNXRUNTIME}   (or run on the CPU)",
+                f"--engine ort on cuda: {trouble}",
+                hint="--device cpu" if "no NVIDIA GPU" in trouble else f"{replace_onnxruntime('gpu')}   (or --device cpu)",
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -79,7 +83,7 @@ class OrtEngine:
         options.log_severity_level = SILENT
         options.add_session_config_entry("session.load_model_format", "ONNX")  # for any file name
         self._device, self._number = kind, int(number or 0)
-        provider = ("CUDAExecutionProvider", {"device_id": self._number}) if kind == "cuda" else "CPUExecutionProvider"
+        provider = ("CUDAExecutionProvider", cuda_options(self._number)) if kind == "cuda" else "CPUExecutionProvider"
         # onnxruntime 1.32 crashes with a segmentation fault in this pass on float16 graphs; it only speeds up float32.
         disabled = [] if spec.precision == "fp32" else ["NchwcTransformer"]
         weights = _give_linked_weights(options, path)
@@ -132,6 +136,16 @@ class OrtEngine:
                 f"{path}: the manifest says {', '.join(map(str, specs.values()))}; the graph has {graph}",
                 hint="the manifest and the graph come from different exports; export the model again",
             )
+
+
+def cuda_options(number: int) -> dict[str, str]:
+    """The options of ONNX Runtime's CUDA provider for GPU ``number``."""
+    return {
+        "device_id": str(number),
+        "use_tf32": os.environ.get(TF32, "0"),
+        "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE, the default, searches again for every new shape
+        "arena_extend_strategy": "kSameAsRequested",  # the default doubles the arena, of each graph
+    }
 
 
 def _give_linked_weights(options: onnxruntime.SessionOptions, path: Path) -> list[mmap.mmap]:

@@ -79,11 +79,12 @@ def export_model(
     return manifest
 
 
-def verify_model(model: Model, weights: str | None, log: Log) -> dict[str, Parity]:
-    """Run the parity gate again on a model's stored files.
+def verify_model(model: Model, weights: str | None, log: Log, *, device: str = "cpu") -> dict[str, Parity]:
+    """Run the parity gate again on a model's stored files, in ONNX Runtime.
 
     Args:
         weights: where the weights are now; None takes the source in the manifest.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
 
     Returns:
         The new parity report of each graph.
@@ -91,23 +92,25 @@ def verify_model(model: Model, weights: str | None, log: Log) -> dict[str, Parit
     Raises:
         ParityError: a graph no longer passes.
         WeightsError: the weights are missing, or not those of the export.
+        WsssError: ONNX Runtime cannot compute on this device.
     """
     prepared = prepare_again(model.manifest, weights)
     reports = {}
     for make in prepared.graphs:
         graph = make().at(model.manifest.precision)
         spec = model.graph(graph.name)
-        reports[graph.name] = _gate(replace(graph, axes=spec.axes), spec, model.folder, where=model.manifest.family, log=log)
+        graph = replace(graph, axes=spec.axes)
+        reports[graph.name] = _gate(graph, spec, model.folder, where=model.manifest.family, log=log, device=device)
         del graph
         gc.collect()
     return reports
 
 
-def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, *, device: int = 0) -> Model:
+def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, *, device: int = 0) -> dict[str, Parity]:
     """Run the parity gate on the TensorRT engines of a model, on a GPU, and record each report in the manifest.
 
     Returns:
-        The model with the reports.
+        The reports by graph.
 
     Raises:
         ParityError: an engine does not compute what its reference computes; its previous report is removed.
@@ -115,10 +118,13 @@ def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, 
     """
     prepared = prepare_again(model.manifest, weights)
     gpu = find_gpus()[device]
+    reports: dict[str, Parity] = {}
     for make in prepared.graphs:
         graph = make().at(model.manifest.precision)
         path, spec = checked_plan(model, graph.name, flavour, gpu, unverified=True)
-        plan = replace(model.graph(graph.name).plans[flavour], parity=None)
+        built = model.graph(graph.name).plan_for(flavour, gpu.name)
+        assert built is not None
+        plan = replace(built, parity=None, driver=built.driver and gpu.driver)
         model = with_plan(model, graph.name, plan)
         from ..engines.trt import TrtEngine
 
@@ -131,10 +137,11 @@ def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, 
             where=f"{model.manifest.family} {graph.name} ({flavour})",
         )
         model = with_plan(model, graph.name, replace(plan, parity=parity))
+        reports[graph.name] = parity
         log(f"{model.manifest.family}: {graph.name} {flavour} engine agrees {_errors_and_time(parity, graph, begun)}")
         del graph
         gc.collect()
-    return model
+    return reports
 
 
 def standing_model(bundle: Path, name: str, *, variant: str | None, weights: str | None, options: Options) -> Model | None:
@@ -215,16 +222,17 @@ def write_errors(bundle: Path) -> Iterator[None]:
         ) from None
 
 
-def _gate(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log) -> Parity:
+def _gate(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log, device: str = "cpu") -> Parity:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="wsss-gate-") as scratch:
-        # ONNX Runtime's CPU has no bfloat16 kernels.
+        # ONNX Runtime has no bfloat16 kernels for most operators.
         path = write_bf16_emulation(folder / spec.file, Path(scratch)) if spec.precision == "bf16" else folder / spec.file
         how = ", bfloat16 rounded in float32" if spec.precision == "bf16" else ""
+        place = "the CPU" if device == "cpu" else device
         parity = verify.gate(
             graph,
-            OrtEngine(path, spec),
-            engine_name=f"onnxruntime {version_of('onnxruntime')} on the CPU{how}",
+            OrtEngine(path, spec, device=device),
+            engine_name=f"onnxruntime {version_of('onnxruntime') or version_of('onnxruntime-gpu')} on {place}{how}",
             reference_name=REFERENCE,
             where=f"{where} {graph.name}",
         )

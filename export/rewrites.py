@@ -73,11 +73,16 @@ class SamBlock(nn.Module):
     Args:
         block: the official block; its parameters are shared, not copied.
         grid: tokens along one side of the image.
+        one_width: pad queries, keys and values with zeros to one width, a multiple of 8. TensorRT compiles attention to one
+            kernel, which never writes the map, only if values are as wide as keys. Other runtimes compute the zeros.
     """
 
     QUERIES = 1024
+    rows: Tensor
+    columns: Tensor
+    places: Tensor
 
-    def __init__(self, block: nn.Module, grid: int) -> None:
+    def __init__(self, block: nn.Module, grid: int, *, one_width: bool = False) -> None:
         super().__init__()
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
         self.qkv, self.proj = block.attn.qkv, block.attn.proj
@@ -87,11 +92,15 @@ class SamBlock(nn.Module):
         self.windows = -(-grid // self.side)
         step = torch.arange(self.side)
         distance = step[:, None] - step[None, :] + self.side - 1  # as get_rel_pos for equal sizes
-        self.register_buffer("rows", block.attn.rel_pos_h[distance].transpose(1, 2).contiguous())  # (query, channel, key)
-        self.register_buffer("columns", block.attn.rel_pos_w[distance].transpose(1, 2).contiguous())
+        rows, columns = (table[distance].transpose(1, 2) for table in (block.attn.rel_pos_h, block.attn.rel_pos_w))
         one_hot = torch.eye(self.side)
         places = torch.cat([one_hot.repeat_interleave(self.side, 0), one_hot.repeat(self.side, 1)], dim=1)
-        self.register_buffer("places", places[None, None])  # (1, 1, side^2, 2 side)
+        width = rows.shape[1] + 2 * self.side
+        self.width = -(-width // 8) * 8 if one_width else 0
+        more = max(self.width - width, 0)
+        self.register_buffer("rows", rows.contiguous())  # (query, channel, key)
+        self.register_buffer("columns", F.pad(columns, (0, more)).contiguous())
+        self.register_buffer("places", F.pad(places, (0, more))[None, None])  # (1, 1, side^2, 2 side and zeros)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, grid, grid, C) to tokens of the same shape."""
@@ -116,9 +125,14 @@ class SamBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, tokens, channels) each
         cells = q.reshape(-1, self.side, self.side, q.shape[-1])
         by_row = (cells @ self.rows).reshape(-1, self.heads, tokens, self.side)
-        by_column = (cells.transpose(1, 2) @ self.columns).transpose(1, 2).reshape(-1, self.heads, tokens, self.side)
+        by_column = (cells.transpose(1, 2) @ self.columns).transpose(1, 2).reshape(-1, self.heads, tokens, self.columns.shape[2])
         q = torch.cat([q * self.scale, by_row, by_column], dim=-1)
         k = torch.cat([k, self.places.expand(k.shape[0], self.heads, -1, -1)], dim=-1).transpose(-2, -1)
+        channels = v.shape[-1]
+        if self.width:
+            v = F.pad(v, (0, self.width - channels))
         parts = [(some @ k).softmax(dim=-1) @ v for some in q.split(self.QUERIES, dim=2)]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if self.width:
+            out = out[..., :channels]
         return self.proj(out.transpose(1, 2).reshape(-1, tokens, width))

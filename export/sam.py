@@ -78,11 +78,24 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
     if options.sizes:
         raise UsageError("--size: SAM has one fixed input size and takes no others", hint="leave --size out")
     sam, record = load(variant, weights)
-    return prepared_from(sam, variant=variant, weights=record, batch=options.batch or BATCHES[variant])
+    batch, for_tensorrt = options.batch or BATCHES[variant], options.precision != "fp32"
+    return prepared_from(sam, variant=variant, weights=record, batch=batch, one_width=for_tensorrt)
 
 
-def prepared_from(sam: Sam, *, variant: str, weights: Mapping[str, str], batch: AxisRange, boxes: AxisRange = BOXES) -> Prepared:
-    """The graphs, preprocessing and settings of a loaded SAM of any size; ``weights`` is `weights_record`."""
+def prepared_from(
+    sam: Sam,
+    *,
+    variant: str,
+    weights: Mapping[str, str],
+    batch: AxisRange,
+    boxes: AxisRange = BOXES,
+    one_width: bool = False,
+) -> Prepared:
+    """The graphs, preprocessing and settings of a loaded SAM of any size; ``weights`` is `weights_record`.
+
+    Args:
+        one_width: see `SamBlock`.
+    """
     side, logits_side = sam.image_encoder.img_size, 4 * sam.prompt_encoder.image_embedding_size[0]
     preprocess = Preprocess(
         resize="longest",
@@ -96,7 +109,7 @@ def prepared_from(sam: Sam, *, variant: str, weights: Mapping[str, str], batch: 
     return Prepared(
         variant=variant,
         graphs=(
-            partial(encoder_graph, sam, batch),
+            partial(encoder_graph, sam, batch, one_width=one_width),
             partial(decoder_graph, sam, AxisRange(1, max(batch.opt, IMAGES // 2), max(batch.max, IMAGES)), boxes),
             partial(fuse.fuse_graph, preprocess, logits_side=logits_side, masks=MASKS),
         ),
@@ -142,11 +155,11 @@ def variant_of(state: Mapping[str, Tensor]) -> str | None:
 class Encoder(nn.Module):
     """Photographs (B, S, S, 3) uint8 RGB and their valid (height, width) (B, 2) to embeddings (B, D, G, G)."""
 
-    def __init__(self, sam: Sam) -> None:
+    def __init__(self, sam: Sam, *, one_width: bool = False) -> None:
         super().__init__()
         vit = sam.image_encoder
         self.patch_embed, self.pos_embed, self.neck = vit.patch_embed, vit.pos_embed, with_channel_norms(vit.neck)
-        self.blocks = nn.ModuleList(SamBlock(block, vit.pos_embed.shape[1]) for block in vit.blocks)
+        self.blocks = nn.ModuleList(SamBlock(block, vit.pos_embed.shape[1], one_width=one_width) for block in vit.blocks)
         self.normalize = normalize_in_fp32(sam.pixel_mean.flatten().tolist(), sam.pixel_std.flatten().tolist())
 
     def forward(self, pixels: Tensor, size: Tensor) -> Tensor:
@@ -203,8 +216,8 @@ class Decoder(nn.Module):
         return logits, self.quality_head(hidden[:, 0])[:, 0]
 
 
-def encoder_graph(sam: Sam, batch: AxisRange) -> Graph:
-    """Graph ``encoder``, see `Encoder`. Reference: ``Sam.preprocess`` and ``image_encoder`` of one image."""
+def encoder_graph(sam: Sam, batch: AxisRange, *, one_width: bool = False) -> Graph:
+    """Graph ``encoder``, see `Encoder` and `SamBlock`. Reference: ``Sam.preprocess`` and ``image_encoder`` of one image."""
     side, channels, grid = sam.image_encoder.img_size, sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size[0]
 
     @torch.inference_mode()
@@ -215,7 +228,7 @@ def encoder_graph(sam: Sam, batch: AxisRange) -> Graph:
 
     return Graph(
         name="encoder",
-        module=Encoder(sam),
+        module=Encoder(sam, one_width=one_width),
         inputs=(TensorSpec("pixels", ("batch", side, side, 3), "uint8"), TensorSpec("size", ("batch", 2), "int64")),
         outputs=(TensorSpec("embedding", ("batch", channels, grid, grid), "float32"),),
         axes={"batch": batch},

@@ -6,24 +6,28 @@ will run the engine; TensorRT-RTX builds ahead of time on any machine, for a set
 
 from __future__ import annotations
 
-import contextlib
+import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ..engines.plan import Gpu, find_gpus, reasons_against, tensorrt_module, weights_sha256
 from ..errors import BundleError, WsssError
 from ..files import write_atomically
 from ..progress import progress_line
-from ..spec import AxisRange, Flavour, GraphSpec, Model, PlanSpec, TensorSpec, sha256_of, write_manifest
+from ..spec import AMPERE_OR_NEWER, AxisRange, Flavour, GraphSpec, Model, PlanSpec, TensorSpec, sha256_of, write_manifest
 from .deformable_plugin import PLUGIN, VERSIONS, plugin_called
 from .weights import cache_folder
 
+T = TypeVar("T")
 Log = Callable[[str], None]
 """Called with one line of progress."""
 
@@ -43,6 +47,10 @@ class BuildOptions:
     """TensorRT-RTX: compute capabilities to build for, ``sm89``; empty takes the library's default."""
     device: int = 0
     """TensorRT: the GPU to build on."""
+    optimization_level: int | None = None
+    """0 (fast build) to 5 (fast engine); None takes the library's default."""
+    hardware_compatible: bool = False
+    """TensorRT: the engine runs on all GPUs from Ampere on, slower than one for a single GPU."""
 
 
 def build_plans(model: Model, options: BuildOptions, log: Log) -> Model:
@@ -57,14 +65,19 @@ def build_plans(model: Model, options: BuildOptions, log: Log) -> Model:
     """
     trt = tensorrt_module(options.flavour)
     gpu = _gpu_for(options)
+    target = "" if gpu is None else AMPERE_OR_NEWER if options.hardware_compatible else gpu.name
     for name, spec in model.manifest.graphs.items():
         where = f"{model.manifest.family}: {name}"
-        old = spec.plans.get(options.flavour)
-        if old is not None and _is_current(model, spec, old, gpu, options, trt.__version__):
+        old = spec.plan_for(options.flavour, target)
+        if old is not None and target in ("", old.target) and _is_current(model, spec, old, gpu, options, trt.__version__):
             log(f"{where}: {options.flavour} engine is up to date")
             continue
-        plan = _build(trt, model, spec, options, gpu, where)
-        log(f"{where}: {options.flavour} engine built in {plan.seconds:.0f} s, {_size(model.folder / plan.file)}")
+        plan = _leaving_on_ctrl_c(partial(_build, trt, model, spec, options, gpu, where, log))
+        fused = ""
+        if plan.fused_attentions or plan.softmaxes_alone:
+            fused = f"; {plan.fused_attentions} attentions fused, {plan.softmaxes_alone} softmaxes alone"
+        size = _size(model.folder / plan.file)
+        log(f"{where}: {options.flavour} engine built in {plan.seconds:.0f} s, {size}{_memory()}{fused}")
         model = with_plan(model, name, plan)
     return model
 
@@ -72,7 +85,8 @@ def build_plans(model: Model, options: BuildOptions, log: Log) -> Model:
 def with_plan(model: Model, graph: str, plan: PlanSpec) -> Model:
     """Record ``plan`` for a graph, in the manifest on disk too, and return the changed model."""
     spec = model.manifest.graphs[graph]
-    graphs = {**model.manifest.graphs, graph: replace(spec, plans={**spec.plans, plan.flavour: plan})}
+    others = {key: other for key, other in spec.plans.items() if other.key != plan.key}
+    graphs = {**model.manifest.graphs, graph: replace(spec, plans={**others, plan.key: plan})}
     manifest = replace(model.manifest, graphs=graphs)
     write_manifest(model.folder, manifest)
     return Model(model.folder, manifest)
@@ -110,9 +124,20 @@ def _is_current(model: Model, spec: GraphSpec, plan: PlanSpec, gpu: Gpu | None, 
 # ---- one build ----
 
 
-def _build(trt: ModuleType, model: Model, spec: GraphSpec, options: BuildOptions, gpu: Gpu | None, where: str) -> PlanSpec:
+def _build(
+    trt: ModuleType,
+    model: Model,
+    spec: GraphSpec,
+    options: BuildOptions,
+    gpu: Gpu | None,
+    where: str,
+    log: Log,
+    canceled: threading.Event,
+) -> PlanSpec:
     begun = time.monotonic()
     axes = profile_of(spec)
+    if gpu is not None:
+        _use(gpu)
     logger = _logger(trt)
     builder = trt.Builder(logger)
     network = _parsed(trt, builder, logger, model.folder / spec.file, options.flavour, where)
@@ -122,12 +147,17 @@ def _build(trt: ModuleType, model: Model, spec: GraphSpec, options: BuildOptions
     config.clear_flag(trt.BuilderFlag.TF32)  # its mantissa has the 10 bits of half, which would undo the nodes kept in FP32
     if options.flavour == "trt-rtx":
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # required for capturing TensorRT-RTX in a CUDA graph
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the log of TensorRT-RTX then ends in the compiled layers
     config.add_optimization_profile(_profile(builder, spec, axes))
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
     target = gpu.name if gpu else _set_capabilities(trt, config, options.capabilities)
-    cache = _timing_cache(config, options, gpu, trt.__version__)
-    with _canceled_by_ctrl_c() as canceled:
-        config.progress_monitor = _monitor(trt, where, canceled)
-        serialized = builder.build_serialized_network(network, config)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        target = AMPERE_OR_NEWER
+    cache = _timing_cache(config, gpu, trt.__version__)
+    config.progress_monitor = _monitor(trt, where, canceled, begun)
+    serialized = builder.build_serialized_network(network, config)
     if canceled.is_set():
         raise KeyboardInterrupt
     if serialized is None:
@@ -135,10 +165,14 @@ def _build(trt: ModuleType, model: Model, spec: GraphSpec, options: BuildOptions
             f"{where}: TensorRT {trt.__version__} cannot build this graph: {'; '.join(logger.errors[-3:]) or 'no reason given'}",
             hint=f"--workspace {2 * options.workspace_mib} (MiB) gives its layers more memory; a smaller --batch needs less",
         )
-    if cache is not None:
-        _write(cache, config.get_timing_cache().serialize())
-    path = model.folder / f"{Path(spec.file).stem}.{options.flavour}.plan"
+    on = f"-{_slug(target)}" if gpu else ""
+    path = model.folder / f"{Path(spec.file).stem}.{options.flavour}{on}.plan"
     _write(path, serialized)
+    if cache is not None:
+        try:
+            _write(cache, config.get_timing_cache().serialize())
+        except BundleError as error:
+            log(f"warning: the next build takes as long: {error.message}")
     return PlanSpec(
         file=path.name,
         sha256=sha256_of(path),
@@ -151,6 +185,8 @@ def _build(trt: ModuleType, model: Model, spec: GraphSpec, options: BuildOptions
         target=target,
         driver=gpu.driver if gpu else None,
         seconds=round(time.monotonic() - begun, 1),
+        fused_attentions=sum("mha" in layer for layer in logger.layers) if logger.layers else None,
+        softmaxes_alone=sum("SubExp" in layer for layer in logger.layers) if logger.layers else None,
     )
 
 
@@ -231,12 +267,20 @@ def _set_capabilities(trt: ModuleType, config: Any, capabilities: tuple[str, ...
     return " ".join(capabilities)
 
 
-def _timing_cache(config: Any, options: BuildOptions, gpu: Gpu | None, version: str) -> Path | None:
+def _use(gpu: Gpu) -> None:
+    """Make ``gpu`` the device of this thread: TensorRT builds for the device that is current."""
+    from cuda.bindings import runtime
+
+    (status,) = runtime.cudaSetDevice(gpu.index)
+    if status != runtime.cudaError_t.cudaSuccess:
+        raise WsssError(f"GPU {gpu.index} ({gpu.name}) cannot be used: {status.name}", hint="nvidia-smi shows its state")
+
+
+def _timing_cache(config: Any, gpu: Gpu | None, version: str) -> Path | None:
     """Load the full TensorRT's timing cache and return its path; None for TensorRT-RTX, which would need a GPU for it."""
     if gpu is None:
         return None
-    name = "".join(letter if letter.isalnum() else "-" for letter in f"{gpu.name} {gpu.driver} {version}")
-    path = cache_folder() / f"timing-{name}.cache"
+    path = cache_folder() / f"timing-{_slug(f'{gpu.name} {gpu.driver} {version}')}.cache"
     config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.is_file() else b""), ignore_mismatch=False)
     return path
 
@@ -245,21 +289,24 @@ def _timing_cache(config: Any, options: BuildOptions, gpu: Gpu | None, version: 
 
 
 def _logger(trt: ModuleType) -> Any:
-    """A TensorRT logger that collects errors and prints nothing."""
+    """A TensorRT logger that collects errors, and the names of compiled layers where TensorRT lists them; it prints nothing."""
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.layers: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message.split("\n")[0])
+            elif "LayerType" in message:
+                self.layers += re.findall(r"^Name: ([^,]+), LayerType", message, re.MULTILINE)
 
     return Logger()
 
 
-def _monitor(trt: ModuleType, where: str, canceled: threading.Event) -> Any:
+def _monitor(trt: ModuleType, where: str, canceled: threading.Event, begun: float) -> Any:
     """A progress monitor that prints to a terminal and ends the build when ``canceled`` is set. Called by TensorRT's threads."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
@@ -271,7 +318,8 @@ def _monitor(trt: ModuleType, where: str, canceled: threading.Event) -> Any:
             self._steps[phase] = steps
 
         def step_complete(self, phase: str, step: int) -> bool:
-            progress_line(f"{where}: {phase[:60]} {step + 1}/{self._steps.get(phase, 0)}")
+            seconds = time.monotonic() - begun
+            progress_line(f"{where}: {phase[:60]} {step + 1}/{self._steps.get(phase, 0)}, {seconds:.0f} s{_memory()}")
             return not canceled.is_set()
 
         def phase_finish(self, phase: str) -> None:
@@ -281,22 +329,42 @@ def _monitor(trt: ModuleType, where: str, canceled: threading.Event) -> Any:
     return Monitor()
 
 
-@contextlib.contextmanager
-def _canceled_by_ctrl_c() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, instead of raising KeyboardInterrupt inside TensorRT's code."""
+def _leaving_on_ctrl_c(build: Callable[[threading.Event], T]) -> T:
+    """Call ``build`` in another thread, so that this one hears Ctrl-C while TensorRT computes.
+
+    The first Ctrl-C sets the event, on which the build ends at its next step; the second ends the process.
+
+    Raises:
+        KeyboardInterrupt: the build was canceled.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return build(threading.Event())
     canceled = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
+        if canceled.is_set():
+            os._exit(130)  # files are written whole or not at all
         canceled.set()
+        progress_line("ending the build at its next step; press Ctrl-C again to stop now")
 
-    if threading.current_thread() is not threading.main_thread():
-        yield canceled
-        return
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield canceled
+        with ThreadPoolExecutor(1) as thread:
+            result = thread.submit(build, canceled)
+            while not result.done():
+                wait([result], timeout=0.2)
+            return result.result()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _memory() -> str:
+    """This process's memory as the end of a line; empty where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError):
+        return ""
+    return f", {pages * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB of memory"
 
 
 def _write(path: Path, data: Any) -> None:
@@ -307,6 +375,10 @@ def _write(path: Path, data: Any) -> None:
         raise BundleError(
             f"{path}: cannot be written: {error.strerror}", hint="give a --bundle folder you may write to"
         ) from None
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def _size(path: Path) -> str:

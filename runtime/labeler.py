@@ -18,6 +18,7 @@ from ..batch import Boxes, Images, Labels, Masks, Photograph, PseudoLabels
 from ..classes import ClassList, named_list, parse_classes
 from ..engines.engine import Engine
 from ..engines.opening import choose, open_graph
+from ..engines.plan import MODULES, plan_here
 from ..errors import UsageError, WsssError, WsssWarning
 from ..photographs import read_photograph
 from ..spec import Model, open_bundle
@@ -182,7 +183,7 @@ class Labeler:
             settings["models"][name] = opened.manifest.identity()
             settings["bundle"]["variants"][name] = opened.manifest.variant
             for graph, spec in opened.manifest.graphs.items():
-                if plan := spec.plans.get(chosen):
+                if chosen in MODULES and (plan := plan_here(spec, chosen, int(where.partition(":")[2]))):
                     settings.setdefault("plans", {})[f"{name}/{graph}"] = plan.sha256
             return opened
 

@@ -10,17 +10,30 @@ from urllib.parse import unquote, urlsplit
 
 from .errors import WsssError
 
+NVIDIA_INDEX = "https://pypi.nvidia.com"
+"""Has the libraries of the full TensorRT, which are not on PyPI."""
+
 
 def install_line(extra: str) -> str:
     """The command that adds an extra to this installation: from its folder, its git URL, or the package index."""
     origin = _origin()
     url = str(origin.get("url", ""))
+    what = f"'wsss[{extra}]'"
     if url.startswith("file://"):
         editable = "-e " if "dir_info" in origin else ""
-        return f"pip install {editable}'{unquote(urlsplit(url).path)}[{extra}]'"
-    if "vcs_info" in origin:
-        return f"pip install 'wsss[{extra}] @ git+{url}'"
-    return f"pip install 'wsss[{extra}]'"
+        what = f"{editable}'{unquote(urlsplit(url).path)}[{extra}]'"
+    elif "vcs_info" in origin:
+        what = f"'wsss[{extra}] @ git+{url}'"
+    index = f" --extra-index-url {NVIDIA_INDEX}" if extra in ("trt", "trt-cu12") else ""
+    return f"pip install {what}{index}"
+
+
+def replace_onnxruntime(extra: str) -> str:
+    """The command that installs the extra ``cpu`` or ``gpu`` where either package of ONNX Runtime may be installed.
+
+    Both use one folder: the last one installed overwrites the other, and removing either breaks the other.
+    """
+    return f"pip uninstall -y onnxruntime onnxruntime-gpu && {install_line(extra)}"
 
 
 def _origin() -> dict[str, object]:

@@ -114,6 +114,10 @@ class Parity:
         return max((row for row in self.rows if row.output == output), key=lambda row: row.error)
 
 
+AMPERE_OR_NEWER = "GPUs of compute capability 8.0 and newer"
+"""`PlanSpec.target` of a hardware-compatible engine."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanSpec:
     """A TensorRT engine built from one graph: its file, and everything it depends on. Any mismatch is refused."""
@@ -133,11 +137,20 @@ class PlanSpec:
     target: str
     """The GPU it was built on, or the compute capabilities it was built for ahead of time."""
     driver: str | None = None
-    """CUDA driver it was built with; None if built ahead of time."""
+    """CUDA driver it was built, and compared, with; None if built ahead of time."""
     seconds: float
     """Build time."""
+    fused_attentions: int | None = None
+    """Attentions that were compiled to one kernel each, which never writes its map; None where the builder does not tell."""
+    softmaxes_alone: int | None = None
+    """Softmaxes that are kernels of their own, of attentions that were not fused among others; None likewise."""
     parity: Parity | None = None
     """The parity gate's result for this engine on a GPU; without it the engine is not used."""
+
+    @property
+    def key(self) -> str:
+        """The name in `GraphSpec.plans`: its flavour, and the GPU that it was built on."""
+        return self.flavour if self.driver is None else f"{self.flavour} on {self.target}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +168,12 @@ class GraphSpec:
     """Why nodes of a half-precision graph stay FP32, and how many for each reason."""
     parity: Parity | None = None
     plans: Mapping[str, PlanSpec] = field(default_factory=dict)
-    """TensorRT engines of this graph by flavour."""
+    """TensorRT engines of this graph by `PlanSpec.key`. Those of version 0.1.0 are keyed by flavour alone."""
+
+    def plan_for(self, flavour: Flavour, gpu: str = "") -> PlanSpec | None:
+        """The engine of a flavour that was built on the GPU of this name, else a hardware-compatible one, else any; or None."""
+        plans = [plan for plan in self.plans.values() if plan.flavour == flavour]
+        return min(plans, key=lambda plan: (plan.target != gpu, plan.target != AMPERE_OR_NEWER), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,9 +435,9 @@ def _check_graph(graph: GraphSpec, where: str) -> None:
     for axes in (graph.axes, *(plan.axes for plan in graph.plans.values())):
         if any(axis.max > MAX_LENGTH for axis in axes.values()):
             raise SpecError(f"{where}.axes: expected at most {MAX_LENGTH}, got {max(axis.max for axis in axes.values())}")
-    for flavour, plan in graph.plans.items():
-        if plan.flavour != flavour:
-            raise SpecError(f"{where}.plans.{flavour}: holds an engine of {plan.flavour}")
+    for key, plan in graph.plans.items():
+        if key not in (plan.key, plan.flavour):
+            raise SpecError(f"{where}.plans.{key}: holds an engine of {plan.key}")
 
 
 def _check_sha256(text: str, where: str) -> None:

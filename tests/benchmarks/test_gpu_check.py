@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,19 @@ def test_a_probe_that_crashed_counts_as_refusal(tmp_path: Path) -> None:
     record = record_with(tmp_path, **{"TensorRT-RTX runs here": {"status": "failed", "error": "ended by SIGSEGV"}})
     engine, why = choose_engine(record, H200)
     assert engine == "eager" and "SIGSEGV" in why
+
+
+def test_missing_packages_are_named_first() -> None:
+    """The GPU machine has no network: what is missing must be known before anything is carried there."""
+    hide = "import sys, importlib.util as u; hidden = {'PIL', 'yaml', 'tokenizers', 'numpy', 'torch'}; find = u.find_spec\n"
+    hide += "u.find_spec = lambda name, *more: None if name in hidden else find(name, *more)\n"
+    hide += "sys.modules.update(dict.fromkeys(hidden))\nfrom wsss.benchmarks.gpu_check import main; main(['--out', 'x'])"
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "wsss: gpu-check: needs numpy, pillow, tokenizers, torch, pyyaml\n\n"
+        "hint: pip install numpy pillow tokenizers torch pyyaml\n"
+    )
 
 
 # ---- the plan ----

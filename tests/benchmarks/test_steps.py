@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -129,6 +130,18 @@ def test_no_step_begins_after_the_time(check: Check) -> None:
     late = check.run(check.step("slow", "import time; time.sleep(60)"), check.step("b"), seconds=0.7)
     assert late == ["slow", "b"]
     assert check.on_disk["slow"]["status"] == "timed out"
+
+
+def test_a_step_that_takes_longer_than_its_own_limit_is_not_late(check: Check) -> None:
+    assert check.run(check.step("slow", "import time; time.sleep(60)", limit_s=0.5)) == []
+    assert check.on_disk["slow"]["status"] == "timed out"
+
+
+def test_a_record_is_on_the_disk_before_it_replaces_the_last_one(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    synchronized: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synchronized.append(os.readlink(f"/proc/self/fd/{handle}")))
+    check.record.enter("a", status="done")
+    assert synchronized == [str(check.record.path.with_name(".record.json.tmp"))]
 
 
 def test_results_of_something_else_are_begun_anew(check: Check) -> None:

@@ -57,3 +57,8 @@ def test_what_does_not_fit_is_said(wrong: dict[str, np.ndarray], message: str) -
     with pytest.raises(FeedError, match=re.escape(message)) as caught:
         check_feeds("dino", INPUTS, AXES, wrong)
     assert caught.value.message.startswith("dino: ")
+
+
+def test_a_batch_below_the_smallest_is_refused() -> None:
+    with pytest.raises(FeedError, match="'pixels' has batch=1, the engine takes 2 to 3"):
+        check_feeds("dino", INPUTS, {"batch": AxisRange(2, 2, 3)}, feeds(1))

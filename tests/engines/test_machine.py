@@ -17,7 +17,7 @@ from wsss.engines import machine as facts
 from wsss.engines.machine import Capability, GpuFacts, Library, Machine, abilities_of, machine, missing_extras
 from wsss.engines.plan import Gpu
 from wsss.errors import WsssError
-from wsss.extras import install_line
+from wsss.extras import install_line, replace_onnxruntime
 
 RTX = Library(version="1.7.1", capabilities=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"))
 CPU_ONLY = Machine(
@@ -82,8 +82,8 @@ def test_full_tensorrt_needs_its_package_and_cuda_bindings() -> None:
 
 
 def test_onnxruntime_on_a_gpu() -> None:
-    lacks = ability(with_gpu("9.0"), "ort")
-    assert not lacks.runs and "onnxruntime-gpu" in lacks.fix
+    lacks = ability(with_gpu("9.0", ort_cuda_trouble="this onnxruntime 1.32 has no CUDA provider"), "ort")
+    assert not lacks.runs and lacks.fix == replace_onnxruntime("gpu")
     assert ability(with_gpu("9.0", providers=("CUDAExecutionProvider", "CPUExecutionProvider")), "ort").runs
     nothing = ability(dataclasses.replace(CPU_ONLY, providers=()), "ort", "cpu")
     assert not nothing.runs and nothing.fix
@@ -114,9 +114,9 @@ def test_missing_extras_by_name() -> None:
 
 
 def test_a_mix_of_two_onnxruntimes_is_said() -> None:
-    _, troubles = facts._onnxruntime({"onnxruntime": "1.32", "onnxruntime-gpu": "1.32"})
+    _, _, troubles = facts._onnxruntime({"onnxruntime": "1.32", "onnxruntime-gpu": "1.32"})
     assert len(troubles) == 1 and "pip uninstall -y onnxruntime onnxruntime-gpu" in troubles[0]
-    assert facts._onnxruntime({"onnxruntime": "1.32"})[1] == ()
+    assert facts._onnxruntime({"onnxruntime": "1.32"})[2] == ()
 
 
 def test_a_library_that_cannot_be_loaded_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_a_library_that_cannot_be_loaded_is_a_sentence(monkeypatch: pytest.Monke
     monkeypatch.setattr(facts.importlib, "import_module", load)
     library = facts._tensorrt("trt")
     assert library is not None and library.trouble == "libcudart.so.12: cannot open shared object file"
-    providers, troubles = facts._onnxruntime({})
+    providers, _, troubles = facts._onnxruntime({})
     assert providers == () and "libcudart.so.12" in troubles[0]
 
 
@@ -137,7 +137,8 @@ def test_gpus_of_the_drivers_tool_without_cuda_bindings(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(facts, "find_gpus", missing)
     row = dict(zip(facts._QUERIED, ("0", "NVIDIA H200", "9.0", "143771", "700.00", "580.1"), strict=True))
-    gpus, _ = facts._gpus([row, {**row, "power.limit": "[N/A]"}])
+    gpus, _, trouble = facts._gpus([row, {**row, "power.limit": "[N/A]"}])
+    assert trouble == "no cuda-bindings"
     assert [(gpu.name, gpu.target, gpu.memory_mib, gpu.power_limit_w) for gpu in gpus] == [
         ("NVIDIA H200", "sm90", 143771, 700.0),
         ("NVIDIA H200", "sm90", 143771, None),
@@ -149,8 +150,17 @@ def test_a_power_limit_is_of_a_gpu_that_is_surely_meant(monkeypatch: pytest.Monk
     """CUDA sees one GPU; where the driver's tool sees two, nobody knows which of them it is."""
     monkeypatch.setattr(facts, "find_gpus", lambda: (Gpu(0, "NVIDIA H200", "9.0", "13.0", 150_000 << 20),))
     row = dict(zip(facts._QUERIED, ("0", "NVIDIA H200", "9.0", "143771", "700.00", "580.1"), strict=True))
-    gpus, cuda = facts._gpus([row] * count)
+    gpus, cuda, _ = facts._gpus([row] * count)
     assert [(gpu.memory_mib, gpu.power_limit_w) for gpu in gpus] == [(150_000, power)] and cuda == "13.0"
+
+
+def test_a_driver_older_than_the_bindings_is_no_missing_gpu() -> None:
+    known = with_gpu(
+        "8.9", tensorrt={"trt-rtx": RTX}, cuda_trouble="NVIDIA's driver serves CUDA 12.4, cuda-bindings 13 needs a newer one"
+    )
+    rtx = ability(known, "trt-rtx")
+    assert (rtx.builds, rtx.runs, rtx.fix) == (True, False, install_line("trt-rtx-cu12"))
+    assert "serves CUDA 12.4" in rtx.why
 
 
 def test_the_drivers_tool_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -203,10 +213,13 @@ def test_doctor_needs_nothing_and_imports_no_torch() -> None:
 def test_doctor_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     from wsss.cli.doctor import lines_of
 
-    known = with_gpu("9.0", tensorrt={"trt-rtx": RTX}, extras={"export": (), "gpu": ("onnxruntime-gpu",)}, troubles=("a mix",))
+    known = with_gpu(
+        "9.0", tensorrt={"trt-rtx": RTX}, extras={"export": (), "gpu": ("onnxruntime-gpu",), "ray": ("ray",)}, troubles=("a mix",)
+    )
     text = "\n".join(lines_of(dataclasses.replace(known, abilities=abilities_of(known))))
     assert "GPU, sm90, 24000 MiB" in text and "580.1, CUDA up to 13.0" in text
     assert "this GPU is sm90" in text
     assert "trouble    a mix" in text
-    assert "gpu: lacks onnxruntime-gpu" in text and install_line("gpu") not in text
+    assert f"ray: lacks ray   {install_line('ray')}" in text
     assert "export: lacks" not in text
+    assert "gpu: lacks" not in text, "onnxruntime is there, and the two exclude each other"

@@ -43,14 +43,15 @@ def model(onnx_file: Callable[..., Path], spec: GraphSpec) -> Model:
     ],
 )
 def test_names(model: Model, engine: str, device: str, chosen: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "_ort_has_cuda", lambda: False)
+    monkeypatch.setattr(opening, "_ort_uses_gpu", lambda: False)
     assert choose(engine, device, [model]) == chosen
 
 
 def test_onnx_runtime_takes_the_gpu_it_can_use(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "_ort_has_cuda", lambda: True)
+    monkeypatch.setattr(opening, "_ort_uses_gpu", lambda: True)
     assert choose("auto", "auto", [model]) == ("ort", "cuda:0")
     assert choose("auto", "cpu", [model]) == ("ort", "cpu")
+    assert choose("eager", "auto", [model]) == ("eager", "cpu"), "what PyTorch can use is another question"
 
 
 @pytest.mark.parametrize("typed", ["", "ORT", "onnx", "tensorflow"])

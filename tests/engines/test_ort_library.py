@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from wsss.engines import opening, ort_library
+from wsss.extras import install_line
 from wsss.spec import GraphSpec
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("wsss", "wsss/commands", "engines", "export", "runtime", "train", "mini", "benchmarks")
+FOLDERS = ("wsss", "engines", "export", "runtime", "train", "mini", "benchmarks")
 SESSION = """
 import sys, time
 from pathlib import Path
@@ -35,7 +38,7 @@ print(np.asarray(engine({"x": np.ones((1, 3), np.float32)})["total"]))
 """
 
 
-@pytest.mark.parametrize("path", [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))], ids=str)
+@pytest.mark.parametrize("path", [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))], ids=str)
 def test_one_module_imports_it(path: Path) -> None:
     """Whoever imports it elsewhere may be the first, and its telemetry begins while it is imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -110,3 +113,67 @@ def test_failures_reach_the_caller_and_not_stderr(tmp_path: Path, capfd: pytest.
     with pytest.raises(BundleError, match="ONNX Runtime cannot load it"):
         OrtEngine(path, spec, threads=1)
     assert capfd.readouterr() == ("", "")
+
+
+def test_without_onnxruntime_both_ways_to_install_it_are_named(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['onnxruntime'] = None; from wsss.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "demo", "--out", "x"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        f"wsss: ONNX Runtime is not installed\n\nhint: {install_line('cpu')}   (with an NVIDIA GPU: {install_line('gpu')})\n"
+    )
+
+
+# ---- CUDA ----
+
+
+@pytest.fixture
+def with_provider(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An onnxruntime-gpu whose libraries are C files in a folder, which is returned."""
+    (tmp_path / "capi").mkdir()
+    monkeypatch.setattr(ort_library.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort_library.onnxruntime, "preload_dlls", lambda: print("Failed to load"), raising=False)
+    monkeypatch.setattr(ort_library.onnxruntime, "__file__", str(tmp_path / "__init__.py"))
+    ort_library.cuda_trouble.cache_clear()
+    opening._ort_uses_gpu.cache_clear()
+    return tmp_path / "capi"
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    yield
+    ort_library.cuda_trouble.cache_clear()
+    opening._ort_uses_gpu.cache_clear()
+
+
+def compiled(folder: Path, **sources: str) -> None:
+    for name, source in sources.items():
+        subprocess.run(
+            ["cc", "-shared", "-x", "c", "-", "-o", str(folder / f"libonnxruntime_providers_{name}.so")],
+            input=source.encode(),
+            check=True,
+        )
+
+
+def test_a_missing_cuda_library_is_named(
+    with_provider: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ort_library.TF32, "0")  # so that it is restored
+    monkeypatch.delenv(ort_library.TF32)
+    assert "libonnxruntime_providers_shared.so: cannot open" in str(ort_library.cuda_trouble())
+    assert os.environ[ort_library.TF32] == "0"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_with_all_libraries_a_gpu_is_still_needed(
+    with_provider: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if any(Path(folder, "libcuda.so.1").exists() for folder in ("/usr/lib/x86_64-linux-gnu", "/usr/lib64")):
+        pytest.skip("needs a machine without NVIDIA's driver")
+    compiled(with_provider, shared="", cuda="")
+    assert ort_library.cuda_trouble() == "no NVIDIA GPU with a working driver"
+    monkeypatch.setattr(logging.getLogger("wsss"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "wsss"):
+        assert opening.choose("auto", "auto", []) == opening.choose("ort", "auto", []) == ("ort", "cpu")
+    assert [record.message for record in caplog.records] == ["--device auto: takes the CPU: no NVIDIA GPU with a working driver"]

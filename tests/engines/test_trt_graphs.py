@@ -6,12 +6,14 @@ import gc
 import logging
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from wsss.engines import contexts
+from wsss.engines.kernel_cache import save_kernels
 from wsss.engines.tensors import CudaTensor
 
 from . import simulated_gpu as sim
@@ -87,6 +89,18 @@ def test_graphs_are_bounded_and_the_unused_go(bench: Bench, monkeypatch: pytest.
         assert np.array_equal(np.asarray(clone), expected)
     assert not replays(1)
     assert bench.count("cudaGraphExecDestroy") == 1
+
+
+def test_a_graph_that_is_replayed_again_and_again_keeps_its_place(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "MAX_GRAPHS", 1)
+    engine = bench.open("double", double)
+    used, other = foreign(bench.gpu, X), foreign(bench.gpu, X[:1])
+    for x in (used, used, other):
+        engine({"x": x})
+    for _ in range(2 * contexts.CREDIT):
+        engine({"x": other})
+        engine({"x": used})
+    assert bench.count("cudaGraphLaunch") == 2 * contexts.CREDIT
 
 
 def test_what_came_once_is_not_remembered_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,13 +378,16 @@ def test_a_damaged_kernel_cache_is_ignored_and_replaced(
 
 
 def test_a_kernel_cache_of_another_gpu_is_ignored(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    from wsss.engines.kernel_cache import save_kernels
-
     cache = sim.RuntimeCache()
     cache.kernels = {"other-gpu", "(2,3)"}
     save_kernels(bench.folder / "double.plan.kernels", cache)
     assert compiled(bench) == {"(2,3)"}
     assert "for another GPU, driver or TensorRT-RTX" in caplog.text
+
+
+def test_kernels_that_the_library_does_not_give_are_not_kept(bench: Bench) -> None:
+    save_kernels(bench.folder / "double.plan.kernels", SimpleNamespace(serialize=lambda: b""))
+    assert not (bench.folder / "double.plan.kernels").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_said(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from wsss.engines.engine import outliving
-from wsss.engines.tensors import CudaTensor
+from wsss.engines.tensors import CudaTensor, foreign_tensor
 from wsss.errors import FeedError, WsssError
 
 from . import simulated_gpu as sim
@@ -101,6 +101,14 @@ def test_a_clone_lives_on(bench: Bench) -> None:
     assert np.array_equal(np.asarray(engine({"x": clones[2]})["y"]), 4 * (X + 2))
 
 
+def test_a_clone_outlives_its_engine_and_other_clones(bench: Bench) -> None:
+    engine = bench.open("double", double)
+    dropped, kept = engine({"x": X})["y"].clone(), engine({"x": X + 1})["y"].clone()
+    engine.close()
+    del dropped
+    assert np.array_equal(np.asarray(kept), 2 * (X + 1))
+
+
 def test_memory_of_a_dropped_clone_is_reused_after_its_readers(bench: Bench) -> None:
     first, second = bench.open("double", double), bench.open("increment", increment)
     out = second({"x": first({"x": X})["y"].clone()})["y"]
@@ -186,6 +194,13 @@ def test_gaps_are_refused(bench: Bench, strides: tuple[int, ...], fits: bool) ->
     else:
         with pytest.raises(FeedError, match=r"'x': expected a C-contiguous tensor, got strides"):
             engine({"x": x})
+
+
+@pytest.mark.parametrize(("shape", "strides"), [((1, 3), (999, 4)), ((2, 1), (4, 999)), ((0, 3), (0, 0))])
+def test_strides_of_one_step_or_none_do_not_matter(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    interface = {"shape": shape, "typestr": "<f4", "data": (256, False), "strides": strides}
+    tensor = foreign_tensor(SimpleNamespace(__cuda_array_interface__=interface), "x")
+    assert (tensor.shape, tensor.dtype, tensor.address) == (shape, np.float32, 256)
 
 
 def test_foreign_tensors_of_another_kind_are_refused(bench: Bench) -> None:

@@ -107,6 +107,22 @@ def test_export_fail_replace_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         exporting.verify_model(changed, None, print)
 
 
+def test_the_gate_runs_on_the_device_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(tmp_path, make_family())
+    devices: list[str] = []
+
+    def engine(path: Path, spec: GraphSpec, *, device: str) -> EagerEngine:
+        devices.append(device)
+        return EagerEngine(Scale(3.0), spec)
+
+    monkeypatch.setattr(exporting, "family", lambda name: make_family())
+    monkeypatch.setattr(exporting, "OrtEngine", engine)
+    model = open_bundle(tmp_path).model("toy")
+    assert exporting.verify_model(model, None, print)["scale"].engine.endswith("on the CPU")
+    assert exporting.verify_model(model, None, print, device="cuda:1")["scale"].engine.endswith("on cuda:1")
+    assert devices == ["cpu", "cuda:1"]
+
+
 def test_a_bundle_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="cannot be written"):
@@ -287,7 +303,7 @@ def test_engines_are_judged_and_one_that_fails_loses_the_verdict_it_had(
         axes=narrow,
         builder="11.0",
         target="H200",
-        driver="13.0",
+        driver="12.8",
         seconds=1.0,
     )
     model = with_plan(model, "scale", plan)
@@ -306,15 +322,16 @@ def test_engines_are_judged_and_one_that_fails_loses_the_verdict_it_had(
     monkeypatch.setattr(exporting, "checked_plan", checked)
     monkeypatch.setattr("wsss.engines.trt.TrtEngine", engine)
     factor, said = 3.0, list[str]()
-    judged = exporting.verify_plans(model, "trt", None, said.append, device=1)
+    reports = exporting.verify_plans(model, "trt", None, said.append, device=1)
     assert opened == [(tmp_path / "toy" / "scale.onnx", 1)]
     assert "scale trt engine agrees (y " in said[0]
-    parity = judged.graph("scale").plans["trt"].parity
-    assert parity is not None and parity.engine == "trt 11.0 on H200"
+    parity = reports["scale"]
+    assert parity.engine == "trt 11.0 on H200"
     assert {row.batch for row in parity.rows} == {1, 2}, "within the engine's range"
-    assert open_bundle(tmp_path).model("toy").manifest == judged.manifest
+    judged = open_bundle(tmp_path).model("toy")
+    assert judged.graph("scale").plans == {"trt on H200": replace(plan, parity=parity, driver="13.0")}
 
     factor = 3.1
     with pytest.raises(ParityError, match=r"toy scale \(trt\): output 'y'"):
         exporting.verify_plans(judged, "trt", None, said.append, device=1)
-    assert open_bundle(tmp_path).model("toy").graph("scale").plans["trt"] == plan
+    assert open_bundle(tmp_path).model("toy").graph("scale").plans["trt on H200"] == replace(plan, driver="13.0")

@@ -140,6 +140,13 @@ def test_void_and_labels_occur_in_what_the_gate_feeds() -> None:
     assert set(np.unique(found)) == {0, 1, 2, 3, 4, 255}
 
 
+def test_some_masks_of_what_the_gate_feeds_are_not_picked() -> None:
+    """Or a graph that ignored ``pick`` would pass."""
+    feeds = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16)).sample(5, 1)
+    assert len(feeds["logits"]) == 7
+    assert feeds["pick"].tolist() != list(range(5))
+
+
 @pytest.mark.parametrize("picked", [1, 5, 16])
 def test_graph_equals_its_reference(engine: OrtEngine, picked: int) -> None:
     graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 from wsss.engines.eager import EagerEngine
@@ -21,7 +23,7 @@ from wsss.export import exporting, sam, verify
 from wsss.export.exporting import export_model, verify_model
 from wsss.export.family import Family, Graph, Options, Prepared
 from wsss.export.reference import open_eager
-from wsss.export.rewrites import SamBlock
+from wsss.export.rewrites import ChannelNorm, SamBlock
 from wsss.export.weights import spread
 from wsss.frame import Frame, frame_for
 from wsss.spec import AxisRange, Model
@@ -98,6 +100,18 @@ def test_the_manifest_holds_what_the_runtime_needs(model: Model) -> None:
 def test_verify_runs_the_gate_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "family", lambda name: TOY)
     assert list(verify_model(model, None, print)) == ["encoder", "decoder", "fuse"]
+
+
+def test_verify_holds_a_model_against_graphs_of_its_precision(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: dict[str, str] = {}
+
+    def gate(graph: Graph, *_: object, **__: object) -> None:
+        dtypes[graph.name] = graph.outputs[0].dtype
+
+    monkeypatch.setattr(exporting, "family", lambda name: TOY)
+    monkeypatch.setattr(exporting, "_gate", gate)
+    verify_model(Model(model.folder, replace(model.manifest, precision="fp16")), None, print)
+    assert dtypes == {"encoder": "float16", "decoder": "float16", "fuse": "uint8"}
 
 
 def test_the_eager_engine_is_rebuilt_from_the_weights(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,12 +237,29 @@ def test_the_gate_refuses_a_planted_fault(graph: str, plant: Callable[[nn.Module
 
 
 @torch.inference_mode()
+def test_a_channel_norm_is_the_official_one_with_its_epsilon() -> None:
+    """Over values so small that the epsilon decides."""
+    official = LayerNorm2d(8, eps=1e-6)
+    x = 1e-3 * torch.randn(2, 8, 3, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ChannelNorm(official)(x), official(x))
+
+
 def test_queries_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     block = SamBlock(toy_sam().image_encoder.blocks[1], SIDE // PATCH)
     tokens = torch.randn(2, SIDE // PATCH, SIDE // PATCH, 32)
     whole = block(tokens)
     monkeypatch.setattr(SamBlock, "QUERIES", 24)  # does not divide 64
     torch.testing.assert_close(block(tokens), whole)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("number", [0, 1])
+def test_keys_and_values_of_one_width_change_nothing(number: int) -> None:
+    """With windows and without."""
+    block = toy_sam().image_encoder.blocks[number]
+    padded, tokens = SamBlock(block, SIDE // PATCH, one_width=True), torch.randn(2, SIDE // PATCH, SIDE // PATCH, 32)
+    assert padded.width % 8 == 0
+    torch.testing.assert_close(padded(tokens), SamBlock(block, SIDE // PATCH)(tokens))
 
 
 # ---- weights ----

@@ -162,6 +162,12 @@ def test_a_run_of_one_shorter_side_labels_as_the_trainer_does(taught: Path, tmp_
     assert len(seen) > 1
 
 
+def test_canvases_of_a_shorter_side_hold_photographs_of_three_by_two(run: Path, tmp_path: Path) -> None:
+    values = json.loads((shutil.copytree(run, tmp_path / "run") / "segmenter.json").read_text())
+    (tmp_path / "run" / "segmenter.json").write_text(json.dumps({**values, "shorter_px": 500}))
+    assert segmenter.prepare("trained", str(tmp_path / "run"), Options()).preprocess.canvases == ((512, 768), (768, 512))
+
+
 def test_another_best_or_record_changes_the_hash(run: Path) -> None:
     before = segmenter.prepare("trained", str(run), Options()).weights["sha256"]
     record = run / "segmenter.json"

@@ -7,6 +7,7 @@ import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -14,13 +15,14 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'wsss[trt-rtx]'")
 
+from wsss.engines.plan import Gpu
 from wsss.errors import BundleError, WsssError
 from wsss.export import exporting, fuse, to_engine
 from wsss.export.exporting import export_model, standing_model
 from wsss.export.family import Graph, Options, family
 from wsss.export.precision.instrumentation import open_copy
 from wsss.export.to_engine import BuildOptions, build_plans, profile_of
-from wsss.spec import AxisRange, Bundle, GraphSpec, Model, Parity, Preprocess, open_bundle, sha256_of
+from wsss.spec import AMPERE_OR_NEWER, AxisRange, Bundle, GraphSpec, Model, Parity, Preprocess, open_bundle, sha256_of
 
 HALF = Options(batch=AxisRange(1, 2, 8), precision="fp16")
 RTX = BuildOptions(flavour="trt-rtx")
@@ -105,8 +107,29 @@ def test_tensorrt_compiles_every_graph_with_its_contract(built: dict[str, Model]
         assert sha256_of(path) == plan.sha256
         assert dict(plan.axes) == profile_of(spec)
         assert plan.parity is None and plan.precision == "fp16"
+        assert "sm89" in plan.target.split() and "sm75" not in plan.target.split()
         if "batch" in plan.axes:
             assert plan.axes["batch"] == AxisRange(1, 2, 8)
+
+
+def test_no_fusion_is_lost(built: dict[str, Model]) -> None:
+    """Attentions that TensorRT compiles to one kernel, and softmaxes that are kernels of their own. Of the detector's, 4 are the
+    weights of deformable attention, which are none of an attention."""
+    counts = {
+        f"{name}/{graph}": (plan.fused_attentions, plan.softmaxes_alone)
+        for name, model in built.items()
+        for graph, spec in model.manifest.graphs.items()
+        for plan in spec.plans.values()
+    }
+    assert counts == {
+        "clip/image": (1, 0),
+        "clip/text": (1, 0),
+        "grounding-dino/text": (2, 0),
+        **dict.fromkeys((f"grounding-dino/image-{size}" for size in ("192x192", "144x256", "256x144")), (8, 12)),
+        "sam/encoder": (4, 0),
+        "sam/decoder": (2, 5),
+        "sam/fuse": (0, 0),
+    }
 
 
 def test_the_manifest_on_disk_knows_the_plans(built: dict[str, Model], bundle: Bundle) -> None:
@@ -121,6 +144,28 @@ def test_what_stands_is_not_built_again(built: dict[str, Model], monkeypatch: py
     lines: list[str] = []
     build_plans(built["clip"], RTX, lines.append)
     assert lines == ["clip: image: trt-rtx engine is up to date", "clip: text: trt-rtx engine is up to date"]
+
+
+def test_a_plan_of_another_profile_is_built_again(built: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = built["clip"].graph("text")
+    plan = spec.plans["trt-rtx"]
+    older = replace(spec, plans={"trt-rtx": replace(plan, axes={"batch": AxisRange(1, 2, 4)})})
+    model = Model(built["clip"].folder, replace(built["clip"].manifest, graphs={"text": older}))
+    monkeypatch.setattr(to_engine, "_build", lambda *_: plan)
+    monkeypatch.setattr(to_engine, "with_plan", lambda model, *_: model)
+    lines: list[str] = []
+    build_plans(model, RTX, lines.append)
+    assert len(lines) == 1 and "built in" in lines[0]
+
+
+def test_a_tile_lies_within_the_graphs_range() -> None:
+    axes = {"height": AxisRange(1, 10, 100), "width": AxisRange(600, 700, 800), "masks": AxisRange(1, 300, 400)}
+    spec = GraphSpec(file="fuse.onnx", inputs=(), outputs=(), axes=axes, opset=18)
+    assert profile_of(spec) == {
+        "height": AxisRange(1, 100, 100),
+        "width": AxisRange(600, 600, 800),
+        "masks": AxisRange(1, 300, 400),
+    }
 
 
 def test_a_damaged_plan_is_built_again(built: dict[str, Model]) -> None:
@@ -155,23 +200,127 @@ def test_an_unknown_compute_capability_lists_the_known(built: dict[str, Model]) 
         build_plans(built["clip"], replace(RTX, capabilities=("sm90",)), silent)
 
 
-def test_float32_is_no_tf32(built: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    import tensorrt_rtx
+def test_float32_is_no_tf32_and_memory_is_given_to_the_engine(built: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorrt_rtx as trt
 
-    flags = []
+    found = []
 
     def look(config: Any, *_: object) -> None:
-        flags.append(config.get_flag(tensorrt_rtx.BuilderFlag.TF32))
+        flags = [config.get_flag(flag) for flag in (trt.BuilderFlag.TF32, trt.BuilderFlag.REQUIRE_USER_ALLOCATION)]
+        found.append((*flags, config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) >> 20))
 
     monkeypatch.setattr(to_engine, "_timing_cache", look)
     spec = built["sam"].graph("fuse")
-    build_plans(Model(built["sam"].folder, replace(built["sam"].manifest, graphs={"fuse": replace(spec, plans={})})), RTX, silent)
-    assert flags == [False]
+    model = Model(built["sam"].folder, replace(built["sam"].manifest, graphs={"fuse": replace(spec, plans={})}))
+    build_plans(model, replace(RTX, workspace_mib=512), silent)
+    assert found == [(False, True, 512)]
 
 
 def test_building_for_one_gpu_generation_says_so(built: dict[str, Model]) -> None:
     model = Model(built["clip"].folder, replace(built["clip"].manifest, graphs={"text": built["clip"].graph("text")}))
     assert build_plans(model, replace(RTX, capabilities=("sm89",)), silent).graph("text").plans["trt-rtx"].target == "sm89"
+
+
+class Wrapped:
+    """An object of tensorrt_rtx whose settings are recorded, beside what only the full TensorRT has."""
+
+    def __init__(self, real: Any, settings: dict[str, Any]) -> None:
+        vars(self).update(real=real, settings=settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.settings[name] = value
+
+    def create_builder_config(self) -> Wrapped:
+        return Wrapped(self.real.create_builder_config(), self.settings)
+
+    def build_serialized_network(self, network: Any, config: Wrapped) -> bytes:
+        assert network.num_inputs
+        return b"plan of " + str(self.settings["current"]).encode()
+
+    def get_timing_cache(self) -> SimpleNamespace:
+        return SimpleNamespace(serialize=lambda: b"times")
+
+
+@pytest.fixture
+def as_full(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """TensorRT-RTX in the place of the full TensorRT, and two GPUs that are none. Returns the settings of builds."""
+    import tensorrt_rtx
+
+    settings: dict[str, Any] = {"current": None}
+    gpus = (Gpu(0, "NVIDIA A100", "8.0", "13.0", 0), Gpu(1, "NVIDIA L4", "8.9", "13.0", 0))
+    names = [name for name in dir(tensorrt_rtx) if not name.startswith("_")]
+    library = SimpleNamespace(**{name: getattr(tensorrt_rtx, name) for name in names}, __version__=tensorrt_rtx.__version__)
+    library.Builder = lambda logger: Wrapped(tensorrt_rtx.Builder(logger), settings)
+    monkeypatch.setattr(to_engine, "tensorrt_module", lambda flavour: library)
+    monkeypatch.setattr(to_engine, "find_gpus", lambda: gpus)
+    monkeypatch.setattr(to_engine, "_use", lambda gpu: settings.update(current=gpu.index, thread=threading.current_thread()))
+    monkeypatch.setattr(to_engine, "_with_plugin", lambda *_: None)
+    monkeypatch.setattr(to_engine, "_timing_cache", lambda *_: None)
+    return settings
+
+
+@pytest.fixture
+def text(bundle: Bundle) -> Model:
+    """CLIP's text graph alone, without engines."""
+    model = bundle.model("clip")
+    return Model(model.folder, replace(model.manifest, graphs={"text": replace(model.graph("text"), plans={})}))
+
+
+def test_one_bundle_holds_engines_for_several_gpus(text: Model, as_full: dict[str, Any]) -> None:
+    model = text
+    for device in (0, 1):
+        model = build_plans(model, BuildOptions(flavour="trt", device=device), silent)
+        assert as_full["current"] == device and as_full["thread"] is not threading.main_thread()
+    plans = model.graph("text").plans
+    assert {key: plan.file for key, plan in plans.items()} == {
+        "trt on NVIDIA A100": "text.trt-nvidia-a100.plan",
+        "trt on NVIDIA L4": "text.trt-nvidia-l4.plan",
+    }
+    assert (model.folder / "text.trt-nvidia-l4.plan").read_bytes() == b"plan of 1"
+    lines: list[str] = []
+    build_plans(model, BuildOptions(flavour="trt"), lines.append)
+    assert lines == ["clip: text: trt engine is up to date"]
+
+
+def test_a_timing_cache_that_cannot_be_written_costs_no_plan(
+    text: Model, as_full: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(to_engine, "_timing_cache", lambda *_: tmp_path / "file" / "timing.cache")
+    lines: list[str] = []
+    model = build_plans(text, BuildOptions(flavour="trt", device=1), lines.append)
+    assert (model.folder / model.graph("text").plans["trt on NVIDIA L4"].file).read_bytes() == b"plan of 1"
+    assert lines[0].startswith("warning: the next build takes as long") and "timing.cache: cannot be written" in lines[0]
+
+
+def test_options_of_a_build_reach_tensorrt(text: Model, as_full: dict[str, Any]) -> None:
+    options = BuildOptions(flavour="trt", optimization_level=5, hardware_compatible=True)
+    plan = build_plans(text, options, silent).graph("text").plan_for("trt", AMPERE_OR_NEWER)
+    assert plan is not None and plan.target == AMPERE_OR_NEWER
+    assert plan.file == "text.trt-gpus-of-compute-capability-8-0-and-newer.plan"
+    assert as_full["builder_optimization_level"] == 5
+    assert as_full["hardware_compatibility_level"].name == "AMPERE_PLUS"
+    build_plans(text, BuildOptions(flavour="trt"), silent)
+    assert as_full["builder_optimization_level"] == 5, "not set again: the library's default"
+
+
+def test_ctrl_c_is_heard_while_tensorrt_computes(capfd: pytest.CaptureFixture[str]) -> None:
+    """The build is in another thread: this one is free to take the signal at once, and to leave on the second."""
+    heard = threading.Event()
+
+    def build(canceled: threading.Event) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert canceled.wait(5)
+        heard.set()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to_engine._leaving_on_ctrl_c(build)
+    assert heard.is_set() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_ends_a_build_and_leaves_nothing_half_done(built: dict[str, Model]) -> None:

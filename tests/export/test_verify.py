@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from torch import nn
 
 from wsss.errors import ParityError
-from wsss.export.family import Feeds, Graph, Measure, Tolerance, gap_of_choices, miscount, relative_error, share_impossible
+from wsss.export.family import (
+    COARSER,
+    Feeds,
+    Graph,
+    InHalf,
+    Measure,
+    Tolerance,
+    gap_of_choices,
+    miscount,
+    relative_error,
+    share_impossible,
+)
 from wsss.export.verify import gate, photograph
 from wsss.spec import AxisRange, Parity, TensorSpec
 
@@ -104,6 +116,37 @@ def test_a_leak_within_the_tolerance_of_the_reference_still_counts_against_the_r
     loose = make_graph(relative=0.1)
     with pytest.raises(ParityError, match="against alone"):
         run(lambda x: double(x) * (0.91 if len(x) == 1 else 1.09), loose)
+
+
+def test_equal_infinities_do_not_differ() -> None:
+    """Masked logits are minus infinity in the reference too."""
+    want = {"y": np.array([-np.inf, 3, 4], np.float32)}
+    assert relative_error(want, want, "y") == (0, 0)
+    assert relative_error({"y": np.array([-np.inf, 3, 3], np.float32)}, want, "y") == (0.2, 1)
+    assert relative_error({"y": np.array([-9e9, 3, 4], np.float32)}, want, "y") == (np.inf, np.inf)
+
+
+def test_bfloat16_is_allowed_wider_ties_and_errors_than_float16() -> None:
+    scales: list[float] = []
+
+    def reference(scale: float) -> Callable[[Feeds, Feeds], Feeds]:
+        scales.append(scale)
+        return lambda feeds, _: {"y": double(feeds["x"])}
+
+    half = InHalf(tolerance={"y": Tolerance(relative=1e-2, absolute=1e-3, why="test")}, reference=reference)
+    graphs = [replace(make_graph(), half=half).at(precision) for precision in ("fp16", "bf16")]  # type: ignore[arg-type]
+    assert scales == [1.0, COARSER]
+    assert [(graph.tolerance["y"].relative, graph.tolerance["y"].absolute) for graph in graphs] == [
+        (1e-2, 1e-3),
+        (4e-2, 4e-3),
+    ]
+
+
+@pytest.mark.parametrize("worst", [np.inf, np.nan])
+def test_a_difference_that_is_no_number_fails_under_any_tolerance(worst: float) -> None:
+    graph = make_graph(relative=np.inf, measure=lambda got, want, name: (0.0, worst))
+    with pytest.raises(ParityError, match=f"error 0, largest difference {worst}"):
+        run(double, graph)
 
 
 def test_the_absolute_limit_sees_one_value_among_many() -> None:

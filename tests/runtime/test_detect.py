@@ -14,7 +14,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from wsss.batch import Boxes, Labels
+from wsss.batch import MAX_BOXES, Boxes, Labels
 from wsss.classes import class_list, parse_classes
 from wsss.errors import ClassError, WsssError
 from wsss.frame import Frame
@@ -178,6 +178,7 @@ def test_the_threshold_itself_passes() -> None:
     ("box", "kept"),
     [
         ([0.5, 0.5, 0.004, 0.5], 0),
+        ([0.5, 0.5, 0.005, 0.5], 1),
         ([0.5, 0.5, 0.006, 0.5], 1),
         ([1.2, 0.5, 0.3, 0.5], 0),
         ([0, 0, 0.1, 0.1], 1),
@@ -226,6 +227,15 @@ def test_suppression(rows: list[tuple[list[float], float, int, int]], kept: list
     want = boxes.keep(np.array(kept, np.int64))
     for field in ("xyxy_image", "score", "label", "image"):
         assert np.array_equal(getattr(found, field), getattr(want, field))
+
+
+def test_an_image_keeps_at_most_its_best_boxes() -> None:
+    count = MAX_BOXES + 2
+    left = 2 * np.arange(count, dtype=np.float32)
+    xyxy = np.stack([left, left * 0, left + 1, left * 0 + 1], axis=1)
+    score = np.linspace(0.1, 0.9, count, dtype=np.float32)
+    found = suppress(Boxes(xyxy, score, np.ones(count, np.int64), np.zeros(count, np.int64)), 0.5, 0.8)
+    assert found.score.tolist() == score[:1:-1].tolist()
 
 
 def test_iou() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,8 @@ class Small:
         return self._engine(feeds)
 
 
-def engine(seconds: float = 0.0) -> FakeEngine:
-    return FakeEngine(SPEC, lambda feeds: {"y": feeds["x"].sum(axis=1)}, seconds=seconds)
+def engine(seconds: float = 0.0, spec: GraphSpec = SPEC) -> FakeEngine:
+    return FakeEngine(spec, lambda feeds: {"y": feeds["x"].sum(axis=1)}, seconds=seconds)
 
 
 def test_calls_are_halved_until_they_fit_and_stay_so() -> None:
@@ -70,6 +71,16 @@ def test_calls_are_halved_until_they_fit_and_stay_so() -> None:
     ]
     assert guarded.axes["batch"] == AxisRange(1, 2, 2)
     assert device.seconds > 0
+
+
+def test_calls_are_never_smaller_than_the_engine_takes() -> None:
+    guarded = Device().engine(Small(engine(spec=replace(SPEC, axes={"batch": AxisRange(3, 4, 16)})), 3), "x")
+
+    def stage() -> int:
+        return len(guarded({"x": np.zeros((guarded.axes["batch"].max, 2), np.float32)})["y"])  # type: ignore[arg-type]
+
+    assert cut_to_fit(stage) == 3
+    assert guarded.axes["batch"] == AxisRange(3, 3, 3)
 
 
 def test_an_engine_that_holds_its_callers_gets_two_where_two_may_compute() -> None:

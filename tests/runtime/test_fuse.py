@@ -95,6 +95,8 @@ def test_tiles_give_what_one_call_gives(world: World, monkeypatch: pytest.Monkey
     tiled = Fuser(world.model("sam"), narrow)(photos, LABELS, boxes, masks)
     assert len(narrow.calls) >= 4
     assert same(whole, tiled)
+    for call in narrow.calls:
+        assert 4 * 3 * call["columns"][0] * (call["rows"][0] - 1) < tile_bytes, "the three masks of a tile, or one row of it"
 
 
 def test_a_long_thin_photograph_stays_within_the_graphs_range(world: World) -> None:

@@ -251,7 +251,7 @@ def test_engine_device_and_unverified_reach_every_graph(
     how: dict[str, Any],
     labels: list[int],
 ) -> None:
-    monkeypatch.setattr("wsss.engines.opening._ort_has_cuda", lambda: False)
+    monkeypatch.setattr("wsss.engines.opening._ort_uses_gpu", lambda: False)
     world.save(tmp_path / "photos" / "a.png", 32, 48, red=(4, 4, 24, 24))
     assert values(label(*flags)["a"]) == labels
     assert opened == [how] * 7, "two of CLIP, two of Grounding-DINO, three of SAM"

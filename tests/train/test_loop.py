@@ -25,10 +25,11 @@ from wsss.errors import StoreError, UsageError, WeightsError, WsssError
 from wsss.store.local import read_label, write_label
 from wsss.train import curve, loop
 from wsss.train.args import Config, config_from, typed
-from wsss.train.checkpoint import Progress, load_run, read_record, read_tensors
+from wsss.train.checkpoint import BEST, LAST, Progress, load_run, read_record, read_tensors
 from wsss.train.distributed import joined
 from wsss.train.loop import Recorder, Result, Status, train
 from wsss.train.model import Segmenter
+from wsss.train.optimizer import rate_at
 from wsss.train.survey import survey_store
 
 from .conftest import TINY
@@ -108,6 +109,8 @@ def test_the_time_left_follows_from_the_steps_of_this_sitting(tmp_path: Path, mo
     recorder.close()
     assert [(each.step, each.steps, each.loss, each.seconds_left) for each in told] == [(150, 300, 0.5, 60)]
     assert going_on.progress.seconds == 1020
+    args = going_on.config.optimizer
+    assert told[0].rate == rate_at(149, args) > rate_at(150, args), "the rate of the step that was done"
 
 
 def test_it_learns(scenes: Scenes, tmp_path: Path) -> None:
@@ -258,6 +261,18 @@ def test_a_checkpoint_of_other_classes(scenes: Scenes, tmp_path: Path) -> None:
     run(scenes, tmp_path / "other", init, "model.new_head=true", "optimizer.steps=1")
     _, record = load_run(tmp_path / "other")
     assert sorted(record.init["random"]) == ["segmentation_head.0.bias", "segmentation_head.0.weight"]
+
+
+def test_best_weights_are_kept_only_beside_a_checkpoint(tmp_path: Path) -> None:
+    """Those of a training that ended before its first checkpoint would stay the best of the next."""
+    loop._prepare_folder(tmp_path, Config())
+    (tmp_path / BEST).touch()
+    loop._prepare_folder(tmp_path, Config())
+    assert not (tmp_path / BEST).exists()
+    for name in (BEST, LAST):
+        (tmp_path / name).touch()
+    loop._prepare_folder(tmp_path, Config())
+    assert (tmp_path / BEST).exists()
 
 
 def test_a_folder_that_is_no_run(scenes: Scenes, tmp_path: Path) -> None:

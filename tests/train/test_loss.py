@@ -208,6 +208,14 @@ def test_matching_is_one_to_one_and_finds_the_masks() -> None:
     assert dict(zip(mask.tolist(), query.tolist(), strict=True)) == {0: 0, 1: 1, 2: 3}
 
 
+def test_of_equal_masks_that_of_the_query_which_says_the_class_is_matched() -> None:
+    class_logits = torch.zeros(3, CLASSES + 1)
+    class_logits[1, 2] = 3.0
+    masks = torch.tensor([[1.0, 1.0, 0.0]])
+    query, mask = _matched(class_logits, (4 * masks - 2).repeat(3, 1), torch.tensor([2]), masks)
+    assert (query.tolist(), mask.tolist()) == ([1], [0])
+
+
 def test_an_image_of_void_alone_has_queries_of_nothing() -> None:
     label, confidence = scene()
     void = torch.full_like(label, 255)

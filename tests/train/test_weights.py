@@ -15,8 +15,9 @@ from torch import Tensor
 from wsss.errors import UsageError, WeightsError
 from wsss.spec import sha256_of
 from wsss.train.args import Config, config_from
+from wsss.train.checkpoint import BEST, RunRecord, write_record, write_tensors
 from wsss.train.model import Segmenter, build_segmenter
-from wsss.train.weights import load_initial, read_weights
+from wsss.train.weights import _from_run, load_initial, read_weights
 
 CLASSES = ("dog", "cat")
 OPTIONS = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
@@ -175,6 +176,20 @@ def test_a_mask2former_of_other_classes(tmp_path: Path) -> None:
     report = load_initial(segmenter, taking, CLASSES)
     assert {name.rpartition(".")[0] for name in report.random} == {"class_predictor", "criterion"}
     assert equal(segmenter, source, "model.")
+
+
+def test_a_run_of_as_many_other_classes_gives_all_but_their_layers(tmp_path: Path) -> None:
+    """A network that predicts masks has one label more, for no object."""
+    about: dict[str, Any] = {"options": {}, "mean": (1, 1, 1), "std": (1, 1, 1), "crop": 32, "multiple_of": 32, "steps": 1}
+    about |= {"preset": "", "source": "a test", "init": {}, "store": "", "images": 1, "tools": {}}
+    write_record(tmp_path, RunRecord(architecture="mask2former", encoder="swin-tiny", classes=("bird", "cow"), **about))
+    rows = {"body.weight": 7, "class_predictor.weight": 4, "head.weight": 3}
+    tensors = {name: torch.zeros(count, 5) for name, count in rows.items()} | {"steps": torch.tensor(1)}
+    write_tensors(tmp_path / BEST, tensors, {"step": 1, "miou": 0.5})
+    model = {"architecture": "mask2former", "encoder": "swin-tiny", "new_head": True}
+    taking = config_from({"model": model, "loss": {"kind": "masks"}})
+    assert sorted(_from_run(tmp_path, taking, CLASSES)[0]) == ["body.weight", "steps"]
+    assert sorted(_from_run(tmp_path, taking, ("bird", "cow"))[0]) == sorted(tensors)
 
 
 def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

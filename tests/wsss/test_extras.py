@@ -20,10 +20,10 @@ GIT = {"url": "https://example.com/wsss.git", "vcs_info": {"vcs": "git", "commit
 @pytest.mark.parametrize(
     ("origin", "line"),
     [
-        (FOLDER, "pip install -e '/home/my code/wsss[trt]'"),
-        (WHEEL, "pip install '/tmp/wsss-0.1.0-py3-none-any.whl[trt]'"),
-        (GIT, "pip install 'wsss[trt] @ git+https://example.com/wsss.git'"),
-        (None, "pip install 'wsss[trt]'"),
+        (FOLDER, "pip install -e '/home/my code/wsss[ray]'"),
+        (WHEEL, "pip install '/tmp/wsss-0.1.0-py3-none-any.whl[ray]'"),
+        (GIT, "pip install 'wsss[ray] @ git+https://example.com/wsss.git'"),
+        (None, "pip install 'wsss[ray]'"),
     ],
     ids=["folder", "wheel", "git", "index"],
 )
@@ -37,7 +37,7 @@ def test_the_line_repeats_where_wsss_came_from(origin: Any, line: str, tmp_path:
         (installed / "direct_url.json").write_text(json.dumps(origin))
     found = [metadata.PathDistribution(built), metadata.PathDistribution(installed)]
     monkeypatch.setattr(metadata, "distributions", lambda name: found)
-    assert install_line("trt") == line
+    assert install_line("ray") == line
 
 
 def test_a_missing_package_is_named_with_its_line() -> None:
@@ -49,3 +49,9 @@ def test_a_missing_package_is_named_with_its_line() -> None:
 def test_a_module_of_our_own_that_is_missing_is_a_bug() -> None:
     with pytest.raises(ModuleNotFoundError), needs("crf"):
         import wsss.nowhere  # type: ignore[import-not-found]  # noqa: F401
+
+
+def test_the_full_tensorrt_comes_from_nvidias_index() -> None:
+    assert install_line("trt").endswith("[trt]' --extra-index-url https://pypi.nvidia.com")
+    assert install_line("trt-cu12").endswith("[trt-cu12]' --extra-index-url https://pypi.nvidia.com")
+    assert "index" not in install_line("trt-rtx")

@@ -118,6 +118,11 @@ def test_short_side_is_grounding_dinos(height: int, width: int, want: tuple[int,
     assert resized(DINO, height, width) == want
 
 
+def test_a_panorama_has_at_most_four_times_the_pixels_of_the_shorter_side() -> None:
+    assert resized(preprocess("shorter", 1024, 100), 50, 200) == (100, 400)
+    assert resized(preprocess("shorter", 1024, 100), 1000, 100) == (400, 40)
+
+
 @pytest.mark.parametrize(("resize", "want"), [("none", (375, 500)), ("shorter", (512, 683))], ids=["none", "shorter"])
 def test_a_segmenters_photograph(resize: str, want: tuple[int, int]) -> None:
     told = preprocess(resize, 0, 512)

@@ -222,6 +222,7 @@ def test_what_may_pass_is_tried_again(memory: Any, monkeypatch: pytest.MonkeyPat
         (FileNotFoundError("gone"), errno.ENOENT),
         (type("NoCredentialsError", (Exception,), {})("none"), errno.EACCES),
         (OSError(errno.ENOSPC, "full"), errno.ENOSPC),
+        (OSError(errno.ENAMETOOLONG, "long"), errno.ENAMETOOLONG),
         (UnicodeEncodeError("utf-8", "\udce9", 0, 1, "surrogates not allowed"), errno.EILSEQ),
     ],
     ids=lambda value: type(value).__name__,

@@ -20,6 +20,14 @@ def test_overlay_colors_labels_and_leaves_background_clear() -> None:
     assert shown[0, 4].tolist() == [round(v) for v in (100 + palette()[1].astype(float)) / 2]
 
 
+def test_the_outline_is_the_first_pixel_below_and_to_the_right_of_a_border() -> None:
+    pixels = np.full((4, 3, 3), 101, np.uint8)
+    label_map = np.array([[0], [0], [1], [1]], np.uint8).repeat(3, axis=1)
+    shown = overlay(pixels, label_map)
+    assert shown[:, 1].tolist() == [[101] * 3, [101] * 3, [128, 0, 0], [116, 45, 45]], "55 % of the color, rounded"
+    assert np.array_equal(overlay(pixels.transpose(1, 0, 2), label_map.T), shown.transpose(1, 0, 2))
+
+
 @pytest.mark.parametrize(("size", "thumbnail"), [((10, 20), (20, 10)), ((400, 800), (64, 32)), ((1000, 10), (1, 64))])
 def test_thumbnails_never_grow(size: tuple[int, int], thumbnail: tuple[int, int]) -> None:
     assert shrink(np.zeros((*size, 3), np.uint8), 64).size == thumbnail

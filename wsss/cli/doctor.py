@@ -33,8 +33,6 @@ def doctor(json_output: JsonFlag = False) -> None:
 
 def lines_of(found: Machine) -> Iterator[str]:
     """Yield the lines of the report."""
-    from ..engines.machine import ONE_ONNXRUNTIME
-
     yield f"machine    {found.system}, {found.processor}, {found.cores} cores, {found.memory_mib >> 10} GB, Python {found.python}"
     for gpu in found.gpus:
         power = f", {gpu.power_limit_w:.0f} W" if gpu.power_limit_w else ""
@@ -50,9 +48,9 @@ def lines_of(found: Machine) -> Iterator[str]:
         knows = f", builds for {', '.join(library.capabilities)}" if library.capabilities else ""
         yield f"{flavour:10} {library.version}{knows}"
     for extra, lacks in found.extras.items():
-        if lacks:
-            fix = ONE_ONNXRUNTIME if extra == "gpu" else install_line(extra)
-            yield f"extra      {extra}: lacks {', '.join(lacks)}   {fix}"
+        alternative = extra.endswith("-cu12") or (extra in ("cpu", "gpu") and found.providers)
+        if lacks and not alternative:
+            yield f"extra      {extra}: lacks {', '.join(lacks)}   {install_line(extra)}"
     for trouble in found.troubles:
         yield f"trouble    {trouble}"
     yield ""

@@ -13,6 +13,7 @@ from ..extras import needs
 from .common import by_model, log
 
 if TYPE_CHECKING:
+    from ..export.to_engine import BuildOptions
     from ..spec import Flavour
 
 
@@ -56,6 +57,16 @@ def export(
         ),
     ] = None,
     workspace: Annotated[int, typer.Option(min=1, help="TensorRT: largest scratch memory per layer, MiB.")] = 8192,
+    device: Annotated[int, typer.Option(min=0, metavar="N", help="TensorRT: the GPU to build and to verify on.")] = 0,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="TensorRT: 0 builds fast, 5 searches longest. Default: the library's.")
+    ] = None,
+    hardware_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--hardware-compatible", help="The full TensorRT: one engine for all GPUs from Ampere on, slower than one for each."
+        ),
+    ] = False,
     compute_capability: Annotated[
         list[str] | None, typer.Option(metavar="SM", help="TensorRT-RTX: build for this GPU generation, sm89; may be repeated.")
     ] = None,
@@ -72,8 +83,16 @@ def export(
     with needs("export"):
         from ..export.exporting import export_model, standing_model
         from ..export.family import Options, family
+        from ..export.to_engine import BuildOptions
 
     flavour = _flavour(engine)
+    if hardware_compatible and flavour == "trt-rtx":
+        raise UsageError(
+            "--hardware-compatible is for the full TensorRT", hint="TensorRT-RTX engines run on several generations anyway"
+        )
+    if sampling is None and "grounding-dino" in names and flavour is None and _labels_with_ort_on_gpu(engine):
+        sampling = "gather"
+        log("grounding-dino: --sampling gather, because ONNX Runtime computes GridSample on the CPU")
     options = Options(
         batch=AxisRange(*batch) if batch else None,
         sizes=tuple(map(_size, size or ())),
@@ -98,7 +117,15 @@ def export(
                 f"worst error against the official module {worst:.1e}, {time.perf_counter() - start:.0f} s"
             )
         if flavour:
-            _build_engines(Path(bundle), name, flavour, given.get(name), workspace, tuple(compute_capability or ()))
+            how = BuildOptions(
+                flavour=flavour,
+                workspace_mib=workspace,
+                capabilities=tuple(compute_capability or ()),
+                device=device,
+                optimization_level=optimization_level,
+                hardware_compatible=hardware_compatible,
+            )
+            _build_engines(Path(bundle), name, how, given.get(name))
 
 
 def _flavour(engine: str) -> Flavour | None:
@@ -110,25 +137,31 @@ def _flavour(engine: str) -> Flavour | None:
     from ..engines.plan import best_flavour
 
     flavour = best_flavour()
-    log(f"engine {flavour or 'onnx'}")
+    log(f"engine {flavour or 'onnx'}; wsss doctor says why no other" if flavour is None else f"engine {flavour}")
     return flavour
 
 
-def _build_engines(
-    bundle: Path, name: str, flavour: Flavour, weights: str | None, workspace: int, capabilities: tuple[str, ...]
-) -> None:
-    from ..engines.plan import find_gpus
+def _labels_with_ort_on_gpu(engine: str) -> bool:
+    """Whether ``--engine auto`` of `wsss label` will take ONNX Runtime on this machine's GPU."""
+    from ..engines.ort_library import cuda_trouble
+
+    return engine == "auto" and cuda_trouble() is None
+
+
+def _build_engines(bundle: Path, name: str, options: BuildOptions, weights: str | None) -> None:
+    from ..engines.plan import plan_here, why_not_here
     from ..export.exporting import verify_plans
-    from ..export.to_engine import BuildOptions, build_plans
+    from ..export.to_engine import build_plans
     from ..spec import open_bundle
 
-    options = BuildOptions(flavour=flavour, workspace_mib=workspace, capabilities=capabilities)
+    flavour = options.flavour
     model = build_plans(open_bundle(bundle).model(name), options, log)
-    if not find_gpus():
-        log(f"{name}: no GPU here to verify the engines on; run this on the machine that will use them: wsss verify {bundle}")
+    if reason := why_not_here(flavour, options.device):
+        log(f"{name}: engines not verified: {reason}; on the machine that will use them: wsss verify {bundle}")
     else:
-        verify_plans(model, flavour, weights, log)
-    total = sum(graph.plans[flavour].seconds for graph in model.manifest.graphs.values())
+        verify_plans(model, flavour, weights, log, device=options.device)
+    plans = [plan_here(graph, flavour, options.device) for graph in model.manifest.graphs.values()]
+    total = sum(plan.seconds for plan in plans if plan is not None)
     typer.echo(f"{bundle / name}: {len(model.manifest.graphs)} {flavour} engines, built in {total:.0f} s")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..errors import UsageError, WsssError
 from ..extras import needs
 from .common import JsonFlag, by_model, log
 
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 def verify(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder of exported models, or 'mini'.")],
     weights: Annotated[list[str] | None, typer.Option(help="New location of weights that moved: MODEL=PATH.")] = None,
+    engine: Annotated[
+        Literal["auto", "ort", "trt", "trt-rtx"],
+        typer.Option(help="What is compared. auto: ONNX Runtime, and the bundle's TensorRT engines that run here."),
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N, for ONNX Runtime. TensorRT takes the same GPU.")] = "cpu",
     json_output: JsonFlag = False,
 ) -> None:
     """Run the parity gate again on a bundle's graphs.
@@ -32,16 +38,16 @@ def verify(
     with needs("export"):
         from ..export.exporting import verify_model, verify_plans
     given = by_model(weights or [], tuple(opened.models()))
+    index = gpu_number(device)
     rows: list[dict[str, Any]] = []
     for name in opened.models():
         model = opened.model(name)
-        for graph, parity in verify_model(model, given.get(name), log).items():
+        reports = verify_model(model, given.get(name), log, device=device) if engine in ("auto", "ort") else {}
+        for graph, parity in reports.items():
             rows += [{"model": name, "graph": graph, "engine": "ort", **dataclasses.asdict(row)} for row in parity.rows]
-        for flavour in _flavours(model):
-            for graph, spec in verify_plans(model, flavour, given.get(name), log).manifest.graphs.items():
-                verdict = spec.plans[flavour].parity
-                assert verdict is not None
-                rows += [{"model": name, "graph": graph, "engine": flavour, **dataclasses.asdict(row)} for row in verdict.rows]
+        for flavour in _flavours(model, engine, index):
+            for graph, parity in verify_plans(model, flavour, given.get(name), log, device=index).items():
+                rows += [{"model": name, "graph": graph, "engine": flavour, **dataclasses.asdict(row)} for row in parity.rows]
     if json_output:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -53,12 +59,34 @@ def verify(
     typer.echo(f"{bundle}: {len({(row['model'], row['graph']) for row in rows})} graphs equal their reference")
 
 
-def _flavours(model: Model) -> list[Flavour]:
-    """The TensorRT flavours that a model has engines of; none without a GPU."""
-    from ..engines.plan import find_gpus
+def gpu_number(device: str) -> int:
+    """The N of ``cuda:N``; 0 of ``cuda`` and ``cpu``. Raises UsageError for anything else."""
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdecimal())):
+        raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {device!r}", hint="--device cuda:0")
+    return int(number or 0)
 
-    flavours = sorted({flavour for graph in model.manifest.graphs.values() for flavour in graph.plans})
-    if flavours and not find_gpus():
-        log(f"{model.manifest.family}: its {', '.join(flavours)} engines are skipped: this machine has no GPU")
-        return []
-    return cast("list[Flavour]", flavours)
+
+def _flavours(model: Model, engine: str, index: int) -> list[Flavour]:
+    """The TensorRT flavours to verify: those that a model has engines of, and that run on GPU ``index``.
+
+    Raises:
+        WsssError: the flavour that was asked for has no engines, or cannot run here.
+    """
+    from ..engines.plan import MODULES, why_not_here
+
+    found: list[Flavour] = []
+    for flavour in MODULES:
+        if engine not in ("auto", flavour):
+            continue
+        where = f"{model.manifest.family}: its {flavour} engines"
+        if not any(graph.plan_for(flavour) for graph in model.manifest.graphs.values()):
+            if engine == flavour:
+                raise WsssError(f"{model.manifest.family}: has no {flavour} engines", hint=f"wsss export --engine {flavour}")
+        elif reason := why_not_here(flavour, index):
+            if engine == flavour:
+                raise WsssError(f"{where} cannot run here: {reason}", hint="wsss doctor says what this machine can run")
+            log(f"{where} are skipped: {reason}")
+        else:
+            found.append(flavour)
+    return found

@@ -3,9 +3,10 @@
     python -m wsss.benchmarks.studies.parity.grounding_dino_rounding PHOTOGRAPHS --work DIR
 
 One photograph on each canvas: 800 px high, 800 px wide, and square, so that the outer cells of 50 lie exactly on the limits of
-proposals (`wsss.export.grounding_dino.graphs.EDGE`). The official module takes the graph's queries, as in the gate. Every
-query that is not among the official ones is listed by how far its score is from the lowest official one. The same for a graph
-without the margin. Writes ``benchmarks/results/grounding-dino-rounding.json``.
+proposals (`wsss.export.grounding_dino.graphs.EDGE`). The official module takes the graph's queries, as in the gate.
+``below_the_last`` is how far below the lowest official query a query's score is, as a share of the largest score; where that is
+0, the queries that are not shared are ties (all cells that are no proposals have the same score). The same for a graph without
+the margin. Writes ``benchmarks/results/grounding-dino-rounding.json``.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def compared(graph: Graph, feeds: Feeds, got: Feeds) -> dict[str, Any]:
     return {
         "queries": len(query),
         "shared": len(query) - len(other),
-        "not_shared_below_last": [float(f"{share:.2g}") for share in sorted(beyond, reverse=True)],
+        "below_the_last": float(f"{max(beyond, default=0.0):.2g}"),
         "largest_gap_of_a_rank": float(ranks.max()),
         "near_tie": grounding_dino.TIE,
         "scores": apart("logits"),

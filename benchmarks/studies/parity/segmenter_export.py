@@ -112,7 +112,8 @@ def _built(bundle: Path) -> dict[str, Any] | str:
     except metadata.PackageNotFoundError:
         return "not installed"
     model = build_plans(Bundle(bundle).model("segmenter"), BuildOptions(flavour="trt-rtx"), log)
-    plan = next(iter(model.manifest.graphs.values())).plans["trt-rtx"]
+    plan = next(iter(model.manifest.graphs.values())).plan_for("trt-rtx")
+    assert plan is not None
     size = (model.folder / plan.file).stat().st_size
     return {"tensorrt_rtx": version, "seconds": round(plan.seconds, 1), "megabytes": round(size / 1e6, 1)}
 

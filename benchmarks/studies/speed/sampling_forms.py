@@ -76,7 +76,7 @@ def measure(models: dict[Sampling, Model], graph: str, engine: str, batch: int) 
 def _gate_and_build(model: Model, graph: str) -> dict[str, Any]:
     spec = model.graph(graph)
     assert spec.parity is not None
-    plan = spec.plans.get("trt-rtx")
+    plan = spec.plan_for("trt-rtx")
     built = (
         {} if plan is None else {"build_s": plan.seconds, "plan_mb": round((model.folder / plan.file).stat().st_size / 1e6, 1)}
     )

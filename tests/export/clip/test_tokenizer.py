@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,16 @@ def test_tokenizers_of_transformers_are_translated(tmp_path: Path, clean: str, s
     for text in (*TRICKY, "A clean_origami dog!"):
         assert fast.encode(text).ids == official([text])[0].tolist(), text
     assert special_ids(official) == {"pad": 0, "start": 2, "end": 3}
+
+
+def test_the_sides_that_are_cut_and_padded_are_kept(tmp_path: Path) -> None:
+    config = Path(bert(tmp_path)) / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"truncation_side": "left", "padding_side": "left"}))
+    official = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=12)
+    fast = tokenizer_from_open_clip(official, where="test")
+    for text in ("dog", "a b c d e f g h i j k l m n o p"):
+        assert fast.encode(text).ids == official([text])[0].tolist(), text
+    assert fast.encode("dog").ids[0] == 0
 
 
 def test_a_tokenizer_that_would_differ_is_refused(official: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from wsss.export.precision.search import (
     OVERFLOW,
     RESOLUTION,
     Diagnosis,
+    _costliest,
     diagnose,
     examine_graph,
 )
@@ -53,6 +54,21 @@ def within(relative: float) -> dict[str, Tolerance]:
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_the_costliest_are_kept_until_the_rest_is_within_the_aim() -> None:
+    """Costs of the rest add up as the root of the sum of their squares: 0.71 with the third, 1.1 with the second."""
+    costs = {frozenset({name}): cost for name, cost in (("d", 0.1), ("a", 2.0), ("c", 0.7), ("b", 0.9))}
+    assert [set(each) for each in _costliest(costs)] == [{"a"}, {"b"}]
+
+
+def test_nodes_that_touch_each_other_are_one_group() -> None:
+    """Each node that is selected, with those that read it; the last is apart."""
+    text = "g (float[2] x) => (float[2] y) { a = Relu(x)  b = Neg(a)  c = Exp(b)  d = Abs(c)  e = Sin(d)  y = Cos(e) }"
+    plan = Plan(parse(text), "fp16")
+    names = [str(node.name) for node in plan.model.graph]
+    groups = plan.touching(lambda name: name in (names[0], names[1], names[4]))
+    assert sorted(sorted(names.index(name) for name in group) for group in groups) == [[0, 1, 2], [4, 5]]
 
 
 # ---- the six faults, and the same graphs unharmed ----

@@ -63,6 +63,12 @@ def test_touching_objects_are_split_between_their_boxes() -> None:
     assert [(one.label, one.score) for one in found.objects] == [(1, 0.9), (1, 0.3), (2, 0.5)]
 
 
+def test_of_two_equal_boxes_the_first_has_the_object() -> None:
+    """Boxes are sorted by their scores."""
+    found = instances_of(labelled(map_of("1111"), box(1, 0, 0, 4, 1, score=0.9), box(1, 0, 0, 4, 1, score=0.4)))
+    assert [(one.score, one.area_px) for one in found.objects] == [(0.9, 4)]
+
+
 def test_a_small_box_in_a_large_one_keeps_its_middle() -> None:
     label_map = np.ones((20, 20), np.uint8)
     found = instances_of(labelled(label_map, box(1, 0, 0, 20, 20), box(1, 2, 2, 6, 6)))

@@ -71,6 +71,15 @@ def test_brush_rle_of_long_runs() -> None:
     assert np.array_equal(unpacked(brush_rle(spans_of(mask), mask.size)), np.repeat(mask.ravel(), 4) * np.uint8(255))
 
 
+def test_brush_rle_of_whole_bytes_ends_with_one_more() -> None:
+    """As the SDK's; 53 bits of the head and one run of 19 are nine bytes."""
+    from wsss.runtime.convert.label_studio import brush_rle
+
+    rle = brush_rle(np.zeros((0, 2), np.int64), 10)
+    assert (len(rle), rle[-1]) == (10, 0)
+    assert unpacked(rle).tolist() == [0] * 40
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (300, 400)])
 def test_brush_rle_is_the_sdks(shape: tuple[int, int]) -> None:
     brush = pytest.importorskip("label_studio_sdk.converter.brush", reason="needs label-studio-sdk")

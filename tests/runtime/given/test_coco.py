@@ -71,6 +71,13 @@ def test_another_size(tmp_path: Path) -> None:
     assert "annotates a photograph of 60 x 40" in str(given(tmp_path, coco()).missing(photo(height=20, width=30)))
 
 
+@pytest.mark.parametrize(("height", "width"), [(0, 60), (40, 0), (40, None), (40.5, 60), (-40, 60), (True, 60), ("40", 60)])
+def test_half_a_size_is_refused(tmp_path: Path, height: object, width: object) -> None:
+    images = [{"id": 9, "file_name": "a/x.jpg", "height": height, "width": width}]
+    error = str(given(tmp_path, coco(images=images)).missing(photo()))
+    assert f"a/x.jpg: expected a height and width in pixels, got {height!r} and {width!r}" in error
+
+
 def test_crowds_are_left_out_and_announced(tmp_path: Path) -> None:
     notes: list[str] = []
     crowd = annotation(iscrowd=1, segmentation={"counts": [1], "size": [40, 60]})
@@ -83,7 +90,7 @@ def test_crowds_are_left_out_and_announced(tmp_path: Path) -> None:
 def test_corners_in_the_place_of_sides(tmp_path: Path) -> None:
     stage = given(tmp_path, coco(annotations=[annotation(bbox=[30, 20, 50, 38]), annotation(bbox=[0, 0, 9, 9])]))
     assert "got what looks like corners" in str(stage.missing(photo()))
-    beyond = given(tmp_path, coco(annotations=[annotation(bbox=[30, 20, 28, 38]), annotation(bbox=[40, 2, 22, 9])]))
+    beyond = given(tmp_path, coco(annotations=[annotation(bbox=[30, 20, 28, 38]), annotation(bbox=[40, 2, 22, 9]), annotation()]))
     assert beyond.missing(photo()) is None, "a detection that reaches a little beyond"
 
 
@@ -96,6 +103,7 @@ def test_corners_in_the_place_of_sides(tmp_path: Path) -> None:
         ({"images": [3]}, "expected a list of objects under images"),
         ({"images": [{"id": 1}]}, "expected a string under file_name"),
         ({"images": [{"id": 1.5, "file_name": "x"}]}, "expected a number or string under id"),
+        ({"images": [{"id": True, "file_name": "x"}]}, "expected a number or string under id, got True"),
         ({"images": [{"id": 9, "file_name": "x"}, {"id": 9, "file_name": "y"}]}, "the id 9 occurs twice"),
         ({"images": [{"id": 9, "file_name": "x"}, {"id": 8, "file_name": "x"}]}, "'x' occurs twice"),
         ({"images": [{"id": 9, "file_name": "x"}, {"id": 8, "file_name": "./x"}]}, "are the same photograph"),

@@ -104,6 +104,7 @@ def test_a_manifest(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "manifest.jsonl",
         {"path": "a.jpg", "boxes": [BOX | {"xyxy": [0, 0, 1, 1]}], "height": 60, "width": 60},
+        {"path": "c.jpg", "boxes": [BOX], "height": 60, "width": 60},
         {"path": "c.jpg", "error": "broken"},
         {"path": "d.jpg", "boxes": [BOX], "height": 30, "width": 60},
         {"path": "a.jpg", "boxes": [BOX], "height": 60, "width": 60},

@@ -125,13 +125,16 @@ def test_doubtful_images_come_first_and_limit_keeps_them(world: World, tmp_path:
         world.save(photos / name, 20, 20, red=(0, 0, 10, 10))
         boxes[name] = [{"label": "red", "xyxy": [0, 0, 10, 10], "score": score}]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    for number in range(3):  # fail, because they have no boxes
+        world.save(photos / f"unknown{number}.png", 20, 20)
     labeler = Labeler.open(world.bundle, classes=world.classes, boxes=tmp_path / "boxes.json")
-    label_folder(labeler, photos, tmp_path / "store")
+    label_folder(labeler, photos, tmp_path / "store", warn=lambda _: None)
     data = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html"))
     assert names(data) == ["unsure.png", "middling.png", "sure.png"]
     data = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html", limit=2))
     assert names(data) == ["unsure.png", "middling.png"]
-    assert data["totals"]["images"] == 3
+    assert (data["totals"]["images"], data["totals"]["failed"]) == (3, 3)
+    assert [name for name, _ in data["failures"]] == ["unknown0.png", "unknown1.png"]
     assert len(list((tmp_path / "page.files").glob("*/*.png"))) == 2, "the third image's label is gone"
 
 

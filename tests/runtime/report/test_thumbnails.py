@@ -104,6 +104,9 @@ def test_photograph_and_label_have_one_size_and_fit(make: Maker) -> None:
             assert max(photo.size) == min(32, max(original.size))
             assert photo.width / photo.height == pytest.approx(original.width / original.height, rel=0.05)
     assert sorted(make.written) == [".jpg"] * 5 + [".png"] * 5
+    for name, each in make(999).items():
+        with Image.open(make.photos / name) as original:
+            assert make.open(each.photo).size == make.open(each.label).size == original.size, "small ones do not grow"
 
 
 def test_the_photograph_is_the_right_one(make: Maker) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 
 from wsss import __version__
+from wsss.classes import class_list
 from wsss.errors import ImageError, StoreError
 from wsss.runtime.labeler import Labeler, Rules
-from wsss.runtime.run.label_folder import Summary, _in_order, label_folder
+from wsss.runtime.run.label_folder import Summary, _in_order, _Tally, label_folder
 from wsss.runtime.run.stream import Receipt
 from wsss.store.local import read_history, read_label, read_records, read_run
 
@@ -262,6 +264,14 @@ def test_images_that_hold_nothing_and_classes_never_found(world: World, photos: 
     assert (second.skipped, second.labelled, second.empty, second.never_found) == (2, 1, 2, ["red", "blue"])
     assert second.warned == 2, "those that were labeled before count too"
     assert warnings[-1] == "2 of 3 images hold none of the classes; never found: red, blue"
+
+
+@pytest.mark.parametrize(("won_px", "empty", "never_found"), [(0, 1, ["red", "blue"]), (1, 0, ["blue"])])
+def test_a_class_whose_boxes_own_no_pixel_was_not_found(won_px: int, empty: int, never_found: list[str]) -> None:
+    tally = _Tally(SimpleNamespace(settings={}, classes=class_list(["red", "blue"])))  # type: ignore[arg-type]
+    tally.add([{"classes": {"red": 0.9}, "boxes": [{"label": "red", "won_px": won_px}]}])
+    tally.report(summary := Summary())
+    assert (summary.empty, summary.never_found) == (empty, never_found)
 
 
 def test_failed_images_hold_neither_nothing_nor_something(world: World, tmp_path: Path, out: Path) -> None:

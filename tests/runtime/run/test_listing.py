@@ -460,6 +460,12 @@ def test_labels_that_only_some_file_systems_tell_apart_get_a_hash(names: list[st
     assert all(label.endswith(".png") and len(label.encode()) <= 255 for label in labels.values())
 
 
+def test_only_a_label_that_no_file_system_takes_is_shortened() -> None:
+    fits, long = "x" * 251, "x" * 252
+    assert label_names([f"{fits}.jpg"]) == {f"{fits}.jpg": f"{fits}.png"}
+    assert label_names([f"{long}.jpg"])[f"{long}.jpg"].startswith("x" * 238 + ".")
+
+
 # ---- canvases ----
 
 

@@ -19,7 +19,7 @@ from wsss.runtime.labeler import Labeler
 from wsss.runtime.run import stream
 from wsss.runtime.run.prefetch import BoundedQueue
 from wsss.runtime.run.sources import LocalImages
-from wsss.runtime.run.stream import Receipt, Stream, Task
+from wsss.runtime.run.stream import Batch, Loading, Receipt, Stream, Task
 from wsss.store import local as labelstore
 from wsss.store.format import line_of, parse_line
 from wsss.store.local import LabelFolder
@@ -67,6 +67,17 @@ def test_the_only_one_of_its_shape_does_not_wait_for_the_end(world: World, tmp_p
         receipt.number for group in start(world, tmp_path / "in", labels).run(tasks_of(tmp_path / "in")) for receipt in group
     ]
     assert 2 < order.index(0) < 20
+
+
+def test_a_failure_does_not_wait_for_the_end(world: World, tmp_path: Path, labels: LabelFolder) -> None:
+    """Lines are written in the order of the images: those of all others would wait for it."""
+    for number in range(60):
+        world.save(tmp_path / "in" / f"{number:02}.png", 30, 40, red=(2, 2, 20, 20))
+    (tmp_path / "in" / "00.png").write_text("no")
+    order = [
+        receipt.number for group in start(world, tmp_path / "in", labels).run(tasks_of(tmp_path / "in")) for receipt in group
+    ]
+    assert order.index(0) < 20
 
 
 def test_what_came_does_not_wait_for_tasks_that_are_late(world: World, folder: Path, labels: LabelFolder) -> None:
@@ -236,6 +247,15 @@ def test_a_photograph_that_the_device_has_no_memory_for_makes_room_for_the_next(
     world.engine("sam", "encoder").script = no_memory
     receipts = finished(start(world, folder, labels), tasks_of(folder))
     assert [receipt.record.get("error") for receipt in receipts] == ["no memory"] * 12
+
+
+def test_of_two_halves_of_a_batch_one_has_its_failures(world: World) -> None:
+    photos = [world.photo(8, 8) for _ in range(3)]
+    loaded = [Loading(Task(number, f"{number}.png", f"{number}.png"), photo) for number, photo in enumerate(photos)]
+    halves = list(Batch(loaded, photos, [Receipt(3, {"path": "3.png", "error": "no"})]).halves())
+    assert [[each.task.number for each in half.loaded] for half in halves] == [[0], [1, 2]]
+    assert [len(half.photos) for half in halves] == [1, 2]
+    assert [receipt.number for half in halves for receipt in half.receipts] == [3]
 
 
 def finished(running: Stream, tasks: list[Task]) -> list[Receipt]:

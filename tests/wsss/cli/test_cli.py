@@ -389,7 +389,7 @@ def test_export_flags_reach_the_exporter_and_the_builder_of_engines(wsss: Run, m
 
     def build_plans(model: object, options: BuildOptions, log: object) -> SimpleNamespace:
         asked.append((model, options))
-        return SimpleNamespace(manifest=SimpleNamespace(graphs={"encoder": SimpleNamespace(plans={"trt-rtx": plan})}))
+        return SimpleNamespace(manifest=SimpleNamespace(graphs={"encoder": SimpleNamespace(plan_for=lambda *_: plan)}))
 
     plan = SimpleNamespace(seconds=4.0)
     toy = Family(name="toy", variants=(), default="usual", prepare=None, official=lambda kind: f"official {kind}")  # type: ignore[arg-type]
@@ -402,17 +402,26 @@ def test_export_flags_reach_the_exporter_and_the_builder_of_engines(wsss: Run, m
     answer = wsss(
         *("export", "--model", "sam", "--variant", "vit_l", "--weights", "random:3", "--bundle", "here", "--batch", 1, 2, 3),
         *("--precision", "bf16", "--engine", "trt-rtx", "--workspace", 64),
-        *("--compute-capability", "sm89", "--compute-capability", "sm120"),
+        *("--compute-capability", "sm89", "--compute-capability", "sm120", "--device", 1, "--optimization-level", 4),
     )
     options = Options(batch=AxisRange(1, 2, 3), precision="bf16")
     assert asked == [
         {"variant": "vit_l", "weights": "random:3", "options": options},
         {"family": "sam", "variant": "vit_l", "weights": "random:3", "bundle": Path("here"), "options": options},
-        ((Path("here"), "sam"), BuildOptions(flavour="trt-rtx", workspace_mib=64, capabilities=("sm89", "sm120"))),
+        (
+            (Path("here"), "sam"),
+            BuildOptions(flavour="trt-rtx", workspace_mib=64, capabilities=("sm89", "sm120"), device=1, optimization_level=4),
+        ),
     ]
     assert "worst error against the official module 2.0e-03" in answer.out
     assert "here/sam: 1 trt-rtx engines, built in 4 s" in answer.out
 
+    asked.clear()
+    answer = wsss("export", "--model", "sam", "--engine", "trt-rtx", "--hardware-compatible")
+    refused(answer, 2, "--hardware-compatible is for the full TensorRT")
+    assert not asked
+    wsss("export", "--model", "sam", "--engine", "trt", "--bundle", "here", "--hardware-compatible")
+    assert asked[-1][1] == BuildOptions(flavour="trt", hardware_compatible=True)  # type: ignore[index]
     asked.clear()
     wsss("export", "--model", "grounding-dino", "--size", "32x48", "--size", "48x32", "--sampling", "gather", "--engine", "onnx")
     options = Options(sizes=((32, 48), (48, 32)), sampling="gather", precision="fp32")

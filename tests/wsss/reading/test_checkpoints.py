@@ -84,6 +84,7 @@ def test_entries_that_share_their_bytes_are_refused(whole: Path) -> None:
     ("make", "said"),
     [
         (lambda: {"a": torch.zeros(1).expand(1 << 40)}, r"a tensor of shape \(1099511627776,\) in it has only 4 bytes"),
+        (lambda: {"a": torch.zeros(1).expand(4)}, r"a tensor of shape \(4,\) in it has only 4 bytes"),
         (lambda: {"a": [torch.zeros(2, device="meta")]}, "without values"),
         (lambda: {"a": torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.int64), torch.ones(1), (1 << 30, 9))}, "is sparse"),
         (lambda: [torch.zeros(2)], "expected tensors by name, got list"),
@@ -110,6 +111,22 @@ def test_a_long_pickle_is_refused(whole: Path, monkeypatch: pytest.MonkeyPatch, 
     torch.save({"a": torch.zeros(4)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(WeightsError, match=r"old\.pth: not a readable file of weights: "):
         read_checkpoint(tmp_path / "old.pth")
+
+
+def test_the_pickle_of_the_values_in_the_older_format_is_limited_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Three short pickles come first: a magic number, the version and the machine."""
+    torch.save({"a" * 4000: torch.arange(4.0)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    monkeypatch.setattr(checkpoints, "MAX_PICKLE_BYTES", 4500)
+    assert read_checkpoint(tmp_path / "old.pth")["a" * 4000].tolist() == [0, 1, 2, 3]
+    monkeypatch.setattr(checkpoints, "MAX_PICKLE_BYTES", 3000)
+    with pytest.raises(WeightsError, match=r"old\.pth: not a readable file of weights: "):
+        read_checkpoint(tmp_path / "old.pth")
+
+
+def test_values_of_several_names_count_once(tmp_path: Path) -> None:
+    tied = torch.arange(10_000.0)
+    torch.save({str(number): tied.view(100, 100) for number in range(9)}, tmp_path / "tied.pth")
+    assert read_checkpoint(tmp_path / "tied.pth")["8"].tolist() == tied.view(100, 100).tolist()
 
 
 class Evil:

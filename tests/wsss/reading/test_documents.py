@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from wsss.errors import ClassError, WsssError
-from wsss.reading.documents import parse_json, parse_toml, read_bytes, read_json, read_text, read_toml
+from wsss.reading.documents import MAX_TOML, parse_json, parse_toml, read_bytes, read_json, read_text, read_toml
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_byte_order_marks_are_dropped(encoding: str, tmp_path: Path) -> None:
-    (file := tmp_path / "a").write_bytes('{"größe": "猫"}'.encode(encoding))
+@pytest.mark.parametrize(
+    ("encoding", "mark"), [("utf-8", ""), ("utf-8", "\ufeff"), ("utf-16-le", "\ufeff"), ("utf-16-be", "\ufeff")]
+)
+def test_byte_order_marks_are_dropped(encoding: str, mark: str, tmp_path: Path) -> None:
+    (file := tmp_path / "a").write_bytes(f'{mark}{{"größe": "猫"}}'.encode(encoding))
     assert read_json(file) == {"größe": "猫"}
-    file.write_bytes('key = "猫"\n'.encode(encoding))
+    file.write_bytes(f'{mark}key = "猫"\n'.encode(encoding))
     assert read_toml(file) == {"key": "猫"}
     assert read_text(file) == 'key = "猫"\n'
 
@@ -47,6 +49,14 @@ def test_what_is_no_toml_is_refused_by_name_with_a_hint(text: str) -> None:
     with pytest.raises(WsssError, match=r"^wsss.toml: expected TOML") as caught:
         parse_toml(text, "wsss.toml")
     assert caught.value.hint
+
+
+def test_toml_has_a_bounded_length() -> None:
+    """Its parser takes quadratic time for some documents."""
+    text = 'a = "' + "x" * (MAX_TOML - 6) + '"'
+    assert len(parse_toml(text, "wsss.toml")["a"]) == MAX_TOML - 6
+    with pytest.raises(WsssError, match=r"^wsss.toml: expected TOML of at most 65,536 characters, got 65,537"):
+        parse_toml(text + "\n", "wsss.toml")
 
 
 def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path) -> None:

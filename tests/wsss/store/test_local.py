@@ -18,7 +18,7 @@ from PIL import Image
 from wsss.classes import class_list, palette
 from wsss.errors import StoreError
 from wsss.store import local as labelstore
-from wsss.store.format import inside, is_label
+from wsss.store.format import inside, is_label, missing_fields, photograph_of
 from wsss.store.local import (
     LabelStore,
     label_path,
@@ -119,6 +119,31 @@ def test_a_save_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.Monk
     assert list(read_records(folder)) == [record("good")]
 
 
+def test_a_line_that_is_written_in_pieces_is_whole(store: LabelStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:7]))
+    store.write(record("one"), LABEL_MAP)
+    assert list(read_records(folder)) == [record("one")]
+
+
+def test_a_line_that_the_disk_has_no_room_for_leaves_no_part(
+    store: LabelStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write(record("one"), LABEL_MAP)
+    before, write = (folder / "manifest.jsonl").read_bytes(), os.write
+
+    def full(handle: int, data: bytes) -> int:
+        write(handle, data[:10])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(StoreError, match=r"cannot write the line of two\.jpg: No space left"):
+        patched.setattr(os, "write", full)
+        store.write(record("two"), LABEL_MAP)
+    assert (folder / "manifest.jsonl").read_bytes() == before
+    store.write(record("two"), LABEL_MAP)
+    assert list(read_records(folder)) == [record("one"), record("two")]
+
+
 def test_write_atomically_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "page.html"
     write_atomically(path, b"old")
@@ -183,6 +208,30 @@ def test_an_image_done_twice_has_one_line_the_last(folder: Path) -> None:
         assert [line["bytes"] for line in read_records(folder)] == [2]
 
 
+def test_shards_write_lines_of_their_own_until_the_last_one_leaves(folder: Path) -> None:
+    with LabelStore(folder, CLASSES, SETTINGS) as store:
+        for name in ("a", "b"):
+            store.write(record(name), LABEL_MAP)
+    with LabelStore(folder, CLASSES, SETTINGS, shard=(1, 2)) as other:
+        other.select(photos("b"), lambda *_: False)
+        other.write(record("b") | {"bytes": 2}, LABEL_MAP)
+        with LabelStore(folder, CLASSES, SETTINGS, shard=(0, 2)) as store:
+            assert store.select(photos("a", "c"), lambda *_: True).done == 1
+            store.write(record("c"), LABEL_MAP)
+        lines = {path.name: path.read_text().count("\n") for path in folder.glob("*.jsonl")}
+        assert lines == {"manifest.jsonl": 2, "manifest-0-of-2.jsonl": 2, "manifest-1-of-2.jsonl": 1}
+        assert [line["bytes"] for line in read_records(folder)] == [1, 2, 1], "a shard's lines are newer"
+    assert [path.name for path in folder.glob("*.jsonl")] == ["manifest.jsonl"]
+    assert [line["bytes"] for line in read_records(folder)] == [1, 2, 1]
+
+
+def test_an_empty_label_which_a_power_cut_leaves_is_none(store: LabelStore, folder: Path) -> None:
+    (folder / "labels" / "one.png").touch()
+    assert not store.has_label("one.png")
+    store.labels.write("one.png", LABEL_MAP)
+    assert store.has_label("one.png")
+
+
 def test_a_last_line_cut_at_any_byte_is_done_again(folder: Path) -> None:
     with LabelStore(folder, CLASSES, SETTINGS) as store:
         store.write(record("one"), LABEL_MAP)
@@ -228,6 +277,13 @@ def test_a_store_of_other_settings_is_not_touched(folder: Path, classes: list[st
     assert str(folder) in caught.value.message
     assert "new --out" in caught.value.hint
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_with_the_lock_of_a_killed_run_is_empty(folder: Path) -> None:
+    folder.mkdir()
+    (folder / ".lock").touch()
+    with LabelStore(folder, CLASSES, SETTINGS):
+        assert read_run(folder)["classes"] == ["dog", "cat"]
 
 
 def test_a_folder_that_holds_something_else_is_refused(folder: Path) -> None:
@@ -342,9 +398,10 @@ def test_a_line_may_lack_what_is_optional_and_have_more(folder: Path) -> None:
     lines = [
         line(seconds={"tag": 1}, other=[None]),
         b'{"path": "two.jpg", "label": "a/..b/two.png"}\n',
-        line(path="/x", mtime_ns=-1),
+        line(path="/x", mtime_ns=-1, boxes=box(quality=-0.1, xyxy=[0, 3, 2, 4])),
+        line(path="/y", classes={str(number): 0.5 for number in range(254)}, boxes=box() * 256),
     ]
-    assert [each["path"] for each in read_records(store_of(folder, *lines))] == ["/x", "one.jpg", "two.jpg"]
+    assert [each["path"] for each in read_records(store_of(folder, *lines))] == ["/x", "/y", "one.jpg", "two.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -389,7 +446,7 @@ def test_a_line_may_lack_what_is_optional_and_have_more(folder: Path) -> None:
         (line(boxes=box(xyxy=[0, 0, 1])), "boxes: xyxy: expected four numbers"),
         (line(boxes=box(xyxy=[0, 0, 1, "2"])), "boxes: xyxy: "),
         (line(boxes=box(xyxy=[2, 0, 1, 1])), "boxes: xyxy: expected the upper left corner first"),
-        (line(boxes=box(xyxy=[0, 2, 1, 1])), "boxes: xyxy: expected the upper left corner first"),
+        (line(boxes=box(xyxy=[0, 2, 9, 1])), "boxes: xyxy: expected the upper left corner first"),
         (line(boxes=box(score=-0.1)), "boxes: score: "),
         (line(boxes=box(score=True)), "boxes: score: "),
         (line(boxes=box(quality=None)), "boxes: quality: "),
@@ -422,6 +479,19 @@ def test_a_line_that_cannot_be_is_named_and_harms_nothing(folder: Path, data: by
         else:  # cut when the store was opened
             assert store.select(photos("one"), lambda *_: False).done == 0
     assert victim.exists()
+
+
+def test_boxes_of_older_versions_have_no_area() -> None:
+    older = [{key: value for key, value in box()[0].items() if key != "area_px"}]
+    assert missing_fields(WHOLE | {"boxes": older}, ("boxes",)) == ""
+    assert missing_fields(WHOLE | {"boxes": [*older, {"label": "dog"}]}, ("boxes",)).startswith("has a box that lacks one of ")
+
+
+def test_a_folder_whose_name_starts_like_that_of_the_images_is_outside(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    assert photograph_of(tmp_path / "photos", "a/../b.jpg") == tmp_path / "photos" / "b.jpg"
+    with pytest.raises(StoreError, match=r"\.\./photos-2/a\.jpg: leads out of --images"):
+        photograph_of(tmp_path / "photos", "../photos-2/a.jpg")
 
 
 def test_labels_with_drives_and_backslashes_are_refused_where_they_mean_something() -> None:
@@ -516,11 +586,14 @@ def test_history_that_is_damaged_is_left_out(folder: Path) -> None:
         b"7\n",
         b'{"labelled": "x"}\n',
         b'{"labelled": 1, "seconds": NaN}\n',
+        b'{"labelled": 1, "seconds": -1}\n',
         b'{"stage_seconds": {"tag": "x"}}\n',
         b"[" * 9999,
     ]
     (folder / "history.jsonl").write_bytes(good + b"".join(bad))
     assert [each["labelled"] for each in read_history(folder)] == [1]
+    (folder / "history.jsonl").write_bytes(good + good[:-1])
+    assert len(read_history(folder)) == 1, "the last line has no end"
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,13 @@ def test_shards_fold_into_one_when_the_last_one_leaves(folder: RemoteFolder, tmp
     assert contents(folder) == contents(RemoteFolder("memory://stores/whole"))
 
 
+def test_a_shard_begins_with_its_own_lines_alone(folder: RemoteFolder) -> None:
+    run(folder)
+    with RemoteStore(folder, CLASSES, SETTINGS, shard=(0, 2)) as store:
+        assert store.select(photos("a", "c"), lambda *_: True).done == 2
+        assert [json.loads(line)["path"] for line in folder.lines("manifest-0-of-2.jsonl")] == ["a.jpg", "c.jpg"]
+
+
 def test_the_history_of_all_runs_is_kept(folder: RemoteFolder, tmp_path: Path) -> None:
     for names in (("a",), ("a", "b", "c")):
         run(folder, names)
@@ -187,7 +194,12 @@ def test_a_folder_that_holds_something_else_is_refused(folder: RemoteFolder) -> 
 
 
 @pytest.mark.parametrize(
-    ("line", "said"), [(b"{\n", "Expecting property name"), (b'{"path": "a.jpg", "label": "a.png"}\n', "out of order")]
+    ("line", "said"),
+    [
+        (b"{\n", "Expecting property name"),
+        (b'{"path": "a.jpg", "label": "a.png"}\n', "out of order"),
+        (b'{"path": "e.jpg", "label": "e.png"}\n', "out of order"),
+    ],
 )
 def test_a_damaged_manifest_is_named(folder: RemoteFolder, line: bytes, said: str) -> None:
     run(folder)
@@ -214,6 +226,16 @@ def test_a_run_that_was_robbed_writes_no_more_lines(folder: RemoteFolder) -> Non
     with pytest.raises(StoreError, match="took it over"):
         store.close()
     assert not list(folder.walk("manifest/"))
+
+
+def test_a_run_that_was_robbed_deletes_no_parts(folder: RemoteFolder) -> None:
+    store = RemoteStore(folder, CLASSES, SETTINGS)
+    store.append([record("a"), record("b")])
+    store._lock._lease.lost = "process 7 on elsewhere"
+    with pytest.raises(StoreError, match="process 7 on elsewhere took it over"):
+        store.select(photos("a", "b"), lambda *_: True)
+    assert [file.name for file in folder.walk("manifest/")] == ["manifest/0000000000.jsonl"]
+    store._lock.release()
 
 
 # ---- killed, or failing, at every step ----

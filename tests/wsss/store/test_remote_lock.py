@@ -151,6 +151,27 @@ def test_a_holder_that_died_here_is_not_waited_for(folder: RemoteFolder, monkeyp
         pass
 
 
+def test_a_process_of_another_machine_or_user_did_not_die_here(folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(pid: int, number: int) -> None:
+        raise ProcessLookupError
+
+    def refused(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(remote_lock, "_machine", lambda: "this")
+    leave_behind(folder, ".lock/run", pid=7, machine="another")
+    leave_behind(folder, ".lock/shard", pid=7, machine="this")
+    monkeypatch.setattr(os, "kill", gone)
+    assert not remote_lock._died_here(folder, ".lock/run")
+    assert remote_lock._died_here(folder, ".lock/shard")
+    monkeypatch.setattr(os, "kill", refused)
+    assert not remote_lock._died_here(folder, ".lock/shard"), "it is alive"
+
+
+def test_a_lock_is_renewed_several_times_before_others_may_take_it() -> None:
+    assert 3 * remote_lock.BEAT <= remote_lock.LEASE
+
+
 def test_a_lock_that_nobody_understands_is_waited_for(folder: RemoteFolder) -> None:
     folder.create(".lock/run", b"{")
     with lock(folder, ""):
