@@ -164,7 +164,7 @@ Wait = Callable[[Mapping[str, Tensor]], None]
 def on_device(
     feeds: Mapping[str, np.ndarray], loaded: Engine, engine: str, device: str
 ) -> Iterator[tuple[Mapping[str, Tensor], Wait]]:
-    """Put feeds where the engine reads them without a copy; yields them with a function that waits for outputs."""
+    """Put feeds where the engine reads them without the host; yields them with a function that waits for outputs."""
     index = int(device.partition(":")[2] or 0)
     resident = getattr(loaded, "resident", None)
     if resident is not None:  # the engine of `autocast`

@@ -45,7 +45,14 @@ class OnDevice(Protocol):
     @property
     def block(self) -> Block: ...
     @property
+    def address(self) -> int: ...
+    @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape in memory, of which ``shape`` is the first part along each axis."""
+        ...
+
     @property
     def dtype(self) -> np.dtype[np.generic]: ...
     @property
@@ -174,12 +181,12 @@ class Cuda:
                 self._pinned = None  # stays None if there is no memory for a larger one
                 self._pinned = Pinned(self, tensor.size_bytes)
             tensor.block.before_read(self.copies)
-            self.copies.copy(self._pinned.address, tensor.block.address, tensor.size_bytes, "device_to_host")
+            self.copies.copy(self._pinned.address, tensor.address, tensor.size_bytes, "device_to_host")
             self._copied_to_host.record(self.copies)
             tensor.block.after_read(self._copied_to_host)
             tensor.check()  # again: another thread may have called the engine in the meantime
             self._copied_to_host.wait_on_host()
-            return self._pinned.array(tensor.shape, tensor.dtype).copy()
+            return self._pinned.array(tensor.stored, tensor.dtype)[tuple(map(slice, tensor.shape))].copy()
 
 
 class Stream:
@@ -204,6 +211,10 @@ class Stream:
         kind = getattr(self._cuda.runtime.cudaMemcpyKind, _KINDS[direction])
         self._cuda.call("cudaMemcpyAsync", target, source, size_bytes, kind, self.handle)
         self._cuda.copied[direction] += size_bytes
+
+    def fill(self, address: int, byte: int, size_bytes: int) -> None:
+        """Queue the filling of GPU memory with a byte."""
+        self._cuda.call("cudaMemsetAsync", address, byte, size_bytes, self.handle)
 
     def finish(self) -> None:
         """Wait on the host until all work is done."""
@@ -253,6 +264,7 @@ class Block:
         self._written: Event | None = None
         self._readers: set[Event] = set()
         self._lent = False
+        self._lock = threading.Lock()  # readers and the writer are different threads
 
     def before_read(self, stream: Stream) -> None:
         """Make work that is queued in ``stream`` from now on wait until the block is written."""
@@ -260,36 +272,43 @@ class Block:
             stream.wait(self._written)
 
     def after_read(self, event: Event) -> None:
-        """Record that the block is read until ``event``."""
-        self._readers.add(event)
+        """Record that the block is read until ``event``.
+
+        A reader that checks the version afterwards finds either that the next writer waits for it, or that it was too late.
+        """
+        with self._lock:
+            self._readers.add(event)
 
     def before_write(self, stream: Stream) -> None:
         """Make work that is queued in ``stream`` from now on wait for all readers, and start a new version.
 
         It does not wait for earlier writers, because all writers of a block use the same stream.
         """
-        for event in self._readers:
+        with self._lock:
+            readers, self._readers = self._readers, set()
+            lent, self._lent = self._lent, False
+            self.version += 1
+        for event in readers:
             stream.wait(event)
-        if self._lent:  # other libraries record no event
+        if lent:  # other libraries record no event
             stream.wait_for(LEGACY_STREAM)
-        self._readers.clear()
-        self._lent = False
-        self.version += 1
 
     def after_write(self, event: Event) -> None:
         """Record that the block is written after ``event``."""
         self._written = event
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether another library may access the block."""
+        return self._lent
 
     def lend(self) -> None:
         """Prepare for another library that reads the block in the default stream, which waits for it, as the next writer does
         for the default stream."""
         if self._written is not None:
             self.cuda.call("cudaStreamWaitEvent", LEGACY_STREAM, self._written.handle, 0)
-        self._lent = True
-
-    def overlaps(self, address: int, size_bytes: int) -> bool:
-        """Whether a memory range overlaps the block."""
-        return address < self.address + self.size_bytes and self.address < address + size_bytes
+        with self._lock:
+            self._lent = True
 
     def free(self) -> None:
         """Free the memory, after all work on the GPU. Its tensors become invalid."""
@@ -314,44 +333,106 @@ class Pinned:
         self._cuda.call("cudaFreeHost", self.address)
 
 
+class PinnedRing:
+    """Page-locked buffers through which arrays are copied to the GPU. They take turns, so that the host fills one while the GPU
+    still copies the others.
+
+    Args:
+        count: number of buffers.
+        size_bytes: of each; a larger array makes its buffer grow.
+    """
+
+    def __init__(self, cuda: Cuda, count: int, size_bytes: int) -> None:
+        self._cuda, self._size_bytes = cuda, size_bytes
+        self._buffers: deque[tuple[Pinned, Event]] = deque(maxlen=count)
+
+    def send(
+        self,
+        array: npt.NDArray[np.generic],
+        dtype: np.dtype[np.generic],
+        address: int,
+        stream: Stream,
+        shape: tuple[int, ...] | None = None,
+        fill: int = 0,
+    ) -> None:
+        """Queue the copy of an array, which may be overwritten at once.
+
+        Args:
+            shape: that of the array, or larger: the rest is ``fill``.
+        """
+        shape = shape or array.shape
+        size_bytes = math.prod(shape) * dtype.itemsize
+        pinned, sent = self._next(size_bytes)
+        there = pinned.array(shape, dtype)
+        if shape != array.shape:
+            there.fill(fill)
+        np.copyto(there[tuple(map(slice, array.shape))], array)  # converts strides and byte order
+        stream.copy(address, pinned.address, size_bytes, "host_to_device")
+        sent.record(stream)
+
+    def _next(self, size_bytes: int) -> tuple[Pinned, Event]:
+        """The buffer whose turn it is, after its last copy."""
+        if len(self._buffers) == self._buffers.maxlen:
+            pinned, sent = self._buffers[0]
+            sent.wait_on_host()
+            if pinned.size_bytes >= size_bytes:
+                self._buffers.rotate(-1)
+                return pinned, sent
+            self._buffers.popleft()[0].free()
+        self._buffers.append((Pinned(self._cuda, max(size_bytes, self._size_bytes)), Event(self._cuda)))
+        return self._buffers[-1]
+
+    def free(self) -> None:
+        """Free the memory."""
+        while self._buffers:
+            self._buffers.pop()[0].free()
+
+
 class StagingBuffer:
-    """Memory for copies of an engine's inputs that it cannot read in place.
+    """Memory for an engine's input, at an address that does not change.
 
     Args:
         size_bytes: of the largest input.
     """
 
     def __init__(self, cuda: Cuda, size_bytes: int) -> None:
-        self._cuda, self._size_bytes = cuda, size_bytes
         self.block = Block(cuda, size_bytes)
-        self._pinned: list[tuple[Pinned, Event]] = []
-        self._turn = 0
+        self._pinned = PinnedRing(cuda, 2, size_bytes)
+        self._source: object = None
 
-    def from_host(self, array: npt.NDArray[np.generic], dtype: np.dtype[np.generic], stream: Stream) -> int:
-        """Queue the copy of an array, which may be overwritten at once, and return the address on the GPU.
+    def from_host(
+        self,
+        array: npt.NDArray[np.generic],
+        dtype: np.dtype[np.generic],
+        stream: Stream,
+        shape: tuple[int, ...] | None = None,
+        fill: int = 0,
+    ) -> None:
+        """Queue the copy of an array, as `PinnedRing.send`."""
+        self._source = None
+        self._pinned.send(array, dtype, self.block.address, stream, shape, fill)
 
-        Two pinned buffers alternate, so that the host fills one while the GPU still copies the other.
+    def from_device(
+        self, address: int, size_bytes: int, stream: Stream, padded_bytes: int = 0, fill: int = 0, source: object = None
+    ) -> None:
+        """Queue the copy of GPU memory, unless it is there since the last copy.
+
+        Args:
+            padded_bytes: up to these, the bytes behind it become those of an integer ``fill``, 0 or -1.
+            source: equal for equal contents of the same size; None is not equal to any.
         """
-        if len(self._pinned) < 2:
-            self._pinned.append((Pinned(self._cuda, self._size_bytes), Event(self._cuda)))
-        self._turn = (self._turn + 1) % len(self._pinned)
-        pinned, sent = self._pinned[self._turn]
-        sent.wait_on_host()  # for the copy of two calls ago
-        np.copyto(pinned.array(array.shape, dtype), array)  # converts strides and byte order
-        stream.copy(self.block.address, pinned.address, array.nbytes, "host_to_device")
-        sent.record(stream)
-        return self.block.address
-
-    def from_device(self, address: int, size_bytes: int, stream: Stream) -> int:
-        """Queue the copy of GPU memory and return the address of the copy."""
+        if source is not None and source == self._source:
+            return
+        self._source = None  # until all of it is queued
         stream.copy(self.block.address, address, size_bytes, "device_to_device")
-        return self.block.address
+        if padded_bytes > size_bytes:
+            stream.fill(self.block.address + size_bytes, fill & 0xFF, padded_bytes - size_bytes)
+        self._source = source
 
     def free(self) -> None:
         """Free the memory."""
         self.block.free()
-        for pinned, _ in self._pinned:
-            pinned.free()
+        self._pinned.free()
 
 
 @contextmanager

@@ -1,14 +1,15 @@
 """TensorRT's execution contexts for one plan: calls are enqueued, or captured as a CUDA graph and replayed.
 
-Enqueuing a network costs the host one launch per kernel, a replay one launch in total. A CUDA graph contains the addresses and
-shapes with which it was captured, so these are its key: an input at another address uses another graph, never a stale pointer.
-A graph also contains the state of its execution context, so a captured context is never used again otherwise (TensorRT's
-developer guide, "CUDA Graphs"). All contexts share one activation memory, because they run in one stream.
+Enqueuing a network costs the host one launch per kernel, a replay one launch in total. A CUDA graph contains the shapes and
+addresses with which it was captured. Shapes are its key. Addresses are always the same, because inputs are copied to fixed
+memory; that of the activations changes where the arena grows, which ends all graphs. A graph also contains the state of its
+execution context, so a captured context is never used again otherwise (TensorRT's developer guide, "CUDA Graphs").
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,19 +19,22 @@ from typing import Any
 
 from ..errors import BundleError, OutOfMemory, WsssError
 from ..spec import Flavour
-from .buffers import Block, Cuda, Event, Stream, no_garbage_collection
+from .arena import shared_arena
+from .buffers import Cuda, Event, Stream, no_garbage_collection
 from .kernel_cache import cache_beside, load_kernels, save_kernels
 
 log = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
-Inputs = tuple[tuple[Shape, int], ...]
-"""(shape, address) of every input, in the order of the engine's names."""
+Inputs = tuple[Shape, ...]
+"""Shape of every input, in the order of the engine's names."""
 
 MAX_GRAPHS = 16
 """Most CUDA graphs of one engine. Each needs its own context: TensorRT's memory besides weights and activations."""
 CREDIT = 8
 """Number of new inputs after which an unused graph may be replaced."""
+SAVE_SECONDS = 120.0
+"""Least time between two saves of compiled kernels while an engine is in use, so that a run that is killed loses few."""
 MAX_SEEN = 256
 """Most inputs that are remembered after their first call."""
 
@@ -53,11 +57,11 @@ class Contexts:
     Args:
         trt: ``tensorrt`` or ``tensorrt_rtx``.
         inputs, outputs: names.
-        cuda_graphs: replay calls with the same shapes and addresses as before.
+        cuda_graphs: replay calls with the same shapes as before.
 
     Raises:
         BundleError: TensorRT rejects the plan; includes its message.
-        OutOfMemory: the GPU has no memory for weights or activations.
+        OutOfMemory: the GPU has no memory for the weights.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Contexts:
         """Whether graphs are captured; becomes False if TensorRT or CUDA does not allow it."""
         self.graphs: OrderedDict[Inputs, Captured] = OrderedDict()
         """Captured so far, the most recently used last."""
+        self._max_graphs = MAX_GRAPHS
         self._retired: list[tuple[Event, Captured]] = []
         self._seen: OrderedDict[Inputs, int] = OrderedDict()
         self._addresses: Mapping[str, int] = {}
@@ -86,17 +91,19 @@ class Contexts:
         self._logger = _logger(trt)
         self.engine: Any = None
         self._cache: Any = None
+        self._saved_at = time.monotonic()
+        self._may_have_compiled = False
         self._configs: dict[bool, Any] = {}
-        self._activations: Block | None = None
         self._context: Any = None
         if flavour == "trt":
             trt.init_libnvinfer_plugins(self._logger, "")  # a plan may use one (`export.deformable_plugin`)
         self._runtime = trt.Runtime(self._logger)
+        self._arena = shared_arena(cuda)
+        self._generation = self._arena.generation
         try:
             self.engine = self._deserialized(plan)
             if flavour == "trt-rtx":
                 self._configure()
-            self._activations = Block(cuda, self.engine.device_memory_size_v2)
             self._context = self._new_context(fixed=False)
         except BaseException:
             self._release()
@@ -107,28 +114,43 @@ class Contexts:
         self._set_shapes(self._context, inputs)
         return self._shapes(self._context)
 
-    def bind_outputs(self, addresses: Mapping[str, int]) -> None:
-        """Set the addresses to which all runs write, by output name."""
+    def bind(self, addresses: Mapping[str, int]) -> None:
+        """Set the addresses of all inputs and outputs, for all runs."""
         self._addresses = addresses
-        self._bind(self._context, addresses)
+        self._bind(self._context)
 
     def run(self, inputs: Inputs) -> dict[str, Shape]:
         """Queue one run and return the shapes of its outputs.
 
-        The first run with given shapes and addresses is enqueued, as TensorRT requires before a capture. The second is
-        enqueued, then captured. From the third on, the graph is replayed.
+        The first run with given shapes is enqueued, as TensorRT requires before a capture. The second is enqueued, then
+        captured. From the third on, the graph is replayed. Graphs are an extra: without memory for them, runs are enqueued.
+
+        Raises:
+            OutOfMemory: the GPU has no memory for the activations of these shapes.
         """
         self._destroy_retired()
+        with self._arena.turn(self._stream):
+            shapes = self._run(inputs)
+        if self._may_have_compiled and time.monotonic() >= self._saved_at + SAVE_SECONDS:
+            self._save_kernels()
+        return shapes
+
+    def _run(self, inputs: Inputs) -> dict[str, Shape]:
+        self._retire_outdated()
         if (graph := self.graphs.get(inputs)) is not None:
             self.graphs.move_to_end(inputs)
             graph.credit = CREDIT
             self._cuda.call("cudaGraphLaunch", graph.executable, self._stream.handle)
             return graph.shapes
-        if not self._is_worth_a_graph(inputs):
+        context = self._extra_context() if self._is_worth_a_graph(inputs) else None
+        if context is None:
             return self._enqueue(self._context, inputs)
-        context = self._new_context(fixed=True)
-        self._bind(context, self._addresses)
-        shapes = self._enqueue(context, inputs)
+        self._bind(context)
+        try:
+            shapes = self._enqueue(context, inputs)
+        except OutOfMemory as error:
+            self._disable_graphs(error.message)
+            return self._enqueue(self._context, inputs)
         captured = Captured(self._capture(context), context, shapes)
         if captured.executable is None:
             self._retire(captured)
@@ -141,9 +163,13 @@ class Contexts:
         if self._runtime is None:
             return
         self._stream.finish()
+        self._save_kernels()
+        self._release()
+
+    def _save_kernels(self) -> None:
         if self._cache is not None:
             save_kernels(self._cache_file, self._cache)
-        self._release()
+        self._saved_at, self._may_have_compiled = time.monotonic(), False
 
     def _release(self) -> None:
         while self.graphs:
@@ -154,9 +180,7 @@ class Contexts:
         self._configs, self._cache = {}, None
         self.engine = None
         self._runtime = None
-        if self._activations is not None:
-            self._activations.free()
-            self._activations = None
+        self._arena.leave()
 
     # ---- graphs ----
 
@@ -174,7 +198,7 @@ class Contexts:
             self._seen.popitem(last=False)
         if seen < 2:
             return False
-        if len(self.graphs) >= MAX_GRAPHS:
+        if len(self.graphs) >= self._max_graphs:
             oldest = next(iter(self.graphs))
             self.graphs[oldest].credit -= 1
             if self.graphs[oldest].credit > 0:
@@ -182,6 +206,23 @@ class Contexts:
             self._retire(self.graphs.pop(oldest))
         del self._seen[inputs]
         return True
+
+    def _extra_context(self) -> Any:
+        """A context for another graph. If memory is short, older graphs are given up for it, and as many as fit then are the
+        most from now on; None if not even one fits."""
+        while True:
+            try:
+                return self._new_context(fixed=True)
+            except OutOfMemory as error:
+                if not self._retired:
+                    if not self.graphs:
+                        return self._disable_graphs(error.message)
+                    if self._max_graphs == MAX_GRAPHS:
+                        log.warning("%s: keeps fewer CUDA graphs: %s", self._where, error.message)
+                    self._retire(self.graphs.popitem(last=False)[1])
+                    self._max_graphs = len(self.graphs) + 1
+                self._retired[-1][0].wait_on_host()
+                self._destroy_retired()
 
     def _capture(self, context: Any) -> Any:
         """Capture a context that has just been enqueued; None if that is not possible."""
@@ -213,6 +254,16 @@ class Contexts:
         errors = self._logger.take_errors()
         log.warning("%s: runs without CUDA graphs: %s", self._where, f"{reason}: {errors}" if errors else reason)
 
+    def _retire_outdated(self) -> None:
+        """Give up all graphs if the activations have moved. Their shapes count as seen, so that the next run is captured."""
+        if self._generation == self._arena.generation:
+            return
+        self._generation = self._arena.generation
+        for inputs, captured in self.graphs.items():
+            self._seen[inputs] = 1
+            self._retire(captured)
+        self.graphs.clear()
+
     def _retire(self, captured: Captured) -> None:
         """Destroy a graph in a later call, because its last run may still be queued."""
         done = Event(self._cuda)
@@ -239,8 +290,6 @@ class Contexts:
         context = self.engine.create_execution_context(self._configs.get(fixed, strategy))
         if context is None:
             raise self._error("no execution context")
-        assert self._activations is not None
-        context.set_device_memory(self._activations.address, self._activations.size_bytes)
         return context
 
     def _configure(self) -> None:
@@ -257,21 +306,28 @@ class Contexts:
             self._configs[fixed] = config
 
     def _enqueue(self, context: Any, inputs: Inputs) -> dict[str, Shape]:
-        named = dict(zip(self._inputs, inputs, strict=True))
-        self._set_shapes(context, {name: shape for name, (shape, _) in named.items()})
-        self._bind(context, {name: address for name, (_, address) in named.items()})
+        self._set_shapes(context, dict(zip(self._inputs, inputs, strict=True)))
         shapes = self._shapes(context)
+        self._arena.reserve(self._activation_bytes(context))
+        self._retire_outdated()
+        context.set_device_memory(self._arena.address, self._arena.size_bytes)
+        self._may_have_compiled = True
         if not context.execute_async_v3(int(self._stream.handle)):
             raise self._error("the run failed")
         return shapes
+
+    def _activation_bytes(self, context: Any) -> int:
+        """For the shapes that are set; of the whole profile, where TensorRT cannot tell or says 0, as it does after an error."""
+        update = getattr(context, "update_device_memory_size_for_shapes", lambda: 0)
+        return int(update()) or int(self.engine.device_memory_size_v2)
 
     def _set_shapes(self, context: Any, inputs: Mapping[str, Shape]) -> None:
         for name, shape in inputs.items():
             if not context.set_input_shape(name, shape):
                 raise self._error(f"{name!r} of shape {shape} refused")
 
-    def _bind(self, context: Any, addresses: Mapping[str, int]) -> None:
-        for name, address in addresses.items():
+    def _bind(self, context: Any) -> None:
+        for name, address in self._addresses.items():
             if not context.set_tensor_address(name, address):
                 raise self._error(f"the address of {name!r} refused")
 

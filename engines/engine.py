@@ -30,7 +30,7 @@ class Engine(Protocol):
 
         Args:
             feeds: one tensor per name in ``inputs``, of its dtype and shape; on the host, or an output of an
-                engine of the same kind. TensorRT also reads tensors with ``__cuda_array_interface__``, without a copy.
+                engine of the same kind. TensorRT also reads tensors with ``__cuda_array_interface__``, without the host.
 
         Returns:
             One tensor per name in ``outputs``. The engine owns the memory and its next call may overwrite it: copy tensors
@@ -53,6 +53,24 @@ class Reused(Protocol):
 def outliving(tensor: Tensor) -> Tensor:
     """An engine's output that stays valid after the engine's next call: a copy on its device if that would overwrite it."""
     return tensor.clone() if isinstance(tensor, Reused) else tensor
+
+
+class Resident(DeviceTensor, Protocol):
+    """A tensor on an engine's device, of which adjacent rows can be fed."""
+
+    def __getitem__(self, rows: slice, /) -> DeviceTensor: ...
+
+
+@runtime_checkable
+class Uploads(Protocol):
+    """An engine to whose device arrays can be copied ahead of the calls that read them."""
+
+    def upload(self, array: np.ndarray) -> np.ndarray | Resident: ...
+
+
+def uploaded(engine: Engine, array: np.ndarray) -> np.ndarray | Resident:
+    """An array to feed several times, or in parts: a copy on the engine's device, if it can read one there."""
+    return engine.upload(array) if isinstance(engine, Uploads) else array
 
 
 class Shaped(Protocol):

@@ -1,4 +1,5 @@
-"""The kernels that TensorRT-RTX compiles for this GPU while it runs, saved beside the plan for the next start.
+"""The kernels that TensorRT-RTX compiles for this GPU while it runs, saved beside the plan for the next start, now and then and
+when the engine is closed.
 
 The file holds a mark, the sha256 of TensorRT's data, and the data. TensorRT checks that they match its version, the GPU and
 the driver; the hash keeps damaged bytes away from its parser. A cache that cannot be read or written is not an error: the log

@@ -1,12 +1,14 @@
 """TensorRT and TensorRT-RTX as engines: one class for both, which differ in name and compilation.
 
-Outputs of other engines, and tensors of libraries with ``__cuda_array_interface__``, are read in place. Host arrays are
-copied through pinned memory. Outputs stay on the GPU, in memory that the next call overwrites.
+Inputs are copied to memory of the engine, so that their addresses never change, which CUDA graphs need: outputs of other
+engines, and tensors of libraries with ``__cuda_array_interface__``, on the GPU; host arrays through pinned memory. Free axes are
+padded (`padding`), and outputs are cut accordingly. Outputs stay on the GPU, in memory that the next call overwrites.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import threading
 import weakref
@@ -19,17 +21,17 @@ from typing import Any
 import numpy as np
 
 from ..batch import Tensor
-from ..errors import BundleError, FeedError, WsssError
+from ..errors import BundleError, FeedError, OutOfMemory, WsssError
 from ..extras import install_line
 from ..spec import Flavour, GraphSpec, TensorSpec
-from .buffers import Block, Cuda, Event, StagingBuffer, Stream
+from .buffers import Block, Cuda, Event, PinnedRing, StagingBuffer, Stream
 from .contexts import Contexts
 from .engine import check_feeds, contract
+from .padding import FILL, padded_length
 from .plan import tensorrt_module
-from .tensors import CudaTensor, ForeignTensor, foreign_tensor
+from .tensors import CudaTensor, ForeignTensor, foreign_tensor, new_tensor
 
-ALIGNMENT = 256
-"""Bytes. Alignment of ``cudaMalloc``, on which the kernels of a plan may rely; other tensors are copied first."""
+log = logging.getLogger(__name__)
 
 
 def load_modules(flavour: Flavour) -> tuple[ModuleType, ModuleType]:
@@ -46,11 +48,14 @@ def load_modules(flavour: Flavour) -> tuple[ModuleType, ModuleType]:
 class TrtEngine:
     """One plan in TensorRT.
 
+    It takes memory for its weights, and for inputs and outputs of its largest call. Activations lie in memory that all engines
+    of the GPU share, as large as the largest call so far needs (`arena`).
+
     Args:
         plan: the plan file, which is native code and must have passed `plan.checked_plan`.
         spec: the graph's contract, with axes within the plan's profile.
         device: the GPU's number.
-        cuda_graphs: replay calls with the same shapes and addresses as before.
+        cuda_graphs: replay calls with the same shapes as before.
 
     Raises:
         BundleError: TensorRT rejects the plan, or it has another contract.
@@ -65,6 +70,7 @@ class TrtEngine:
         self._lock = threading.Lock()
         self._staging: dict[str, StagingBuffer] = {}
         self._blocks: dict[str, Block] = {}
+        self._pads = True  # until a call fits in memory only without padding
         with ExitStack() as opened:
             self._cuda = cuda = Cuda(runtime, device)
             opened.callback(cuda.close)
@@ -72,6 +78,8 @@ class TrtEngine:
             opened.callback(self._stream.close)
             self._done = Event(cuda)
             opened.callback(_free, self._staging, self._blocks)
+            self._uploads = PinnedRing(cuda, 4, 1 << 16)
+            opened.callback(self._uploads.free)
             self._contexts = Contexts(
                 trt,
                 cuda,
@@ -85,10 +93,13 @@ class TrtEngine:
             )
             opened.callback(self._contexts.close)
             self._check_contract(trt, plan)
-            largest = self._contexts.output_shapes({name: self._largest(each) for name, each in self.inputs.items()})
-            for name, shape in largest.items():
+            inputs = {name: self._largest(each) for name, each in self.inputs.items()}
+            for name, shape in inputs.items():
+                self._staging[name] = StagingBuffer(cuda, _size_bytes(shape, self.inputs[name]))
+            for name, shape in self._contexts.output_shapes(inputs).items():
                 self._blocks[name] = Block(cuda, _size_bytes(shape, self.outputs[name]))
-            self._contexts.bind_outputs({name: block.address for name, block in self._blocks.items()})
+            blocks = {name: buffer.block for name, buffer in self._staging.items()} | self._blocks
+            self._contexts.bind({name: block.address for name, block in blocks.items()})
             # Runs on close(), when the engine is collected, or at the end of the program.
             self._finalizer = weakref.finalize(self, _close, cuda, opened.pop_all())
 
@@ -103,9 +114,7 @@ class TrtEngine:
         return len(self._contexts.graphs)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self._finalizer.alive:
-            raise RuntimeError(f"{self._where}: called after it was closed")
-        self._cuda.use()
+        self._use()
         tensors = {name: self._readable(name, tensor) for name, tensor in feeds.items()}
         check_feeds(self._where, self.inputs, self.axes, tensors)
         with self._lock:
@@ -116,9 +125,18 @@ class TrtEngine:
                     self._record_use(tensors)
                 raise
             self._record_use(tensors)
-            return {
-                name: CudaTensor(self._blocks[name], shapes[name], np.dtype(self.outputs[name].dtype)) for name in self.outputs
-            }
+            return self._cut(shapes, tensors)
+
+    def upload(self, array: np.ndarray) -> CudaTensor:
+        """A copy of an array on the GPU, for several calls. The host does not wait for it."""
+        self._use()
+        with self._lock:
+            tensor = new_tensor(self._cuda, self._stream, array.shape, array.dtype)
+            self._uploads.send(array, array.dtype, tensor.address, self._stream)
+            written = Event(self._cuda)
+            written.record(self._stream)
+            tensor.block.after_write(written)
+            return tensor
 
     def close(self) -> None:
         """Wait for queued work and free everything. Outputs become invalid, clones of them stay valid."""
@@ -133,7 +151,14 @@ class TrtEngine:
 
     # ---- one call ----
 
+    def _use(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError(f"{self._where}: called after it was closed")
+        self._cuda.use()
+
     def _readable(self, name: str, tensor: Any) -> np.ndarray | CudaTensor | ForeignTensor:
+        if isinstance(tensor, CudaTensor) and not tensor.is_contiguous:
+            return np.asarray(tensor)
         if isinstance(tensor, CudaTensor):
             tensor.check()
             self._check_device(name, tensor.block.cuda.device)
@@ -152,25 +177,63 @@ class TrtEngine:
             raise FeedError(f"{self._where}: {name!r} is on {there}, the engine runs on cuda:{self._cuda.device}")
 
     def _run(self, tensors: Mapping[str, np.ndarray | CudaTensor | ForeignTensor]) -> dict[str, tuple[int, ...]]:
-        inputs = tuple((tuple(tensors[name].shape), self._address(name, tensors[name])) for name in self.inputs)
+        inputs = tuple(self._stage(name, tensors) for name in self.inputs)
         for block in self._blocks.values():
             block.before_write(self._stream)
-        return self._contexts.run(inputs)
+        try:
+            return self._contexts.run(inputs)
+        except OutOfMemory as error:
+            if inputs == tuple(tensors[name].shape for name in self.inputs):
+                raise
+            log.warning("%s: pads its inputs no more: %s", self._where, error.message)
+        self._pads = False
+        return self._run(tensors)
 
-    def _address(self, name: str, tensor: np.ndarray | CudaTensor | ForeignTensor) -> int:
-        """The address of an input, copied if needed; the engine's stream waits until it is written."""
+    def _stage(self, name: str, tensors: Mapping[str, np.ndarray | CudaTensor | ForeignTensor]) -> tuple[int, ...]:
+        """Queue the copy of an input to where the graph reads it, padded, and return its padded shape."""
+        tensor, buffer, fill = tensors[name], self._staging[name], FILL.get(name, 0)
+        lengths = {axis: self._padded(axis, length, tensors) for axis, length in self._axes_of(name, tensor.shape).items()}
+        shape = tuple(axis if isinstance(axis, int) else lengths[axis] for axis in self.inputs[name].shape)
         if isinstance(tensor, np.ndarray):
-            return self._staging_buffer(name).from_host(tensor, np.dtype(self.inputs[name].dtype), self._stream)
+            buffer.from_host(tensor, np.dtype(self.inputs[name].dtype), self._stream, shape, fill)
+            return shape
+        padded_bytes, source = _size_bytes(shape, self.inputs[name]), None
         if isinstance(tensor, CudaTensor):
             tensor.block.before_read(self._stream)
-            address = tensor.block.address
+            if not tensor.block.is_lent:
+                source = tensor.block, tensor.version, tensor.address, tensor.size_bytes, padded_bytes
         else:
             self._stream.wait_for(tensor.stream)
-            address = tensor.address
-        is_output = any(block.overlaps(address, tensor.size_bytes) for block in self._blocks.values())
-        if is_output or address % ALIGNMENT:  # an output of this engine would be overwritten while it is read
-            return self._staging_buffer(name).from_device(address, tensor.size_bytes, self._stream)
-        return address
+        buffer.from_device(tensor.address, tensor.size_bytes, self._stream, padded_bytes, fill, source)
+        return shape
+
+    def _cut(
+        self, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray | CudaTensor | ForeignTensor]
+    ) -> dict[str, Tensor]:
+        """The outputs, of these padded shapes, without what belongs to the padding of the inputs."""
+        lengths: dict[int | str, int] = {}
+        for name in self.inputs:
+            lengths.update(self._axes_of(name, tensors[name].shape))
+        cut = {
+            name: tuple(lengths.get(axis, length) for axis, length in zip(spec.shape, shapes[name], strict=True))
+            for name, spec in self.outputs.items()
+        }
+        return {
+            name: CudaTensor(self._blocks[name], cut[name], np.dtype(spec.dtype), shapes[name])
+            for name, spec in self.outputs.items()
+        }
+
+    def _padded(self, axis: str, length: int, tensors: Mapping[str, np.ndarray | CudaTensor | ForeignTensor]) -> int:
+        """The padded length of an axis. A tensor on the GPU is only padded at its end, that is, along its first axis."""
+        if not self._pads:
+            return length
+        if any(not isinstance(tensors[name], np.ndarray) and axis in spec.shape[1:] for name, spec in self.inputs.items()):
+            return length
+        return padded_length(axis, length, self.axes)
+
+    def _axes_of(self, name: str, shape: tuple[int, ...]) -> dict[str, int]:
+        """The free axes of an input and their lengths."""
+        return {axis: length for axis, length in zip(self.inputs[name].shape, shape, strict=True) if isinstance(axis, str)}
 
     def _record_use(self, tensors: Mapping[str, np.ndarray | CudaTensor | ForeignTensor]) -> None:
         """Make everything that overwrites an input or reads an output from now on wait for this call."""
@@ -185,12 +248,6 @@ class TrtEngine:
         for tensor in tensors.values():
             if isinstance(tensor, CudaTensor) and tensor.block not in self._blocks.values():
                 tensor.check()  # again: another thread may have called its engine in the meantime
-
-    def _staging_buffer(self, name: str) -> StagingBuffer:
-        if name not in self._staging:
-            spec = self.inputs[name]
-            self._staging[name] = StagingBuffer(self._cuda, _size_bytes(self._largest(spec), spec))
-        return self._staging[name]
 
     # ---- the contract ----
 

@@ -11,8 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import numpy as np
+
 from ..batch import Tensor
-from ..engines.engine import Engine
+from ..engines.engine import Engine, Resident, uploaded
 from ..errors import OutOfMemory
 from ..spec import AxisRange, TensorSpec
 
@@ -132,6 +134,9 @@ class _OnDevice:
             finally:
                 self._device.add_seconds(time.perf_counter() - started)
         raise CutSmaller
+
+    def upload(self, array: np.ndarray) -> np.ndarray | Resident:
+        return uploaded(self._engine, array)
 
     def _halve(self, feeds: Mapping[str, Tensor]) -> bool:
         lengths = {

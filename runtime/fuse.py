@@ -8,16 +8,20 @@ masks is background everywhere.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache, partial
 
 import numpy as np
 
 from ..batch import Boxes, Images, Labels, Masks, PseudoLabels, Tensor
-from ..engines.engine import Engine
-from ..frame import Frame
+from ..engines.engine import Engine, Resident, uploaded
+from ..engines.tensors import Gathered
+from ..frame import upsample_matrix
 from ..spec import Model
 
 TILE_BYTES = 64 << 20
 """Most bytes of upsampled logits in one call. Larger photographs are fused in tiles, with the same result."""
+MATRICES = 32
+"""Most upsampling matrices that stay on the device, one for each length of a photograph's side: 0.5 MB for 500 pixels."""
 
 
 class Fuser:
@@ -33,43 +37,54 @@ class Fuser:
         self._engine = engine
         self._side = int(model.manifest.settings["logits_side"])
         self.margin = margin
+        self._matrix = lru_cache(maxsize=MATRICES)(partial(_uploaded_matrix, engine, self._side))
 
     def __call__(self, images: Images, labels: Labels, boxes: Boxes, masks: Masks) -> PseudoLabels:
         """Label maps at the photographs' size, and how many pixels each mask covers and wins.
 
-        Of more masks than one call of the engine takes, an image keeps the best, by score x predicted IoU.
+        Of more masks than one call of the engine takes, an image keeps the best, by score x predicted IoU. The calls of all
+        images are queued before the first result is read.
         """
         area, won = np.zeros(len(boxes), np.int64), np.zeros(len(boxes), np.int64)
-        maps = []
-        for number, photo in enumerate(images):
-            rows, frame = np.flatnonzero(boxes.image == number), masks.frames[number]
-            if len(rows) == 0 or frame is None:
-                maps.append(np.zeros(photo.shape, np.uint8))
-                continue
-            label_map, area[rows], won[rows] = self._fuse(frame, rows, boxes, masks)
-            maps.append(label_map)
+        maps = [np.zeros(photo.shape, np.uint8) for photo in images]
+        score = (boxes.score * np.clip(masks.quality, 1e-3, 1)).astype(np.float32)
+        chosen = [self._best(score, np.flatnonzero(boxes.image == number)) for number in range(len(images))]
+        fused, places = Gathered(), []
+        for number, tile, out in self._fused(chosen, score, boxes, masks):
+            places.append((number, tile))
+            for name in ("label_map", "area", "won"):
+                fused.add(out[name])
+        arrays = iter(fused.arrays())
+        for number, tile in places:
+            maps[number][tile] = next(arrays)
+            area[chosen[number]] += next(arrays)
+            won[chosen[number]] += next(arrays)
         return PseudoLabels([photo.name for photo in images], maps, labels, boxes, masks.quality, area, won)
 
-    def _fuse(self, frame: Frame, rows: np.ndarray, boxes: Boxes, masks: Masks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        score = (boxes.score[rows] * np.clip(masks.quality[rows], 1e-3, 1)).astype(np.float32)
-        best = np.sort(np.argsort(-score, kind="stable")[: self._engine.axes["picked"].max])
-        logits, pick = _logits_of(masks, rows[best])
-        feeds: dict[str, Tensor] = {
-            "logits": logits,
-            "pick": pick,
-            "score": score[best],
-            "label": boxes.label[rows[best]],
-            "margin": np.array([self.margin], np.float32),
-        }
-        down, across = frame.mask_rows(self._side), frame.mask_columns(self._side)
-        label_map = np.empty(frame.image, np.uint8)
-        area, won = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-        for tile in self._tiles(frame.image, len(best)):
-            out = self._engine({**feeds, "rows": down[tile[0]], "columns": across[tile[1]]})
-            label_map[tile] = np.asarray(out["label_map"])
-            area[best] += np.asarray(out["area"])
-            won[best] += np.asarray(out["won"])
-        return label_map, area, won
+    def _best(self, score: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return rows[np.sort(np.argsort(-score[rows], kind="stable")[: self._engine.axes["picked"].max])]
+
+    def _fused(
+        self, chosen: list[np.ndarray], score: np.ndarray, boxes: Boxes, masks: Masks
+    ) -> Iterator[tuple[int, tuple[slice, slice], dict[str, Tensor]]]:
+        """The results of all calls: number of the image, place in it, outputs."""
+        numbers = [number for number, rows in enumerate(chosen) if len(rows) and masks.frames[number] is not None]
+        if not numbers:
+            return
+        found = [self._logits_of(masks, chosen[number]) for number in numbers]
+        together = np.concatenate([chosen[number] for number in numbers])
+        pick = uploaded(self._engine, np.concatenate([pick for _, pick in found]))
+        scores, labels = uploaded(self._engine, score[together]), uploaded(self._engine, boxes.label[together])
+        margin = uploaded(self._engine, np.array([self.margin], np.float32))
+        start = 0
+        for number, (logits, _) in zip(numbers, found, strict=True):
+            frame, count = masks.frames[number], len(chosen[number])
+            assert frame is not None
+            rows, start = slice(start, start + count), start + count
+            feeds = {"logits": logits, "pick": pick[rows], "score": scores[rows], "label": labels[rows], "margin": margin}
+            down, across = (self._matrix(*lengths) for lengths in zip(frame.canvas, frame.valid, frame.image, strict=True))
+            for tile in self._tiles(frame.image, count):
+                yield number, tile, self._engine({**feeds, "rows": down[tile[0]], "columns": across[tile[1]]})
 
     def _tiles(self, size: tuple[int, int], masks: int) -> Iterator[tuple[slice, slice]]:
         axes = self._engine.axes
@@ -79,12 +94,15 @@ class Fuser:
             for left in range(0, size[1], width):
                 yield slice(top, top + height), slice(left, left + width)
 
+    def _logits_of(self, masks: Masks, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        parts = np.unique(masks.part[rows])
+        if len(parts) == 1:
+            return masks.logits[parts[0]], masks.row[rows]
+        # An image has more boxes than a decoder call takes: the only case in which logits are copied to the host.
+        on_host = {part: np.asarray(masks.logits[part]) for part in parts}
+        gathered = [on_host[part][row] for part, row in zip(masks.part[rows], masks.row[rows], strict=True)]
+        return uploaded(self._engine, np.stack(gathered)), np.arange(len(rows))
 
-def _logits_of(masks: Masks, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    parts = np.unique(masks.part[rows])
-    if len(parts) == 1:
-        return masks.logits[parts[0]], masks.row[rows]
-    # An image has more boxes than a decoder call takes: the only case in which logits are copied to the host.
-    on_host = {part: np.asarray(masks.logits[part]) for part in parts}
-    gathered = [on_host[part][row] for part, row in zip(masks.part[rows], masks.row[rows], strict=True)]
-    return np.stack(gathered), np.arange(len(rows))
+
+def _uploaded_matrix(engine: Engine, side: int, canvas: int, valid: int, image: int) -> np.ndarray | Resident:
+    return uploaded(engine, upsample_matrix(side, canvas, valid, image))

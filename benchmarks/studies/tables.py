@@ -180,6 +180,19 @@ def host() -> str:
     return table(["two CPU cores", "measured"], rows)
 
 
+def replays() -> str:
+    """Launches, copies and waits on a simulated GPU, before shapes were padded and results gathered, and now."""
+    found = result("graph-replays")
+    times = found["before"], found["now"]
+    rows: list[Row] = [["calls that replay a CUDA graph", *(f"{100 * each['replayed_of_all']:.1f} %" for each in times)]]
+    for name, size in (("voc", "a VOC photograph"), ("12_mpx", "12 Mpx")):
+        fused = [each["fuse"][name] for each in times]
+        for way, words in (("host_to_device", "to the GPU"), ("device_to_host", "from the GPU")):
+            rows.append([f"fusing {size}, copied {words}", *(f"{each[f'bytes_{way}'] / 1000:,.1f} kB" for each in fused)])
+        rows.append([f"fusing {size}, waits of the host", *(f"{each['waits']:g}" for each in fused)])
+    return table([f"simulated GPU, {found['photographs']['count']} photographs", "before", "now"], rows)
+
+
 def scale() -> str:
     """The cost of a run in the process that drives it."""
     found = result("run-scale")
@@ -227,6 +240,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampling-forms": sampling,
     "stage-two": stage_two,
     "host": host,
+    "graph-replays": replays,
     "scale": scale,
     "summary": summary,
 }

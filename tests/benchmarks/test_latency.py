@@ -219,7 +219,7 @@ def test_feeds_lie_on_the_gpu_and_outputs_are_waited_for(sim: Any, monkeypatch: 
     ):
         sent = engine.copied["host_to_device"]
         wait(engine(resident))
-        assert len(computed) == 1 and np.array_equal(computed[0], feeds["boxes"])
+        assert len(computed) == 1 and np.array_equal(computed[0][:2], feeds["boxes"])
         times, rate = latency._timed(engine, resident, wait, 0.0, queued=True)
         assert len(computed) == 1 + 3 + 3 + 3, "warm-up, timed, queued: all have run when the clock stops"
         assert engine.copied["host_to_device"] == sent, "nothing is copied from the host"

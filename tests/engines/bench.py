@@ -48,12 +48,13 @@ class Bench:
         inputs: tuple[TensorSpec, ...] = tensors(("batch", 3), "float32", "x"),
         outputs: tuple[TensorSpec, ...] = tensors(("batch", 3), "float32", "y"),
         *,
+        axes: Mapping[str, AxisRange] = AXES,
         flavour: Any = "trt",
         network: dict[str, Any] | None = None,
         **options: Any,
     ) -> TrtEngine:
-        plan = self.plan(name, sim.Network(inputs, outputs, AXES, function, **(network or {})))
-        spec = GraphSpec(file="graph.onnx", inputs=inputs, outputs=outputs, axes=AXES, opset=18)
+        plan = self.plan(name, sim.Network(inputs, outputs, axes, function, **(network or {})))
+        spec = GraphSpec(file="graph.onnx", inputs=inputs, outputs=outputs, axes=axes, opset=18)
         self.opened.append(TrtEngine(plan, spec, flavour=flavour, **options))
         return self.opened[-1]
 

@@ -79,6 +79,11 @@ class Network:
     """It is not enqueued in a capture."""
     weights_fit: bool = True
     activations_bytes: int = 1 << 16
+    """Of the largest call."""
+    activations_of: Callable[[Mapping[str, tuple[int, ...]]], int] | None = None
+    """Of a call with these shapes of inputs; None: each needs those of the largest."""
+    context_bytes: int = 0
+    """GPU memory of each execution context, without activations."""
 
 
 class Gpu:
@@ -334,6 +339,15 @@ class Calls:
         gpu.put(stream, copy)
 
     @staticmethod
+    def cudaMemsetAsync(gpu: Gpu, target: int, byte: int, size: int, stream: Any) -> None:
+        assert 0 <= byte < 256 and size > 0
+
+        def fill() -> None:
+            gpu.bytes_at(target, size)[:] = byte
+
+        gpu.put(stream, fill)
+
+    @staticmethod
     def cudaStreamCreateWithFlags(gpu: Gpu, flags: int) -> int:
         assert flags == Runtime.cudaStreamNonBlocking
         handle = gpu.handle()
@@ -516,11 +530,18 @@ class Engine:
         return RuntimeConfig(self._gpu)
 
     def create_execution_context(self, config: Any) -> Any:
+        own = 0
+        if self._network.context_bytes:
+            status, own = self._gpu.runtime.cudaMalloc(self._network.context_bytes)
+            self._gpu.last_error = Status.cudaSuccess
+            if status != Status.cudaSuccess:
+                self._logger.log(Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was 9 bytes.)")
+                return None
         if self._gpu.rtx:
             assert isinstance(config, RuntimeConfig) and config.allocation == "user" and config.cache is not None
-            return RtxContext(self._gpu, self._network, self._logger, config)
+            return RtxContext(self._gpu, self._network, self._logger, own, config)
         assert config == "user"
-        return Context(self._gpu, self._network, self._logger)
+        return Context(self._gpu, self._network, self._logger, own)
 
     def __del__(self) -> None:
         self._gpu.released.append("engine")
@@ -560,18 +581,25 @@ class RuntimeCache:
 
 
 class Context:
-    def __init__(self, gpu: Gpu, network: Network, logger: Any) -> None:
-        self._gpu, self._network, self._logger = gpu, network, logger
+    def __init__(self, gpu: Gpu, network: Network, logger: Any, own: int) -> None:
+        self._gpu, self._network, self._logger, self._own = gpu, network, logger, own
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._memory = (0, 0)
+        self._needed = network.activations_bytes
         self._warm = False
         self.state = [0]  # shared with what was captured from it
         self.general = False
         self._running = [0]
 
+    def update_device_memory_size_for_shapes(self) -> int:
+        assert self._shapes.keys() == {each.name for each in self._network.inputs}
+        if self._network.activations_of is not None:
+            self._needed = self._network.activations_of(self._shapes)
+        return self._needed
+
     def set_device_memory(self, address: int, size: int) -> None:
-        assert size >= self._network.activations_bytes and address % 256 == 0
+        assert size >= self._needed and address % 256 == 0
         self._memory = address, size
         self.state[0] += 1
 
@@ -587,7 +615,7 @@ class Context:
                 self._logger.log(Severity.ERROR, f"shape {shape} of {name} is outside of the profile")
                 return False
         if self._shapes.get(name) != shape:
-            self._shapes[name], self._warm = shape, False
+            self._shapes[name], self._warm, self._needed = shape, False, self._network.activations_bytes
         self.state[0] += 1
         return True
 
@@ -618,11 +646,11 @@ class Context:
             gpu.stream(stream).broken = network.allocates
             return False
         tensors = (*network.inputs, *network.outputs)
-        if self._addresses.keys() != {each.name for each in tensors} or not self._memory[0] or gpu.last_error:
-            self._logger.log(Severity.ERROR, f"not ready: {sorted(self._addresses)}, {gpu.last_error!r}")
+        if self._addresses.keys() != {each.name for each in tensors} or self._memory[1] < self._needed or gpu.last_error:
+            self._logger.log(Severity.ERROR, f"not ready: {sorted(self._addresses)}, {self._memory}, {gpu.last_error!r}")
             return False
         shapes = {each.name: self._shapes.get(each.name) or self.get_tensor_shape(each.name) for each in tensors}
-        addresses, activations = dict(self._addresses), self._memory[0]
+        addresses, activations, needed = dict(self._addresses), self._memory[0], self._needed
         state, expected, stale = self.state, self.state[0], self.general and capturing
 
         def array(spec: TensorSpec) -> np.ndarray:
@@ -633,7 +661,7 @@ class Context:
         def compute() -> None:
             answers = network.function({each.name: array(each).copy() for each in network.inputs})
             data = b"".join(np.ascontiguousarray(answers[each.name]).astype(each.dtype).tobytes() for each in network.outputs)
-            assert len(data) <= network.activations_bytes, "a simulated network needs more activation memory"
+            assert len(data) <= needed, "a simulated network needs more activation memory"
             if capturing and (stale or state[0] != expected):
                 data = bytes([RUBBISH]) * len(data)
             gpu.bytes_at(activations, len(data))[:] = np.frombuffer(data, np.uint8)
@@ -654,14 +682,16 @@ class Context:
         self.state[0] += 1
         if self._running[0]:
             self._gpu.faults.append("a context was released while it ran")
+        if self._own:
+            del self._gpu.memory[self._own]
         self._gpu.released.append("context")
 
 
 class RtxContext(Context):
     """Compiles kernels for new shapes: before the run, or in the background while general ones run."""
 
-    def __init__(self, gpu: Gpu, network: Network, logger: Any, config: RuntimeConfig) -> None:
-        super().__init__(gpu, network, logger)
+    def __init__(self, gpu: Gpu, network: Network, logger: Any, own: int, config: RuntimeConfig) -> None:
+        super().__init__(gpu, network, logger, own)
         self._cache = config.cache
         self.general = config.dynamic_shapes_kernel_specialization_strategy == "lazy"
 

@@ -173,6 +173,7 @@ def test_the_simulation_answers_in_the_shape_of_the_real_calls() -> None:
         "cudaFreeHost": (4096,),
         "cudaPointerGetAttributes": (4096,),
         "cudaMemcpyAsync": (4096, 8192, 16, real.cudaMemcpyKind.cudaMemcpyHostToDevice, stream),
+        "cudaMemsetAsync": (4096, 255, 16, stream),
         "cudaStreamCreateWithFlags": (real.cudaStreamNonBlocking,),
         "cudaStreamDestroy": (stream,),
         "cudaStreamSynchronize": (stream,),

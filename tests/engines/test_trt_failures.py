@@ -33,8 +33,9 @@ def test_closing_twice_and_calling_after(bench: Bench) -> None:
     clone = out.clone()
     engine.close()
     engine.close()
-    with pytest.raises(RuntimeError, match="double: called after it was closed"):
-        engine({"x": X})
+    for use in (lambda: engine({"x": X}), lambda: engine.upload(X)):
+        with pytest.raises(RuntimeError, match="double: called after it was closed"):
+            use()
     with pytest.raises(RuntimeError, match="closed"):
         np.asarray(out)
     assert np.array_equal(np.asarray(clone), 2 * X), "a clone outlives its engine"

@@ -147,7 +147,7 @@ def test_the_chain_stays_on_the_gpu_and_agrees(model: Model, open_trt: Open) -> 
         wanted, _, _ = chain(*references, turn=turn)
         for found, want in zip(logits, wanted, strict=True):
             assert difference(found, want) < 2e-2
-    assert engines[1].copied["host_to_device"] == 4 * 2 * 9 * (4 * 4 + 8), "boxes and image numbers, no embedding"
+    assert engines[1].copied["host_to_device"] == 4 * 2 * 16 * (4 * 4 + 8), "boxes and image numbers, padded; no embedding"
 
 
 def test_clones_and_host_arrays_survive_a_gpu_that_is_behind(open_trt: Open) -> None:
@@ -164,7 +164,7 @@ def test_clones_and_host_arrays_survive_a_gpu_that_is_behind(open_trt: Open) -> 
         assert difference(clone, expected) < 1e-2
 
 
-def test_pytorch_tensors_in_and_out_without_a_copy(open_trt: Open) -> None:
+def test_pytorch_tensors_in_and_out_without_the_host(open_trt: Open) -> None:
     torch = pytest.importorskip("torch", reason="needs torch")
     if not torch.cuda.is_available():
         pytest.skip("needs a torch with CUDA")

@@ -47,27 +47,35 @@ def test_shapes_that_alternate_each_have_a_graph(bench: Bench) -> None:
     assert engine.cuda_graphs == 3 and bench.count("cudaGraphLaunch") == 6
 
 
-def test_another_address_is_never_replayed_with_the_old_one(bench: Bench) -> None:
-    engine = bench.open("double", double)
+def test_one_graph_serves_tensors_from_anywhere(bench: Bench) -> None:
+    engine, other = bench.open("double", double), bench.open("increment", increment)
     here, there = foreign(bench.gpu, X), foreign(bench.gpu, X + 50)
     for _ in range(3):
         assert np.array_equal(np.asarray(engine({"x": here})["y"]), 2 * X)
+    for values, tensor in (
+        (X + 50, there),
+        (X - 1, X - 1),
+        (X + 1, other({"x": X})["y"].clone()),
+        (X + 2, other({"x": X + 1})["y"]),
+        (X, here),
+    ):
+        before = bench.count("cudaGraphLaunch")
+        assert np.array_equal(np.asarray(engine({"x": tensor})["y"]), 2 * values)
+        assert bench.count("cudaGraphLaunch") == before + 1
     assert engine.cuda_graphs == 1
-    assert np.array_equal(np.asarray(engine({"x": there})["y"]), 2 * (X + 50))
-    assert np.array_equal(np.asarray(engine({"x": X - 1})["y"]), 2 * (X - 1)), "nor an array of the host"
-    assert np.array_equal(np.asarray(engine({"x": here})["y"]), 2 * X)
 
 
 def test_graphs_are_bounded_and_the_unused_go(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contexts, "MAX_GRAPHS", 2)
     engine = bench.open("double", double)
-    xs = [foreign(bench.gpu, X + number) for number in range(3)]
+    xs = [foreign(bench.gpu, X[:1]), foreign(bench.gpu, X + 1), foreign(bench.gpu, np.concatenate([X, X]))]
 
     def replays(number: int) -> bool:
         before = bench.count("cudaGraphLaunch")
-        clones.append((engine({"x": xs[number]})["y"].clone(), 2 * (X + number)))
+        clones.append((engine({"x": xs[number]})["y"].clone(), 2 * values[number]))
         return bench.count("cudaGraphLaunch") > before
 
+    values = [X[:1], X + 1, np.concatenate([X, X])]
     clones: list[tuple[CudaTensor, np.ndarray]] = []
     assert [replays(number) for number in (0, 0, 1, 1, 1, 0)] == [False] * 4 + [True] * 2
     assert not replays(2)
@@ -86,7 +94,7 @@ def test_graphs_are_bounded_and_the_unused_go(bench: Bench, monkeypatch: pytest.
 def test_a_graph_that_is_replayed_again_and_again_keeps_its_place(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contexts, "MAX_GRAPHS", 1)
     engine = bench.open("double", double)
-    used, other = foreign(bench.gpu, X), foreign(bench.gpu, X + 1)
+    used, other = foreign(bench.gpu, X), foreign(bench.gpu, X[:1])
     for x in (used, used, other):
         engine({"x": x})
     for _ in range(2 * contexts.CREDIT):
@@ -142,6 +150,60 @@ def test_what_cannot_be_captured_is_enqueued_and_said_once(
     assert engine.cuda_graphs == 0 and not bench.gpu.graphs
 
 
+def short_of_memory(bench: Bench, contexts: int) -> Any:
+    """A GPU on which an engine has memory for this many execution contexts."""
+    bench.use(sim.Gpu(memory_bytes=(contexts << 20) + (1 << 19)))
+    return bench.open("double", double, network={"context_bytes": 1 << 20})
+
+
+@pytest.mark.parametrize("graphs", [0, 1, 2])
+def test_graphs_that_do_not_fit_in_memory_are_an_extra(bench: Bench, caplog: pytest.LogCaptureFixture, graphs: int) -> None:
+    """All calls are answered at their full size, and creating contexts is not tried at each of them."""
+    engine = short_of_memory(bench, 1 + graphs)
+    allocations, clones = [], []
+    for turn in range(30):
+        for rows in (1, 2, 3, 4):
+            x = np.full((rows, 3), turn, np.float32)
+            clones.append((engine({"x": x})["y"].clone(), 2 * x))
+            assert engine.cuda_graphs <= graphs
+        allocations.append(bench.count("cudaMalloc"))
+    for clone, expected in clones:
+        assert np.array_equal(np.asarray(clone), expected)
+    assert engine.cuda_graphs == graphs
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert ("keeps fewer CUDA graphs" if graphs else "runs without CUDA graphs") in line and "OutOfMemory" in line
+    if not graphs:
+        assert bench.count("cudaStreamBeginCapture") == 0
+    else:
+        assert bench.count("cudaStreamBeginCapture") <= 4 + 30 * 4 / contexts.CREDIT
+
+
+def test_a_graph_is_given_up_after_its_last_run(bench: Bench) -> None:
+    engine = short_of_memory(bench, 2)
+    one, two = foreign(bench.gpu, X[:1]), foreign(bench.gpu, X)
+    outs = [engine({"x": x})["y"].clone() for x in (one, one, one, two, two, two)]
+    for out in outs:
+        assert np.array_equal(np.asarray(out), 2 * X[: len(np.asarray(out))])
+    assert engine.cuda_graphs == 1 and bench.count("cudaGraphLaunch") == 2 and bench.count("cudaGraphExecDestroy") == 1
+
+
+def test_a_first_run_for_a_graph_that_does_not_fit_is_enqueued(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = bench.open("double", double)
+    engine({"x": X})
+    enqueue, general = sim.Context.execute_async_v3, engine._contexts._context
+
+    def fails(self: Any, stream: int) -> bool:
+        if self is general:
+            return bool(enqueue(self, stream))
+        self._logger.log(sim.Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was 9 bytes.)")
+        return False
+
+    monkeypatch.setattr(sim.Context, "execute_async_v3", fails)
+    for _ in range(3):
+        assert np.array_equal(np.asarray(engine({"x": X})["y"]), 2 * X)
+    assert engine.cuda_graphs == 0
+
+
 class Litter:
     """A cycle that calls CUDA when it is collected, as another library's tensors do."""
 
@@ -181,10 +243,17 @@ def test_random_programs_in_random_orders(bench: Bench, seed: int) -> None:
     dice = random.Random(seed)
     gpu = bench.use(sim.Gpu(shuffle=seed))
     add = tensors(("batch", 3), "float32", "a", "b")
+
+    def grows(most: int) -> dict[str, Any]:
+        """More activations for two rows than for one."""
+        return {
+            "network": {"activations_bytes": most, "activations_of": lambda shapes: most - 300 * (2 - min(shapes.values())[0])}
+        }
+
     engines = {
-        "double": bench.open("double", double, cuda_graphs=dice.random() < 0.7),
-        "increment": bench.open("increment", increment),
-        "add": bench.open("add", lambda f: {"y": f["a"] + f["b"]}, add),
+        "double": bench.open("double", double, cuda_graphs=dice.random() < 0.7, **grows(dice.randrange(400, 1500))),
+        "increment": bench.open("increment", increment, **grows(dice.randrange(400, 1500))),
+        "add": bench.open("add", lambda f: {"y": f["a"] + f["b"]}, add, **grows(dice.randrange(400, 1500))),
     }
     rules = {"double": lambda x: 2 * x % 1000, "increment": lambda x: x + 1, "add": lambda a, b: a + b}
     live: dict[str, tuple[Any, np.ndarray]] = {}  # an engine's output of now, or a clone, and what it must hold
@@ -268,6 +337,29 @@ def test_rtx_keeps_compiled_kernels_beside_the_plan(bench: Bench) -> None:
     assert compiled(bench) == set()
     assert (file.read_bytes(), file.stat().st_mtime_ns) == before, "not written again for nothing"
     assert sorted(path.name for path in bench.folder.iterdir()) == ["double.plan", "double.plan.kernels"]
+
+
+def test_rtx_saves_compiled_kernels_while_it_runs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed does not close its engines."""
+    now, writes = [1000.0], []
+    monkeypatch.setattr(contexts.time, "monotonic", lambda: now[0])
+    save = contexts.save_kernels
+    monkeypatch.setattr(contexts, "save_kernels", lambda path, cache: (writes.append(now[0]), save(path, cache)))
+    bench.use(sim.Gpu(rtx=True))
+    engine, file = bench.open("double", double, flavour="trt-rtx"), bench.folder / "double.plan.kernels"
+    engine({"x": X})
+    assert not file.exists()
+    now[0] += contexts.SAVE_SECONDS
+    engine({"x": X[:1]})
+    assert b"(2,3)" in file.read_bytes() and b"(1,3)" in file.read_bytes()
+    for turn in range(20):
+        now[0] += contexts.SAVE_SECONDS / 4
+        engine({"x": X[: 1 + turn % 2]})
+    assert len(writes) == 2, "replays compile nothing"
+    engine({"x": np.concatenate([X, X])})
+    assert len(writes) == 3 and b"(4,3)" in file.read_bytes()
+    engine({"x": np.concatenate([X, X[:1]])})
+    assert len(writes) == 3, "a moment later"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The chain with engines that compute nothing, which leaves only the host's work. Used by `host_path` and `run_scale`.
+"""The chain with engines that compute nothing, which leaves only the host's work. Used by `host_path`, `run_scale` and
+`graph_replays`.
 
 Every photograph gets three classes, three boxes and three masks, so that no stage is skipped. Sizes are those of the published
 models (``FULL``), or small ones (``SMALL``).
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -61,7 +62,12 @@ SMALL = Sizes(view_px=32, sam_px=64, mask_px=32, short_px=48, longest_px=80, can
 
 
 def open_fake(
-    sizes: Sizes = FULL, *, encoder_seconds: float = 0.0, queued: bool = False, ends: list[float] | None = None
+    sizes: Sizes = FULL,
+    *,
+    encoder_seconds: float = 0.0,
+    queued: bool = False,
+    ends: list[float] | None = None,
+    make: Callable[[str, GraphSpec, Script], Engine] | None = None,
 ) -> Labeler:
     """A labeler of VOC's classes whose engines return at once.
 
@@ -69,6 +75,7 @@ def open_fake(
         encoder_seconds: time that a call of SAM's encoder takes.
         queued: calls return before they are computed, as with TensorRT; otherwise afterwards.
         ends: gets the time (``perf_counter``) at which each encoder call was computed.
+        make: opens other engines with these names, contracts and scripts.
     """
     classes, device = parse_classes("voc"), Device(queues=queued)
     bundle = open_bundle(MINI)  # for its tokenizers and settings
@@ -85,6 +92,8 @@ def open_fake(
     ) -> Engine:
         named = [tuple(dataclasses.replace(spec, name=key) for key, spec in specs.items()) for specs in (inputs, outputs)]
         spec = GraphSpec(file=f"{name}.onnx", inputs=named[0], outputs=named[1], axes=axes, opset=18)
+        if make is not None:
+            return device.engine(make(name, spec, script), name)
         fake = FakeEngine(spec, script, seconds=seconds, queued=queued)
         fake.ends = fake.ends if ends is None else ends
         fake.calls = deque(maxlen=0)  # its log of calls would add 1 kB an image to the run's memory
@@ -92,7 +101,7 @@ def open_fake(
 
     def detector(canvas: tuple[int, int]) -> Engine:
         return engine(
-            "detector",
+            f"detector {canvas[0]}x{canvas[1]}",
             {
                 "pixels": _t("uint8", "batch", *canvas, 3),
                 "size": _t("int64", "batch", 2),
