@@ -147,6 +147,9 @@ def _build(
     config.clear_flag(trt.BuilderFlag.TF32)  # its mantissa has the 10 bits of half, which would undo the nodes kept in FP32
     if options.flavour == "trt-rtx":
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # required for capturing TensorRT-RTX in a CUDA graph
+    if hasattr(trt, "PreviewFeature") and hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):
+        # Otherwise an engine asks for the activation memory of its largest shapes at every call (`engines.arena`).
+        config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the log of TensorRT-RTX then ends in the compiled layers
     config.add_optimization_profile(_profile(builder, spec, axes))
     if options.optimization_level is not None:

@@ -143,7 +143,8 @@ def assemble(
     canvases = tuple(sorted(options.sizes or frame.canvases, key=lambda canvas: canvas[0] * canvas[1]))
     batch = options.batch or frame.batch
     graphs: list[Callable[[], Graph]] = [partial(text_graph, model)]
-    sampling = options.sampling or "grid-sample"
+    # Half precision is for TensorRT, whose kernels that gather never write the samples; its GridSample has one type for all.
+    sampling = options.sampling or ("grid-sample" if options.precision == "fp32" else "gather")
     graphs += [partial(image_graph, model, canvas, batch, frame.margin, sampling) for canvas in canvases]
     return Prepared(
         variant=variant,

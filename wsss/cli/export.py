@@ -52,8 +52,8 @@ def export(
     sampling: Annotated[
         Literal["grid-sample", "gather", "plugin"] | None,
         typer.Option(
-            help="How Grounding-DINO samples features: grid-sample (default); gather, for a TensorRT version whose "
-            "GridSample is wrong; plugin, for the kernel of the full TensorRT."
+            help="How Grounding-DINO samples features: grid-sample (default in fp32); gather (default in half precision, and "
+            "for ONNX Runtime on a GPU); plugin, for the kernel of the full TensorRT."
         ),
     ] = None,
     workspace: Annotated[int, typer.Option(min=1, help="TensorRT: largest scratch memory per layer, MiB.")] = 8192,
