@@ -101,6 +101,25 @@ def engines() -> str:
     return table([f"FP16, {built['cores']} CPU cores", "build time", "peak memory"], rows)
 
 
+def compiled() -> str:
+    """What TensorRT-RTX compiles the graphs to."""
+    rows: list[Row] = []
+    for name, found in result("compiled-graphs").items():
+        per = "a box" if found["rows"] == 64 else "an image"
+        rows.append(
+            [
+                name.replace(":", ""),
+                f"{found['fused_attentions']}, {found['softmaxes_alone']}",
+                str(found["kernels"]),
+                f"{found['gigabytes']:.2f} GB {per}",
+                f"{found['ms_of_bytes']:.2f} ms",
+                f"{found['ms_of_products']:.2f} ms",
+            ]
+        )
+    head = ["FP16", "attentions fused, softmaxes alone", "kernels", "memory traffic", "bound by memory", "by products"]
+    return table(head, rows)
+
+
 def sampling() -> str:
     """Grounding-DINO's forms of deformable attention."""
     forms = result("sampling-forms")["forms"]
@@ -237,6 +256,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "half-precision": half,
     "engine-builds": engines,
+    "compiled-graphs": compiled,
     "sampling-forms": sampling,
     "stage-two": stage_two,
     "host": host,

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'wsss[trt-rtx]'")
 
+from wsss.benchmarks.compiled import ALONE, FUSED, compiled, lines_of
 from wsss.engines.plan import Gpu
 from wsss.errors import BundleError, WsssError
 from wsss.export import exporting, fuse, to_engine
@@ -130,6 +131,28 @@ def test_no_fusion_is_lost(built: dict[str, Model]) -> None:
         "sam/decoder": (2, 5),
         "sam/fuse": (0, 0),
     }
+
+
+MEGABYTES = {
+    "clip/image": 3.357,
+    "clip/text": 0.186,
+    "grounding-dino/image-144x256": 61.56,
+    "sam/encoder": 55.91,
+    "sam/decoder": 9.678,
+}
+"""Memory traffic of one row (image, prompt, box) of the compiled graphs in the usual batch."""
+
+
+@pytest.mark.parametrize("graph", MEGABYTES)
+def test_compiled_graphs_move_no_more_bytes(bundle: Bundle, built: dict[str, Model], graph: str) -> None:
+    name, _, part = graph.partition("/")
+    found = compiled(bundle.model(name), part)
+    assert found.bytes_per_row / 1e6 == pytest.approx(MEGABYTES[graph], rel=0.1)
+    plan = built[name].graph(part).plans["trt-rtx"]
+    assert (found.count(FUSED), found.count(ALONE)) == (plan.fused_attentions, plan.softmaxes_alone)
+    first, *others = lines_of(graph, found)
+    assert first.startswith(f"{graph}: ") and f"{plan.fused_attentions} attentions fused" in first
+    assert sum(" x " in line for line in others) == len(found.kernels) + len(found.largest)
 
 
 def test_the_manifest_on_disk_knows_the_plans(built: dict[str, Model], bundle: Bundle) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +45,10 @@ def bench(
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Also time TensorRT engines that were not verified against PyTorch.")
     ] = False,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help="Time nothing; list what TensorRT-RTX compiles each graph to, which needs no GPU."),
+    ] = False,
     json_output: JsonFlag = False,
     csv: Annotated[str | None, typer.Option(metavar="FILE", help="Append a row per measurement to this file.")] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Plot images per second and the bound.")] = None,
@@ -55,6 +61,9 @@ def bench(
     from ..benchmarks.plot import write_plot
     from ..runtime.labeler import MINI
 
+    if layers:
+        _list_layers(MINI if bundle == "mini" else Path(bundle), model or (), max(batch) if batch else None, json_output)
+        return
     if plot is not None and Path(plot).suffix.lower() != ".png":
         raise UsageError(f"--plot {plot}: expected a .png file")
     report = run_bench(
@@ -84,3 +93,20 @@ def bench(
         return
     for line in table(report):
         typer.echo(line)
+
+
+def _list_layers(bundle: Path, models: Sequence[str], rows: int | None, json_output: bool) -> None:
+    from ..benchmarks.compiled import compiled, lines_of
+    from ..spec import open_bundle
+
+    opened, found = open_bundle(bundle), {}
+    if unknown := set(models) - set(opened.models()):
+        raise UsageError(f"--model {', '.join(sorted(unknown))}: {bundle} has {', '.join(opened.models())}")
+    for name in models or opened.models():
+        model = opened.model(name)
+        for graph in model.manifest.graphs:
+            found[f"{name}/{graph}"] = each = compiled(model, graph, rows)
+            if not json_output:
+                typer.echo("\n".join(lines_of(f"{name}/{graph}", each)))
+    if json_output:
+        typer.echo(json.dumps({name: dataclasses.asdict(each) for name, each in found.items()}, indent=1))
