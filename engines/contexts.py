@@ -348,7 +348,8 @@ class Contexts:
             refusal = self._error("not loaded")
             if isinstance(refusal, OutOfMemory):
                 raise refusal
-            raise BundleError(f"{plan}: refused: {refusal.message}", hint="build the engine again")
+            why = "; ".join(why_invalid(self._trt, self._runtime, data)) or refusal.message
+            raise BundleError(f"{plan}: refused: {why}", hint="build the engine again; wsss doctor says what runs here")
         return engine
 
     def _error(self, what: str) -> WsssError:
@@ -356,6 +357,27 @@ class Contexts:
         if "out of memory" in errors.lower() or "OutOfMemory" in errors:
             return OutOfMemory(f"{self._where}: {what}: {errors}", hint="a smaller --batch, or a GPU that nothing else uses")
         return WsssError(f"{self._where}: TensorRT {self._trt.__version__}: {what}: {errors or 'no reason given'}")
+
+
+_INVALID = {
+    "VERSION_MISMATCH": "another version of the library built it",
+    "UNSUPPORTED_CC": "it has no code for this GPU",
+    "OLD_CUDA_DRIVER": "the driver is too old for it",
+    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old for it",
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory for it",
+    "MALFORMED_ENGINE": "the file is damaged",
+    "CUDA_ERROR": "CUDA does not work here",
+}
+
+
+def why_invalid(trt: ModuleType, runtime: Any, plan: bytes) -> list[str]:
+    """TensorRT's own reasons against a plan, where the library (TensorRT-RTX) tells them."""
+    if not hasattr(runtime, "get_engine_validity"):
+        return []
+    _, diagnostics = runtime.get_engine_validity(plan)
+    return [
+        _INVALID.get(name, name) for name, bit in trt.EngineInvalidityDiagnostics.__members__.items() if diagnostics & int(bit)
+    ]
 
 
 def _logger(trt: ModuleType) -> Any:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from wsss.engines import opening, plan
+from wsss.engines.contexts import why_invalid
 from wsss.engines.plan import Gpu, checked_plan
 from wsss.errors import BundleError, WsssError
 from wsss.extras import install_line
@@ -226,6 +227,15 @@ def test_where_engines_cannot_run_the_reason_is_given(monkeypatch: pytest.Monkey
     assert plan.why_not_here("trt-rtx") == "tensorrt_rtx does not support this GPU (H100, sm90)"
     monkeypatch.setattr(plan, "find_gpus", lambda: (HERE,))
     assert plan.why_not_here("trt-rtx") is None
+
+
+def test_the_library_says_why_a_plan_is_invalid() -> None:
+    rtx = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
+    runtime = rtx.Runtime(rtx.Logger(rtx.Logger.INTERNAL_ERROR))
+    assert why_invalid(rtx, runtime, b"no plan at all" * 100) == ["the file is damaged"]
+    both = SimpleNamespace(get_engine_validity=lambda plan: (2, 2 | 4))
+    assert why_invalid(rtx, both, b"") == ["it has no code for this GPU", "the driver is too old for it"]
+    assert why_invalid(rtx, SimpleNamespace(), b"") == []
 
 
 # ---- --engine auto ----
