@@ -223,6 +223,17 @@ def test_fusing_tiles_of_many_sizes(model: Model, open_trt: Open) -> None:
         assert_fused(found["label_map"], feeds)
 
 
+def test_activations_are_taken_for_the_calls_that_come(open_trt: Open) -> None:
+    """Of the full TensorRT only if the engine was built with RUNTIME_ACTIVATION_RESIZE_10_10, as ours are."""
+    engine = open_trt("encoder")
+    arena = engine._contexts._arena
+    assert arena.size_bytes == 0
+    engine(photographs(1))
+    small = arena.size_bytes
+    engine(photographs(engine.axes["batch"].max))
+    assert 0 < small < arena.size_bytes
+
+
 def test_closing_returns_the_memory(open_trt: Open) -> None:
     from cuda.bindings import runtime
 
