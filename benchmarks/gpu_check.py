@@ -26,7 +26,8 @@ Besides ``identity`` and ``steps`` the file has ``engine`` (what was measured, a
     By graph: ``passed``, ``errors`` by output, and ``why`` it did not pass. The mini models run the gate of `wsss verify`;
     full-size models are compared at batch 1 and 2, and their manifests do not change.
 ``gpu tests``
-    pytest's last line.
+    pytest's last line. Where no TensorRT runs, its place is taken by networks of PyTorch, so that our buffers, contexts, CUDA
+    graphs and threads run on every GPU.
 ``mini: latency``, ``SAM vit_b: latency`` ...
     Rows of `wsss.benchmarks.latency`; graphs that failed are in ``failed``.
 ``mini: chain``, ``chain with SAM vit_b`` ...
