@@ -113,8 +113,15 @@ def test_a_graph_of_products_runs_on_any_engine(monkeypatch: pytest.MonkeyPatch)
     assert product_by_graph("ort", "cpu", "fp32", 64, 2) > 0
     monkeypatch.setattr(best, "CPU_SIDE", 64)
     monkeypatch.setattr(best, "CPU_COPY_BYTES", 1 << 16)
-    measured = measure_ceiling("ort", "cpu", "fp16")
+    measured = measure_ceiling("ort", "cpu", "fp32")
     assert measured.teraflops and measured.gigabytes_per_second and "numpy" in measured.how
+    # Processors with half precision are faster in it, others are not.
+    monkeypatch.setattr(best, "_cpu_product", lambda: 2.0)
+    for half, rate, library in ((3.0, 3.0, "torch, bf16"), (1.0, 2.0, "numpy")):
+        monkeypatch.setattr(best, "_cpu_half_product", lambda precision, half=half: half)
+        measured = measure_ceiling("ort", "cpu", "bf16")
+        assert measured.teraflops == rate and library in measured.how
+        assert measure_ceiling("ort", "cpu", "fp32").teraflops == 2.0
 
 
 # ---- times ----
