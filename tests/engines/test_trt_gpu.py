@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     if not gpus:
         pytest.skip("needs an NVIDIA GPU with a working driver")
     if flavour is None:
-        pytest.skip("needs TensorRT: pip install 'wsss[trt]' or 'wsss[trt-rtx]'")
+        pytest.skip(f"needs a TensorRT that supports {gpus[0].name}: pip install 'wsss[trt]' or 'wsss[trt-rtx]'")
     from wsss.export.to_engine import BuildOptions, build_plans
 
     folder = tmp_path_factory.mktemp("bundle")
