@@ -139,9 +139,9 @@ def test_gpus_of_the_drivers_tool_without_cuda_bindings(monkeypatch: pytest.Monk
     row = dict(zip(facts._QUERIED, ("0", "NVIDIA H200", "9.0", "143771", "700.00", "580.1"), strict=True))
     gpus, _, trouble = facts._gpus([row, {**row, "power.limit": "[N/A]"}])
     assert trouble == "no cuda-bindings"
-    assert [(gpu.name, gpu.target, gpu.memory_mib, gpu.power_limit_w) for gpu in gpus] == [
-        ("NVIDIA H200", "sm90", 143771, 700.0),
-        ("NVIDIA H200", "sm90", 143771, None),
+    assert [(gpu.index, gpu.name, gpu.target, gpu.memory_mib, gpu.power_limit_w) for gpu in gpus] == [
+        (0, "NVIDIA H200", "sm90", 143771, 700.0),
+        (1, "NVIDIA H200", "sm90", 143771, None),
     ]
 
 

@@ -80,6 +80,11 @@ def test_an_opening_that_fails_leaves_nothing(bench: Bench, monkeypatch: pytest.
     monkeypatch.undo()
 
 
+def test_an_engine_without_scratch_memory_opens(bench: Bench) -> None:
+    """TensorRT takes no null pointer as the scratch memory, and ``cudaMalloc`` returns one for 0 bytes."""
+    assert bench.open("double", double, network={"activations_bytes": 0}).cuda_graphs == 0
+
+
 def test_out_of_memory_in_a_call_is_said_and_survived(bench: Bench) -> None:
     engine = bench.open("double", double)
     bench.gpu.fail["cudaHostAlloc"] = sim.Status.cudaErrorMemoryAllocation
@@ -123,6 +128,20 @@ def test_what_tensorrt_says_of_a_failed_run_is_told(bench: Bench, monkeypatch: p
     with pytest.raises(WsssError, match=r"TensorRT 11\.0: the run failed: Error Code 7: Internal Error$") as caught:
         engine({"x": X})
     assert not isinstance(caught.value, OutOfMemory)
+
+
+def test_the_last_errors_of_a_failed_run_are_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT reports what failed last; earlier lines say what was tried."""
+    engine = bench.open("double", double)
+
+    def fails(self: Any, stream: int) -> bool:
+        for number in range(5):
+            self._logger.log(sim.Severity.ERROR, f"Error Code {number}")
+        return False
+
+    monkeypatch.setattr(sim.Context, "execute_async_v3", fails)
+    with pytest.raises(WsssError, match=r"the run failed: Error Code 2; Error Code 3; Error Code 4$"):
+        engine({"x": X})
 
 
 def test_a_plan_that_is_none(bench: Bench) -> None:

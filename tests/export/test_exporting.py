@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from wsss.engines.eager import EagerEngine
 from wsss.engines.plan import Gpu
-from wsss.errors import BundleError, ParityError, WeightsError
+from wsss.errors import BundleError, ParityError, UsageError, WeightsError
 from wsss.export import exporting
-from wsss.export.family import Family, Graph, Options, Prepared, Tolerance
+from wsss.export.family import Family, Graph, Options, Prepared, Tolerance, family
 from wsss.export.to_engine import with_plan
 from wsss.export.to_onnx import WeightFile
 from wsss.spec import AxisRange, Bundle, GraphSpec, Manifest, Model, PlanSpec, Preprocess, TensorSpec, open_bundle
@@ -69,6 +69,11 @@ def make_family(*, factor: float = 3.0, truth: float = 3.0) -> Family:
 
 def export(bundle: Path, family: Family, weights: str = "abcdefgh") -> Manifest:
     return exporting.export_model(family, variant="one", weights=weights, bundle=bundle, options=Options(), log=print)
+
+
+def test_an_unknown_family_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="--model: expected one of clip, grounding-dino, sam, segmenter or all, got 'resnet'"):
+        family("resnet")
 
 
 def test_export_fail_replace_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

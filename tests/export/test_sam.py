@@ -324,6 +324,14 @@ def test_the_variant_of_a_checkpoint_is_read_from_its_shapes(variant: str, found
     assert sam.variant_of(state) == found
 
 
+@pytest.mark.parametrize("variant", ["vit_b", "mini"])
+def test_prompts_are_in_the_frame_of_the_encoder(variant: str) -> None:
+    with torch.device("meta"):
+        built = sam.BUILDERS[variant]()
+    side = built.image_encoder.img_size
+    assert built.prompt_encoder.input_image_size == (side, side)
+
+
 def test_a_checkpoint_has_the_official_mean_and_deviation(checkpoint: Path) -> None:
     """They stand in none."""
     loaded = sam.load("mini", str(checkpoint))[0]

@@ -89,6 +89,16 @@ def test_two_graphs_share_weights_and_half_is_kept_only_where_exact(tmp_path: Pa
     assert str(Path(__file__).parents[2]).encode() not in (tmp_path / "b.onnx").read_bytes()
 
 
+def test_a_module_is_traced_in_evaluation_mode(tmp_path: Path) -> None:
+    module = nn.Sequential(TwoLayers(), nn.Dropout(0.5)).train()
+    export_onnx(make_graph(module), tmp_path / "x.onnx", WeightFile(tmp_path / "weights.data"))
+    feeds = make_graph(module).sample(4, 1)
+    with torch.no_grad():
+        want = module.eval()(torch.from_numpy(feeds["x"])).numpy()
+    session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"))
+    np.testing.assert_allclose(session.run(["y"], feeds)[0], want, rtol=1e-5, atol=1e-6)
+
+
 def test_a_baked_batch_is_refused(tmp_path: Path) -> None:
     with pytest.raises((WsssError, torch.onnx.errors.OnnxExporterError)):
         export_onnx(make_graph(Baked()), tmp_path / "x.onnx", WeightFile(tmp_path / "weights.data"))

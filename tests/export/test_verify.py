@@ -112,6 +112,15 @@ def test_a_wrong_engine_is_refused_with_output_row_and_distance(rule: Rule, says
     assert says in str(error.value)
 
 
+def test_an_output_of_another_shape_is_refused_though_it_could_be_broadcast() -> None:
+    class Narrow(Computes):
+        def __call__(self, feeds: Mapping[str, np.ndarray]) -> Feeds:
+            return {"y": super().__call__(feeds)["y"][:, :1]}
+
+    with pytest.raises(ParityError, match=r"row 0 of batch 1, against reference: shape \(1, 1\), expected \(1, 3\)"):
+        gate(make_graph(), Narrow(double), engine_name="toy", reference_name="numpy", where="toy")
+
+
 def test_a_leak_within_the_tolerance_of_the_reference_still_counts_against_the_row_alone() -> None:
     loose = make_graph(relative=0.1)
     with pytest.raises(ParityError, match="against alone"):

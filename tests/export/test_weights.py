@@ -266,6 +266,14 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, write: Callable[[Path], objec
     assert "weights_only" not in str(caught.value), "PyTorch advises to run what is pickled"
 
 
+def test_a_folder_called_like_a_weights_file_is_none(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(WeightsError):
+        checkpoints.file_in(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert checkpoints.file_in(tmp_path) == tmp_path / "pytorch_model.bin"
+
+
 OPEN_CLIP = {"model_cfg": {"embed_dim": 512, "vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}
 
 

@@ -241,6 +241,9 @@ def test_classes_that_the_small_models_do_not_know(world: World, tmp_path: Path)
     Labeler.open(world.bundle, classes=one_known)
     (tmp_path / "boxes.json").write_text("{}")
     Labeler.open(world.bundle, classes="red, green", boxes=tmp_path / "boxes.json")  # outlines know no classes
+    write_manifest(world.bundle / "clip", dataclasses.replace(world.model("clip").manifest, variant="ViT-B-16"))
+    with pytest.warns(WsssWarning, match="know only red disc"):
+        Labeler.open(world.bundle, classes="red, green, blue")
 
 
 def test_a_photograph_without_range_is_warned_of(world: World, tmp_path: Path) -> None:

@@ -169,10 +169,10 @@ def test_a_long_prompt_is_cut_and_still_ends(world: World) -> None:
         seen.extend(feeds["tokens"])
         return {"embedding": np.ones((len(feeds["tokens"]), 4), np.float32)}
 
-    model = with_settings(world.model("clip"), templates=["{}"])
+    model = with_settings(world.model("clip"), templates=["{}"], pad=7)
     engine = FakeEngine(model.graph("text"), script)
     embed_prompts(model, engine, [("red green",), ("red green blue red green",)])
-    assert [row.tolist() for row in seen] == [[1, 2, 0, 0], [1, 2, 3, 9]]
+    assert [row.tolist() for row in seen] == [[1, 2, 7, 7], [1, 2, 3, 9]]
 
 
 def test_a_prompt_that_is_cut_is_warned_of(world: World, caplog: pytest.LogCaptureFixture, spoken: None) -> None:

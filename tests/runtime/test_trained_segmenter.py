@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from PIL import Image
 from wsss.batch import Boxes, Images, Labels, Photograph
 from wsss.classes import class_list
 from wsss.engines.fake import FakeEngine
-from wsss.errors import UsageError
+from wsss.errors import BundleError, UsageError
 from wsss.runtime.labeler import Labeler
 from wsss.runtime.run.label_folder import label_folder
 from wsss.runtime.trained_segmenter import (
@@ -28,6 +28,9 @@ from wsss.runtime.trained_segmenter import (
     tiles,
 )
 from wsss.spec import AxisRange, GraphSpec, Manifest, Model, Preprocess, TensorSpec
+
+if TYPE_CHECKING:
+    from ..conftest import World
 
 CANVASES = ((32, 32), (24, 48))
 Feeds = Mapping[str, np.ndarray]
@@ -214,6 +217,11 @@ def test_a_run_keeps_the_confidence_beside_the_labels(tmp_path: Path) -> None:
         assert np.array_equal(sure, each.pixels[..., 1])
         with Image.open(tmp_path / "store" / "labels" / name) as label:
             assert label.mode == "P"
+
+
+def test_a_bundle_without_a_segmenter_is_named_and_no_classes_are_asked_for(world: World) -> None:
+    with pytest.raises(BundleError, match="segmenter"):
+        Labeler.open(world.bundle, model="segmenter")
 
 
 def test_the_command_line_asks_for_no_classes(wsss: Callable[..., Any], tmp_path: Path) -> None:

@@ -158,6 +158,11 @@ def test_labels_are_taken_at_the_middle_of_their_pixels() -> None:
     assert resized_label(row.T.copy(), (2, 1)).tolist() == [[1], [3]]
 
 
+def test_a_photograph_is_resized_also_if_one_side_stays() -> None:
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    assert [tuple(resized(pixels, size).shape) for size in ((4, 7), (5, 6), (4, 6))] == [(3, 4, 7), (3, 5, 6), (3, 4, 6)]
+
+
 def test_every_offset_of_a_crop_is_drawn() -> None:
     """Of 34 x 33 pixels a crop of 32 has 3 x 2 places, the last row and column among them."""
     label = np.arange(34)[:, None] * 4 + np.arange(33)[None] % 4

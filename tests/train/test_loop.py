@@ -275,6 +275,12 @@ def test_best_weights_are_kept_only_beside_a_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / BEST).exists()
 
 
+def test_the_rest_of_a_write_that_was_killed_is_no_other_run(tmp_path: Path) -> None:
+    (tmp_path / ".123-0.tmp").touch()
+    loop._prepare_folder(tmp_path, Config())
+    assert (tmp_path / "config.json").exists()
+
+
 def test_a_folder_that_is_no_run(scenes: Scenes, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").touch()
@@ -490,8 +496,8 @@ def test_curves_of_older_runs_are_read(tmp_path: Path) -> None:
     assert "NaN" not in text and text.splitlines()[-1] == '{"step": 2, "loss": null, "rate": 0.1, "seconds": 2.0}'
     curve.draw(tmp_path)
     for text in ("[]", "7", '{"loss": 1}', "[" * 100_000):
-        (tmp_path / "curve.jsonl").write_text(text)
-        assert curve.read_curve(tmp_path) == []
+        (tmp_path / "curve.jsonl").write_text(f'{text}\n{{"step": 1}}\n')
+        assert curve.read_curve(tmp_path) == [], "nothing behind an invalid line"
 
 
 # ---- records that were damaged ----

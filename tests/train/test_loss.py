@@ -60,6 +60,14 @@ def test_a_loss_is_its_papers_formula(kind: Any, confidence: bool) -> None:
     assert float(value(PixelLoss(args), *example())) == pytest.approx(by_hand(args), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["cross-entropy", "bootstrapped", "symmetric"])
+def test_logits_in_half_precision_have_a_loss_in_float32(kind: Any) -> None:
+    logits, label, confidence = example()
+    criterion = PixelLoss(LossArgs(kind=kind))
+    half = value(criterion, logits.half(), label, confidence)
+    torch.testing.assert_close(half, value(criterion, logits.half().float(), label, confidence), rtol=1e-6, atol=0)
+
+
 def test_class_weights_are_those_of_cross_entropy() -> None:
     weights = [0.5, 2.0, 0.0, 1.0]
     args = LossArgs(confidence=False)

@@ -46,6 +46,13 @@ def test_the_digest_tells_labels_apart(scenes: Scenes, edit_record: Edit) -> Non
     assert survey_store(store, images).digest not in (before, after)
 
 
+@pytest.mark.parametrize("field", ["sha256", "height", "width"])
+def test_a_line_that_lacks_a_field_is_named(scenes: Scenes, edit_record: Edit, field: str) -> None:
+    edit_record(lambda record: record.pop(field))
+    with pytest.raises(StoreError, match=rf"manifest\.jsonl: .*{field}"):
+        survey_store(*scenes)
+
+
 def test_failed_images_are_left_out(scenes: Scenes) -> None:
     store, images = scenes
     with LabelStore(store, named(store), {"rules": "truth"}) as out:

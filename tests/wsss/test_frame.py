@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wsss.frame import Frame, bilinear_matrix, frame_for, resized, upsample_matrix
+from wsss.frame import Frame, bilinear_matrix, frame_for, resized, scaled, upsample_matrix
 from wsss.spec import Preprocess
 
 SIZES = [
@@ -143,6 +143,8 @@ def test_a_thread_of_pixels_still_has_a_place(height: int, width: int) -> None:
         frame = frame_for(model, height, width)
         assert 1 <= frame.valid[0] <= frame.canvas[0]
         assert 1 <= frame.valid[1] <= frame.canvas[1]
+    assert scaled(30000, 4, 0.1) == (3000, 1)
+    assert scaled(4, 30000, 0.1) == (1, 3000)
 
 
 def test_squash_fills_the_canvas() -> None:

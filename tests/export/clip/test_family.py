@@ -335,6 +335,7 @@ def without(state: dict[str, Any], name: str) -> dict[str, Any]:
     [
         (lambda state: without(state, "visual.proj"), "1 missing (visual.proj)"),
         (lambda state: {**state, "extra.weight": torch.zeros(1)}, "1 surplus (extra.weight)"),
+        (lambda state: {**without(state, "visual.proj"), "module.visual.proj": state["visual.proj"]}, "1 missing (visual.proj)"),
         (lambda state: {**state, "visual.proj": torch.zeros(64, 25)}, "visual.proj (64, 25) instead of (64, 24)"),
         (lambda state: {"vision_model.embeddings.class_embedding": torch.zeros(8)}, "format of transformers' CLIPModel"),
     ],

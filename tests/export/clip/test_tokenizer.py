@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +107,12 @@ def test_the_sides_that_are_cut_and_padded_are_kept(tmp_path: Path) -> None:
     for text in ("dog", "a b c d e f g h i j k l m n o p"):
         assert fast.encode(text).ids == official([text])[0].tolist(), text
     assert fast.encode("dog").ids[0] == 0
+
+
+def test_a_token_that_a_tokenizer_lacks_is_minus_one() -> None:
+    t5: Any = SimpleNamespace(pad_token_id=0, bos_token_id=None, cls_token_id=None, eos_token_id=1, sep_token_id=None)
+    official: Any = SimpleNamespace(tokenizer=t5)
+    assert special_ids(official) == {"pad": 0, "start": -1, "end": 1}
 
 
 def test_a_tokenizer_that_would_differ_is_refused(official: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_touching_objects_are_split_between_their_boxes() -> None:
     check(found, label_map)
     # Columns 2 and 3 lie in both boxes of class 1: their middle is 3.
     assert found.map.tolist() == [[1, 1, 1, 2, 2, 2, 3, 3, 3, 3]]
-    assert [(one.label, one.score) for one in found.objects] == [(1, 0.9), (1, 0.3), (2, 0.5)]
+    assert [(one.label, one.score, one.quality) for one in found.objects] == [(1, 0.9, 0.9), (1, 0.3, 0.9), (2, 0.5, 0.9)]
 
 
 def test_of_two_equal_boxes_the_first_has_the_object() -> None:

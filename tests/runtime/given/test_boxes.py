@@ -151,6 +151,7 @@ def test_shares_are_no_pixels(tmp_path: Path) -> None:
 def test_a_pixel_is_a_box(tmp_path: Path) -> None:
     boxes, notes = found(voc(tmp_path, [[7, 8, 8, 9]], (40, 60)), black(40, 60))
     assert (boxes.xyxy_image.tolist(), notes) == ([[7, 8, 8, 9]], [])
+    assert len(found(own(tmp_path, [[7, 8, 7.999, 9]]), black(40, 60))[0]) == 1, "a share with few decimals"
 
 
 def test_width_and_height_in_the_place_of_corners(tmp_path: Path) -> None:

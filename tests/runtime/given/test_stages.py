@@ -199,7 +199,10 @@ def test_lists_and_empty_files_beside_xml_files_are_no_labels(world: World, tmp_
     assert error is not None and f"--boxes {tmp_path / 'Annotations'}" in error.hint
 
 
-@pytest.mark.parametrize(("start", "kind"), [(b"\x89PNG\r\n\x1a\n", "a PNG image"), (b"\x1f\x8b\x08", "a gzip archive")])
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [(b"\x89PNG\r\n\x1a\n", "a PNG image"), (b"\xff\xd8\xff\xe0\0\x10JFIF", "a JPEG image"), (b"\x1f\x8b\x08", "a gzip archive")],
+)
 def test_a_binary_file_is_named_as_what_it_is(tmp_path: Path, start: bytes, kind: str) -> None:
     (tmp_path / "x").write_bytes(start)
     for given in (LabelsFromFile, BoxesFromFile):
@@ -246,7 +249,7 @@ def test_no_boxes_there(tmp_path: Path) -> None:
 
 
 def test_coordinates_that_may_be_percent_are_announced_once(world: World, tmp_path: Path) -> None:
-    box = {"label": "dog", "xyxy": [20, 30, 60, 80]}
+    box = {"label": "dog", "xyxy": [20, 30, 60, 100]}
     photos = [world.photo(375, 500, f"{number}.jpg") for number in range(4)]
     boxes: dict[str, object] = {photo.name: [box, box] for photo in photos}
 

@@ -52,6 +52,12 @@ def test_lines(tmp_path: Path, line: str, xyxy: list[float], score: float) -> No
     assert boxes.score.tolist() == [score, 1]
 
 
+def test_a_folder_whose_labels_are_all_empty_gives_no_boxes(tmp_path: Path) -> None:
+    given = BoxesFromFile(folder(tmp_path, ""), CLASSES)
+    assert given.missing(photo()) is None
+    assert len(given([photo()], NOTHING)) == 0
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,4 +213,17 @@ def test_progress_counts_to_the_end(make: Maker) -> None:
 def test_a_folder_that_cannot_be_written_is_named(make: Maker) -> None:
     make.folder.write_text("a file")
     with pytest.raises(StoreError, match="files: cannot be written"):
+        make()
+
+
+def test_a_disk_that_fills_up_between_photograph_and_label_is_named(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = thumbnails.publish
+
+    def full(path: Path, data: bytes) -> None:
+        if path.suffix == ".png":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        publish(path, data)
+
+    monkeypatch.setattr(thumbnails, "publish", full)
+    with pytest.raises(StoreError, match="files: cannot be written: No space left on device"):
         make()

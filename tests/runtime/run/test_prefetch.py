@@ -63,6 +63,26 @@ def test_an_error_comes_after_the_items_before_it() -> None:
         next(items)
 
 
+def test_a_source_that_exits_leaves_nobody_waiting() -> None:
+    def source() -> Generator[int, None, None]:
+        yield 1
+        raise SystemExit("broken")
+
+    seen: list[object] = []
+
+    def read() -> None:
+        try:
+            for item in prefetched(source()):
+                seen.append(item)
+        except SystemExit as error:
+            seen.append(str(error))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert seen == [1, "broken"]
+
+
 def test_closing_frees_a_source_that_waits() -> None:
     free = threading.Event()
 

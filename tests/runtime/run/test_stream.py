@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from wsss.batch import Boxes
 from wsss.errors import OutOfMemory, StoreError
 from wsss.runtime.device import FairLock
 from wsss.runtime.labeler import Labeler
@@ -252,10 +253,15 @@ def test_a_photograph_that_the_device_has_no_memory_for_makes_room_for_the_next(
 def test_of_two_halves_of_a_batch_one_has_its_failures(world: World) -> None:
     photos = [world.photo(8, 8) for _ in range(3)]
     loaded = [Loading(Task(number, f"{number}.png", f"{number}.png"), photo) for number, photo in enumerate(photos)]
-    halves = list(Batch(loaded, photos, [Receipt(3, {"path": "3.png", "error": "no"})]).halves())
+    batch = Batch(loaded, photos, [Receipt(3, {"path": "3.png", "error": "no"})])
+    image = np.array([0, 1, 1, 2])
+    batch.boxes = Boxes(np.tile(np.array([0, 0, 4, 4], np.float32), (4, 1)), np.ones(4, np.float32), image + 1, image)
+    halves = list(batch.halves())
     assert [[each.task.number for each in half.loaded] for half in halves] == [[0], [1, 2]]
     assert [len(half.photos) for half in halves] == [1, 2]
     assert [receipt.number for half in halves for receipt in half.receipts] == [3]
+    boxes = [half.boxes for half in halves if half.boxes is not None]
+    assert [(each.image.tolist(), each.label.tolist()) for each in boxes] == [([0], [1]), ([0, 0, 1], [2, 2, 3])]
 
 
 def finished(running: Stream, tasks: list[Task]) -> list[Receipt]:

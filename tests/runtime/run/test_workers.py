@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -143,6 +144,7 @@ def test_what_a_worker_cannot_do_is_said(executor: Executor, many: Path, tmp_pat
     with pytest.raises(WsssError, match="no such bundle") as caught:
         executor({}, {"refuses": "no such bundle"})
     assert caught.value.hint == "do something"
+    assert not multiprocessing.active_children(), "the other worker ends too"
     with pytest.raises(WsssError, match="would label with settings that differ"):
         executor({}, {"margin": 0.3})
     with executor({"full": True}) as workers, pytest.raises(StoreError, match="No space left"):

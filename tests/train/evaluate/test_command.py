@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wsss.train.evaluate.picture import write_confusion
+
 if TYPE_CHECKING:
     from ..conftest import Answer
 
@@ -150,6 +152,19 @@ def test_the_picture(score: Run, tmp_path: Path) -> None:
     assert x.max() - x.min() < 34
     assert y.max() - y.min() < 34
     refused(score("--png", "nowhere/confusion.png"), 1, "--png nowhere/confusion.png: there is no folder nowhere", "hint: ")
+    refused(
+        score("--png", "confusion.png/x.png"), 1, "--png confusion.png/x.png: there is no folder confusion.png", "nothing was"
+    )
+
+
+def test_a_picture_of_thirty_rows_has_room_for_numbers(tmp_path: Path) -> None:
+    def width(classes: int) -> int:
+        names = [str(number) for number in range(classes)]
+        write_confusion(np.zeros((classes + 1, classes + 2), np.int64), names, tmp_path / "x.png")
+        with Image.open(tmp_path / "x.png") as image:
+            return image.width
+
+    assert width(29) > 30 * 34 > width(30)
 
 
 def test_many_classes_make_a_picture_too(score: Run, tmp_path: Path) -> None:

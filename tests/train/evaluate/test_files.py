@@ -123,6 +123,14 @@ def test_a_plain_folder_with_subfolders(tmp_path: Path) -> None:
     assert found.classes is None
 
 
+def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
+    """A link to a folder above would have no end."""
+    write(tmp_path / "maps" / "a.png")
+    (tmp_path / "maps" / "up").symlink_to(tmp_path)
+    write(tmp_path / "b.png")
+    assert list(find_label_maps(tmp_path / "maps").paths) == ["a"]
+
+
 def test_vocs_layout(tmp_path: Path) -> None:
     write(tmp_path / "SegmentationClassAug" / "2007_000032.png")
     write(tmp_path / "SegmentationObject" / "2007_000033.png")
