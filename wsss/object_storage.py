@@ -94,7 +94,7 @@ class RemoteFolder:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read a file's bytes from ``start`` to ``stop`` or the end; the range must not be empty."""
         fs, root = _opened(self.url)
-        limits = {} if stop is None else {"start": start, "end": stop}
+        limits = {"start": start, "end": stop} if start or stop is not None else {}
         data: bytes = _retried(lambda: fs.cat_file(_joined(root, name), **limits))
         return data
 

@@ -106,9 +106,9 @@ class Batch:
         middle = len(self.photos) // 2
         for start, stop in ((0, middle), (middle, len(self.photos))):
             half = Batch(self.loaded[start:stop], self.photos[start:stop], self.receipts if start == 0 else [])
-            if self.labels:
+            if self.labels is not None:
                 half.labels = Labels(self.labels.score[start:stop], self.labels.present[start:stop])
-            if self.boxes:
+            if self.boxes is not None:
                 half.boxes = self.boxes.keep((self.boxes.image >= start) & (self.boxes.image < stop))
                 half.boxes.image = half.boxes.image - start
             yield half

@@ -121,6 +121,7 @@ def test_presence_asks_once_a_page(bucket: Bucket, monkeypatch: pytest.MonkeyPat
 def test_a_file_is_read_in_parts_and_by_lines(folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.write("x", b"0123456789")
     assert (folder.read("x"), folder.read("x", 2, 5), folder.read("x", 8, 100)) == (b"0123456789", b"234", b"89")
+    assert (folder.read("x", 7), folder.read("x", 0, 1)) == (b"789", b"0")
     lines = [b"", b"one", b"\r", b"three", "vier\u2028".encode()]
     for chunk in (2, 3, 7, 1000):
         monkeypatch.setattr(remote, "CHUNK", chunk)
