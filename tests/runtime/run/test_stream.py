@@ -264,6 +264,18 @@ def test_of_two_halves_of_a_batch_one_has_its_failures(world: World) -> None:
     assert [(each.image.tolist(), each.label.tolist()) for each in boxes] == [([0], [1]), ([0, 0, 1], [2, 2, 3])]
 
 
+def test_halves_of_a_batch_without_boxes_have_none_and_need_no_detector(world: World) -> None:
+    photos = [world.photo(8, 8) for _ in range(2)]
+    batch = Batch(
+        [Loading(Task(number, f"{number}.png", f"{number}.png"), photo) for number, photo in enumerate(photos)], photos, []
+    )
+    nothing = np.zeros(0, np.int64)
+    batch.boxes = Boxes(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), nothing, nothing)
+    assert [half.boxes is None for half in batch.halves()] == [False, False]
+    batch.boxes = None
+    assert [half.boxes is None for half in batch.halves()] == [True, True]
+
+
 def finished(running: Stream, tasks: list[Task]) -> list[Receipt]:
     """All receipts; fails where a stream waits for ever."""
     receipts = list[Receipt]()
