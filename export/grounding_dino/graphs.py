@@ -36,8 +36,8 @@ from .layers import (
     multihead_attention,
     sampler,
     sine_positions,
-    swin_features,
 )
+from .swin import SwinFeatures
 
 MEAN = (123.675, 116.28, 103.53)
 """ImageNet RGB mean, 0-255 scale: (0.485, 0.456, 0.406) * 255 (GroundingDINO, groundingdino/util/inference.py)."""
@@ -108,6 +108,7 @@ class ImageGraph(nn.Module):
             call, why="deformable attention reads similar values everywhere: rounded weights shift all cells alike"
         )
         self.normalize = normalize_in_fp32(MEAN, STD)
+        self.swin = SwinFeatures(self.core.backbone.conv_encoder.model, canvas)
         self.geometry = Fp32(self._geometry, why="coordinates and the sines of their multiples")
         self.choose = Fp32(self._choose, why="top-k of near-equal scores, and logits of coordinates")
         self.refine = Fp32(self._refine, why="box heads: the logit of a coordinate cancels near both ends")
@@ -180,7 +181,7 @@ class ImageGraph(nn.Module):
 
     def _pyramid(self, pixels: Tensor, size: Tensor) -> Tensor:
         """(B, N, D) features of all levels' cells."""
-        maps = swin_features(self.core.backbone.conv_encoder.model, normalized(pixels, size, self.normalize))
+        maps = self.swin(normalized(pixels, size, self.normalize))
         features = [self.level(project, each) for project, each in zip(self.core.input_proj_vision, maps, strict=False)]
         for project in self.core.input_proj_vision[len(maps) :]:
             features.append(self.level(project, maps[-1] if len(features) == len(maps) else features[-1]))
