@@ -144,8 +144,9 @@ def assemble(
     batch = options.batch or frame.batch
     graphs: list[Callable[[], Graph]] = [partial(text_graph, model)]
     # Half precision is for TensorRT, whose kernels that gather never write the samples; its GridSample has one type for all.
-    sampling = options.sampling or ("grid-sample" if options.precision == "fp32" else "gather")
-    graphs += [partial(image_graph, model, canvas, batch, frame.margin, sampling) for canvas in canvases]
+    half = options.precision != "fp32"
+    sampling = options.sampling or ("gather" if half else "grid-sample")
+    graphs += [partial(image_graph, model, canvas, batch, frame.margin, sampling, half) for canvas in canvases]
     return Prepared(
         variant=variant,
         graphs=graphs,
@@ -252,13 +253,14 @@ def image_graph(
     batch: AxisRange,
     margin: float = OFFICIAL_MARGIN,
     sampling: Sampling = "grid-sample",
+    two_products: bool = False,
 ) -> Graph:
     """Graph ``image-HxW``, see `ImageGraph`. Reference: `official_detections`."""
     height, width = canvas
     queries, channels = model.config.num_queries, model.config.d_model
     return Graph(
         name=f"image-{height}x{width}",
-        module=ImageGraph(model, canvas, margin, sampling),
+        module=ImageGraph(model, canvas, margin, sampling, two_products),
         inputs=(
             TensorSpec("pixels", ("batch", height, width, 3), "uint8"),
             TensorSpec("size", ("batch", 2), "int64"),

@@ -10,7 +10,8 @@ falls to 0.032 with all operations on the tokens in FP32 too, to 0.016 with the 
 the projections of the feature maps, and falls to 0.012 with the last projection of deformable attention. 64 to 84 % of the
 input of that projection is common to all cells, so that rounding its weights shifts all cells alike and no later mean removes
 the shift. Of the remaining error, Swin in half precision accounts for 0.006. Keeping the decoder, the other projections of
-deformable attention or the fusion attention in FP32 too made little difference.
+deformable attention or the fusion attention in FP32 too made little difference. In the tokens' self-attention, the products
+and the softmax between the projections are in half precision.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from .layers import (
     multihead_attention,
     sampler,
     sine_positions,
-    swin_features,
+    text_attention,
 )
+from .swin import SwinFeatures
 
 MEAN = (123.675, 116.28, 103.53)
 """ImageNet RGB mean, 0-255 scale: (0.485, 0.456, 0.406) * 255 (GroundingDINO, groundingdino/util/inference.py)."""
@@ -86,6 +88,7 @@ class ImageGraph(nn.Module):
         canvas: (height, width) of the pixels.
         margin: of ``inverse_sigmoid``, with which the weights were trained.
         sampling: how deformable attention reads between cells, see `sampler`.
+        two_products: of `fusion_attention`, for half precision.
     """
 
     def __init__(
@@ -94,8 +97,10 @@ class ImageGraph(nn.Module):
         canvas: tuple[int, int],
         margin: float = OFFICIAL_MARGIN,
         sampling: Sampling = "grid-sample",
+        two_products: bool = False,
     ) -> None:
         super().__init__()
+        self.two_products = two_products
         self.margin = margin
         self.core = model.model
         self.box_heads = model.bbox_embed
@@ -108,6 +113,7 @@ class ImageGraph(nn.Module):
             call, why="deformable attention reads similar values everywhere: rounded weights shift all cells alike"
         )
         self.normalize = normalize_in_fp32(MEAN, STD)
+        self.swin = SwinFeatures(self.core.backbone.conv_encoder.model, canvas)
         self.geometry = Fp32(self._geometry, why="coordinates and the sines of their multiples")
         self.choose = Fp32(self._choose, why="top-k of near-equal scores, and logits of coordinates")
         self.refine = Fp32(self._refine, why="box heads: the logit of a coordinate cancels near both ends")
@@ -148,8 +154,17 @@ class ImageGraph(nn.Module):
         text_position = self.places[position]
         same_phrase = additive_mask(phrase[:, :, None] == phrase[:, None, :])[:, None]  # (B, 1, T, T)
         for layer in self.core.encoder.layers:
-            vision, text = fusion_attention(layer.fusion_layer, vision, text, levels.valid, is_token, self.of_text, self.stream)
-            text = self.of_text(_enhance_text, layer.text_enhancer_layer, text, text_position, same_phrase)
+            vision, text = fusion_attention(
+                layer.fusion_layer,
+                vision,
+                text,
+                levels.valid,
+                is_token,
+                self.of_text,
+                self.stream,
+                two_products=self.two_products,
+            )
+            text = self._enhance_text(layer.text_enhancer_layer, text, text_position, same_phrase)
             vision = self._refine_vision(layer.deformable_layer, vision, vision_position, levels)
         # ---- choose queries ----
         query, boxes = self.choose(vision, text, is_token, levels)
@@ -180,7 +195,7 @@ class ImageGraph(nn.Module):
 
     def _pyramid(self, pixels: Tensor, size: Tensor) -> Tensor:
         """(B, N, D) features of all levels' cells."""
-        maps = swin_features(self.core.backbone.conv_encoder.model, normalized(pixels, size, self.normalize))
+        maps = self.swin(normalized(pixels, size, self.normalize))
         features = [self.level(project, each) for project, each in zip(self.core.input_proj_vision, maps, strict=False)]
         for project in self.core.input_proj_vision[len(maps) :]:
             features.append(self.level(project, maps[-1] if len(features) == len(maps) else features[-1]))
@@ -214,6 +229,10 @@ class ImageGraph(nn.Module):
     def _score(self, hidden: Tensor, text: Tensor, is_token: Tensor) -> Tensor:
         return (hidden @ text.transpose(1, 2)).masked_fill(~is_token[:, None, :], float("-inf"))
 
+    def _enhance_text(self, layer: nn.Module, text: Tensor, position: Tensor, mask: Tensor) -> Tensor:
+        seen = text_attention(layer.self_attn, self.of_text(torch.add, text, position), text, mask, self.of_text)
+        return self.of_text(_feed_forward, layer, self.of_text(_add_norm, layer.layer_norm_before, text, seen))
+
     def _refine_vision(self, layer: nn.Module, vision: Tensor, position: Tensor, levels: Levels) -> Tensor:
         seen = deformable_attention(
             layer.self_attn, vision + position, vision, levels.reference, levels, self.sample, self.project
@@ -241,10 +260,8 @@ def _add_norm(norm: nn.Module, stream: Tensor, seen: Tensor) -> Tensor:
     return normed
 
 
-def _enhance_text(layer: nn.Module, text: Tensor, position: Tensor, mask: Tensor) -> Tensor:
-    placed = text + position
-    text = layer.layer_norm_before(text + multihead_attention(layer.self_attn, placed, placed, text, mask))
-    return layer.layer_norm_after(text + layer.fc2(layer.activation(layer.fc1(text))))
+def _feed_forward(layer: nn.Module, text: Tensor) -> Tensor:
+    return _add_norm(layer.layer_norm_after, text, layer.fc2(layer.activation(layer.fc1(text))))
 
 
 def level_shapes(config: GroundingDinoConfig, canvas: tuple[int, int]) -> list[tuple[int, int]]:

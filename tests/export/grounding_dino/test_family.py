@@ -98,6 +98,20 @@ def test_other_forms_of_sampling_pass_the_same_gate(tmp_path: Path, sampling: Sa
     judged(graph, OrtEngine(path, graph.spec(path.name, OPSET), threads=1))
 
 
+def test_the_form_for_half_precision_passes_the_same_gate(tmp_path: Path) -> None:
+    model = grounding_dino_weights.seeded(lambda: toy(depths=(1, 2), encoder_layers=1), 0)
+    products = []
+    for two_products in (False, True):
+        graph = grounding_dino.image_graph(
+            model, CANVAS, AxisRange(1, 2, 3), grounding_dino.MINI.margin, two_products=two_products
+        )
+        path = tmp_path / f"{two_products}.onnx"
+        export_onnx(graph, path, WeightFile(tmp_path / "weights.data"))
+        products.append(sum(node.op_type == "MatMul" for node in onnx.load(path, load_external_data=False).graph.node))
+    assert products[1] == products[0] + 1  # one fusion layer
+    judged(graph, OrtEngine(path, graph.spec(path.name, OPSET), threads=1))
+
+
 def test_seeded_weights_give_logits_as_large_as_trained_ones_do(exported: dict[str, tuple[Graph, OrtEngine]]) -> None:
     graph, engine = exported["image-96x128"]
     logits = np.asarray(engine(graph.sample(3, 3))["logits"])
