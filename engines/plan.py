@@ -122,7 +122,8 @@ def checked_plan(model: Model, graph: str, flavour: Flavour, gpu: Gpu, *, unveri
         BundleError: there is no plan, or it does not match; says why, and the command that builds it again.
     """
     spec = model.graph(graph)
-    rebuild = f"wsss export --model {model.manifest.family} --engine {flavour} --bundle {model.folder.parent}"
+    command = "wsss export --model {} --engine {} --bundle {}".format
+    rebuild = command(model.manifest.family, flavour, model.folder.parent)
     plan = spec.plan_for(flavour, gpu.name)
     where = f"{model.folder.name}/{graph}"
     if plan is None:
@@ -131,7 +132,8 @@ def checked_plan(model: Model, graph: str, flavour: Flavour, gpu: Gpu, *, unveri
     library = tensorrt_module(flavour)
     again = f"build it again: {rebuild}"
     if not supports(library, gpu.capability):
-        again = f"{MODULES[flavour]} does not support this GPU; the full TensorRT does: {rebuild.replace(flavour, 'trt')}"
+        full = command(model.manifest.family, "trt", model.folder.parent)
+        again = f"{MODULES[flavour]} does not support this GPU; the full TensorRT does: {full}"
     for reason in reasons_against(model, spec, plan, gpu, library.__version__):
         raise BundleError(f"{where}: its {flavour} engine {reason}", hint=again)
     other_driver = plan.driver not in (None, gpu.driver)
