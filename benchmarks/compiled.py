@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 from ..engines.plan import tensorrt_module
 from ..errors import WsssError
+from ..export.to_engine import ALONE, FUSED, build_logger, kind_of
 from ..spec import Model
 from .feeds import feeds_for, load_of, row_axis
 from .graph_work import work_of
 
 _BYTES = {"Half": 2, "BFloat16": 2, "Float": 4, "Int32": 4, "Int64": 8, "Bool": 1, "UInt8": 1, "Int8": 1}
-FUSED, ALONE = "fused attention", "softmax alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +56,7 @@ def compiled(model: Model, graph: str, rows: int | None = None) -> Compiled:
     rows = rows or spec.axes[row_axis(spec, spec.axes)].opt
     feeds = feeds_for(model, graph, load_of(spec, spec.axes, rows))
 
-    class Log(trt.ILogger):  # type: ignore[name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-            self.errors: list[str] = []
-
-        def log(self, severity: object, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message.split("\n")[0])
-            self.lines += re.findall(r"^Name: .*LayerType.*$", message, re.MULTILINE)
-
-    log = Log()
+    log = build_logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
@@ -81,7 +70,7 @@ def compiled(model: Model, graph: str, rows: int | None = None) -> Compiled:
         raise WsssError(f"{where}: TensorRT-RTX {trt.__version__} cannot compile it: {'; '.join(log.errors[-2:])}")
     kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     groups: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for kind, largest, moved in map(_kernel, log.lines):
+    for kind, largest, moved in map(_kernel, log.layers):
         for table, key in ((kinds, kind), (groups, f"{kind} {largest}")):
             table[key][0] += 1
             table[key][1] += moved
@@ -100,15 +89,11 @@ def compiled(model: Model, graph: str, rows: int | None = None) -> Compiled:
 
 def _kernel(line: str) -> tuple[str, str, int]:
     """Kind, largest tensor and bytes of a line of the builder's log."""
-    match = re.match(r"Name: ([^,]+), LayerType: (\w+)", line)
-    assert match
-    name, kind = match.groups()
-    kind = FUSED if "mha" in name else ALONE if "SubExp" in name else kind
     tensors = []
     for shape, dtype in re.findall(r"Dimensions: \[([^\]]*)\].*?Datatype: (\w+)", line):
         lengths = [int(length) for length in shape.split(",") if length.strip()]
         tensors.append((math.prod(lengths) * _BYTES.get(dtype, 4), f"{lengths} {dtype}"))
-    return kind, max(tensors, default=(0, ""))[1], sum(size for size, _ in tensors)
+    return kind_of(line), max(tensors, default=(0, ""))[1], sum(size for size, _ in tensors)
 
 
 def lines_of(where: str, found: Compiled) -> Iterator[str]:

@@ -27,6 +27,8 @@ from ..spec import AMPERE_OR_NEWER, AxisRange, Flavour, GraphSpec, Model, PlanSp
 from .deformable_plugin import PLUGIN, VERSIONS, plugin_called
 from .weights import cache_folder
 
+FUSED, ALONE = "fused attention", "softmax alone"
+"""Kinds of compiled layers: an attention in one kernel, and a softmax that is a kernel of its own."""
 T = TypeVar("T")
 Log = Callable[[str], None]
 """Called with one line of progress."""
@@ -138,7 +140,7 @@ def _build(
     axes = profile_of(spec)
     if gpu is not None:
         _use(gpu)
-    logger = _logger(trt)
+    logger = build_logger(trt)
     builder = trt.Builder(logger)
     network = _parsed(trt, builder, logger, model.folder / spec.file, options.flavour, where)
     _check_contract(trt, network, spec, where)
@@ -168,6 +170,7 @@ def _build(
             f"{where}: TensorRT {trt.__version__} cannot build this graph: {'; '.join(logger.errors[-3:]) or 'no reason given'}",
             hint=f"--workspace {2 * options.workspace_mib} (MiB) gives its layers more memory; a smaller --batch needs less",
         )
+    kinds = [kind_of(layer) for layer in logger.layers]
     on = f"-{_slug(target)}" if gpu else ""
     path = model.folder / f"{Path(spec.file).stem}.{options.flavour}{on}.plan"
     _write(path, serialized)
@@ -188,8 +191,8 @@ def _build(
         target=target,
         driver=gpu.driver if gpu else None,
         seconds=round(time.monotonic() - begun, 1),
-        fused_attentions=sum("mha" in layer for layer in logger.layers) if logger.layers else None,
-        softmaxes_alone=sum("SubExp" in layer for layer in logger.layers) if logger.layers else None,
+        fused_attentions=kinds.count(FUSED) if kinds else None,
+        softmaxes_alone=kinds.count(ALONE) if kinds else None,
     )
 
 
@@ -291,8 +294,12 @@ def _timing_cache(config: Any, gpu: Gpu | None, version: str) -> Path | None:
 # ---- progress, messages, Ctrl-C ----
 
 
-def _logger(trt: ModuleType) -> Any:
-    """A TensorRT logger that collects errors, and the names of compiled layers where TensorRT lists them; it prints nothing."""
+def build_logger(trt: ModuleType) -> Any:
+    """A TensorRT logger that prints nothing.
+
+    It collects ``errors``, and in ``layers`` the lines in which TensorRT-RTX lists the compiled layers with their tensors, at the
+    end of a build with detailed verbosity.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -304,9 +311,16 @@ def _logger(trt: ModuleType) -> Any:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message.split("\n")[0])
             elif "LayerType" in message:
-                self.layers += re.findall(r"^Name: ([^,]+), LayerType", message, re.MULTILINE)
+                self.layers += re.findall(r"^Name: .*LayerType.*$", message, re.MULTILINE)
 
     return Logger()
+
+
+def kind_of(layer: str) -> str:
+    """The kind of a compiled layer, from its line: `FUSED`, `ALONE`, or TensorRT's own word."""
+    match = re.match(r"Name: ([^,]+), LayerType: (\w+)", layer)
+    name, kind = match.groups() if match else ("", "unknown")
+    return FUSED if "mha" in name else ALONE if "SubExp" in name else kind
 
 
 def _monitor(trt: ModuleType, where: str, canceled: threading.Event, begun: float) -> Any:

@@ -15,8 +15,9 @@ from typing import Any
 
 from ....export.exporting import export_model
 from ....export.family import Options, family
+from ....export.to_engine import ALONE, FUSED
 from ....spec import AxisRange, Bundle
-from ...compiled import ALONE, FUSED, compiled
+from ...compiled import Compiled, compiled
 from ..harness import RESULTS, log, read_result, study_parser, write_result
 
 RESULT = RESULTS / "compiled-graphs.json"
@@ -48,8 +49,9 @@ def main() -> None:
                 write_result(RESULT, result)
 
 
-def row_of(found: Any) -> dict[str, Any]:
+def row_of(found: Compiled) -> dict[str, Any]:
     """The result of one graph."""
+    assert found.multiply_adds is not None
     gemm = found.multiply_adds / found.rows
     return {
         "rows": found.rows,
