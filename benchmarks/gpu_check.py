@@ -237,10 +237,17 @@ def summary(record: Record) -> Iterator[str]:
         if name.endswith(": latency") and step.get("result"):
             for row in step["result"]["rows"]:
                 share = "" if row["share_of_bound"] is None else f", {100 * row['share_of_bound']:.0f} % of the bound"
+                bounds = {"products and tensors": row["bound_ms"], "compiled memory traffic": row.get("traffic_ms")}
+                least = ", ".join(f"{bound:g} ms by {what}" for what, bound in bounds.items() if bound is not None)
                 yield (
                     f"{row['model']}/{row['graph']} {row['variant']}, {row['batch']} {row['unit']}: "
-                    f"{row['p50_ms']:g} ms, {row['per_second']:g} a second{share}"
+                    f"{row['p50_ms']:g} ms{least and f' (at least {least})'}, {row['per_second']:g} a second{share}"
                 )
+        elif name.endswith(": engines") and step.get("result"):
+            for graph, engine in step["result"].items():
+                if engine.get("fused_attentions") is not None:
+                    fused, alone = engine["fused_attentions"], engine["softmaxes_alone"]
+                    yield f"{name.removesuffix(': engines')} {graph}: {fused} attentions fused, {alone} softmaxes alone"
         elif "chain" in name and step.get("result"):
             chain = step["result"]
             share = "" if chain["share_of_bound"] is None else f", {100 * chain['share_of_bound']:.0f} % of the matrix bound"

@@ -26,13 +26,13 @@ import numpy as np
 
 from ..engines.machine import machine
 from ..engines.opening import open_graph
-from ..engines.plan import MODULES, plan_here
+from ..engines.plan import MODULES, plan_here, tensorrt_module
 from ..errors import BundleError, WeightsError, WsssError
 from ..runtime.labeler import MINI
 from ..spec import AxisRange, Bundle, Flavour, GraphSpec, Model, Parity, TensorSpec, open_bundle
 from .ceiling import Ceiling, measure_ceiling
 from .gpu_check import mark_of
-from .latency import Opener, measure_graph
+from .latency import GraphRow, Opener, measure_graph
 from .steps import LEFT_OUT, ROOT, log
 from .throughput import CHAIN_MODELS, measure_chain
 
@@ -48,6 +48,7 @@ BATCHES = (1, 4, 8, 16)
 """Batch sizes to time, where the engine supports them, in addition to the graph's usual one."""
 SCENES, REPEAT, CHAIN_BATCH = 64, 4, 16
 DEVICE = "cuda:0"
+COMPILED = ROOT / "benchmarks" / "results" / "compiled-graphs.json"
 
 
 class LeftOut(Exception):
@@ -124,7 +125,16 @@ def step_engines(bundle: Path, flavour: Flavour) -> dict[str, Any]:
             plan = plan_here(spec, flavour)
             assert plan is not None
             size = (model.folder / plan.file).stat().st_size
-            built[f"{name}/{graph}"] = {"seconds": plan.seconds, "megabytes": round(size / 1e6, 1), "target": plan.target}
+            fused, alone = plan.fused_attentions, plan.softmaxes_alone
+            if fused is None:
+                fused, alone = fusions_in(_layers_of(model.folder / plan.file, flavour))
+            built[f"{name}/{graph}"] = {
+                "seconds": plan.seconds,
+                "megabytes": round(size / 1e6, 1),
+                "target": plan.target,
+                "fused_attentions": fused,
+                "softmaxes_alone": alone,
+            }
     mark_of(bundle, flavour).touch()
     return built
 
@@ -185,7 +195,8 @@ def step_latency(bundle: Path, engine: str, ceilings: Mapping[str, Ceiling]) -> 
                     seconds=0.4,
                     open_engine=opener(engine),
                 ):
-                    rows.append(dataclasses.asdict(row))
+                    traffic = traffic_ms(row, ceilings.get(spec.precision))
+                    rows.append(dataclasses.asdict(row) | {"traffic_ms": traffic})
             except (WsssError, RuntimeError, ImportError) as error:
                 failed[f"{name}/{graph}"] = f"{error}".strip().split("\n")[0]
     if not rows:
@@ -216,6 +227,33 @@ def step_chain(bundle: Path, engine: str, ceilings: Mapping[str, Ceiling], boxes
 
 
 # ---- helpers of the steps ----
+
+
+def _layers_of(path: Path, flavour: Flavour) -> str:
+    """What the engine inspector says of an engine, JSON. The full TensorRT does not list compiled layers in its log."""
+    trt = tensorrt_module(flavour)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+
+
+def fusions_in(layers: str) -> tuple[int | None, int | None]:
+    """Attentions fused and softmaxes alone among an engine's layers, the inspector's JSON; None where it gives no names."""
+    from ..export.to_engine import ALONE, FUSED, kind_of
+
+    told = [layer for layer in json.loads(layers).get("Layers", []) if isinstance(layer, dict)]
+    kinds = [kind_of(f"Name: {layer.get('Name')}, LayerType: {layer.get('LayerType')}") for layer in told]
+    return (kinds.count(FUSED), kinds.count(ALONE)) if kinds else (None, None)
+
+
+def traffic_ms(row: GraphRow, ceiling: Ceiling | None) -> float | None:
+    """Time that the memory traffic of a graph takes at least, if it is compiled as TensorRT-RTX does (`compiled_graphs`); None
+    for graphs that were not compiled there, or where the bandwidth is unknown."""
+    known = json.loads(COMPILED.read_text(encoding="utf-8")) if COMPILED.is_file() else {}
+    found = known.get(f"{row.model} {row.variant}: {row.graph}")
+    if found is None or row.precision == "fp32" or ceiling is None or not ceiling.gigabytes_per_second:
+        return None
+    return round(1e3 * row.batch * found["gigabytes"] / ceiling.gigabytes_per_second, 3)
 
 
 def _importable(name: str) -> str:

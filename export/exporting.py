@@ -6,7 +6,7 @@ import contextlib
 import gc
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from ..files import publishing
 from ..spec import Bundle, Flavour, GraphSpec, Manifest, Model, Parity, sha256_of, write_manifest
 from . import verify
 from .family import Family, Graph, Options, Prepared, family
+from .precision.accumulation import long_products
 from .precision.bf16 import write_bf16_emulation
 from .precision.search import examine_graph
 from .to_engine import Log, with_plan
-from .to_onnx import OPSET, WeightFile, export_onnx, marked
+from .to_onnx import OPSET, Fp32Choice, WeightFile, export_onnx, marked, marked_with_accumulation
 
 TOOLS = ("torch", "torchvision", "transformers", "open_clip_torch", "segment-anything", "onnx", "onnxscript", "onnxruntime")
 WEIGHTS = "weights.data"
@@ -160,6 +161,7 @@ def standing_model(bundle: Path, name: str, *, variant: str | None, weights: str
         weights in (None, manifest.weights["source"]),
         options.precision == manifest.precision,
         options.measured == any(file.endswith(REPORT) for file in manifest.files),
+        options.measured or options.fp32_accumulation == any(graph.fp32_accumulation for graph in manifest.graphs.values()),
         options.batch is None or options.batch in batches,
         not options.sizes or set(options.sizes) == set(manifest.preprocess.canvases),
         options.sampling in (None, manifest.settings.get("sampling", "grid-sample")),
@@ -194,21 +196,25 @@ def _export_graph(
     path, precision = folder / f"{graph.name}.onnx", options.precision
     begun = time.monotonic()
     graph = graph.at(precision)
-    choose = partial(_measured, path.with_name(f"{graph.name}{REPORT}"), log) if options.measured and graph.half else marked
-    reasons = export_onnx(graph, path, store, precision=precision, choose=choose)
+    choose = marked_with_accumulation if options.fp32_accumulation else marked
+    if options.measured and graph.half:
+        choose = partial(_measured, path.with_name(f"{graph.name}{REPORT}"), options.fp32_accumulation, log)
+    reasons, accumulation = export_onnx(graph, path, store, precision=precision, choose=choose)
     log(f"{where}: {graph.name} traced in {time.monotonic() - begun:.0f} s")
     gc.collect()  # the traced program holds a copy of the weights
-    spec = replace(graph.spec(path.name, OPSET), precision=precision, fp32_nodes=reasons)
+    spec = graph.spec(path.name, OPSET)
+    spec = replace(spec, precision=precision, fp32_nodes=reasons, fp32_accumulation=accumulation)
     return replace(spec, parity=_gate(graph, spec, folder, where=where, log=log)) if gate else spec
 
 
-def _measured(report: Path, log: Log, model: ir.Model, graph: Graph) -> Mapping[str, str]:
-    """The nodes that the precision search keeps in FP32; its report is written beside the graph."""
+def _measured(report: Path, accumulation: bool, log: Log, model: ir.Model, graph: Graph) -> Fp32Choice:
+    """What the precision search keeps in FP32, and with ``accumulation`` that of all long products; its report is written beside
+    the graph."""
     diagnosis = examine_graph(graph, model, log=log)
     text = f"{graph.name}: {diagnosis.report()}\n"
     report.write_text(text, encoding="utf-8")
     log(text.splitlines()[0])
-    return diagnosis.reasons
+    return Fp32Choice(diagnosis.reasons, long_products(model) if accumulation else diagnosis.fp32_accumulation)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,8 @@ class Options:
     """How Grounding-DINO reads between feature cells, see `grounding_dino.layers.sampler`; None takes GridSample."""
     measured: bool = False
     """In half precision, `precision.search` measures which nodes stay FP32, instead of taking those that the modules mark."""
+    fp32_accumulation: bool = False
+    """In fp16, the sums of all long matrix products are in FP32 on every GPU, see `precision.accumulation`."""
 
 
 Measure = Callable[[Feeds, Feeds, str], tuple[float, float]]

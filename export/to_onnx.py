@@ -10,6 +10,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..errors import WsssError
 from ..spec import Precision, TensorSpec
 from .deformable_plugin import define_plugin
 from .family import Graph
+from .precision.accumulation import long_products
 from .precision.lowering import fp32_nodes, lower, name_nodes
 
 OPSET = 18
@@ -100,18 +102,35 @@ def _optimize(model: ir.Model) -> None:
     optimizer.optimize(model)
 
 
-Chooser = Callable[[ir.Model, Graph], Mapping[str, str]]
-"""(traced float32 model, its graph) to names of the nodes that stay FP32, with the reasons."""
+@dataclass(frozen=True, slots=True)
+class Fp32Choice:
+    """What a half-precision graph computes in FP32.
+
+    nodes: reasons by name, of nodes that stay FP32. accumulation: names of the products that add in FP32.
+    """
+
+    nodes: Mapping[str, str]
+    accumulation: frozenset[str] = frozenset()
 
 
-def marked(model: ir.Model, graph: Graph) -> Mapping[str, str]:
+Chooser = Callable[[ir.Model, Graph], Fp32Choice]
+"""(traced float32 model, its graph) to what it computes in FP32 once it is lowered."""
+
+
+def marked(model: ir.Model, graph: Graph) -> Fp32Choice:
     """The nodes that the graph's modules mark with `Fp32`."""
-    return fp32_nodes(model, graph.module)
+    return Fp32Choice(fp32_nodes(model, graph.module))
+
+
+def marked_with_accumulation(model: ir.Model, graph: Graph) -> Fp32Choice:
+    """The nodes of `marked`, and the accumulation of all long products."""
+    nodes = fp32_nodes(model, graph.module)
+    return Fp32Choice(nodes, long_products(model) - nodes.keys())
 
 
 def export_onnx(
     graph: Graph, path: Path, weights: WeightFile, *, precision: Precision = "fp32", choose: Chooser = marked
-) -> dict[str, int]:
+) -> tuple[dict[str, int], int]:
     """Write ``graph`` to ``path`` and its weights to ``weights``.
 
     Args:
@@ -119,21 +138,22 @@ def export_onnx(
         choose: selects the nodes that stay FP32 in half precision.
 
     Returns:
-        The reasons why nodes of a half-precision graph stay FP32, with the number of nodes for each.
+        The reasons why nodes of a half-precision graph stay FP32, with the number of nodes for each; how many products add in
+        FP32.
 
     Raises:
         WsssError: an axis that should be free was fixed by tracing.
     """
     model = trace(graph)
-    reasons: Mapping[str, str] = {}
+    in_fp32 = Fp32Choice({})
     if precision != "fp32":
-        reasons = choose(model, graph)
-        specs = (*graph.inputs, *graph.outputs)
-        lower(model, precision, reasons.keys(), {spec.name: spec.dtype for spec in specs})
+        in_fp32 = choose(model, graph)
+        io = {spec.name: spec.dtype for spec in (*graph.inputs, *graph.outputs)}
+        lower(model, precision, in_fp32.nodes.keys(), io, in_fp32.accumulation)
     _store_weights(model, weights)
     _strip(model, types=precision != "bf16")  # onnx cannot infer bfloat16 for Conv, where opset 18 does not allow it
     ir.save(model, path)
-    return dict(Counter(reasons.values()))
+    return dict(Counter(in_fp32.nodes.values())), len(in_fp32.accumulation)
 
 
 def _float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -166,6 +166,8 @@ class GraphSpec:
     """Of the arithmetic, outside of ``fp32_nodes``."""
     fp32_nodes: Mapping[str, int] = field(default_factory=dict)
     """Why nodes of a half-precision graph stay FP32, and how many for each reason."""
+    fp32_accumulation: int = 0
+    """Number of matrix products of a float16 graph that are added in FP32 on every GPU."""
     parity: Parity | None = None
     plans: Mapping[str, PlanSpec] = field(default_factory=dict)
     """TensorRT engines of this graph by `PlanSpec.key`. Those of version 0.1.0 are keyed by flavour alone."""

@@ -84,7 +84,9 @@ def name_nodes(model: ir.Model) -> None:
         seen.add(node.name)
 
 
-def lower(model: ir.Model, half: Half, keep: AbstractSet[str], io: Mapping[str, str]) -> None:
+def lower(
+    model: ir.Model, half: Half, keep: AbstractSet[str], io: Mapping[str, str], fp32_accumulation: AbstractSet[str] = frozenset()
+) -> None:
     """Turn a float32 model into a half-precision one, in place.
 
     Args:
@@ -92,15 +94,34 @@ def lower(model: ir.Model, half: Half, keep: AbstractSet[str], io: Mapping[str, 
         half: fp16 or bf16.
         keep: names of the nodes that stay FP32.
         io: dtypes of the floating-point inputs and outputs by name: float32 or float16.
+        fp32_accumulation: names of products (`accumulation.long_products`) that add in FP32 what they read in half precision:
+            Cast -> MatMul or Gemm -> Cast.
 
     Raises:
-        WsssError: ``keep`` names a node that the graph does not have.
+        WsssError: ``keep`` or ``fp32_accumulation`` names a node that the graph does not have.
     """
     names = {str(node.name) for node in model.graph}
-    if keep - names:
-        raise WsssError(f"precision: the graph has no node {sorted(keep - names)[0]!r}")
+    if unknown := (keep | fp32_accumulation) - names:
+        raise WsssError(f"precision: the graph has no node {sorted(unknown)[0]!r}")
+    for node in [node for node in model.graph if node.name in fp32_accumulation and len(node.inputs) > 2]:
+        _split_bias(model.graph, node)
     settle(model)
-    _Lowering(model, half, keep, io).run()
+    _Lowering(model, half, keep, io, fp32_accumulation).run()
+
+
+def _split_bias(graph: ir.Graph, gemm: ir.Node) -> None:
+    """Add the bias of a Gemm in a node of its own: with it inside, TensorRT would not fuse the casts around the product."""
+    biased, bias = gemm.outputs[0], gemm.inputs[2]
+    product = ir.Value(name=f"{biased.name}.product", type=ir.TensorType(ir.DataType.FLOAT), shape=biased.shape)
+    gemm.resize_inputs(2)
+    unbiased = ir.Node(gemm.domain, gemm.op_type, gemm.inputs, list(gemm.attributes.values()), outputs=[product], name=gemm.name)
+    graph.insert_before(gemm, unbiased)
+    add = ir.node("Add", [product, bias], name=f"{gemm.name}.bias")
+    graph.insert_before(gemm, add)
+    result = add.outputs[0]
+    biased.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(gemm, safe=True)
+    result.name, result.type, result.shape = biased.name, biased.type, biased.shape
 
 
 def settle(model: ir.Model) -> None:
@@ -167,10 +188,13 @@ class NodePrecisions:
 
 
 class _Lowering:
-    def __init__(self, model: ir.Model, half: Half, keep: AbstractSet[str], io: Mapping[str, str]) -> None:
+    def __init__(
+        self, model: ir.Model, half: Half, keep: AbstractSet[str], io: Mapping[str, str], fp32_accumulation: AbstractSet[str]
+    ) -> None:
         precisions = NodePrecisions(model, half)
         self.graph, self.half, self.io, self.floats = model.graph, precisions.half, io, precisions.floats
         self.fp32_nodes = precisions.fp32_nodes(keep)
+        self.fp32_accumulation = fp32_accumulation
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
@@ -189,6 +213,9 @@ class _Lowering:
 
     def _convert(self, node: ir.Node) -> None:
         is_fp32 = node in self.fp32_nodes
+        if node.name in self.fp32_accumulation and not is_fp32:
+            self._add_in_fp32(node)
+            return
         fixed = FIXED_FLOAT.get(node.op_type, ())
         target = ir.DataType.FLOAT if is_fp32 else self.half
         for place, value in enumerate(node.inputs):
@@ -200,6 +227,16 @@ class _Lowering:
                 value.dtype = target
         if not is_fp32 and any(value in self.floats for value in node.outputs):
             self._retype_attributes(node)
+
+    def _add_in_fp32(self, node: ir.Node) -> None:
+        """Put casts around a product."""
+        for place, value in enumerate(node.inputs):
+            assert value is not None
+            key = (narrow := self._as(value, self.half), ir.DataType.FLOAT)
+            if key not in self.casts:
+                self.casts[key] = self._cast(narrow, ir.DataType.FLOAT)
+            node.replace_input_with(place, self.casts[key])
+        node.outputs[0].dtype = ir.DataType.FLOAT
 
     def _retype_attributes(self, node: ir.Node) -> None:
         if node.op_type == "Cast":

@@ -36,7 +36,8 @@ import onnx_ir as ir
 
 from ...errors import WsssError
 from ..family import Feeds, Graph, Tolerance
-from .instrumentation import clone
+from .accumulation import LONG, add_in_fp16, long_products
+from .instrumentation import clone, open_copy
 from .lowering import SCOPES, Half
 from .simulation import INNER_PEAK, LARGEST, ROUNDING, NodeFacts, Plan, Rounding, examine
 from .work import COUNTED, count
@@ -113,6 +114,10 @@ class Diagnosis:
     """Share of the multiply-adds in FP32, in 0..1."""
     runs: int
     """Number of trials of the whole graph, each on all feeds."""
+    in_fp16_sums: Mapping[str, tuple[float, float]]
+    """As ``after``, with long products added in FP16 (`accumulation.add_in_fp16`); empty in bf16, or without long products."""
+    fp32_accumulation: frozenset[str]
+    """Products that must add in FP32 because those sums miss the tolerance, for `lowering.lower`; all long ones, or none."""
 
     @property
     def keep(self) -> frozenset[str]:
@@ -131,6 +136,10 @@ class Diagnosis:
         for name, allowed in self.tolerance.items():
             before, after = (_error_text(errors[name]) for errors in (self.before, self.after))
             lines.append(f"  {name}: error {before} in {self.half}, {after} now; {allowed}")
+        for name, error in self.in_fp16_sums.items():
+            number = len(self.fp32_accumulation)
+            verdict = f"{number} products of {LONG} and more terms add in FP32" if number else "any accumulation will do"
+            lines.append(f"  {name}: error {_error_text(error)} on a GPU that adds in FP16; {verdict}")
         for reason, number in Counter(node.reason for node in self.kept).most_common():
             lines.append(f"  {reason} ({number}): {REASONS[reason]}")
             lines += [f"    {_line(node)}" for node in self.kept if node.reason == reason]
@@ -182,6 +191,16 @@ def diagnose(
         before = trials.errors(frozenset())
         keep = search.run()
         after = trials.errors(keep)
+    sums = long_products(plan.model) - plan.fp32_nodes(keep) if half == "fp16" else frozenset()
+    in_fp16_sums: dict[str, tuple[float, float]] = {}
+    missed = False
+    if sums:
+        coarse = open_copy(source)
+        add_in_fp16(coarse, sums)
+        with Rounding(Plan(coarse, half), io, choices, threads) as rounding:
+            rough = _Trials(rounding, feeds, reference, trials.tolerance, choices, 1)
+            in_fp16_sums = {name: rough.errors(keep)[name] for name in tolerance}
+            missed = not rough.pass_with(keep)
     return Diagnosis(
         half=half,
         kept=tuple(search.kept_node(name) for name in plan.nodes if name in keep),
@@ -192,6 +211,8 @@ def diagnose(
         after={name: after[name] for name in tolerance},
         share=sum(work.get(name, 0) for name in plan.fp32_nodes(keep)) / max(sum(work.values()), 1),
         runs=trials.done,
+        in_fp16_sums=in_fp16_sums,
+        fp32_accumulation=sums if missed else frozenset(),
     )
 
 
@@ -227,7 +248,7 @@ class _Trials:
         most: int,
     ) -> None:
         self._rounding, self._feeds, self._reference = rounding, feeds, reference
-        self._tolerance, self._choices, self._most = tolerance, choices, most
+        self.tolerance, self._choices, self._most = tolerance, choices, most
         self._errors: dict[frozenset[str], dict[str, tuple[float, float]]] = {}
         self.done = 0
 
@@ -243,11 +264,11 @@ class _Trials:
         return self._errors[keep]
 
     def _measured(self, keep: frozenset[str]) -> dict[str, tuple[float, float]]:
-        worst = {name: (0.0, 0.0) for name in self._tolerance}
+        worst = {name: (0.0, 0.0) for name in self.tolerance}
         for feeds, want in zip(self._feeds, self._reference, strict=True):
             got = self._rounding(feeds, keep, {name: want[name] for name in self._choices})
             with np.errstate(invalid="ignore", over="ignore"):
-                for name, allowed in self._tolerance.items():
+                for name, allowed in self.tolerance.items():
                     worst[name] = _larger(worst[name], allowed.measure(got, want, name))
         return worst
 
@@ -255,7 +276,7 @@ class _Trials:
         """Largest error over its tolerance; infinite where an output is not a number."""
         costs = [
             cost
-            for (error, worst), allowed in zip(self.errors(keep).values(), self._tolerance.values(), strict=True)
+            for (error, worst), allowed in zip(self.errors(keep).values(), self.tolerance.values(), strict=True)
             for cost in (_share_used(error, allowed.relative), worst / (allowed.absolute or math.inf))
         ]
         return math.inf if any(map(math.isnan, costs)) else max(costs)

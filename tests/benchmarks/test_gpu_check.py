@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from wsss.benchmarks import gpu_check, gpu_steps
+from wsss.benchmarks.ceiling import Ceiling
 from wsss.benchmarks.gpu_check import check, choose_engine, first_steps, identity_of, later_steps, summary
+from wsss.benchmarks.gpu_steps import fusions_in, traffic_ms
 from wsss.benchmarks.steps import Record, Step
 from wsss.engines.machine import GpuFacts, Library, Machine, machine
 from wsss.errors import WsssError
@@ -187,16 +190,43 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_the_summary_names_rates_and_shares(tmp_path: Path) -> None:
     row = {"model": "sam", "graph": "encoder", "variant": "vit_b", "batch": 8, "unit": "images", "p50_ms": 16.0}
-    latency = {"rows": [{**row, "per_second": 500.0, "share_of_bound": 0.655}], "failed": {}}
+    bounds = {"bound_ms": 10.5, "traffic_ms": 11.2}
+    latency = {"rows": [{**row, **bounds, "per_second": 500.0, "share_of_bound": 0.655}], "failed": {}}
+    engine = {"fused_attentions": 24, "softmaxes_alone": 0}
+    engines = {"sam/encoder": engine, "sam/decoder": {"fused_attentions": None, "softmaxes_alone": None}}
     chain = {"per_second": 220.0, "share_of_bound": None, "agreement": 0.99987}
-    steps = {"SAM vit_b: latency": {"status": "done", "result": latency}, "mini: chain": {"status": "done", "result": chain}}
+    results = {"SAM vit_b: engines": engines, "SAM vit_b: latency": latency, "mini: chain": chain}
+    steps = {name: {"status": "done", "result": found} for name, found in results.items()}
     assert list(summary(record_with(tmp_path, **steps))) == [
-        "sam/encoder vit_b, 8 images: 16 ms, 500 a second, 66 % of the bound",
+        "SAM vit_b sam/encoder: 24 attentions fused, 0 softmaxes alone",
+        (
+            "sam/encoder vit_b, 8 images: 16 ms (at least 10.5 ms by products and tensors, 11.2 ms by compiled memory traffic), "
+            "500 a second, 66 % of the bound"
+        ),
         "mini: chain: 220 images a second, 99.987 % of pixels as in FP32",
     ]
 
 
 # ---- the steps themselves ----
+
+
+def test_what_the_inspector_says_of_fusions() -> None:
+    names = ("_gemm_mha_v2_myl0_11", "__myl_MaxSubExpSumDivMul_myl0_3", "node_matmul_myl0_9")
+    layers = [{"Name": name, "LayerType": kind} for name, kind in zip(names, ("kgen", "kgen", "gemm"), strict=True)]
+    assert fusions_in(json.dumps({"Layers": layers})) == (1, 1)
+    assert fusions_in(json.dumps({"Layers": ["only_a_name"]})) == (None, None)
+
+
+def test_memory_traffic_needs_a_compiled_graph_and_a_bandwidth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (known := tmp_path / "compiled.json").write_text(json.dumps({"sam vit_b: encoder": {"gigabytes": 6.0}}))
+    monkeypatch.setattr(gpu_steps, "COMPILED", known)
+    row = SimpleNamespace(model="sam", variant="vit_b", graph="encoder", precision="fp16", batch=4)
+    ceiling = Ceiling(teraflops=790.0, gigabytes_per_second=4300.0, how="test")
+    assert traffic_ms(row, ceiling) == 5.581  # type: ignore[arg-type]
+    others = {"graph": "decoder"}, {"precision": "fp32"}
+    for other in others:
+        assert traffic_ms(SimpleNamespace(**(vars(row) | other)), ceiling) is None  # type: ignore[arg-type]
+    assert traffic_ms(row, dataclasses.replace(ceiling, gigabytes_per_second=None)) is None  # type: ignore[arg-type]
 
 
 def test_a_step_that_has_nothing_to_do_or_fails(

@@ -39,6 +39,14 @@ def export(
             "Default: fp16 for TensorRT, otherwise fp32."
         ),
     ] = None,
+    fp32_accumulation: Annotated[
+        bool,
+        typer.Option(
+            "--fp32-accumulation",
+            help="fp16: add long matrix products in FP32 where TensorRT might add in FP16 (L4, RTX 4090). "
+            "--precision auto measures whether they need it.",
+        ),
+    ] = False,
     engine: Annotated[
         Literal["auto", "onnx", "trt", "trt-rtx"],
         typer.Option(help="trt-rtx also builds without a GPU; auto: what this machine can run."),
@@ -93,12 +101,18 @@ def export(
     if sampling is None and "grounding-dino" in names and flavour is None and _labels_with_ort_on_gpu(engine):
         sampling = "gather"
         log("grounding-dino: --sampling gather, because ONNX Runtime computes GridSample on the CPU")
+    numbers = "fp16" if precision == "auto" else precision or ("fp16" if flavour else "fp32")
+    if fp32_accumulation and numbers != "fp16":
+        raise UsageError(
+            f"--fp32-accumulation: for fp16 only, got {numbers}", hint="add --precision fp16; fp32 and bf16 always add in FP32"
+        )
     options = Options(
         batch=AxisRange(*batch) if batch else None,
         sizes=tuple(map(_size, size or ())),
-        precision="fp16" if precision == "auto" else precision or ("fp16" if flavour else "fp32"),
+        precision=numbers,
         sampling=sampling,
         measured=precision == "auto",
+        fp32_accumulation=fp32_accumulation,
     )
     given = by_model(weights or [], names)
     for name in names:

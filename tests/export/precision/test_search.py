@@ -341,27 +341,27 @@ def test_the_report_can_be_read() -> None:
 
 
 class Wide(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.product = nn.Linear(16, 16)
+        self.product = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x) * 1e4 / 1e4
 
 
-def wide_graph() -> Graph:
+def wide_graph(width: int = 16) -> Graph:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = Wide().eval().requires_grad_(False)
+        module = Wide(width).eval().requires_grad_(False)
 
     def sample(rows: int, seed: int) -> Feeds:
-        return {"x": np.random.default_rng(seed).normal(0, 10, (rows, 16)).astype(np.float32)}
+        return {"x": np.random.default_rng(seed).normal(0, 10, (rows, width)).astype(np.float32)}
 
     return Graph(
         name="wide",
         module=module,
-        inputs=(TensorSpec("x", ("batch", 16), "float32"),),
-        outputs=(TensorSpec("y", ("batch", 16), "float32"),),
+        inputs=(TensorSpec("x", ("batch", width), "float32"),),
+        outputs=(TensorSpec("y", ("batch", width), "float32"),),
         axes={"batch": AxisRange(1, 2, 3)},
         row_axis="batch",
         sample=sample,
@@ -403,13 +403,16 @@ def test_ties_in_a_label_map_keep_nothing_in_float32(apart: float, offset: float
     assert found.after["y"][0] <= 1e-2
 
 
-def test_auto_exports_what_was_measured_with_its_report(tmp_path: Path) -> None:
+def toy(make: Callable[[], Graph]) -> Family:
     preprocess = Preprocess(
         resize="squash", longest_px=8, filter="bilinear", canvases=((8, 8),), mean=(0, 0, 0), std=(1, 1, 1), source="test"
     )
-    prepared = Prepared(variant="one", graphs=(wide_graph,), preprocess=preprocess, weights={"source": "toy", "sha256": "0" * 64})
-    toy = Family(name="toy", variants=("one",), default="one", prepare=lambda *_: prepared, official=lambda variant: variant)
-    export = partial(exporting.export_model, toy, variant="one", weights="toy", bundle=tmp_path, log=print)
+    prepared = Prepared(variant="one", graphs=(make,), preprocess=preprocess, weights={"source": "toy", "sha256": "0" * 64})
+    return Family(name="toy", variants=("one",), default="one", prepare=lambda *_: prepared, official=lambda variant: variant)
+
+
+def test_auto_exports_what_was_measured_with_its_report(tmp_path: Path) -> None:
+    export = partial(exporting.export_model, toy(wide_graph), variant="one", weights="toy", bundle=tmp_path, log=print)
     manifest = export(options=Options(precision="fp16", measured=True))
     (spec,) = manifest.graphs.values()
     assert spec.precision == "fp16" and spec.parity is not None
@@ -418,3 +421,19 @@ def test_auto_exports_what_was_measured_with_its_report(tmp_path: Path) -> None:
     assert "nodes stay FP32" in (tmp_path / "toy" / "wide.precision.txt").read_text()
     standing = partial(exporting.standing_model, tmp_path, "toy", variant=None, weights=None)
     assert standing(options=Options(precision="fp16", measured=True)) and not standing(options=Options(precision="fp16"))
+
+
+def test_an_export_adds_long_products_in_float32_when_asked(tmp_path: Path) -> None:
+    make = partial(wide_graph, 256)
+    export = partial(exporting.export_model, toy(make), variant="one", weights="toy", bundle=tmp_path, log=print)
+    options = Options(precision="fp16", fp32_accumulation=True)
+    (spec,) = export(options=options).graphs.values()
+    assert spec.fp32_accumulation == 1 and spec.parity is not None and not spec.fp32_nodes
+    graph = ir.load(tmp_path / "toy" / spec.file).graph
+    (product,) = [node for node in graph if node.op_type in ("Gemm", "MatMul")]
+    assert product.inputs[0] is not None and product.inputs[0].producer() is not None
+    assert [node.op_type for node in (product.inputs[0].producer(), product.inputs[1].producer()) if node] == ["Cast", "Cast"]
+    standing = partial(exporting.standing_model, tmp_path, "toy", variant=None, weights=None)
+    assert standing(options=options) and not standing(options=Options(precision="fp16"))
+    assert export(options=Options(precision="fp16")).graphs[spec.file.removesuffix(".onnx")].fp32_accumulation == 0
+    assert standing(options=Options(precision="fp16")) and not standing(options=options)

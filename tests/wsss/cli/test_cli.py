@@ -368,6 +368,8 @@ def test_what_click_refuses_exits_with_2(wsss: Run, argv: list[str], message: st
         (["--model", "sam", "--sampling", "gather"], "--sampling: for grounding-dino only, got --model sam"),
         (["--model", "sam", "--size", "800"], "--size: expected HxW in pixels, got '800'"),
         (["--model", "sam", "--size", "0x5"], "--size: expected HxW"),
+        (["--model", "sam", "--engine", "onnx", "--fp32-accumulation"], "--fp32-accumulation: for fp16 only, got fp32"),
+        (["--model", "sam", "--precision", "bf16", "--fp32-accumulation"], "--fp32-accumulation: for fp16 only, got bf16"),
     ],
 )
 def test_export_flags_that_mean_nothing(wsss: Run, argv: list[str], message: str) -> None:
