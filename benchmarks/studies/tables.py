@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +103,61 @@ def engines() -> str:
 
 def compiled() -> str:
     """What TensorRT-RTX compiles the graphs to."""
+    found = result("compiled-graphs")
+    before = found.pop("before")
     rows: list[Row] = []
-    for name, found in result("compiled-graphs").items():
-        per = "a box" if found["rows"] == 64 else "an image"
+    for name, now in found.items():
+        times = [before[name], now] if name in before else [now]
+        per = "a box" if now["rows"] == 64 else "an image"
         rows.append(
             [
                 name.replace(":", ""),
-                f"{found['fused_attentions']}, {found['softmaxes_alone']}",
-                str(found["kernels"]),
-                f"{found['gigabytes']:.2f} GB {per}",
-                f"{found['ms_of_bytes']:.2f} ms",
-                f"{found['ms_of_products']:.2f} ms",
+                _changes(f"{each['fused_attentions']}, {each['softmaxes_alone']}" for each in times),
+                _changes(str(each["kernels"]) for each in times),
+                _changes(str(each["gemm"]) for each in times),
+                f"{_changes(format(each['gigabytes'], '.2f') for each in times)} GB {per}",
+                f"{_changes(format(each['ms_of_bytes'], '.2f') for each in times)} ms",
+                f"{_changes(format(each['ms_of_products'], '.2f') for each in times)} ms",
             ]
         )
-    head = ["FP16", "attentions fused, softmaxes alone", "kernels", "memory traffic", "bound by memory", "by products"]
+    head = [
+        "FP16",
+        "attentions fused, softmaxes alone",
+        "kernels",
+        "of them gemm",
+        "memory traffic",
+        "bound by memory",
+        "by products",
+    ]
     return table(head, rows)
+
+
+def _changes(values: Iterable[str]) -> str:
+    """Values before and now, once where they are equal."""
+    return ", now ".join(dict.fromkeys(values))
+
+
+def chain_bounds() -> str:
+    """The least time of the chain on an H200: of each graph the longer of memory traffic and products, added up."""
+    now = result("compiled-graphs")
+    rows: list[Row] = []
+    for canvas in ("1024x1024", "800x1088"):
+        for sam in ("vit_b", "vit_h"):
+            cells: list[str] = []
+            for graphs in (now["before"], now):
+                parts = [
+                    (5, "clip ViT-B-16: image"),
+                    (1, f"grounding-dino swin_t: image-{canvas}"),
+                    (1, f"sam {sam}: encoder"),
+                    (10, f"sam {sam}: decoder"),
+                ]
+                if any(name not in graphs for _, name in parts):
+                    cells.append("")
+                    continue
+                bounds = [count * max(graphs[name]["ms_of_bytes"], graphs[name]["ms_of_products"]) for count, name in parts]
+                cells.append(f"{sum(bounds):.2f} ms, {1e3 / sum(bounds):.0f} images/s")
+            rows.append([f"SAM {sam}, Grounding-DINO at {canvas.replace('x', ' x ')}", *cells])
+    return table(["CLIP ViT-B-16 with 5 views, Grounding-DINO Swin-T, SAM with 10 boxes", "before", "now"], rows)
 
 
 def sampling() -> str:
@@ -257,6 +297,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "half-precision": half,
     "engine-builds": engines,
     "compiled-graphs": compiled,
+    "chain-bounds": chain_bounds,
     "sampling-forms": sampling,
     "stage-two": stage_two,
     "host": host,

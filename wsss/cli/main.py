@@ -39,7 +39,6 @@ _KINDS: dict[type, Literal["text", "integer", "number", "switch"]] = {int: "inte
 app = typer.Typer(
     help="Photographs and a class list in, semantic-segmentation pseudo-labels out. No annotation needed.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
