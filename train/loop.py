@@ -22,6 +22,7 @@ import torch
 from .. import __version__
 from ..errors import StoreError, WeightsError, WsssError
 from ..reading.documents import read_json
+from ..store.decisions import exclusion
 from . import curve
 from .args import Config, deciding
 from .checkpoint import BEST, LAST, RunRecord, load_run, read_record, save_best, write_json, write_record
@@ -90,6 +91,7 @@ def train(
     out: Path,
     config: Config,
     *,
+    exclude: str | Path | None = None,
     log: Log = lambda line: None,
     watch: Callable[[Status], None] = lambda status: None,
 ) -> Result:
@@ -97,6 +99,7 @@ def train(
 
     Args:
         store: made by ``wsss label``. images: the folder that was labeled. out: the run's folder (`wsss.train.checkpoint`).
+        exclude: decisions or a list (`wsss.store.decisions`) whose rejected images are left out.
         log: called with log lines. watch: called at every point of the curve. Both are called in the first process only.
 
     Raises:
@@ -106,7 +109,7 @@ def train(
     """
     with joined(config.machine) as world, memory_for(config):
         log = log if world.is_first else lambda line: None
-        source = _source(store, images, out, config, world, log)
+        source = _source(store, images, out, config, world, exclude, log)
         run = _begin(source, config, world, log)
         steps = config.optimizer.steps
         with closing(Recorder(run, out, watch)) as recorder:
@@ -190,12 +193,12 @@ class Recorder:
             self._writer.close()
 
 
-def _source(store: Path, images: Path, out: Path, config: Config, world: World, log: Log) -> Source:
+def _source(store: Path, images: Path, out: Path, config: Config, world: World, exclude: str | Path | None, log: Log) -> Source:
     """Prepare the run's folder and survey the store, in the first process for all of them."""
     if world.is_first:
         _prepare_folder(out, config)
         log(f"checking {store}")
-        survey = survey_store(store, images)
+        survey = survey_store(store, images, exclude=exclusion(exclude), log=log)
         if survey.failed:
             log(f"{survey.failed} images of the store could not be labeled and are left out")
         write_survey(out / SURVEY, survey)

@@ -17,6 +17,7 @@ from ..cores import cores
 from ..errors import ImageError, StoreError
 from ..files import write_atomically
 from ..photographs import read_file
+from ..store.decisions import Exclusion
 from ..store.format import check_complete, photograph_of
 from ..store.local import Record, label_path, read_label, read_records, read_run
 
@@ -63,11 +64,19 @@ class Survey:
         )
 
 
-def survey_store(store: Path, images: Path, progress: Callable[[int, int], None] = lambda done, of: None) -> Survey:
+def survey_store(
+    store: Path,
+    images: Path,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+    *,
+    exclude: Exclusion | None = None,
+    log: Callable[[str], None] = print,
+) -> Survey:
     """Check every image and label of a store and count the pixels of each class.
 
     Args:
         progress: called with the numbers of done and of all images.
+        exclude: images that are left out. log: called with what was left out.
 
     Raises:
         StoreError: no labeled image; or images that are missing or changed, labels that are missing, of the wrong size, or
@@ -75,6 +84,9 @@ def survey_store(store: Path, images: Path, progress: Callable[[int, int], None]
     """
     classes: list[str] = read_run(store)["classes"]
     records = sorted(read_records(store), key=lambda record: record["path"])
+    if exclude is not None:
+        records = list(exclude.filter(records))
+        exclude.report(log)
     labelled = [record for record in records if "error" not in record]
     for record in labelled:
         check_complete(record, classes, ("sha256", "height", "width"), store / "manifest.jsonl")

@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 from ...classes import palette
 from ...errors import ImageError, StoreError, UsageError
+from ...store.decisions import label_version
 from ...store.local import Record, read_history, read_labeled_records, read_records, read_run
 from .doubt import Doubt, Floors, doubt, floors_of
 from .thumbnails import Progress, Thumbnails, make_thumbnails, publish, remove_thumbnails
@@ -33,7 +34,7 @@ MAX_IMAGES = 10_000
 THUMBNAIL_PX = 384
 _ASSETS = Path(__file__).with_name("assets")
 _FIELDS = {"height", "width", "sha256", "classes", "boxes", "void_px"}
-_SCRIPTS = ("elements.js", "summary.js", "gallery.js", "viewer.js", "start.js")
+_SCRIPTS = ("elements.js", "decisions.js", "summary.js", "gallery.js", "viewer.js", "start.js")
 
 
 @dataclass(kw_only=True)
@@ -207,6 +208,7 @@ def _row(classes: list[str], floors: Floors, doubted: Doubt, record: Record, thu
         doubted.reason,
         tags,
         boxes,
+        label_version(record),
     ]
 
 

@@ -18,13 +18,13 @@ from ...classes import ClassList
 from ...errors import ImageError
 from ...object_storage import RemoteFolder
 from ...store.format import LabelWriter, Store, missing_fields
-from ...store.local import LabelStore, Record, Shard
+from ...store.local import LabelStore, Record, Shard, relative_images
 from ...store.remote import RemoteStore
 from ..given.names import twins_of
 from ..given.stages import Given
 from ..labeler import Labeler
 from .listing import SIDECARS, Found, LeftOut, check_images, describe_left_out
-from .sources import LocalImages, Source
+from .sources import LocalImages, Source, local_folder
 from .stream import Receipt, Stream, Task
 
 NAMED = 10
@@ -213,7 +213,10 @@ def label_folder(
         summary.stopped = stop.is_set() and summary.skipped + summary.labelled + summary.failed < summary.images
         if summary.labelled or summary.failed:
             ended = datetime.now(UTC).isoformat(timespec="seconds")
-            store.add_history({"ended": ended, "wsss": __version__, **dataclasses.asdict(summary)})
+            record = {"ended": ended, "wsss": __version__, **dataclasses.asdict(summary)}
+            if isinstance(out, Path) and (local := local_folder(source)) is not None:
+                record["folder"] = relative_images(local, out)
+            store.add_history(record)
     if not summary.stopped and 2 * summary.empty >= max(1, summary.skipped - summary.failed_before + summary.labelled):
         warn(summary.describe_empty())
     return summary

@@ -99,12 +99,14 @@ class Folder:
         leave_out: a folder that is not entered: the label store, whose labels are not photographs.
         shard: (I, N): only the I-th of N shares of the images. Which share an image is in depends on its name alone.
         left_out: filled by iterating. Links to folders are not followed.
+        only: images and sub-folders below ``path``, with forward slashes; nothing else is entered. Empty takes all.
     """
 
     path: Path
     leave_out: Path | None = None
     shard: tuple[int, int] | None = None
     left_out: LeftOut = field(default_factory=LeftOut, compare=False)
+    only: frozenset[str] = frozenset()
 
     def __iter__(self) -> Iterator[Found]:
         """Yield the images sorted by name (by code points), without hidden files and folders.
@@ -131,10 +133,20 @@ class Folder:
         alike = Counter(map(_folded, folders))
         # With a slash at its end a folder's name sorts where its images do, so that all names come in order.
         for name in sorted([*files, *(f"{folder}/" for folder in folders)]):
+            if not self._is_wanted(prefix + name):
+                continue
             if name.endswith("/"):
                 yield from self._walk(prefix + name, twin or alike[_folded(name[:-1])] > 1)
             else:
                 yield Found(prefix + name, prefix + labels[name])
+
+    def _is_wanted(self, name: str) -> bool:
+        """Whether an image, or a folder (its name ends in a slash), is in ``only``, below a folder of it, or above something."""
+        if not self.only:
+            return True
+        parts = name.rstrip("/").split("/")
+        within = any("/".join(parts[:end]) in self.only for end in range(1, len(parts) + 1))
+        return within or (name.endswith("/") and any(each.startswith(name) for each in self.only))
 
     def _list(self, prefix: str) -> tuple[list[str], list[str]]:
         files: list[str] = []
@@ -151,7 +163,7 @@ class Folder:
                         files.append(entry.name)
                     elif entry.is_symlink() and Path(entry.path).is_dir():
                         self.left_out.links.append(prefix + entry.name)
-                    elif is_of_shard(prefix + entry.name, self.shard):
+                    elif self._is_wanted(prefix + entry.name) and is_of_shard(prefix + entry.name, self.shard):
                         self.left_out.count(entry.name)
         except OSError as error:
             if not prefix:

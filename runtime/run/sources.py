@@ -8,7 +8,7 @@ import heapq
 import os
 import posixpath
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count, groupby, islice
@@ -56,9 +56,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class LocalImages:
-    """The images of a folder on this machine and of its sub-folders, or the one image ``path``."""
+    """The images of a folder on this machine and of its sub-folders, or the one image ``path``.
+
+    only: images and sub-folders below ``path``, with forward slashes; empty takes all.
+    """
 
     path: Path
+    only: frozenset[str] = frozenset()
     is_remote: ClassVar[bool] = False
 
     def __str__(self) -> str:
@@ -66,7 +70,7 @@ class LocalImages:
 
     def listing(self, out: Path | RemoteFolder | None = None, shard: Shard | None = None) -> Folder:
         """As `Source.listing`."""
-        return Folder(self.path, out if isinstance(out, Path) else None, shard)
+        return Folder(self.path, out if isinstance(out, Path) else None, shard, only=self.only)
 
     def read(self, name: str) -> ImageFile:
         """As `Source.read`."""
@@ -204,6 +208,64 @@ class FileList:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Some images of a source, with their names and labels there.
+
+    Args:
+        source: of all images.
+        leave_out: names of images that are not taken.
+        only: names of the images that are taken; None takes all.
+        limit: most images, the first by name; None takes all.
+    """
+
+    source: Source
+    leave_out: frozenset[str] = frozenset()
+    only: frozenset[str] | None = None
+    limit: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.source)
+
+    @property
+    def is_remote(self) -> bool:
+        """As `Source.is_remote`."""
+        return self.source.is_remote
+
+    def listing(self, out: Path | RemoteFolder | None = None, shard: Shard | None = None) -> Listing:
+        """As `Source.listing`."""
+        return _Filtered(self, self.source.listing(out, shard))
+
+    def takes(self, image: Found) -> bool:
+        """Whether an image is taken, apart from the limit."""
+        return image.name not in self.leave_out and (self.only is None or image.name in self.only)
+
+    def read(self, name: str) -> ImageFile:
+        """As `Source.read`."""
+        return self.source.read(name)
+
+    def stamp(self, name: str) -> Mapping[str, int | str]:
+        """As `Source.stamp`."""
+        return self.source.stamp(name)
+
+
+@dataclass(frozen=True)
+class _Filtered:
+    chosen: Chosen
+    images: Listing
+
+    @property
+    def left_out(self) -> LeftOut:
+        return self.images.left_out
+
+    @property
+    def path(self) -> object:
+        return self.images.path
+
+    def __iter__(self) -> Iterator[Found]:
+        return islice(filter(self.chosen.takes, self.images), self.chosen.limit)
+
+
+@dataclass(frozen=True)
 class _Listed:
     path: RemoteImages | FileList
     out: Path | RemoteFolder | None
@@ -215,8 +277,16 @@ class _Listed:
         return self.path.found(self.out, self.shard, self.left_out)
 
 
-def source_of(text: str) -> Source:
-    """The source that IMAGES names: a URL, a list (``.txt``), a folder or an image."""
+def source_of(*texts: str) -> Source:
+    """The source that IMAGES names: a URL, a list (``.txt``), a folder or an image; or several folders and images, whose names
+    are then their paths below the folder that all of them are in.
+
+    Raises:
+        UsageError: one of several is a URL or a list, or there is nothing of that name.
+    """
+    if len(texts) > 1:
+        return _several(texts)
+    (text,) = texts
     if is_url(text):
         url = text.rstrip("/")
         parent, _, name = url.rpartition("/")
@@ -224,6 +294,32 @@ def source_of(text: str) -> Source:
         return RemoteImages(RemoteFolder(parent), name) if alone else RemoteImages(RemoteFolder(url))
     path = local_path(text)
     return FileList(path) if path.suffix.lower() == ".txt" and path.is_file() else LocalImages(path)
+
+
+def _several(texts: Sequence[str]) -> Source:
+    paths = []
+    for text in texts:
+        path = local_path(text)
+        if is_url(text) or path.suffix.lower() == ".txt":
+            raise UsageError(
+                f"{text}: is one of several IMAGES, which must be folders and images", hint="label it in its own run"
+            )
+        if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
+            raise UsageError(f"{text}: expected a folder or an image", hint=f"images end in {' '.join(SUFFIXES)}")
+        if not path.exists():
+            raise UsageError(f"{text}: expected a folder or an image, found nothing", hint="check its spelling")
+        paths.append(Path(os.path.abspath(path)))
+    root = Path(os.path.commonpath([path.parent if path.is_file() else path for path in paths]))
+    if root in paths:
+        return LocalImages(root)
+    return LocalImages(root, frozenset(path.relative_to(root).as_posix() for path in paths))
+
+
+def local_folder(source: Source) -> Path | None:
+    """The folder, or the single image, whose images a source has; None for lists and object stores."""
+    while isinstance(source, Chosen):
+        source = source.source
+    return source.path if isinstance(source, LocalImages) else None
 
 
 def store_of(text: str) -> Path | RemoteFolder:

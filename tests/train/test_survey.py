@@ -14,6 +14,7 @@ from PIL import Image
 
 from wsss.classes import class_list
 from wsss.errors import StoreError
+from wsss.store.decisions import exclusion
 from wsss.store.local import LabelStore, read_label, read_records, write_label
 from wsss.train.survey import Item, Survey, class_confidence, read_survey, survey_store, write_survey
 
@@ -180,3 +181,13 @@ def test_a_pipe_in_an_images_place_is_not_waited_for(scenes: Scenes) -> None:
         match=r"1 of 8 images cannot be trained on:\n  scene-00\.png: the image: expected a regular file, got a named pipe",
     ):
         survey_store(store, images)
+
+
+def test_rejected_images_are_not_read(scenes: Scenes, tmp_path: Path) -> None:
+    store, images = scenes
+    (path := tmp_path / "list.txt").write_text("scene-01.png\nscene-04.png\n")
+    (images / "scene-04.png").unlink()
+    said: list[str] = []
+    survey = survey_store(store, images, exclude=exclusion(path), log=said.append)
+    assert [item.path for item in survey.items] == [f"scene-{number:02}.png" for number in (0, 2, 3, 5, 6, 7)]
+    assert said == [f"--exclude {path}: 2 images are left out"]

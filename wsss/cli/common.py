@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -21,6 +22,15 @@ Engine = Literal["auto", "ort", "trt", "trt-rtx", "eager"]
 # mypy and Typer both read these, so that the help of a shared flag is written once.
 BundleFlag = Annotated[
     str, typer.Option("--bundle", help="Folder of exported models, or 'mini' for the small ones that come with wsss.")
+]
+ImagesFlag = Annotated[
+    str | None, typer.Option("--images", help="Folder of the store's images. Default: where the store's last run found them.")
+]
+ExcludeFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--exclude", metavar="FILE", help="Leave out the images that this file rejects: decisions of a report, or a list."
+    ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
@@ -53,6 +63,21 @@ def by_model(given: list[str], names: tuple[str, ...]) -> dict[str, str]:
                 hint=f"--weights {names[0]}=checkpoint.pth",
             )
     return weights
+
+
+def images_folder(store: str, images: str | None) -> Path:
+    """The folder of a store's images: ``--images``, or the one that the store records, which is logged.
+
+    Raises:
+        StoreError: there is no store, or it records no folder that exists.
+    """
+    if images is not None:
+        return Path(images)
+    from ..store.local import read_images_folder
+
+    found = read_images_folder(Path(store))
+    log(f"images: {found}, as {store} records")
+    return found
 
 
 class _StderrHandler(logging.Handler):

@@ -23,6 +23,7 @@ from .events import Events, Level, set_level
 
 if TYPE_CHECKING:
     from ..runtime.run.label_folder import Executor, Summary
+    from ..runtime.run.sources import Source
 
 EPILOG = """--labels: {"a/dog.jpg": ["dog"]}
 
@@ -33,10 +34,10 @@ label store. docs/boxes.md shows each."""
 
 def label(
     images: Annotated[
-        str,
+        list[str],
         typer.Argument(
             metavar="IMAGES",
-            help="Folder of images (with sub-folders), one image, a list (LIST.txt: a path or URL per line), or s3://, gs:// "
+            help="Folders of images (with sub-folders) and images; or a list (LIST.txt: a path or URL per line), or s3://, gs:// "
             "etc. (pip install 'wsss[remote]').",
         ),
     ],
@@ -91,6 +92,15 @@ def label(
     margin: Annotated[
         float, typer.Option(help="Pixels are void where another class comes within this share of the best one.")
     ] = 0.1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images by name, for a try.")] = None,
+    exclude: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Leave out the images that this file rejects: decisions of a report, or a list."),
+    ] = None,
+    redo: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Only the images that this file rejects, for a new store with other settings."),
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again the images that failed before.")] = False,
     shard: Annotated[
         str | None, typer.Option(help="I/N, I from 0 to N - 1: label one of N parts of the images; N runs may share a store.")
@@ -115,10 +125,13 @@ def label(
     from ..runtime.labeler import Labeler, Rules, strange_to_mini
     from ..runtime.run.label_folder import label_folder
     from ..runtime.run.listing import check_images
-    from ..runtime.run.sources import source_of, store_of
+    from ..runtime.run.sources import Chosen, source_of, store_of
     from ..runtime.run.workers import Workers
 
-    source, store = source_of(images), store_of(out)
+    source, store = source_of(*images), store_of(out)
+    if limit or exclude or redo:
+        leave_out, only = (rejected_of(path, flag, source) for path, flag in ((exclude, "--exclude"), (redo, "--redo")))
+        source = Chosen(source, leave_out or frozenset(), only, limit)
     check_images(source.listing(store))  # before the engines are loaded, which takes a while
     rules = Rules(
         tag_threshold=tag_threshold, box_threshold=box_threshold, nms=nms, nms_across=nms_across, margin=margin, gate=gate
@@ -160,7 +173,7 @@ def label(
                 executor = stack.enter_context(Workers(openers, batch=batch)) if len(openers) > 1 else openers[0][1]()
             used, count = executor.settings["engine"], len(executor.classes.names)
             log(f"engine {used}, {count} classes")
-            events.write("started", images=images, store=out, engine=used, classes=count)
+            events.write("started", images=images[0] if len(images) == 1 else images, store=out, engine=used, classes=count)
             if message := strange_to_mini(executor.classes, executor.settings):
                 events.warn(message)
             stop = stack.enter_context(stop_on_signals())
@@ -203,6 +216,28 @@ def label(
             logging.WARNING,
         )
         raise SystemExit(1)
+
+
+def rejected_of(path: str | None, flag: str, source: Source) -> frozenset[str] | None:
+    """The names of the images that a file rejects, and a warning of those that ``source`` does not have; None without a file.
+
+    Raises:
+        UsageError: ``source`` has none of them.
+    """
+    if path is None:
+        return None
+    from ..store.decisions import read_rejected
+
+    names = frozenset(read_rejected(path, flag=flag))
+    unknown = sorted(names - {image.name for image in source.listing() if image.name in names})
+    if len(unknown) == len(names):
+        raise UsageError(
+            f"{flag} {path}: {source} has none of its images, for example {unknown[0]}",
+            hint="names are paths below the folder that is labeled, or lines of the list",
+        )
+    if unknown:
+        log(f"{flag} {path}: {len(unknown)} of its {len(names)} images are not there, for example {unknown[0]}", logging.WARNING)
+    return names
 
 
 def parse_devices(text: str) -> list[str]:

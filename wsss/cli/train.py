@@ -12,7 +12,7 @@ import typer
 
 from ..extras import needs
 from ..progress import end_progress, progress_line
-from .common import JsonFlag, clock, log, on_this_machine
+from .common import ExcludeFlag, ImagesFlag, JsonFlag, clock, images_folder, log, on_this_machine
 
 if TYPE_CHECKING:
     from ..train.loop import Status
@@ -22,7 +22,8 @@ Preset = Literal["deeplabv2-voc", "deeplabv2-coco", "deeplabv3plus-voc", "segfor
 
 def train(
     store: Annotated[str, typer.Argument(metavar="STORE", help="Label store to train on.")],
-    images: Annotated[str, typer.Option(help="Folder of the store's images.")],
+    images: ImagesFlag = None,
+    *,
     out: Annotated[str, typer.Option(help="Folder of the run: a new one, or one to continue.")],
     preset: Annotated[Preset, typer.Option(help="Architecture and schedule to start from.")] = "deeplabv3plus-voc",
     config: Annotated[str | None, typer.Option(help="TOML file of settings; typed flags take precedence.")] = None,
@@ -39,6 +40,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any setting of the configuration; may be repeated."),
     ] = None,
+    exclude: ExcludeFlag = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Train a segmenter on a label store. Run it again to continue where it stopped, or under torchrun for several GPUs."""
@@ -46,6 +48,7 @@ def train(
     from ..train.presets import preset as tables_of
 
     on_this_machine(("STORE", store), ("--images", images), ("--out", out))
+    folder = images_folder(store, images)
     flags: dict[str, Any] = {
         "model.init": init,
         "optimizer.steps": steps,
@@ -63,7 +66,7 @@ def train(
         from ..train.loop import train as train_store
 
         try:
-            result = train_store(Path(store), Path(images), Path(out), settings, log=log, watch=_show)
+            result = train_store(Path(store), folder, Path(out), settings, exclude=exclude, log=log, watch=_show)
         except KeyboardInterrupt:
             end_progress()
             log(f"interrupted; {out} is intact. Run the same command to continue.")

@@ -317,6 +317,31 @@ def read_history(folder: Path) -> list[Record]:
     return [record for line in lines if line.endswith(b"\n") and (record := history_of(line)) is not None]
 
 
+def read_images_folder(folder: Path) -> Path:
+    """The folder, or the single image, that the last run of a store labeled.
+
+    Raises:
+        StoreError: there is no store; its history names no local folder; or that folder does not exist.
+    """
+    read_run(folder)
+    hint = "give the folder that was labeled: --images FOLDER"
+    names = [name for run in read_history(folder) if isinstance(name := run.get("folder"), str)]
+    if not names or "\0" in names[-1]:
+        raise StoreError(f"{folder}: its history does not name the folder that was labeled", hint=hint)
+    found = Path(os.path.normpath(folder / names[-1]))
+    if not os.path.exists(found):
+        raise StoreError(f"{folder}: was made from {found}, which does not exist", hint=hint)
+    return found
+
+
+def relative_images(images: Path, folder: Path) -> str:
+    """The path of a store's images as its history records it: relative to the store, absolute on another drive."""
+    try:
+        return Path(os.path.relpath(images.resolve(), folder.resolve())).as_posix()
+    except ValueError:
+        return str(images.resolve())
+
+
 def write_label(path: Path, label_map: np.ndarray) -> None:
     """Write a label map (H, W) uint8 as an 8-bit palette PNG with VOC's colors, atomically. Raises OSError."""
     make_folder(path.parent)

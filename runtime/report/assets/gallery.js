@@ -27,11 +27,11 @@ function startGallery() {
     }
   });
   find("class").addEventListener("change", (event) => chooseClass(event.target.value === "" ? null : Number(event.target.value)));
-  for (const id of ["cause", "order"]) find(id).addEventListener("change", filter);
+  for (const id of ["cause", "decision", "order"]) find(id).addEventListener("change", filter);
   find("previous").addEventListener("click", () => turnPage(-1));
   find("next").addEventListener("click", () => turnPage(1));
   find("reset").addEventListener("click", () => {
-    find("search").value = find("cause").value = "";
+    find("search").value = find("cause").value = find("decision").value = "";
     chooseClass(null);
     focusCard(0);
   });
@@ -56,9 +56,11 @@ function chooseClass(row) {
 function filter() {
   const words = find("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const cause = find("cause").value;
+  const decision = find("decision").value;
   const fits = (image) =>
     words.every((word) => image.search.includes(word)) &&
     (gallery.row === null || image.classes.has(gallery.row)) &&
+    (!decision || (decisionOf(image) || "none") === decision) &&
     (!cause || image.cause === cause || (cause === "empty" && image.empty) || (cause === "note" && image.note));
   gallery.shown = report.images.filter(fits).sort(ORDERS[find("order").value]);
   gallery.page = 0;
@@ -82,20 +84,24 @@ function drawPage() {
   markCard(gallery.at);
 }
 
-function card(image, at) {
+const card = (image, at) => element("li", {}, cardButton(image, at, -1));
+
+function cardButton(image, at, tabIndex) {
   const picture = (name, kind) => element("img", { className: kind, loading: "lazy", decoding: "async", alt: "", src: report.files + name });
   const named = [...image.classes].slice(0, CHIPS);
-  return element("li", {}, element("button", { type: "button", className: "card", tabIndex: -1, "data-at": at },
+  const decision = decisionOf(image);
+  return element("button", { type: "button", className: `card ${decision}`, tabIndex, "data-at": at },
     element("span", { className: "picture" },
       ...(image.photo ? [picture(image.photo, "photo")] : []),
       ...(image.picture ? [picture(image.picture, "label")] : []),
+      ...(decision ? [element("span", { className: "decision", textContent: DECISIONS[decision] })] : []),
       doubtBadge(image.doubt)),
     fileName(image.name),
     element("span", { className: "chips" },
       ...named.map((row) => element("span", { className: "chip" }, swatch(row), report.classes[row].name)),
       ...(image.classes.size > CHIPS ? [element("span", { className: "chip", textContent: `+${image.classes.size - CHIPS}` })] : []),
       ...(image.classes.size ? [] : [element("span", { className: "none", textContent: "nothing labeled" })])),
-    element("span", { className: image.note ? "reason alarm" : "reason", textContent: image.note || image.reason })));
+    element("span", { className: image.note ? "reason alarm" : "reason", textContent: image.note || image.reason }));
 }
 
 // A long name is shortened in its middle, because its end distinguishes files.
@@ -165,6 +171,7 @@ function galleryKey(key) {
   } else if (key === "n" || key === "p") {
     turnPage(key === "n" ? 1 : -1);
     if (inGrid) focusCard(gallery.at);
-  } else return false;
+  } else if (inGrid && key in DECISION_KEYS) decide(gallery.shown[gallery.at], DECISION_KEYS[key]);
+  else return false;
   return true;
 }

@@ -1,10 +1,10 @@
 // Starts the page: showReport(), which the data file calls, and the keys.
 
 // Unpack one row of the data, which _row() in runtime/report/page.py packs. Scores, shares and edges of boxes are thousandths.
-function unpack([name, label, photo, picture, note, width, height, doubt, parts, cause, reason, tags, boxes]) {
+function unpack([name, label, photo, picture, note, width, height, doubt, parts, cause, reason, tags, boxes, version]) {
   const classes = new Set([...boxes.map(([row]) => row), ...tags.map(([row]) => row)]);
   return {
-    name, label, photo, picture, note, width, height, parts, cause, reason, tags, boxes, classes,
+    name, label, photo, picture, note, width, height, parts, cause, reason, tags, boxes, classes, version,
     doubt: doubt / 1000, search: name.toLowerCase(), empty: !(report.boxed ? boxes : tags).length,
   };
 }
@@ -14,6 +14,7 @@ function showReport(data) {
   Object.assign(report, data, { images: data.images.map(unpack) });
   document.querySelector("main").hidden = false;
   showSummary(data.totals, data.failures, data.settings);
+  startDecisions();
   startGallery();
   startViewer();
 }

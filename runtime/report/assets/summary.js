@@ -1,6 +1,6 @@
 // The top of the page: numbers of the run, classes, failures, settings.
 
-const FEW_CLASSES = 12;
+const FEW_CLASSES = 8;
 const FAILURES_AT_ONCE = 100;
 const histogram = { measure: "images", all: false };
 

@@ -55,6 +55,7 @@ function showImage(at) {
   showPicture(find("viewer-photo"), image, image.photo, report.photographs, image.name);
   showPicture(find("viewer-label"), image, image.picture, report.labels, image.label);
   showFacts(image);
+  showButtons(image);
   drawBoxes();
   for (const next of [at - 1, at + 1]) {
     const near = gallery.shown[next];
@@ -124,6 +125,7 @@ function viewerKey(key) {
   if (key === "ArrowLeft") showImage(viewer.at - 1);
   else if (key === "ArrowRight") showImage(viewer.at + 1);
   else if (key === "b") find("show-boxes").click();
+  else if (key in DECISION_KEYS) decide(gallery.shown[viewer.at], DECISION_KEYS[key]);
   else return false;
   return true;
 }

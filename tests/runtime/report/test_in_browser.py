@@ -14,6 +14,7 @@ from wsss.benchmarks.studies.speed.chromium import Chromium, find_chromium
 from wsss.benchmarks.studies.speed.report_page import write_store
 from wsss.classes import palette
 from wsss.runtime.report.page import write_report
+from wsss.store.decisions import Exclusion, read_rejected
 from wsss.store.local import read_records
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs chromium, which is not installed")
@@ -412,3 +413,85 @@ def test_controls_have_names_and_the_focus_is_seen(page: Chromium) -> None:
     for _ in range(12):
         page.press("Tab")
         assert page.evaluate(OUTLINE)[1] not in ("none", ""), page.evaluate(OUTLINE)
+
+
+# ---- decisions ----
+
+
+def decisions(page: Chromium) -> dict[str, str]:
+    found: dict[str, str] = page.evaluate("Object.fromEntries(decisions.of)")
+    return found
+
+
+@pytest.fixture
+def undecided(page: Chromium, folder: Path) -> Iterator[Chromium]:
+    """The page of a browser that has decided nothing yet."""
+    page.evaluate("localStorage.clear()")
+    page.open((folder / "store" / "report.html").as_uri())
+    yield page
+    page.evaluate("localStorage.clear()")
+
+
+def test_keys_decide_and_take_back(undecided: Chromium, folder: Path) -> None:
+    page = undecided
+    assert not shown(page, "#decisions")
+    page.evaluate("focusCard(0)")
+    first, second, third = cards(page)[:3]
+    for key in ("r", "ArrowRight", "a", "ArrowRight", "u", "u", "u"):
+        page.press(key)
+    assert decisions(page) == {first: "reject", second: "accept", third: "unsure"}
+    assert focused(page) == third
+    assert text(page, "#decisions span") == "1 accepted, 1 rejected, 1 unsure."
+    assert text(page, ".card.reject .decision") == "Rejected"
+    page.press("u")
+    assert decisions(page) == {first: "reject", second: "accept"}
+    page.open((folder / "store" / "report.html").as_uri())
+    assert decisions(page) == {first: "reject", second: "accept"}, "they stay in the browser"
+    choose(page, "#decision", "none")
+    assert text(page, "#count").endswith("of 128 images")
+    choose(page, "#decision", "reject")
+    assert cards(page) == [first]
+
+
+def test_a_search_takes_letters_and_decides_nothing(undecided: Chromium) -> None:
+    undecided.click("#search")
+    undecided.type("aru")
+    assert decisions(undecided) == {}
+
+
+def test_three_are_rejected_saved_and_left_out(undecided: Chromium, folder: Path, tmp_path: Path) -> None:
+    page = undecided
+    page.click(".card")
+    rejected = []
+    for _ in range(3):
+        rejected.append(text(page, "#viewer-name"))
+        page.click("#viewer-decide [value=reject]")
+        page.click("#viewer-next")
+    page.click("#viewer-decide [value=accept]")
+    assert page.evaluate("document.querySelector('#viewer-decide [value=accept]').getAttribute('aria-pressed')") == "true"
+    page.press("Escape")
+    page.evaluate("URL.createObjectURL = (blob) => { blob.text().then((text) => (window.saved = text)); return '#'; }")
+    page.click("#save-decisions")
+    page.until("window.saved !== undefined")
+    (path := tmp_path / "decisions.json").write_text(page.evaluate("window.saved"), encoding="utf-8")
+    assert list(read_rejected(path, flag="--exclude")) == rejected
+    exclude = Exclusion(path)
+    kept = [record["path"] for record in exclude.filter(read_records(folder / "store"))]
+    assert len(kept) == IMAGES + 2 - 3 and not set(kept) & set(rejected) and not exclude.outdated
+
+
+def test_a_decision_about_an_earlier_label_is_forgotten(undecided: Chromium, folder: Path) -> None:
+    page = undecided
+    page.evaluate("focusCard(0)")
+    page.press("r")
+    page.press("ArrowRight")
+    page.press("r")
+    page.evaluate(
+        "{ const kept = JSON.parse(localStorage.getItem(decisions.place)); Object.values(kept)[0].label = 'old';"
+        " kept['elsewhere.jpg'] = { decision: 'reject', label: 'x' };"
+        " localStorage.setItem(decisions.place, JSON.stringify(kept)); }"
+    )
+    second = cards(page)[1]
+    page.open((folder / "store" / "report.html").as_uri())
+    assert decisions(page) == {second: "reject"}
+    assert list(page.evaluate("decidedImages()")) == ["elsewhere.jpg", second], "images that the page does not show stay decided"

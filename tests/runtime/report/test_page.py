@@ -83,8 +83,8 @@ def test_the_classes_are_counted(store: Path, photos: Path, tmp_path: Path) -> N
 def test_an_image_has_its_tags_boxes_and_pictures(store: Path, photos: Path, tmp_path: Path) -> None:
     data = data_of(write_report(store, photos, tmp_path / "page.html"))
     image = next(image for image in data["images"] if image[0] == "two.png")
-    _, label, photo, picture, note, width, height, doubt, parts, cause, reason, tags, boxes = image
-    assert (label, note, width, height) == ("two.png", "", 60, 40)
+    _, label, photo, picture, note, width, height, doubt, parts, cause, reason, tags, boxes, version = image
+    assert (label, note, width, height, len(version)) == ("two.png", "", 60, 40, 12)
     assert (tmp_path / data["files"] / photo).is_file()
     assert (tmp_path / data["files"] / picture).is_file()
     assert (tmp_path / data["photographs"] / "two.png").is_file()

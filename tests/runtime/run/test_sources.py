@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,17 @@ from wsss.errors import ImageError, UsageError
 from wsss.object_storage import RemoteFolder
 from wsss.runtime.run import sources
 from wsss.runtime.run.listing import check_images, label_of
-from wsss.runtime.run.sources import FileList, LocalImages, RemoteImages, local_path, source_of, store_of
+from wsss.runtime.run.sources import (
+    Chosen,
+    FileList,
+    LocalImages,
+    RemoteImages,
+    Source,
+    local_folder,
+    local_path,
+    source_of,
+    store_of,
+)
 
 if TYPE_CHECKING:
     from ..conftest import Bucket
@@ -253,3 +264,73 @@ def test_a_line_that_has_more_than_a_path_is_told_the_form(tmp_path: Path, monke
         with pytest.raises(ImageError, match="cannot be read") as caught:
             place.read(name)
         assert ("a list has one path or URL a line" in caught.value.message) == (name != "none.png")
+
+
+# ---- several folders and images; some images of a source ----
+
+
+def names_of(source: Source, out: Path | None = None) -> list[str]:
+    return [image.name for image in source.listing(out)]
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("a/1.jpg", "a/2.png", "a/in/3.jpg", "a/notes.txt", "ab/4.jpg", "b/5.jpg", "b/6.jpg", "7.jpg", "b/8.log"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "root", "names"),
+    [
+        (("a", "b/5.jpg"), "", ["a/1.jpg", "a/2.png", "a/in/3.jpg", "b/5.jpg"]),
+        (("a/1.jpg", "a/2.png"), "a", ["1.jpg", "2.png"]),
+        (("a/in/", "./a/1.jpg"), "a", ["1.jpg", "in/3.jpg"]),
+        (("a", "a/in"), "a", ["1.jpg", "2.png", "in/3.jpg"]),
+        (("b/6.jpg", "b/6.jpg"), "b", ["6.jpg"]),
+        (("7.jpg", "b"), "", ["7.jpg", "b/5.jpg", "b/6.jpg"]),
+    ],
+)
+def test_several_inputs_are_one_folder_with_some_of_its_images(
+    tree: Path, given: tuple[str, ...], root: str, names: list[str]
+) -> None:
+    source = source_of(*given)
+    assert isinstance(source, LocalImages) and source.path == tree / root
+    assert names_of(source) == names
+    whole = {image.name: image.label for image in LocalImages(tree / root).listing()}
+    assert {image.name: image.label for image in source.listing()}.items() <= whole.items()
+    assert local_folder(source) == tree / root
+
+
+def test_only_files_of_the_inputs_count_as_left_out(tree: Path) -> None:
+    listing = source_of("a", "b/5.jpg").listing()
+    list(listing)
+    assert listing.left_out.files == {".txt": 1}
+
+
+def test_folders_beside_the_inputs_are_not_entered(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[str] = []
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: entered.append(os.path.relpath(path, tree)) or scan(path))  # type: ignore[func-returns-value]
+    names_of(source_of("a/in", "b"))
+    assert sorted(entered) == [".", "a", "a/in", "b"]
+
+
+@pytest.mark.parametrize("other", ["s3://bucket/a", "a/notes.txt", "b/8.log", "missing.jpg", "missing"])
+def test_several_inputs_are_folders_and_images(tree: Path, other: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(other)) as found:
+        source_of("a", other)
+    assert found.value.hint
+
+
+def test_some_images_of_a_source(tree: Path) -> None:
+    source = LocalImages(tree / "b")
+    assert names_of(Chosen(source, leave_out=frozenset({"5.jpg"}))) == ["6.jpg"]
+    assert names_of(Chosen(source, only=frozenset({"5.jpg", "x.jpg"}))) == ["5.jpg"]
+    some = Chosen(LocalImages(tree), frozenset({"7.jpg"}), limit=2)
+    assert names_of(some) == names_of(some) == ["a/1.jpg", "a/2.png"]
+    assert pickle.loads(pickle.dumps(some)) == some
+    assert (local_folder(some), str(some), some.is_remote) == (tree, str(tree), False)
+    assert some.stamp("b/5.jpg")["bytes"] == 0

@@ -228,6 +228,58 @@ def test_report_writes_a_page(label: Run, wsss: Run, tmp_path: Path) -> None:
     refused(wsss("report", "photos", "--images", "photos"), 1, "expected a label store", "hint: wsss label makes one")
 
 
+def test_a_store_knows_where_its_images_are(label: Run, wsss: Run, tmp_path: Path) -> None:
+    label()
+    answer = wsss("report", "store")
+    assert (answer.code, answer.out) == (0, "store/report.html\n")
+    assert "images: photos, as store records" in answer.err
+    for place in ("moved/store", "moved/photos"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / Path(place).name).rename(tmp_path / place)
+    assert wsss("report", "moved/store").code == 0, "both were moved together"
+    (tmp_path / "moved" / "photos").rename(tmp_path / "elsewhere")
+    refused(wsss("report", "moved/store"), 1, "was made from moved/photos, which does not exist", "hint: give", "--images")
+    (tmp_path / "moved" / "store" / "history.jsonl").unlink()
+    refused(wsss("report", "moved/store"), 1, "its history does not name the folder", "--images")
+    assert wsss("report", "moved/store", "--images", "elsewhere").code == 0
+
+
+def test_label_takes_several_images_a_limit_and_rejections(label: Run, wsss: Run, world: World, tmp_path: Path) -> None:
+    def labels() -> list[str]:
+        return sorted(path.stem for path in (tmp_path / "store" / "labels").rglob("*.png"))
+
+    flags = ("--classes", "red, green, blue", "--bundle", world.bundle, "--out", "store")
+    assert wsss("label", "photos/red.png", "photos/two.png", *flags).code == 0
+    assert labels() == ["red", "two"]
+    assert label("--limit", "2").code == 0
+    assert labels() == ["black", "green", "red", "two"]
+    (tmp_path / "bad.txt").write_text("sub/three.png\nnone.png\n")
+    answer = label("--exclude", "bad.txt")
+    assert answer.code == 0 and "--exclude bad.txt: 1 of its 2 images are not there, for example none.png" in answer.err
+    assert labels() == ["black", "green", "red", "two"]
+    assert label("--redo", "bad.txt").code == 0
+    assert labels() == ["black", "green", "red", "three", "two"]
+    (tmp_path / "bad.txt").write_text("none.png\n")
+    refused(label("--exclude", "bad.txt"), 2, "--exclude bad.txt: photos has none of its images, for example none.png")
+
+
+def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
+    def run(*arguments: str, **more: str) -> str:
+        start = "import sys; sys.argv[0] = 'wsss'; from wsss.cli.main import main; main()"
+        environment = {**os.environ, "HOME": str(tmp_path), **more}
+        command = [sys.executable, "-c", start, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    for words, found in (
+        ("wsss lab", ["label"]),
+        ("wsss label --eng", ["--engine"]),
+        ("wsss export --model s", ["sam", "segmenter"]),
+    ):
+        place = str(words.count(" "))
+        assert run(_WSSS_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=place).split() == found
+    assert "_wsss_completion" in run("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+
+
 def test_no_summary_of_a_command_is_cut_off(wsss: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     commands = wsss("--help").out.partition("Commands:\n")[2].splitlines()
