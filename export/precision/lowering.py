@@ -198,13 +198,12 @@ class _Lowering:
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
-        outputs = list(self.graph.outputs)
         for value in self.graph.inputs:
             if value in self.floats:
                 value.dtype = self._io_dtype(value)
         for node in list(self.graph):
             self._convert(node)
-        for place, value in enumerate(outputs):
+        for place, value in enumerate(list(self.graph.outputs)):
             if value in self.floats:
                 self._convert_output(place, value)
         for name, value in list(self.graph.initializers.items()):
@@ -229,14 +228,24 @@ class _Lowering:
             self._retype_attributes(node)
 
     def _add_in_fp32(self, node: ir.Node) -> None:
-        """Put casts around a product."""
+        """Put casts around a product. Its result is cast even for readers in FP32: without the cast, TensorRT would also multiply
+        in FP32."""
         for place, value in enumerate(node.inputs):
             assert value is not None
             key = (narrow := self._as(value, self.half), ir.DataType.FLOAT)
             if key not in self.casts:
                 self.casts[key] = self._cast(narrow, ir.DataType.FLOAT)
             node.replace_input_with(place, self.casts[key])
-        node.outputs[0].dtype = ir.DataType.FLOAT
+        total = node.outputs[0]
+        readers, places = list(total.uses()), [place for place, each in enumerate(self.graph.outputs) if each is total]
+        total.dtype = ir.DataType.FLOAT
+        result = self._cast(total, self.half)
+        result.name, total.name = total.name, f"{total.name}.sum"
+        self.floats.add(result)
+        for use in readers:
+            use.node.replace_input_with(use.idx, result)
+        for place in places:
+            self.graph.outputs[place] = result
 
     def _retype_attributes(self, node: ir.Node) -> None:
         if node.op_type == "Cast":

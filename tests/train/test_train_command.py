@@ -65,7 +65,7 @@ def test_train_from_the_command_line(wsss: Run, scenes: Scenes, config: Path) ->
     ("argv", "code", "message"),
     [
         ([], 2, "Missing argument 'STORE'"),
-        (["store"], 2, "Missing option '--images'"),
+        (["store"], 2, "Missing option '--out'"),
         (["store", "--images", "x"], 2, "Missing option '--out'"),
         (["store", "--images", "x", "--out", "run", "--preset", "minni"], 2, "'minni' is not one of 'deeplabv2-voc'"),
         (

@@ -98,12 +98,29 @@ def test_a_product_between_casts_reads_half_and_adds_in_float32(op: str, bias: b
         assert each is not None
         cast = each.producer()
         assert cast is not None and cast.op_type == "Cast" and cast.inputs[0] is not None and cast.inputs[0].dtype == HALF
+    (cast,) = [use.node for use in multiplies.outputs[0].uses()]
+    assert cast.op_type == "Cast" and cast.outputs[0].dtype == HALF
     assert ("Add" in nodes) == bias and (not bias or nodes["Add"].outputs[0].dtype == HALF)
     assert [(each.name, each.dtype) for each in model.graph.outputs] == [("y", HALF if taken == "float16" else FLOAT)]
     x = half_numbers(8, 256, seed=4)
     with Session(model) as session:
         got = session({"x": x.astype(np.float16)})["y"]
     np.testing.assert_allclose(got, x @ weights + offset, rtol=1e-3, atol=0.05)
+
+
+def test_a_reader_in_float32_gets_the_cast_result_too() -> None:
+    """Otherwise TensorRT multiplies in FP32, too, instead of adding in it."""
+    source, _, _ = product("MatMul", 256)
+    (y,) = source.graph.outputs
+    reader = ir.node("Exp", [y], name="reader")
+    reader.outputs[0].name, reader.outputs[0].type = "z", ir.TensorType(FLOAT)
+    source.graph.append(reader)
+    source.graph.outputs[0] = reader.outputs[0]
+    model = open_copy(source)
+    lower(model, "fp16", frozenset({"reader"}), {"x": "float16", "z": "float32"}, frozenset({"product"}))
+    nodes = {str(node.name): node for node in model.graph}
+    assert nodes["reader"].inputs[0] is not None and nodes["reader"].inputs[0].dtype == FLOAT
+    assert [(use.node.op_type, use.node.outputs[0].dtype) for use in nodes["product"].outputs[0].uses()] == [("Cast", HALF)]
 
 
 @pytest.mark.parametrize(("allowed", "needed"), [(2e-3, True), (2e-2, False)])
