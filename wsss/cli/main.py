@@ -32,6 +32,7 @@ from .label import EPILOG as LABEL_EPILOG
 from .label import label
 from .report import report
 from .train import train
+from .triton import triton
 from .verify import verify
 
 _KINDS: dict[type, Literal["text", "integer", "number", "switch"]] = {int: "integer", float: "number", bool: "switch"}
@@ -79,7 +80,7 @@ def _flag(name: str, hint: Any) -> Flag:
     return Flag(parameter=name, kind=_KINDS.get(hint, "text"))
 
 
-for command in (export, verify, label, train, eval, bench, report, convert, demo, doctor):
+for command in (export, verify, label, train, eval, bench, report, convert, triton, demo, doctor):
     app.command(epilog=LABEL_EPILOG if command is label else None)(command)
 
 
