@@ -51,7 +51,7 @@ def _weight_shape(node: ir.Node) -> tuple[int, int] | None:
     shape = tuple(int(side) for side in weight.const_value.shape)
     if len(shape) != 2 or _attribute(node, "transA"):
         return None
-    return shape[::-1] if _attribute(node, "transB") else shape  # type: ignore[return-value]
+    return shape[::-1] if _attribute(node, "transB") else shape
 
 
 def _attribute(node: ir.Node, name: str) -> int:

@@ -39,7 +39,8 @@ def main() -> None:
         write_result(RESULT, result)
     for name in options.model or GRAPHS:
         if name not in result:
-            result[name] = errors_of_graph(*name.split(" "), GRAPHS[name])
+            kind, _, variant = name.partition(" ")
+            result[name] = errors_of_graph(kind, variant, GRAPHS[name])
             log(f"{name}: {result[name]}")
             write_result(RESULT, result)
 
