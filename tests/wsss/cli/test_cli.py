@@ -263,6 +263,19 @@ def test_label_takes_several_images_a_limit_and_rejections(label: Run, wsss: Run
     refused(label("--exclude", "bad.txt"), 2, "--exclude bad.txt: photos has none of its images, for example none.png")
 
 
+def test_verify_without_torch_compares_rows_and_says_what_it_leaves_out(wsss: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wsss.benchmarks import rows_alone
+
+    monkeypatch.setattr(rows_alone, "check_rows", lambda model, graph: rows_alone.RowsAlone(rows=3, worst=1e-7))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    answer = wsss("verify", "mini")
+    assert answer.code == 0
+    assert "sam/encoder                  3 rows equal those alone within 1.0e-07" in answer.out
+    assert "hashes, inputs and outputs of 9 graphs are right" in answer.out
+    assert f"not compared with PyTorch, which needs: {install_line('export')}" in answer.err
+    assert json.loads(wsss("verify", "mini", "--json").out)[0] == {"graph": "clip/image", "rows": 3, "skipped": 0, "worst": 1e-7}
+
+
 def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
     def run(*arguments: str, **more: str) -> str:
         start = "import sys; sys.argv[0] = 'wsss'; from wsss.cli.main import main; main()"
