@@ -228,14 +228,16 @@ class _Lowering:
             self._retype_attributes(node)
 
     def _add_in_fp32(self, node: ir.Node) -> None:
-        """Put casts around a product. Its result is cast even for readers in FP32: without the cast, TensorRT would also multiply
-        in FP32."""
+        """Put casts around a product.
+
+        All are its own, and its result is cast even for readers in FP32. Otherwise TensorRT would multiply in FP32, too: it joins
+        products that share an input before it looks for the casts.
+        """
         for place, value in enumerate(node.inputs):
             assert value is not None
-            key = (narrow := self._as(value, self.half), ir.DataType.FLOAT)
-            if key not in self.casts:
-                self.casts[key] = self._cast(narrow, ir.DataType.FLOAT)
-            node.replace_input_with(place, self.casts[key])
+            wide = self._cast(self._as(value, self.half), ir.DataType.FLOAT, before=node)
+            wide.name = f"{node.name}.{place}.float"
+            node.replace_input_with(place, wide)
         total = node.outputs[0]
         readers, places = list(total.uses()), [place for place, each in enumerate(self.graph.outputs) if each is total]
         total.dtype = ir.DataType.FLOAT
@@ -270,12 +272,14 @@ class _Lowering:
         self.graph.register_initializer(copy)
         return copy
 
-    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    def _cast(self, value: ir.Value, dtype: ir.DataType, *, before: ir.Node | None = None) -> ir.Value:
         name = f"{value.name}.{dtype.name.lower()}"
         cast = ir.node("Cast", [value], {"to": int(dtype)}, name=name)
         cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = name, ir.TensorType(dtype), value.shape
         producer = value.producer()
-        if producer is None:
+        if before is not None:
+            self.graph.insert_before(before, cast)
+        elif producer is None:
             self.graph.insert_before(self.graph[0], cast)
         else:
             self.graph.insert_after(producer, cast)

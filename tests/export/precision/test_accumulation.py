@@ -148,9 +148,15 @@ def test_tensorrt_fuses_the_casts(tmp_path: Path) -> None:
     """The same kernels, reading the same bytes, as without the casts; with the bias inside the product they would stand alone."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'wsss[trt-rtx]'")
     kernels = {}
-    for name, accumulation in (("half", set[str]()), ("fp32", {"product"})):
+    for name, accumulation in (("half", set[str]()), ("fp32", {"product", "other"})):
         model = open_copy(product("Gemm", 768, bias=True)[0])
-        lower(model, "fp16", frozenset(), {"x": "float16", "y": "float16"}, frozenset(accumulation))
+        weights = value("v", 768, WIDTH, constant=half_numbers(768, WIDTH, seed=9))
+        other = ir.node("MatMul", [model.graph.inputs[0], weights], name="other")  # TensorRT joins products of one input
+        other.outputs[0].name, other.outputs[0].type, other.outputs[0].shape = "z", ir.TensorType(FLOAT), ir.Shape(["N", WIDTH])
+        model.graph.register_initializer(weights)
+        model.graph.append(other)
+        model.graph.outputs.append(other.outputs[0])
+        lower(model, "fp16", frozenset(), dict.fromkeys("xyz", "float16"), frozenset(accumulation))
         ir.save(model, tmp_path / f"{name}.onnx")
         kernels[name] = compiled_kernels(tmp_path / f"{name}.onnx", rows=64)
     assert sum(moved for _, moved in kernels["fp32"]) <= 1.02 * sum(moved for _, moved in kernels["half"])
