@@ -21,8 +21,7 @@ def triton(
     One model for each graph, with the shapes and types of the manifest. docs/triton.md has a client.
     """
     from ..export.triton import write_repository
-    from ..runtime.labeler import MINI
-    from ..spec import open_bundle
+    from ..runtime.bundles import find_bundle
 
-    names = write_repository(open_bundle(MINI if bundle == "mini" else Path(bundle)), Path(out), backend=backend, gpu=gpu)
+    names = write_repository(find_bundle(bundle), Path(out), backend=backend, gpu=gpu)
     typer.echo(f"{out}: {', '.join(names)}\ntritonserver --model-repository={Path(out).resolve()}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -38,10 +37,9 @@ def verify(
     On a GPU also on its TensorRT engines. Prints the error of each output, batch size and row. Without PyTorch it checks hashes,
     inputs and outputs, and each row of a batch against the row alone.
     """
-    from ..runtime.labeler import MINI
-    from ..spec import open_bundle
+    from ..runtime.bundles import find_bundle
 
-    opened = open_bundle(MINI if bundle == "mini" else Path(bundle))
+    opened = find_bundle(bundle)
     if reference is None:
         reference = importlib.util.find_spec("torch") is not None or engine != "auto" or device != "cpu"
     if not reference:
