@@ -215,12 +215,14 @@ class Chosen:
         source: of all images.
         leave_out: names of images that are not taken.
         only: names of the images that are taken; None takes all.
+        every: of these, the first and every N-th after it, by name.
         limit: most images, the first by name; None takes all.
     """
 
     source: Source
     leave_out: frozenset[str] = frozenset()
     only: frozenset[str] | None = None
+    every: int = 1
     limit: int | None = None
 
     def __str__(self) -> str:
@@ -262,7 +264,8 @@ class _Filtered:
         return self.images.path
 
     def __iter__(self) -> Iterator[Found]:
-        return islice(filter(self.chosen.takes, self.images), self.chosen.limit)
+        taken = islice(filter(self.chosen.takes, self.images), 0, None, self.chosen.every)
+        return islice(taken, self.chosen.limit)
 
 
 @dataclass(frozen=True)

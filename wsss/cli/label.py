@@ -11,17 +11,20 @@ import threading
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..errors import UsageError, WsssError, WsssWarning
 from ..extras import needs
-from ..progress import end_progress
+from ..object_storage import is_url
+from ..progress import end_progress, progress_line
 from .common import BundleFlag, Engine, clock, log
 from .events import Events, Level, set_level
 
 if TYPE_CHECKING:
+    from ..object_storage import RemoteFolder
     from ..runtime.run.label_folder import Executor, Summary
     from ..runtime.run.sources import Source
 
@@ -37,8 +40,8 @@ def label(
         list[str],
         typer.Argument(
             metavar="IMAGES",
-            help="Folders of images (with sub-folders) and images; or a list (LIST.txt: a path or URL per line), or s3://, gs:// "
-            "etc. (pip install 'wsss[remote]').",
+            help="Folders of images (with sub-folders) and images; or a video (pip install 'wsss[video]'), a list (LIST.txt: "
+            "a path or URL per line), or s3://, gs:// etc. (pip install 'wsss[remote]').",
         ),
     ],
     out: Annotated[str, typer.Option(help="Label store to write or continue: a folder, or s3://, gs:// etc.")],
@@ -92,6 +95,7 @@ def label(
     margin: Annotated[
         float, typer.Option(help="Pixels are void where another class comes within this share of the best one.")
     ] = 0.1,
+    every: Annotated[int, typer.Option(min=1, metavar="N", help="Only every N-th frame of a video, or image by name.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images by name, for a try.")] = None,
     exclude: Annotated[
         str | None,
@@ -128,10 +132,14 @@ def label(
     from ..runtime.run.sources import Chosen, source_of, store_of
     from ..runtime.run.workers import Workers
 
-    source, store = source_of(*images), store_of(out)
-    if limit or exclude or redo:
+    store = store_of(out)
+    source = frames_of(images[0], store, every, limit) if len(images) == 1 else None
+    if source is not None:
+        every, limit = 1, None
+    source = source or source_of(*images)
+    if every > 1 or limit or exclude or redo:
         leave_out, only = (rejected_of(path, flag, source) for path, flag in ((exclude, "--exclude"), (redo, "--redo")))
-        source = Chosen(source, leave_out or frozenset(), only, limit)
+        source = Chosen(source, leave_out or frozenset(), only, every, limit)
     check_images(source.listing(store))  # before the engines are loaded, which takes a while
     rules = Rules(
         tag_threshold=tag_threshold, box_threshold=box_threshold, nms=nms, nms_across=nms_across, margin=margin, gate=gate
@@ -216,6 +224,33 @@ def label(
             logging.WARNING,
         )
         raise SystemExit(1)
+
+
+def frames_of(image: str, store: Path | RemoteFolder, every: int, limit: int | None) -> Source | None:
+    """The frames of a video, which are written to a folder beside the store, ``STORE.frames``; None for anything else.
+
+    Raises:
+        UsageError: the store is not on this machine.
+    """
+    from ..runtime.run.sources import LocalImages, local_path
+    from ..runtime.run.video import extract_frames, is_video
+
+    if is_url(image) or not is_video(local_path(image)):
+        return None
+    if not isinstance(store, Path):
+        raise UsageError(f"--out {store}: the frames of a video need a folder of this machine", hint="--out store")
+    folder = store.with_name(f"{store.resolve().name}.frames")
+    with needs("video"):
+        count = extract_frames(
+            local_path(image),
+            folder,
+            every=every,
+            limit=limit,
+            progress=lambda frames: progress_line(f"{frames} frames"),
+        )
+    end_progress()
+    log(f"{count} frames in {folder}")
+    return LocalImages(folder)
 
 
 def rejected_of(path: str | None, flag: str, source: Source) -> frozenset[str] | None:
