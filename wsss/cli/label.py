@@ -91,6 +91,9 @@ def label(
     margin: Annotated[
         float, typer.Option(help="Pixels are void where another class comes within this share of the best one.")
     ] = 0.1,
+    masks: Annotated[
+        bool, typer.Option(help="Keep SAM's mask of each box in the label files: the objects that wsss convert writes.")
+    ] = True,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again the images that failed before.")] = False,
     shard: Annotated[
         str | None, typer.Option(help="I/N, I from 0 to N - 1: label one of N parts of the images; N runs may share a store.")
@@ -139,6 +142,7 @@ def label(
                 boxes=boxes,
                 ignore_unknown=ignore_unknown,
                 rules=rules,
+                masks=masks,
             ),
         )
         for place in places
