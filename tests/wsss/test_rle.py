@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from wsss.rle import MaskRuns
+from wsss.rle import MaskRuns, runs_of, spans_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools, by numpy 2
 
@@ -117,3 +117,29 @@ def test_a_mask_of_a_huge_image_takes_the_memory_of_its_text() -> None:
     assert (runs.area(), runs.bounds()) == (13_000 * 13_000, (0, 0, *size))
     assert tracemalloc.get_traced_memory()[1] < 100_000
     tracemalloc.stop()
+
+
+def mask_of(text: str) -> np.ndarray:
+    return np.array([[sign != "." for sign in line] for line in text.split()])
+
+
+@pytest.mark.parametrize("text", ["....", "1111 1111", "1..1 1.11", "...1 1..."])
+def test_spans_are_runs_of_the_rows_end_to_end(text: str) -> None:
+    mask = mask_of(text)
+    flat = np.zeros(mask.size, int)
+    spans = spans_of(mask)
+    assert (spans[1:, 0] > spans[:-1, 1]).all()
+    for start, stop in spans:
+        flat[start:stop] += 1
+    assert np.array_equal(flat, mask.ravel())
+
+
+def test_spans_of_a_crop_are_those_in_the_image() -> None:
+    whole = np.zeros((6, 9), bool)
+    whole[1:4, 2:9] = np.random.default_rng(0).random((3, 7)) < 0.5
+    assert np.array_equal(spans_of(whole[1:4, 2:9], top=1, left=2, stride=9), spans_of(whole))
+
+
+def test_runs_end_with_their_row() -> None:
+    row, start, stop, value = runs_of(np.array([[1, 1, 2], [2, 2, 2]], np.uint8))
+    assert (row.tolist(), start.tolist(), stop.tolist(), value.tolist()) == ([0, 0, 1], [0, 2, 0], [2, 3, 3], [1, 2, 2])
