@@ -8,6 +8,7 @@ masks is background everywhere.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -31,12 +32,13 @@ class Fuser:
         model: the bundle's ``sam``.
         engine: its ``fuse`` graph.
         margin: share of the winner's value; a pixel is void where another class comes closer than that. 0: no void.
+        keep_masks: copy the logits of the masks to the host too, 256 KB a box, for `PseudoLabels.masks`.
     """
 
-    def __init__(self, model: Model, engine: Engine, *, margin: float = 0.1) -> None:
+    def __init__(self, model: Model, engine: Engine, *, margin: float = 0.1, keep_masks: bool = False) -> None:
         self._engine = engine
         self._side = int(model.manifest.settings["logits_side"])
-        self.margin = margin
+        self.margin, self.keep_masks = margin, keep_masks
         self._matrix = lru_cache(maxsize=MATRICES)(partial(_uploaded_matrix, engine, self._side))
 
     def __call__(self, images: Images, labels: Labels, boxes: Boxes, masks: Masks) -> PseudoLabels:
@@ -54,12 +56,17 @@ class Fuser:
             places.append((number, tile))
             for name in ("label_map", "area", "won"):
                 fused.add(out[name])
+        logits = masks.logits if self.keep_masks else []
+        for part in logits:
+            fused.add(part)
         arrays = iter(fused.arrays())
         for number, tile in places:
             maps[number][tile] = next(arrays)
             area[chosen[number]] += next(arrays)
             won[chosen[number]] += next(arrays)
-        return PseudoLabels([photo.name for photo in images], maps, labels, boxes, masks.quality, area, won)
+        kept = replace(masks, logits=list(arrays)) if self.keep_masks else None
+        names = [photo.name for photo in images]
+        return PseudoLabels(names, maps, labels, boxes, masks.quality, area, won, masks=kept)
 
     def _best(self, score: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return rows[np.sort(np.argsort(-score[rows], kind="stable")[: self._engine.axes["picked"].max])]

@@ -130,6 +130,7 @@ class Labeler:
         boxes: str | Path | None = None,
         ignore_unknown: bool = False,
         rules: Rules | None = None,
+        masks: bool = True,
     ) -> Labeler:
         """Load only the engines that this run needs.
 
@@ -143,6 +144,7 @@ class Labeler:
             labels: JSON of image names to class names; replaces CLIP.
             boxes: VOC XML or YOLO folder, COCO or wsss JSON file, or a label store; replaces CLIP and Grounding-DINO.
             ignore_unknown: ignore and count entries of ``labels`` and ``boxes`` with classes that are not in the list.
+            masks: keep SAM's mask of each box, in results and in label stores. A segmenter has none.
 
         Warns:
             WsssWarning: the bundle's models are ``mini`` and know none of the classes.
@@ -237,7 +239,9 @@ class Labeler:
             resolve("box_threshold", detector.threshold, dino.manifest.settings["box_threshold"])
         sam = take("sam")
         segment = MaskPredictor(sam, opener(sam, "encoder"), opener(sam, "decoder"))
-        fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin)
+        fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin, keep_masks=masks)
+        if masks:  # absent otherwise, as in stores of versions that kept none
+            settings["masks"] = True
         # Their contents are hashed in the line of each image, so that corrections do not need a new store.
         if names := {
             flag: os.path.basename(os.path.abspath(path)) for flag, path in (("labels", labels), ("boxes", boxes)) if path

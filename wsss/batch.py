@@ -144,6 +144,7 @@ class PseudoLabels:
     quality: (N,) float32 per box, the mask's predicted IoU.
     area: (N,) int64 per box, pixels of its mask; won: those that have its label in the label map.
     confidence: one (H, W) uint8 per image, 255 is certain; None if the chain has no such maps.
+    masks: the masks of the boxes before they were fused, with logits on the host; None if they are not kept.
     """
 
     names: list[str]
@@ -154,6 +155,7 @@ class PseudoLabels:
     area: np.ndarray
     won: np.ndarray
     confidence: list[np.ndarray] | None = None
+    masks: Masks | None = None
 
     def __len__(self) -> int:
         return len(self.label_maps)

@@ -1,12 +1,13 @@
 """Writes COCO: instances and panoptic segmentation.
 
     images/train/NAME.jpg                 the photographs as they are
-    annotations/instances_train.json      objects of `instances` with compressed RLE, box, area, score and quality
-    annotations/panoptic_train.json       their segments, and background as stuff
+    annotations/instances_train.json      objects of `instances` with compressed RLE, box, area, score and quality; may overlap
+    annotations/panoptic_train.json       `segments`, which do not overlap, and background as stuff
     annotations/panoptic_train/NAME.png   segment ids as R + 256 G + 65536 B, 0 void
 
 Category ids are label values; background in the panoptic file is C + 1, because COCO reserves 0. The panoptic files are
-lossless; instances cannot represent void. ``score`` and ``quality`` are those of the box, absent where an object has none.
+lossless; instances cannot represent void, nor which of several objects has a pixel. ``score`` and ``quality`` are those of the
+box, absent where an object has none.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from ... import __version__
 from ...batch import VOID
 from .base import Loss
-from .instances import Instances, instances_of, spans_of
+from .instances import instances_of
 from .labeled import Labeled
+from .segments import Segments, segments_of
 
 _ROWS = 256
 """Rows colored at a time: ids take four times the memory of a label map."""
@@ -48,48 +49,31 @@ class CocoWriter:
         self._pixels += item.label_map.size
         height, width = item.shape
         split.images.add({"id": self._images, "file_name": name + item.ending, "height": height, "width": width})
-        instances = instances_of(item)
-        segments = []
-        for one in instances.objects:
+        for one in instances_of(item):
             self._objects += 1
-            common = {
-                "category_id": one.label,
-                "bbox": [one.left, one.top, one.right - one.left, one.bottom - one.top],
-                "area": one.area_px,
-                "iscrowd": 0,
-            }
+            common = _segment(one.label, one.mask.bounds(), one.mask.area())
             scores = {} if one.score is None else {"score": one.score, "quality": one.quality}
-            mask = {"segmentation": compressed_rle(instances.crop(one), one.top, one.left, item.shape)}
+            mask = {"segmentation": {"size": [height, width], "counts": one.mask.counts()}}
             split.objects.add({"id": self._objects, "image_id": self._images, **common, **mask, **scores})
-            segments.append({"id": one.number, **common})
+        segments = segments_of(item)
+        found = [
+            {"id": one.number, **_segment(one.label, (one.top, one.left, one.bottom, one.right), one.area_px)}
+            for one in segments.segments
+        ]
         if item.count[0]:
-            number = len(instances.objects) + 1
-            segments.append({"id": number, "category_id": self._background, **_extent(item.label_map == 0), "iscrowd": 0})
-        split.segments.add({"image_id": self._images, "file_name": f"{name}.png", "segments_info": segments})
-        _save_panoptic(split.panoptic / f"{name}.png", instances, item.label_map)
+            number = len(segments.segments) + 1
+            found.append({"id": number, **_segment(self._background, *_extent(item.label_map == 0))})
+        split.segments.add({"image_id": self._images, "file_name": f"{name}.png", "segments_info": found})
+        _save_panoptic(split.panoptic / f"{name}.png", segments, item.label_map)
         return Path("images", item.split, name + item.ending)
 
     def finish(self) -> list[Loss]:
         for split in self._splits.values():
             split.finish()
         share = self._void / max(self._pixels, 1)
-        return [Loss(self._void, f"void pixels ({share:.2%} of all) are in no instance; the panoptic files keep them")]
-
-
-def compressed_rle(crop: np.ndarray, top: int, left: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Encode an object as COCO's compressed RLE: ``size`` and ``counts``, a string.
-
-    Args:
-        crop: (h, w) bool, the object in its box; top, left: the box's corner in the image.
-        size: (height, width) of the image.
-    """
-    # COCO counts down the columns, background first. The crop is encoded, so that the cost depends on the object's size only.
-    spans = spans_of(crop.T, top=left, left=top, stride=size[0])
-    counts = np.diff(spans.ravel(), prepend=0, append=size[0] * size[1]).tolist()
-    if not counts[-1]:  # pycocotools leaves out a 0 at the end
-        counts.pop()
-    compressed = coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
-    return {"size": list(size), "counts": compressed["counts"].decode("ascii")}
+        return [
+            Loss(self._void, f"void pixels ({share:.2%} of all) cannot be written as instances; the panoptic files keep them")
+        ]
 
 
 class _Array:
@@ -136,19 +120,24 @@ class _Split:
             file.write("}\n")
 
 
-def _save_panoptic(path: Path, instances: Instances, label_map: np.ndarray) -> None:
+def _save_panoptic(path: Path, segments: Segments, label_map: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     colors = np.empty((*label_map.shape, 3), np.uint8)
     for top in range(0, len(label_map), _ROWS):
         rows = slice(top, top + _ROWS)
-        ids = np.where(label_map[rows] == 0, len(instances.objects) + 1, instances.map[rows])
+        ids = np.where(label_map[rows] == 0, len(segments.segments) + 1, segments.map[rows])
         for channel in range(3):
             colors[rows, :, channel] = ids >> 8 * channel & 255
     with path.open("xb") as file:
         Image.fromarray(colors).save(file, format="PNG")
 
 
-def _extent(mask: np.ndarray) -> dict[str, Any]:
+def _segment(category: int, bounds: tuple[int, int, int, int], area: int) -> dict[str, Any]:
+    top, left, bottom, right = bounds
+    return {"category_id": category, "bbox": [left, top, right - left, bottom - top], "area": area, "iscrowd": 0}
+
+
+def _extent(mask: np.ndarray) -> tuple[tuple[int, int, int, int], int]:
+    """The bounds (top, left, bottom, right) and the area of a mask that is not empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    top, left = int(rows[0]), int(columns[0])
-    return {"bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top], "area": int(mask.sum())}
+    return (int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1), int(mask.sum())

@@ -9,9 +9,11 @@ bytes.
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -21,10 +23,17 @@ from ...files import publishing
 from ...photographs import FORMATS as FILE_FORMATS
 from ...store.local import read_run
 from .base import Loss, OpenWriter
+from .coco import CocoWriter
+from .hf import HuggingFaceWriter
+from .label_studio import LabelStudioWriter
 from .labeled import Labeled, ascii_safe, check_images, place_image, read_labelled
+from .voc import CvatWriter, VocWriter
+from .yolo import YoloWriter
 
 FORMATS = ("voc", "coco", "yolo", "cvat", "label-studio", "hf")
 WITH_SPLITS = ("voc", "coco", "yolo", "hf")
+WITH_OBJECTS = ("coco", "yolo", "cvat", "label-studio")
+"""Formats whose objects are cut out of the label map where a store has no masks."""
 _ORIENTATION = 0x0112
 """EXIF tag: 1 is upright, 2 to 8 are rotated or mirrored."""
 
@@ -40,31 +49,22 @@ class Conversion:
     """Counts of what the format cannot represent, and of what its readers may not handle."""
 
 
-def writer_of(to: str) -> OpenWriter:
-    """The writer of a format of `FORMATS`.
-
-    Raises:
-        ModuleNotFoundError: it needs a package of the extra ``formats``.
-    """
-    if to not in FORMATS:
-        raise UsageError(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}")
-    # COCO's writer needs an optional package.
-    if to == "coco":
-        from .coco import CocoWriter
-
-        return CocoWriter
-    from .hf import HuggingFaceWriter
-    from .label_studio import LabelStudioWriter
-    from .voc import CvatWriter, VocWriter
-    from .yolo import YoloWriter
-
+def writer_of(to: str, *, simplify_px: float = 0.0) -> OpenWriter:
+    """The writer of a format of `FORMATS`. Raises UsageError for arguments of `convert` that it has no use for."""
     writers: dict[str, OpenWriter] = {
         "voc": VocWriter,
-        "yolo": YoloWriter,
+        "coco": CocoWriter,
+        "yolo": partial(YoloWriter, simplify_px=simplify_px),
         "cvat": CvatWriter,
         "label-studio": LabelStudioWriter,
         "hf": HuggingFaceWriter,
     }
+    if to not in writers:
+        raise UsageError(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}")
+    if not 0 <= simplify_px < math.inf:
+        raise UsageError(f"--simplify: expected a number of pixels, 0 or more, got {simplify_px}")
+    if simplify_px and to != "yolo":
+        raise UsageError(f"--simplify: {to} has no polygons, its masks are exact", hint="--to yolo has")
     return writers[to]
 
 
@@ -76,6 +76,7 @@ def convert(
     *,
     link: bool = False,
     val: float = 0.0,
+    simplify_px: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Write the labeled images of a label store as a data set.
@@ -86,18 +87,18 @@ def convert(
         to: one of `FORMATS`.
         link: make hard links instead of copies of the photographs; needs the same file system.
         val: share of the images that goes into the split ``val`` (see `read_labelled`).
+        simplify_px: most pixels by which the outlines of polygons may be off, for fewer corners.
         progress: called with the number of images done, and of all images.
 
     Raises:
         StoreError: there is no store, it is empty, a label is damaged, or ``out`` cannot be written.
-        ImageError: photographs that are missing or changed since they were labeled.
-        ModuleNotFoundError: the format needs a package that is not installed.
+        ImageError: photographs that are missing or changed since they were labeled. UsageError: an argument that does not fit.
     """
     if not 0 <= val < 1:
         raise UsageError(f"--val: expected a share in 0..1, below 1, got {val}")
     if val and to not in WITH_SPLITS:
         raise UsageError(f"--val: {to} has no splits", hint=f"formats with splits: {', '.join(WITH_SPLITS)}")
-    open_writer = writer_of(to)
+    open_writer = writer_of(to, simplify_px=simplify_px)
     classes = tuple(read_run(store)["classes"])
     total, left_out = check_images(store, images)
     _check_empty(out)
@@ -106,16 +107,18 @@ def convert(
         # Resolved, so that the data set goes to the target where ``out`` is a link to an empty folder.
         with publishing(out.resolve(), error=StoreError, sync=False) as building, ExitStack() as files:
             writer = open_writer(building, classes, ("train", "val") if val else ("train",), files)
-            done = rotated = 0
+            done = rotated = cut_out = 0
             for item in read_labelled(store, images, val=val):
                 target = building / writer.add(item)
                 place_image(item, target, link=link)
                 rotated += is_rotated(target)
+                cut_out += to in WITH_OBJECTS and bool(item.boxes) and item.masks is None
                 done += 1
                 if progress:
                     progress(done, total)
             losses = [
                 *writer.finish(),
+                Loss(cut_out, "images have no masks in the store: their objects are cut out of the label map"),
                 Loss(rotated, "images have an EXIF rotation; their labels fit only readers that apply it"),
             ]
     except OSError as error:

@@ -6,7 +6,8 @@
     README.md                 the splits, given explicitly: datasets would guess them from folder names such as ``test``
     classes.json              names by label
 
-Lossless: ``objects`` has the boxes of the store: category (name), bbox (x, y, width, height in pixels), score, quality.
+Lossless: ``objects`` has the boxes of the store: category (name), bbox (x, y, width, height in pixels), score, quality, and
+rle: SAM's mask of the box at the image's size, the counts of COCO's compressed RLE; empty where the store has none.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class HuggingFaceWriter:
                 "bbox": [[x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)] for _, x0, y0, x1, y1 in boxes],
                 "score": [box.score for box, *_ in boxes],
                 "quality": [box.quality for box, *_ in boxes],
+                "rle": ["" if item.masks is None else item.mask(box).counts() for box, *_ in boxes],
             },
         }
         self._lines[item.split].write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -4,8 +4,8 @@
     tasks.json        import it
     config.xml        the labeling interface, paste it into the project's settings
 
-Lossless: an object is a region with its score, void has its own label, background is what no region covers. The addresses of
-the images are those of Label Studio's local files: set LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and
+An object (`instances`) is a region with its score; regions may overlap. Void, where two classes compete, has its own label. The
+addresses of the images are those of Label Studio's local files: set LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and
 LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT to the folder, and add its ``images`` as a local storage of the project.
 """
 
@@ -22,8 +22,9 @@ import numpy as np
 
 from ...batch import VOID
 from ...classes import palette
+from ...rle import spans_of
 from .base import Loss
-from .instances import instances_of, spans_of
+from .instances import instances_of
 from .labeled import Labeled, void_name
 
 _LENGTH_BITS = (3, 4, 8, 16)
@@ -46,18 +47,18 @@ class LabelStudioWriter:
         instances = instances_of(item)
         regions = [
             _region(
-                f"{self._count}-{one.number}",
+                f"{self._count}-{number}",
                 self._classes[one.label - 1],
-                spans_of(instances.crop(one), top=one.top, left=one.left, stride=item.shape[1]),
+                spans_of(one.mask.crop(), top=one.mask.bounds()[0], left=one.mask.bounds()[1], stride=item.shape[1]),
                 item.shape,
                 one.score,
             )
-            for one in instances.objects
+            for number, one in enumerate(instances, 1)
         ]
         if item.count[VOID]:
             regions.append(_region(f"{self._count}-void", self._void, spans_of(item.label_map == VOID), item.shape, None))
         prediction: dict[str, Any] = {"model_version": "wsss", "result": regions}
-        scores = [one.score for one in instances.objects if one.score is not None]
+        scores = [one.score for one in instances if one.score is not None]
         if scores:
             prediction["score"] = min(scores)  # of the weakest object, so that sorting by score shows doubtful images first
         task = {"data": {"image": f"/data/local-files/?d={quote(place.as_posix())}"}, "predictions": [prediction]}

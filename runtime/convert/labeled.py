@@ -22,9 +22,10 @@ import numpy as np
 
 from ...batch import VOID
 from ...errors import ImageError, StoreError
+from ...rle import MaskRuns
 from ...store.format import ascii_safe as ascii_safe
 from ...store.format import is_below, photograph_of
-from ...store.local import Record, label_path, read_label, read_labeled_records, read_records, read_run
+from ...store.local import Record, label_path, read_label_and_masks, read_labeled_records, read_records, read_run
 
 NAMED = 10
 """Most files that one message names."""
@@ -38,10 +39,11 @@ _BAND = 1 << 22
 class Box:
     """A detection of the store.
 
-    xyxy_image: pixels of the photograph. score: the detector's. quality: the mask's predicted IoU, both in 0..1.
-    label: 1..C. won_px: pixels of the label map that come from this box's mask.
+    number: its place in the image's boxes, from 0. xyxy_image: pixels of the photograph. score: the detector's. quality: the
+    mask's predicted IoU, both in 0..1. label: 1..C. won_px: pixels of the label map that come from this box's mask.
     """
 
+    number: int
     label: int
     score: float
     quality: float
@@ -67,6 +69,8 @@ class Labeled:
     label_map: np.ndarray
     count: np.ndarray
     boxes: tuple[Box, ...]
+    masks: tuple[str, ...] | None
+    """For each box, the compressed counts of SAM's mask, not checked yet; None if the store has none."""
     split: str
     """``train`` or ``val``."""
 
@@ -74,6 +78,27 @@ class Labeled:
     def shape(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.label_map.shape[0], self.label_map.shape[1]
+
+    def mask(self, box: Box) -> MaskRuns:
+        """SAM's mask of a box. Raises StoreError if it is damaged."""
+        assert self.masks is not None
+        try:
+            return MaskRuns.from_counts(self.masks[box.number], self.shape)
+        except ValueError as error:
+            raise StoreError(
+                f"labels/{ascii_safe(self.label)}: the mask of box {box.number} is damaged: {error}",
+                hint="delete the file and run wsss label again: it is created again",
+            ) from None
+
+    def is_object(self, box: Box) -> bool:
+        """Whether the label map has a pixel of this box: one of its class in its mask, or one that it won. Raises as ``mask``."""
+        if self.masks is None:
+            return box.won_px > 0
+        mask = self.mask(box)
+        if box.won_px or not mask.area():
+            return mask.area() > 0
+        top, left, bottom, right = mask.bounds()
+        return bool((mask.crop() & (self.label_map[top:bottom, left:right] == box.label)).any())
 
     def name(self, *, flat: bool) -> str:
         """The image's name in a data set, without its ending; see the module's docstring.
@@ -122,7 +147,8 @@ def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[La
     known[: len(classes) + 1] = known[VOID] = True
     for record in read_labeled_records(store, FIELDS):
         label = label_path(store, record["label"])
-        label_map = read_label(label, shape=(record["height"], record["width"]))
+        shape = record["height"], record["width"]
+        label_map, masks = read_label_and_masks(label, shape=shape, boxes=len(record["boxes"]))
         count = count_labels(label_map)
         if (unknown := np.flatnonzero((count > 0) & ~known)).size:
             raise StoreError(
@@ -137,7 +163,8 @@ def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[La
             sha256=record["sha256"],
             label_map=label_map,
             count=count,
-            boxes=tuple(_box(box, classes) for box in record["boxes"]),
+            boxes=tuple(_box(number, box, classes) for number, box in enumerate(record["boxes"])),
+            masks=None if masks is None else tuple(masks),
             split="val" if _share_of(record["path"]) < val else "train",
         )
 
@@ -230,9 +257,10 @@ def void_name(classes: tuple[str, ...]) -> str:
     return name
 
 
-def _box(box: Record, classes: list[str]) -> Box:
+def _box(number: int, box: Record, classes: list[str]) -> Box:
     x0, y0, x1, y1 = box["xyxy"]
     return Box(
+        number=number,
         label=classes.index(box["label"]) + 1,
         score=box["score"],
         quality=box["quality"],

@@ -2,7 +2,7 @@
 
     JPEGImages/                    the photographs as they are
     SegmentationClass/NAME.png     8-bit palette, VOC's colors: 0 background, 1..C classes, 255 void
-    SegmentationObject/NAME.png    CVAT only: 1..254 objects of `instances`, 255 void
+    SegmentationObject/NAME.png    CVAT only: 1..254 objects, which cannot overlap: `segments`; 255 void
     ImageSets/Segmentation/*.txt   one name a line
     labelmap.txt                   name:r,g,b:: of each label and void: CVAT and datumaro refuse undeclared colors
 
@@ -21,8 +21,8 @@ from ...batch import VOID
 from ...classes import palette
 from ...errors import ClassError
 from .base import Loss, save_indexed
-from .instances import Instances, instances_of
 from .labeled import Labeled, void_name
+from .segments import Segments, segments_of
 
 MAX_OBJECTS = VOID - 1
 """Most objects of an image in SegmentationObject."""
@@ -65,12 +65,12 @@ class CvatWriter:
 
     def add(self, item: Labeled) -> Path:
         name = item.name(flat=False)
-        instances = instances_of(item)
-        numbers, merged = _numbered(instances, item.label_map)
+        segments = segments_of(item)
+        numbers, merged = _numbered(segments, item.label_map)
         save_indexed(self._root / "SegmentationClass" / f"{name}.png", item.label_map)
         save_indexed(self._root / "SegmentationObject" / f"{name}.png", numbers)
         self._list.write(f"{name}\n")
-        self._scores += sum(one.score is not None for one in instances.objects)
+        self._scores += sum(one.score is not None for one in segments.segments)
         self._merged += merged
         return Path("JPEGImages", name + item.ending)
 
@@ -98,17 +98,17 @@ def _open_list(root: Path, name: str) -> TextIO:
     return path.open("w", encoding="utf-8", newline="\n")
 
 
-def _numbered(instances: Instances, label_map: np.ndarray) -> tuple[np.ndarray, int]:
+def _numbered(segments: Segments, label_map: np.ndarray) -> tuple[np.ndarray, int]:
     """Objects as (H, W) uint8, void 255; and how many share a number with others of their class: the smallest ones."""
-    largest = sorted(instances.objects, key=lambda one: (-one.area_px, one.number))
+    largest = sorted(segments.segments, key=lambda one: (-one.area_px, one.number))
     if len(largest) > MAX_OBJECTS:
         largest = largest[: MAX_OBJECTS - len({one.label for one in largest})]
     distinct = {one.number for one in largest}
-    number = np.zeros(len(instances.objects) + 1, np.uint8)
+    number = np.zeros(len(segments.segments) + 1, np.uint8)
     assigned: dict[int, int] = {}
-    for one in instances.objects:
+    for one in segments.segments:
         key = one.number if one.number in distinct else -one.label
         number[one.number] = assigned.setdefault(key, len(assigned) + 1)
-    numbers = number[instances.map]
+    numbers = number[segments.map]
     numbers[label_map == VOID] = VOID
-    return numbers, len(instances.objects) - len(distinct)
+    return numbers, len(segments.segments) - len(distinct)

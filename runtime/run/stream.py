@@ -27,6 +27,7 @@ from ...store.local import Record
 from ..canvas import Prepares
 from ..device import free_bytes
 from ..labeler import Labeler
+from ..mask_runs import masks_of
 from ..segment import Embedded, MaskPredictor
 from .prefetch import Budget, PriorityThreadPool, prefetched
 from .sources import Source
@@ -363,7 +364,8 @@ class Stream:
             record = record_of(self._labeler.classes.names, batch.photos[row], label, result, row, given)
             if result.confidence is not None:
                 self._labels.write_confidence(label, result.confidence[row])
-            self._labels.write(label, result.label_maps[row])
+            masks = None if result.masks is None else [mask.counts() for mask in masks_of(result, row)]
+            self._labels.write(label, result.label_maps[row], masks)
             return Receipt(number, record)
         except ImageError as error:
             return failure(loading.task, error.message, loading.file)

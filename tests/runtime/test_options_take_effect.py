@@ -17,9 +17,11 @@ from PIL import Image
 from wsss import Labeler
 from wsss.cli.label import label as label_command
 from wsss.engines.fake import FakeEngine
+from wsss.rle import MaskRuns
 from wsss.runtime import detect, fuse, tag
 from wsss.runtime.labeler import Rules
 from wsss.runtime.run import label_folder as run
+from wsss.store.local import read_label_and_masks, read_records
 
 from ..conftest import COLORS, WORDS, write_model
 
@@ -207,6 +209,37 @@ def test_classes_give_the_indices(world: World, label: Label, tmp_path: Path) ->
     assert values(label("--classes", "blue, red", store="two")["a"][:10, :10]) == [2]
 
 
+def test_masks(world: World, label: Label, tmp_path: Path) -> None:
+    """The object behind another one of its class is whole; without masks the label is the same, and the file has nothing else."""
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    find(world, ("red", 0.8, LEFT), ("red", 0.7, RIGHT))
+    kept, none = label("--nms", "0.7")["a"], label("--nms", "0.7", "--no-masks", store="none")["a"]
+    assert np.array_equal(kept, none)
+    (record,) = read_records(tmp_path / "store")
+    label_map, masks = read_label_and_masks(tmp_path / "store/labels/a.png", shape=(32, 48), boxes=2)
+    assert masks is not None
+    decoded = [MaskRuns.from_counts(counts, (32, 48)) for counts in masks]
+    assert [mask.area() for mask in decoded] == [box["area_px"] for box in record["boxes"]]
+    assert decoded[0].bounds()[3] == pytest.approx(30, abs=1) and decoded[1].bounds()[1] == pytest.approx(6, abs=1)
+    assert np.array_equal(decoded[0].mask() | decoded[1].mask(), label_map == 1)
+    assert read_label_and_masks(tmp_path / "none/labels/a.png", shape=(32, 48), boxes=2)[1] is None
+    assert json.loads((tmp_path / "none/run.json").read_text()).get("masks") is None
+
+
+def test_a_store_has_all_masks_or_none(wsss: Run, world: World, label: Label, tmp_path: Path) -> None:
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    label("--no-masks", store="old")
+    world.save(tmp_path / "photos" / "b.png", 32, 48, red=(0, 0, 48, 20))
+    argv = ["label", "photos", "--classes", "red, green, blue", "--bundle", world.bundle, "--out", "old"]
+    answer = wsss(*argv)
+    assert answer.code == 1
+    assert "was made with masks = null, this run has true" in answer.err
+    assert "continue this one, which has no masks, with --no-masks" in answer.err
+    assert wsss(*argv, "--no-masks").code == 0
+    label(store="new")
+    assert "was made with masks = true, this run has null" in wsss(*argv[:-1], "new", "--no-masks").err
+
+
 # ---- where it runs ----
 
 
@@ -315,6 +348,7 @@ def test_defaults_are_these_and_the_same_in_python_and_on_the_command_line() -> 
         "labels": None,
         "boxes": None,
         "ignore_unknown": False,
+        "masks": True,
     }
     python = defaults_of(Labeler.open)
     assert {name: command[name] for name in how} == {name: python[name] for name in how} == how
@@ -327,7 +361,7 @@ def test_defaults_are_these_and_the_same_in_python_and_on_the_command_line() -> 
 def test_the_stages_have_the_rules_defaults() -> None:
     assert {name: defaults_of(detect.Detector)[name] for name in ("nms", "nms_across")} == {"nms": 0.5, "nms_across": 0.8}
     assert defaults_of(detect.Detector)["threshold"] is defaults_of(tag.Tagger)["threshold"] is None
-    assert defaults_of(fuse.Fuser) == {"margin": 0.1}
+    assert defaults_of(fuse.Fuser) == {"margin": 0.1, "keep_masks": False}
 
 
 def test_every_rule_is_an_option_and_has_a_test_here() -> None:

@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..extras import needs
 from ..progress import end_progress
 from .common import JsonFlag, counter, log, on_this_machine
 
@@ -31,6 +30,9 @@ def convert(
     out: Annotated[str, typer.Option(help="Folder to write: new or empty.")],
     link: Annotated[bool, typer.Option("--link", help="Make hard links to the images instead of copies.")] = False,
     val: Annotated[float, typer.Option(help="Share of the images, chosen by name, that goes into a split 'val'.")] = 0.0,
+    simplify: Annotated[
+        float, typer.Option(metavar="PIXELS", help="Polygons of yolo may be off by this much, for fewer corners.")
+    ] = 0.0,
     json_output: JsonFlag = False,
 ) -> None:
     """Convert a label store to the data set format of another tool.
@@ -39,12 +41,18 @@ def convert(
     dog.jpg becomes a%2Fmy%20dog.jpg.
     """
     from ..runtime.convert.dataset import convert as convert_store
-    from ..runtime.convert.dataset import writer_of
 
     on_this_machine(("STORE", store), ("--images", images), ("--out", out))
-    with needs("formats"):
-        writer_of(to)
-    done = convert_store(Path(store), Path(images), Path(out), to, link=link, val=val, progress=counter("images", every=50))
+    done = convert_store(
+        Path(store),
+        Path(images),
+        Path(out),
+        to,
+        link=link,
+        val=val,
+        simplify_px=simplify,
+        progress=counter("images", every=50),
+    )
     end_progress()
     if json_output:
         typer.echo(json.dumps({"out": out, "format": to, **dataclasses.asdict(done)}))

@@ -105,6 +105,9 @@ def label(
         str | None,
         typer.Option(metavar="FILE", help="Only the images that this file rejects, for a new store with other settings."),
     ] = None,
+    masks: Annotated[
+        bool, typer.Option(help="Keep SAM's mask of each box in the label files: the objects that wsss convert writes.")
+    ] = True,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again the images that failed before.")] = False,
     shard: Annotated[
         str | None, typer.Option(help="I/N, I from 0 to N - 1: label one of N parts of the images; N runs may share a store.")
@@ -160,6 +163,7 @@ def label(
                 boxes=boxes,
                 ignore_unknown=ignore_unknown,
                 rules=rules,
+                masks=masks,
             ),
         )
         for place in places

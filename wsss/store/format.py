@@ -75,8 +75,12 @@ class Selection:
 class LabelWriter(Protocol):
     """Writes label maps. Can be pickled and used by several threads and processes."""
 
-    def write(self, name: str, label_map: np.ndarray) -> None:
-        """Write a label map (H, W) uint8 atomically. Raises ImageError or StoreError as `LabelFolder` does."""
+    def write(self, name: str, label_map: np.ndarray, masks: Sequence[str] | None = None) -> None:
+        """Write a label map (H, W) uint8 atomically. Raises ImageError or StoreError as `LabelFolder` does.
+
+        Args:
+            masks: the compressed counts (`wsss.rle`) of the masks of its boxes; None if they are not kept.
+        """
         ...
 
     def write_confidence(self, name: str, confidence: np.ndarray) -> None:
@@ -369,6 +373,9 @@ def parse_run(data: bytes, file: object) -> dict[str, Any]:
     return run
 
 
+_HINTS = {"masks": "; or continue this one, which has no masks, with --no-masks"}
+
+
 def check_same(folder: object, was: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises StoreError, naming the first difference, unless a store's settings equal those of this run."""
     thresholds, rules = now.get("bundle", {}).get("thresholds", {}), was.get("rules")
@@ -383,7 +390,7 @@ def check_same(folder: object, was: dict[str, Any], now: dict[str, Any]) -> None
         if was.get(key) != now.get(key):
             raise StoreError(
                 f"--out {folder}: was made with {key} = {_short(was.get(key))}, this run has {_short(now.get(key))}",
-                hint="give a new --out: a store never mixes settings",
+                hint="give a new --out: a store never mixes settings" + (_HINTS.get(key, "") if was.get(key) is None else ""),
             )
 
 

@@ -1,6 +1,6 @@
 """The label store in a local folder: a run writes it, a trainer reads it.
 
-    labels/<image>.png     8-bit palette, original size: 0 background, 1..C classes, 255 void
+    labels/<image>.png     8-bit palette, original size: 0 background, 1..C classes, 255 void; and masks, see `mask_chunk`
     confidence/<image>.png 8-bit gray, 255 is certain; only where a segmenter made the labels
     manifest.jsonl         one line per finished or failed image; sorted by path
     manifest-I-of-N.jsonl  the same of shard I, until the last shard merges it into manifest.jsonl
@@ -56,6 +56,7 @@ from .format import (
     run_of,
 )
 from .lines import Line, check_regular, current_lines, cut_torn_line, joined, merged, sections_of
+from .mask_chunk import masks_in, with_masks
 
 Shard = tuple[int, int]
 """(I, N): this run is number I, from 0, of N runs that share a store."""
@@ -68,13 +69,16 @@ class LabelFolder:
     folder: Path
     temporary: Path
 
-    def write(self, name: str, label_map: np.ndarray) -> None:
+    def write(self, name: str, label_map: np.ndarray, masks: Sequence[str] | None = None) -> None:
         """Write a label map (H, W) uint8 atomically. Call `sync` to make its name survive a power cut.
 
+        Args:
+            masks: as in `wsss.store.format.LabelWriter`.
+
         Raises:
-            ImageError: the file system does not allow the name. StoreError: it cannot be written.
+            ImageError: the file system does not allow the name, or the masks are too ragged. StoreError: it cannot be written.
         """
-        self._write(self.folder / name, name, lambda file: file.write(png_of(label_map)))
+        self._write(self.folder / name, name, lambda file: file.write(label_file(name, label_map, masks)))
 
     def write_confidence(self, name: str, confidence: np.ndarray) -> None:
         """Write the confidence (H, W) uint8 of a label map, 255 is certain, as ``confidence/<name>`` beside ``labels/``.
@@ -219,10 +223,10 @@ class LabelStore:
                     os.ftruncate(self._lines, size)
                 raise
 
-    def write(self, record: Record, label_map: np.ndarray | None) -> None:
-        """Write the label map (H, W) uint8 of an image if it has one, then its line. Raises as the two steps do."""
+    def write(self, record: Record, label_map: np.ndarray | None, masks: Sequence[str] | None = None) -> None:
+        """Write the label map (H, W) uint8 and the masks of an image if it has them, then its line. Raises as the steps do."""
         if label_map is not None:
-            self.labels.write(record["label"], label_map)
+            self.labels.write(record["label"], label_map, masks)
         self.append([record])
 
     def add_history(self, record: Mapping[str, Any]) -> None:
@@ -364,8 +368,35 @@ def read_label(path: Path, *, shape: tuple[int, int] | None = None) -> np.ndarra
     Raises:
         StoreError: not such a PNG, another shape, or more than `MAX_PIXELS`.
     """
-    hint = "delete it and run wsss label again: it is created again"
-    data = read_bytes(path, hint=hint, error=StoreError)
+    return _decode_label(path, read_bytes(path, hint=_LABEL_HINT, error=StoreError), shape)
+
+
+def read_label_and_masks(path: Path, *, shape: tuple[int, int], boxes: int) -> tuple[np.ndarray, list[str] | None]:
+    """Read a label map as `read_label` does, and the masks of its boxes.
+
+    Args:
+        shape: the expected height and width. boxes: number of boxes in the manifest line.
+
+    Returns:
+        The label map, and for each box the compressed counts of its mask, to be decoded one by one by `MaskRuns.from_counts`,
+        which checks them; None if the file has no masks.
+
+    Raises:
+        StoreError: as `read_label`; or the masks are damaged, or of another number.
+    """
+    data = read_bytes(path, hint=_LABEL_HINT, error=StoreError)
+    label_map = _decode_label(path, data, shape)
+    try:
+        return label_map, masks_in(data, boxes) if boxes else []
+    except ValueError as error:
+        raise StoreError(f"{path}: not a readable label: {error}", hint=_LABEL_HINT) from None
+
+
+_LABEL_HINT = "delete it and run wsss label again: it is created again"
+
+
+def _decode_label(path: Path, data: bytes, shape: tuple[int, int] | None) -> np.ndarray:
+    hint = _LABEL_HINT
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             # Pillow stretches gray values of fewer bits to 0..255, which changes the labels. Byte 24: IHDR's bit depth.
@@ -401,6 +432,15 @@ def make_folder(folder: Path, within: Path | None = None) -> None:
         if not folder.is_dir():
             raise
     sync_folder(folder.parent)
+
+
+def label_file(name: str, label_map: np.ndarray, masks: Sequence[str] | None) -> bytes | memoryview:
+    """The PNG file of a label map (H, W) uint8, with its masks. Raises ImageError if they are too ragged."""
+    png = png_of(label_map)
+    try:
+        return with_masks(bytes(png), masks) if masks else png
+    except ValueError as error:
+        raise ImageError(f"{name}: {error}") from None
 
 
 def png_of(label_map: np.ndarray) -> memoryview:

@@ -47,7 +47,7 @@ from .format import (
     run_of,
 )
 from .lines import Line, current_lines, joined, line_from, merged
-from .local import Shard, png_of
+from .local import Shard, label_file
 from .remote_lock import remote_lock
 
 PART_LINES, PART_SECONDS = 1000, 10.0
@@ -62,13 +62,16 @@ class RemoteLabels:
 
     folder: RemoteFolder
 
-    def write(self, name: str, label_map: np.ndarray) -> None:
+    def write(self, name: str, label_map: np.ndarray, masks: Sequence[str] | None = None) -> None:
         """Write a label map (H, W) uint8 atomically.
 
+        Args:
+            masks: as in `wsss.store.format.LabelWriter`.
+
         Raises:
-            ImageError: the object store does not allow the name. StoreError: it cannot be written.
+            ImageError: the object store does not allow the name, or the masks are too ragged. StoreError: it cannot be written.
         """
-        self._write(f"labels/{name}", name, bytes(png_of(label_map)))
+        self._write(f"labels/{name}", name, bytes(label_file(name, label_map, masks)))
 
     def write_confidence(self, name: str, confidence: np.ndarray) -> None:
         """Write the confidence (H, W) uint8 of a label map, 255 is certain, as ``confidence/<name>``. Raises as ``write``."""

@@ -91,8 +91,3 @@ def photos_below(folder: Path) -> dict[str, Path]:
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-
-
-def need(to: str) -> None:
-    if to == "coco":
-        pytest.importorskip("pycocotools", reason="needs pycocotools")

@@ -57,20 +57,6 @@ def test_coco_read_by_pycocotools(made: Path, coco: Path, capsys: pytest.Capture
     assert all(match.any(axis=0).all() for each in measured.evalImgs if each for match in [each["dtMatches"] > 0])
 
 
-def test_coco_rle_is_that_of_pycocotools() -> None:
-    coco_mask = pytest.importorskip("pycocotools.mask", reason="needs pycocotools")
-    from wsss.runtime.convert.coco import compressed_rle
-
-    random = np.random.default_rng(0)
-    for top, left, shape in ((0, 0, (1, 1)), (2, 3, (7, 5)), (0, 0, (12, 9)), (4, 1, (8, 8))):
-        whole = np.zeros((12, 9), bool)
-        crop = random.random(shape) < 0.6
-        crop[0, 0] = crop[-1, -1] = True
-        whole[top : top + shape[0], left : left + shape[1]] = crop
-        expected = coco_mask.encode(np.asfortranarray(whole, np.uint8))
-        assert compressed_rle(crop, top, left, (12, 9)) == {"size": [12, 9], "counts": expected["counts"].decode()}
-
-
 def test_coco_panoptic_is_the_label_map(made: Path, coco: Path) -> None:
     document = json.loads((coco / "annotations/panoptic_train.json").read_text())
     label_of = {each["id"]: each["id"] if each["isthing"] else 0 for each in document["categories"]}

@@ -63,7 +63,7 @@ def test_label_studio_read_by_the_rules_of_rle_pack(made: Path, converted: Calla
 
 
 def test_brush_rle_of_long_runs() -> None:
-    from wsss.runtime.convert.instances import spans_of
+    from wsss.rle import spans_of
     from wsss.runtime.convert.label_studio import brush_rle
 
     mask = np.zeros((300, 250), bool)
@@ -83,7 +83,7 @@ def test_brush_rle_of_whole_bytes_ends_with_one_more() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (300, 400)])
 def test_brush_rle_is_the_sdks(shape: tuple[int, int]) -> None:
     brush = pytest.importorskip("label_studio_sdk.converter.brush", reason="needs label-studio-sdk")
-    from wsss.runtime.convert.instances import spans_of
+    from wsss.rle import spans_of
     from wsss.runtime.convert.label_studio import brush_rle
 
     random = np.random.default_rng(0)

@@ -91,8 +91,8 @@ def test_cvat_as_files(made: Path, converted: Callable[..., Path]) -> None:
 
 
 def test_cvat_with_more_objects_than_an_image_can_number() -> None:
-    from wsss.runtime.convert.instances import instances_of
     from wsss.runtime.convert.labeled import count_labels
+    from wsss.runtime.convert.segments import segments_of
     from wsss.runtime.convert.voc import _numbered
 
     label_map = np.zeros((60, 60), np.uint8)
@@ -109,11 +109,12 @@ def test_cvat_with_more_objects_than_an_image_can_number() -> None:
         label_map=label_map,
         count=count_labels(label_map),
         boxes=(),
+        masks=None,
         split="train",
     )
-    instances = instances_of(item)
-    assert len(instances.objects) == 450
-    numbers, shared = _numbered(instances, label_map)
+    segments = segments_of(item)
+    assert len(segments.segments) == 450
+    numbers, shared = _numbered(segments, label_map)
     assert shared == 450 - 252
     assert np.unique(numbers).tolist() == list(range(255))
     for label in (1, 2):
