@@ -21,6 +21,7 @@ from PIL import Image
 from ...errors import StoreError, UsageError
 from ...files import publishing
 from ...photographs import FORMATS as FILE_FORMATS
+from ...store.decisions import exclusion
 from ...store.local import read_run
 from .base import Loss, OpenWriter
 from .coco import CocoWriter
@@ -77,6 +78,8 @@ def convert(
     link: bool = False,
     val: float = 0.0,
     simplify_px: float = 0.0,
+    exclude: str | Path | None = None,
+    log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Write the labeled images of a label store as a data set.
@@ -88,6 +91,7 @@ def convert(
         link: make hard links instead of copies of the photographs; needs the same file system.
         val: share of the images that goes into the split ``val`` (see `read_labelled`).
         simplify_px: most pixels by which the outlines of polygons may be off, for fewer corners.
+        exclude: decisions or a list (`wsss.store.decisions`) whose rejected images are left out. log: called with what was.
         progress: called with the number of images done, and of all images.
 
     Raises:
@@ -100,7 +104,10 @@ def convert(
         raise UsageError(f"--val: {to} has no splits", hint=f"formats with splits: {', '.join(WITH_SPLITS)}")
     open_writer = writer_of(to, simplify_px=simplify_px)
     classes = tuple(read_run(store)["classes"])
-    total, left_out = check_images(store, images)
+    rejected = exclusion(exclude)
+    total, left_out = check_images(store, images, rejected)
+    if rejected is not None:
+        rejected.report(log)
     _check_empty(out)
     item: Labeled | None = None
     try:
@@ -108,7 +115,7 @@ def convert(
         with publishing(out.resolve(), error=StoreError, sync=False) as building, ExitStack() as files:
             writer = open_writer(building, classes, ("train", "val") if val else ("train",), files)
             done = rotated = cut_out = 0
-            for item in read_labelled(store, images, val=val):
+            for item in read_labelled(store, images, val=val, exclude=rejected):
                 target = building / writer.add(item)
                 place_image(item, target, link=link)
                 rotated += is_rotated(target)

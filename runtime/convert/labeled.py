@@ -23,6 +23,7 @@ import numpy as np
 from ...batch import VOID
 from ...errors import ImageError, StoreError
 from ...rle import MaskRuns
+from ...store.decisions import Exclusion
 from ...store.format import ascii_safe as ascii_safe
 from ...store.format import is_below, photograph_of
 from ...store.local import Record, label_path, read_label_and_masks, read_labeled_records, read_records, read_run
@@ -131,13 +132,14 @@ def original_path(file_name: str) -> str:
     return unquote(stem, errors="surrogateescape") + ("" if dot and unquote(kept) == ending[1:] else ending)
 
 
-def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[Labeled]:
+def read_labelled(store: Path, images: Path, *, val: float = 0.0, exclude: Exclusion | None = None) -> Iterator[Labeled]:
     """Yield the labeled images of a store in the order of its manifest; only one is in memory at a time.
 
     Args:
         images: the folder or the single image that was labeled.
         val: share of the images that goes into the split ``val``, chosen by a hash of the name, so that an image stays in its
             split when others are added or removed.
+        exclude: images that are left out.
 
     Raises:
         StoreError: a label map is missing, damaged, of another size, or has a label that is not a class.
@@ -146,6 +148,8 @@ def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[La
     known = np.zeros(256, bool)
     known[: len(classes) + 1] = known[VOID] = True
     for record in read_labeled_records(store, FIELDS):
+        if exclude is not None and exclude.excludes(record):
+            continue
         label = label_path(store, record["label"])
         shape = record["height"], record["width"]
         label_map, masks = read_label_and_masks(label, shape=shape, boxes=len(record["boxes"]))
@@ -169,8 +173,8 @@ def read_labelled(store: Path, images: Path, *, val: float = 0.0) -> Iterator[La
         )
 
 
-def check_images(store: Path, images: Path) -> tuple[int, int]:
-    """Check that every labeled image still exists with the same size.
+def check_images(store: Path, images: Path, exclude: Exclusion | None = None) -> tuple[int, int]:
+    """Check that every labeled image, apart from those that ``exclude`` leaves out, still exists with the same size.
 
     Returns:
         The number of images that have a label, and of those that failed and have none.
@@ -183,6 +187,8 @@ def check_images(store: Path, images: Path) -> tuple[int, int]:
     missing: list[str] = []
     changed: list[str] = []
     for record in read_records(store):
+        if exclude is not None and not exclude.keeps(record):
+            continue
         if "error" in record:
             failed += 1
             continue

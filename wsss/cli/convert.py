@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..progress import end_progress
-from .common import JsonFlag, counter, log, on_this_machine
+from .common import ExcludeFlag, ImagesFlag, JsonFlag, counter, images_folder, log, on_this_machine
 
 Format = Literal["voc", "coco", "yolo", "cvat", "label-studio", "hf"]
 _NEXT = {
@@ -26,13 +26,15 @@ _NEXT = {
 def convert(
     store: Annotated[str, typer.Argument(metavar="STORE", help="Label store.")],
     to: Annotated[Format, typer.Option(help="Format; hf is Hugging Face's imagefolder.")],
-    images: Annotated[str, typer.Option(help="Folder of the store's images; not changed.")],
+    images: ImagesFlag = None,
+    *,
     out: Annotated[str, typer.Option(help="Folder to write: new or empty.")],
     link: Annotated[bool, typer.Option("--link", help="Make hard links to the images instead of copies.")] = False,
     val: Annotated[float, typer.Option(help="Share of the images, chosen by name, that goes into a split 'val'.")] = 0.0,
     simplify: Annotated[
         float, typer.Option(metavar="PIXELS", help="Polygons of yolo may be off by this much, for fewer corners.")
     ] = 0.0,
+    exclude: ExcludeFlag = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Convert a label store to the data set format of another tool.
@@ -45,12 +47,14 @@ def convert(
     on_this_machine(("STORE", store), ("--images", images), ("--out", out))
     done = convert_store(
         Path(store),
-        Path(images),
+        images_folder(store, images),
         Path(out),
         to,
         link=link,
         val=val,
         simplify_px=simplify,
+        exclude=exclude,
+        log=log,
         progress=counter("images", every=50),
     )
     end_progress()

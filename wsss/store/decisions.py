@@ -77,7 +77,7 @@ def read_rejected(path: str | Path, *, flag: str) -> dict[str, Decision]:
             counts = f"{len(found.decisions)} decisions, none of which rejects an image" if found.decisions else "no decision"
             raise UsageError(f"{flag} {path}: has {counts}", hint=f"leave out {flag}, or reject images in the report")
         return rejected
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip(" \t\r") for line in text.split("\n")]
     rejected = {line.removeprefix("./"): Decision("reject") for line in lines if line and not line.startswith("#")}
     if not rejected:
         raise UsageError(f"{flag} {path}: names no image", hint=_HINT)
@@ -104,15 +104,20 @@ class Exclusion:
 
     def keeps(self, record: Record) -> bool:
         """Whether an image stays; ``record`` is its manifest line. Called once for each image."""
-        decision = self._rejected.get(record["path"])
         self._unseen.pop(record["path"], None)
-        if decision is None:
-            return True
-        if decision.label and "error" not in record and decision.label != label_version(record):
+        if self.excludes(record):
+            self.left_out += 1
+            return False
+        if record["path"] in self._rejected:
             self.outdated.append(record["path"])
-            return True
-        self.left_out += 1
-        return False
+        return True
+
+    def excludes(self, record: Record) -> bool:
+        """Whether an image is left out; counts nothing."""
+        decision = self._rejected.get(record["path"])
+        if decision is None:
+            return False
+        return not decision.label or "error" in record or decision.label == label_version(record)
 
     def filter(self, records: Iterable[Record]) -> Iterator[Record]:
         """The records that stay."""

@@ -103,6 +103,18 @@ def test_a_share_is_held_out_by_name(to: str, made: Path, converted: Callable[..
         assert len(json.loads((out / "annotations/instances_val.json").read_text())["images"]) == len(expected)
 
 
+@pytest.mark.parametrize("to", ["voc", "coco", "yolo", "cvat", "label-studio", "hf"])
+def test_rejected_images_are_left_out(to: str, made: Path, tmp_path: Path) -> None:
+    rejected = sorted(NAMES)[:2]
+    (path := tmp_path / "bad.txt").write_text(
+        "".join(f"{name}\n" for name in rejected), encoding="utf-8", errors="surrogateescape"
+    )
+    said: list[str] = []
+    done = convert(made / "store", made / "photos", tmp_path / "out", to, exclude=path, log=said.append)
+    assert done.images == len(NAMES) - 2 and said == [f"--exclude {path}: 2 images are left out"]
+    assert photos_below(tmp_path / "out").keys() == set(NAMES) - set(rejected)
+
+
 def test_memory_holds_one_image_at_a_time(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import weakref
 
