@@ -39,11 +39,15 @@ def download(name: str) -> Path:
         raise wrong
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        validate_repo_id(repository)
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES), library_name="wsss"))
     except HFValidationError:
         raise wrong from None

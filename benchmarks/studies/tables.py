@@ -112,7 +112,7 @@ def compiled() -> str:
         rows.append(
             [
                 name.replace(":", ""),
-                _changes(f"{each['fused_attentions']}, {each['softmaxes_alone']}" for each in times),
+                _changes(f"{each['fused_attentions']} / {each['softmaxes_alone']}" for each in times),
                 _changes(str(each["kernels"]) for each in times),
                 _changes(str(each["gemm"]) for each in times),
                 f"{_changes(format(each['gigabytes'], '.2f') for each in times)} GB {per}",
@@ -158,6 +158,20 @@ def chain_bounds() -> str:
                 cells.append(f"{sum(bounds):.2f} ms, {1e3 / sum(bounds):.0f} images/s")
             rows.append([f"SAM {sam}, Grounding-DINO at {canvas.replace('x', ' x ')}", *cells])
     return table(["CLIP ViT-B-16 with 5 views, Grounding-DINO Swin-T, SAM with 10 boxes", "before", "now"], rows)
+
+
+def accumulation() -> str:
+    """Sums in FP16, simulated."""
+    found = result("fp16-accumulation")
+    rows: list[Row] = []
+    for length, errors in found.pop("lengths").items():
+        if int(length) in (16, 128, 768, 4096):
+            rows.append([f"a product of {length} terms", f"{errors['rounding']:.1e}", f"{errors['sums_in_fp16']:.1e}", ""])
+    for name, errors in found.items():
+        for output, allowed in errors["allowed"].items():
+            sums = [f"{errors[f'sums in {kind}'][output]:.1e}" for kind in ("fp32", "fp16")]
+            rows.append([f"{name}, {output}", *sums, f"{allowed:.1e}"])
+    return table(["FP16, simulated", "error with sums in FP32", "with sums in FP16", "allowed"], rows)
 
 
 def sampling() -> str:
@@ -298,6 +312,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engine-builds": engines,
     "compiled-graphs": compiled,
     "chain-bounds": chain_bounds,
+    "fp16-accumulation": accumulation,
     "sampling-forms": sampling,
     "stage-two": stage_two,
     "host": host,

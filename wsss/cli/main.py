@@ -24,6 +24,7 @@ from .bench import bench
 from .common import log
 from .config import FILE, Flag, read_defaults
 from .convert import convert
+from .correct import correct
 from .demo import demo
 from .doctor import doctor
 from .eval import eval
@@ -80,7 +81,7 @@ def _flag(name: str, hint: Any) -> Flag:
     return Flag(parameter=name, kind=_KINDS.get(hint, "text"))
 
 
-for command in (export, verify, label, train, eval, bench, report, convert, triton, demo, doctor):
+for command in (export, verify, label, train, eval, bench, report, convert, correct, triton, demo, doctor):
     app.command(epilog=LABEL_EPILOG if command is label else None)(command)
 
 

@@ -30,6 +30,7 @@ Record = dict[str, Any]
 path: path of the image below the labeled folder, or as the list names it. label: path of its label map below ``labels/``.
 bytes, mtime_ns (in an object store: etag), sha256: of the image file; sha256 is empty if the file could not be read.
 given: hash of the labels and boxes that were given for the image; absent if none were.
+corrected: the name of the file that the label was corrected from; later runs keep it. Absent if it was not.
 error: why the image has no label. Lines without an error have:
 height, width: pixels, their product at most `MAX_PIXELS`. void_px: void pixels of the label map.
 classes: scores in 0..1 by name. boxes: at most `MAX_BOXES`, each with label, score in 0..1, quality (the mask's predicted
@@ -166,7 +167,7 @@ def _problem(record: object) -> str:
         return f"mtime_ns: expected nanoseconds, got {_short(mtime)}"
     if type(digest := record.get("sha256", "")) is not str or not _SHA256.fullmatch(digest):
         return f"sha256: expected 64 hexadecimal digits or none, got {_short(digest)}"
-    for key in ("etag", "given", "error"):
+    for key in ("etag", "given", "corrected", "error"):
         if key in record and not _is_text(record[key]):
             return f"{key}: expected a text, got {_short(record[key])}"
     height, width = record.get("height", 1), record.get("width", 1)

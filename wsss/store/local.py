@@ -52,6 +52,7 @@ from .format import (
     json_of,
     line_of,
     names_by_value,
+    parse_line,
     parse_run,
     run_of,
 )
@@ -120,22 +121,32 @@ class LabelStore:
     """
 
     def __init__(self, folder: Path, classes: ClassList, settings: Mapping[str, Any], *, shard: Shard | None = None) -> None:
+        self._start(folder, run_of(classes, settings), names_by_value(classes), shard)
+
+    @classmethod
+    def reopen(cls, folder: Path) -> LabelStore:
+        """Open an existing store with the settings that it has. Raises StoreError as the constructor, or if there is none."""
+        run = read_run(folder)
+        store = cls.__new__(cls)
+        store._start(folder, run, {}, None)
+        return store
+
+    def _start(self, folder: Path, run: dict[str, Any], names: Mapping[int, str], shard: Shard | None) -> None:
         part = "" if shard is None else f"-{shard[0]}-of-{shard[1]}"
         self.folder = folder
         self.labels = LabelFolder(folder / "labels", folder / f".tmp{part}")
         self._shard = shard
         self._manifest = folder / f"manifest{part}.jsonl"
-        run = run_of(classes, settings)
         try:
             with ExitStack() as stack:
-                self._open(run, classes, part, stack)
+                self._open(run, names, part, stack)
                 self._stack = stack.pop_all()
         except OSError as error:
             raise StoreError(
                 f"--out {folder}: cannot be written: {error.strerror}", hint="give a folder you may write to"
             ) from None
 
-    def _open(self, run: dict[str, Any], classes: ClassList, part: str, stack: ExitStack) -> None:
+    def _open(self, run: dict[str, Any], names: Mapping[int, str], part: str, stack: ExitStack) -> None:
         _check_folder(self.folder)
         make_folder(self.folder)
         self._lock = stack.enter_context(lock(self.folder / ".lock", shared=self._shard is not None))
@@ -148,8 +159,8 @@ class LabelStore:
         shutil.rmtree(self.labels.temporary, ignore_errors=True)  # unfinished files of a killed run
         stack.callback(shutil.rmtree, self.labels.temporary, ignore_errors=True)
         make_folder(self.labels.temporary)
-        for path, value in ((self.folder / "run.json", run), (self.folder / "classes.json", names_by_value(classes))):
-            if not path.exists():  # run.json first: it marks the folder as a store
+        for path, value in ((self.folder / "run.json", run), (self.folder / "classes.json", names)):
+            if value and not path.exists():  # run.json first: it marks the folder as a store
                 write_atomically(path, json_of(value), temporary=self.labels.temporary)
         make_folder(self.labels.folder)
         self._lines = _open_lines(self._manifest)
@@ -228,6 +239,39 @@ class LabelStore:
         if label_map is not None:
             self.labels.write(record["label"], label_map, masks)
         self.append([record])
+
+    @contextmanager
+    def replacing_labels(self) -> Iterator[Callable[[Record, np.ndarray, Sequence[str] | None], None]]:
+        """Yield a function that takes the new line, label map (H, W) uint8 and masks of an image that has a label.
+
+        All labels and lines are replaced when the block ends without an error, and none otherwise. A kill while they are
+        replaced leaves images with a new label and the old line; the same call again repairs them.
+
+        Raises:
+            StoreError: a file cannot be written.
+        """
+        staged: dict[str, tuple[Record, Path]] = {}
+
+        def stage(record: Record, label_map: np.ndarray, masks: Sequence[str] | None) -> None:
+            path = self.labels.temporary / f"{len(staged)}.png"
+            try:
+                parse_line(line_of(record))
+            except ValueError as error:
+                raise StoreError(f"{record['path']}: cannot be corrected: {error}", hint="leave it out of the file") from None
+            with self._writing(f"the label {record['label']}"):
+                write_atomically(path, label_file(record["label"], label_map, masks))
+            staged[record["path"]] = record, path
+
+        yield stage
+        with self._writing("the corrected labels"):
+            for record, path in staged.values():
+                target = inside(self.folder, f"labels/{record['label']}")
+                if inside(self.folder, f"confidence/{record['label']}").exists():
+                    self.labels.write_confidence(record["label"], np.full((record["height"], record["width"]), 255, np.uint8))
+                path.replace(target)
+            self.labels.sync(record["label"] for record, _ in staged.values())
+            self._rewrite(self._manifest, (_replaced(line, staged) for line in self._merged()))
+            self._remove_parts()
 
     def add_history(self, record: Mapping[str, Any]) -> None:
         """Append a record of a run to the history. Raises StoreError."""
@@ -432,6 +476,13 @@ def make_folder(folder: Path, within: Path | None = None) -> None:
         if not folder.is_dir():
             raise
     sync_folder(folder.parent)
+
+
+def _replaced(line: Line, staged: Mapping[str, tuple[Record, Path]]) -> Line:
+    if line.path not in staged:
+        return line
+    record, _ = staged[line.path]
+    return Line(line.path, line_of(record), record)
 
 
 def label_file(name: str, label_map: np.ndarray, masks: Sequence[str] | None) -> bytes | memoryview:
