@@ -35,7 +35,7 @@ from .. import __version__
 from ..engines.machine import machine
 from ..engines.opening import choose
 from ..errors import UsageError, WsssError
-from ..runtime.labeler import MINI
+from ..runtime.bundles import MINI
 from ..spec import open_bundle
 from .ceiling import Ceiling, measure_ceiling
 from .latency import measure_graph

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import StoreError
 from ..mini.scenes import CLASSES, write_scenes
-from ..runtime.labeler import Labeler
+from ..runtime.chain import Chain
 from ..runtime.report.page import write_report
 from ..runtime.run.label_folder import Progress, label_folder
 from ..store.local import read_label, read_records
@@ -36,7 +36,7 @@ def run_demo(out: Path, count: int, engine: str, progress: Progress) -> dict[str
     for name in ("images", "truth", "store"):
         shutil.rmtree(out / name, ignore_errors=True)
     write_scenes(out, count, seed=SEED)
-    labeler = Labeler.open("mini", classes="mini", engine=engine)
+    labeler = Chain.open("mini", classes="mini", engine=engine)
     summary = label_folder(labeler, out / "images", out / "store", progress=progress)
     return {
         **score_store(out / "store", out),

@@ -28,7 +28,7 @@ from ..engines.machine import machine
 from ..engines.opening import open_graph
 from ..engines.plan import MODULES, plan_here, tensorrt_module
 from ..errors import BundleError, WeightsError, WsssError
-from ..runtime.labeler import MINI
+from ..runtime.bundles import MINI
 from ..spec import AxisRange, Bundle, Flavour, GraphSpec, Model, Parity, TensorSpec, open_bundle
 from .ceiling import Ceiling, measure_ceiling
 from .gpu_check import mark_of

@@ -39,7 +39,8 @@ from ..errors import BundleError, WsssError
 from ..frame import frame_for
 from ..mini.scenes import write_scenes
 from ..photographs import path_of
-from ..runtime.labeler import MINI, Labeler, Timed
+from ..runtime.bundles import MINI
+from ..runtime.chain import Chain, Timed
 from ..runtime.run.label_folder import Summary, label_folder
 from ..runtime.run.listing import Folder
 from ..runtime.tag import view_windows
@@ -120,7 +121,7 @@ def measure_chain(
         WsssError: a model or engine is missing, or there are no images.
     """
     names = gather_images(work, images, count, repeat)
-    labeler = Labeler.open(bundle, classes=classes, engine=engine, device=device, unverified=unverified)
+    labeler = Chain.open(bundle, classes=classes, engine=engine, device=device, unverified=unverified)
     if boxes is not None:
         with_load(labeler, boxes)
     # On a GPU all shapes are warmed up, or kernels would be chosen and CUDA graphs captured during the measurement.
@@ -153,7 +154,7 @@ def measure_chain(
     if drawn and boxes is None:
         quality["truth_miou"] = round(mean_iou(total_confusion(_pairs(work / "truth", work / "timed"))), 4)
     if reference is not None:
-        fp32 = Labeler.open(reference, classes=classes, engine="ort", device="cpu")
+        fp32 = Chain.open(reference, classes=classes, engine="ort", device="cpu")
         if boxes is not None:
             with_load(fp32, boxes)
         _label(fp32, work, "reference", names[:count], batch)
@@ -271,7 +272,7 @@ class ReplacedResult(Generic[P, R]):
         return self._change(cast(Images, args[0]), self._timed(*args, **kwargs))
 
 
-def with_load(labeler: Labeler, boxes: int) -> None:
+def with_load(labeler: Chain, boxes: int) -> None:
     """Give a labeler the load of trained weights: `TAGS` classes and ``boxes`` boxes in each image, whatever it finds."""
     classes = len(labeler.classes.names)
 
@@ -295,7 +296,7 @@ def drawn_boxes(number: int, height: int, width: int, count: int, classes: int) 
     return Boxes(xyxy, score, 1 + np.arange(count) % classes, np.full(count, number))
 
 
-def _label(labeler: Labeler, work: Path, store: str, names: Sequence[str], batch: int) -> Summary:
+def _label(labeler: Chain, work: Path, store: str, names: Sequence[str], batch: int) -> Summary:
     """Label some of the images into a separate store."""
     folder = work / f"{store}-images"
     folder.mkdir()

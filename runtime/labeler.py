@@ -1,127 +1,62 @@
-"""The chain: tag, detect, segment, fuse."""
+"""The chain for Python programs: images of any kind in, results as numpy arrays out."""
 
 from __future__ import annotations
 
-import os
-import threading
+import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import TypeVar, cast, overload
 
 import numpy as np
 
-from .. import __version__
-from ..batch import Boxes, Images, Labels, Masks, Photograph, PseudoLabels
-from ..classes import ClassList, named_list, parse_classes
-from ..engines.engine import Engine
-from ..engines.opening import choose, open_graph
-from ..engines.plan import MODULES, plan_here
-from ..errors import UsageError, WsssError, WsssWarning
+from ..batch import Boxes, Images, Photograph
+from ..classes import ClassList, class_list
+from ..errors import ImageError, WsssError, WsssWarning
 from ..photographs import read_photograph
-from ..spec import Model, open_bundle
-from .detect import Detector
-from .device import Device, cut_to_fit
-from .fuse import Fuser
+from ..progress import end_progress, progress_line
+from .chain import AnyImage, Chain, ConstantTags, Rules, photograph
 from .given.names import twins_of
-from .given.stages import BoxesFromFile, Given, LabelsFromFile
-from .segment import MaskPredictor
-from .tag import Tagger
-from .trained_segmenter import SegmenterStage, classes_of, no_boxes, no_masks
+from .mask_runs import masks_of
+from .results import Detections, Result, results_of
+from .run.label_folder import Summary
+from .run.label_folder import label_folder as run_label_folder
+from .run.listing import Folder
+from .run.sources import source_of, store_of
+from .trained_segmenter import no_boxes, no_masks
 
-P = ParamSpec("P")
-R = TypeVar("R")
-Q = ParamSpec("Q")
-S = TypeVar("S")
-
-USUAL_BATCH = 8
-"""Images labeled together where the engines do not set a batch size."""
-MINI = Path(__file__).resolve().parent.parent / "mini" / "bundle"
-"""The bundle shipped with the package, called ``mini``: small models of the same classes, trained on drawn scenes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """All thresholds between the models' outputs and the label map. Saved with each run."""
-
-    tag_threshold: float | None = None
-    """Lowest CLIP probability of a class that is present; None takes the bundle's."""
-    box_threshold: float | None = None
-    """Lowest score of a box (Grounding-DINO's mean over the tokens of its phrase); None: the bundle's, or all given boxes."""
-    nms: float = 0.5
-    """Boxes of one class with a larger IoU count as one object."""
-    nms_across: float = 0.8
-    """Boxes of two classes with a larger IoU count as one object, of the class with the better score."""
-    margin: float = 0.1
-    """A pixel is void where another class's value is within this share of the winner's."""
-    gate: bool = True
-    """Whether CLIP decides which classes the detector looks for; otherwise it looks for all of them in every image."""
-
-    def __post_init__(self) -> None:
-        for name in ("tag_threshold", "box_threshold", "nms", "nms_across", "margin"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                default = getattr(Rules, name)
-                raise UsageError(
-                    f"--{name.replace('_', '-')}: expected a number in 0..1, got {value}",
-                    hint=f"the default is {'the one of the bundle' if default is None else default}",
-                )
-
-
-class Timed(Generic[P, R]):
-    """A stage and its computing time: ``seconds`` of its calls since the last reset, without waits for the device."""
-
-    def __init__(self, stage: Callable[P, R], device: Device | None = None) -> None:
-        self.stage, self._device = stage, device or Device()
-        self.seconds = 0.0
-        self._counting = threading.Lock()
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.part(self.stage, *args, **kwargs)
-
-    def part(self, part: Callable[Q, S], *args: Q.args, **kwargs: Q.kwargs) -> S:
-        """Call a part of the stage and add its time; parts may run in several threads."""
-        start = time.perf_counter() - self._device.waited()
-        try:
-            return cut_to_fit(part, *args, **kwargs)
-        finally:
-            with self._counting:
-                self.seconds += time.perf_counter() - self._device.waited() - start
+OneOf = TypeVar("OneOf", bound=AnyImage)
+_FLAG = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
+_ONLY_FLAG = re.compile(r'--([a-z][a-z-]*) "?([^"]*)"?')
 
 
 class Labeler:
-    """Photographs in, pseudo-labels out. Make one with ``Labeler.open``."""
+    """Labels images with a bundle's models. Make one with ``Labeler.open``.
 
-    def __init__(
-        self,
-        classes: ClassList,
-        *,
-        tag: Callable[[Images], Labels],
-        detect: Callable[[Images, Labels], Boxes],
-        segment: Callable[[Images, Boxes], Masks],
-        fuse: Callable[[Images, Labels, Boxes, Masks], PseudoLabels],
-        settings: dict[str, Any] | None = None,
-        device: Device | None = None,
-        given: Given | None = None,
-    ) -> None:
-        self.classes = classes
-        self.device = device or Device()
-        self.tag = Timed(tag, self.device)
-        self.detect = Timed(detect, self.device)
-        self.segment = Timed(segment, self.device)
-        self.fuse = Timed(fuse, self.device)
-        self.settings = settings or {}
-        """Everything that determines the result: rules, engines and their hashes. Saved in the label store."""
-        self.given = given or Given()
+    An image is a path, a PIL image (its EXIF rotation is applied), or an array (H, W, 3) uint8 RGB. Call methods from one thread
+    at a time.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        if not isinstance(cast(object, chain), Chain):
+            bundle = chain if isinstance(chain, (str, Path)) else "bundle"
+            raise WsssError(
+                f"Labeler: expected a Chain, got {type(chain).__name__}", hint=f'Labeler.open("{bundle}", classes="dog, cat")'
+            )
+        self.chain = chain
+        """The stages, and the settings that a label store records."""
 
     @classmethod
     def open(
         cls,
         bundle: str | Path,
         *,
-        classes: str | ClassList | None = None,
+        classes: str | Path | Sequence[str] | ClassList | None = None,
         model: str = "chain",
         engine: str = "auto",
         device: str = "auto",
@@ -132,11 +67,11 @@ class Labeler:
         rules: Rules | None = None,
         masks: bool = True,
     ) -> Labeler:
-        """Load only the engines that this run needs.
+        """Load only the engines that are needed.
 
         Args:
-            bundle: a folder made by ``wsss export``, or ``mini``.
-            classes: ``voc``, ``coco``, a file, names separated by commas, or a ClassList. A segmenter has its own.
+            bundle: a folder made by ``wsss export``, ``mini``, or ``hub:OWNER/NAME``.
+            classes: a list of names, names separated by commas, a file, ``voc`` or ``coco``. A segmenter has its own.
             model: ``chain`` (CLIP, Grounding-DINO, SAM) or ``segmenter``, the bundle's trained segmenter.
             engine: ``auto``, ``ort``, ``trt``, ``trt-rtx``, ``eager``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -144,207 +79,310 @@ class Labeler:
             labels: JSON of image names to class names; replaces CLIP.
             boxes: VOC XML or YOLO folder, COCO or wsss JSON file, or a label store; replaces CLIP and Grounding-DINO.
             ignore_unknown: ignore and count entries of ``labels`` and ``boxes`` with classes that are not in the list.
+            rules: thresholds.
             masks: keep SAM's mask of each box, in results and in label stores. A segmenter has none.
 
         Warns:
             WsssWarning: the bundle's models are ``mini`` and know none of the classes.
 
         Raises:
-            WsssError: the bundle lacks a model, a file is damaged, or a class list or flag is not valid.
+            WsssError: the bundle lacks a model, a file is damaged, or an argument is not valid.
         """
-        rules = rules or Rules()
-        if model not in ("chain", "segmenter"):
-            raise UsageError(f"--model: expected chain or segmenter, got {model!r}")
-        if classes is None and model == "chain":
-            raise UsageError("--classes is missing: the chain needs the names of the classes to look for", hint="--classes voc")
-        given_classes = classes if classes is None or isinstance(classes, ClassList) else parse_classes(classes)
-        folder = open_bundle(MINI if str(bundle) == "mini" else Path(bundle))
-        chosen, where = choose(engine, device, (folder.model(name) for name in folder.models()))
-        settings: dict[str, Any] = {
-            "engine": chosen,
-            "rules": vars(rules) | {},
-            "models": {},
-            "bundle": {"name": os.path.basename(os.path.abspath(bundle)), "variants": {}, "thresholds": {}},
-            "wsss": __version__,
-        }
-
-        def resolve(name: str, threshold: float, default: object) -> None:
-            """Record the threshold that a stage uses, and the bundle's own."""
-            settings["rules"][name], settings["bundle"]["thresholds"][name] = threshold, float(str(default))
-
-        if unverified:
-            settings["unverified"] = True
-        place = Device(at_once=1 if where == "cpu" else 2, queues=chosen != "ort")
-
-        def opener(of: Model, graph: str) -> Engine:
-            name = f"{of.manifest.family}/{graph}"
-            return place.engine(open_graph(of, graph, chosen, device=where, unverified=unverified), name)
-
-        def take(name: str) -> Model:
-            opened = folder.model(name)
-            settings["models"][name] = opened.manifest.identity()
-            settings["bundle"]["variants"][name] = opened.manifest.variant
-            for graph, spec in opened.manifest.graphs.items():
-                if chosen in MODULES and (plan := plan_here(spec, chosen, int(where.partition(":")[2]))):
-                    settings.setdefault("plans", {})[f"{name}/{graph}"] = plan.sha256
-            return opened
-
-        if model == "segmenter":
-            if labels or boxes:
-                raise UsageError("--labels and --boxes cannot be used with --model segmenter")
-            segmenter = take("segmenter")
-            known = classes_of(segmenter, given_classes)
-            stage = SegmenterStage(segmenter, lambda canvas: opener(segmenter, f"image-{canvas[0]}x{canvas[1]}"))
-            nothing = _ConstantTags(known, False)
-            return cls(known, tag=nothing, detect=no_boxes, segment=no_masks, fuse=stage, settings=settings, device=place)
-        assert given_classes is not None
-        known = given_classes
-
-        if ignore_unknown and not labels and not boxes:
-            raise UsageError("--ignore-unknown needs --labels or --boxes", hint="without them, --classes alone decides")
-        given = Given.open(
-            known,
-            labels,
-            boxes,
-            ignore_unknown=ignore_unknown,
-            threshold=rules.box_threshold,
-            warn=lambda message: place.warn(message),
-        )
-        tag: Callable[[Images], Labels]
-        detect: Callable[[Images, Labels], Boxes]
-        if given.boxes:
-            detect = given.boxes
-            tag = given.labels or _ConstantTags(known, False)
-        else:
-            if given.labels:
-                tag = given.labels
-            elif rules.gate:
-                clip = take("clip")
-                graphs = opener(clip, "image"), opener(clip, "text")
-                tag = tagger = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold)
-                resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])
-            else:
-                tag = _ConstantTags(known, True)
-            dino = take("grounding-dino")
-            detect = detector = cut_to_fit(
-                Detector,
-                dino,
-                opener(dino, "text"),
-                lambda canvas: opener(dino, f"image-{canvas[0]}x{canvas[1]}"),
-                known,
-                threshold=rules.box_threshold,
-                nms=rules.nms,
-                nms_across=rules.nms_across,
+        for name, path in (("bundle", bundle), ("labels", labels), ("boxes", boxes)):
+            if not isinstance(path, (str, Path)) and (path is not None or name == "bundle"):
+                raise WsssError(f"{name}: expected a path, got {type(path).__name__}", hint='Labeler.open("bundle", ...)')
+        if rules is not None and not isinstance(rules, Rules):
+            raise WsssError(f"rules: expected Rules, got {type(rules).__name__}", hint="Rules(margin=0.2)")
+        with _in_python_words():
+            return cls(
+                Chain.open(
+                    bundle,
+                    classes=_classes_of(classes),
+                    model=model,
+                    engine=engine,
+                    device=device,
+                    unverified=unverified,
+                    labels=labels,
+                    boxes=boxes,
+                    ignore_unknown=ignore_unknown,
+                    rules=rules,
+                    masks=masks,
+                )
             )
-            resolve("box_threshold", detector.threshold, dino.manifest.settings["box_threshold"])
-        sam = take("sam")
-        segment = MaskPredictor(sam, opener(sam, "encoder"), opener(sam, "decoder"))
-        fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin, keep_masks=masks)
-        if masks:  # absent otherwise, as in stores of versions that kept none
-            settings["masks"] = True
-        # Their contents are hashed in the line of each image, so that corrections do not need a new store.
-        if names := {
-            flag: os.path.basename(os.path.abspath(path)) for flag, path in (("labels", labels), ("boxes", boxes)) if path
-        }:
-            settings["given"] = names
-        if message := strange_to_mini(known, settings):
-            warnings.warn(message, WsssWarning, stacklevel=2)
-        if ignored := {
-            flag: dict(sorted(stage.ignored.items()))
-            for flag, stage in (("labels", given.labels), ("boxes", given.boxes))
-            if stage and stage.ignored
-        }:
-            settings["ignored"] = ignored
-        return cls(known, tag=tag, detect=detect, segment=segment, fuse=fuse, settings=settings, device=place, given=given)
 
-    def pseudo_label(self, images: Images) -> PseudoLabels:
-        """Label maps for B photographs: (H, W) uint8 each, 0 background, 255 void."""
-        labels = self.tag(images)  # which classes are in each image
-        boxes = self.detect(images, labels)  # where, in pixels of the photograph
-        masks = self.segment(images, boxes)  # the outline of each box
-        return self.fuse(images, labels, boxes, masks)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes: label 1 of a label map is ``names[0]``."""
+        return self.chain.classes.names
 
-    def label(self, images: str | Path | np.ndarray | Sequence[str | Path | np.ndarray]) -> PseudoLabels:
-        """Label images given as paths or arrays (H, W, 3) uint8 RGB, in one batch and without a store.
+    @overload
+    def label(self, images: AnyImage) -> Result: ...
+    @overload
+    def label(self, images: list[OneOf] | tuple[OneOf, ...]) -> list[Result]: ...
+    def label(self, images: AnyImage | list[OneOf] | tuple[OneOf, ...]) -> Result | list[Result]:
+        """Label an image, which gives one result, or a list, which gives a list. For many images use ``iter``.
+
+        Warns:
+            WsssWarning: an image is almost blank.
 
         Raises:
             ImageError: a file that is not a readable image.
-            WsssError: an array of another shape, or an image without an entry in ``labels`` or ``boxes``.
+            WsssError: an image of another type or shape, or without an entry in ``labels`` or ``boxes``.
         """
-        many = [images] if isinstance(images, (str, Path, np.ndarray)) else images
-        photos = [_photograph(image, number) for number, image in enumerate(many)]
-        twins = twins_of(photo.name for photo in photos)
-        for photo in photos:
-            if reason := self.missing(photo, twins.get(photo.name, ())):
-                raise WsssError(reason)
-            if photo.warning:
-                warnings.warn(f"{photo.name}: {photo.warning}", WsssWarning, stacklevel=2)
-        return self.pseudo_label(photos)
+        with _in_python_words():
+            if _is_one(images):
+                return self._label([_read(images, 0)], None)[0]
+            photos = [_read(image, number) for number, image in enumerate(_several(images))]
+            twins, size = twins_of(photo.name for photo in photos), self.chain.usual_batch()
+            return [
+                result for start in range(0, len(photos), size) for result in self._label(photos[start : start + size], twins)
+            ]
 
-    def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> str | None:
-        """Why this image cannot be labeled, or None: ``--labels`` or ``--boxes`` have no entry of it, or one that does not fit.
+    def iter(
+        self,
+        images: str | Path | Iterable[AnyImage],
+        *,
+        batch: int | None = None,
+        progress: bool = True,
+        skip_failed: bool = False,
+    ) -> Iterator[Result]:
+        """Label any number of images, with a batch of them in memory at a time.
 
         Args:
-            twins: photographs of the run with the same stem, this one included, which may share its annotation (`twins_of`).
+            images: a folder, whose images come sorted by their path below it, sub-folders included; or any images.
+            batch: images labeled together; None takes the batch size that the engines were built for.
+            progress: show a line on stderr, if that is a terminal.
+            skip_failed: warn of images that cannot be read or labeled, and go on, instead of raising their error.
+
+        Raises:
+            WsssError: as ``label``, while iterating; or at once: no such folder, or no images.
         """
-        for stage in (self.tag.stage, self.detect.stage):
-            if isinstance(stage, (LabelsFromFile, BoxesFromFile)) and (error := stage.missing(photo, twins)):
-                return f"{photo.name}: {error.message}" + (f"; {error.hint}" if error.hint else "")
-        return None
+        if batch is not None and (not isinstance(batch, int) or batch < 1):
+            raise WsssError(f"batch: expected a number of images, 1 or more, got {batch!r}")
+        with _in_python_words():
+            readers, twins = self._readers(images)
+        return self._iterate(readers, twins, batch or self.chain.usual_batch(), progress, skip_failed)
 
-    def canvas(self, photo: Photograph) -> tuple[int, int] | None:
-        """The detector's canvas for this photograph; photographs of one canvas share calls. None without a detector."""
-        detector = self.detect.stage
-        return detector.frame_of(photo).canvas if isinstance(detector, Detector) else None
+    def label_folder(
+        self,
+        photos: str | Path,
+        store: str | Path,
+        *,
+        batch: int | None = None,
+        retry_failed: bool = False,
+        progress: bool = True,
+    ) -> Summary:
+        """Label a folder into a label store, as ``wsss label`` does: stages overlap, and a second call continues.
 
-    def usual_batch(self) -> int:
-        """Images to label together: the ``opt`` batch size of SAM's encoder, usually the slowest engine."""
-        stage = self.segment.stage
-        return stage.usual_batch() if isinstance(stage, MaskPredictor) else USUAL_BATCH
+        Args:
+            photos: a folder, an image, a list of images (``.txt``), or ``s3://``, ``gs://`` and other URLs.
+            store: a folder or URL to write or continue.
+            batch: images labeled together; None takes the batch size that the engines were built for.
+            retry_failed: try the images again that an earlier run could not label.
+            progress: show a line on stderr, if that is a terminal.
 
-    def padding(self) -> float | None:
-        """Share of the detector's canvases so far that was padding; None without a detector."""
-        detector = self.detect.stage
-        return detector.padding() if isinstance(detector, Detector) else None
+        Returns:
+            What the run did; images that failed are counted in it.
 
-    def take_seconds(self) -> dict[str, float]:
-        """Seconds that each stage took since the last call of this method."""
-        stages: dict[str, Timed[Any, Any]] = {"tag": self.tag, "detect": self.detect, "segment": self.segment, "fuse": self.fuse}
-        taken = {name: stage.seconds for name, stage in stages.items()}
-        for stage in stages.values():
-            stage.seconds = 0.0
-        return taken
+        Warns:
+            WsssWarning: each image that failed, and other problems that do not end the run.
+
+        Raises:
+            WsssError: no images, or the store cannot be written or belongs to other settings.
+        """
+        for name, path in (("photos", photos), ("store", store)):
+            if not isinstance(path, (str, Path)):
+                raise WsssError(f"{name}: expected a path, got {type(path).__name__}", hint="label() and iter() take images")
+
+        def show(summary: Summary) -> None:
+            progress_line(f"{summary.skipped + summary.labelled + summary.failed:,} of {summary.images:,} images")
+
+        with _in_python_words():
+            summary = run_label_folder(
+                self.chain,
+                source_of(str(photos)),
+                store_of(str(store)),
+                batch=batch,
+                retry_failed=retry_failed,
+                progress=show if progress else None,
+                warn=lambda message: warnings.warn(_python_words(message), WsssWarning, stacklevel=4),
+            )
+        if progress:
+            end_progress()
+        return summary
+
+    def tag(self, image: AnyImage) -> dict[str, float]:
+        """The classes that an image contains, with their scores in 0..1, best first. Raises WsssError as ``label`` does."""
+        if isinstance(self.chain.tag.stage, ConstantTags):
+            raise WsssError("tag: this labeler was opened without CLIP", hint="open one without boxes, model and gate=False")
+        with _in_python_words():
+            photo = self._checked(image)
+            labels = self.chain.tag([photo])
+        score = labels.score[0]
+        present = sorted(np.flatnonzero(labels.present[0]).tolist(), key=lambda label: -score[label])
+        return {self.names[label]: round(float(score[label]), 4) for label in present}
+
+    def detect(self, image: AnyImage) -> Detections:
+        """The boxes of an image: of the classes that it contains, or those that were given. Raises WsssError as ``label``."""
+        if self.chain.detect.stage is no_boxes:
+            raise WsssError("detect: this labeler was opened with model='segmenter', which has no boxes")
+        with _in_python_words():
+            photo = self._checked(image)
+            found = self.chain.detect([photo], self.chain.tag([photo]))
+        return Detections(boxes=found.xyxy_image, scores=found.score, labels=found.label, names=self.names)
+
+    def segment(self, image: AnyImage, boxes: Detections | np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
+        """SAM's mask of each box: (N, H, W) bool, the photograph's size.
+
+        Args:
+            boxes: what ``detect`` returned, or (N, 4), x0, y0, x1, y1 in pixels of the photograph.
+
+        Raises:
+            WsssError: as ``label``; or boxes of another shape, or with corners that are swapped or outside of the photograph.
+        """
+        if self.chain.segment.stage is no_masks:
+            raise WsssError("segment: this labeler was opened with model='segmenter', which has no SAM")
+        photo = _read(image, 0)
+        xyxy = _boxes_of(boxes, photo)
+        count = len(xyxy)
+        asked = Boxes(xyxy, np.ones(count, np.float32), np.ones(count, np.int64), np.zeros(count, np.int64))
+        with _in_python_words():
+            masks = self.chain.segment([photo], asked)
+        masks = replace(masks, logits=[np.asarray(part) for part in masks.logits])
+        return np.array([mask.mask() for mask in masks_of(masks, asked, 0)], bool).reshape(count, *photo.shape)
+
+    def _checked(self, image: AnyImage) -> Photograph:
+        photo = _read(image, 0)
+        self.chain.check([photo])
+        return photo
+
+    def _label(self, photos: Images, twins: Mapping[str, Sequence[str]] | None) -> list[Result]:
+        self.chain.check(photos, twins)
+        return results_of(self.chain.pseudo_label(photos), [photo.pixels for photo in photos], self.names)
+
+    def _readers(
+        self, images: str | Path | Iterable[AnyImage]
+    ) -> tuple[Iterator[Callable[[], Photograph]], Mapping[str, Sequence[str]] | None]:
+        """A function for each image that reads it, and the twins of a folder's images."""
+        if not isinstance(images, (str, Path)):
+            if _is_one(images):
+                one = type(images).__name__
+                raise WsssError(f"images: expected a folder or several images, got one {one}", hint="label(image)")
+            return (partial(_read, image, number) for number, image in enumerate(_several(images))), None
+        folder = Path(images)
+        listing = Folder(folder)
+        if next(iter(listing), None) is None:
+            raise ImageError(f"images: no images below {folder}")
+        twins = twins_of(found.name for found in listing) if "given" in self.chain.settings else {}
+        return (partial(read_photograph, folder, found.name) for found in listing), twins
+
+    def _iterate(
+        self,
+        readers: Iterator[Callable[[], Photograph]],
+        twins: Mapping[str, Sequence[str]] | None,
+        size: int,
+        progress: bool,
+        skip_failed: bool,
+    ) -> Iterator[Result]:
+        start, done = time.perf_counter(), 0
+
+        def read(reader: Callable[[], Photograph]) -> list[Photograph]:
+            try:
+                photo = reader()
+                if skip_failed and (reason := self.chain.missing(photo, (twins or {}).get(photo.name, ()))):
+                    raise WsssError(reason)
+                return [photo]
+            except WsssError as error:
+                if not skip_failed:
+                    raise
+                warnings.warn(_python_words(error.message), WsssWarning, stacklevel=4)
+                return []
+
+        try:
+            while some := list(islice(readers, size)):
+                with _in_python_words():
+                    results = self._label([photo for reader in some for photo in read(reader)], twins)
+                while results:
+                    yield results.pop(0)
+                done += len(some)
+                if progress:
+                    progress_line(f"{done:,} images, {done / (time.perf_counter() - start):.1f} a second")
+        finally:
+            if progress and done:
+                end_progress()
 
 
-def strange_to_mini(classes: ClassList, settings: Mapping[str, Any]) -> str:
-    """A warning for runs in which the small models of ``mini`` know none of the classes; empty for any other run."""
-    variants = settings.get("bundle", {}).get("variants", {})
-    if "mini" not in (variants.get("clip"), variants.get("grounding-dino")):
-        return ""
-    known = named_list("mini").names
-    if {word.casefold() for words in classes.prompts for word in words} & {name.casefold() for name in known}:
-        return ""
-    return (
-        f"--classes: the bundle has the small models of wsss mini, which know only {', '.join(known)}; "
-        f"none of the {len(classes.names)} classes is among them: expect wrong labels. Export models for photographs: "
-        "wsss export --model all --bundle bundle"
+def _is_one(images: object) -> bool:
+    return isinstance(images, (str, Path, np.ndarray, Photograph)) or hasattr(images, "getexif")
+
+
+def _several(images: object) -> Iterable[AnyImage]:
+    if not isinstance(images, Iterable) or isinstance(images, (bytes, bytearray, Mapping)):
+        raise WsssError(
+            f"images: expected an image or several, got {type(images).__name__}",
+            hint="an image is a path, an array (H, W, 3) uint8 RGB or a PIL image",
+        )
+    return images
+
+
+def _read(image: object, number: int) -> Photograph:
+    if isinstance(image, (str, Path)) and Path(image).is_dir():
+        raise WsssError(f"image {number}: {image} is a folder", hint="iter(folder), or label_folder(folder, store)")
+    return photograph(image, number)
+
+
+def _classes_of(classes: object) -> str | ClassList | None:
+    if classes is None or isinstance(classes, (str, ClassList)):
+        return classes
+    if isinstance(classes, Path):
+        return str(classes)
+    if isinstance(classes, Sequence) and all(isinstance(name, str) for name in classes):
+        return class_list(list(classes))
+    raise WsssError(
+        f"classes: expected names or a file, got {type(classes).__name__}", hint='classes=["dog", "cat"] or classes="classes.txt"'
     )
 
 
-class _ConstantTags:
-    """Tags every image with all classes, or with none."""
+def _boxes_of(boxes: object, photo: Photograph) -> np.ndarray:
+    """(N, 4) float32 within the photograph. Raises WsssError."""
+    try:
+        xyxy = np.asarray(boxes.boxes if isinstance(boxes, Detections) else boxes, np.float32)
+    except (TypeError, ValueError):
+        raise WsssError(f"boxes: expected (N, 4) numbers, got {type(boxes).__name__}", hint="[[x0, y0, x1, y1], ...]") from None
+    if xyxy.size == 0:
+        return np.zeros((0, 4), np.float32)
+    if xyxy.ndim != 2 or xyxy.shape[1] != 4:
+        raise WsssError(f"boxes: expected shape (N, 4), got {xyxy.shape}", hint="[[x0, y0, x1, y1], ...], also of a single box")
+    height, width = photo.shape
+    clipped = np.clip(xyxy, 0, (width, height, width, height))
+    wrong = np.flatnonzero(~((clipped[:, 0] < clipped[:, 2]) & (clipped[:, 1] < clipped[:, 3])))
+    if len(wrong):
+        raise WsssError(
+            f"boxes: box {wrong[0]} is {xyxy[wrong[0]].tolist()}, expected x0 < x1 and y0 < y1 within {width} x {height} pixels",
+            hint="x0, y0, x1, y1 in pixels of the photograph, not in 0..1, and not x, y, width, height",
+        )
+    return clipped
 
-    def __init__(self, classes: ClassList, present: bool) -> None:
-        self._classes, self._present = len(classes.names), present
 
-    def __call__(self, images: Images) -> Labels:
-        present = np.full((len(images), self._classes), self._present)
-        return Labels(present.astype(np.float32), present)
+@contextmanager
+def _in_python_words() -> Iterator[None]:
+    """Errors name arguments, not the flags of the command line."""
+    try:
+        yield
+    except WsssError as error:
+        message, hint = _python_words(error.message), _python_hint(error.hint)
+        if (message, hint) == (error.message, error.hint):
+            raise
+        raise type(error)(message, hint=hint) from None
 
 
-def _photograph(image: str | Path | np.ndarray, number: int) -> Photograph:
-    if not isinstance(image, np.ndarray):
-        return read_photograph(Path(image), Path(image).name)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
-        raise WsssError(f"image {number}: expected (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}")
-    return Photograph(name=f"{number}", pixels=image)
+def _python_words(text: str) -> str:
+    """``--box-threshold: expected ...`` as ``box_threshold: expected ...``."""
+    return _FLAG.sub(lambda flag: flag[1].replace("-", "_"), text)
+
+
+def _python_hint(hint: str) -> str:
+    """``--classes voc`` as ``classes="voc"``; commands stay as they are."""
+    if flag := _ONLY_FLAG.fullmatch(hint):
+        return f'{flag[1].replace("-", "_")}="{flag[2]}"'
+    return hint if hint.startswith(("wsss ", "pip ")) else _python_words(hint)

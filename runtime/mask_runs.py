@@ -11,19 +11,16 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..batch import PseudoLabels
+from ..batch import Boxes, Masks
 from ..frame import Frame, upsample_matrix
 from ..rle import MaskRuns
 
 
-def masks_of(result: PseudoLabels, row: int) -> list[MaskRuns]:
-    """The masks of the boxes of image ``row``, in their order, of a result whose masks are kept."""
-    masks = result.masks
-    assert masks is not None
-    frame = masks.frames[row]
-    boxes = np.flatnonzero(result.boxes.image == row)
-    assert frame is not None or not len(boxes)
-    return [mask_runs(np.asarray(masks.logits[masks.part[i]])[masks.row[i]], frame) for i in boxes if frame is not None]
+def masks_of(masks: Masks, boxes: Boxes, row: int) -> list[MaskRuns]:
+    """The masks of the boxes of image ``row``, in their order; the logits must be on the host."""
+    frame, mine = masks.frames[row], np.flatnonzero(boxes.image == row)
+    assert frame is not None or not len(mine)
+    return [mask_runs(np.asarray(masks.logits[masks.part[i]])[masks.row[i]], frame) for i in mine if frame is not None]
 
 
 def mask_runs(logits: np.ndarray, frame: Frame) -> MaskRuns:
@@ -37,8 +34,8 @@ def mask_runs(logits: np.ndarray, frame: Frame) -> MaskRuns:
     first_y, weight_y = _taps(side, frame.canvas[0], frame.valid[0], frame.image[0])
     first_x, weight_x = _taps(side, frame.canvas[1], frame.valid[1], frame.image[1])
     positive = logits > 0
-    top, bottom = _reached(positive.any(axis=1), first_y, weight_y.shape[1])
-    left, right = _reached(positive.any(axis=0), first_x, weight_x.shape[1])
+    top, bottom = _reached(positive, first_y, weight_y.shape[1])
+    left, right = _reached(positive.T, first_x, weight_x.shape[1])
     if top == bottom or left == right:
         return MaskRuns(frame.image, np.zeros((0, 2), np.int64))
     first_y, weight_y, first_x, weight_x = first_y[top:bottom], weight_y[top:bottom], first_x[left:right], weight_x[left:right]
@@ -69,10 +66,10 @@ def mask_runs(logits: np.ndarray, frame: Frame) -> MaskRuns:
     begin, end = everywhere.copy(), everywhere
     if inside.size:
         begin[x, group], end[x, group] = inside[:, 0], inside[:, -1]
-    number, row = np.nonzero(inside[:, 1:] != inside[:, :-1])
+    number, before = np.nonzero(inside[:, 1:] != inside[:, :-1])
     between_x, between = np.nonzero(begin[:, 1:] != end[:, :-1])
     changes = [
-        x[number] * height + start[group[number]] + row + 1,
+        x[number] * height + start[group[number]] + before + 1,
         between_x * height + start[between + 1],
         np.flatnonzero(begin[:, 0]) * height,
         np.flatnonzero(end[:, -1]) * height + len(first_y),
@@ -96,8 +93,8 @@ def _taps(side: int, canvas: int, valid: int, image: int) -> tuple[np.ndarray, n
 
 
 def _reached(cells: np.ndarray, first: np.ndarray, width: int) -> tuple[int, int]:
-    """First pixel and last pixel + 1 of an axis that depend on one of these cells (L,) bool, or on one between them."""
-    (found,) = np.nonzero(cells)
+    """First pixel and last pixel + 1 of an axis that depend on a row of the cells (L, L) bool, or on one between such rows."""
+    found = np.flatnonzero(cells.any(axis=1))
     if not len(found):
         return 0, 0
     return int(np.searchsorted(first, found[0] - width, side="right")), int(np.searchsorted(first, found[-1], side="right"))

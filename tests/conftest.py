@@ -282,11 +282,11 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """The scripted bundle; `Labeler.open` and the command line get its engines."""
+    """The scripted bundle; `Chain.open` and the command line get its engines."""
     for name in SETTINGS:
         write_model(tmp_path / "bundle" / name, name)
     world = World(tmp_path / "bundle")
-    monkeypatch.setattr("wsss.runtime.labeler.open_graph", world.open_graph)
+    monkeypatch.setattr("wsss.runtime.chain.open_graph", world.open_graph)
     return world
 
 

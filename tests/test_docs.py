@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from wsss.benchmarks.demo import SEED
 from wsss.benchmarks.studies.tables import PAGES, TABLES, updated
+from wsss.mini.scenes import write_scenes
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,11 +31,32 @@ def test_every_table_stands_somewhere() -> None:
 
 
 def test_the_command_reference_is_that_of_the_commands() -> None:
-    spec = importlib.util.spec_from_file_location("command_reference", ROOT / ".ci" / "commands.py")
+    module = script("commands")
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: make docs"
+
+
+def script(name: str) -> ModuleType:
+    """A module of the folder .ci."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: make docs"
+    return module
+
+
+def test_the_examples_of_python_run(tmp_path: Path) -> None:
+    """As one program, in a folder where `wsss demo` drew its scenes."""
+    write_scenes(tmp_path / "demo", 3, seed=SEED)
+    text = script("examples").program()
+    assert text.count("labeler.") >= 8
+    command = [sys.executable, "-W", "ignore::UserWarning", "-c", text]
+    environment = {**os.environ, "MPLBACKEND": "agg"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 labeled, 0 failed" in done.stdout
+    assert "missing.jpg: cannot be read" in done.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"scene-1000000.png", "scene-1000000.json", "picture.jpg"}
+    assert (tmp_path / "store/manifest.jsonl").read_text().count("\n") == 3
 
 
 @pytest.mark.parametrize("page", [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wsss.runtime.labeler import MINI
+from wsss.runtime.bundles import MINI
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]  # installs 2 GB
 ROOT = Path(__file__).parents[1]

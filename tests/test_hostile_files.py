@@ -37,8 +37,9 @@ from wsss.cli.main import main
 from wsss.engines.opening import open_graph
 from wsss.errors import BundleError, WsssError
 from wsss.photographs import count_pixels, decode, read_file
+from wsss.runtime.bundles import MINI
+from wsss.runtime.chain import Chain
 from wsss.runtime.convert.dataset import convert
-from wsss.runtime.labeler import MINI, Labeler
 from wsss.runtime.report.page import write_report
 from wsss.runtime.run.label_folder import label_folder, printable
 from wsss.runtime.run.sources import source_of
@@ -208,7 +209,7 @@ def photo_and_bundle(folder: Path) -> None:
 def label_given(case: Case, path: Path, *, boxes: bool) -> None:
     """Labels the photograph with what is given, and looks at the boxes."""
     given = {"boxes" if boxes else "labels": path}
-    labeler = Labeler.open(case.folder / "bundle", classes=CLASSES, engine="ort", device="cpu", **given)
+    labeler = Chain.open(case.folder / "bundle", classes=CLASSES, engine="ort", device="cpu", **given)
     detect = labeler.detect
 
     class Checked:
@@ -431,7 +432,7 @@ def open_scripted(model: Model, graph: str, engine: str = "ort", **_: object) ->
 
 
 def label_one(bundle: Path) -> None:
-    labeler = Labeler.open(bundle, classes=CLASSES, engine="ort", device="cpu")
+    labeler = Chain.open(bundle, classes=CLASSES, engine="ort", device="cpu")
     result = labeler.label(World.scene(40, 60, red=(2, 3, 30, 20), blue=(34, 4, 58, 38)))
     assert result.label_maps[0].shape == (40, 60)
     json.dumps(labeler.settings, allow_nan=False)
@@ -452,7 +453,7 @@ def copy_mini(folder: Path) -> None:
 
 @kind(mini_manifests, beside=copy_mini, share=0.1, real_engines=True)
 def bundle_manifest_of_real_graphs(case: Case) -> None:
-    labeler = Labeler.open(case.folder, classes="mini", engine="ort", device="cpu")
+    labeler = Chain.open(case.folder, classes="mini", engine="ort", device="cpu")
     assert labeler.label(World.scene(40, 60, red=(2, 3, 30, 20))).label_maps[0].shape == (40, 60)
 
 
@@ -481,7 +482,7 @@ def write_store(folder: Path) -> None:
         (folder / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(World.scene(32, 48, **colors)).save(folder / "photos" / name)
     (folder / "photos" / "broken.jpg").write_bytes(b"no")
-    labeler = Labeler.open(folder / "bundle", classes=CLASSES)
+    labeler = Chain.open(folder / "bundle", classes=CLASSES)
     label_folder(labeler, folder / "photos", folder / "store", warn=lambda message: None)
     (folder / "truth" / "sub").mkdir(parents=True)
     for name in ("a.png", "sub/b.png"):
@@ -506,11 +507,11 @@ def use_store(case: Case) -> None:
     before = {path: path.stat().st_mtime_ns for path in case.folder.rglob("*") if path.is_file() and store not in path.parents}
 
     def give() -> None:
-        labeler = Labeler.open(case.folder / "bundle", classes=CLASSES, boxes=store / "manifest.jsonl")
+        labeler = Chain.open(case.folder / "bundle", classes=CLASSES, boxes=store / "manifest.jsonl")
         labeler.label(photos / "a.png")
 
     def go_on() -> None:
-        labeler = Labeler.open(case.folder / "bundle", classes=CLASSES)
+        labeler = Chain.open(case.folder / "bundle", classes=CLASSES)
         label_folder(labeler, photos, store, retry_failed=case.number % 2 == 0, warn=lambda message: None)
 
     formats = ("voc", "coco", "yolo", "label-studio")
@@ -751,7 +752,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
     """The folder of a kind, with what lies beside its files, made at first use."""
     made: dict[str, tuple[Path, Files]] = {}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("wsss.runtime.labeler.open_graph", open_scripted)
+        patched.setattr("wsss.runtime.chain.open_graph", open_scripted)
 
         def of(name: str) -> tuple[Path, Files]:
             if name not in made:
@@ -777,7 +778,7 @@ def test_a_damaged_file_is_read_or_refused(
     option = request.config.getoption
     seed, only, count = option("--mutation-seed"), option("--mutation"), max(2, round(option("--mutations") * KINDS[name].share))
     if KINDS[name].real_engines:
-        monkeypatch.setattr("wsss.runtime.labeler.open_graph", open_graph)
+        monkeypatch.setattr("wsss.runtime.chain.open_graph", open_graph)
     template, files = prepared(name)
     tally = Tally()
     for number in range(count) if only is None else (only,):
@@ -909,7 +910,7 @@ def test_undamaged_files_are_read(
 ) -> None:
     """Otherwise nothing behind the first refusal is ever reached."""
     if KINDS[name].real_engines:
-        monkeypatch.setattr("wsss.runtime.labeler.open_graph", open_graph)
+        monkeypatch.setattr("wsss.runtime.chain.open_graph", open_graph)
     template, files = prepared(name)
     for number, file in enumerate(sorted(files)):
         folder = tmp_path / f"{number}"

@@ -181,6 +181,19 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
     )
 
 
+def from_pillow(image: Image.Image, name: str) -> Photograph:
+    """A PIL image with the pixels that `decode` gives its file. Raises ImageError as `decode` does; the image stays as it is."""
+    try:
+        orientation = _orientation(image)
+        copy = image.copy()  # `_rgb` rotates in place
+        if copy.mode == "F" or 0 in copy.size or copy.width * copy.height > MAX_PIXELS:
+            raise ValueError(f"mode {copy.mode}, {copy.width} x {copy.height} pixels")
+        pixels = _rgb(copy)
+    except Exception as error:  # Pillow's decoders may raise any exception, also of a file that is opened lazily
+        raise ImageError(f"{name}: not a readable image: {error or type(error).__name__}") from None
+    return Photograph(name=name, pixels=pixels, orientation=orientation, warning=_warning(pixels))
+
+
 def read_photograph(folder: Path, name: str) -> Photograph:
     """Read and decode an image. Raises ImageError as `read_file` and `decode` do."""
     return decode(read_file(folder, name))

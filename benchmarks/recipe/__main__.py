@@ -27,7 +27,8 @@ from ...classes import parse_classes
 from ...errors import UsageError, WsssError
 from ...extras import needs
 from ...files import write_atomically
-from ...runtime.labeler import MINI, Labeler
+from ...runtime.bundles import MINI
+from ...runtime.chain import Chain
 from ...runtime.run.label_folder import Summary, label_folder
 from ...spec import open_bundle
 from ...store.local import make_folder
@@ -92,7 +93,7 @@ def run(recipe: Recipe) -> Result:
     photographs = link_photographs(data.training, out / "photographs" / data.training.name)
     val = link_photographs(data.val, out / "photographs" / "val")
 
-    labeler = Labeler.open(
+    labeler = Chain.open(
         recipe.bundle,
         classes=parse_classes(recipe.classes),
         engine=recipe.engine,
@@ -156,7 +157,7 @@ def _begin(recipe: Recipe) -> None:
         raise WsssError(f"{path}: damaged: {error}", hint="give a new --out") from None
 
 
-def _label(recipe: Recipe, labeler: Labeler, photographs: Path, store: Path) -> None:
+def _label(recipe: Recipe, labeler: Chain, photographs: Path, store: Path) -> None:
     """Label photographs into a new or existing store."""
     reported = 0.0
 

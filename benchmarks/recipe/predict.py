@@ -14,7 +14,7 @@ import torch
 
 from ...batch import Boxes, Images, Labels, Masks, PseudoLabels
 from ...classes import class_list
-from ...runtime.labeler import Labeler
+from ...runtime.chain import Chain
 from ...runtime.trained_segmenter import no_boxes, no_masks, scores
 from ...spec import sha256_of
 from ...train.args import DataArgs
@@ -57,7 +57,7 @@ class TrainedStage:
         return PseudoLabels(names, maps, labels, Boxes.none(), np.zeros(0, np.float32), nothing, nothing, confidence)
 
 
-def trained_labeler(run: Path, *, precision: str = "fp32", scales: Sequence[float] = (1.0,), flip: bool = False) -> Labeler:
+def trained_labeler(run: Path, *, precision: str = "fp32", scales: Sequence[float] = (1.0,), flip: bool = False) -> Chain:
     """A labeler that uses a run's segmenter alone. Raises WeightsError as `TrainedStage`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage = TrainedStage(run, precision=precision, scales=scales, flip=flip, device=device)
@@ -72,4 +72,4 @@ def trained_labeler(run: Path, *, precision: str = "fp32", scales: Sequence[floa
         shape = len(images), len(classes)
         return Labels(np.zeros(shape, np.float32), np.zeros(shape, np.bool_))
 
-    return Labeler(classes, tag=no_labels, detect=no_boxes, segment=no_masks, fuse=stage, settings=settings)
+    return Chain(classes, tag=no_labels, detect=no_boxes, segment=no_masks, fuse=stage, settings=settings)

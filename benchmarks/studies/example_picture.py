@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ...mini import scenes
 from ...overlay import overlay
 from ...photographs import read_photograph
-from ...runtime.labeler import Labeler
+from ...runtime.chain import Chain
 from ...runtime.run.label_folder import label_folder
 from ...store.local import read_label, read_records
 from ..demo import SEED
@@ -57,7 +57,7 @@ def main() -> None:
 def picture(folder: Path) -> Image.Image:
     """The picture, made from scenes and a label store in ``folder``."""
     scenes.write_scenes(folder, DRAWN, seed=SEED)
-    labeler = Labeler.open("mini", classes="mini")
+    labeler = Chain.open("mini", classes="mini")
     label_folder(labeler, folder / "images", folder / "store")
     colors = class_colors()
     tiles: list[tuple[np.ndarray, np.ndarray]] = []

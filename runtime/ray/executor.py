@@ -29,7 +29,7 @@ from ... import __version__
 from ...classes import ClassList
 from ...errors import StoreError, WsssError, WsssWarning
 from ...store.format import LabelWriter
-from ..labeler import strange_to_mini
+from ..chain import strange_to_mini
 from ..run.label_folder import Summary, Warn
 from ..run.sources import Source
 from ..run.stream import Receipt, Task, failure

@@ -20,9 +20,9 @@ from ...object_storage import RemoteFolder
 from ...store.format import LabelWriter, Store, missing_fields
 from ...store.local import LabelStore, Record, Shard, relative_images
 from ...store.remote import RemoteStore
+from ..chain import Chain
 from ..given.names import twins_of
 from ..given.stages import Given
-from ..labeler import Labeler
 from .listing import SIDECARS, Found, LeftOut, check_images, describe_left_out
 from .sources import LocalImages, Source, local_folder
 from .stream import Receipt, Stream, Task
@@ -101,7 +101,7 @@ class Executor(Protocol):
 class LocalExecutor:
     """Runs a labeler in this process."""
 
-    def __init__(self, labeler: Labeler, *, batch: int | None) -> None:
+    def __init__(self, labeler: Chain, *, batch: int | None) -> None:
         self._labeler, self._batch = labeler, batch or labeler.usual_batch()
         self._before = labeler.device.seconds
         labeler.take_seconds()
@@ -146,7 +146,7 @@ class Tasks:
 
 
 def label_folder(
-    labeler: Labeler | Executor,
+    labeler: Chain | Executor,
     folder: Path | Source,
     out: Path | RemoteFolder,
     *,
@@ -178,8 +178,8 @@ def label_folder(
     Raises:
         ImageError: no images. StoreError: the store cannot be written or belongs to other settings.
     """
-    executor = LocalExecutor(labeler, batch=batch) if isinstance(labeler, Labeler) else labeler
-    given = given or (labeler.given if isinstance(labeler, Labeler) else Given())
+    executor = LocalExecutor(labeler, batch=batch) if isinstance(labeler, Chain) else labeler
+    given = given or (labeler.given if isinstance(labeler, Chain) else Given())
     assert any((given.labels, given.boxes)) == ("given" in executor.settings)
     source = LocalImages(folder) if isinstance(folder, Path) else folder
     images = source.listing(out, shard)

@@ -25,8 +25,8 @@ from ...photographs import ImageFile, count_pixels, decode
 from ...store.format import LabelWriter, line_of, parse_line
 from ...store.local import Record
 from ..canvas import Prepares
+from ..chain import Chain
 from ..device import free_bytes
-from ..labeler import Labeler
 from ..mask_runs import masks_of
 from ..segment import Embedded, MaskPredictor
 from .prefetch import Budget, PriorityThreadPool, prefetched
@@ -126,7 +126,7 @@ class Stream:
         stop: when set, no further batch is started.
     """
 
-    def __init__(self, labeler: Labeler, source: Source, labels: LabelWriter, *, batch: int, stop: threading.Event) -> None:
+    def __init__(self, labeler: Chain, source: Source, labels: LabelWriter, *, batch: int, stop: threading.Event) -> None:
         self._labeler, self._source, self._labels = labeler, source, labels
         self._size, self._stop = batch, stop
         self._abandoned = threading.Event()
@@ -364,7 +364,9 @@ class Stream:
             record = record_of(self._labeler.classes.names, batch.photos[row], label, result, row, given)
             if result.confidence is not None:
                 self._labels.write_confidence(label, result.confidence[row])
-            masks = None if result.masks is None else [mask.counts() for mask in masks_of(result, row)]
+            masks = None
+            if result.masks is not None:
+                masks = [mask.counts() for mask in masks_of(result.masks, result.boxes, row)]
             self._labels.write(label, result.label_maps[row], masks)
             return Receipt(number, record)
         except ImageError as error:

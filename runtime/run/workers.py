@@ -23,12 +23,12 @@ from typing import Any
 from ...classes import ClassList
 from ...errors import StoreError, WsssError, WsssWarning
 from ...store.format import LabelWriter
-from ..labeler import Labeler, strange_to_mini
+from ..chain import Chain, strange_to_mini
 from .label_folder import LocalExecutor, Summary, Warn
 from .sources import Source
 from .stream import Receipt, Task, failure
 
-Opener = Callable[[], Labeler]
+Opener = Callable[[], Chain]
 """Opens a labeler in the process that calls it; it is pickled to get there."""
 BATCHES_PER_WORKER = 6
 """Batches that a worker is given at a time: enough for its stages and queues, and some in transit."""

@@ -26,7 +26,7 @@ from wsss.benchmarks.throughput import (
     stages_of,
 )
 from wsss.classes import class_list
-from wsss.runtime.labeler import MINI
+from wsss.runtime.bundles import MINI
 from wsss.runtime.run.label_folder import Summary
 from wsss.spec import open_bundle, read_manifest, write_manifest
 from wsss.store.local import LabelStore, read_records

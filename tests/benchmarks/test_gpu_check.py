@@ -20,7 +20,7 @@ from wsss.benchmarks.gpu_steps import fusions_in, traffic_ms
 from wsss.benchmarks.steps import Record, Step
 from wsss.engines.machine import GpuFacts, Library, Machine, machine
 from wsss.errors import WsssError
-from wsss.runtime.labeler import MINI
+from wsss.runtime.bundles import MINI
 from wsss.spec import Bundle
 
 RTX = Library(version="1.7.1", capabilities=("sm89",))

@@ -22,7 +22,7 @@ from wsss.benchmarks.latency import measure_graph, on_device, parity_of
 from wsss.engines.fake import FakeEngine
 from wsss.engines.ort import OrtEngine
 from wsss.errors import WsssError
-from wsss.runtime.labeler import MINI
+from wsss.runtime.bundles import MINI
 from wsss.spec import AxisRange, GraphSpec, Model, PlanSpec, TensorSpec, open_bundle
 
 GRAPHS = [(name, graph) for name in open_bundle(MINI).models() for graph in open_bundle(MINI).model(name).manifest.graphs]

@@ -12,7 +12,7 @@ from wsss.benchmarks import rows_alone
 from wsss.benchmarks.rows_alone import RowsAlone, check_rows, lines_of
 from wsss.engines.opening import open_graph
 from wsss.errors import ParityError
-from wsss.runtime.labeler import MINI
+from wsss.runtime.bundles import MINI
 from wsss.spec import Bundle, Model
 
 Change = Callable[[dict[str, np.ndarray]], object]

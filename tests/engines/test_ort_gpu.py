@@ -8,7 +8,7 @@ import pytest
 from wsss.benchmarks.feeds import feeds_for, load_of
 from wsss.engines.ort import OrtEngine
 from wsss.engines.ort_library import cuda_trouble
-from wsss.runtime.labeler import MINI
+from wsss.runtime.bundles import MINI
 from wsss.spec import open_bundle
 
 pytestmark = [

@@ -13,7 +13,7 @@ from wsss.engines.ort import OrtEngine
 from wsss.engines.trt import TrtEngine
 from wsss.export.to_engine import profile_of
 from wsss.mini.scenes import draw_scene
-from wsss.runtime.labeler import Labeler
+from wsss.runtime.chain import Chain
 from wsss.spec import GraphSpec, Model
 
 from . import simulated_gpu as sim
@@ -40,9 +40,9 @@ def chain(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return engines[name]
 
     with monkeypatch.context() as patched:
-        patched.setattr("wsss.runtime.labeler.choose", lambda *_: ("trt", "cuda:0"))
-        patched.setattr("wsss.runtime.labeler.open_graph", open_graph)
-        made = [Labeler.open("mini", classes="mini"), engines]
+        patched.setattr("wsss.runtime.chain.choose", lambda *_: ("trt", "cuda:0"))
+        patched.setattr("wsss.runtime.chain.open_graph", open_graph)
+        made = [Chain.open("mini", classes="mini"), engines]
         yield made
         made.clear()  # pytest still holds the list when `bench` looks for memory that is left
 
@@ -62,7 +62,7 @@ def assert_same(found: PseudoLabels, expected: PseudoLabels) -> None:
 
 def test_the_chain_agrees_with_onnx_runtime(request: pytest.FixtureRequest) -> None:
     photos = scenes(range(3))
-    expected = Labeler.open("mini", classes="mini", engine="ort", device="cpu").pseudo_label(photos)
+    expected = Chain.open("mini", classes="mini", engine="ort", device="cpu").pseudo_label(photos)
     labeler, engines = request.getfixturevalue("chain")
     for _ in range(3):  # enqueued, captured, replayed
         assert_same(labeler.pseudo_label(photos), expected)

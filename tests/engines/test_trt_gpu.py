@@ -16,7 +16,7 @@ from wsss.engines.ort import OrtEngine
 from wsss.engines.plan import best_flavour, checked_plan, find_gpus
 from wsss.engines.trt import TrtEngine
 from wsss.errors import WsssError
-from wsss.runtime.labeler import MINI
+from wsss.runtime.bundles import MINI
 from wsss.spec import Model, open_bundle
 
 pytestmark = pytest.mark.gpu

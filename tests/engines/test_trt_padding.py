@@ -180,7 +180,7 @@ def test_an_output_is_gathered_before_the_next_call(bench: Bench) -> None:
 def test_the_axes_are_those_of_the_exporters() -> None:
     """Names with a promise: see the docstring of `padding`."""
     from wsss.engines import padding
-    from wsss.runtime.labeler import MINI
+    from wsss.runtime.bundles import MINI
     from wsss.spec import open_bundle
 
     bundle = open_bundle(MINI)

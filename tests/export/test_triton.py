@@ -19,7 +19,7 @@ from wsss.batch import Boxes, Photograph
 from wsss.engines.opening import open_graph
 from wsss.errors import BundleError, UsageError
 from wsss.export.triton import config_of, row_axis, write_repository
-from wsss.runtime.labeler import MINI
+from wsss.runtime.bundles import MINI
 from wsss.runtime.segment import MaskPredictor
 from wsss.spec import AxisRange, Bundle, GraphSpec, Parity, PlanSpec, TensorSpec
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wsss import Labeler
 from wsss.batch import Photograph
 from wsss.errors import WsssWarning
 from wsss.mini.scenes import CLASSES, draw_scene
-from wsss.runtime.labeler import MINI, Rules
+from wsss.runtime.bundles import MINI
+from wsss.runtime.chain import Chain, Rules
 from wsss.spec import MODELS, open_bundle
 from wsss.train.evaluate.metrics import confusion_matrix, label_scores, mean_iou
 
@@ -38,7 +38,7 @@ def test_manifest_names_no_machine() -> None:
 
 def test_chain_labels_scenes() -> None:
     """Twenty-four scenes are a smoke alarm; `benchmarks/results/mini-quality.json` has the measurement on 200."""
-    result = Labeler.open("mini", classes="mini").pseudo_label(PHOTOGRAPHS)
+    result = Chain.open("mini", classes="mini").pseudo_label(PHOTOGRAPHS)
     matrix = sum(confusion_matrix(s.label, m, len(CLASSES) + 1) for s, m in zip(SCENES, result.label_maps, strict=True))
     there = np.array([np.isin(np.arange(1, len(CLASSES) + 1), scene.labels) for scene in SCENES])
     assert mean_iou(np.asarray(matrix)) > 0.75
@@ -47,7 +47,7 @@ def test_chain_labels_scenes() -> None:
 
 @pytest.mark.parametrize("gate", [True, False])
 def test_row_does_not_see_its_neighbors(gate: bool) -> None:
-    labeler = Labeler.open("mini", classes="mini", rules=Rules(gate=gate))
+    labeler = Chain.open("mini", classes="mini", rules=Rules(gate=gate))
     together = labeler.pseudo_label(PHOTOGRAPHS[:8]).label_maps
     for photo, label_map in zip(PHOTOGRAPHS[:8], together, strict=True):
         alone = labeler.pseudo_label([photo]).label_maps[0]
@@ -57,6 +57,6 @@ def test_row_does_not_see_its_neighbors(gate: bool) -> None:
 def test_unknown_words_do_no_harm() -> None:
     """Words that the small models never saw go through every stage all the same."""
     with pytest.warns(WsssWarning, match="know only red disc, .*; none of the 2 classes is among them"):
-        labeler = Labeler.open("mini", classes="aeroplane, sheep")
+        labeler = Chain.open("mini", classes="aeroplane, sheep")
     result = labeler.pseudo_label(PHOTOGRAPHS[:4])
     assert all(map_.shape == scene.label.shape for map_, scene in zip(result.label_maps, SCENES[:4], strict=True))

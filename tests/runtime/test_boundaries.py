@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from wsss import Labeler
 from wsss.batch import MAX_BOXES, Boxes, Labels, Masks, Photograph
 from wsss.classes import class_list
 from wsss.engines.fake import FakeEngine, without_padding
 from wsss.errors import FeedError, UsageError
 from wsss.frame import frame_for
 from wsss.runtime import fuse
+from wsss.runtime.chain import Chain, Rules
 from wsss.runtime.detect import Detector, boxes_from_logits, join_phrases, suppress
 from wsss.runtime.fuse import Fuser
-from wsss.runtime.labeler import Rules
 from wsss.runtime.run.label_folder import label_folder
 from wsss.runtime.run.sources import local_path, source_of
 from wsss.runtime.segment import MaskPredictor
@@ -54,14 +53,14 @@ def test_a_valid_size_beyond_the_canvas_is_refused(size: list[int]) -> None:
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (12, 16), (16, 9), (64, 64), (64, 40), (40, 64), (32, 32)])
 def test_the_encoder_is_given_the_valid_part_of_its_canvas(world: World, height: int, width: int) -> None:
     """Smaller than SAM's side, larger, and of it: the whole photograph is red, and so is its label."""
-    labeler = Labeler.open(world.bundle, classes=world.classes)
+    labeler = Chain.open(world.bundle, classes=world.classes)
     result = labeler.label(world.scene(height, width, red=(0, 0, width, height)))
     assert (result.label_maps[0] == 1).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 24), (20, 16), (64, 96), (96, 40)])
 def test_the_detector_is_given_the_valid_part_of_its_canvas(world: World, height: int, width: int) -> None:
-    labeler = Labeler.open(world.bundle, classes=world.classes)
+    labeler = Chain.open(world.bundle, classes=world.classes)
     found = labeler.label(world.scene(height, width, red=(0, 0, width, height))).boxes
     assert found.xyxy_image.tolist() == [[0, 0, width, height]]
 
@@ -141,7 +140,7 @@ def test_a_box_of_one_pixel_stays(width: float, height: float, kept: int) -> Non
 
 
 def test_a_box_of_one_pixel_is_labelled(world: World) -> None:
-    labeler = Labeler.open(world.bundle, classes=world.classes, rules=Rules(gate=False))
+    labeler = Chain.open(world.bundle, classes=world.classes, rules=Rules(gate=False))
     result = labeler.label(world.scene(32, 48, red=(5, 7, 6, 8)))
     assert result.boxes.xyxy_image.tolist() == [[5, 7, 6, 8]]
 
@@ -260,7 +259,7 @@ def test_the_budget_of_a_tile() -> None:
 
 def test_a_photograph_far_larger_than_the_canvases(world: World) -> None:
     """1500 x 2000 pixels on canvases of 32 to 48: the outline lies within a canvas's pixel, 63 of the photograph's."""
-    labeler = Labeler.open(world.bundle, classes=world.classes)
+    labeler = Chain.open(world.bundle, classes=world.classes)
     result = labeler.label(world.scene(1500, 2000, red=(500, 250, 1500, 1250)))
     label_map = result.label_maps[0]
     assert label_map.shape == (1500, 2000)
@@ -311,7 +310,7 @@ def test_a_file_url_of_another_machine_is_refused(text: str) -> None:
 def test_a_list_with_one_line_of_another_machine_loses_that_image_alone(world: World, tmp_path: Path) -> None:
     good = world.save(tmp_path / "a.png", 32, 48, red=(4, 4, 20, 20))
     (tmp_path / "list.txt").write_text(f"{good}\nfile://other/b.png\n")
-    labeler = Labeler.open(world.bundle, classes=world.classes)
+    labeler = Chain.open(world.bundle, classes=world.classes)
     warnings: list[str] = []
     summary = label_folder(labeler, source_of(str(tmp_path / "list.txt")), tmp_path / "store", warn=warnings.append)
     assert (summary.labelled, summary.failed) == (1, 1)

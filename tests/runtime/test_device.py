@@ -16,8 +16,8 @@ from wsss.batch import Tensor
 from wsss.engines.engine import Engine
 from wsss.engines.fake import FakeEngine
 from wsss.errors import OutOfMemory
+from wsss.runtime.chain import Chain
 from wsss.runtime.device import CutSmaller, Device, FairLock, cut_to_fit, free_bytes
-from wsss.runtime.labeler import Labeler
 from wsss.runtime.run.label_folder import label_folder
 from wsss.runtime.run.stream import Stream
 from wsss.spec import AxisRange, GraphSpec, TensorSpec
@@ -164,10 +164,10 @@ def test_waiting_for_a_turn_is_not_the_stage_s_time() -> None:
 def test_a_run_goes_on_with_smaller_calls(
     world: World, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str, most: int
 ) -> None:
-    label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "whole")
+    label_folder(Chain.open(world.bundle, classes=world.classes), photos, tmp_path / "whole")
     warnings: list[str] = []
     tight(world, monkeypatch, graph, most)
-    label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "tight", warn=warnings.append)
+    label_folder(Chain.open(world.bundle, classes=world.classes), photos, tmp_path / "tight", warn=warnings.append)
     assert contents(tmp_path / "tight") == contents(tmp_path / "whole")
     assert graph == "grounding-dino/text" or any(line.startswith(f"{graph}: out of memory") for line in warnings), warnings
 
@@ -176,7 +176,7 @@ def test_an_image_that_never_fits_fails_alone(
     world: World, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tight(world, monkeypatch, "grounding-dino/image-48x32", 0)  # the canvas of one photograph, upright
-    summary = label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "store", warn=lambda _: None)
+    summary = label_folder(Chain.open(world.bundle, classes=world.classes), photos, tmp_path / "store", warn=lambda _: None)
     assert (summary.labelled, summary.failed) == (4, 1)
     failed = [record for record in read_records(tmp_path / "store") if "error" in record]
     assert [record["path"] for record in failed] == ["sub/three.png"]
@@ -195,16 +195,16 @@ def test_the_batch_is_what_the_engines_were_built_for(
 
     monkeypatch.setattr("wsss.runtime.run.label_folder.Stream", spy)
     for batch in (None, 1):
-        label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / f"store-{batch}", batch=batch)
+        label_folder(Chain.open(world.bundle, classes=world.classes), photos, tmp_path / f"store-{batch}", batch=batch)
     assert used == [2, 1]
 
 
 def test_a_batch_is_tried_in_halves(world: World, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fusing cannot cut its masks: two photographs of one mask each fit one by one only, those of several masks never."""
-    label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "whole")
+    label_folder(Chain.open(world.bundle, classes=world.classes), photos, tmp_path / "whole")
     tight(world, monkeypatch, "sam/fuse", 1)
     warnings: list[str] = []
-    opened = Labeler.open(world.bundle, classes=world.classes)
+    opened = Chain.open(world.bundle, classes=world.classes)
     summary = label_folder(opened, photos, tmp_path / "tight", warn=warnings.append)
     assert (summary.labelled, summary.failed) == (3, 2)
     assert any("trying them in halves" in line for line in warnings), (warnings, summary)
@@ -223,7 +223,7 @@ def tight(world: World, monkeypatch: pytest.MonkeyPatch, graph: str, most: int) 
         fake = opened(model, name, *given, **how)
         return Small(fake, most) if f"{model.manifest.family}/{name}" == graph else fake
 
-    monkeypatch.setattr("wsss.runtime.labeler.open_graph", open_graph)
+    monkeypatch.setattr("wsss.runtime.chain.open_graph", open_graph)
 
 
 def contents(out: Path) -> dict[str, bytes]:

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsss import Labeler
 from wsss.cli.label import label as label_command
 from wsss.engines.fake import FakeEngine
 from wsss.rle import MaskRuns
 from wsss.runtime import detect, fuse, tag
-from wsss.runtime.labeler import Rules
+from wsss.runtime.chain import Chain, Rules
 from wsss.runtime.run import label_folder as run
 from wsss.store.local import read_label_and_masks, read_records
 
@@ -256,7 +255,7 @@ def opened(world: World, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
             made.script = lambda feeds: answer({**feeds, "label": np.full_like(feeds["label"], 2)})
         return made
 
-    monkeypatch.setattr("wsss.runtime.labeler.open_graph", open_graph)
+    monkeypatch.setattr("wsss.runtime.chain.open_graph", open_graph)
     return calls
 
 
@@ -350,7 +349,7 @@ def test_defaults_are_these_and_the_same_in_python_and_on_the_command_line() -> 
         "ignore_unknown": False,
         "masks": True,
     }
-    python = defaults_of(Labeler.open)
+    python = defaults_of(Chain.open)
     assert {name: command[name] for name in how} == {name: python[name] for name in how} == how
     assert python["rules"] is None
     running = {"batch": None, "retry_failed": False, "shard": None}

@@ -14,7 +14,7 @@ from wsss.batch import Boxes, Images, Labels, Photograph
 from wsss.classes import class_list
 from wsss.engines.fake import FakeEngine
 from wsss.errors import BundleError, UsageError
-from wsss.runtime.labeler import Labeler
+from wsss.runtime.chain import Chain
 from wsss.runtime.run.label_folder import label_folder
 from wsss.runtime.trained_segmenter import (
     SegmenterStage,
@@ -207,7 +207,7 @@ def test_a_run_keeps_the_confidence_beside_the_labels(tmp_path: Path) -> None:
     def tag(images: Images) -> Labels:
         return Labels(np.zeros((len(images), 2), np.float32), np.zeros((len(images), 2), np.bool_))
 
-    labeler = Labeler(
+    labeler = Chain(
         class_list(["cat", "dog"]), tag=tag, detect=no_boxes, segment=no_masks, fuse=SegmenterStage(model(), Opened())
     )
     summary = label_folder(labeler, tmp_path / "photos", tmp_path / "store", batch=2)
@@ -221,7 +221,7 @@ def test_a_run_keeps_the_confidence_beside_the_labels(tmp_path: Path) -> None:
 
 def test_a_bundle_without_a_segmenter_is_named_and_no_classes_are_asked_for(world: World) -> None:
     with pytest.raises(BundleError, match="segmenter"):
-        Labeler.open(world.bundle, model="segmenter")
+        Chain.open(world.bundle, model="segmenter")
 
 
 def test_the_command_line_asks_for_no_classes(wsss: Callable[..., Any], tmp_path: Path) -> None:

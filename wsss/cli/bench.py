@@ -59,7 +59,7 @@ def bench(
     """
     from ..benchmarks.bench import BenchOptions, append_csv, run_bench, table
     from ..benchmarks.plot import write_plot
-    from ..runtime.labeler import MINI
+    from ..runtime.bundles import MINI
 
     if layers:
         _list_layers(MINI if bundle == "mini" else Path(bundle), model or (), max(batch) if batch else None, json_output)

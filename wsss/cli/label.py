@@ -122,14 +122,14 @@ def label(
     """Label a folder of images. Run it again to continue where it stopped."""
     set_level(log_level)
     events = Events(json_output)
-    warnings.simplefilter("ignore", WsssWarning)  # Labeler.open warns of what this command logs
+    warnings.simplefilter("ignore", WsssWarning)  # Chain.open warns of what this command logs
     if classes is None and model == "chain":
         raise UsageError("--classes is missing", hint='for example: --classes voc, or --classes "dog, potted plant"')
     share = parse_shard(shard)
     check_cluster(on, device, devices, ray_address, workers)
     from ..classes import parse_classes
+    from ..runtime.chain import Chain, Rules, strange_to_mini
     from ..runtime.given.stages import Given
-    from ..runtime.labeler import Labeler, Rules, strange_to_mini
     from ..runtime.run.label_folder import label_folder
     from ..runtime.run.listing import check_images
     from ..runtime.run.sources import Chosen, source_of, store_of
@@ -152,7 +152,7 @@ def label(
         (
             place,
             partial(
-                Labeler.open,
+                Chain.open,
                 bundle,
                 classes=classes,
                 model=model,
@@ -170,7 +170,7 @@ def label(
     ]
     try:
         with contextlib.ExitStack() as stack:
-            executor: Labeler | Executor
+            executor: Chain | Executor
             given = None
             if (labels or boxes) and classes and (on or len(openers) > 1) and model == "chain":
                 # Before the labelers open it: images whose files change in between are labeled again by the next run.

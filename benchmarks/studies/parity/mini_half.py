@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ....batch import Images, Masks
-from ....runtime.labeler import Labeler
+from ....runtime.chain import Chain
 from ....train.evaluate.metrics import mean_iou
 from ...confusion import mask_iou, total_confusion
 from ..harness import RESULTS, about, study_parser, write_result
@@ -29,9 +29,9 @@ BATCH = 8
 def measure(bundle: str, count: int, folder: Path, engine: str) -> dict[str, Any]:
     """Run both chains on ``count`` scenes, written below ``folder``."""
     images, scenes, boxes = held_out_scenes(count, folder)
-    full, half = (label_maps(Labeler.open(name, classes="mini", engine=engine), images) for name in ("mini", bundle))
+    full, half = (label_maps(Chain.open(name, classes="mini", engine=engine), images) for name in ("mini", bundle))
     truth = [scene.label for scene in scenes]
-    masks = [_masks(Labeler.open(name, classes="mini", engine=engine, boxes=boxes), images) for name in ("mini", bundle)]
+    masks = [_masks(Chain.open(name, classes="mini", engine=engine, boxes=boxes), images) for name in ("mini", bundle)]
     overlaps = np.array([mask_iou(one, other) for one, other in zip(*masks, strict=True)])
     miou_fp32, miou_fp16 = _miou(truth, full), _miou(truth, half)
     return {
@@ -49,7 +49,7 @@ def measure(bundle: str, count: int, folder: Path, engine: str) -> dict[str, Any
     }
 
 
-def _masks(labeler: Labeler, images: Images) -> list[np.ndarray]:
+def _masks(labeler: Chain, images: Images) -> list[np.ndarray]:
     """(L, L) bool of every true box of every image."""
     found: list[np.ndarray] = []
     for start in range(0, len(images), BATCH):

@@ -39,7 +39,7 @@ from wsss.export.sam import encoder_graph, sample_photographs
 from wsss.export.to_onnx import trace
 from wsss.export.verify import photograph
 from wsss.export.weights import spread
-from wsss.runtime.labeler import MINI
+from wsss.runtime.bundles import MINI
 from wsss.spec import AxisRange
 
 from ..harness import RESULTS, log, write_result

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ....batch import VOID
 from ....mini.scenes import write_scenes
-from ....runtime.labeler import Labeler
+from ....runtime.chain import Chain
 from ....runtime.report.doubt import WEIGHTS, doubt, floors_of
 from ....runtime.run.label_folder import label_folder
 from ....store.local import read_label, read_records, read_run
@@ -31,7 +31,7 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
     """Measure how well doubt orders ``count`` held-out scenes, drawn and labeled below ``folder``."""
     write_scenes(folder, count, seed=SEED)
     store = folder / "store"
-    label_folder(Labeler.open("mini", classes="mini", engine="ort"), folder / "images", store)
+    label_folder(Chain.open("mini", classes="mini", engine="ort"), folder / "images", store)
     records = [record for record in read_records(store) if "error" not in record]
     floors = floors_of(read_run(store), records)
     error = np.array([_error(folder, record["label"]) for record in records])

@@ -17,7 +17,7 @@ import numpy as np
 from ....batch import Images
 from ....mini.scenes import CLASSES, Scene, draw_scene, write_scenes
 from ....photographs import read_photograph
-from ....runtime.labeler import Labeler, Rules
+from ....runtime.chain import Chain, Rules
 from ....train.evaluate.metrics import class_iou, label_scores, mean_iou
 from ...confusion import total_confusion
 from ..harness import RESULTS, about, log, study_parser, write_result
@@ -38,7 +38,7 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, options in variants.items():
         start = time.perf_counter()
-        labeler = Labeler.open("mini", classes="mini", **options)
+        labeler = Chain.open("mini", classes="mini", **options)
         matrix, labels = _score(labeler, images, scenes)
         result[name] = {"miou": round(mean_iou(matrix), 4), "seconds": round(time.perf_counter() - start, 1)}
         if name == "chain":
@@ -55,7 +55,7 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _score(labeler: Labeler, images: Images, scenes: list[Scene]) -> tuple[np.ndarray, dict[str, float]]:
+def _score(labeler: Chain, images: Images, scenes: list[Scene]) -> tuple[np.ndarray, dict[str, float]]:
     results = [labeler.pseudo_label(images[start : start + 8]) for start in range(0, len(images), 8)]
     predicted_maps = [label_map for result in results for label_map in result.label_maps]
     present = np.array([np.isin(np.arange(1, len(CLASSES) + 1), scene.labels) for scene in scenes])
@@ -74,7 +74,7 @@ def held_out_scenes(count: int, folder: Path) -> tuple[Images, list[Scene], Path
     return images, scenes, folder / "boxes.json"
 
 
-def label_maps(labeler: Labeler, images: Images, batch: int = 8) -> list[np.ndarray]:
+def label_maps(labeler: Chain, images: Images, batch: int = 8) -> list[np.ndarray]:
     """The chain's label maps of some images."""
     starts = range(0, len(images), batch)
     return [label_map for start in starts for label_map in labeler.pseudo_label(images[start : start + batch]).label_maps]
@@ -87,7 +87,7 @@ def _true_boxes(scene: Scene) -> list[dict[str, Any]]:
 
 
 def _alone_against_batch(images: Images) -> dict[str, float]:
-    labeler = Labeler.open("mini", classes="mini")
+    labeler = Chain.open("mini", classes="mini")
     together, alone = label_maps(labeler, images), label_maps(labeler, images, batch=1)
     different = [int((a != b).sum()) for a, b in zip(alone, together, strict=True)]
     return {

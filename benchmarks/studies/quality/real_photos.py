@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from ....engines.ort_library import onnxruntime
-from ....runtime.labeler import Labeler, Rules
+from ....runtime.chain import Chain, Rules
 from ....runtime.run.label_folder import label_folder
 from ....store.local import read_records
 from ..harness import RESULTS, about, log, peak_memory_bytes, study_parser, write_result
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after this time, when the current batches are done")
     arguments = parser.parse_args()
     rules = Rules(tag_threshold=arguments.tag_threshold, box_threshold=arguments.box_threshold)
-    labeler = Labeler.open(arguments.bundle, classes=arguments.classes, rules=rules)
+    labeler = Chain.open(arguments.bundle, classes=arguments.classes, rules=rules)
     stop = threading.Event()
     clock = threading.Timer(60 * arguments.minutes, stop.set)
     clock.daemon = True

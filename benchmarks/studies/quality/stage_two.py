@@ -14,7 +14,7 @@ from PIL import Image
 
 from ....mini.scenes import write_scenes
 from ....photographs import read_photograph
-from ....runtime.labeler import Labeler
+from ....runtime.chain import Chain
 from ....runtime.run.label_folder import label_folder
 from ....train.args import config_from
 from ....train.evaluate.metrics import mean_iou
@@ -41,7 +41,7 @@ def measure(work: Path, *, images: int, held_out: int, steps: int) -> dict[str, 
     seeds_of = {path.name: TRAIN_SEED + number for number, path in enumerate(drawn)}
     photographs = work / "train" / "images"
     write_scene_store(work / "truth", photographs, seeds_of, lambda seed, scene: true_labels(scene), "truth")
-    labeler = Labeler.open("mini", classes="mini")
+    labeler = Chain.open("mini", classes="mini")
     summary = label_folder(labeler, photographs, work / "pseudo", warn=log)
     log(f"pseudo-labels: {summary.labelled} new, {summary.skipped} done before, {summary.failed} failed")
 
@@ -58,7 +58,7 @@ def measure(work: Path, *, images: int, held_out: int, steps: int) -> dict[str, 
     return result
 
 
-def _chain_miou(labeler: Labeler, folder: Path, paths: list[Path]) -> float:
+def _chain_miou(labeler: Chain, folder: Path, paths: list[Path]) -> float:
     """mIoU of the chain's label maps on held-out scenes; void counts as a miss."""
     images = [read_photograph(folder / "images", path.name) for path in paths]
     truth = (np.array(Image.open(folder / "truth" / f"{path.stem}.png")) for path in paths)

@@ -19,11 +19,12 @@ from ....batch import Images, Labels, Photograph
 from ....classes import parse_classes
 from ....engines.engine import Engine
 from ....engines.fake import FakeEngine, Script
+from ....runtime.bundles import MINI
 from ....runtime.canvas import Prepares
+from ....runtime.chain import Chain
 from ....runtime.detect import Detector
 from ....runtime.device import Device
 from ....runtime.fuse import Fuser
-from ....runtime.labeler import MINI, Labeler
 from ....runtime.segment import MaskPredictor
 from ....runtime.tag import Tagger
 from ....spec import AxisRange, DType, GraphSpec, Model, Preprocess, TensorSpec, open_bundle
@@ -68,7 +69,7 @@ def open_fake(
     queued: bool = False,
     ends: list[float] | None = None,
     make: Callable[[str, GraphSpec, Script], Engine] | None = None,
-) -> Labeler:
+) -> Chain:
     """A labeler of VOC's classes whose engines return at once.
 
     Args:
@@ -180,7 +181,7 @@ def open_fake(
         _fused,
         {name: AxisRange(1, 16, 16384) for name in ("masks", "picked", "height", "width")},
     )
-    return Labeler(
+    return Chain(
         classes,
         tag=_FirstClasses(tagger),
         detect=Detector(dino, text, detector, classes, threshold=0.3),
@@ -204,7 +205,7 @@ class _FirstClasses:
         return labels
 
 
-def bare_inputs(labeler: Labeler, photo: Photograph) -> list[np.ndarray]:
+def bare_inputs(labeler: Chain, photo: Photograph) -> list[np.ndarray]:
     """The inputs of the three models for a photograph, made without the rest of the chain."""
     stages: tuple[object, ...] = (labeler.tag.stage, labeler.detect.stage, labeler.segment.stage)
     return [stage.prepare(photo, np.zeros(stage.room(photo), np.uint8)) for stage in stages if isinstance(stage, Prepares)]

@@ -32,7 +32,7 @@ from .... import __version__
 from ....batch import Boxes, Labels, Masks
 from ....photographs import read_photograph
 from ....runtime import fuse
-from ....runtime.labeler import Labeler
+from ....runtime.chain import Chain
 from ....runtime.run.label_folder import label_folder
 from ....store.local import read_label, read_records
 from ..harness import RESULTS, log, peak_memory_bytes, run_part, study_parser, write_result
@@ -57,9 +57,9 @@ def write_inputs(folder: Path, size: tuple[int, int], boxes: int) -> None:
     (folder / "boxes.json").write_text(json.dumps({NAME: entries}))
 
 
-def open_labeler(folder: Path) -> Labeler:
+def open_labeler(folder: Path) -> Chain:
     """A labeler of the small models with the boxes of ``folder``."""
-    return Labeler.open("mini", classes="dog, cat, person", engine="ort", device="cpu", boxes=folder / "boxes.json")
+    return Chain.open("mini", classes="dog, cat, person", engine="ort", device="cpu", boxes=folder / "boxes.json")
 
 
 def run(folder: Path, tile_bytes: int) -> dict[str, Any]:

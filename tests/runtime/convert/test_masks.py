@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsss import Labeler
 from wsss.classes import class_list
 from wsss.errors import StoreError
 from wsss.photographs import read_photograph
 from wsss.rle import MaskRuns
+from wsss.runtime.chain import Chain
 from wsss.runtime.convert.dataset import Conversion, convert
 from wsss.runtime.run.label_folder import label_folder
 from wsss.store.local import LabelStore, read_label
@@ -276,7 +276,7 @@ def test_what_sam_outlined_comes_back(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "photos/discs.png")
     boxes = [{"label": "red disc", "xyxy": [x - 50, 70, x + 50, 170], "score": score} for x, score in ((120, 0.6), (180, 0.9))]
     (tmp_path / "boxes.json").write_text(json.dumps({"discs.png": boxes}))
-    labeler = Labeler.open("mini", classes="mini", engine="ort", device="cpu", boxes=tmp_path / "boxes.json")
+    labeler = Chain.open("mini", classes="mini", engine="ort", device="cpu", boxes=tmp_path / "boxes.json")
     label_folder(labeler, tmp_path / "photos", tmp_path / "store")
     convert(tmp_path / "store", tmp_path / "photos", tmp_path / "coco", "coco")
     document = json.loads((tmp_path / "coco/annotations/instances_train.json").read_text())

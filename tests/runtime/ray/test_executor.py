@@ -18,7 +18,7 @@ import pytest
 
 from wsss.errors import StoreError, WsssError
 from wsss.extras import install_line
-from wsss.runtime.labeler import Labeler
+from wsss.runtime.chain import Chain
 from wsss.runtime.run.label_folder import Summary, label_folder
 from wsss.store.local import read_records
 
@@ -59,7 +59,7 @@ def open_labeler(bundle, *, dies_once="", dies_of="", margin=0.1, full=False, re
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if full:
         labelstore.png_of = no_room
-    return pipeline.Labeler.open(bundle, classes=world.classes, rules=pipeline.Rules(margin=margin))
+    return pipeline.Chain.open(bundle, classes=world.classes, rules=pipeline.Rules(margin=margin))
 """
 Executor = Callable[..., Any]
 NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
@@ -140,7 +140,7 @@ def more(world: World, many: Path) -> Path:
 
 @pytest.fixture
 def whole(world: World, many: Path, tmp_path: Path) -> dict[str, bytes]:
-    label_folder(Labeler.open(world.bundle, classes=world.classes), many, tmp_path / "whole", warn=quiet)
+    label_folder(Chain.open(world.bundle, classes=world.classes), many, tmp_path / "whole", warn=quiet)
     return contents(tmp_path / "whole")
 
 
@@ -209,7 +209,7 @@ def test_a_run_whose_driver_is_killed_goes_on_and_may_be_stopped(
     assert summary.skipped == len(records)
     assert summary.labelled > 0
     assert len(list(read_records(out))) == summary.skipped + summary.labelled + summary.failed < 462
-    label_folder(Labeler.open(world.bundle, classes=world.classes), more, out, warn=quiet)
+    label_folder(Chain.open(world.bundle, classes=world.classes), more, out, warn=quiet)
     assert contents(out) == whole
 
 
@@ -236,7 +236,7 @@ def test_the_command_asks_for_a_cluster(
 
     asked: list[dict[str, object]] = []
 
-    def refuse(opener: partial[Labeler], **how: object) -> None:
+    def refuse(opener: partial[Chain], **how: object) -> None:
         asked.append({**opener.keywords, **how})
         raise WsssError("no cluster today")
 

@@ -11,7 +11,7 @@ import pytest
 
 from wsss.classes import palette
 from wsss.errors import ImageError, StoreError, UsageError
-from wsss.runtime.labeler import Labeler
+from wsss.runtime.chain import Chain
 from wsss.runtime.report.page import write_report
 from wsss.runtime.run.label_folder import label_folder
 from wsss.store.local import LabelStore
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def store(world: World, photos: Path, tmp_path: Path) -> Path:
     world.save(photos / "<b>&.png", 20, 20, red=(0, 0, 20, 20))
     (photos / "bad.jpg").write_text("no")
-    label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "store", warn=lambda _: None)
+    label_folder(Chain.open(world.bundle, classes=world.classes), photos, tmp_path / "store", warn=lambda _: None)
     return tmp_path / "store"
 
 
@@ -97,9 +97,9 @@ def test_an_image_has_its_tags_boxes_and_pictures(store: Path, photos: Path, tmp
 
 
 def test_tags_that_nothing_decided_are_not_shown(world: World, photos: Path, tmp_path: Path) -> None:
-    from wsss.runtime.labeler import Rules
+    from wsss.runtime.chain import Rules
 
-    ungated = Labeler.open(world.bundle, classes=world.classes, rules=Rules(gate=False))
+    ungated = Chain.open(world.bundle, classes=world.classes, rules=Rules(gate=False))
     label_folder(ungated, photos, tmp_path / "store")
     data = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html"))
     assert [image[11] for image in data["images"]] == [[]] * 5
@@ -127,7 +127,7 @@ def test_doubtful_images_come_first_and_limit_keeps_them(world: World, tmp_path:
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     for number in range(3):  # fail, because they have no boxes
         world.save(photos / f"unknown{number}.png", 20, 20)
-    labeler = Labeler.open(world.bundle, classes=world.classes, boxes=tmp_path / "boxes.json")
+    labeler = Chain.open(world.bundle, classes=world.classes, boxes=tmp_path / "boxes.json")
     label_folder(labeler, photos, tmp_path / "store", warn=lambda _: None)
     data = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html"))
     assert names(data) == ["unsure.png", "middling.png", "sure.png"]
@@ -163,7 +163,7 @@ def test_names_never_become_markup(world: World, tmp_path: Path) -> None:
     world.save(tmp_path / "photos" / name, 20, 20, red=(0, 0, 10, 10))
     (tmp_path / "photos" / "<img src=x onerror=alert(1)>.png").write_text("no")
     store = tmp_path / "<i>store&"
-    labeler = Labeler.open(world.bundle, classes=class_list(["red", "green"]))
+    labeler = Chain.open(world.bundle, classes=class_list(["red", "green"]))
     label_folder(labeler, tmp_path / "photos", store, warn=lambda _: None)
     (store / "run.json").write_text((store / "run.json").read_text().replace('"green"', '"<s>green"'))  # a stranger's
     page = write_report(store, tmp_path / "photos", tmp_path / "<u>.html")
@@ -193,7 +193,7 @@ def test_a_name_that_is_no_unicode_can_be_shown(world: World, tmp_path: Path) ->
     photos = tmp_path / "photos"
     world.save(photos / "plain.png", 20, 20, red=(0, 0, 10, 10))
     (photos / "plain.png").rename(photos / "caf\udce9.png")
-    label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "store", warn=lambda _: None)
+    label_folder(Chain.open(world.bundle, classes=world.classes), photos, tmp_path / "store", warn=lambda _: None)
     data = data_of(write_report(tmp_path / "store", photos, tmp_path / "page.html"))
     assert names(data)[0].startswith("caf\ufffd")
     assert data["images"][0][2], "and its thumbnail is made"
@@ -215,7 +215,7 @@ def test_the_wrong_folder_and_no_store(world: World, store: Path, tmp_path: Path
 def test_a_store_of_failures_alone_has_a_page(world: World, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "bad.jpg").write_text("no")
-    label_folder(Labeler.open(world.bundle, classes=world.classes), tmp_path / "photos", tmp_path / "store", warn=lambda _: None)
+    label_folder(Chain.open(world.bundle, classes=world.classes), tmp_path / "photos", tmp_path / "store", warn=lambda _: None)
     data = data_of(write_report(tmp_path / "store", tmp_path / "photos", tmp_path / "page.html"))
     assert (data["images"], data["totals"]["failed"]) == ([], 1)
 
@@ -228,7 +228,7 @@ def test_a_page_among_the_photographs_is_refused(store: Path, photos: Path) -> N
 
 
 def test_a_store_below_the_photographs_takes_its_page(world: World, photos: Path) -> None:
-    label_folder(Labeler.open(world.bundle, classes=world.classes), photos, photos / "store")
+    label_folder(Chain.open(world.bundle, classes=world.classes), photos, photos / "store")
     assert len(names(data_of(write_report(photos / "store", photos, photos / "store" / "report.html")))) == 5
 
 

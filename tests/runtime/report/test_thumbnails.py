@@ -14,7 +14,7 @@ from PIL import Image
 from wsss.classes import palette
 from wsss.errors import StoreError
 from wsss.photographs import decode, read_file
-from wsss.runtime.labeler import Labeler
+from wsss.runtime.chain import Chain
 from wsss.runtime.report import thumbnails
 from wsss.runtime.report.thumbnails import Thumbnails, label_picture, make_thumbnails, remove_thumbnails
 from wsss.runtime.run.label_folder import label_folder
@@ -60,7 +60,7 @@ def test_a_label_of_all_values_keeps_its_colors() -> None:
 
 @pytest.fixture
 def store(world: World, photos: Path, tmp_path: Path) -> Path:
-    label_folder(Labeler.open(world.bundle, classes=world.classes), photos, tmp_path / "store", warn=lambda _: None)
+    label_folder(Chain.open(world.bundle, classes=world.classes), photos, tmp_path / "store", warn=lambda _: None)
     return tmp_path / "store"
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from wsss import __version__
 from wsss.classes import class_list
 from wsss.errors import ImageError, StoreError
-from wsss.runtime.labeler import Labeler, Rules
+from wsss.runtime.chain import Chain, Rules
 from wsss.runtime.run.label_folder import Summary, _in_order, _Tally, label_folder
 from wsss.runtime.run.stream import Receipt
 from wsss.store.local import read_history, read_label, read_records, read_run
@@ -29,7 +29,7 @@ NAMES = ["black.png", "green.png", "red.png", "sub/three.png", "two.png"]
 def run(world: World, photos: Path, out: Path, **how: Any) -> Summary:
     """Labels the folder with engines opened anew; ``how`` goes to `label_folder`."""
     world.engines.clear()
-    return label_folder(Labeler.open(world.bundle, classes=world.classes, rules=how.pop("rules", None)), photos, out, **how)
+    return label_folder(Chain.open(world.bundle, classes=world.classes, rules=how.pop("rules", None)), photos, out, **how)
 
 
 def labels(out: Path) -> dict[str, bytes]:
@@ -68,7 +68,7 @@ def test_every_image_gets_a_label_of_its_size_and_a_line(world: World, photos: P
 
 
 def test_a_second_run_of_one_labeler_counts_its_own_seconds(world: World, photos: Path, tmp_path: Path) -> None:
-    labeler = Labeler.open(world.bundle, classes=world.classes)
+    labeler = Chain.open(world.bundle, classes=world.classes)
     label_folder(labeler, photos, tmp_path / "first")
     before = labeler.device.seconds
     assert before > 0
@@ -187,7 +187,7 @@ def test_other_settings_are_refused_before_any_image(world: World, photos: Path,
 def test_other_given_labels_are_refused(world: World, photos: Path, out: Path, tmp_path: Path) -> None:
     for label in ("red", "green"):
         (tmp_path / f"{label}.json").write_text(json.dumps({name: [label] for name in NAMES}))
-        labeler = Labeler.open(world.bundle, classes=world.classes, labels=tmp_path / f"{label}.json")
+        labeler = Chain.open(world.bundle, classes=world.classes, labels=tmp_path / f"{label}.json")
         if label == "red":
             label_folder(labeler, photos, out)
     with pytest.raises(StoreError, match=r'was made with given = \{"labels": '):
@@ -354,7 +354,7 @@ def test_a_failed_image_is_tried_again_when_asked_or_changed(world: World, photo
 
 def test_an_image_without_given_labels_fails_by_name(world: World, photos: Path, out: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text(json.dumps({name: ["red"] for name in NAMES if name != "two.png"}))
-    labeler = Labeler.open(world.bundle, classes=world.classes, labels=tmp_path / "labels.json")
+    labeler = Chain.open(world.bundle, classes=world.classes, labels=tmp_path / "labels.json")
     warnings: list[str] = []
     summary = label_folder(labeler, photos, out, warn=warnings.append)
     assert (summary.labelled, summary.failed) == (4, 1)
@@ -371,7 +371,7 @@ def test_corrected_annotations_are_labeled_in_the_same_store(world: World, photo
         (xml / name).with_suffix(".xml").write_text(f"<annotation><object><name>{label}</name>{box}</object></annotation>")
 
     def label(out: Path, **how: bool) -> tuple[int, int, int]:
-        labeler = Labeler.open(world.bundle, classes=world.classes, boxes=xml, ignore_unknown=how.pop("ignore_unknown", False))
+        labeler = Chain.open(world.bundle, classes=world.classes, boxes=xml, ignore_unknown=how.pop("ignore_unknown", False))
         summary = label_folder(labeler, photos, out, **quiet, **how)
         return summary.skipped, summary.labelled, summary.failed
 
@@ -402,7 +402,7 @@ def test_a_store_that_kept_one_hash_of_all_that_was_given_is_refused(
     world: World, photos: Path, out: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "boxes.json").write_text(json.dumps({name: [] for name in NAMES}))
-    labeler = Labeler.open(world.bundle, classes=world.classes, boxes=tmp_path / "boxes.json")
+    labeler = Chain.open(world.bundle, classes=world.classes, boxes=tmp_path / "boxes.json")
     label_folder(labeler, photos, out, warn=lambda _: None)
     settings = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**settings, "given": {"boxes": "a" * 64}}))
@@ -429,7 +429,7 @@ def test_an_annotation_of_two_photographs_and_one_that_exif_turns(world: World, 
     )
     for name in ("x", "turned"):
         (xml / f"{name}.xml").write_text(f"<annotation><filename>{name}.png</filename>{size}{objects}</annotation>")
-    labeler = Labeler.open(world.bundle, classes=world.classes, boxes=xml, ignore_unknown=True)
+    labeler = Chain.open(world.bundle, classes=world.classes, boxes=xml, ignore_unknown=True)
     warnings: list[str] = []
     summary = label_folder(labeler, photos, out, warn=warnings.append)
     assert (summary.labelled, summary.failed) == (2, 1)

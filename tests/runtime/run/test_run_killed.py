@@ -20,7 +20,7 @@ import pytest
 from wsss import files
 from wsss.errors import StoreError
 from wsss.photographs import ImageFile
-from wsss.runtime.labeler import Labeler
+from wsss.runtime.chain import Chain
 from wsss.runtime.run import sources
 from wsss.runtime.run.label_folder import Summary, label_folder
 from wsss.store import local as labelstore
@@ -109,7 +109,7 @@ def in_a_child(work: Callable[[], object]) -> int:
 
 @pytest.fixture
 def label(world: World, many: Path) -> Callable[..., Summary]:
-    labeler = Labeler.open(world.bundle, classes=world.classes)
+    labeler = Chain.open(world.bundle, classes=world.classes)
     return lambda out, **how: label_folder(labeler, many, out, batch=2, warn=lambda _: None, **how)
 
 
@@ -286,7 +286,7 @@ def test_a_run_that_is_stopped_finishes_what_it_began_and_goes_on(
 def test_two_runs_on_one_store_are_refused(label: Callable[..., Summary], world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
     label(out)
-    settings = Labeler.open(world.bundle, classes=world.classes).settings
+    settings = Chain.open(world.bundle, classes=world.classes).settings
     with LabelStore(out, world.classes, settings):
         with pytest.raises(StoreError, match=rf"another run writes to it: process {os.getpid()} on "):
             label(out)
@@ -310,7 +310,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(label: Callable[..., Summary],
 def test_shards_at_the_same_time_make_the_same_store(label: Callable[..., Summary], world: World, tmp_path: Path) -> None:
     label(tmp_path / "whole")
     out = tmp_path / "out"
-    settings = Labeler.open(world.bundle, classes=world.classes).settings
+    settings = Chain.open(world.bundle, classes=world.classes).settings
     with LabelStore(out, world.classes, settings, shard=(2, 3)):  # while one of them is at work ...
         summaries = [label(out, shard=(number, 3)) for number in range(2)]
         assert sorted(path.name for path in out.glob("manifest*")) == [f"manifest-{number}-of-3.jsonl" for number in range(3)]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsss.runtime.labeler import Labeler
+from wsss.runtime.chain import Chain
 from wsss.runtime.run.label_folder import Summary, label_folder
 from wsss.store.local import read_label, read_records
 
@@ -188,7 +188,7 @@ def test_every_odd_file_ends_in_one_line(world: World, folder: Path, tmp_path: P
     def vanish(summary: Summary) -> None:
         (folder / "zz-vanishes.jpg").unlink(missing_ok=True)
 
-    labeler = Labeler.open(world.bundle, classes=world.classes)
+    labeler = Chain.open(world.bundle, classes=world.classes)
     out = tmp_path / "store"
     summary = label_folder(labeler, folder, out, batch=2, progress=vanish, warn=warnings.append)
     assert (summary.labelled, summary.failed) == (len(GOOD), len(expected))
@@ -216,7 +216,7 @@ def test_every_odd_file_ends_in_one_line(world: World, folder: Path, tmp_path: P
 
 def test_the_chain_sees_what_is_in_them(world: World, folder: Path, tmp_path: Path) -> None:
     """Where the color survives the format, the red rectangle is found and outlined."""
-    label_folder(Labeler.open(world.bundle, classes=world.classes), folder, tmp_path / "store", warn=lambda _: None)
+    label_folder(Chain.open(world.bundle, classes=world.classes), folder, tmp_path / "store", warn=lambda _: None)
     found = {record["path"]: record for record in read_records(tmp_path / "store") if record.get("boxes")}
     colorful = {name for name in GOOD if name.startswith(("turned", "twin", "sub", "moving", "-rf", "old", "dots"))}
     assert colorful <= set(found)
@@ -227,7 +227,7 @@ def test_the_chain_sees_what_is_in_them(world: World, folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(("before", "after"), [(b"no", JPEG), (JPEG, b"no")])
 def test_a_file_that_is_mended_or_broken_is_done_again(world: World, tmp_path: Path, before: bytes, after: bytes) -> None:
     (tmp_path / "in").mkdir()
-    labeler = Labeler.open(world.bundle, classes=world.classes)
+    labeler = Chain.open(world.bundle, classes=world.classes)
     for data in (before, after):
         (tmp_path / "in" / "a.jpg").write_bytes(data)
         summary = label_folder(labeler, tmp_path / "in", tmp_path / "store", warn=lambda _: None)
@@ -236,6 +236,6 @@ def test_a_file_that_is_mended_or_broken_is_done_again(world: World, tmp_path: P
 
 
 def test_the_manifest_is_plain_json_whatever_the_names(world: World, folder: Path, tmp_path: Path) -> None:
-    label_folder(Labeler.open(world.bundle, classes=world.classes), folder, tmp_path / "store", warn=lambda _: None)
+    label_folder(Chain.open(world.bundle, classes=world.classes), folder, tmp_path / "store", warn=lambda _: None)
     for line in (tmp_path / "store" / "manifest.jsonl").read_bytes().split(b"\n")[:-1]:
         assert json.loads(line)["path"]

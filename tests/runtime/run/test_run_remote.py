@@ -16,7 +16,7 @@ import pytest
 
 from wsss import object_storage as remote
 from wsss.object_storage import RemoteFolder
-from wsss.runtime.labeler import Labeler
+from wsss.runtime.chain import Chain
 from wsss.runtime.run.label_folder import label_folder
 from wsss.runtime.run.sources import RemoteImages
 from wsss.runtime.run.workers import Workers
@@ -44,7 +44,7 @@ from wsss.runtime.run import label_folder as run, sources
 def open_labeler(bundle):
     world = module.World(bundle)
     pipeline.open_graph = world.open_graph
-    return pipeline.Labeler.open(bundle, classes=world.classes)
+    return pipeline.Chain.open(bundle, classes=world.classes)
 
 def main(images, out, bundle, shard="-1", count="0", left="-1"):
     remote_store.PART_LINES = 2
@@ -252,7 +252,7 @@ def test_a_second_run_is_refused(
 ) -> None:
     monkeypatch.setattr("wsss.store.remote_lock.BEAT", 0.05)
     out = f"{bucket.url}/store"
-    with RemoteStore(RemoteFolder(out), world.classes, Labeler.open(world.bundle, classes=world.classes).settings):
+    with RemoteStore(RemoteFolder(out), world.classes, Chain.open(world.bundle, classes=world.classes).settings):
         answer = label(photos_url, out)
     assert (answer.code, f"another run writes to it: process {os.getpid()} on " in answer.err) == (1, True)
     assert label(photos_url, out).code == 0

@@ -15,8 +15,8 @@ import pytest
 
 from wsss.batch import Boxes
 from wsss.errors import OutOfMemory, StoreError
+from wsss.runtime.chain import Chain
 from wsss.runtime.device import FairLock
-from wsss.runtime.labeler import Labeler
 from wsss.runtime.run import stream
 from wsss.runtime.run.prefetch import BoundedQueue
 from wsss.runtime.run.sources import LocalImages
@@ -37,7 +37,7 @@ def labels(tmp_path: Path) -> LabelFolder:
 
 
 def start(world: World, folder: Path, labels: LabelFolder, *, batch: int = 2, at_once: int = 1, callers: int = 1) -> Stream:
-    labeler = Labeler.open(world.bundle, classes=world.classes)
+    labeler = Chain.open(world.bundle, classes=world.classes)
     labeler.device.turn, labeler.device.callers = FairLock(at_once), callers
     return Stream(labeler, LocalImages(folder), labels, batch=batch, stop=threading.Event())
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from wsss.errors import StoreError, WsssError, WsssWarning
-from wsss.runtime.labeler import Labeler
+from wsss.runtime.chain import Chain
 from wsss.runtime.run.label_folder import Summary, label_folder
 from wsss.runtime.run.stream import Task
 from wsss.runtime.run.workers import Workers, _Dispatcher, _Worker
@@ -51,7 +51,7 @@ def open_labeler(bundle, *, dies_once="", dies_of="", margin=0.1, full=False, re
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if full:
         labelstore.png_of = no_room
-    return pipeline.Labeler.open(bundle, classes=world.classes, rules=pipeline.Rules(margin=margin))
+    return pipeline.Chain.open(bundle, classes=world.classes, rules=pipeline.Rules(margin=margin))
 """
 Executor = Callable[..., Workers]
 
@@ -86,7 +86,7 @@ def quiet(_: str) -> None: ...
 
 @pytest.fixture
 def whole(world: World, many: Path, tmp_path: Path) -> dict[str, bytes]:
-    label_folder(Labeler.open(world.bundle, classes=world.classes), many, tmp_path / "whole", warn=quiet)
+    label_folder(Chain.open(world.bundle, classes=world.classes), many, tmp_path / "whole", warn=quiet)
     return contents(tmp_path / "whole")
 
 
@@ -136,7 +136,7 @@ def test_when_all_workers_die_the_store_goes_on_later(
     with executor({"dies_of": "20.png"}) as workers, pytest.raises(WsssError, match="all workers died") as caught:
         label_folder(workers, many, tmp_path / "out", warn=quiet)
     assert "run the same command again" in caught.value.hint
-    label_folder(Labeler.open(world.bundle, classes=world.classes), many, tmp_path / "out", warn=quiet)
+    label_folder(Chain.open(world.bundle, classes=world.classes), many, tmp_path / "out", warn=quiet)
     assert contents(tmp_path / "out") == whole
 
 

@@ -1,0 +1,384 @@
+"""The chain: tag, detect, segment, fuse."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from .. import __version__
+from ..batch import Boxes, Images, Labels, Masks, Photograph, PseudoLabels
+from ..classes import ClassList, named_list, parse_classes
+from ..engines.engine import Engine
+from ..engines.opening import choose, open_graph
+from ..engines.plan import MODULES, plan_here
+from ..errors import UsageError, WsssError, WsssWarning
+from ..photographs import from_pillow, read_photograph
+from ..spec import Model
+from .bundles import find_bundle
+from .detect import Detector
+from .device import Device, cut_to_fit
+from .fuse import Fuser
+from .given.names import twins_of
+from .given.stages import BoxesFromFile, Given, LabelsFromFile
+from .segment import MaskPredictor
+from .tag import Tagger
+from .trained_segmenter import SegmenterStage, classes_of, no_boxes, no_masks
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Q = ParamSpec("Q")
+S = TypeVar("S")
+
+AnyImage = str | Path | np.ndarray | Image.Image | Photograph
+USUAL_BATCH = 8
+"""Images labeled together where the engines do not set a batch size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """All thresholds between the models' outputs and the label map. Saved with each run."""
+
+    tag_threshold: float | None = None
+    """Lowest CLIP probability of a class that is present; None takes the bundle's."""
+    box_threshold: float | None = None
+    """Lowest score of a box (Grounding-DINO's mean over the tokens of its phrase); None: the bundle's, or all given boxes."""
+    nms: float = 0.5
+    """Boxes of one class with a larger IoU count as one object."""
+    nms_across: float = 0.8
+    """Boxes of two classes with a larger IoU count as one object, of the class with the better score."""
+    margin: float = 0.1
+    """A pixel is void where another class's value is within this share of the winner's."""
+    gate: bool = True
+    """Whether CLIP decides which classes the detector looks for; otherwise it looks for all of them in every image."""
+
+    def __post_init__(self) -> None:
+        for name in ("tag_threshold", "box_threshold", "nms", "nms_across", "margin"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                default = getattr(Rules, name)
+                raise UsageError(
+                    f"--{name.replace('_', '-')}: expected a number in 0..1, got {value}",
+                    hint=f"the default is {'the one of the bundle' if default is None else default}",
+                )
+
+
+class Timed(Generic[P, R]):
+    """A stage and its computing time: ``seconds`` of its calls since the last reset, without waits for the device."""
+
+    def __init__(self, stage: Callable[P, R], device: Device | None = None) -> None:
+        self.stage, self._device = stage, device or Device()
+        self.seconds = 0.0
+        self._counting = threading.Lock()
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.part(self.stage, *args, **kwargs)
+
+    def part(self, part: Callable[Q, S], *args: Q.args, **kwargs: Q.kwargs) -> S:
+        """Call a part of the stage and add its time; parts may run in several threads."""
+        start = time.perf_counter() - self._device.waited()
+        try:
+            return cut_to_fit(part, *args, **kwargs)
+        finally:
+            with self._counting:
+                self.seconds += time.perf_counter() - self._device.waited() - start
+
+
+class Chain:
+    """Photographs in, pseudo-labels out: the stages of `Labeler` and of a run. Make one with ``Chain.open``."""
+
+    def __init__(
+        self,
+        classes: ClassList,
+        *,
+        tag: Callable[[Images], Labels],
+        detect: Callable[[Images, Labels], Boxes],
+        segment: Callable[[Images, Boxes], Masks],
+        fuse: Callable[[Images, Labels, Boxes, Masks], PseudoLabels],
+        settings: dict[str, Any] | None = None,
+        device: Device | None = None,
+        given: Given | None = None,
+    ) -> None:
+        self.classes = classes
+        self.device = device or Device()
+        self.tag = Timed(tag, self.device)
+        self.detect = Timed(detect, self.device)
+        self.segment = Timed(segment, self.device)
+        self.fuse = Timed(fuse, self.device)
+        self.settings = settings or {}
+        """Everything that determines the result: rules, engines and their hashes. Saved in the label store."""
+        self.given = given or Given()
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path,
+        *,
+        classes: str | ClassList | None = None,
+        model: str = "chain",
+        engine: str = "auto",
+        device: str = "auto",
+        unverified: bool = False,
+        labels: str | Path | None = None,
+        boxes: str | Path | None = None,
+        ignore_unknown: bool = False,
+        rules: Rules | None = None,
+        masks: bool = True,
+    ) -> Chain:
+        """Load only the engines that this run needs.
+
+        Args:
+            bundle: a folder made by ``wsss export``, ``mini``, or ``hub:OWNER/NAME``.
+            classes: ``voc``, ``coco``, a file, names separated by commas, or a ClassList. A segmenter has its own.
+            model: ``chain`` (CLIP, Grounding-DINO, SAM) or ``segmenter``, the bundle's trained segmenter.
+            engine: ``auto``, ``ort``, ``trt``, ``trt-rtx``, ``eager``.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            unverified: accept TensorRT engines whose parity gate has not run; the settings record it.
+            labels: JSON of image names to class names; replaces CLIP.
+            boxes: VOC XML or YOLO folder, COCO or wsss JSON file, or a label store; replaces CLIP and Grounding-DINO.
+            ignore_unknown: ignore and count entries of ``labels`` and ``boxes`` with classes that are not in the list.
+            masks: keep SAM's mask of each box, in results and in label stores. A segmenter has none.
+
+        Warns:
+            WsssWarning: the bundle's models are ``mini`` and know none of the classes.
+
+        Raises:
+            WsssError: the bundle lacks a model, a file is damaged, or a class list or flag is not valid.
+        """
+        rules = rules or Rules()
+        if model not in ("chain", "segmenter"):
+            raise UsageError(f"--model: expected chain or segmenter, got {model!r}")
+        if classes is None and model == "chain":
+            raise UsageError("--classes is missing: the chain needs the names of the classes to look for", hint="--classes voc")
+        given_classes = classes if classes is None or isinstance(classes, ClassList) else parse_classes(classes)
+        folder = find_bundle(bundle)
+        chosen, where = choose(engine, device, (folder.model(name) for name in folder.models()))
+        settings: dict[str, Any] = {
+            "engine": chosen,
+            "rules": vars(rules) | {},
+            "models": {},
+            "bundle": {"name": os.path.basename(os.path.abspath(bundle)), "variants": {}, "thresholds": {}},
+            "wsss": __version__,
+        }
+
+        def resolve(name: str, threshold: float, default: object) -> None:
+            """Record the threshold that a stage uses, and the bundle's own."""
+            settings["rules"][name], settings["bundle"]["thresholds"][name] = threshold, float(str(default))
+
+        if unverified:
+            settings["unverified"] = True
+        place = Device(at_once=1 if where == "cpu" else 2, queues=chosen != "ort")
+
+        def opener(of: Model, graph: str) -> Engine:
+            name = f"{of.manifest.family}/{graph}"
+            return place.engine(open_graph(of, graph, chosen, device=where, unverified=unverified), name)
+
+        def take(name: str) -> Model:
+            opened = folder.model(name)
+            settings["models"][name] = opened.manifest.identity()
+            settings["bundle"]["variants"][name] = opened.manifest.variant
+            for graph, spec in opened.manifest.graphs.items():
+                if chosen in MODULES and (plan := plan_here(spec, chosen, int(where.partition(":")[2]))):
+                    settings.setdefault("plans", {})[f"{name}/{graph}"] = plan.sha256
+            return opened
+
+        if model == "segmenter":
+            if labels or boxes:
+                raise UsageError("--labels and --boxes cannot be used with --model segmenter")
+            segmenter = take("segmenter")
+            known = classes_of(segmenter, given_classes)
+            stage = SegmenterStage(segmenter, lambda canvas: opener(segmenter, f"image-{canvas[0]}x{canvas[1]}"))
+            nothing = ConstantTags(known, False)
+            return cls(known, tag=nothing, detect=no_boxes, segment=no_masks, fuse=stage, settings=settings, device=place)
+        assert given_classes is not None
+        known = given_classes
+
+        if ignore_unknown and not labels and not boxes:
+            raise UsageError("--ignore-unknown needs --labels or --boxes", hint="without them, --classes alone decides")
+        given = Given.open(
+            known,
+            labels,
+            boxes,
+            ignore_unknown=ignore_unknown,
+            threshold=rules.box_threshold,
+            warn=lambda message: place.warn(message),
+        )
+        tag: Callable[[Images], Labels]
+        detect: Callable[[Images, Labels], Boxes]
+        if given.boxes:
+            detect = given.boxes
+            tag = given.labels or ConstantTags(known, False)
+        else:
+            if given.labels:
+                tag = given.labels
+            elif rules.gate:
+                clip = take("clip")
+                graphs = opener(clip, "image"), opener(clip, "text")
+                tag = tagger = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold)
+                resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])
+            else:
+                tag = ConstantTags(known, True)
+            dino = take("grounding-dino")
+            detect = detector = cut_to_fit(
+                Detector,
+                dino,
+                opener(dino, "text"),
+                lambda canvas: opener(dino, f"image-{canvas[0]}x{canvas[1]}"),
+                known,
+                threshold=rules.box_threshold,
+                nms=rules.nms,
+                nms_across=rules.nms_across,
+            )
+            resolve("box_threshold", detector.threshold, dino.manifest.settings["box_threshold"])
+        sam = take("sam")
+        segment = MaskPredictor(sam, opener(sam, "encoder"), opener(sam, "decoder"))
+        fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin, keep_masks=masks)
+        if masks:  # absent otherwise, as in stores of versions that kept none
+            settings["masks"] = True
+        # Their contents are hashed in the line of each image, so that corrections do not need a new store.
+        if names := {
+            flag: os.path.basename(os.path.abspath(path)) for flag, path in (("labels", labels), ("boxes", boxes)) if path
+        }:
+            settings["given"] = names
+        if message := strange_to_mini(known, settings):
+            warnings.warn(message, WsssWarning, stacklevel=2)
+        if ignored := {
+            flag: dict(sorted(stage.ignored.items()))
+            for flag, stage in (("labels", given.labels), ("boxes", given.boxes))
+            if stage and stage.ignored
+        }:
+            settings["ignored"] = ignored
+        return cls(known, tag=tag, detect=detect, segment=segment, fuse=fuse, settings=settings, device=place, given=given)
+
+    def pseudo_label(self, images: Images) -> PseudoLabels:
+        """Label maps for B photographs: (H, W) uint8 each, 0 background, 255 void."""
+        labels = self.tag(images)  # which classes are in each image
+        boxes = self.detect(images, labels)  # where, in pixels of the photograph
+        masks = self.segment(images, boxes)  # the outline of each box
+        return self.fuse(images, labels, boxes, masks)
+
+    def label(self, images: AnyImage | Sequence[AnyImage]) -> PseudoLabels:
+        """Label images given as paths, arrays (H, W, 3) uint8 RGB or PIL images, in one batch and without a store.
+
+        Raises:
+            ImageError: a file that is not a readable image.
+            WsssError: an array of another shape, or an image without an entry in ``labels`` or ``boxes``.
+        """
+        many = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        photos = [photograph(image, number) for number, image in enumerate(many)]
+        self.check(photos)
+        return self.pseudo_label(photos)
+
+    def check(self, photos: Images, twins: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Check photographs before they are labeled.
+
+        Args:
+            twins: from `twins_of`, of all photographs that belong together; None: of these ones.
+
+        Warns:
+            WsssWarning: a photograph is almost blank.
+
+        Raises:
+            WsssError: an image without an entry in ``labels`` or ``boxes``.
+        """
+        twins = twins_of(photo.name for photo in photos) if twins is None else twins
+        for photo in photos:
+            if reason := self.missing(photo, twins.get(photo.name, ())):
+                raise WsssError(reason)
+            if photo.warning:
+                warnings.warn(f"{photo.name}: {photo.warning}", WsssWarning, stacklevel=3)
+
+    def missing(self, photo: Photograph, twins: Sequence[str] = ()) -> str | None:
+        """Why this image cannot be labeled, or None: ``--labels`` or ``--boxes`` have no entry of it, or one that does not fit.
+
+        Args:
+            twins: photographs of the run with the same stem, this one included, which may share its annotation (`twins_of`).
+        """
+        for stage in (self.tag.stage, self.detect.stage):
+            if isinstance(stage, (LabelsFromFile, BoxesFromFile)) and (error := stage.missing(photo, twins)):
+                return f"{photo.name}: {error.message}" + (f"; {error.hint}" if error.hint else "")
+        return None
+
+    def canvas(self, photo: Photograph) -> tuple[int, int] | None:
+        """The detector's canvas for this photograph; photographs of one canvas share calls. None without a detector."""
+        detector = self.detect.stage
+        return detector.frame_of(photo).canvas if isinstance(detector, Detector) else None
+
+    def usual_batch(self) -> int:
+        """Images to label together: the ``opt`` batch size of SAM's encoder, usually the slowest engine."""
+        stage = self.segment.stage
+        return stage.usual_batch() if isinstance(stage, MaskPredictor) else USUAL_BATCH
+
+    def padding(self) -> float | None:
+        """Share of the detector's canvases so far that was padding; None without a detector."""
+        detector = self.detect.stage
+        return detector.padding() if isinstance(detector, Detector) else None
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds that each stage took since the last call of this method."""
+        stages: dict[str, Timed[Any, Any]] = {"tag": self.tag, "detect": self.detect, "segment": self.segment, "fuse": self.fuse}
+        taken = {name: stage.seconds for name, stage in stages.items()}
+        for stage in stages.values():
+            stage.seconds = 0.0
+        return taken
+
+
+def strange_to_mini(classes: ClassList, settings: Mapping[str, Any]) -> str:
+    """A warning for runs in which the small models of ``mini`` know none of the classes; empty for any other run."""
+    variants = settings.get("bundle", {}).get("variants", {})
+    if "mini" not in (variants.get("clip"), variants.get("grounding-dino")):
+        return ""
+    known = named_list("mini").names
+    if {word.casefold() for words in classes.prompts for word in words} & {name.casefold() for name in known}:
+        return ""
+    return (
+        f"--classes: the bundle has the small models of wsss mini, which know only {', '.join(known)}; "
+        f"none of the {len(classes.names)} classes is among them: expect wrong labels. Export models for photographs: "
+        "wsss export --model all --bundle bundle"
+    )
+
+
+class ConstantTags:
+    """Tags every image with all classes, or with none."""
+
+    def __init__(self, classes: ClassList, present: bool) -> None:
+        self._classes, self._present = len(classes.names), present
+
+    def __call__(self, images: Images) -> Labels:
+        present = np.full((len(images), self._classes), self._present)
+        return Labels(present.astype(np.float32), present)
+
+
+def photograph(image: object, number: int) -> Photograph:
+    """Read a path, an array (H, W, 3) uint8 RGB, a PIL image, or a `Photograph`, which is returned.
+
+    A path has the name of its file, a PIL image that of the file it was opened from, others are called by their ``number``.
+
+    Raises:
+        ImageError: a file that is not a readable image. WsssError: another type or shape.
+    """
+    if isinstance(image, Photograph):
+        return image
+    if isinstance(image, (str, Path)):
+        return read_photograph(Path(image), Path(image).name)
+    if isinstance(image, Image.Image):
+        return from_pillow(image, os.path.basename(getattr(image, "filename", "") or f"{number}"))
+    if not isinstance(image, np.ndarray):
+        raise WsssError(
+            f"image {number}: expected a path, an array (H, W, 3) uint8 RGB or a PIL image, got {type(image).__name__}",
+            hint="images by URL: download them first",
+        )
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise WsssError(
+            f"image {number}: expected (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}",
+            hint="values in 0..1: (255 * image).astype('uint8'); OpenCV's BGR: image[:, :, ::-1]; gray: np.stack([image] * 3, 2)",
+        )
+    return Photograph(name=f"{number}", pixels=image)
