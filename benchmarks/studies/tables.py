@@ -282,6 +282,39 @@ def scale() -> str:
     return table(["the process that drives a run", "measured"], rows)
 
 
+def masks() -> str:
+    """What keeping SAM's masks costs an image."""
+    rows: list[Row] = [
+        [
+            f"{size}, {boxes} boxes",
+            f"{cost['png_bytes']:,}",
+            f"{cost['mask_bytes']:,}",
+            f"{cost['line_with_masks_bytes'] - cost['line_bytes']:,}",
+            f"{cost['runs_ms'] + cost['rle_ms']:,.1f} ms",
+            f"{cost['dense_ms']:,.0f} ms",
+            f"{cost['png_ms']:,.0f} ms",
+        ]
+        for size, costs in result("mask-cost")["costs"].items()
+        for boxes, cost in costs.items()
+    ]
+    head = ["photograph", "label, bytes", "masks, bytes", "in the manifest, bytes", "masks", "by upsampling all", "label's PNG"]
+    return table(head, rows)
+
+
+def objects() -> str:
+    """Objects of real photographs, as written now and before."""
+    found = result("mask-cost")["pairs"]
+    return table(
+        [f"{found['photographs']} VOC photographs with truth boxes, {found['objects']} objects", "measured"],
+        [
+            ["boxes that overlap one of their class", found["overlap_one_of_their_class"]],
+            ["worst IoU of an object with the mask that SAM gave its box", f"{found['worst_iou']:.4f}"],
+            ["mean IoU where it was cut out of the label map, as before", f"{found['cut_out_mean_iou']:.2f}"],
+            ["of these below 0.9", f"{found['cut_out_below_0.9']:.0%}"],
+        ],
+    )
+
+
 def summary() -> str:
     """The README's table."""
     quality, sam, dino = result("mini-quality"), result("sam-official")["summary"], result("grounding-dino-official")
@@ -318,6 +351,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "host": host,
     "graph-replays": replays,
     "scale": scale,
+    "masks": masks,
+    "objects": objects,
     "summary": summary,
 }
 
