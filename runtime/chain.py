@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -132,6 +132,7 @@ class Chain:
         ignore_unknown: bool = False,
         rules: Rules | None = None,
         masks: bool = True,
+        until: Literal["tag", "detect", "fuse"] = "fuse",
     ) -> Chain:
         """Load only the engines that this run needs.
 
@@ -146,6 +147,7 @@ class Chain:
             boxes: VOC XML or YOLO folder, COCO or wsss JSON file, or a label store; replaces CLIP and Grounding-DINO.
             ignore_unknown: ignore and count entries of ``labels`` and ``boxes`` with classes that are not in the list.
             masks: keep SAM's mask of each box, in results and in label stores. A segmenter has none.
+            until: the last stage that will be called; the models of later ones need not be in the bundle.
 
         Warns:
             WsssWarning: the bundle's models are ``mini`` and know none of the classes.
@@ -191,6 +193,8 @@ class Chain:
             return opened
 
         if model == "segmenter":
+            if until != "fuse":
+                raise UsageError(f"--stage {until}: a segmenter has no such stage", hint="leave out --model segmenter")
             if labels or boxes:
                 raise UsageError("--labels and --boxes cannot be used with --model segmenter")
             segmenter = take("segmenter")
@@ -226,6 +230,13 @@ class Chain:
                 resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])
             else:
                 tag = ConstantTags(known, True)
+        if until == "tag":
+            if isinstance(tag, ConstantTags):
+                raise UsageError("--stage tag: CLIP is not asked", hint="leave out --no-gate and --boxes")
+            return cls(
+                known, tag=tag, detect=no_boxes, segment=no_masks, fuse=_no_labels, settings=settings, device=place, given=given
+            )
+        if not given.boxes:
             dino = take("grounding-dino")
             detect = detector = cut_to_fit(
                 Detector,
@@ -238,6 +249,10 @@ class Chain:
                 nms_across=rules.nms_across,
             )
             resolve("box_threshold", detector.threshold, dino.manifest.settings["box_threshold"])
+        if until == "detect":
+            return cls(
+                known, tag=tag, detect=detect, segment=no_masks, fuse=_no_labels, settings=settings, device=place, given=given
+            )
         sam = take("sam")
         segment = MaskPredictor(sam, opener(sam, "encoder"), opener(sam, "decoder"))
         fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin, keep_masks=masks)
@@ -344,6 +359,11 @@ def strange_to_mini(classes: ClassList, settings: Mapping[str, Any]) -> str:
         f"none of the {len(classes.names)} classes is among them: expect wrong labels. Export models for photographs: "
         "wsss export --model all --bundle bundle"
     )
+
+
+def _no_labels(images: Images, labels: Labels, boxes: Boxes, masks: Masks) -> PseudoLabels:
+    """The last stage of a chain that was opened for the stages before it."""
+    raise AssertionError("opened until an earlier stage")
 
 
 class ConstantTags:

@@ -27,10 +27,9 @@ from ...classes import parse_classes
 from ...errors import UsageError, WsssError
 from ...extras import needs
 from ...files import write_atomically
-from ...runtime.bundles import MINI
+from ...runtime.bundles import find_bundle
 from ...runtime.chain import Chain
 from ...runtime.run.label_folder import Summary, label_folder
-from ...spec import open_bundle
 from ...store.local import make_folder
 from ...train.args import Config, config_from, read_config, typed
 from ...train.evaluate.crf import SAID, check_crf
@@ -219,7 +218,7 @@ def _key(store: Path, split: Split, crf: bool) -> str:
 
 def _facts(recipe: Recipe, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Models, engine and rules that made the pseudo-labels."""
-    bundle = open_bundle(MINI if recipe.bundle == "mini" else Path(recipe.bundle))
+    bundle = find_bundle(recipe.bundle)
     for name in bundle.models():
         if name in settings["models"]:
             manifest = bundle.model(name).manifest

@@ -59,16 +59,16 @@ def bench(
     """
     from ..benchmarks.bench import BenchOptions, append_csv, run_bench, table
     from ..benchmarks.plot import write_plot
-    from ..runtime.bundles import MINI
+    from ..runtime.bundles import bundle_folder
 
     if layers:
-        _list_layers(MINI if bundle == "mini" else Path(bundle), model or (), max(batch) if batch else None, json_output)
+        _list_layers(bundle_folder(bundle), model or (), max(batch) if batch else None, json_output)
         return
     if plot is not None and Path(plot).suffix.lower() != ".png":
         raise UsageError(f"--plot {plot}: expected a .png file")
     report = run_bench(
         BenchOptions(
-            bundle=MINI if bundle == "mini" else Path(bundle),
+            bundle=bundle_folder(bundle),
             engine=engine,
             device=device,
             models=tuple(model or ()),

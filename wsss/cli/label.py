@@ -25,6 +25,7 @@ from .events import Events, Level, set_level
 
 if TYPE_CHECKING:
     from ..object_storage import RemoteFolder
+    from ..runtime.chain import Chain
     from ..runtime.run.label_folder import Executor, Summary
     from ..runtime.run.sources import Source
 
@@ -44,7 +45,9 @@ def label(
             "a path or URL per line), or s3://, gs:// etc. (pip install 'wsss[remote]').",
         ),
     ],
-    out: Annotated[str, typer.Option(help="Label store to write or continue: a folder, or s3://, gs:// etc.")],
+    out: Annotated[
+        str, typer.Option(help="Label store to write or continue: a folder, or s3://, gs:// etc. With --stage: a JSON file.")
+    ],
     classes: Annotated[str | None, typer.Option(help='voc, coco, mini, a file, or names: "dog, potted plant".')] = None,
     bundle: BundleFlag = "bundle",
     model: Annotated[
@@ -95,6 +98,11 @@ def label(
     margin: Annotated[
         float, typer.Option(help="Pixels are void where another class comes within this share of the best one.")
     ] = 0.1,
+    stage: Annotated[
+        Literal["tag", "detect"] | None,
+        typer.Option(help="Only the classes (tag) or boxes (detect) of each image, as --labels and --boxes take them."),
+    ] = None,
+    coco: Annotated[bool, typer.Option("--coco", help="With --stage detect: boxes as a COCO file.")] = False,
     every: Annotated[int, typer.Option(min=1, metavar="N", help="Only every N-th frame of a video, or image by name.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images by name, for a try.")] = None,
     exclude: Annotated[
@@ -147,6 +155,31 @@ def label(
     rules = Rules(
         tag_threshold=tag_threshold, box_threshold=box_threshold, nms=nms, nms_across=nms_across, margin=margin, gate=gate
     )
+    if stage is None and coco:
+        raise UsageError("--coco is for --stage detect", hint="wsss convert --to coco writes a label store as COCO")
+    if stage is not None:
+        for flag, value in (("--devices", devices), ("--on", on), ("--shard", shard), ("--retry-failed", retry_failed)):
+            if value:
+                raise UsageError(f"{flag} cannot be used with --stage", hint="--limit and --exclude choose images")
+        if coco and stage == "tag":
+            raise UsageError("--coco is for --stage detect", hint="--stage tag writes names of classes")
+        if not isinstance(store, Path) or store.is_dir():
+            raise UsageError(f"--out {out}: --stage writes a JSON file", hint=f"--out {stage}.json")
+        chain = Chain.open(
+            bundle,
+            classes=classes,
+            model=model,
+            engine=engine,
+            device=device,
+            unverified=unverified,
+            labels=labels,
+            boxes=boxes,
+            ignore_unknown=ignore_unknown,
+            rules=rules,
+            until=stage,
+        )
+        _write_stage(chain, source, store, stage, coco, batch, events)
+        return
     places = parse_devices(devices) if devices else [device]
     openers = [
         (
@@ -227,6 +260,29 @@ def label(
             "hint: --retry-failed tries all of them again",
             logging.WARNING,
         )
+        raise SystemExit(1)
+
+
+def _write_stage(
+    chain: Chain, source: Source, out: Path, stage: Literal["tag", "detect"], coco: bool, batch: int | None, events: Events
+) -> None:
+    from ..runtime.run.stages import write_stage
+
+    log(f"engine {chain.settings['engine']}, {len(chain.classes.names)} classes")
+    done = write_stage(
+        chain,
+        source,
+        out,
+        stage,
+        form="coco" if coco else "json",
+        batch=batch,
+        progress=lambda summary: progress_line(f"{summary.images} images  {summary.failed} failed"),
+        failed=events.failed,
+    )
+    end_progress()
+    boxes = f" ({done.boxes} boxes)" if stage == "detect" else ""
+    typer.echo(f"{out}: {done.images} images{boxes}, {done.failed} failed")
+    if done.failed:
         raise SystemExit(1)
 
 
