@@ -14,11 +14,11 @@ from PIL import Image
 
 from wsss.errors import UsageError, WsssError
 from wsss.rle import MaskRuns
+from wsss.runtime.chain import Chain
 from wsss.runtime.convert.corrections import correct_store, read_corrections
 from wsss.runtime.convert.dataset import convert
 from wsss.runtime.convert.label_studio import brush_rle
 from wsss.runtime.convert.labeled import read_labelled
-from wsss.runtime.labeler import Labeler
 from wsss.runtime.run.label_folder import label_folder
 from wsss.store.local import read_label, read_records
 
@@ -35,8 +35,8 @@ def store(world: World, photos: Path, tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def labeler_of(world: World) -> Labeler:
-    return Labeler.open(world.bundle, classes=",".join(CLASSES), engine="ort")
+def labeler_of(world: World) -> Chain:
+    return Chain.open(world.bundle, classes=",".join(CLASSES), engine="ort")
 
 
 def record_of(store: Path, name: str = "two.png") -> dict[str, Any]:

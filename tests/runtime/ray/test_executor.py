@@ -35,7 +35,7 @@ import errno, importlib.util, os, signal, sys, time
 from pathlib import Path
 from wsss.store import local as labelstore
 from wsss.errors import WsssError
-from wsss.runtime import labeler as pipeline
+from wsss.runtime import chain as pipeline
 from wsss.runtime.run import stream
 
 spec = importlib.util.spec_from_file_location("scripted_world", {conftest!r})

@@ -38,7 +38,7 @@ module = sys.modules["scripted_world"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from wsss import object_storage as remote
 from wsss.store import remote as remote_store
-from wsss.runtime import labeler as pipeline
+from wsss.runtime import chain as pipeline
 from wsss.runtime.run import label_folder as run, sources
 
 def open_labeler(bundle):

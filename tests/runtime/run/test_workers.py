@@ -28,7 +28,7 @@ import errno, importlib.util, os, signal, sys
 from pathlib import Path
 from wsss.store import local as labelstore
 from wsss.errors import WsssError
-from wsss.runtime import labeler as pipeline
+from wsss.runtime import chain as pipeline
 from wsss.runtime.run import sources
 
 spec = importlib.util.spec_from_file_location("scripted_world", {conftest!r})
