@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -73,8 +73,8 @@ def write_stage(
                     labels = chain.tag(photos)
                     if stage == "tag":
                         for photo, score, present in zip(photos, labels.score, labels.present, strict=True):
-                            order = sorted(np.flatnonzero(present).tolist(), key=lambda label, score=score: -score[label])
-                            writer.add(photo, [chain.classes.names[label] for label in order])
+                            order = np.argsort(-score, kind="stable")
+                            writer.add(photo, [chain.classes.names[label] for label in order.tolist() if present[label]])
                     else:
                         found = chain.detect(photos, labels)
                         for number, photo in enumerate(photos):
@@ -103,7 +103,7 @@ def _read(
     chain: Chain,
     source: Source,
     some: list[Found],
-    twins: dict[str, list[str]],
+    twins: Mapping[str, Sequence[str]],
     summary: StageSummary,
     failed: Callable[[str, str], None],
 ) -> Iterator[Photograph]:
