@@ -21,7 +21,7 @@ def correct(
         ),
     ],
 ) -> None:
-    """Put masks that were corrected in an annotation tool into a label store.
+    """Put corrected masks of an annotation tool into a label store.
 
     Takes what wsss convert wrote and a tool changed. Labels that differ are replaced, and later runs of wsss label keep them.
     """
