@@ -20,6 +20,7 @@ import typer
 from .. import __version__
 from ..errors import UsageError, WsssError, WsssWarning
 from ..progress import end_progress
+from .app import app as app_command
 from .bench import bench
 from .common import log
 from .config import FILE, Flag, read_defaults
@@ -81,7 +82,7 @@ def _flag(name: str, hint: Any) -> Flag:
     return Flag(parameter=name, kind=_KINDS.get(hint, "text"))
 
 
-for command in (export, verify, label, train, eval, bench, report, convert, correct, triton, demo, doctor):
+for command in (export, verify, label, train, eval, bench, report, convert, correct, triton, app_command, demo, doctor):
     app.command(epilog=LABEL_EPILOG if command is label else None)(command)
 
 
