@@ -404,6 +404,40 @@ def test_a_line_may_lack_what_is_optional_and_have_more(folder: Path) -> None:
     assert [each["path"] for each in read_records(store_of(folder, *lines))] == ["/x", "/y", "one.jpg", "two.jpg"]
 
 
+PIXELS = 178_956_970
+"""Pillow's own limit."""
+
+
+@pytest.mark.parametrize(
+    ("most", "more"),
+    [
+        (line(bytes=2**63 - 1), line(bytes=2**63)),
+        (line(bytes=0), line(bytes=-1)),
+        (line(mtime_ns=2**63 - 1), line(mtime_ns=2**63)),
+        (line(mtime_ns=1 - 2**63), line(mtime_ns=-(2**63))),
+        (line(height=PIXELS, width=1), line(height=PIXELS + 1, width=1)),
+        (line(height=1, width=1), line(height=0, width=1)),
+        (line(path="a" * 65_536), line(path="a" * 65_537)),
+        (line(etag="a" * 65_536), line(etag="a" * 65_537)),
+        (line(classes=dict.fromkeys(map(str, range(254)), 0.5)), line(classes=dict.fromkeys(map(str, range(255)), 0.5))),
+        (line(classes={"dog": 1}), line(classes={"dog": 1.0001})),
+        (line(classes={"dog": 0}), line(classes={"dog": -0.0001})),
+        (line(boxes=box() * 256), line(boxes=box() * 257)),
+        (line(boxes=box(score=1)), line(boxes=box(score=1.0001))),
+        (line(boxes=box(score=0)), line(boxes=box(score=-0.0001))),
+        (line(boxes=box(quality=100)), line(boxes=box(quality=100.01))),
+        (line(boxes=box(quality=-100)), line(boxes=box(quality=-100.01))),
+        (line(boxes=box(xyxy=[-PIXELS, 0, PIXELS, 1])), line(boxes=box(xyxy=[0, 0, PIXELS + 1, 1]))),
+        (line(boxes=box(xyxy=[-PIXELS, 0, -PIXELS, 0])), line(boxes=box(xyxy=[-PIXELS - 1, 0, 1, 1]))),
+        (line(boxes=box(area_px=0, won_px=0)), line(boxes=box(won_px=-1))),
+    ],
+)
+def test_a_line_at_a_limit_is_read_and_beyond_it_refused(folder: Path, most: bytes, more: bytes) -> None:
+    assert len(list(read_records(store_of(folder, most)))) == 1
+    with pytest.raises(StoreError):
+        list(read_records(store_of(folder, more)))
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
