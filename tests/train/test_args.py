@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from wsss.errors import UsageError
-from wsss.train.args import Config, config_from, deciding, read_config, typed
+from wsss.train.args import Config, LossArgs, ModelArgs, config_from, deciding, read_config, typed
 from wsss.train.presets import PRESETS, preset
 
 
@@ -53,6 +53,27 @@ def test_the_published_numbers(
     assert (optimizer.steps, optimizer.rate, optimizer.head_factor, optimizer.weight_decay) == (steps, rate, head_factor, decay)
     assert (optimizer.power, optimizer.warm_up, optimizer.clip_norm) == (power, warm_up, clip)
     assert (data.crop, data.batch, data.scale, config.validation_steps) == (crop, batch, scale, between)
+
+
+def test_the_defaults() -> None:
+    """A run that is continued, the documentation and the paper's recipe rest on them."""
+    config = config_from()
+    assert config.model == ModelArgs(
+        architecture="deeplabv3plus", encoder="resnet101", options={}, init="none", new_head=False, batch_norm="train"
+    )
+    data = config.data
+    assert (data.crop, data.largest_share, data.batch, data.accumulate, data.shorter_px) == (512, 1, 16, 1, 0)
+    assert (data.scale, data.flip, data.jitter) == ((0.5, 2), 0.5, (0, 0, 0, 0))
+    assert (data.mean, data.std) == ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+    assert (data.balance, data.sampling_threshold, data.validation_share, data.validation_limit) == ("none", 0.05, 0.05, 500)
+    assert config.loss == LossArgs(
+        kind="cross-entropy", confidence=True, confidence_floor=0.1, bootstrap=0.8, symmetric=(1.0, 1.0)
+    )
+    optimizer = config.optimizer
+    assert (optimizer.kind, optimizer.steps, optimizer.rate, optimizer.head_factor) == ("sgd", 20_000, 1e-3, 10)
+    assert (optimizer.momentum, optimizer.weight_decay, optimizer.schedule, optimizer.power) == (0.9, 1e-4, "poly", 0.9)
+    assert (optimizer.warm_up, optimizer.clip_norm, optimizer.average, optimizer.precision) == (0, 0, 0, "fp32")
+    assert (config.seed, config.validation_steps, config.machine.checkpoint_seconds) == (0, 1000, 180)
 
 
 def test_later_layers_win_key_by_key(tmp_path: Path) -> None:
