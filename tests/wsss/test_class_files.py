@@ -178,6 +178,12 @@ def test_synonyms_of_wordnet_are_wordings(tmp_path: Path) -> None:
         ("a.json", '{"labels": ["tag"], "dog": {}}', "is labels the list of classes, or a class beside 'dog'", "prompts"),
         ("a.json", '{"names": ["tag"], "negatives": ["dog"]}', "is names the list", "prompts"),
         ("a.json", '[{"id": 1, "name": "dog"}, {"id": 1, "name": "cat"}]', "have the same number", "own"),
+        (
+            "a.json",
+            '[{"id": 2, "name": "dog"}, {"name": "cat"}]',
+            "'cat' has no number, and other classes have one",
+            "number all",
+        ),
         ("a.json", '[{"id": 1, "title": "dog"}]', "expected entries with a name", '"name"'),
         ("a.json", '["dog", null]', "got None", "quote"),
         ("a.json", '{"dog": ["hound"], "cat": ["Hound"]}', "share the wording 'hound'", "keep it"),

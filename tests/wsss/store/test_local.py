@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from wsss.classes import class_list, palette
-from wsss.errors import StoreError
+from wsss.errors import ImageError, StoreError
 from wsss.store import local as labelstore
 from wsss.store.format import inside, is_label, missing_fields, photograph_of
 from wsss.store.local import (
@@ -361,6 +361,13 @@ def test_a_store_that_is_moved_in_the_middle_of_a_write_is_not_begun_anew(
         store.labels.write("a/c.png", LABEL_MAP)
     assert not folder.exists()
     folder.with_name("elsewhere").rename(folder)
+
+
+def test_a_name_that_the_file_system_does_not_allow_fails_its_image_alone(store: LabelStore) -> None:
+    name = f"{'x' * 300}.png"
+    with pytest.raises(ImageError, match="x.png: a label cannot have this name: File name too long"):
+        store.labels.write(name, LABEL_MAP)
+    store.write(record("one"), LABEL_MAP)
 
 
 # ---- stores from elsewhere ----
