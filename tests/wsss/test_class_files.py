@@ -105,6 +105,7 @@ def test_one_list_in_every_form(tmp_path: Path, warned: pytest.LogCaptureFixture
         ("dog # the pet\n#cat\nC#\n", ("dog", "C#")),
         ("3 wheeler\ndog\n", ("3 wheeler", "dog")),
         ("0\n1\n2\n", ("0", "1", "2")),
+        ("thing 0\ndog\n", ("thing 0", "dog")),
         ("odd thing 0\nodd thing 1\n", ("odd thing 0", "odd thing 1")),
         ("crane (machine)\ncrane (bird)\n", ("crane (machine)", "crane (bird)")),
         ("dog\n- statue\n", ("dog",)),

@@ -225,6 +225,22 @@ def test_shards_write_lines_of_their_own_until_the_last_one_leaves(folder: Path)
     assert [line["bytes"] for line in read_records(folder)] == [1, 2, 1]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux, which lists a process's open files")
+def test_a_store_leaves_no_file_open(folder: Path) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = open_files()
+    with LabelStore(folder, CLASSES, SETTINGS) as store:
+        during = open_files()
+        for number in range(3):
+            store.select(photos("a"), lambda *_: True)
+            store.write(record("a") | {"bytes": number}, LABEL_MAP)
+            store.add_history({})
+        assert open_files() == during
+    assert open_files() == before
+
+
 def test_an_empty_label_which_a_power_cut_leaves_is_none(store: LabelStore, folder: Path) -> None:
     (folder / "labels" / "one.png").touch()
     assert not store.has_label("one.png")
