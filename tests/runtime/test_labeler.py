@@ -253,6 +253,14 @@ def test_a_photograph_without_range_is_warned_of(world: World, tmp_path: Path) -
         labeler.label(tmp_path / "black.png")
 
 
+def test_unknown_classes_are_ignored_only_in_labels_and_boxes_of_the_user(world: World, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="^--ignore-unknown needs --labels or --boxes"):
+        Labeler.open(world.bundle, classes=world.classes, ignore_unknown=True)
+    (tmp_path / "given.json").write_text("{}")
+    Labeler.open(world.bundle, classes=world.classes, ignore_unknown=True, labels=tmp_path / "given.json")
+    Labeler.open(world.bundle, classes=world.classes, ignore_unknown=True, boxes=tmp_path / "given.json")
+
+
 @pytest.mark.parametrize("name", ["tag_threshold", "box_threshold", "nms", "nms_across", "margin"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_rules_outside_0_to_1_are_refused_as_typed(name: str, value: float) -> None:
