@@ -315,10 +315,13 @@ def _from_own_format(data: dict[Any, Any]) -> Entries:
 
 
 def _in_order(entries: list[Entry]) -> list[Entry]:
-    """Sort by number if all entries have one."""
+    """Sort by number; entries without numbers keep their order."""
     numbers = [entry.number for entry in entries if entry.number is not None]
-    if len(numbers) < len(entries):
+    if not numbers:
         return entries
+    if len(numbers) < len(entries):
+        without = next(entry.name for entry in entries if entry.number is None)
+        raise ClassError(f"{excerpt(without)} has no number, and other classes have one", hint="number all, or none")
     if len(set(numbers)) < len(numbers):
         twice = Counter(numbers).most_common(1)[0][0]
         one, other = [entry.name for entry in entries if entry.number == twice][:2]

@@ -185,6 +185,19 @@ def test_this_machine_is_plain_data() -> None:
 # ---- the command ----
 
 
+@pytest.mark.parametrize(("line", "version"), [("cuda: Optional[str] = '12.8'", "12.8"), ("cuda = None", None), (None, None)])
+def test_the_cuda_version_of_torch_is_that_of_its_file(
+    line: str | None, version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if line is not None:
+        (tmp_path / "version.py").write_text(f"debug = False\n{line}\nhip: Optional[str] = '6.4'\n")
+    found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    assert facts._torch_cuda() == version
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert facts._torch_cuda() is None
+
+
 def test_doctor_needs_nothing_and_imports_no_torch() -> None:
     """With every optional package hidden it ends well; with all of them it has not imported torch."""
     hide = "\n".join(

@@ -260,6 +260,17 @@ def test_auto_leaves_an_unproven_engine_alone_and_says_so(
     assert "--engine auto: not trt-rtx: " in caplog.text and "never compared with PyTorch" in caplog.text
 
 
+def test_auto_does_not_speak_of_a_flavour_that_lacks_engines(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("wsss"), "propagate", True)
+    monkeypatch.setattr(opening, "find_gpus", lambda: (HERE,))
+    graphs = {**model.manifest.graphs, "other": replace(model.graph("double"), plans={})}
+    with caplog.at_level(logging.WARNING, "wsss"):
+        assert opening.choose("auto", "auto", [replace(model, manifest=replace(model.manifest, graphs=graphs))])[0] == "ort"
+    assert not caplog.text, "this machine's ONNX Runtime computes the model as it was exported"
+
+
 def test_without_a_gpu_tensorrt_says_what_to_do(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "find_gpus", tuple)
     with pytest.raises(WsssError, match="needs an NVIDIA GPU; asked for number 1, there are 0") as caught:

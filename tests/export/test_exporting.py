@@ -20,7 +20,7 @@ from wsss.engines.eager import EagerEngine
 from wsss.engines.plan import Gpu
 from wsss.errors import BundleError, ParityError, UsageError, WeightsError
 from wsss.export import exporting
-from wsss.export.family import Family, Graph, Options, Prepared, Tolerance, family
+from wsss.export.family import Family, Graph, InHalf, Options, Prepared, Tolerance, family
 from wsss.export.to_engine import with_plan
 from wsss.export.to_onnx import WeightFile
 from wsss.spec import AxisRange, Bundle, GraphSpec, Manifest, Model, PlanSpec, Preprocess, TensorSpec, open_bundle
@@ -176,6 +176,27 @@ def test_a_model_stands_when_all_its_canvases_are_those_that_were_typed(
     export(tmp_path, replace(make_family(), prepare=prepare))
     found = exporting.standing_model(tmp_path, "toy", variant=None, weights=None, options=Options(sizes=sizes))
     assert (found is not None) == stands
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("half", [None, InHalf(tolerance={})])
+def test_the_search_runs_when_it_is_asked_for_and_the_graph_has_a_half_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: bool, half: InHalf | None
+) -> None:
+    chosen: list[object] = []
+
+    def trace(*_: object, choose: object, **__: object) -> dict[str, str]:
+        chosen.append(choose)
+        return {}
+
+    monkeypatch.setattr(exporting, "export_onnx", trace)
+    prepared = replace(
+        make_family().prepare("one", "abcdefgh", Options()), graphs=(lambda: replace(scale_graph(3.0, 3.0), half=half),)
+    )
+    toy = replace(make_family(), prepare=lambda *_: prepared)
+    options = Options(precision="fp16", measured=measured)
+    exporting.export_model(toy, variant="one", weights="abcdefgh", bundle=tmp_path, options=options, log=print, gate=False)
+    assert [choose is not exporting.marked for choose in chosen] == [measured and half is not None]
 
 
 def write_at_once(graph: Graph, folder: Path, store: WeightFile, options: Options, **how: Any) -> GraphSpec:

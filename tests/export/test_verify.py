@@ -261,6 +261,17 @@ def test_a_choice_between_near_equals_is_no_error() -> None:
     assert set(chosen) == {1, 2}
 
 
+def test_a_choice_that_was_no_near_tie_is_an_error_of_its_row() -> None:
+    def reference(feeds: Feeds, found: Feeds) -> Feeds:
+        if found["pick"][0, 0] == 2:
+            raise ParityError("pick 2 was not near")
+        return {"y": np.take_along_axis(feeds["x"], found["pick"], axis=1)}
+
+    graph = Graph(**{**vars(picking_graph([])), "reference": reference})
+    with pytest.raises(ParityError, match=r"^toy: row 0 of batch 2: pick 2 was not near"):
+        gate(graph, Picks(), engine_name="toy", reference_name="numpy", where="toy")
+
+
 def test_a_row_alone_that_chose_otherwise_is_held_to_the_reference() -> None:
     engine = Picks(spoil=lambda y: y + 1e-3)
     graph = Graph(**{**vars(picking_graph([])), "axes": {"batch": AxisRange(2, 2, 5)}})  # no batch of one of its own

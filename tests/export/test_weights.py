@@ -282,6 +282,17 @@ def test_a_configuration_of_open_clip_is_read(tmp_path: Path) -> None:
     assert clip_weights._config_beside(tmp_path / "x.pt", "ViT-B-32") == {"mean": (0.5, 0.5, 0.5), "quick_gelu": False}
 
 
+def test_a_configuration_of_open_clip_at_its_limits(tmp_path: Path) -> None:
+    def read(**recipe: list[float]) -> object:
+        (tmp_path / clip_weights.CONFIG).write_text(json.dumps({**OPEN_CLIP, "preprocess_cfg": recipe}))
+        return clip_weights._config_beside(tmp_path / "x.pt", "ViT-B-32")
+
+    assert read(mean=[0, 0.0, 1], std=[1e-3, 1, 1.0]) == {"mean": (0, 0.0, 1), "std": (1e-3, 1, 1.0), "quick_gelu": False}
+    for name, values in (("mean", [0, 0, -1e-9]), ("mean", [0, 0, 1.001]), ("std", [1, 1, 9e-4]), ("std", [1, 1, 1.001])):
+        with pytest.raises(WeightsError, match=f"{name}: expected three numbers"):
+            read(**{name: values})
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 from wsss.batch import Photograph
 from wsss.errors import WsssWarning
+from wsss.export.mini import (
+    build_clip_mini,
+    build_grounding_dino_mini,
+    build_sam_mini,
+    clip_mini_tokenizer,
+    grounding_dino_mini_tokenizer,
+)
 from wsss.mini.scenes import CLASSES, draw_scene
 from wsss.runtime.bundles import MINI
 from wsss.runtime.chain import Chain, Rules
@@ -34,6 +44,20 @@ def test_manifest_names_no_machine() -> None:
         if path.is_file():
             data = path.read_bytes()
             assert str(Path.home()).encode() not in data and str(MINI.parents[1]).encode() not in data, path
+
+
+def test_its_tokenizers_are_those_of_the_definitions() -> None:
+    for name, tokenizer in (("clip", clip_mini_tokenizer()), ("grounding-dino", grounding_dino_mini_tokenizer())):
+        assert json.loads(tokenizer.to_str()) == json.loads((MINI / name / "tokenizer.json").read_text(encoding="utf-8")), name
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters"),
+    [(build_clip_mini, 1_447_897), (build_grounding_dino_mini, 1_951_212), (build_sam_mini, 806_722)],
+)
+def test_the_definitions_are_those_of_the_trained_weights(build: Callable[[], nn.Module], parameters: int) -> None:
+    """Counts of the models that were trained for the bundle: another depth or width has another one."""
+    assert sum(parameter.numel() for parameter in build().parameters()) == parameters
 
 
 def test_chain_labels_scenes() -> None:

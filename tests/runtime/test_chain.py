@@ -281,3 +281,11 @@ def test_a_stage_that_fails_is_timed_too() -> None:
         with pytest.raises(WsssError):
             timed()
     assert timed.seconds >= 0.02
+
+
+def test_unknown_classes_are_ignored_only_in_labels_and_boxes_of_the_user(world: World, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="^--ignore-unknown needs --labels or --boxes"):
+        Chain.open(world.bundle, classes=world.classes, ignore_unknown=True)
+    (tmp_path / "given.json").write_text("{}")
+    Chain.open(world.bundle, classes=world.classes, ignore_unknown=True, labels=tmp_path / "given.json")
+    Chain.open(world.bundle, classes=world.classes, ignore_unknown=True, boxes=tmp_path / "given.json")

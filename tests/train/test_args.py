@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from wsss.errors import UsageError
-from wsss.train.args import Config, config_from, deciding, read_config, typed
+from wsss.train.args import Config, LossArgs, ModelArgs, config_from, deciding, read_config, typed
 from wsss.train.presets import PRESETS, preset
 
 
@@ -21,14 +22,58 @@ def test_a_preset_is_a_configuration_with_its_source(name: str) -> None:
     assert json.loads(json.dumps(deciding(config)))["optimizer"]["steps"] == config.optimizer.steps
 
 
-def test_the_published_numbers() -> None:
-    """deeplab-pytorch's configs/voc12.yaml and SegFormer's section 4.1, read by hand."""
-    deeplab = config_from(preset("deeplabv2-voc"))
-    assert (deeplab.data.crop, deeplab.data.batch, deeplab.data.scale) == (321, 10, (0.5, 1.5))
-    assert (deeplab.optimizer.steps, deeplab.optimizer.rate, deeplab.optimizer.weight_decay) == (20_000, 2.5e-4, 5e-4)
-    assert config_from(preset("deeplabv2-coco")).optimizer.steps == 100_000
-    segformer = config_from(preset("segformer")).optimizer
-    assert (segformer.rate, segformer.head_factor, segformer.power, segformer.warm_up) == (6e-5, 10, 1.0, 1500)
+@pytest.mark.parametrize(
+    ("name", "steps", "rate", "head_factor", "decay", "power", "warm_up", "clip", "crop", "batch", "scale", "between"),
+    [
+        ("deeplabv2-voc", 20_000, 2.5e-4, 10, 5e-4, 0.9, 0, 0, 321, 10, (0.5, 1.5), 1000),
+        ("deeplabv2-coco", 100_000, 2.5e-4, 10, 5e-4, 0.9, 0, 0, 321, 10, (0.5, 1.5), 5000),
+        ("deeplabv3plus-voc", 30_000, 1e-3, 10, 4e-5, 0.9, 0, 0, 512, 16, (0.5, 2), 1000),
+        ("segformer", 40_000, 6e-5, 10, 0.01, 1, 1500, 0, 512, 16, (0.5, 2), 1000),
+        ("mask2former", 40_000, 1e-5, 10, 0.05, 0.9, 0, 0.01, 512, 16, (0.5, 2), 1000),
+        ("mini", 2400, 2e-3, 1, 0.02, 0.9, 50, 1, 64, 32, (0.75, 1.35), 600),
+    ],
+)
+def test_the_published_numbers(
+    name: str,
+    steps: int,
+    rate: float,
+    head_factor: float,
+    decay: float,
+    power: float,
+    warm_up: int,
+    clip: float,
+    crop: int,
+    batch: int,
+    scale: tuple[float, float],
+    between: int,
+) -> None:
+    """Read by hand from the sources that the presets name; those of mini are chosen here."""
+    config = config_from(preset(name))
+    optimizer, data = config.optimizer, config.data
+    assert (optimizer.steps, optimizer.rate, optimizer.head_factor, optimizer.weight_decay) == (steps, rate, head_factor, decay)
+    assert (optimizer.power, optimizer.warm_up, optimizer.clip_norm) == (power, warm_up, clip)
+    assert (data.crop, data.batch, data.scale, config.validation_steps) == (crop, batch, scale, between)
+
+
+def test_the_defaults() -> None:
+    """A run that is continued, the documentation and the paper's recipe rest on them."""
+    config = config_from()
+    assert config.model == ModelArgs(
+        architecture="deeplabv3plus", encoder="resnet101", options={}, init="none", new_head=False, batch_norm="train"
+    )
+    data = config.data
+    assert (data.crop, data.largest_share, data.batch, data.accumulate, data.shorter_px) == (512, 1, 16, 1, 0)
+    assert (data.scale, data.flip, data.jitter) == ((0.5, 2), 0.5, (0, 0, 0, 0))
+    assert (data.mean, data.std) == ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+    assert (data.balance, data.sampling_threshold, data.validation_share, data.validation_limit) == ("none", 0.05, 0.05, 500)
+    assert config.loss == LossArgs(
+        kind="cross-entropy", confidence=True, confidence_floor=0.1, bootstrap=0.8, symmetric=(1.0, 1.0)
+    )
+    optimizer = config.optimizer
+    assert (optimizer.kind, optimizer.steps, optimizer.rate, optimizer.head_factor) == ("sgd", 20_000, 1e-3, 10)
+    assert (optimizer.momentum, optimizer.weight_decay, optimizer.schedule, optimizer.power) == (0.9, 1e-4, "poly", 0.9)
+    assert (optimizer.warm_up, optimizer.clip_norm, optimizer.average, optimizer.precision) == (0, 0, 0, "fp32")
+    assert (config.seed, config.validation_steps, config.machine.checkpoint_seconds) == (0, 1000, 180)
 
 
 def test_later_layers_win_key_by_key(tmp_path: Path) -> None:
@@ -96,6 +141,65 @@ def test_a_wrong_setting_is_named(assignment: str, said: str, hint: str) -> None
     assert said in caught.value.message
     assert len(caught.value.message) < 300
     assert caught.value.hint and hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "lowest", "highest"),
+    [
+        ("seed", 0, None),
+        ("validation_steps", 1, None),
+        ("data.crop", 16, None),
+        ("data.batch", 1, None),
+        ("data.accumulate", 1, None),
+        ("data.shorter_px", 0, None),
+        ("data.validation_limit", 1, None),
+        ("data.flip", 0.0, 1.0),
+        ("data.largest_share", 0.1, 1.0),
+        ("data.sampling_threshold", 0.0, 1.0),
+        ("data.validation_share", 0.0, 0.9),
+        ("loss.confidence_floor", 0.0, 1.0),
+        ("loss.bootstrap", 0.0, 1.0),
+        ("optimizer.steps", 1, None),
+        ("optimizer.warm_up", 0, 19_999),
+        ("optimizer.rate", 1e-12, 1e3),
+        ("optimizer.head_factor", 1e-6, 1e6),
+        ("optimizer.momentum", 0.0, 0.9999),
+        ("optimizer.weight_decay", 0.0, 10.0),
+        ("optimizer.power", 0.0, 10.0),
+        ("optimizer.clip_norm", 0.0, 1e6),
+        ("optimizer.average", 0.0, 0.999999),
+        ("machine.workers", 0, None),
+        ("machine.log_steps", 1, None),
+        ("machine.checkpoint_seconds", 0.0, 1e9),
+    ],
+)
+def test_limits_belong_to_a_range_and_what_is_beyond_does_not(key: str, lowest: float, highest: float | None) -> None:
+    def beyond(value: float, side: int) -> float:
+        return value + side if isinstance(value, int) else math.nextafter(value, side * math.inf)
+
+    config_from(typed(f"{key}={lowest}"))
+    with pytest.raises(UsageError, match=key):
+        config_from(typed(f"{key}={beyond(lowest, -1)}"))
+    if highest is not None:
+        config_from(typed(f"{key}={highest}"))
+        with pytest.raises(UsageError, match=key):
+            config_from(typed(f"{key}={beyond(highest, 1)}"))
+
+
+def test_limits_of_pairs_and_jitter() -> None:
+    for allowed in (
+        "data.scale=[0.001, 8.0]",
+        "data.scale=[8.0, 8.0]",
+        "data.jitter=[0.0, 0.0, 9.0, 0.5]",
+        "loss.symmetric=[0.0, 0.1]",
+    ):
+        config_from(typed(allowed))
+    refused = ["data.scale=[0.0, 1.0]", "data.scale=[1.0, 8.1]", "data.scale=[1.1, 1.0]", "loss.symmetric=[0.0, 0.0]"]
+    refused += ["loss.symmetric=[1.0, -0.1]", "data.jitter=[0.0, -0.1, 0.0, 0.0]", "data.jitter=[0.0, 0.0, 0.0, 0.51]"]
+    refused += ["data.std=[1.0, 0.0, 1.0]"]
+    for assignment in refused:
+        with pytest.raises(UsageError, match=assignment.partition("=")[0]):
+            config_from(typed(assignment))
 
 
 def test_a_preset_or_file_that_is_none(tmp_path: Path) -> None:

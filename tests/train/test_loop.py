@@ -559,6 +559,30 @@ def test_a_damaged_record_is_named(change: dict[str, Any], said: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("most", "more"),
+    [
+        ({"crop": 1 << 31}, {"crop": (1 << 31) + 1}),
+        ({"crop": 1}, {"crop": 0}),
+        ({"multiple_of": 1}, {"multiple_of": 0}),
+        ({"steps": 0}, {"steps": -1}),
+        ({"images": 0}, {"images": -1}),
+        ({"shorter_px": 0}, {"shorter_px": -1}),
+        ({"classes": [str(number) for number in range(254)]}, {"classes": [str(number) for number in range(255)]}),
+        ({"mean": [-1e6, 0, 1e6]}, {"mean": [0, 0, 1.1e6]}),
+        ({"std": [1e-9, 1, 1e6]}, {"std": [1, 1, 1.1e6]}),
+        ({"options": {"decoder_channels": [4096, -4096]}}, {"options": {"decoder_channels": [4097]}}),
+        ({"options": {"decoder_channels": [1] * 64}}, {"options": {"decoder_channels": [1] * 65}}),
+    ],
+)
+def test_a_record_at_a_limit_is_read_and_beyond_it_refused(most: dict[str, Any], more: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "segmenter.json").write_text(json.dumps({**RECORD, **most}))
+    read_record(tmp_path)
+    (tmp_path / "segmenter.json").write_text(json.dumps({**RECORD, **more}))
+    with pytest.raises(WeightsError, match=f"{next(iter(more))}: expected"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
     "text", ["", "[]", "null", "{", '{"format": NaN}', "[" * 200_000, '{"format": 1}', '{"crop": 1, "crop": 2}']
 )
 def test_a_record_that_is_none(text: str, tmp_path: Path) -> None:

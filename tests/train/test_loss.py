@@ -158,6 +158,28 @@ def test_the_right_masks_cost_nothing() -> None:
     assert float(value(criterion, (wrong,), label, confidence)) > 1
 
 
+def test_the_loss_of_masks_is_its_papers_formula() -> None:
+    """Mask2Former, arXiv:2112.01527, section 4.1: 2 x classes, "no object" a tenth, 5 x entropy + 5 x dice of masks."""
+    label = torch.zeros(1, 16, 16, dtype=torch.uint8)
+    label[:, 4:12, 6:] = 3
+    masks = torch.stack([label[0, 2::4, 2::4] == k for k in (0, 3)]).double()
+    noise = torch.Generator().manual_seed(0)
+    class_logits = torch.randn(1, 3, CLASSES + 1, generator=noise)
+    mask_logits = torch.randn(1, 3, 4, 4, generator=noise)
+    mask_logits[0, :2] += 3 * masks - 1.5  # so that the first two queries are matched, and the third is not
+
+    entropy_of_classes = -class_logits[0].double().log_softmax(-1)[range(3), [0, 3, CLASSES]]
+    z = mask_logits[0, :2].double()
+    p = z.sigmoid()
+    entropy = -(masks * p.log() + (1 - masks) * (1 - p).log()).mean((1, 2))
+    dice = 1 - (2 * (p * masks).sum((1, 2)) + 1) / (p.sum((1, 2)) + masks.sum((1, 2)) + 1)
+    expected = 2 * (entropy_of_classes @ torch.tensor([1, 1, 0.1]).double()) / 2.1 + (5 * entropy + 5 * dice).sum() / 2
+
+    criterion = MaskLoss(LossArgs(kind="masks", confidence=False), 3)
+    found = value(criterion, ((class_logits, mask_logits),), label, torch.ones(1, CLASSES))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
 def test_the_order_of_queries_does_not_matter() -> None:
     label, confidence = scene()
     criterion = MaskLoss(LossArgs(kind="masks"), QUERIES)

@@ -280,6 +280,41 @@ def test_a_manifest_of_another_shape_is_named(
         open_bundle(bundle).model("sam")
 
 
+@pytest.mark.parametrize(
+    ("part", "most", "more"),
+    [
+        ("preprocess", {"canvases": [[1, 32_768]]}, {"canvases": [[1, 32_769]]}),
+        ("preprocess", {"longest_px": 32_768}, {"longest_px": 32_769}),
+        ("preprocess", {"longest_px": 1}, {"longest_px": 0}),
+        ("preprocess", {"short_px": 32_768}, {"short_px": 32_769}),
+        ("axes", {"batch": {"min": 1, "opt": 1, "max": 2**31 - 1}}, {"batch": {"min": 1, "opt": 1, "max": 2**31}}),
+        ("inputs", {"shape": ["batch", 1, 2**31 - 1]}, {"shape": ["batch", 1, 2**31]}),
+        ("inputs", {"shape": ["batch", 1]}, {"shape": ["batch", 0]}),
+        ("settings", {"logits_side": 2**63 - 1}, {"logits_side": 2**63}),
+        ("settings", {"logits_side": 1 - 2**63}, {"logits_side": -(2**63)}),
+    ],
+)
+def test_a_manifest_at_a_limit_is_read_and_beyond_it_refused(
+    bundle: Path,
+    edit: Callable[[Callable[[dict[str, Any]], object]], None],
+    part: str,
+    most: dict[str, Any],
+    more: dict[str, Any],
+) -> None:
+    def change(changes: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
+        def update(told: dict[str, Any]) -> None:
+            graph = told["graphs"]["encoder"]
+            {**told, "axes": graph["axes"], "inputs": graph["inputs"][0]}[part].update(changes)
+
+        return update
+
+    edit(change(most))
+    open_bundle(bundle).model("sam")
+    edit(change(more))
+    with pytest.raises(BundleError, match="not a valid manifest"):
+        open_bundle(bundle).model("sam")
+
+
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
 def test_numbers_that_are_not_finite_are_refused(bundle: Path, number: str) -> None:
     path = bundle / "sam" / "manifest.json"

@@ -212,6 +212,16 @@ def test_a_caption_is_the_concatenation_of_its_phrases(model: transformers.Groun
             torch.testing.assert_close(ours, official, atol=1e-5, rtol=1e-5)
 
 
+def test_samples_of_phrases_have_both_marks_and_padding() -> None:
+    feeds = grounding_dino._sample_phrases(1100, 6, seed=0)
+    tokens, mask = feeds["tokens"], feeds["mask"]
+    lengths = mask.sum(axis=1)
+    assert tokens[1:3, 0].tolist() == [101, 102] and lengths[1:3].tolist() == [1, 1]
+    assert len(set(lengths.tolist())) > 2 and lengths.min() == 1
+    assert np.array_equal(mask, np.arange(6) < lengths[:, None]) and not tokens[~mask].any()
+    assert [tokens[row, lengths[row] - 1] for row in (0, 3, 4, 5)] == [1012] * 4, "a dot ends a phrase"
+
+
 def test_the_rebuilt_caption_has_the_structure_of_the_fed_one() -> None:
     from transformers.models.grounding_dino.modeling_grounding_dino import generate_masks_with_special_tokens_and_transfer_map
 

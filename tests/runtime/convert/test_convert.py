@@ -89,6 +89,7 @@ def test_a_share_is_held_out_by_name(to: str, made: Path, converted: Callable[..
     out = converted(to, val=0.4)
     expected = {item.path for item in read_labelled(made / "store", made / "photos", val=0.4) if item.split == "val"}
     assert 0 < len(expected) < len(NAMES)
+    assert {item.split for item in read_labelled(made / "store", made / "photos")} == {"train"}
     if to == "voc":
         lists = {path.stem: path.read_text().split() for path in (out / "ImageSets/Segmentation").iterdir()}
         by_name = {path.stem: name for name, path in photos_below(out / "JPEGImages").items()}

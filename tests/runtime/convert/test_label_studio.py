@@ -16,7 +16,7 @@ from wsss.runtime.convert.labeled import original_path
 if TYPE_CHECKING:
     pass
 
-from .stores import CLASSES, check_maps, paint, truth
+from .stores import CLASSES, NAMES, check_maps, paint, truth
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools, by numpy 2
 
@@ -60,6 +60,8 @@ def test_label_studio_read_by_the_rules_of_rle_pack(made: Path, converted: Calla
             assert [each.get("score") for each in task["predictions"][0]["result"]][:3] == [0.9, 0.5, 0.25]
     check_maps(found, made)
     assert len(ids) == len(set(ids))
+    copies = [path.relative_to(out / "images") for path in (out / "images").rglob("*") if path.is_file()]
+    assert {path.parent for path in copies} == {Path(name).parent for name in NAMES}, "folders stay"
 
 
 def test_brush_rle_of_long_runs() -> None:

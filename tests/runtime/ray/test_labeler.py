@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("ray", reason="needs ray: pip install 'wsss[ray]'")
 
+from wsss.runtime.ray.cluster import _silent
 from wsss.runtime.ray.labeler import Control, _pin
 
 
@@ -24,6 +25,13 @@ def test_a_labeler_keeps_its_seat_and_machines_count_their_own() -> None:
     control = Control()
     asked = [("one", "a"), ("one", "b"), ("other", "c"), ("one", "a")]
     assert [control.seat(host, actor) for host, actor in asked] == [0, 1, 0, 0]
+
+
+def test_what_ray_writes_to_stderr_while_it_starts_is_discarded(capfd: pytest.CaptureFixture[str]) -> None:
+    with _silent():
+        os.write(2, b"noise")
+    os.write(2, b"said")
+    assert capfd.readouterr().err == "said"
 
 
 def test_calls_that_end_are_not_counted() -> None:

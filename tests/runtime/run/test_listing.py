@@ -324,9 +324,10 @@ def test_links_to_folders_are_not_followed_and_said(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jpg").touch()
     (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "y.txt").symlink_to(tmp_path / "a" / "x.jpg")
     images = Folder(tmp_path)
     assert [each.name for each in images] == ["a/x.jpg"]
-    assert images.left_out.links == ["a/up"]
+    assert images.left_out.links == ["a/up"], "not the link to a file"
 
 
 def test_what_is_left_out_is_counted_by_ending(tmp_path: Path) -> None:

@@ -250,6 +250,12 @@ def test_a_photograph_that_the_device_has_no_memory_for_makes_room_for_the_next(
     assert [receipt.record.get("error") for receipt in receipts] == ["no memory"] * 12
 
 
+def test_the_line_of_an_image_that_could_not_be_read_has_no_file() -> None:
+    receipt = stream.failure(Task(3, "a.jpg", "a.png"), "a.jpg: broken")
+    line = {"path": "a.jpg", "label": "a.png", "bytes": 0, "mtime_ns": 0, "sha256": "", "error": "a.jpg: broken"}
+    assert receipt == Receipt(3, line)
+
+
 def test_of_two_halves_of_a_batch_one_has_its_failures(world: World) -> None:
     photos = [world.photo(8, 8) for _ in range(3)]
     loaded = [Loading(Task(number, f"{number}.png", f"{number}.png"), photo) for number, photo in enumerate(photos)]

@@ -15,10 +15,11 @@ import pytest
 from wsss.errors import StoreError, WsssError, WsssWarning
 from wsss.runtime.chain import Chain
 from wsss.runtime.run.label_folder import Summary, label_folder
+from wsss.runtime.run.sources import LocalImages
 from wsss.runtime.run.stream import Task
 from wsss.runtime.run.workers import Workers, _Dispatcher, _Worker
 from wsss.spec import write_manifest
-from wsss.store.local import read_records
+from wsss.store.local import LabelFolder, read_records
 
 if TYPE_CHECKING:
     from ..conftest import World
@@ -162,6 +163,19 @@ def test_stopped_workers_finish_what_they_began(
     assert summary.stopped
     assert 0 < summary.labelled < 520
     assert len(list((tmp_path / "out" / "labels").rglob("*.png"))) == summary.labelled
+
+
+def test_a_worker_whose_parent_is_gone_leaves_its_queue(executor: Executor, many: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "out" / "labels"
+    labels.mkdir(parents=True)
+    with executor({}) as workers:
+        (worker,) = workers._workers
+        worker.pipe.send((LocalImages(many), LabelFolder(labels, labels.parent)))
+        worker.pipe.send([Task(number, "00.png", f"{number}.png") for number in range(1000)])
+        worker.pipe.recv()
+        worker.pipe.close()  # as the system does when a process dies
+        worker.process.join()
+    assert 0 < len(list(labels.iterdir())) < 1000
 
 
 def test_seconds_of_workers_are_added_up_and_their_padding_is_averaged() -> None:

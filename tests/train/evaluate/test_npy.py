@@ -107,6 +107,12 @@ def test_pickles_made_by_hand(tmp_path: Path, pickled: bytes, said: str) -> None
         read_label_dictionary(npy(tmp_path / "a.npy", pickled))
 
 
+def test_an_array_whose_byte_order_is_not_given_is_little_endian(tmp_path: Path) -> None:
+    array = b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01K\x02\x85cnumpy\ndtype\nX\x02\x00\x00\x00i4\x85R\x89C\x08"
+    path = npy(tmp_path / "a.npy", b"\x80\x03}X\x01\x00\x00\x00a" + array + np.array([1, 0], "<i4").tobytes() + b"tbs.")
+    assert read_label_dictionary(path)["a"].tolist() == [1, 0]
+
+
 @pytest.mark.parametrize(
     "array",
     [np.array([{"a": np.ones(2)}, 1], dtype=object), boxed({"a": [1, 0]}), boxed({"a": np.ones((2, 2))}), boxed([1])],

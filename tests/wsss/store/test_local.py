@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from wsss.classes import class_list, palette
-from wsss.errors import StoreError
+from wsss.errors import ImageError, StoreError
 from wsss.store import local as labelstore
 from wsss.store.format import inside, is_label, missing_fields, photograph_of
 from wsss.store.local import (
@@ -225,6 +225,22 @@ def test_shards_write_lines_of_their_own_until_the_last_one_leaves(folder: Path)
     assert [line["bytes"] for line in read_records(folder)] == [1, 2, 1]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux, which lists a process's open files")
+def test_a_store_leaves_no_file_open(folder: Path) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = open_files()
+    with LabelStore(folder, CLASSES, SETTINGS) as store:
+        during = open_files()
+        for number in range(3):
+            store.select(photos("a"), lambda *_: True)
+            store.write(record("a") | {"bytes": number}, LABEL_MAP)
+            store.add_history({})
+        assert open_files() == during
+    assert open_files() == before
+
+
 def test_an_empty_label_which_a_power_cut_leaves_is_none(store: LabelStore, folder: Path) -> None:
     (folder / "labels" / "one.png").touch()
     assert not store.has_label("one.png")
@@ -363,6 +379,13 @@ def test_a_store_that_is_moved_in_the_middle_of_a_write_is_not_begun_anew(
     folder.with_name("elsewhere").rename(folder)
 
 
+def test_a_name_that_the_file_system_does_not_allow_fails_its_image_alone(store: LabelStore) -> None:
+    name = f"{'x' * 300}.png"
+    with pytest.raises(ImageError, match="x.png: a label cannot have this name: File name too long"):
+        store.labels.write(name, LABEL_MAP)
+    store.write(record("one"), LABEL_MAP)
+
+
 # ---- stores from elsewhere ----
 
 WHOLE: dict[str, Any] = {
@@ -402,6 +425,40 @@ def test_a_line_may_lack_what_is_optional_and_have_more(folder: Path) -> None:
         line(path="/y", classes={str(number): 0.5 for number in range(254)}, boxes=box() * 256),
     ]
     assert [each["path"] for each in read_records(store_of(folder, *lines))] == ["/x", "/y", "one.jpg", "two.jpg"]
+
+
+PIXELS = 178_956_970
+"""Pillow's own limit."""
+
+
+@pytest.mark.parametrize(
+    ("most", "more"),
+    [
+        (line(bytes=2**63 - 1), line(bytes=2**63)),
+        (line(bytes=0), line(bytes=-1)),
+        (line(mtime_ns=2**63 - 1), line(mtime_ns=2**63)),
+        (line(mtime_ns=1 - 2**63), line(mtime_ns=-(2**63))),
+        (line(height=PIXELS, width=1), line(height=PIXELS + 1, width=1)),
+        (line(height=1, width=1), line(height=0, width=1)),
+        (line(path="a" * 65_536), line(path="a" * 65_537)),
+        (line(etag="a" * 65_536), line(etag="a" * 65_537)),
+        (line(classes=dict.fromkeys(map(str, range(254)), 0.5)), line(classes=dict.fromkeys(map(str, range(255)), 0.5))),
+        (line(classes={"dog": 1}), line(classes={"dog": 1.0001})),
+        (line(classes={"dog": 0}), line(classes={"dog": -0.0001})),
+        (line(boxes=box() * 256), line(boxes=box() * 257)),
+        (line(boxes=box(score=1)), line(boxes=box(score=1.0001))),
+        (line(boxes=box(score=0)), line(boxes=box(score=-0.0001))),
+        (line(boxes=box(quality=100)), line(boxes=box(quality=100.01))),
+        (line(boxes=box(quality=-100)), line(boxes=box(quality=-100.01))),
+        (line(boxes=box(xyxy=[-PIXELS, 0, PIXELS, 1])), line(boxes=box(xyxy=[0, 0, PIXELS + 1, 1]))),
+        (line(boxes=box(xyxy=[-PIXELS, 0, -PIXELS, 0])), line(boxes=box(xyxy=[-PIXELS - 1, 0, 1, 1]))),
+        (line(boxes=box(area_px=0, won_px=0)), line(boxes=box(won_px=-1))),
+    ],
+)
+def test_a_line_at_a_limit_is_read_and_beyond_it_refused(folder: Path, most: bytes, more: bytes) -> None:
+    assert len(list(read_records(store_of(folder, most)))) == 1
+    with pytest.raises(StoreError):
+        list(read_records(store_of(folder, more)))
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,15 @@ def killed_late(folder: RemoteFolder, shard: tuple[int, int] | None) -> None:
     assert len([file for file in folder.walk() if file.name.startswith("manifest") and "/" in file.name]) == 2
 
 
+def test_a_new_part_replaces_none_of_a_killed_run(folder: RemoteFolder) -> None:
+    killed_late(folder, None)
+    with RemoteStore(folder, CLASSES, SETTINGS) as store:
+        store.append([record("f"), record("g")])
+        assert [file.name[-8:] for file in folder.walk("manifest/")] == ["00.jsonl", "01.jsonl", "02.jsonl"]
+    paths = [json.loads(line)["path"] for line in folder.lines("manifest.jsonl")]
+    assert paths == [f"{name}.jpg" for name in (*NAMES[:4], "f", "g")]
+
+
 @pytest.mark.parametrize("begin", [lambda *_: None, changed, killed_late], ids=["new", "changed", "killed"])
 @pytest.mark.parametrize("shard", [None, (0, 1)], ids=["alone", "shard"])
 def test_killed_at_every_step_and_continued(
