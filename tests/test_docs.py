@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from wsss.benchmarks.demo import SEED
+from wsss.benchmarks.demo import SEED, run_demo
 from wsss.benchmarks.studies.tables import PAGES, TABLES, updated
 from wsss.mini.scenes import write_scenes
 
@@ -57,6 +58,21 @@ def test_the_examples_of_python_run(tmp_path: Path) -> None:
     assert "missing.jpg: cannot be read" in done.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"scene-1000000.png", "scene-1000000.json", "picture.jpg"}
     assert (tmp_path / "store/manifest.jsonl").read_text().count("\n") == 3
+
+
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    """Its code cells one after another, with the small models and drawn scenes in place of a bundle and photographs."""
+    notebook = json.loads((ROOT / "docs" / "photographs.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4 and all(not cell.get("outputs") for cell in notebook["cells"])
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert cells[0].startswith('BUNDLE = "bundle"\nPHOTOS = "photos"')
+    run_demo(tmp_path, 3, "ort", lambda summary: None)
+    cells[0] = f'BUNDLE, PHOTOS, CLASSES = "mini", {str(tmp_path / "images")!r}, ["striped box", "red disc"]'
+    environment = {**os.environ, "MPLBACKEND": "agg"}
+    command = [sys.executable, "-W", "ignore::UserWarning", "-c", "\n".join(cells)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 labeled, 0 failed" in done.stdout
 
 
 @pytest.mark.parametrize("page", [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name)
