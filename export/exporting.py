@@ -20,6 +20,7 @@ from ..engines.ort import OrtEngine
 from ..engines.plan import checked_plan, find_gpus
 from ..errors import BundleError, WeightsError
 from ..files import publishing
+from ..progress import end_progress, progress_line
 from ..spec import Bundle, Flavour, GraphSpec, Manifest, Model, Parity, sha256_of, write_manifest
 from . import verify
 from .family import Family, Graph, Options, Prepared, family
@@ -136,6 +137,7 @@ def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, 
             engine_name=f"{flavour} {plan.builder} on {gpu.name}",
             reference_name=REFERENCE,
             where=f"{model.manifest.family} {graph.name} ({flavour})",
+            progress=partial(_show, f"{model.manifest.family}: {graph.name} ({flavour})", begun),
         )
         model = with_plan(model, graph.name, replace(plan, parity=parity))
         reports[graph.name] = parity
@@ -241,9 +243,18 @@ def _gate(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log, 
             engine_name=f"onnxruntime {version_of('onnxruntime') or version_of('onnxruntime-gpu')} on {place}{how}",
             reference_name=REFERENCE,
             where=f"{where} {graph.name}",
+            progress=partial(_show, f"{where}: {graph.name}", begun),
         )
     log(f"{where}: {graph.name} agrees with its reference {_errors_and_time(parity, graph, begun)}")
     return parity
+
+
+def _show(where: str, begun: float, done: int, of: int) -> None:
+    """Show how far a comparison is, and the time left, which assumes that the other rows take as long."""
+    left = (time.monotonic() - begun) * (of - done) / done
+    progress_line(f"{where}: {done} of {of} rows compared, {left:.0f} s left")
+    if done == of:
+        end_progress()
 
 
 def _errors_and_time(parity: Parity, graph: Graph, begun: float) -> str:

@@ -7,7 +7,7 @@ and still leak one row into its neighbor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -20,7 +20,19 @@ SEED = 20_240_510
 """Seed of the gate's inputs; tracing uses another."""
 
 
-def gate(graph: Graph, engine: Engine, *, engine_name: str, reference_name: str, where: str) -> Parity:
+Progress = Callable[[int, int], None]
+"""Called with the number of rows that were compared, and of all."""
+
+
+def gate(
+    graph: Graph,
+    engine: Engine,
+    *,
+    engine_name: str,
+    reference_name: str,
+    where: str,
+    progress: Progress = lambda done, of: None,
+) -> Parity:
     """Compare ``engine`` with the official computation of ``graph``.
 
     Returns:
@@ -35,15 +47,16 @@ def gate(graph: Graph, engine: Engine, *, engine_name: str, reference_name: str,
         engine=engine_name,
         reference=reference_name,
         tolerance={name: str(tolerance) for name, tolerance in graph.tolerance.items()},
-        rows=tuple((_gate_whole if graph.whole else _gate_rows)(graph, engine, sizes, where)),
+        rows=tuple((_gate_whole if graph.whole else _gate_rows)(graph, engine, sizes, where, progress)),
     )
 
 
-def _gate_rows(graph: Graph, engine: Engine, sizes: list[int], where: str) -> list[ParityRow]:
+def _gate_rows(graph: Graph, engine: Engine, sizes: list[int], where: str, progress: Progress) -> list[ParityRow]:
     feeds = graph.sample(sizes[-1], SEED)
     references: dict[tuple[int, bytes], Feeds] = {}
     alone: dict[int, Feeds] = {}
     worst: list[ParityRow] = []
+    done = 0
 
     def reference(row: int, row_feeds: Feeds, outputs: Feeds, batch: int) -> Feeds:
         key = (row, outputs[graph.ties].tobytes() if graph.ties else b"")
@@ -64,6 +77,8 @@ def _gate_rows(graph: Graph, engine: Engine, sizes: list[int], where: str) -> li
                 alone[row] = got if batch == 1 else _run(engine, row_feeds)
             want, single = reference(row, row_feeds, got, batch), alone[row]
             rows += _compare(graph.tolerance, got, want, batch=batch, row=row, against="reference", where=where)
+            done += 1
+            progress(done, sum(sizes))
             if batch == 1:
                 continue
             if graph.ties is None or np.array_equal(got[graph.ties], single[graph.ties]):
@@ -76,13 +91,14 @@ def _gate_rows(graph: Graph, engine: Engine, sizes: list[int], where: str) -> li
     return worst
 
 
-def _gate_whole(graph: Graph, engine: Engine, sizes: list[int], where: str) -> list[ParityRow]:
+def _gate_whole(graph: Graph, engine: Engine, sizes: list[int], where: str, progress: Progress) -> list[ParityRow]:
     rows = []
-    for size in sizes:
+    for number, size in enumerate(sizes, 1):
         feeds = graph.sample(size, SEED)
         got = _run(engine, feeds)
         want = graph.reference(feeds, got)
         rows += _compare(graph.tolerance, got, want, batch=size, row=0, against="reference", where=where)
+        progress(number, len(sizes))
     return rows
 
 

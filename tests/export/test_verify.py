@@ -93,6 +93,17 @@ def test_a_right_engine_passes_at_one_two_and_the_largest_batch() -> None:
     assert parity.worst("y").error == 0
 
 
+def test_progress_counts_the_rows_that_were_compared() -> None:
+    seen: list[tuple[int, int]] = []
+    names = {"engine_name": "toy", "reference_name": "numpy", "where": "toy"}
+    gate(make_graph(), Computes(double), **names, progress=lambda *each: seen.append(each))
+    sizes = sorted({row.batch for row in run(double).rows})
+    assert seen == [(done, sum(sizes)) for done in range(1, sum(sizes) + 1)]
+    seen.clear()
+    gate(make_graph(whole=True), Computes(double), **names, progress=lambda *each: seen.append(each))
+    assert seen == [(done, len(sizes)) for done in range(1, len(sizes) + 1)]
+
+
 @pytest.mark.parametrize(
     ("rule", "says"),
     [
