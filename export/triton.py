@@ -10,7 +10,6 @@ axes as they are (``max_batch_size: 0``). Schema: model_config.proto of triton-i
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,15 +90,8 @@ def _copy_onnx(model: Model, graph: str, version: Path) -> None:
         )
     shutil.copyfile(path, version / "model.onnx")
     for file in sorted(external_files(path)):
-        _link_or_copy(model.folder / file, version / file)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, so that the graphs of a model still share their weights; a copy on another file system."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+        # Not a hard link: onnx refuses weights that have another name ("may indicate a hard link attack"), in the bundle too.
+        shutil.copyfile(model.folder / file, version / file)
 
 
 def _plan_of(model: Model, graph: str, gpu: str | None) -> PlanSpec:
