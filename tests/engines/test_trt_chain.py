@@ -70,13 +70,15 @@ def test_the_chain_agrees_with_onnx_runtime(request: pytest.FixtureRequest) -> N
     assert engines["sam/fuse"].cuda_graphs and engines["sam/decoder"].cuda_graphs
 
 
-def test_fusing_waits_once_for_a_batch(chain: list[Any], bench: Bench) -> None:
+@pytest.mark.parametrize("masks", [True, False])
+def test_fusing_waits_once_for_a_batch_and_once_for_its_masks(chain: list[Any], bench: Bench, masks: bool) -> None:
     labeler, engines = chain
+    labeler.fuse.stage.keep_masks = masks
     photos = scenes(range(2)) + scenes(range(2, 3), size=(300, 1100))
     boxes = labeler.detect(photos, labels := labeler.tag(photos))
     for _ in range(2):  # the first uploads the matrices
-        masks, waits = labeler.segment(photos, boxes), bench.gpu.host_waits
+        found, waits = labeler.segment(photos, boxes), bench.gpu.host_waits
         sent = engines["sam/fuse"].copied["host_to_device"]
-        labeler.fuse(photos, labels, boxes, masks)
-    assert bench.gpu.host_waits == waits + 1
+        labeler.fuse(photos, labels, boxes, found)
+    assert bench.gpu.host_waits == waits + 1 + masks
     assert len(boxes) > 2 and engines["sam/fuse"].copied["host_to_device"] - sent == 4 + (8 + 4 + 8) * len(boxes)

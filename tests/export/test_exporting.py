@@ -185,9 +185,9 @@ def test_the_search_runs_when_it_is_asked_for_and_the_graph_has_a_half_precision
 ) -> None:
     chosen: list[object] = []
 
-    def trace(*_: object, choose: object, **__: object) -> dict[str, str]:
+    def trace(*_: object, choose: object, **__: object) -> tuple[dict[str, int], int]:
         chosen.append(choose)
-        return {}
+        return {}, 0
 
     monkeypatch.setattr(exporting, "export_onnx", trace)
     prepared = replace(

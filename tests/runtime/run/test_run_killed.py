@@ -21,7 +21,7 @@ from wsss import files
 from wsss.errors import StoreError
 from wsss.photographs import ImageFile
 from wsss.runtime.chain import Chain
-from wsss.runtime.run import sources
+from wsss.runtime.run import sources, stream
 from wsss.runtime.run.label_folder import Summary, label_folder
 from wsss.store import local as labelstore
 from wsss.store.local import LabelStore, read_label, read_records
@@ -273,6 +273,7 @@ def test_a_run_that_is_stopped_finishes_what_it_began_and_goes_on(
         return read(folder, name)
 
     monkeypatch.setattr(sources, "read_file", read_some)
+    monkeypatch.setattr(stream, "cores", lambda: 40)  # threads of the pool: the reads that wait must leave some for the first ten
     first = label(tmp_path / "out", stop=stop, progress=lambda _: stop.set())
     assert first.stopped
     assert 0 < first.labelled < 30
