@@ -20,7 +20,8 @@ def install_line(extra: str) -> str:
     url = str(origin.get("url", ""))
     what = f"'wsss[{extra}]'"
     if url.startswith("file://"):
-        editable = "-e " if "dir_info" in origin else ""
+        folder = origin.get("dir_info")
+        editable = "-e " if isinstance(folder, dict) and folder.get("editable") else ""
         what = f"{editable}'{unquote(urlsplit(url).path)}[{extra}]'"
     elif "vcs_info" in origin:
         what = f"'wsss[{extra}] @ git+{url}'"

@@ -13,6 +13,7 @@ from wsss.errors import WsssError
 from wsss.extras import install_line, needs
 
 FOLDER = {"url": "file:///home/my%20code/wsss", "dir_info": {"editable": True}}
+COPIED = {"url": "file:///home/my%20code/wsss", "dir_info": {}}
 WHEEL = {"url": "file:///tmp/wsss-0.1.0-py3-none-any.whl", "archive_info": {}}
 GIT = {"url": "https://example.com/wsss.git", "vcs_info": {"vcs": "git", "commit_id": "0" * 40}}
 
@@ -21,6 +22,7 @@ GIT = {"url": "https://example.com/wsss.git", "vcs_info": {"vcs": "git", "commit
     ("origin", "line"),
     [
         (FOLDER, "pip install -e '/home/my code/wsss[ray]'"),
+        (COPIED, "pip install '/home/my code/wsss[ray]'"),
         (WHEEL, "pip install '/tmp/wsss-0.1.0-py3-none-any.whl[ray]'"),
         (GIT, "pip install 'wsss[ray] @ git+https://example.com/wsss.git'"),
         (None, "pip install 'wsss[ray]'"),
