@@ -27,7 +27,7 @@ GIT = {"url": "https://example.com/wsss.git", "vcs_info": {"vcs": "git", "commit
         (GIT, "pip install 'wsss[ray] @ git+https://example.com/wsss.git'"),
         (None, "pip install 'wsss[ray]'"),
     ],
-    ids=["folder", "wheel", "git", "index"],
+    ids=["folder", "copied folder", "wheel", "git", "index"],
 )
 def test_the_line_repeats_where_wsss_came_from(origin: Any, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a clone, where a build's egg-info lies in the current folder and comes first."""
