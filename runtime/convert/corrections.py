@@ -68,7 +68,11 @@ def correct_store(store: Path, source: Path, *, progress: Callable[[int], None] 
     """
     classes = tuple(read_run(store)["classes"])
     found = Corrected()
-    corrections = {each.name: each for each in read_corrections(source, classes)}
+    corrections: dict[str, Correction] = {}
+    for each in read_corrections(source, classes):
+        if each.name in corrections:
+            raise WsssError(f"{source}: has {each.name!r} twice", hint="export each image once")
+        corrections[each.name] = each
     if not corrections:
         raise UsageError(
             f"{source}: has no image with an annotation", hint="in Label Studio, submit the tasks, then export them as JSON"
@@ -183,24 +187,32 @@ def _other_size(where: str, got: tuple[int, ...], expected: tuple[int, int]) -> 
 
 
 class _Names:
-    """Finds the correction of an image by the names that tools give it: its path, that path encoded by `wsss convert`, or its
-    last part where only one image has it."""
+    """Finds the correction of an image by the names that tools give it: its path, that path encoded by `wsss convert`, without
+    the folders ``images`` and ``train`` or ``val`` that it added."""
 
     def __init__(self, corrections: Mapping[str, Correction]) -> None:
         self._left = dict(corrections)
         self._by_name: dict[str, Correction] = {}
+        self._taken: dict[str, str] = {}
+        for name, each in corrections.items():  # exact names first: an image may be in a folder "train" of the photographs
+            for path in (name, original_path(name)):
+                self._by_name.setdefault(path.removeprefix("images/"), each)
         for name, each in corrections.items():
             for path in (name, original_path(name)):
-                self._by_name[path.removeprefix("images/")] = each
                 for split in ("train/", "val/"):
-                    self._by_name[path.removeprefix("images/").removeprefix(split)] = each
+                    self._by_name.setdefault(path.removeprefix("images/").removeprefix(split), each)
             if each.label_map is not None:  # masks are named without the photograph's ending
-                self._by_name[f"{original_path(f'{name}.x').removesuffix('.x')}\0"] = each
+                self._by_name.setdefault(f"{original_path(f'{name}.x').removesuffix('.x')}\0", each)
 
     def take(self, path: str) -> Correction | None:
-        """The correction of an image of the store."""
+        """The correction of an image of the store. Raises WsssError if another image has taken it."""
         found = self._by_name.get(path) or self._by_name.get(path.rpartition(".")[0] + "\0")
         if found is not None:
+            if (other := self._taken.setdefault(found.name, path)) != path:
+                raise WsssError(
+                    f"{found.name!r} could be {other!r} or {path!r} of the store",
+                    hint="name it as wsss convert does, with its folder",
+                )
             self._left.pop(found.name, None)
         return found
 

@@ -254,3 +254,43 @@ def test_the_command(store: Path, photos: Path, wsss: Any) -> None:
     assert answer.code == 1 and "hint:" in answer.err
     with pytest.raises(UsageError):
         correct_store(store, exported(store, photos, "coco", other_names))
+
+
+def test_an_image_that_the_file_has_twice_is_refused(store: Path, photos: Path) -> None:
+    def twice(document: Any) -> None:
+        document["images"].append({**document["images"][0], "id": 99})
+
+    with pytest.raises(WsssError, match="has 'black.png' twice"):
+        correct_store(store, exported(store, photos, "coco", twice))
+
+
+def test_a_folder_of_the_photographs_may_be_called_train(world: World, photos: Path, tmp_path: Path) -> None:
+    """Each of a.png and train/a.png gets its own correction, in any order of the file."""
+    shutil.copytree(photos / "sub", photos / "train")
+    shutil.copy(photos / "sub" / "three.png", photos / "three.png")
+    label_folder(labeler_of(world), photos, tmp_path / "store")
+    store = tmp_path / "store"
+    for reverse in (False, True):
+
+        def remove(document: Any, reverse: bool = reverse) -> None:
+            image = next(each["id"] for each in document["images"] if each["file_name"] == "train/three.png")
+            document["annotations"] = [each for each in document["annotations"] if each["image_id"] != image]
+            document["images"].sort(key=lambda each: each["file_name"], reverse=reverse)
+
+        done = correct_store(store, exported(store, photos, "coco", remove))
+        assert done.corrected == (not reverse) and not done.unknown
+        assert label_of(store, "train/three.png").max() == 0 or set(np.unique(label_of(store, "train/three.png"))) == {0, 255}
+        assert label_of(store, "three.png").max() >= 3
+
+
+def test_masks_that_fit_two_photographs_are_refused(world: World, photos: Path, tmp_path: Path) -> None:
+    Image.open(photos / "two.png").save(photos / "two.bmp")
+    label_folder(labeler_of(world), photos, tmp_path / "store")
+
+    def rename(out: Path) -> None:
+        for path in (out / "SegmentationClass").glob("two*"):
+            path.unlink()
+        Image.new("RGB", SHAPE[::-1]).save(out / "SegmentationClass" / "two.png")
+
+    with pytest.raises(WsssError, match="'two' could be 'two.bmp' or 'two.png' of the store"):
+        correct_store(tmp_path / "store", exported(tmp_path / "store", photos, "cvat", rename))
