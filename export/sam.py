@@ -78,8 +78,8 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
     if options.sizes:
         raise UsageError("--size: SAM has one fixed input size and takes no others", hint="leave --size out")
     sam, record = load(variant, weights)
-    batch, for_tensorrt = options.batch or BATCHES[variant], options.precision != "fp32"
-    return prepared_from(sam, variant=variant, weights=record, batch=batch, one_width=for_tensorrt)
+    batch = options.batch or BATCHES[variant]
+    return prepared_from(sam, variant=variant, weights=record, batch=batch, one_width=options.for_tensorrt)
 
 
 def prepared_from(

@@ -143,10 +143,9 @@ def assemble(
     canvases = tuple(sorted(options.sizes or frame.canvases, key=lambda canvas: canvas[0] * canvas[1]))
     batch = options.batch or frame.batch
     graphs: list[Callable[[], Graph]] = [partial(text_graph, model)]
-    # Half precision is for TensorRT, whose kernels that gather never write the samples; its GridSample has one type for all.
-    half = options.precision != "fp32"
-    sampling = options.sampling or ("gather" if half else "grid-sample")
-    graphs += [partial(image_graph, model, canvas, batch, frame.margin, sampling, half) for canvas in canvases]
+    # TensorRT's kernels that gather never write the samples; its GridSample has one type for all.
+    sampling = options.sampling or ("gather" if options.for_tensorrt else "grid-sample")
+    graphs += [partial(image_graph, model, canvas, batch, frame.margin, sampling, options.for_tensorrt) for canvas in canvases]
     return Prepared(
         variant=variant,
         graphs=graphs,
