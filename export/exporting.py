@@ -250,9 +250,9 @@ def _gate(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log, 
 
 
 def _show(where: str, begun: float, done: int, of: int) -> None:
-    """Show how far a comparison is, and the time left, which assumes that the other rows take as long."""
+    """Show how far a comparison is, and the time left, which assumes that the rest is as slow."""
     left = (time.monotonic() - begun) * (of - done) / done
-    progress_line(f"{where}: {done} of {of} rows compared, {left:.0f} s left")
+    progress_line(f"{where}: {done / of:.0%} compared, {left:.0f} s left")
     if done == of:
         end_progress()
 

@@ -19,6 +19,8 @@ from ..errors import UsageError
 from ..spec import AxisRange, GraphSpec, Precision, Preprocess, TensorSpec
 
 Sampling = Literal["grid-sample", "gather", "plugin"]
+DISTINCT = 3
+"""`Graph.distinct` of the large image graphs."""
 COARSER = 4.0
 """Ratio of the tolerances of bfloat16 (8 bits) to those of float16 (11 bits), whose measured errors differ by a factor of 8."""
 Feeds = dict[str, np.ndarray]
@@ -151,7 +153,10 @@ class Graph:
     The graph's outputs only serve to resolve ties (see ``ties``); most families ignore them. The result may also contain
     arrays ``NAME.WHAT`` by which the measure of output NAME tells ties from errors (`gap_of_choices`)."""
     take: Callable[[Feeds, Sequence[int]], Feeds] = take_rows
-    """(feeds, row numbers) to the feeds of these rows."""
+    """(feeds, row numbers) to the feeds of these rows, which may repeat."""
+    distinct: int | None = None
+    """How many different inputs the gate uses, repeated in its batches, where the computation of a row takes seconds; None:
+    every row of the largest batch has its own."""
     tolerance: Mapping[str, Tolerance]
     """Per output; required for every output except ``ties``."""
     ties: str | None = None

@@ -20,7 +20,7 @@ from ..batch import MAX_BOXES
 from ..errors import UsageError, WeightsError
 from ..spec import AxisRange, Preprocess, TensorSpec
 from . import fuse
-from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
+from .family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
 from .mini import build_sam_mini
 from .precision.lowering import Fp32
 from .rewrites import SamBlock, normalize_in_fp32, normalized, with_channel_norms
@@ -234,6 +234,7 @@ def encoder_graph(sam: Sam, batch: AxisRange, *, one_width: bool = False) -> Gra
         axes={"batch": batch},
         row_axis="batch",
         sample=partial(sample_photographs, side),
+        distinct=DISTINCT,
         reference=reference,
         tolerance={"embedding": Tolerance(relative=1e-4, why="float32 sums in another order through up to 32 blocks")},
         half=InHalf(

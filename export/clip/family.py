@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from ...errors import UsageError, WeightsError
 from ...spec import AxisRange, Preprocess, TensorSpec
 from .. import weights as checkpoints
-from ..family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance
+from ..family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance
 from ..precision.lowering import Fp32
 from ..rewrites import normalize_in_fp32
 from ..verify import photograph
@@ -165,7 +166,7 @@ def image_graph(model: open_clip.CLIP, recipe: clip_weights.Recipe, batch: AxisR
 
     tower = ImageTower(model, _on_255(recipe.mean), _on_255(recipe.std))
     pixels = TensorSpec("pixels", ("batch", height, width, 3), "uint8")
-    return _tower_graph("image", tower, pixels, batch, sample, reference)
+    return replace(_tower_graph("image", tower, pixels, batch, sample, reference), distinct=DISTINCT)
 
 
 def text_graph(model: open_clip.CLIP, tokenizer: Tokenizer, batch: AxisRange) -> Graph:

@@ -27,7 +27,7 @@ from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 from ...errors import ParityError, UsageError
 from ...spec import AxisRange, Preprocess, TensorSpec
 from .. import mini
-from ..family import Family, Feeds, Graph, InHalf, Options, Prepared, Sampling, Tolerance
+from ..family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Sampling, Tolerance
 from ..verify import photograph
 from .graphs import MEAN, STD, ImageGraph, TextGraph, level_shapes
 from .layers import OFFICIAL_MARGIN, TRANSFORMERS_MARGIN, inverse_sigmoid
@@ -276,6 +276,7 @@ def image_graph(
         axes={"batch": batch, "tokens": AxisRange(4, 32, MAX_TOKENS)},
         row_axis="batch",
         sample=partial(_sample_photos, model, canvas),
+        distinct=DISTINCT,
         reference=partial(official_detections, model, margin),
         tolerance={"logits": LOGITS_TOLERANCE, "boxes": BOXES_TOLERANCE},
         ties="query",
