@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..spec import AxisRange, GraphSpec, Precision, Preprocess, TensorSpec
+from . import canvases
 
 Sampling = Literal["grid-sample", "gather", "plugin"]
 DISTINCT = 3
@@ -168,6 +169,9 @@ class Graph:
     """Whether the entries of ``row_axis`` depend on each other (masks competing for pixels). If so, the gate compares whole
     calls, each with different feeds, instead of rows."""
 
+    template: Template | None = None
+    """The trace that it shares with the graphs of other canvases; None: it is traced alone."""
+
     def spec(self, file: str, opset: int) -> GraphSpec:
         """The contract as the manifest stores it."""
         return GraphSpec(file=file, inputs=self.inputs, outputs=self.outputs, axes=dict(self.axes), opset=opset)
@@ -196,6 +200,17 @@ class Graph:
             reference=lambda feeds, outputs: reference(io_as(np.float32, feeds), io_as(np.float32, outputs)),
             tolerance=half.tolerance if is_fp16 else {name: each.coarser() for name, each in half.tolerance.items()},
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """One trace for several canvases."""
+
+    shared: canvases.Template
+    canvas: tuple[int, int]
+    """(height, width) of this graph."""
+    graph: Callable[[], Graph]
+    """The graph that is traced, on the canvas of ``shared``."""
 
 
 class SavesTokenizer(Protocol):

@@ -277,6 +277,7 @@ def decoder_graph(sam: Sam, images: AxisRange, boxes: AxisRange) -> Graph:
         sample=partial(sample_boxes, side, (channels, grid, grid), images.max),
         reference=reference,
         take=take_boxes,
+        distinct=IMAGES + 1,  # boxes, of so many images less one
         tolerance={
             "logits": Tolerance(relative=1e-4, why=why),
             "quality": Tolerance(relative=math.inf, absolute=1e-5, why=f"{why}; one number, which may be 0"),

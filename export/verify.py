@@ -75,9 +75,7 @@ def gate(
     Raises:
         ParityError: a row is outside its tolerance or not finite; says which output, which row, and the error.
     """
-    rows = graph.axes[graph.row_axis]
-    most = rows.max if largest is None else max(rows.min, min(largest, rows.max))
-    sizes = sorted({rows.min, max(rows.min, min(2, most)), most})
+    sizes = _sizes(graph, largest)
     references = references or References(graph)
     compare = _gate_whole if graph.whole else _gate_rows
     return Parity(
@@ -86,6 +84,21 @@ def gate(
         tolerance={name: str(tolerance) for name, tolerance in graph.tolerance.items()},
         rows=tuple(compare(graph, engine, sizes, where, progress, references)),
     )
+
+
+def _sizes(graph: Graph, largest: int | None) -> list[int]:
+    rows = graph.axes[graph.row_axis]
+    most = rows.max if largest is None else max(rows.min, min(largest, rows.max))
+    return sorted({rows.min, max(rows.min, min(2, most)), most})
+
+
+def work_of(graph: Graph, largest: int | None = None) -> tuple[int, int, int]:
+    """The work of a gate: rows that the graph computes, those that the reference computes, and the rows of the largest batch."""
+    sizes = _sizes(graph, largest)
+    if graph.whole:
+        return sum(sizes), len(sizes), sizes[-1]
+    inputs = min(sizes[-1], graph.distinct or sizes[-1])
+    return sum(sizes) + inputs - (sizes[0] == 1), inputs, sizes[-1]
 
 
 def arranged(rows: int, inputs: int) -> list[int]:
@@ -122,12 +135,12 @@ def arranged(rows: int, inputs: int) -> list[int]:
 def _gate_rows(
     graph: Graph, engine: Engine, sizes: list[int], where: str, progress: Progress, references: References
 ) -> list[ParityRow]:
-    inputs = min(sizes[-1], graph.distinct or sizes[-1])
+    computed, inputs, _ = work_of(graph, sizes[-1])
     feeds = graph.sample(inputs, SEED)
     alone: dict[int, Feeds] = {}
     referred: set[int] = set()
     worst: list[ParityRow] = []
-    done, of = 0, sum(sizes) + inputs - (sizes[0] == 1) + REFERENCE_ROWS * inputs
+    done, of = 0, computed + REFERENCE_ROWS * inputs
 
     def advance(by: int) -> None:
         nonlocal done

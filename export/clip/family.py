@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -166,7 +165,7 @@ def image_graph(model: open_clip.CLIP, recipe: clip_weights.Recipe, batch: AxisR
 
     tower = ImageTower(model, _on_255(recipe.mean), _on_255(recipe.std))
     pixels = TensorSpec("pixels", ("batch", height, width, 3), "uint8")
-    return replace(_tower_graph("image", tower, pixels, batch, sample, reference), distinct=DISTINCT)
+    return _tower_graph("image", tower, pixels, batch, sample, reference)
 
 
 def text_graph(model: open_clip.CLIP, tokenizer: Tokenizer, batch: AxisRange) -> Graph:
@@ -204,6 +203,7 @@ def _tower_graph(
         row_axis="batch",
         sample=sample,
         reference=reference,
+        distinct=DISTINCT,
         tolerance={"embedding": TOLERANCE},
         half=InHalf(tolerance={"embedding": HALF_TOLERANCE}),
     )

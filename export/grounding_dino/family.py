@@ -14,7 +14,7 @@ The official classes are transformers'. Settings of the manifest (read by the ru
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
 
@@ -26,10 +26,12 @@ from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
 from ...errors import ParityError, UsageError
 from ...spec import AxisRange, Preprocess, TensorSpec
+from .. import canvases as canvas_template
 from .. import mini
-from ..family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Sampling, Tolerance
+from ..canvases import tracing_canvas
+from ..family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Sampling, Template, Tolerance
 from ..verify import photograph
-from .graphs import MEAN, STD, ImageGraph, TextGraph, level_shapes
+from .graphs import MEAN, STD, ImageGraph, TextGraph, lengths_of, level_shapes, other_numbers
 from .layers import OFFICIAL_MARGIN, TRANSFORMERS_MARGIN, inverse_sigmoid
 from .weights import OFFICIAL, bert_tokenizer, load
 
@@ -57,7 +59,7 @@ class Frame:
 
 
 FULL = Frame(
-    canvases=((1024, 1024), (800, 1344), (1344, 800)),
+    canvases=((800, 1088), (1088, 800), (1024, 1024), (800, 1344), (1344, 800)),
     short_px=800,
     longest_px=1333,
     batch=AxisRange(1, 4, 8),
@@ -76,6 +78,9 @@ MINI = Frame(
 )
 
 BEST_QUERIES = 100
+TRACED_SIDE = 800
+"""The canvas that is traced for all canvases has sides of at least so many px; on smaller ones the numbers of windows of the last
+stage are among the small numbers of the model."""
 
 
 def score_difference(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
@@ -146,7 +151,7 @@ def assemble(
     # Half precision is for TensorRT, whose kernels that gather never write the samples; its GridSample has one type for all.
     half = options.precision != "fp32"
     sampling = options.sampling or ("gather" if half else "grid-sample")
-    graphs += [partial(image_graph, model, canvas, batch, frame.margin, sampling, half) for canvas in canvases]
+    graphs += image_graphs(model, canvases, batch, frame.margin, sampling, half)
     return Prepared(
         variant=variant,
         graphs=graphs,
@@ -196,6 +201,7 @@ def text_graph(model: GroundingDinoForObjectDetection) -> Graph:
         row_axis="phrases",
         sample=partial(_sample_phrases, model.config.text_config.vocab_size),
         reference=partial(_official_phrase, model),
+        distinct=8,  # phrases, [CLS] and [SEP] among them
         tolerance={"features": TEXT_TOLERANCE},
         half=InHalf(io=frozenset({"features"}), tolerance={"features": HALF_TEXT_TOLERANCE}),
     )
@@ -245,6 +251,32 @@ def official_text_features(model: GroundingDinoForObjectDetection, tokens: Tenso
 
 
 # ---- the image graphs ----
+
+
+def image_graphs(
+    model: GroundingDinoForObjectDetection,
+    canvases: Sequence[tuple[int, int]],
+    batch: AxisRange,
+    margin: float,
+    sampling: Sampling,
+    two_products: bool,
+) -> list[Callable[[], Graph]]:
+    """The `image_graph` of each canvas; several whose sides are multiples of Swin's patches share one trace."""
+    patch = model.config.backbone_config.patch_size
+    one = partial(image_graph, model, batch=batch, margin=margin, sampling=sampling, two_products=two_products)
+    alone = [partial(one, canvas) for canvas in canvases]
+    if len(canvases) == 1 or any(side % patch for canvas in canvases for side in canvas):
+        return [*alone]
+    lengths = partial(lengths_of, model)
+    traced = tracing_canvas(lengths, other_numbers(model), start=TRACED_SIDE, multiple_of=patch)
+    if traced is None:
+        return [*alone]
+    shared = canvas_template.Template(lengths, traced)
+
+    def make(canvas: tuple[int, int]) -> Graph:
+        return replace(one(canvas), template=Template(shared=shared, canvas=canvas, graph=partial(one, traced)))
+
+    return [partial(make, canvas) for canvas in canvases]
 
 
 def image_graph(

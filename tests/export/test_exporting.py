@@ -199,7 +199,7 @@ def test_the_search_runs_when_it_is_asked_for_and_the_graph_has_a_half_precision
     assert [choose is not exporting.marked for choose in chosen] == [measured and half is not None]
 
 
-def write_at_once(graph: Graph, folder: Path, store: WeightFile, options: Options, **how: Any) -> GraphSpec:
+def write_at_once(graph: Graph, folder: Path, store: WeightFile, options: Options, passed: object, **how: Any) -> GraphSpec:
     """In the place of tracing and the gate, which publishing knows nothing of: a graph file without a graph."""
     (folder / "scale.onnx").write_bytes(b"")
     return graph.spec("scale.onnx", 18)
