@@ -273,8 +273,14 @@ def image_graphs(
         return [*alone]
     shared = canvas_template.Template(lengths, traced)
 
+    def template_graph() -> Graph:
+        def sample(rows: int, seed: int) -> Feeds:
+            return _sample_photos(model, canvases[0], rows, seed) | {"pixels": np.zeros((rows, *traced, 3), np.uint8)}
+
+        return replace(one(traced), sample=sample)  # only shapes count in tracing, and random photographs so large take minutes
+
     def make(canvas: tuple[int, int]) -> Graph:
-        return replace(one(canvas), template=Template(shared=shared, canvas=canvas, graph=partial(one, traced)))
+        return replace(one(canvas), template=Template(shared=shared, canvas=canvas, graph=template_graph))
 
     return [partial(make, canvas) for canvas in canvases]
 
