@@ -8,7 +8,7 @@ of another canvas. Constants that depend on the canvas are buffers of the module
 
 from __future__ import annotations
 
-import itertools
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def with_lengths(traced: ir.Model, lengths: Mapping[int, int], buffers: Mapping[
     graph = model.graph
     for value in (*graph.inputs, *(output for node in graph.all_nodes() for output in node.outputs)):
         if value.shape is not None:
-            value.shape = ir.Shape([lengths.get(dim, dim) if isinstance(dim, int) else dim for dim in value.shape])
+            value.shape = ir.Shape([_replaced(dim, lengths) for dim in value.shape])
     for name, value in graph.initializers.items():
         tensor = value.const_value
         assert tensor is not None
@@ -103,6 +103,15 @@ def with_lengths(traced: ir.Model, lengths: Mapping[int, int], buffers: Mapping[
     remove_paddings_by_nothing(graph)
     _remove_slices_of_all(graph)
     return model
+
+
+def _replaced(dim: int | ir.SymbolicDim, lengths: Mapping[int, int]) -> int | str | None:
+    """A dimension with other lengths; those of free axes are products, as ``64*batch``."""
+    if isinstance(dim, int):
+        return lengths.get(dim, dim)
+    if dim.value is None:
+        return None
+    return re.sub(r"\b\d+\b", lambda found: str(lengths.get(int(found[0]), int(found[0]))), dim.value)
 
 
 def is_of_lengths(tensor: ir.TensorProtocol) -> bool:

@@ -312,6 +312,8 @@ def lengths_of(model: GroundingDinoForObjectDetection, canvas: tuple[int, int]) 
         found |= {f"last row {level}": height - 1, f"last column {level}": width - 1}
         start += height * width
         found[f"levels to {level}"] = start
+    for heads in {model.config.encoder_attention_heads, model.config.decoder_attention_heads}:
+        found[f"cells of {heads} heads"] = start * heads
     return found, paddings
 
 
