@@ -21,7 +21,7 @@ from ..batch import MAX_BOXES
 from ..errors import UsageError, WeightsError
 from ..spec import AxisRange, Preprocess, TensorSpec
 from . import fuse
-from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
+from .family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
 from .mini import build_sam_mini
 from .precision.lowering import Fp32
 from .rewrites import SamBlock, normalize_in_fp32, normalized, with_channel_norms
@@ -262,6 +262,7 @@ def encoder_graph(sam: Sam, batch: AxisRange, *, one_width: bool = False) -> Gra
         axes={"batch": batch},
         row_axis="batch",
         sample=partial(sample_photographs, side),
+        distinct=DISTINCT,
         reference=reference,
         tolerance={"embedding": Tolerance(relative=1e-4, why="float32 sums in another order through up to 32 blocks")},
         half=InHalf(
@@ -304,6 +305,7 @@ def decoder_graph(sam: Sam, images: AxisRange, boxes: AxisRange) -> Graph:
         sample=partial(sample_boxes, side, (channels, grid, grid), images.max),
         reference=reference,
         take=take_boxes,
+        distinct=IMAGES + 1,  # boxes, of so many images less one
         tolerance={
             "logits": Tolerance(relative=1e-4, why=why),
             "quality": Tolerance(relative=math.inf, absolute=1e-5, why=f"{why}; one number, which may be 0"),

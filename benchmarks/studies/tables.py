@@ -338,10 +338,23 @@ def summary() -> str:
     )
 
 
+def export_cost() -> str:
+    """CPU time and memory of `wsss export` with random weights."""
+    rows: list[Row] = []
+    for model, found in result("export-cost").items():
+        for name, graph in found["graphs"].items():
+            trace, gate = graph["trace"], graph["gate"]
+            batches = ", ".join(map(str, graph["batches"]))
+            seconds = f"{trace['cpu_seconds']:.0f} s", f"{gate['cpu_seconds']:.0f} s"
+            rows.append([f"{model} {name}", *seconds, batches, f"{trace['peak_gb']:.1f} GB", f"{gate['peak_gb']:.1f} GB"])
+    return table(["FP32", "tracing, CPU", "gate, CPU", "its batches", "peak memory of tracing", "of the gate"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "parity": parity,
     "half-precision": half,
+    "export-cost": export_cost,
     "engine-builds": engines,
     "compiled-graphs": compiled,
     "chain-bounds": chain_bounds,

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from ...errors import UsageError, WeightsError
 from ...spec import AxisRange, Preprocess, TensorSpec
 from .. import weights as checkpoints
-from ..family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance
+from ..family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance
 from ..precision.lowering import Fp32
 from ..rewrites import normalize_in_fp32
 from ..verify import photograph
@@ -203,6 +203,7 @@ def _tower_graph(
         row_axis="batch",
         sample=sample,
         reference=reference,
+        distinct=DISTINCT,
         tolerance={"embedding": TOLERANCE},
         half=InHalf(tolerance={"embedding": HALF_TOLERANCE}),
     )

@@ -19,14 +19,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from ...batch import VOID, Boxes, Labels, Masks, Photograph, PseudoLabels
-from ...cores import cores
+from ...cores import cores, free_bytes
 from ...errors import ImageError, OutOfMemory
 from ...photographs import ImageFile, count_pixels, decode
 from ...store.format import LabelWriter, line_of, parse_line
 from ...store.local import Record
 from ..canvas import Prepares
 from ..chain import Chain
-from ..device import free_bytes
 from ..mask_runs import masks_of
 from ..segment import Embedded, MaskPredictor
 from .prefetch import Budget, PriorityThreadPool, prefetched
