@@ -40,7 +40,7 @@ SMALL = 4_000_000
 """Photographs with fewer pixels are decoded as soon as they are read, before the budget has room for them."""
 LARGE = 16_000_000
 """Photographs of at least this many pixels take their peak memory from the budget (10 bytes a pixel while decoding: Pillow's
-copy and two more), others what remains (RGB, 3 bytes a pixel): a few large ones at once would exceed all others together."""
+copy and more), others what remains (4 bytes a pixel): a few large ones at once would exceed all others together."""
 SWITCH_SECONDS = 0.001
 """How long a thread may hold the interpreter lock while another waits. With Python's default of 5 ms, several times a batch, an
 engine that takes 20 ms a batch would wait as long for its next call."""
@@ -218,7 +218,7 @@ class Stream:
             file = self._source.read(task.name)
             stamp = _stamp(len(file.data), file)
             pixels = count_pixels(file)
-            amount = pixels * (3 if pixels < LARGE else 10)
+            amount = pixels * (4 if pixels < LARGE else 10)
             return Loading(task, decode(file) if pixels < small else file, amount, stamp)
         except ImageError as error:
             return Loading(task, failure(task, error.message, stamp))
