@@ -219,6 +219,10 @@ def stage_two() -> str:
     return table(["stage two", "measured"], rows)
 
 
+PIECES = ("read", "decode", "views", "detector", "sam", "png")
+"""Pieces of the host's work for a photograph, in `results/host-path.json`."""
+
+
 def host() -> str:
     """The host's work around the engines."""
     path, huge, photos, page, scores = (
@@ -235,6 +239,10 @@ def host() -> str:
             "host work a VOC photograph, one core",
             f"{path['cpu']['cpu_ms']:.0f} ms ({path['cpu']['ratio']:.2f} x decode, resize, encode alone)",
         ],
+        *(
+            [f"{words}: " + ", ".join(PIECES), f"{pieces['sum']:.0f} ms: " + ", ".join(f"{pieces[name]:.3g}" for name in PIECES)]
+            for words, pieces in (("VOC", path["pieces_ms"]["voc"]), ("12 Mpx", path["pieces_ms"]["12_mpx"]))
+        ),
         ["two cores against one", f"{path['images_per_second']['scaling']:.2f} x"],
         ["an asynchronous engine of 20 ms a batch", f"run takes {path['engine_bound']['ratio']:.2f} x the engine's time"],
         ["an engine that blocks its caller", f"run takes {path['engine_bound_blocking']['ratio']:.2f} x the engine's time"],
