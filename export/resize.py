@@ -7,7 +7,8 @@ the photograph is then the only thing that is copied there (0.75 MB of PASCAL VO
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from ..frame import frame_for
 from ..spec import AxisRange, Preprocess, TensorSpec
-from .family import Feeds, Graph, InHalf, Tolerance
+from .family import Feeds, Graph, Tolerance
 from .precision.lowering import Fp32
 from .verify import photograph
 
 SIDE_PX = AxisRange(1, 512, 4096)
 """Height and width of a photograph. Larger ones are resized by the host: memory on the GPU grows with the largest."""
+WHOLE, PARTS = AxisRange(1, 1, 2), AxisRange(1, 5, 16)
+"""Parts of a photograph in one call: the whole of it (two only for the gate), and the views that CLIP looks at."""
 HALF = 2.0**11
 """Pillow's weights have 22 bits (``PRECISION_BITS`` of its ``Resample.c``): ``HALF`` times one whole number, plus another."""
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -130,8 +133,13 @@ def bicubic(distance: Tensor) -> Tensor:
     return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
 
 
-def resize_graph(preprocess: Preprocess, canvas: Size, *, name: str, views: AxisRange) -> Graph:
-    """Graph ``name``, see `Resize`. Reference: Pillow, one axis after the other."""
+def resize_graphs(preprocess: Preprocess, views: AxisRange = WHOLE) -> list[Callable[[], Graph]]:
+    """The graphs ``resize-HxW`` of a model, one for each canvas, for engines that keep their outputs on a GPU."""
+    return [partial(resize_graph, preprocess, canvas, views=views) for canvas in preprocess.canvases]
+
+
+def resize_graph(preprocess: Preprocess, canvas: Size, *, views: AxisRange) -> Graph:
+    """Graph ``resize-HxW``, see `Resize`. Reference: Pillow, one axis after the other."""
 
     def reference(feeds: Feeds, _: Feeds) -> Feeds:
         pixels = [
@@ -147,7 +155,7 @@ def resize_graph(preprocess: Preprocess, canvas: Size, *, name: str, views: Axis
         relative=1e-3, absolute=1, measure=share_of_other_levels, why="bicubic weights in float32, where Pillow's are float64"
     )
     return Graph(
-        name=name,
+        name=f"resize-{canvas[0]}x{canvas[1]}",
         module=Resize(canvas, preprocess.filter),
         inputs=(
             TensorSpec("photo", ("photo_height", "photo_width", 4), "uint8"),
@@ -162,7 +170,6 @@ def resize_graph(preprocess: Preprocess, canvas: Size, *, name: str, views: Axis
         reference=reference,
         take=take_windows,
         tolerance={"pixels": levels},
-        half=InHalf(tolerance={"pixels": levels}),
     )
 
 

@@ -337,7 +337,9 @@ class Stream:
         batch.masks = None
 
     def _prepare(self, stage: object, name: str, photos: list[Photograph]) -> None:
-        if isinstance(stage, Prepares) and photos:  # stages with given labels or boxes need no pixels
+        if not isinstance(stage, Prepares):  # stages with given labels or boxes need no pixels
+            return
+        if photos := [photo for photo in photos if not stage.resizes(photo)]:
             shapes = [stage.room(photo) for photo in photos]
             same = shapes.count(shapes[0]) == len(shapes)
             batch = np.zeros((len(photos), *shapes[0]), np.uint8) if same else [np.zeros(shape, np.uint8) for shape in shapes]

@@ -114,7 +114,7 @@ def test_shares_are_rounded_quotients() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_exported_graph_passes_the_gate(preprocess: Preprocess, precision: Precision, tmp_path: Path) -> None:
     """Also in half precision: gray levels are computed in float32."""
-    graph = resize_graph(preprocess, preprocess.canvases[0], name="resize", views=VIEWS).at(precision)
+    graph = resize_graph(preprocess, preprocess.canvases[0], views=VIEWS).at(precision)
     reasons, _ = export_onnx(graph, tmp_path / "resize.onnx", WeightFile(tmp_path / "weights.data"), precision=precision)
     engine = OrtEngine(tmp_path / "resize.onnx", graph.spec("resize.onnx", 18))
     parity = gate(graph, engine, engine_name="ort", reference_name="Pillow", where="test")
@@ -123,8 +123,8 @@ def test_the_exported_graph_passes_the_gate(preprocess: Preprocess, precision: P
 
 
 def test_the_gate_notices_another_filter(tmp_path: Path) -> None:
-    graph = resize_graph(CLIP, (224, 224), name="resize", views=VIEWS)
-    wrong = resize_graph(SAM, (224, 224), name="resize", views=VIEWS)
+    graph = resize_graph(CLIP, (224, 224), views=VIEWS)
+    wrong = resize_graph(SAM, (224, 224), views=VIEWS)
     export_onnx(wrong, tmp_path / "resize.onnx", WeightFile(tmp_path / "weights.data"))
     engine = OrtEngine(tmp_path / "resize.onnx", wrong.spec("resize.onnx", 18))
     with pytest.raises(ParityError, match="share of other levels"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +19,60 @@ def picture_of(pixels: np.ndarray) -> Image.Image:
     if rgbx is None or not _has_layout(pixels, rgbx) or not _shares_memory():
         return Image.fromarray(pixels)
     return _mapped(rgbx)
+
+
+def rgbx_of(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 as (H, W, 4), C-contiguous, whose last channel has no meaning; not copied where `picture_of` would not."""
+    rgbx = pixels.base
+    if rgbx is not None and _has_layout(pixels, rgbx):
+        return rgbx
+    rgbx = np.empty((*pixels.shape[:2], 4), np.uint8)
+    rgbx[..., :3] = pixels
+    return rgbx
+
+
+Size = tuple[int, int]
+ColumnsFirst = Callable[[Size, Size], bool]
+"""(height, width) before and after a resize to whether Pillow resizes the columns first, and rounds to 8 bits in between."""
+
+
+@lru_cache(maxsize=1)
+def order_of() -> ColumnsFirst | None:
+    """The order in which this version of Pillow resizes the two axes; None if it is none of the known ones.
+
+    Up to version 12, rows come first (but in pictures a hundred times as high as wide). Version 13.0 resizes columns first where
+    that removes more than twice as many rows as columns. For 2,500 random sizes this agreed with it; here 48 are tried.
+    """
+    rng = np.random.default_rng(0)
+    cases = [((40, 15), (20, 20)), ((61, 40), (20, 20)), ((60, 40), (20, 20)), ((15, 5), (20, 20))]
+    cases += [
+        ((height, width), (to_height, to_width)) for height, width, to_height, to_width in rng.integers(8, 90, (44, 4)).tolist()
+    ]
+    found = [(before, after, *_orders(rng, before, after)) for before, after in cases]
+    for order in (_rows_first, _columns_first_where_more_rows_go):
+        if all((columns if order(before, after) else rows) for before, after, rows, columns in found):
+            return order
+    return None
+
+
+def _rows_first(before: Size, after: Size) -> bool:
+    return before[0] > 100 * before[1] and after[0] < before[0]
+
+
+def _columns_first_where_more_rows_go(before: Size, after: Size) -> bool:
+    (height, width), (to_height, to_width) = before, after
+    return height > to_height and height - to_height > 2 * (width - to_width)
+
+
+def _orders(rng: np.random.Generator, before: Size, after: Size) -> tuple[bool, bool]:
+    """Whether Pillow's pixels are those of resizing rows first, and columns first."""
+    noise = Image.fromarray(rng.integers(0, 256, before, dtype=np.uint8))
+    (height, width), (to_height, to_width) = before, after
+    bicubic = Image.Resampling.BICUBIC
+    whole = noise.resize((to_width, to_height), bicubic).tobytes()
+    rows = noise.resize((to_width, height), bicubic).resize((to_width, to_height), bicubic).tobytes()
+    columns = noise.resize((width, to_height), bicubic).resize((to_width, to_height), bicubic).tobytes()
+    return whole == rows, whole == columns
 
 
 def _mapped(rgbx: np.ndarray) -> Image.Image:

@@ -69,7 +69,7 @@ def samples(count: float) -> Iterator[None]:
 
 def views(pixels: np.ndarray, side: int, levels: tuple[int, ...]) -> np.ndarray:
     """The views (V, S, S, 3) uint8."""
-    windows = view_windows(*pixels.shape[:2], levels)
+    windows = view_windows(pixels.shape[0], pixels.shape[1], levels)
     out = np.zeros((len(windows), side, side, 3), np.uint8)
     return resized_views(picture_of(pixels), windows, (side, side), "bicubic", out)
 
@@ -99,7 +99,7 @@ def measure(pixels: np.ndarray, chain: Chain, clip: Engine, levels: tuple[int, .
     with samples(np.inf):
         want = outcome()
     difference = np.abs(got[0] - want[0])
-    shortest = shortest_sides(view_windows(*pixels.shape[:2], (1, 2)))
+    shortest = shortest_sides(view_windows(*photo.shape, (1, 2)))
     return {
         "blocks": [max(int(length / (tag.SAMPLES * SIDE)), 1) for length in shortest],
         "worst": int(difference.max()),
