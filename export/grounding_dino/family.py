@@ -28,6 +28,7 @@ from ...errors import ParityError, UsageError
 from ...spec import AxisRange, Preprocess, TensorSpec
 from .. import mini
 from ..family import Family, Feeds, Graph, InHalf, Options, Prepared, Sampling, Tolerance
+from ..resize import resize_graphs
 from ..verify import photograph
 from .graphs import MEAN, STD, ImageGraph, TextGraph, level_shapes
 from .layers import OFFICIAL_MARGIN, TRANSFORMERS_MARGIN, inverse_sigmoid
@@ -147,19 +148,20 @@ def assemble(
     half = options.precision != "fp32"
     sampling = options.sampling or ("gather" if half else "grid-sample")
     graphs += [partial(image_graph, model, canvas, batch, frame.margin, sampling, half) for canvas in canvases]
+    preprocess = Preprocess(
+        resize="short-longest",
+        short_px=min(frame.short_px, *(min(canvas) for canvas in canvases)),
+        longest_px=min(frame.longest_px, max(max(canvas) for canvas in canvases)),
+        filter="bilinear",
+        canvases=canvases,
+        mean=MEAN,
+        std=STD,
+        source=frame.source,
+    )
     return Prepared(
         variant=variant,
-        graphs=graphs,
-        preprocess=Preprocess(
-            resize="short-longest",
-            short_px=min(frame.short_px, *(min(canvas) for canvas in canvases)),
-            longest_px=min(frame.longest_px, max(max(canvas) for canvas in canvases)),
-            filter="bilinear",
-            canvases=canvases,
-            mean=MEAN,
-            std=STD,
-            source=frame.source,
-        ),
+        graphs=[*graphs, *(resize_graphs(preprocess) if half else ())],
+        preprocess=preprocess,
         settings={
             "cls": CLS,
             "sep": SEP,
