@@ -243,6 +243,10 @@ def host() -> str:
             [f"{words}: " + ", ".join(PIECES), f"{pieces['sum']:.0f} ms: " + ", ".join(f"{pieces[name]:.3g}" for name in PIECES)]
             for words, pieces in (("VOC", path["pieces_ms"]["voc"]), ("12 Mpx", path["pieces_ms"]["12_mpx"]))
         ),
+        [
+            "the same with inputs made on the device: VOC, 12 Mpx",
+            ", ".join(f"{path['resized_on_device_ms'][size]:.3g} ms" for size in ("voc", "12_mpx")),
+        ],
         ["two cores against one", f"{path['images_per_second']['scaling']:.2f} x"],
         ["an asynchronous engine of 20 ms a batch", f"run takes {path['engine_bound']['ratio']:.2f} x the engine's time"],
         ["an engine that blocks its caller", f"run takes {path['engine_bound_blocking']['ratio']:.2f} x the engine's time"],
