@@ -146,6 +146,17 @@ def test_a_full_device_leaves_the_photograph_to_the_host(world: World) -> None:
     assert not photo.on_device
 
 
+def test_a_call_that_does_not_fit_frees_the_photograph(world: World) -> None:
+    def no_memory(feeds: Feeds) -> Feeds:
+        raise OutOfMemory("no memory")
+
+    device, photo = Device(), noise(20, 20)
+    device.engine((VIEW, VIEW)).script = no_memory
+    assert tagger(world, resizer=Resizer(device.engine)).resized(photo) is None
+    assert device.uploads
+    assert not photo.on_device
+
+
 @pytest.mark.parametrize("size", [(MAX_PX + 1, 20), (20, MAX_PX + 1)])
 def test_a_photograph_beyond_the_engines_range_is_the_hosts(world: World, size: tuple[int, int]) -> None:
     assert not tagger(world, resizer=Resizer(Device().engine)).resizes(noise(*size))
