@@ -1,1 +1,1 @@
-"""Loaded graphs with one protocol: `ort` (ONNX Runtime), `trt` (TensorRT), `eager` (PyTorch, the reference), `fake`."""
+"""Engines behind one protocol: `ort` (ONNX Runtime), `openvino`, `trt` (TensorRT), `eager` (PyTorch), `fake`."""

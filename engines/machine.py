@@ -26,11 +26,12 @@ from ..cores import cores
 from ..errors import WsssError
 from ..extras import install_line, replace_onnxruntime
 from ..spec import Flavour
+from .openvino import computes_in_bf16
 from .plan import MODULES, find_gpus
 
 PACKAGES = (
-    *("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "torch", "torchvision", "transformers"),
-    *("open_clip_torch", "segment-anything", "onnx", "onnxscript", "numpy", "pillow"),
+    *("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "cuda-bindings", "torch", "torchvision"),
+    *("transformers", "open_clip_torch", "segment-anything", "onnx", "onnxscript", "numpy", "pillow"),
 )
 """Distributions whose versions affect the results or the speed of a run."""
 
@@ -104,6 +105,10 @@ class Machine:
     """Why ONNX Runtime cannot compute on a GPU; empty if it can."""
     cuda_trouble: str = ""
     """Why cuda-bindings, and so TensorRT, cannot use the driver; empty if it can, or there is none."""
+    cpu_bf16: bool | None = None
+    """Whether the processor computes in BF16; None without OpenVINO, which tells."""
+    openvino_trouble: str = ""
+    """Why OpenVINO cannot be loaded; empty if it can, or is not installed."""
     tensorrt: Mapping[Flavour, Library] = field(default_factory=dict)
     """The TensorRT libraries that are installed."""
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -120,6 +125,7 @@ def machine() -> Machine:
     smi = _nvidia_smi()
     gpus, cuda, cuda_trouble = _gpus(smi)
     providers, ort_cuda_trouble, troubles = _onnxruntime(packages)
+    cpu_bf16, openvino_trouble = _openvino(packages)
     facts = {
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
@@ -134,6 +140,8 @@ def machine() -> Machine:
         "providers": providers,
         "ort_cuda_trouble": ort_cuda_trouble,
         "cuda_trouble": cuda_trouble,
+        "cpu_bf16": cpu_bf16,
+        "openvino_trouble": openvino_trouble,
         "tensorrt": {flavour: found for flavour in MODULES if (found := _tensorrt(flavour))},
         "extras": missing_extras(_requirements()),
         "troubles": troubles,
@@ -147,6 +155,7 @@ def abilities_of(known: Machine) -> tuple[Capability, ...]:
         _ability_of_tensorrt(known, "trt"),
         _ability_of_tensorrt(known, "trt-rtx"),
         _ability_of_ort(known, "cuda"),
+        _ability_of_openvino(known),
         _ability_of_ort(known, "cpu"),
         _ability_of_eager(known, "cuda"),
         _ability_of_eager(known, "cpu"),
@@ -187,6 +196,15 @@ def _ability_of_ort(known: Machine, device: str) -> Capability:
     elif device == "cpu" and "CPUExecutionProvider" not in known.providers:
         why, fix = "onnxruntime is missing or cannot be loaded", replace_onnxruntime("cpu")
     return Capability(engine="ort", device=device, builds=False, runs=not why, why=why, fix=fix)
+
+
+def _ability_of_openvino(known: Machine) -> Capability:
+    why = fix = ""
+    if "openvino" not in known.packages:
+        why, fix = "openvino is not installed", install_line("openvino")
+    elif known.openvino_trouble:
+        why, fix = known.openvino_trouble, install_line("openvino").replace("install", "install --force-reinstall", 1)
+    return Capability(engine="openvino", device="cpu", builds=False, runs=not why, why=why, fix=fix)
 
 
 def _ability_of_eager(known: Machine, device: str) -> Capability:
@@ -314,6 +332,16 @@ def _onnxruntime(packages: Mapping[str, str]) -> tuple[tuple[str, ...], str, tup
         fix = f"{replace_onnxruntime('cpu')}   (or gpu)"
         return (), "", (*troubles, f"onnxruntime cannot be loaded: {f'{error}'.strip().split(chr(10))[0]}: {fix}")
     return providers, cuda_trouble, tuple(troubles)
+
+
+def _openvino(packages: Mapping[str, str]) -> tuple[bool | None, str]:
+    """Whether the processor computes in BF16 according to OpenVINO, and why that cannot be loaded (empty if it can)."""
+    if "openvino" not in packages:
+        return None, ""
+    try:
+        return computes_in_bf16(), ""
+    except Exception as error:  # an incomplete package, a missing library: each raises its own class
+        return None, f"openvino cannot be loaded: {f'{error}'.strip().split(chr(10))[0]}"
 
 
 def _torch_cuda() -> str | None:

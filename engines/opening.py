@@ -13,12 +13,13 @@ from ..errors import BundleError, UsageError, WsssError
 from ..extras import install_line
 from ..spec import Flavour, Model
 from .engine import Engine
+from .openvino import OpenVinoEngine, checked_proof
 from .plan import MODULES, Gpu, checked_plan, find_gpus
 
 _log = logging.getLogger("wsss")
 
-EngineName = Literal["ort", "trt", "trt-rtx", "eager"]
-ENGINES = ("auto", "ort", "trt", "trt-rtx", "eager")
+EngineName = Literal["ort", "openvino", "trt", "trt-rtx", "eager"]
+ENGINES = ("auto", "ort", "openvino", "trt", "trt-rtx", "eager")
 
 
 def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", unverified: bool = False) -> Engine:
@@ -28,12 +29,12 @@ def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", un
         model: from ``Bundle.model``, with checked files.
         graph: a name in its manifest.
         engine, device: as typed, or from `choose`.
-        unverified: TensorRT: accept an engine whose gate has not run.
+        unverified: TensorRT and OpenVINO: accept an engine whose gate has not run.
 
     Raises:
         UsageError: no such engine or device.
-        BundleError: TensorRT: the model has no engine that may run here; says why and how to build it. ONNX Runtime: the graph
-            is in bf16.
+        BundleError: TensorRT: the model has no engine that may run here; says why and how to build it. OpenVINO: its results
+            were not compared on such a processor. ONNX Runtime: the graph is in bf16.
         WsssError: the engine's package or a GPU is missing; the hint is the command that helps.
     """
     name, place = choose(engine, device, [model])
@@ -43,6 +44,10 @@ def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", un
         from .trt import TrtEngine
 
         return TrtEngine(path, spec, flavour=name, device=gpu.index)
+    if name == "openvino":
+        if not unverified:
+            checked_proof(model, graph)
+        return OpenVinoEngine(model.path(graph), model.graph(graph))
     if name == "ort":
         from .ort import OrtEngine
 
@@ -50,7 +55,7 @@ def open_graph(model: Model, graph: str, engine: str, *, device: str = "cpu", un
         if spec.precision == "bf16":
             raise BundleError(
                 f"{model.path(graph)}: is in bf16, which ONNX Runtime does not support",
-                hint="--engine trt-rtx (or trt); for ONNX Runtime: wsss export --precision fp16",
+                hint="--engine openvino (or trt, trt-rtx); for ONNX Runtime: wsss export --precision fp32",
             )
         return OrtEngine(model.path(graph), spec, device=place)
     # PyTorch modules are rebuilt from weights by `export`, which imports this package; hence the import by name.
@@ -65,7 +70,8 @@ def choose(engine: str, device: str, models: Iterable[Model]) -> tuple[EngineNam
     """Resolve ``auto`` to an engine and a device of this machine.
 
     Args:
-        engine: ``auto`` takes TensorRT if every graph of the models has an engine that may run here, else ONNX Runtime.
+        engine: ``auto`` takes TensorRT if every graph of the models has an engine that may run here; on the CPU OpenVINO, if
+            every graph was compared in it and it was faster; else ONNX Runtime.
         device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes the first GPU if the engine can use it, else the CPU.
 
     Returns:
@@ -81,24 +87,45 @@ def choose(engine: str, device: str, models: Iterable[Model]) -> tuple[EngineNam
         raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N, got {device!r}")
     if engine in MODULES and kind == "cpu":
         raise UsageError(f"--device cpu: --engine {engine} runs on a GPU", hint="--engine ort runs on the CPU")
+    if engine == "openvino" and kind == "cuda":
+        raise UsageError(f"--device {device}: --engine openvino runs on the CPU", hint="--engine ort runs on a GPU")
     place = f"cuda:{number or 0}"
     if engine == "auto":
-        best = None if kind == "cpu" else _best_flavour(models, int(number or 0))
-        if best is not None:
+        models = _all_of(models)
+        if kind != "cpu" and (best := _best_flavour(models, int(number or 0))):
             return best, place
-        engine = "ort"
+        on_gpu = kind == "cuda" or (kind == "auto" and _ort_uses_gpu())
+        return ("ort", place) if on_gpu else (_best_on_cpu(models), "cpu")
     if engine in MODULES or kind == "cuda":
         return cast(EngineName, engine), place
     return cast(EngineName, engine), place if kind == "auto" and engine == "ort" and _ort_uses_gpu() else "cpu"
 
 
-def _best_flavour(models: Iterable[Model], index: int) -> Flavour | None:
-    """The flavour for which every graph has a plan that may run on this GPU."""
+def _all_of(models: Iterable[Model]) -> list[Model]:
+    """The models; none if one is damaged: if the run needs it, opening it raises the error."""
     try:
-        models = list(models)
-    except WsssError:  # a damaged model; if the run needs it, opening it raises the error
-        return None
-    for flavour in MODULES:
+        return list(models)
+    except WsssError:
+        return []
+
+
+def _best_on_cpu(models: list[Model]) -> Literal["ort", "openvino"]:
+    """OpenVINO if every graph was compared in it on a processor like this one, and it took less time in sum."""
+    graphs = [(model, graph) for model in models for graph in model.manifest.graphs]
+    if not graphs or not all(model.graph(graph).openvino for model, graph in graphs):
+        return "ort"
+    try:
+        proofs = [checked_proof(model, graph) for model, graph in graphs]
+    except WsssError as error:  # also without OpenVINO
+        _log.warning("--engine auto: not openvino: %s", error.message)
+        return "ort"
+    in_ort = sum(float("inf") if proof.ort_seconds is None else proof.ort_seconds for proof in proofs)  # infinite in bf16
+    return "openvino" if sum(proof.seconds for proof in proofs) < in_ort else "ort"
+
+
+def _best_flavour(models: list[Model], index: int) -> Flavour | None:
+    """The flavour for which every graph has a plan that may run on this GPU."""
+    for flavour in MODULES if models else ():
         if not all(graph.plan_for(flavour) for model in models for graph in model.manifest.graphs.values()):
             continue
         if importlib.util.find_spec("cuda") is None:

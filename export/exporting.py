@@ -6,7 +6,7 @@ import contextlib
 import gc
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,16 @@ import onnx_ir as ir
 import torch
 
 from .. import __version__
+from ..cores import cores
+from ..engines.engine import Engine
 from ..engines.machine import version_of
+from ..engines.openvino import OpenVinoEngine, instructions, version
 from ..engines.ort import OrtEngine
 from ..engines.plan import checked_plan, find_gpus
 from ..errors import BundleError, WeightsError
 from ..files import publishing
 from ..progress import end_progress, progress_line
-from ..spec import Bundle, Flavour, GraphSpec, Manifest, Model, Parity, sha256_of, write_manifest
+from ..spec import Bundle, Flavour, GraphSpec, Manifest, Model, OpenVinoProof, Parity, sha256_of, write_manifest
 from . import verify
 from .family import Family, Graph, Options, Prepared, family
 from .precision.accumulation import long_products
@@ -40,12 +43,21 @@ REFERENCE = f"official modules in torch {torch.__version__} on the CPU, row by r
 
 
 def export_model(
-    family: Family, *, variant: str, weights: str, bundle: Path, options: Options, log: Log, gate: bool = True
+    family: Family,
+    *,
+    variant: str,
+    weights: str,
+    bundle: Path,
+    options: Options,
+    log: Log,
+    gate: bool = True,
+    openvino: bool = False,
 ) -> Manifest:
     """Export one model into ``bundle/<family>``, replacing the previous export; a failure leaves the bundle unchanged.
 
     Args:
         gate: False leaves out the parity gate, to time graphs that are never used for labels; they get no parity report.
+        openvino: also compare OpenVINO's results, and record them with its times; graphs in bf16 are compared only there.
 
     Raises:
         ParityError: a graph does not compute what its reference computes.
@@ -60,7 +72,19 @@ def export_model(
         graphs = {}
         for make in prepared.graphs:
             graph = make()
-            graphs[graph.name] = _export_graph(graph, folder, store, options, where=family.name, log=log, gate=gate)
+            spec = _export_graph(
+                graph,
+                folder,
+                store,
+                options,
+                where=family.name,
+                log=log,
+                gate=gate and not (openvino and options.precision == "bf16"),
+            )
+            if openvino:
+                proof = _prove_in_openvino(graph.at(options.precision), spec, folder, where=family.name, log=log)
+                spec = replace(spec, openvino={proof.processor: proof})
+            graphs[graph.name] = spec
             del graph
             gc.collect()
         if prepared.tokenizer is not None:
@@ -145,6 +169,79 @@ def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, 
         del graph
         gc.collect()
     return reports
+
+
+def verify_openvino(model: Model, weights: str | None, log: Log) -> dict[str, Parity]:
+    """Run the parity gate on a model's graphs in OpenVINO, and record each report, and the time, in the manifest.
+
+    Returns:
+        The reports by graph.
+
+    Raises:
+        ParityError: OpenVINO does not compute what a graph's reference computes; its previous report is removed.
+        WsssError: OpenVINO is missing.
+    """
+    prepared = prepare_again(model.manifest, weights)
+    reports: dict[str, Parity] = {}
+    for make in prepared.graphs:
+        graph = make().at(model.manifest.precision)
+        spec = model.graph(graph.name)
+        others = {processor: proof for processor, proof in spec.openvino.items() if processor != instructions()}
+        model = _with_proofs(model, graph.name, others)
+        graph = replace(graph, axes=spec.axes)
+        proof = _prove_in_openvino(graph, spec, model.folder, where=model.manifest.family, log=log)
+        model = _with_proofs(model, graph.name, {**others, proof.processor: proof})
+        reports[graph.name] = proof.parity
+        del graph
+        gc.collect()
+    return reports
+
+
+def _prove_in_openvino(graph: Graph, spec: GraphSpec, folder: Path, *, where: str, log: Log) -> OpenVinoProof:
+    begun = time.monotonic()
+    engine = OpenVinoEngine(folder / spec.file, spec)
+    parity = verify.gate(
+        graph,
+        engine,
+        engine_name=f"OpenVINO {version()} on a CPU with {instructions()}",
+        reference_name=REFERENCE,
+        where=f"{where} {graph.name} (openvino)",
+        progress=partial(_show, f"{where}: {graph.name} (openvino)", begun),
+    )
+    agrees, others = _errors_and_time(parity, graph, begun), []
+    if spec.precision != "bf16":
+        others.append(OrtEngine(folder / spec.file, spec))
+    seconds, *ort_seconds = _alternating(graph, engine, *others)
+    faster = f"; {ort_seconds[0] / seconds:.1f} times as fast as ONNX Runtime" if ort_seconds else ""
+    log(f"{where}: {graph.name} in OpenVINO agrees with its reference {agrees}{faster}")
+    return OpenVinoProof(
+        version=version(),
+        processor=instructions(),
+        seconds=seconds,
+        ort_seconds=ort_seconds[0] if ort_seconds else None,
+        parity=parity,
+    )
+
+
+def _with_proofs(model: Model, graph: str, proofs: Mapping[str, OpenVinoProof]) -> Model:
+    """Record the proofs of a graph, in the manifest on disk too, and return the changed model."""
+    graphs = {**model.manifest.graphs, graph: replace(model.graph(graph), openvino=dict(proofs))}
+    manifest = replace(model.manifest, graphs=graphs)
+    write_manifest(model.folder, manifest)
+    return Model(model.folder, manifest)
+
+
+def _alternating(graph: Graph, *engines: Engine) -> list[float]:
+    """Seconds of a call of each engine, with as many rows as the processor has cores: the best of two, called in turns."""
+    rows = graph.axes[graph.row_axis]
+    feeds = graph.sample(min(max(cores(), rows.min), rows.max), verify.SEED)
+    best = [float("inf")] * len(engines)
+    for _ in range(2):
+        for place, engine in enumerate(engines):
+            begun = time.perf_counter()
+            engine(feeds)
+            best[place] = min(best[place], time.perf_counter() - begun)
+    return best
 
 
 def standing_model(bundle: Path, name: str, *, variant: str | None, weights: str | None, options: Options) -> Model | None:

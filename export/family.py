@@ -41,6 +41,13 @@ class Options:
     """In half precision, `precision.search` measures which nodes stay FP32, instead of taking those that the modules mark."""
     fp32_accumulation: bool = False
     """In fp16, the sums of all long matrix products are in FP32 on every GPU, see `precision.accumulation`."""
+    for_cpu: bool = False
+    """In half precision, the graphs take the form with the least work, as in FP32, instead of that which TensorRT fuses."""
+
+    @property
+    def for_tensorrt(self) -> bool:
+        """Whether the graphs take the form that TensorRT compiles to fewer and faster kernels."""
+        return self.precision != "fp32" and not self.for_cpu
 
 
 Measure = Callable[[Feeds, Feeds, str], tuple[float, float]]

@@ -29,6 +29,7 @@ from .device import Device, cut_to_fit
 from .fuse import Fuser
 from .given.names import twins_of
 from .given.stages import BoxesFromFile, Given, LabelsFromFile
+from .remembered import RememberedEngine
 from .resize import Resizer
 from .segment import MaskPredictor
 from .tag import Tagger
@@ -141,7 +142,7 @@ class Chain:
             bundle: a folder made by ``wsss export``, ``mini``, or ``hub:OWNER/NAME``.
             classes: ``voc``, ``coco``, a file, names separated by commas, or a ClassList. A segmenter has its own.
             model: ``chain`` (CLIP, Grounding-DINO, SAM) or ``segmenter``, the bundle's trained segmenter.
-            engine: ``auto``, ``ort``, ``trt``, ``trt-rtx``, ``eager``.
+            engine: ``auto``, ``ort``, ``openvino``, ``trt``, ``trt-rtx``, ``eager``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             unverified: accept TensorRT engines whose parity gate has not run; the settings record it.
             labels: JSON of image names to class names; replaces CLIP.
@@ -183,6 +184,12 @@ class Chain:
         def opener(of: Model, graph: str) -> Engine:
             name = f"{of.manifest.family}/{graph}"
             return place.engine(open_graph(of, graph, chosen, device=where, unverified=unverified), name)
+
+        def text_opener(of: Model) -> Engine:
+            """The model's graph ``text``; on the CPU, texts of an earlier start are not computed again."""
+            if where != "cpu":
+                return opener(of, "text")
+            return RememberedEngine(of, "text", chosen, lambda: opener(of, "text"))
 
         def resizer(of: Model) -> Resizer | None:
             """Inputs are made on a GPU by engines that keep their outputs there, if the bundle has the graphs for it."""
@@ -233,7 +240,7 @@ class Chain:
                 tag = given.labels
             elif rules.gate:
                 clip = take("clip")
-                graphs = opener(clip, "image"), opener(clip, "text")
+                graphs = opener(clip, "image"), text_opener(clip)
                 tag = tagger = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold, resizer=resizer(clip))
                 resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])
             else:
@@ -249,7 +256,7 @@ class Chain:
             detect = detector = cut_to_fit(
                 Detector,
                 dino,
-                opener(dino, "text"),
+                text_opener(dino),
                 lambda canvas: opener(dino, f"image-{canvas[0]}x{canvas[1]}"),
                 known,
                 threshold=rules.box_threshold,

@@ -73,7 +73,7 @@ class Labeler:
             bundle: a folder made by ``wsss export``, ``mini``, or ``hub:OWNER/NAME``.
             classes: a list of names, names separated by commas, a file, ``voc`` or ``coco``. A segmenter has its own.
             model: ``chain`` (CLIP, Grounding-DINO, SAM) or ``segmenter``, the bundle's trained segmenter.
-            engine: ``auto``, ``ort``, ``trt``, ``trt-rtx``, ``eager``.
+            engine: ``auto``, ``ort``, ``openvino``, ``trt``, ``trt-rtx``, ``eager``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             unverified: accept TensorRT engines whose parity gate has not run; the settings record it.
             labels: JSON of image names to class names; replaces CLIP.

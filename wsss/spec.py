@@ -154,6 +154,21 @@ class PlanSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpenVinoProof:
+    """The parity gate's result for a graph in OpenVINO on one kind of processor."""
+
+    version: str
+    """Of OpenVINO; another version computes with other kernels."""
+    processor: str
+    """Its newest vector instructions, for example ``avx512_bf16``, by which OpenVINO chooses kernels."""
+    seconds: float
+    """Time of one call, with as many rows as the processor has cores."""
+    ort_seconds: float | None
+    """The same in ONNX Runtime, measured in turns; None for a graph in bf16, which it does not run."""
+    parity: Parity
+
+
+@dataclass(frozen=True, kw_only=True)
 class GraphSpec:
     """One graph of a model: its file, inputs, outputs and parity result."""
 
@@ -171,6 +186,8 @@ class GraphSpec:
     parity: Parity | None = None
     plans: Mapping[str, PlanSpec] = field(default_factory=dict)
     """TensorRT engines of this graph by `PlanSpec.key`. Those of version 0.1.0 are keyed by flavour alone."""
+    openvino: Mapping[str, OpenVinoProof] = field(default_factory=dict)
+    """Comparisons of OpenVINO's results with the official implementation, by `OpenVinoProof.processor`."""
 
     def plan_for(self, flavour: Flavour, gpu: str = "") -> PlanSpec | None:
         """The engine of a flavour that was built on the GPU of this name, else a hardware-compatible one, else any; or None."""

@@ -109,7 +109,7 @@ def prepare(variant: str, weights_name: str, options: Options) -> Prepared:
         graphs=(
             partial(image_graph, model, recipe, options.batch or image_batch(model)),
             partial(text_graph, model, tokenizer, options.batch or TEXT_BATCH),
-            *(resize_graphs(preprocess, PARTS) if options.precision != "fp32" else ()),  # half precision is for TensorRT
+            *(resize_graphs(preprocess, PARTS) if options.for_tensorrt else ()),
         ),
         preprocess=preprocess,
         settings={

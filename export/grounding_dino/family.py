@@ -144,10 +144,9 @@ def assemble(
     canvases = tuple(sorted(options.sizes or frame.canvases, key=lambda canvas: canvas[0] * canvas[1]))
     batch = options.batch or frame.batch
     graphs: list[Callable[[], Graph]] = [partial(text_graph, model)]
-    # Half precision is for TensorRT, whose kernels that gather never write the samples; its GridSample has one type for all.
-    half = options.precision != "fp32"
-    sampling = options.sampling or ("gather" if half else "grid-sample")
-    graphs += [partial(image_graph, model, canvas, batch, frame.margin, sampling, half) for canvas in canvases]
+    # TensorRT's kernels that gather never write the samples; its GridSample has one type for all.
+    sampling = options.sampling or ("gather" if options.for_tensorrt else "grid-sample")
+    graphs += [partial(image_graph, model, canvas, batch, frame.margin, sampling, options.for_tensorrt) for canvas in canvases]
     preprocess = Preprocess(
         resize="short-longest",
         short_px=min(frame.short_px, *(min(canvas) for canvas in canvases)),
@@ -160,7 +159,7 @@ def assemble(
     )
     return Prepared(
         variant=variant,
-        graphs=[*graphs, *(resize_graphs(preprocess) if half else ())],
+        graphs=[*graphs, *(resize_graphs(preprocess) if options.for_tensorrt else ())],
         preprocess=preprocess,
         settings={
             "cls": CLS,

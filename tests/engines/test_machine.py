@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from wsss.cli.doctor import lines_of
 from wsss.engines import machine as facts
 from wsss.engines.machine import Capability, GpuFacts, Library, Machine, abilities_of, machine, missing_extras
 from wsss.engines.plan import Gpu
@@ -47,10 +48,23 @@ def test_the_best_engine_stands_first() -> None:
         ("trt", "cuda"),
         ("trt-rtx", "cuda"),
         ("ort", "cuda"),
+        ("openvino", "cpu"),
         ("ort", "cpu"),
         ("eager", "cuda"),
         ("eager", "cpu"),
     ]
+
+
+def test_openvino_runs_where_it_is_installed() -> None:
+    missing = ability(CPU_ONLY, "openvino", "cpu")
+    assert (missing.runs, missing.why, missing.fix) == (False, "openvino is not installed", install_line("openvino"))
+    there = dataclasses.replace(CPU_ONLY, packages={"openvino": "2026.4"}, cpu_bf16=True)
+    assert ability(there, "openvino", "cpu").runs
+    assert "bf16       yes, on the CPU (OpenVINO)" in list(lines_of(there))
+    assert "bf16       no, on the CPU (OpenVINO)" in list(lines_of(dataclasses.replace(there, cpu_bf16=False)))
+    broken = ability(dataclasses.replace(there, openvino_trouble="openvino cannot be loaded: libx.so"), "openvino", "cpu")
+    assert (broken.runs, broken.why) == (False, "openvino cannot be loaded: libx.so")
+    assert "--force-reinstall" in broken.fix
 
 
 def test_without_a_gpu_rtx_still_builds() -> None:
@@ -179,7 +193,7 @@ def test_this_machine_is_plain_data() -> None:
     assert record["cores"] >= 1 and record["memory_mib"] > 0
     assert record["packages"]["numpy"]
     assert "CPUExecutionProvider" in record["providers"]
-    assert {each["engine"] for each in record["abilities"]} == {"trt", "trt-rtx", "ort", "eager"}
+    assert {each["engine"] for each in record["abilities"]} == {"trt", "trt-rtx", "openvino", "ort", "eager"}
 
 
 # ---- the command ----
@@ -224,8 +238,6 @@ def test_doctor_needs_nothing_and_imports_no_torch() -> None:
 
 
 def test_doctor_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    from wsss.cli.doctor import lines_of
-
     known = with_gpu(
         "9.0", tensorrt={"trt-rtx": RTX}, extras={"export": (), "gpu": ("onnxruntime-gpu",), "ray": ("ray",)}, troubles=("a mix",)
     )

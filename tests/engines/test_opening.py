@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from wsss.engines import opening
+from wsss.engines import opening, openvino
 from wsss.engines.opening import choose, open_graph
 from wsss.engines.ort import OrtEngine
 from wsss.errors import BundleError, UsageError, WsssError
 from wsss.extras import install_line
-from wsss.spec import GraphSpec, Manifest, Model, Preprocess
+from wsss.spec import GraphSpec, Manifest, Model, OpenVinoProof, Parity, Preprocess
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +38,7 @@ def model(onnx_file: Callable[..., Path], spec: GraphSpec) -> Model:
         ("ort", "cpu", ("ort", "cpu")),
         ("eager", "auto", ("eager", "cpu")),
         ("ort", "cuda", ("ort", "cuda:0")),
+        ("openvino", "auto", ("openvino", "cpu")),
         ("trt", "cuda:1", ("trt", "cuda:1")),
         ("trt-rtx", "auto", ("trt-rtx", "cuda:0")),
     ],
@@ -56,7 +57,7 @@ def test_onnx_runtime_takes_the_gpu_it_can_use(model: Model, monkeypatch: pytest
 
 @pytest.mark.parametrize("typed", ["", "ORT", "onnx", "tensorflow"])
 def test_an_unknown_engine_lists_the_known_ones(typed: str) -> None:
-    with pytest.raises(UsageError, match=f"--engine: expected one of auto, ort, trt, trt-rtx, eager, got '{typed}'"):
+    with pytest.raises(UsageError, match=f"--engine: expected one of auto, ort, openvino, trt, trt-rtx, eager, got '{typed}'"):
         choose(typed, "auto", [])
 
 
@@ -80,7 +81,59 @@ def test_onnx_runtime_does_not_compute_in_bf16(model: Model) -> None:
     graphs = {"double": replace(model.graph("double"), precision="bf16")}
     with pytest.raises(BundleError, match="double.onnx: is in bf16") as caught:
         open_graph(replace(model, manifest=replace(model.manifest, graphs=graphs)), "double", "ort")
-    assert "--precision fp16" in str(caught.value.hint)
+    assert "--precision fp32" in str(caught.value.hint)
+
+
+# ---- OpenVINO ----
+
+
+def proven(model: Model, seconds: float, ort_seconds: float | None, processor: str = "") -> Model:
+    proof = OpenVinoProof(
+        version=openvino.version(),
+        processor=processor or openvino.instructions(),
+        seconds=seconds,
+        ort_seconds=ort_seconds,
+        parity=Parity(engine="OpenVINO", reference="r", tolerance={}, rows=()),
+    )
+    graphs = {"double": replace(model.graph("double"), openvino={proof.processor: proof})}
+    return replace(model, manifest=replace(model.manifest, graphs=graphs))
+
+
+@pytest.mark.parametrize(("seconds", "ort_seconds", "chosen"), [(1, 2, "openvino"), (2, 1, "ort"), (9, None, "openvino")])
+def test_auto_takes_the_faster_one_on_the_cpu(
+    model: Model, monkeypatch: pytest.MonkeyPatch, seconds: float, ort_seconds: float | None, chosen: str
+) -> None:
+    pytest.importorskip("openvino", reason="needs openvino")
+    monkeypatch.setattr(opening, "_ort_uses_gpu", lambda: False)
+    assert choose("auto", "auto", [proven(model, seconds, ort_seconds)]) == (chosen, "cpu")
+    assert choose("auto", "cpu", [proven(model, seconds, ort_seconds)]) == (chosen, "cpu")
+    # Times of several models are added: one that is slower does not decide.
+    assert choose("auto", "cpu", [proven(model, 1, 5), proven(model, 3, 2)]) == ("openvino", "cpu")
+    assert choose("auto", "cpu", [proven(model, 1, 2), model]) == ("ort", "cpu"), "every graph has to be proven"
+    assert choose("auto", "cuda", [proven(model, seconds, ort_seconds)])[0] == "ort", "it does not run on a GPU"
+    monkeypatch.setattr(opening, "_ort_uses_gpu", lambda: True)
+    assert choose("auto", "auto", [proven(model, seconds, ort_seconds)]) == ("ort", "cuda:0")
+
+
+def test_auto_says_why_a_proof_does_not_count(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("openvino", reason="needs openvino")
+    assert choose("auto", "cpu", [proven(model, 1, 2, "sse9")]) == ("ort", "cpu")
+    assert "--engine auto: not openvino" in caplog.text and "processors with sse9" in caplog.text
+
+
+def test_openvino_opens_what_was_compared(model: Model) -> None:
+    pytest.importorskip("openvino", reason="needs openvino")
+    assert isinstance(open_graph(proven(model, 1, 2), "double", "openvino"), openvino.OpenVinoEngine)
+    with pytest.raises(BundleError, match="never compared with PyTorch"):
+        open_graph(model, "double", "openvino")
+    assert isinstance(open_graph(model, "double", "openvino", unverified=True), openvino.OpenVinoEngine)
+
+
+def test_openvino_does_not_run_on_a_gpu() -> None:
+    with pytest.raises(UsageError, match="--device cuda: --engine openvino runs on the CPU"):
+        choose("openvino", "cuda", [])
 
 
 def test_a_graph_it_has_not(model: Model) -> None:

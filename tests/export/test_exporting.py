@@ -7,16 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from wsss.batch import Tensor as TensorOnDevice
+from wsss.engines import openvino
 from wsss.engines.eager import EagerEngine
+from wsss.engines.openvino import OpenVinoEngine
 from wsss.engines.plan import Gpu
 from wsss.errors import BundleError, ParityError, UsageError, WeightsError
 from wsss.export import exporting
@@ -110,6 +114,63 @@ def test_export_fail_replace_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(exporting, "family", lambda name: make_family(factor=3.0, truth=3.0))
     with pytest.raises(ParityError):
         exporting.verify_model(changed, None, print)
+
+
+def export_for_openvino(bundle: Path, family: Family, precision: Literal["fp32", "bf16"] = "fp32") -> Manifest:
+    options = Options(precision=precision, for_cpu=True)
+    return exporting.export_model(
+        family, variant="one", weights="abcdefgh", bundle=bundle, options=options, log=print, openvino=True
+    )
+
+
+def test_what_openvino_computes_is_proven_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino", reason="needs openvino")
+    manifest = export_for_openvino(tmp_path, make_family())
+    (proof,) = manifest.graphs["scale"].openvino.values()
+    assert (proof.version, proof.processor) == (openvino.version(), openvino.instructions())
+    assert proof.parity.worst("y").error < 1e-6 and "OpenVINO" in proof.parity.engine
+    assert proof.seconds > 0 and proof.ort_seconds and manifest.graphs["scale"].parity
+    assert open_bundle(tmp_path).model("toy").manifest == manifest, "as it is read again"
+
+    # OpenVINO alone computes something else: the old model stays, and nothing beside it.
+    class Wrong(OpenVinoEngine):
+        def __call__(self, feeds: Mapping[str, TensorOnDevice]) -> dict[str, TensorOnDevice]:
+            return {"y": np.asarray(super().__call__(feeds)["y"]) * np.float32(1.01)}
+
+    monkeypatch.setattr(exporting, "OpenVinoEngine", Wrong)
+    with pytest.raises(ParityError, match=r"toy scale \(openvino\): output 'y'"):
+        export_for_openvino(tmp_path, make_family())
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
+    assert open_bundle(tmp_path).model("toy").manifest == manifest
+
+    # Verified again, it has no proof any more.
+    monkeypatch.setattr(exporting, "family", lambda name: make_family())
+    with pytest.raises(ParityError):
+        exporting.verify_openvino(open_bundle(tmp_path).model("toy"), None, print)
+    assert not open_bundle(tmp_path).model("toy").graph("scale").openvino
+    monkeypatch.setattr(exporting, "OpenVinoEngine", OpenVinoEngine)
+    other = replace(proof, processor="sse9")
+    model = exporting._with_proofs(open_bundle(tmp_path).model("toy"), "scale", {"sse9": other})
+    assert exporting.verify_openvino(model, None, print)["scale"].worst("y").error < 1e-6
+    proofs = open_bundle(tmp_path).model("toy").graph("scale").openvino
+    assert set(proofs) == {"sse9", openvino.instructions()} and proofs["sse9"] == other
+
+
+def test_a_bf16_graph_is_compared_in_openvino_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino", reason="needs openvino")
+    monkeypatch.setattr(exporting, "OrtEngine", lambda *_: pytest.fail("ONNX Runtime does not run bf16"))
+    half = InHalf(tolerance={"y": Tolerance(relative=2e-3, why="test")})
+    toy = make_family()
+    prepare = toy.prepare
+
+    def with_half(variant: str, weights: str, options: Options) -> Prepared:
+        prepared = prepare(variant, weights, options)
+        return replace(prepared, graphs=(lambda: replace(prepared.graphs[0](), half=half),))
+
+    graph = export_for_openvino(tmp_path, replace(toy, prepare=with_half), "bf16").graphs["scale"]
+    (proof,) = graph.openvino.values()
+    assert graph.precision == "bf16" and graph.parity is None and proof.ort_seconds is None
+    assert 1e-4 < proof.parity.worst("y").error < 8e-3, "rounded to 8 bits"
 
 
 def test_the_gate_runs_on_the_device_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from ..progress import progress_line
 if TYPE_CHECKING:
     from ..runtime.run.label_folder import Summary
 
-Engine = Literal["auto", "ort", "trt", "trt-rtx", "eager"]
+Engine = Literal["auto", "ort", "openvino", "trt", "trt-rtx", "eager"]
 # mypy and Typer both read these, so that the help of a shared flag is written once.
 BundleFlag = Annotated[
     str, typer.Option("--bundle", help="Folder of exported models, or 'mini' for the small ones that come with wsss.")

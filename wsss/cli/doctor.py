@@ -44,6 +44,8 @@ def lines_of(found: Machine) -> Iterator[str]:
     if "torch" in found.packages:
         yield f"torch      built for {f'CUDA {found.torch_cuda}' if found.torch_cuda else 'the CPU'}"
     yield f"providers  {', '.join(found.providers) or 'none'} (ONNX Runtime)"
+    if found.cpu_bf16 is not None:
+        yield f"bf16       {'yes' if found.cpu_bf16 else 'no'}, on the CPU (OpenVINO)"
     for flavour, library in found.tensorrt.items():
         knows = f", builds for {', '.join(library.capabilities)}" if library.capabilities else ""
         yield f"{flavour:10} {library.version}{knows}"

@@ -35,8 +35,8 @@ def export(
     precision: Annotated[
         Literal["fp32", "fp16", "bf16", "auto"] | None,
         typer.Option(
-            help="bf16: for TensorRT only, less exact, larger range. auto: fp16 where measured errors allow it. "
-            "Default: fp16 for TensorRT, otherwise fp32."
+            help="bf16: for TensorRT and OpenVINO, less exact, larger range. auto: fp16 where measured errors allow it. "
+            "Default: fp16 for TensorRT, for OpenVINO bf16 where the processor computes in it, otherwise fp32."
         ),
     ] = None,
     fp32_accumulation: Annotated[
@@ -48,8 +48,11 @@ def export(
         ),
     ] = False,
     engine: Annotated[
-        Literal["auto", "onnx", "trt", "trt-rtx"],
-        typer.Option(help="trt-rtx also builds without a GPU; auto: what this machine can run."),
+        Literal["auto", "onnx", "openvino", "trt", "trt-rtx"],
+        typer.Option(
+            help="onnx: ONNX Runtime. openvino: compared in OpenVINO too, for CPUs. trt-rtx also builds without a GPU. "
+            "auto: TensorRT if this machine can run it, otherwise onnx."
+        ),
     ] = "auto",
     batch: Annotated[
         tuple[int, int, int] | None, typer.Option(metavar="MIN OPT MAX", help="Images (boxes, phrases) per call.")
@@ -101,7 +104,7 @@ def export(
     if sampling is None and "grounding-dino" in names and flavour is None and _labels_with_ort_on_gpu(engine):
         sampling = "gather"
         log("grounding-dino: --sampling gather, because ONNX Runtime computes GridSample on the CPU")
-    numbers = "fp16" if precision == "auto" else precision or ("fp16" if flavour else "fp32")
+    numbers = "fp16" if precision == "auto" else precision or _default_precision(engine, flavour)
     if fp32_accumulation and numbers != "fp16":
         raise UsageError(
             f"--fp32-accumulation: for fp16 only, got {numbers}", hint="add --precision fp16; fp32 and bf16 always add in FP32"
@@ -113,6 +116,7 @@ def export(
         sampling=sampling,
         measured=precision == "auto",
         fp32_accumulation=fp32_accumulation,
+        for_cpu=engine == "openvino",
     )
     given = by_model(weights or [], names)
     for name in names:
@@ -123,8 +127,18 @@ def export(
             log(f"{name}: the {options.precision} graphs in {bundle} are up to date, only engines are built")
         else:
             source = given.get(name) or chosen.official(kind)
-            manifest = export_model(chosen, variant=kind, weights=source, bundle=Path(bundle), options=options, log=log)
-            rows = [row for graph in manifest.graphs.values() if graph.parity for row in graph.parity.rows]
+            manifest = export_model(
+                chosen,
+                variant=kind,
+                weights=source,
+                bundle=Path(bundle),
+                options=options,
+                log=log,
+                openvino=engine == "openvino",
+            )
+            reports = [graph.parity for graph in manifest.graphs.values() if graph.parity]
+            reports += [proof.parity for graph in manifest.graphs.values() for proof in graph.openvino.values()]
+            rows = [row for report in reports for row in report.rows]
             worst = max((row.error for row in rows), default=0.0)
             typer.echo(
                 f"{Path(bundle) / name}: {kind}, {len(manifest.graphs)} graphs in {options.precision}, "
@@ -142,11 +156,25 @@ def export(
             _build_engines(Path(bundle), name, how, given.get(name))
 
 
+def _default_precision(engine: str, flavour: Flavour | None) -> Literal["fp32", "fp16", "bf16"]:
+    if flavour:
+        return "fp16"
+    if engine != "openvino":
+        return "fp32"
+    from ..engines.openvino import computes_in_bf16, instructions
+
+    if computes_in_bf16():
+        log("in bf16, in which this processor computes (--precision fp32: exact, takes about 1.6 times as long)")
+        return "bf16"
+    log(f"in fp32: this processor ({instructions()}) does not compute in bf16")
+    return "fp32"
+
+
 def _flavour(engine: str) -> Flavour | None:
     """The flavour of TensorRT that ``--engine`` selects, None for ONNX only."""
     if engine in ("trt", "trt-rtx"):
         return cast("Flavour", engine)
-    if engine == "onnx":
+    if engine in ("onnx", "openvino"):
         return None
     from ..engines.plan import best_flavour
 

@@ -58,7 +58,10 @@ def label(
     ] = "chain",
     engine: Annotated[
         Engine,
-        typer.Option(help="What runs the graphs. auto: TensorRT if the bundle has engines for this machine, otherwise ort."),
+        typer.Option(
+            help="What runs the graphs. auto: TensorRT if the bundle has engines for this machine; on a CPU OpenVINO if it was "
+            "compared with PyTorch, and faster; otherwise ort."
+        ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     devices: Annotated[
@@ -73,7 +76,10 @@ def label(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per batch. Default: what the engines were built for.")] = None,
     unverified: Annotated[
-        bool, typer.Option("--unverified", help="Use TensorRT engines not verified against PyTorch; the store records it.")
+        bool,
+        typer.Option(
+            "--unverified", help="Use TensorRT engines, or OpenVINO, without a comparison with PyTorch; the store records it."
+        ),
     ] = False,
     labels: Annotated[str | None, typer.Option(help="JSON file of the classes of each image; replaces CLIP.")] = None,
     boxes: Annotated[

@@ -22,8 +22,11 @@ def verify(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder of exported models, or 'mini'.")],
     weights: Annotated[list[str] | None, typer.Option(help="New location of weights that moved: MODEL=PATH.")] = None,
     engine: Annotated[
-        Literal["auto", "ort", "trt", "trt-rtx"],
-        typer.Option(help="What is compared. auto: ONNX Runtime, and the bundle's TensorRT engines that run here."),
+        Literal["auto", "ort", "openvino", "trt", "trt-rtx"],
+        typer.Option(
+            help="What is compared. auto: ONNX Runtime, the bundle's TensorRT engines that run here, and OpenVINO where it was "
+            "compared before."
+        ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N, for ONNX Runtime. TensorRT takes the same GPU.")] = "cpu",
     reference: Annotated[
@@ -46,7 +49,7 @@ def verify(
         _verify_rows(opened, json_output)
         return
     with needs("export"):
-        from ..export.exporting import verify_model, verify_plans
+        from ..export.exporting import verify_model, verify_openvino, verify_plans
     given = by_model(weights or [], tuple(opened.models()))
     index = gpu_number(device)
     rows: list[dict[str, Any]] = []
@@ -55,6 +58,10 @@ def verify(
         reports = verify_model(model, given.get(name), log, device=device) if engine in ("auto", "ort") else {}
         for graph, parity in reports.items():
             rows += [{"model": name, "graph": graph, "engine": "ort", **dataclasses.asdict(row)} for row in parity.rows]
+        if engine == "openvino" or (engine == "auto" and _was_compared(model)):
+            for graph, parity in verify_openvino(model, given.get(name), log).items():
+                rows += [{"model": name, "graph": graph, "engine": "openvino", **dataclasses.asdict(row)} for row in parity.rows]
+        model = opened.model(name)
         for flavour in _flavours(model, engine, index):
             for graph, parity in verify_plans(model, flavour, given.get(name), log, device=index).items():
                 rows += [{"model": name, "graph": graph, "engine": flavour, **dataclasses.asdict(row)} for row in parity.rows]
@@ -63,7 +70,7 @@ def verify(
         return
     for row in rows:
         typer.echo(
-            f"{row['model'] + '/' + row['graph']:28} {row['engine']:7} {row['output']:10} batch {row['batch']:<3} "
+            f"{row['model'] + '/' + row['graph']:28} {row['engine']:8} {row['output']:10} batch {row['batch']:<3} "
             f"worst row {row['row']:<3} against {row['against']:9}  error {row['error']:.1e}"
         )
     typer.echo(f"{bundle}: {len({(row['model'], row['graph']) for row in rows})} graphs equal their reference")
@@ -97,6 +104,18 @@ def gpu_number(device: str) -> int:
     if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdecimal())):
         raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {device!r}", hint="--device cuda:0")
     return int(number or 0)
+
+
+def _was_compared(model: Model) -> bool:
+    """Whether a model's graphs were compared in OpenVINO on a processor like this one, and OpenVINO is installed."""
+    from ..engines.openvino import instructions
+
+    if not any(instructions() in graph.openvino for graph in model.manifest.graphs.values()):
+        return False
+    if importlib.util.find_spec("openvino") is None:
+        log(f"{model.manifest.family}: OpenVINO is skipped: it is not installed")
+        return False
+    return True
 
 
 def _flavours(model: Model, engine: str, index: int) -> list[Flavour]:

@@ -11,17 +11,17 @@ the margin. Writes ``benchmarks/results/grounding-dino-rounding.json``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import openvino
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from wsss.engines.openvino import OpenVinoEngine
 from wsss.export.exporting import tool_versions
 from wsss.export.family import Feeds, Graph, Options, Prepared
 from wsss.export.grounding_dino import family as grounding_dino
@@ -72,7 +72,8 @@ def measure(prepared: Prepared, canvas: tuple[int, int], photograph: np.ndarray,
     result: dict[str, Any] = {"canvas": canvas, "photograph": (height, width)}
     for name, file in {"with margin": path, "without": without}.items():
         log(f"{canvas}: {name}")
-        result[name] = compared(graph, feeds, OpenVinoEngine(file, graph)(feeds))
+        outputs = OpenVinoEngine(file, graph.spec(file.name, OPSET))(feeds)
+        result[name] = compared(graph, feeds, {key: np.asarray(value) for key, value in outputs.items()})
     return result
 
 
@@ -91,19 +92,6 @@ def without_margin(path: Path) -> Path:
     copy = path.with_name("without-margin.onnx")
     onnx.save(model, copy)
     return copy
-
-
-class OpenVinoEngine:
-    """A graph in OpenVINO, in float32; on processors with bfloat16 it would take that."""
-
-    def __init__(self, path: Path, graph: Graph) -> None:
-        spec = graph.spec(path.name, OPSET)
-        self.inputs, self.outputs, self.axes = spec.inputs, spec.outputs, spec.axes
-        self._model: Any = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-
-    def __call__(self, feeds: Mapping[str, np.ndarray]) -> Feeds:
-        results = self._model(dict(feeds))
-        return {output.name: np.array(results[output.name]) for output in self.outputs}
 
 
 def compared(graph: Graph, feeds: Feeds, got: Feeds) -> dict[str, Any]:

@@ -9,12 +9,13 @@ import pytest
 pytest.importorskip("torch", reason="needs torch: pip install 'wsss[export]'")
 pytest.importorskip("openvino", reason="needs openvino")
 
-from wsss.benchmarks.studies.parity.grounding_dino_rounding import OpenVinoEngine, without_margin
+from wsss.benchmarks.studies.parity.grounding_dino_rounding import without_margin
+from wsss.engines.openvino import OpenVinoEngine
 from wsss.errors import ParityError
 from wsss.export.family import Graph
 from wsss.export.grounding_dino import family as grounding_dino
 from wsss.export.grounding_dino import weights as grounding_dino_weights
-from wsss.export.to_onnx import WeightFile, export_onnx
+from wsss.export.to_onnx import OPSET, WeightFile, export_onnx
 from wsss.export.verify import gate
 from wsss.spec import AxisRange
 
@@ -32,7 +33,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Graph, Path]:
 
 
 def judge(graph: Graph, path: Path) -> None:
-    gate(graph, OpenVinoEngine(path, graph), engine_name="openvino", reference_name="transformers", where=graph.name)
+    gate(
+        graph,
+        OpenVinoEngine(path, graph.spec(path.name, OPSET)),
+        engine_name="openvino",
+        reference_name="transformers",
+        where=graph.name,
+    )
 
 
 def test_the_gate_passes_where_cells_lie_on_the_limits_of_proposals(exported: tuple[Graph, Path]) -> None:

@@ -415,7 +415,7 @@ def test_a_flag_that_means_nothing(label: Run, flags: list[str], message: str) -
         (["label", "--batch", "0"], "'--batch'"),
         (["label", "--batch", "x"], "'--batch'"),
         (["lable"], "'lable'"),
-        (["label", "--engine", "tpu"], "'tpu' is not one of 'auto', 'ort', 'trt', 'trt-rtx', 'eager'"),
+        (["label", "--engine", "tpu"], "'tpu' is not one of 'auto', 'ort', 'openvino', 'trt', 'trt-rtx', 'eager'"),
         (["export", "--model", "dino"], "'dino' is not one of 'clip', 'grounding-dino', 'sam', 'all', 'segmenter'"),
     ],
 )
@@ -452,7 +452,7 @@ def test_export_flags_reach_the_exporter_and_the_builder_of_engines(wsss: Run, m
     def export_model(family: Family, *, log: object, **how: object) -> SimpleNamespace:
         asked.append({"family": family.name, **how})
         rows = [ParityRow(output="y", batch=1, row=0, against="reference", error=error, worst=1) for error in (1e-6, 2e-3, 1e-5)]
-        return SimpleNamespace(graphs={"encoder": SimpleNamespace(parity=SimpleNamespace(rows=rows))})
+        return SimpleNamespace(graphs={"encoder": SimpleNamespace(parity=SimpleNamespace(rows=rows), openvino={})})
 
     def build_plans(model: object, options: BuildOptions, log: object) -> SimpleNamespace:
         asked.append((model, options))
@@ -471,10 +471,10 @@ def test_export_flags_reach_the_exporter_and_the_builder_of_engines(wsss: Run, m
         *("--precision", "bf16", "--engine", "trt-rtx", "--workspace", 64),
         *("--compute-capability", "sm89", "--compute-capability", "sm120", "--device", 1, "--optimization-level", 4),
     )
-    options = Options(batch=AxisRange(1, 2, 3), precision="bf16")
+    options, here = Options(batch=AxisRange(1, 2, 3), precision="bf16"), {"bundle": Path("here"), "openvino": False}
     assert asked == [
         {"variant": "vit_l", "weights": "random:3", "options": options},
-        {"family": "sam", "variant": "vit_l", "weights": "random:3", "bundle": Path("here"), "options": options},
+        {"family": "sam", "variant": "vit_l", "weights": "random:3", **here, "options": options},
         (
             (Path("here"), "sam"),
             BuildOptions(flavour="trt-rtx", workspace_mib=64, capabilities=("sm89", "sm120"), device=1, optimization_level=4),
@@ -492,11 +492,41 @@ def test_export_flags_reach_the_exporter_and_the_builder_of_engines(wsss: Run, m
     asked.clear()
     wsss("export", "--model", "grounding-dino", "--size", "32x48", "--size", "48x32", "--sampling", "gather", "--engine", "onnx")
     options = Options(sizes=((32, 48), (48, 32)), sampling="gather", precision="fp32")
-    told = {"variant": "usual", "weights": "official usual", "bundle": Path("bundle"), "options": options}
+    told = {
+        "variant": "usual",
+        "weights": "official usual",
+        "bundle": Path("bundle"),
+        "options": options,
+        "openvino": False,
+    }
     assert asked == [{"family": "grounding-dino", **told}]
     asked.clear()
     wsss("export", "--model", "grounding-dino", "--precision", "auto", "--engine", "onnx")
     assert asked == [{"family": "grounding-dino", **told, "options": Options(precision="fp16", measured=True)}]
+
+
+@pytest.mark.parametrize("in_bf16", [True, False])
+def test_openvino_takes_bf16_where_the_processor_computes_in_it(
+    wsss: Run, monkeypatch: pytest.MonkeyPatch, in_bf16: bool
+) -> None:
+    pytest.importorskip("torch", reason="needs torch: pip install 'wsss[export]'")
+    from wsss.export.family import Options
+
+    asked: list[dict[str, object]] = []
+
+    def export_model(family: object, **how: object) -> SimpleNamespace:
+        asked.append(how)
+        return SimpleNamespace(graphs={})
+
+    monkeypatch.setattr("wsss.export.exporting.export_model", export_model)
+    monkeypatch.setattr("wsss.engines.openvino.computes_in_bf16", lambda: in_bf16)
+    answer = wsss("export", "--model", "sam", "--engine", "openvino")
+    wsss("export", "--model", "sam", "--engine", "openvino", "--precision", "fp32")
+    assert [(how["options"], how["openvino"]) for how in asked] == [
+        (Options(precision="bf16" if in_bf16 else "fp32", for_cpu=True), True),
+        (Options(precision="fp32", for_cpu=True), True),
+    ]
+    assert ("in bf16, in which this processor computes" if in_bf16 else "in fp32: this processor") in answer.err
 
 
 def test_no_images(label: Run, tmp_path: Path) -> None:
