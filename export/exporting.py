@@ -283,9 +283,11 @@ def prepare_again(manifest: Manifest, weights: str | None = None) -> Prepared:
     """Load the official model that an export was made from. Raises WeightsError when its weights are missing or changed."""
     prepare = family(manifest.family).prepare
     source = weights or manifest.weights["source"]
-    prepared = prepare(manifest.variant, source, Options())
+    resizes = any(name.startswith("resize-") for name in manifest.graphs)
+    options = Options(precision=manifest.precision, for_cpu=not resizes)
+    prepared = prepare(manifest.variant, source, options)
     if prepared.preprocess.canvases != manifest.preprocess.canvases:
-        prepared = prepare(manifest.variant, source, Options(sizes=manifest.preprocess.canvases))
+        prepared = prepare(manifest.variant, source, replace(options, sizes=manifest.preprocess.canvases))
     expected, got = manifest.weights["sha256"], prepared.weights["sha256"]
     if got != expected:
         raise WeightsError(

@@ -30,6 +30,7 @@ from .. import canvases as canvas_template
 from .. import mini
 from ..canvases import tracing_canvas
 from ..family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Sampling, Template, Tolerance
+from ..resize import resize_graphs
 from ..verify import photograph
 from .graphs import MEAN, STD, ImageGraph, TextGraph, lengths_of, level_shapes, other_numbers
 from .layers import OFFICIAL_MARGIN, TRANSFORMERS_MARGIN, inverse_sigmoid
@@ -151,19 +152,20 @@ def assemble(
     # TensorRT's kernels that gather never write the samples; its GridSample has one type for all.
     sampling = options.sampling or ("gather" if options.for_tensorrt else "grid-sample")
     graphs += image_graphs(model, canvases, batch, frame.margin, sampling, options.for_tensorrt)
+    preprocess = Preprocess(
+        resize="short-longest",
+        short_px=min(frame.short_px, *(min(canvas) for canvas in canvases)),
+        longest_px=min(frame.longest_px, max(max(canvas) for canvas in canvases)),
+        filter="bilinear",
+        canvases=canvases,
+        mean=MEAN,
+        std=STD,
+        source=frame.source,
+    )
     return Prepared(
         variant=variant,
-        graphs=graphs,
-        preprocess=Preprocess(
-            resize="short-longest",
-            short_px=min(frame.short_px, *(min(canvas) for canvas in canvases)),
-            longest_px=min(frame.longest_px, max(max(canvas) for canvas in canvases)),
-            filter="bilinear",
-            canvases=canvases,
-            mean=MEAN,
-            std=STD,
-            source=frame.source,
-        ),
+        graphs=[*graphs, *(resize_graphs(preprocess) if options.for_tensorrt else ())],
+        preprocess=preprocess,
         settings={
             "cls": CLS,
             "sep": SEP,
