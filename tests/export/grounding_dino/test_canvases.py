@@ -50,7 +50,11 @@ def listed(model: ir.Model) -> list[object]:
 
 @pytest.mark.parametrize(
     ("sampling", "two_products", "compared"),
-    [("grid-sample", False, slice(2)), ("gather", True, slice(1, 2)), ("plugin", True, slice(2, 3))],
+    [
+        ("grid-sample", False, slice(1, 3)),
+        pytest.param("gather", True, slice(1, 2), marks=pytest.mark.slow),
+        pytest.param("plugin", True, slice(2, 3), marks=pytest.mark.slow),
+    ],
 )
 def test_a_shared_trace_gives_the_graphs_of_separate_ones(sampling: Sampling, two_products: bool, compared: slice) -> None:
     for graph in graphs_of(sampling, two_products)[compared]:
