@@ -1,19 +1,21 @@
 """CPU seconds, memory and results of the chain beside those of the official modules and of transformers' classes.
 
-    python -m wsss.benchmarks.peers                                     # drawn scenes, random weights: half an hour on two cores
+    python -m wsss.benchmarks.peers                                     # drawn scenes, random weights
     python -m wsss.benchmarks.peers --photos VOC/JPEGImages --bundle fp32=bundle --bundle bf16=bundle-bf16
 
-All contenders have the same weights, photographs, views, classes and boxes. Each is a process of its own; they label in turns, the
-official chain in every group of them, so that a ratio compares neighbors in time. Seconds are those of the CPU, of all threads.
-Peers take one photograph at a time, as their users do; ours take ``--batch`` in a call, as a run does, and each contender's seconds
-are divided by its photographs. Loading, compiling, the embeddings of the prompts and the first call are not timed, nor are reading
-and decoding. Threads that wait sleep, in PyTorch (``OMP_WAIT_POLICY=PASSIVE``) as in our engines, so that seconds are work. Peers
-resize a photograph to 800 pixels, ours also pad it to the canvas.
+All contenders have the same weights, photographs, views, classes and boxes. Each is a process of its own. They label in turns,
+the official chain in every group of them, so that a ratio compares neighbors in time. Peers take one photograph at a time, as
+their users do; ours take ``--batch`` in a call, as a run does. Peers resize a photograph to 800 pixels, ours also pad it.
+
+Seconds are those of the CPU, of all threads, divided by the photographs of the call. Threads that wait sleep, in PyTorch
+(``OMP_WAIT_POLICY=PASSIVE``) as in our engines, so that seconds are work. Not timed: loading, compiling, the embeddings of the
+prompts, the first call, reading and decoding.
 
 ``mostly_empty``: of ten photographs, seven have no wanted class. Our chain stops after CLIP there; the official chain has no such
-step.
+step. It is not measured again: it takes as long for every photograph.
 
-What is needed: ``pip install 'wsss[cpu,export,openvino]'``, and 12 GB of memory (``--together 2``: 8 GB).
+What is needed: ``pip install 'wsss[cpu,export,openvino]'``, and 12 GB of memory (``--together 2``: 8 GB). A second run
+continues in ``--work``, and does not repeat what was measured there with the same settings.
 """
 
 from __future__ import annotations
@@ -98,9 +100,7 @@ def run(options: argparse.Namespace) -> None:
     write_result(options.out, summary(job, photographs, work, options))
 
 
-def measure(
-    names: Sequence[str], job: Job, work: Path, options: argparse.Namespace
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure(names: Sequence[str], job: Job, work: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Let contenders and the official chain label in turns; yields what was measured by contender."""
     found = work / "found"
     measured: dict[str, dict[str, Any]] = {}

@@ -28,6 +28,7 @@ from ...export.exporting import prepare_again
 from ...export.family import Feeds
 from ...export.fuse import vote
 from ...export.grounding_dino import family as grounding_dino
+from ...export.grounding_dino.layers import inverse_sigmoid
 from ...export.grounding_dino.weights import load as load_grounding_dino
 from ...export.mini import build_grounding_dino_mini
 from ...export.sam import load as load_sam
@@ -201,7 +202,7 @@ class EagerDetector:
 
 
 def _logit(values: Tensor, eps: float, *, margin: float) -> Tensor:
-    return grounding_dino.inverse_sigmoid(values, margin)
+    return inverse_sigmoid(values, margin)
 
 
 class OfficialSam:

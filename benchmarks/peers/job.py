@@ -114,7 +114,7 @@ def caption_of(dino: Model, classes: str) -> Caption:
 def boxes_of(photos: Images, count: int, classes: int, wanted: np.ndarray) -> Boxes:
     """The same boxes for every contender: ``count`` random ones in each photograph that is wanted."""
     numbers = np.flatnonzero(wanted)
-    return Boxes.join([drawn_boxes(int(number), *photos[number].shape, count, classes) for number in numbers])
+    return Boxes.join([drawn_boxes(number, *photos[number].shape, count, classes) for number in numbers.tolist()])
 
 
 def official_resize(dino: Model) -> Preprocess:

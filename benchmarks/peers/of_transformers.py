@@ -72,13 +72,13 @@ def transformers_chain(job: Job) -> EagerChain:
     prompts, encode = prompts_of(job, clip), _open_clip(clip)
     if hasattr(clip.visual, "transformer"):
         converted = clip_from_open_clip(clip)
-        about["clip against open_clip"] = _check(*_both_embeddings(encode, converted, clip.visual.image_size), "CLIP")
+        about["clip against open_clip"] = _check("CLIP", *_both_embeddings(encode, converted, clip.visual.image_size))
         encode = _of(converted)
     else:
         about["clip"] = "open_clip, as transformers has no CLIP with a ResNet"
     sam = load_official_sam(job.model("sam"))
     converted_sam = sam_from_official(sam)
-    about["sam against segment_anything"] = _check(*_both_masks(sam, converted_sam), "SAM")
+    about["sam against segment_anything"] = _check("SAM", *_both_masks(sam, converted_sam))
     chain = EagerChain(job, encode, prompts, open_detector(job), TransformersSam(converted_sam), autocast=False)
     chain.about |= about
     return chain
@@ -156,9 +156,7 @@ class TransformersSam:
     def __init__(self, model: Any) -> None:
         self._model = model
         side = model.config.vision_config.image_size
-        self._processor = transformers.SamImageProcessor(
-            size={"longest_edge": side}, pad_size={"height": side, "width": side}
-        )
+        self._processor = transformers.SamImageProcessor(size={"longest_edge": side}, pad_size={"height": side, "width": side})
 
     def __call__(self, photo: Photograph, xyxy: np.ndarray) -> tuple[Tensor, Tensor]:
         inputs = self._processor(images=photo.pixels, return_tensors="pt")
@@ -204,7 +202,7 @@ def _both_masks(sam: Any, converted: Any) -> tuple[Tensor, Tensor]:
     return got, want
 
 
-def _check(got: Tensor, want: Tensor, what: str) -> float:
+def _check(what: str, got: Tensor, want: Tensor) -> float:
     error = float((got - want).norm() / want.norm())
     if not error <= EQUAL:
         raise WeightsError(f"{what}: transformers' class differs from the official one by {error:.1e}, expected {EQUAL:.0e}")

@@ -131,7 +131,7 @@ def label(contender: Contender, name: str, job: Job, turn: Turn, found: Path) ->
         for number, photo in zip(turn.numbers, photos, strict=True):
             path = found / "on-canvas" / f"{number}.npz"
             if not path.is_file():
-                _write(path.parent, [number], {"score": contender.scores_on_canvas(photo)})  # type: ignore[attr-defined]
+                _write(path.parent, [number], {"score": list(contender.scores_on_canvas(photo))})  # type: ignore[attr-defined]
     return {stage: taken / len(photos) for stage, taken in seconds.items()}
 
 
@@ -150,7 +150,7 @@ def _label_batch(
     clock.stop("fuse")
     embeddings = contender.embeddings(tagged)
     scores = contender.scores(detected) if wanted.any() else np.zeros((0, 0), np.float32)
-    return {"embedding": embeddings, "score": scores, "label_map": maps}
+    return {"embedding": list(embeddings), "score": list(scores), "label_map": maps}
 
 
 class _Clock:
