@@ -33,6 +33,7 @@ import numpy as np
 from ..batch import Tensor
 from ..engines.engine import Engine
 from ..engines.opening import open_graph
+from ..engines.openvino import instructions
 from ..engines.plan import MODULES, plan_here
 from ..errors import WsssError
 from ..spec import Flavour, Model, Parity
@@ -153,6 +154,9 @@ def parity_of(model: Model, graph: str, engine: str) -> float | None:
     if engine in MODULES:
         plan = plan_here(spec, engine)
         verdict = plan.parity if plan else None
+    elif engine == "openvino":
+        proof = spec.openvino.get(instructions())
+        verdict = proof.parity if proof else None
     return None if verdict is None else max((row.error for row in verdict.rows), default=None)
 
 

@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from segment_anything import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, 
 from .mini import build_sam_mini
 from .precision.lowering import Fp32
 from .rewrites import SamBlock, normalize_in_fp32, normalized, with_channel_norms
+from .two_way import TwoWay
 from .verify import padded_photographs
 from .weights import Download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record
 
@@ -189,31 +191,57 @@ class Decoder(nn.Module):
     """Embeddings (I, D, G, G), boxes (N, 4) and each box's image (N,) to logits (N, L, L) and predicted IoU (N,).
 
     ``PromptEncoder`` and ``MaskDecoder.predict_masks`` for boxes of several images, without the three masks that boxes do not
-    need. Box corners are embedded without the in-place writes of ``_embed_boxes`` (ScatterND).
+    need, and with `TwoWay`. Box corners are embedded without the in-place writes of ``_embed_boxes`` (ScatterND).
     """
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
         prompt, decoder = sam.prompt_encoder, sam.mask_decoder
-        self.transformer, self.upscale = decoder.transformer, with_channel_norms(decoder.output_upscaling)
+        self.transformer, self.upscale = TwoWay(decoder.transformer), Upscale(decoder.output_upscaling)
         self.mask_head, self.quality_head = decoder.output_hypernetworks_mlps[0], decoder.iou_prediction_head
         waves = CornerWaves(prompt.pe_layer.positional_encoding_gaussian_matrix, sam.image_encoder.img_size)
         self.waves = Fp32(waves, why="large phases: half precision has no digits left for the fraction of a turn")
         self.register_buffer("corners", torch.cat([prompt.point_embeddings[2].weight, prompt.point_embeddings[3].weight]))
         self.register_buffer("tokens", torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]))
         self.register_buffer("no_mask", prompt.no_mask_embed.weight.reshape(1, -1, 1, 1))
-        self.register_buffer("places", prompt.get_dense_pe())  # (1, D, G, G)
+        self.register_buffer("places", _cells(prompt.get_dense_pe()))  # (1, G^2, D)
 
     def forward(self, embedding: Tensor, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         prompt = self.waves(boxes) + self.corners  # (N, 2, D)
         tokens = torch.cat([self.tokens.expand(boxes.shape[0], -1, -1), prompt], dim=1)
-        source = embedding[image] + self.no_mask
-        hidden, keys = self.transformer(source, self.places, tokens)  # (N, tokens, D), (N, G^2, D)
-        grid = source.shape[2]
-        upscaled = self.upscale(keys.transpose(1, 2).reshape(-1, source.shape[1], grid, grid))  # (N, D / 8, L, L)
-        weights = self.mask_head(hidden[:, 1])[:, None]  # (N, 1, D / 8)
-        logits = (weights @ upscaled.flatten(2)).reshape(-1, 4 * grid, 4 * grid)
-        return logits, self.quality_head(hidden[:, 0])[:, 0]
+        hidden, keys = self.transformer(_cells(embedding + self.no_mask), self.places, tokens, image)
+        return self.upscale(keys, self.mask_head(hidden[:, 1])), self.quality_head(hidden[:, 0])[:, 0]
+
+
+class Upscale(nn.Module):
+    """``MaskDecoder.output_upscaling`` and the product with a box's mask weights: cells (B, G^2, D) and weights (B, D / 8) to
+    logits (B, 4 G, 4 G).
+
+    The official transposed convolutions have kernels as large as their strides: each cell becomes 2 x 2 by one matrix product.
+    So channels stay last, and only the logits are brought into the order of pixels, not all channels between the layers.
+    """
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        first, norm, activation, second, _ = layers
+        self.norm, self.activation = norm, activation
+        for name, layer in (("first", first), ("second", second)):
+            assert layer.kernel_size == layer.stride == (2, 2)
+            self.register_buffer(name, layer.weight.permute(0, 2, 3, 1).flatten(1))  # (in, 2 x 2 x out)
+            self.register_buffer(f"{name}_bias", layer.bias)
+
+    def forward(self, cells: Tensor, weights: Tensor) -> Tensor:
+        grid = math.isqrt(cells.shape[1])
+        x = (cells @ self.first).unflatten(2, (4, -1)) + self.first_bias  # (B, G^2, 4, D / 4)
+        x = self.activation(F.layer_norm(x, self.norm.weight.shape, self.norm.weight, self.norm.bias, self.norm.eps))
+        x = self.activation((x @ self.second).unflatten(3, (4, -1)) + self.second_bias)  # (B, G^2, 4, 4, D / 8)
+        logits = x.flatten(1, 3) @ weights[..., None]
+        pixels = logits.reshape(-1, grid, grid, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)  # rows, then columns
+        return pixels.reshape(-1, 4 * grid, 4 * grid)
+
+
+def _cells(maps: Tensor) -> Tensor:
+    return maps.flatten(2).transpose(1, 2)  # (I, D, G, G) to (I, G^2, D)
 
 
 def encoder_graph(sam: Sam, batch: AxisRange, *, one_width: bool = False) -> Graph:

@@ -21,11 +21,10 @@ from typing import Any, TypeVar
 
 from ..engines.plan import Gpu, find_gpus, reasons_against, tensorrt_module, weights_sha256
 from ..errors import BundleError, WsssError
-from ..files import write_atomically
+from ..files import cache_folder, write_atomically
 from ..progress import progress_line
 from ..spec import AMPERE_OR_NEWER, AxisRange, Flavour, GraphSpec, Model, PlanSpec, TensorSpec, sha256_of, write_manifest
 from .deformable_plugin import PLUGIN, VERSIONS, plugin_called
-from .weights import cache_folder
 
 FUSED, ALONE = "fused attention", "softmax alone"
 """Kinds of compiled layers: an attention in one kernel, and a softmax that is a kernel of its own."""

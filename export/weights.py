@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from ..files import replacing, sync_folder
+from ..files import cache_folder, replacing, sync_folder
 from ..progress import end_progress, progress_line
 from ..reading import checkpoints
 from ..spec import sha256_of
@@ -85,13 +85,6 @@ def find_weights(weights: str, known: Mapping[str, Download], *, model: str) -> 
             hint=f"give a path, random:SEED, or one of: {', '.join(known)}",
         )
     return download(known[weights], model=model)
-
-
-def cache_folder() -> Path:
-    """Folder of downloads: ``$WSSS_CACHE``, else ``wsss`` in ``$XDG_CACHE_HOME``, else ``~/.cache/wsss``."""
-    if "WSSS_CACHE" in os.environ:
-        return Path(os.environ["WSSS_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wsss"
 
 
 def download(what: Download, *, model: str) -> Path:

@@ -29,6 +29,7 @@ from .device import Device, cut_to_fit
 from .fuse import Fuser
 from .given.names import twins_of
 from .given.stages import BoxesFromFile, Given, LabelsFromFile
+from .remembered import RememberedEngine
 from .segment import MaskPredictor
 from .tag import Tagger
 from .trained_segmenter import SegmenterStage, classes_of, no_boxes, no_masks
@@ -183,6 +184,12 @@ class Chain:
             name = f"{of.manifest.family}/{graph}"
             return place.engine(open_graph(of, graph, chosen, device=where, unverified=unverified), name)
 
+        def text_opener(of: Model) -> Engine:
+            """The model's graph ``text``; on the CPU, texts of an earlier start are not computed again."""
+            if where != "cpu":
+                return opener(of, "text")
+            return RememberedEngine(of, "text", chosen, lambda: opener(of, "text"))
+
         def take(name: str) -> Model:
             opened = folder.model(name)
             settings["models"][name] = opened.manifest.identity()
@@ -225,7 +232,7 @@ class Chain:
                 tag = given.labels
             elif rules.gate:
                 clip = take("clip")
-                graphs = opener(clip, "image"), opener(clip, "text")
+                graphs = opener(clip, "image"), text_opener(clip)
                 tag = tagger = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold)
                 resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])
             else:
@@ -241,7 +248,7 @@ class Chain:
             detect = detector = cut_to_fit(
                 Detector,
                 dino,
-                opener(dino, "text"),
+                text_opener(dino),
                 lambda canvas: opener(dino, f"image-{canvas[0]}x{canvas[1]}"),
                 known,
                 threshold=rules.box_threshold,

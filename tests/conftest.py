@@ -8,6 +8,7 @@ of a few photographs already needs several calls.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -33,6 +34,7 @@ Feeds = Mapping[str, np.ndarray]
 COLORS = ("red", "green", "blue")
 WORDS = {word: number for number, word in enumerate(("[UNK]", *COLORS, "grass", "photo", "[CLS]", "[SEP]", ".", "[END]", "sky"))}
 TEXT, VIEW, SIDE = 16, 8, 32
+_CACHES = itertools.count()
 Box = tuple[int, int, int, int]
 
 
@@ -278,6 +280,12 @@ class World:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(self.scene(height, width, **colors)).save(path)
         return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is kept between tests, nor in the home folder."""
+    monkeypatch.setenv("WSSS_CACHE", f"{tmp_path_factory.getbasetemp()}/cache-{next(_CACHES)}")
 
 
 @pytest.fixture

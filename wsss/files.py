@@ -163,3 +163,10 @@ def _sync_tree(folder: Path) -> None:
             with open(os.path.join(path, name), "rb+") as file:  # Windows requires a file open for writing
                 os.fsync(file.fileno())
         sync_folder(Path(path))
+
+
+def cache_folder() -> Path:
+    """Folder of downloads and of embedded texts: ``$WSSS_CACHE``, else ``wsss`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if "WSSS_CACHE" in os.environ:
+        return Path(os.environ["WSSS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wsss"

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
 from ...errors import WeightsError
+from ...files import cache_folder
 from ...reading.documents import parse_json, read_bytes
 from ..mini import bert_wordpiece
 from ..weights import (
     Download,
-    cache_folder,
     download,
     find_weights,
     load_exactly,

@@ -20,10 +20,11 @@ from wsss.benchmarks.feeds import Load, feeds_for, load_of, row_axis
 from wsss.benchmarks.graph_work import work_of
 from wsss.benchmarks.latency import measure_graph, on_device, parity_of
 from wsss.engines.fake import FakeEngine
+from wsss.engines.openvino import instructions
 from wsss.engines.ort import OrtEngine
 from wsss.errors import WsssError
 from wsss.runtime.bundles import MINI
-from wsss.spec import AxisRange, GraphSpec, Model, PlanSpec, TensorSpec, open_bundle
+from wsss.spec import AxisRange, GraphSpec, Model, OpenVinoProof, PlanSpec, TensorSpec, open_bundle
 
 GRAPHS = [(name, graph) for name in open_bundle(MINI).models() for graph in open_bundle(MINI).model(name).manifest.graphs]
 SMALL = [("clip", "image"), ("clip", "text"), ("grounding-dino", "text"), ("sam", "decoder")]
@@ -186,6 +187,11 @@ def test_parity_belongs_to_the_engine() -> None:
     )
     built = replace(model.manifest, graphs={"encoder": replace(spec, plans={"trt-rtx": plan})})
     assert parity_of(Model(model.folder, built), "encoder", "trt-rtx") == 0.25
+    assert plan.parity is not None
+    proof = OpenVinoProof(version="1", processor=instructions(), seconds=1.0, ort_seconds=1.0, parity=plan.parity)
+    proven = replace(model.manifest, graphs={"encoder": replace(spec, openvino={proof.processor: proof})})
+    assert parity_of(Model(model.folder, proven), "encoder", "openvino") == 0.25
+    assert parity_of(model, "encoder", "openvino") is None
 
 
 # ---- on a GPU, which is simulated ----

@@ -14,6 +14,7 @@ from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 
 from wsss.engines.eager import EagerEngine
@@ -24,6 +25,7 @@ from wsss.export.exporting import export_model, verify_model
 from wsss.export.family import Family, Graph, Options, Prepared
 from wsss.export.reference import open_eager
 from wsss.export.rewrites import ChannelNorm, SamBlock
+from wsss.export.two_way import OfCells, ToCells, TwoWay
 from wsss.export.weights import spread
 from wsss.frame import Frame, frame_for
 from wsss.spec import AxisRange, Model
@@ -260,6 +262,51 @@ def test_keys_and_values_of_one_width_change_nothing(number: int) -> None:
     padded, tokens = SamBlock(block, SIDE // PATCH, one_width=True), torch.randn(2, SIDE // PATCH, SIDE // PATCH, 32)
     assert padded.width % 8 == 0
     torch.testing.assert_close(padded(tokens), SamBlock(block, SIDE // PATCH)(tokens))
+
+
+def seeded_attention(seed: int = 0) -> tuple[Attention, torch.Generator]:
+    """An official attention with 4 heads of 4 of 32 channels, and biases of the size of its results."""
+    generator = torch.Generator().manual_seed(seed)
+    attention = Attention(32, 4, downsample_rate=2)
+    for parameter in attention.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.25
+    return attention, generator
+
+
+@torch.inference_mode()
+def test_projections_of_cells_may_be_those_of_tokens() -> None:
+    attention, generator = seeded_attention()
+    tokens, others, cells, placed = (torch.randn(2, count, 32, generator=generator) for count in (5, 5, 40, 40))
+    seen = attention(q=tokens, k=placed, v=cells)
+    torch.testing.assert_close(ToCells(attention)(tokens, placed, cells), seen)
+    projected = attention.k_proj(placed), attention.v_proj(cells)
+    torch.testing.assert_close(ToCells(attention, projected=True)(tokens, *projected), seen)
+    seen = attention(q=placed, k=others, v=tokens)
+    torch.testing.assert_close(OfCells(attention)(placed, others, tokens), seen)
+    torch.testing.assert_close(OfCells(attention, projected=True)(attention.q_proj(placed), others, tokens), seen)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_two_way_transformer_of_boxes_of_several_images(depth: int) -> None:
+    official = TwoWayTransformer(depth=depth, embedding_dim=32, num_heads=4, mlp_dim=64)
+    spread(official, 2)
+    generator = torch.Generator().manual_seed(0)
+    embeddings, places = torch.randn(3, 32, 4, 5, generator=generator), torch.randn(1, 32, 4, 5, generator=generator)
+    tokens, image = torch.randn(4, 7, 32, generator=generator), torch.tensor([2, 0, 0, 1])
+    want = official(embeddings[image], places.expand(4, -1, -1, -1), tokens)
+    got = TwoWay(official)(embeddings.flatten(2).mT, places.flatten(2).mT, tokens, image)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_upscaling_with_channels_last_is_the_official_one() -> None:
+    layers = toy_sam().mask_decoder.output_upscaling
+    generator = torch.Generator().manual_seed(0)
+    cells, weights = torch.randn(2, 36, CHANNELS, generator=generator), torch.randn(2, CHANNELS // 8, generator=generator)
+    upscaled = layers(cells.mT.reshape(2, CHANNELS, 6, 6))
+    torch.testing.assert_close(sam.Upscale(layers)(cells, weights), torch.einsum("bchw,bc->bhw", upscaled, weights))
 
 
 # ---- weights ----
