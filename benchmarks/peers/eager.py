@@ -6,8 +6,8 @@
 - SAM: ``SamPredictor.set_image`` and ``predict_torch`` with all boxes, upsampled to the photograph.
 - Fusing has no official code: the rule of `export.fuse` on the upsampled logits.
 
-All under ``torch.no_grad``, as the official code. Not under ``torch.inference_mode``, which makes the bf16 autocast of CLIP's five
-views ten times as slow (torch 2.14.1).
+All under ``torch.no_grad``, as the official code. Not under ``torch.inference_mode``, which makes the bf16 autocast of CLIP's
+five views ten times as slow (torch 2.14.1).
 """
 
 from __future__ import annotations
