@@ -15,12 +15,14 @@ from ..errors import WsssError
 from ..spec import AxisRange, GraphSpec, Model, TensorSpec
 
 Feeds = dict[str, np.ndarray]
-UNITS = {"batch": "images", "phrases": "phrases", "boxes": "boxes", "picked": "masks"}
+UNITS = {"batch": "images", "phrases": "phrases", "boxes": "boxes", "picked": "masks", "views": "views"}
 """Axes that can be a graph's batch, and the unit of their entries. The first one that a graph has is its batch."""
 BOXES_AN_IMAGE = 8
 """Boxes that share an embedding in a decoder call, where the range of images allows it."""
 TILE_PX = 500
 """Height and width of a fused photograph, where the engine supports them: VOC photographs have 500 x 375."""
+PHOTO_PX = (375, 500)
+"""Height and width of a photograph that the engine resizes."""
 PHRASE_TOKENS = 4
 """Tokens of a class name with its dot. A caption has the usual length of its axis."""
 WORDS = (1_040, 1_090)
@@ -37,7 +39,7 @@ class Load:
     rows: int
     """Batch size."""
     unit: str
-    """What an entry of the batch is: images, prompts, phrases, boxes or masks."""
+    """What an entry of the batch is: images, prompts, phrases, boxes, masks or views."""
     lengths: Mapping[str, int]
     """Length of every free axis."""
 
@@ -47,7 +49,7 @@ def row_axis(spec: GraphSpec, axes: Mapping[str, AxisRange]) -> str:
     for axis in UNITS:
         if axis in axes:
             return axis
-    raise WsssError(f"{spec.file}: none of its axes {', '.join(axes) or '(none)'} counts images, phrases, boxes or masks")
+    raise WsssError(f"{spec.file}: none of its axes {', '.join(axes) or '(none)'} counts images, phrases, boxes, masks or views")
 
 
 def load_of(spec: GraphSpec, axes: Mapping[str, AxisRange], rows: int) -> Load:
@@ -58,7 +60,7 @@ def load_of(spec: GraphSpec, axes: Mapping[str, AxisRange], rows: int) -> Load:
     """
     counted = row_axis(spec, axes)
     preferred = {counted: rows, "images": -(-rows // BOXES_AN_IMAGE), "masks": rows, "height": TILE_PX, "width": TILE_PX}
-    preferred["length"] = PHRASE_TOKENS
+    preferred |= {"length": PHRASE_TOKENS, "photo_height": PHOTO_PX[0], "photo_width": PHOTO_PX[1]}
     lengths = {axis: min(max(preferred.get(axis, range_.opt), range_.min), range_.max) for axis, range_ in axes.items()}
     unit = UNITS[counted] if (counted, spec.inputs[0].name) != ("batch", "tokens") else "prompts"
     return Load(rows, unit, lengths)
@@ -103,7 +105,7 @@ def _pixels(request: _Request) -> np.ndarray:
 
 def _canvas(request: _Request) -> np.ndarray:
     """(batch, 2) int64, height and width: every photograph fills its canvas."""
-    pixels = next(tensor for tensor in request.spec.inputs if tensor.name == "pixels")
+    pixels = next(tensor for tensor in (*request.spec.inputs, *request.spec.outputs) if tensor.name == "pixels")
     return np.array(pixels.shape[1:3])
 
 
@@ -160,9 +162,17 @@ def _upsampling(request: _Request) -> np.ndarray:
     return matrix
 
 
+def _whole(request: _Request) -> np.ndarray:
+    """(views, 4): y0, y1, x0, x1 of the whole photograph."""
+    return np.array([0, request.load.lengths["photo_height"], 0, request.load.lengths["photo_width"]])
+
+
 _MAKERS: dict[str, Callable[[_Request], np.ndarray]] = {
     "pixels": _pixels,
     "size": _canvas,
+    "photo": _pixels,
+    "window": _whole,
+    "columns_first": lambda request: np.zeros(1),
     "tokens": _tokens,
     "mask": lambda request: np.ones(1),
     "text": _normal,

@@ -119,8 +119,10 @@ def _best_on_cpu(models: list[Model]) -> Literal["ort", "openvino"]:
     except WsssError as error:  # also without OpenVINO
         _log.warning("--engine auto: not openvino: %s", error.message)
         return "ort"
-    in_ort = sum(float("inf") if proof.ort_seconds is None else proof.ort_seconds for proof in proofs)  # infinite in bf16
-    return "openvino" if sum(proof.seconds for proof in proofs) < in_ort else "ort"
+    if any(model.graph(graph).precision == "bf16" for model, graph in graphs):  # which ONNX Runtime does not run
+        return "openvino"
+    seconds = [sum(getattr(proof, name) or 0 for proof in proofs) for name in ("seconds", "ort_seconds")]
+    return "openvino" if seconds[0] < seconds[1] else "ort"
 
 
 def _best_flavour(models: list[Model], index: int) -> Flavour | None:

@@ -6,6 +6,7 @@ call. Axes are padded that cost little, and whose names promise that rows append
 - ``tokens``: a token of phrase -1 is ignored.
 - ``boxes``, ``picked``: each row is computed alone; a mask of score 0 wins no pixel.
 - ``images``, ``masks``: rows are only read where an index says so.
+- ``photo_height``, ``photo_width``: pixels outside the windows of a resize have no weight.
 - ``height``, ``width``: a row of zeros in a matrix of upsampling makes pixels that no mask claims.
 
 Images of a batch are never padded: each costs as much as a real one.
@@ -25,6 +26,8 @@ LENGTHS: Mapping[str, tuple[int, ...]] = {
     "masks": (64, 128, 256),
     "height": (32, 64, 128, 256),
     "width": (256, 512, 768, 1024),
+    "photo_height": (384, 512, 768, 1024, 2048, 3072, 4096),
+    "photo_width": (384, 512, 768, 1024, 2048, 3072, 4096),
 }
 """By axis, ascending."""
 FILL: Mapping[str, int] = {"phrase": -1}

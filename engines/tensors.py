@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +115,23 @@ def new_tensor(
     tensor = CudaTensor(block, shape, dtype, stored)
     weakref.finalize(tensor, cuda.give_back, block).atexit = False
     return tensor
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one behind the other along their first axis: (N, ...), on the GPU where all of them are there."""
+    first = parts[0]
+    if not isinstance(first, CudaTensor) or not all(isinstance(part, CudaTensor) for part in parts):
+        return np.concatenate([np.asarray(part) for part in parts])
+    first.block.cuda.use()
+    rows = sum(part.shape[0] for part in parts)
+    whole = new_tensor(first.block.cuda, first.block.cuda.copies, (rows, *first.shape[1:]), first.dtype)
+    start = 0
+    for part in parts:
+        assert isinstance(part, CudaTensor) and part.is_contiguous
+        part.check()
+        part.copy_to(whole.block, start)
+        start += part.size_bytes
+    return whole
 
 
 class Gathered:

@@ -17,8 +17,11 @@ from torch import nn
 
 from ..errors import UsageError
 from ..spec import AxisRange, GraphSpec, Precision, Preprocess, TensorSpec
+from . import canvases
 
 Sampling = Literal["grid-sample", "gather", "plugin"]
+DISTINCT = 3
+"""`Graph.distinct` of the large image graphs."""
 COARSER = 4.0
 """Ratio of the tolerances of bfloat16 (8 bits) to those of float16 (11 bits), whose measured errors differ by a factor of 8."""
 Feeds = dict[str, np.ndarray]
@@ -158,7 +161,10 @@ class Graph:
     The graph's outputs only serve to resolve ties (see ``ties``); most families ignore them. The result may also contain
     arrays ``NAME.WHAT`` by which the measure of output NAME tells ties from errors (`gap_of_choices`)."""
     take: Callable[[Feeds, Sequence[int]], Feeds] = take_rows
-    """(feeds, row numbers) to the feeds of these rows."""
+    """(feeds, row numbers) to the feeds of these rows, which may repeat."""
+    distinct: int | None = None
+    """How many different inputs the gate uses, repeated in its batches, where the computation of a row takes seconds; None:
+    every row of the largest batch has its own."""
     tolerance: Mapping[str, Tolerance]
     """Per output; required for every output except ``ties``."""
     ties: str | None = None
@@ -169,6 +175,9 @@ class Graph:
     whole: bool = False
     """Whether the entries of ``row_axis`` depend on each other (masks competing for pixels). If so, the gate compares whole
     calls, each with different feeds, instead of rows."""
+
+    template: Template | None = None
+    """The trace that it shares with the graphs of other canvases; None: it is traced alone."""
 
     def spec(self, file: str, opset: int) -> GraphSpec:
         """The contract as the manifest stores it."""
@@ -198,6 +207,17 @@ class Graph:
             reference=lambda feeds, outputs: reference(io_as(np.float32, feeds), io_as(np.float32, outputs)),
             tolerance=half.tolerance if is_fp16 else {name: each.coarser() for name, each in half.tolerance.items()},
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """One trace for several canvases."""
+
+    shared: canvases.Template
+    canvas: tuple[int, int]
+    """(height, width) of this graph."""
+    graph: Callable[[], Graph]
+    """The graph that is traced, on the canvas of ``shared``."""
 
 
 class SavesTokenizer(Protocol):

@@ -32,11 +32,18 @@ def normalize_in_fp32(mean: Sequence[float], std: Sequence[float]) -> Fp32:
     return Fp32(Normalize(mean, std), why="half precision cannot resolve the steps between pixel values")
 
 
-def normalized(pixels: Tensor, size: Tensor, normalize: nn.Module) -> Tensor:
-    """(B, 3, H, W) float32: `Normalize` of photographs (B, H, W, 3) uint8, and 0 outside their valid (height, width) (B, 2)."""
-    rows = torch.arange(pixels.shape[1], device=pixels.device)[None, :, None] < size[:, 0, None, None]
-    columns = torch.arange(pixels.shape[2], device=pixels.device)[None, None, :] < size[:, 1, None, None]
-    return torch.where((rows & columns)[..., None], normalize(pixels), 0.0).permute(0, 3, 1, 2)
+def normalized(
+    pixels: Tensor, size: Tensor, normalize: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None
+) -> Tensor:
+    """(B, 3, H, W) float32: `Normalize` of photographs (B, H, W, 3) uint8, and 0 outside their valid (height, width) (B, 2).
+
+    Args:
+        rows, columns: int64 (1, H, 1) and (1, 1, W), the numbers of the pixels from 0; None makes them.
+    """
+    rows = torch.arange(pixels.shape[1], device=pixels.device)[None, :, None] if rows is None else rows
+    columns = torch.arange(pixels.shape[2], device=pixels.device)[None, None, :] if columns is None else columns
+    inside = (rows < size[:, 0, None, None]) & (columns < size[:, 1, None, None])
+    return torch.where(inside[..., None], normalize(pixels), 0.0).permute(0, 3, 1, 2)
 
 
 class ChannelNorm(nn.Module):

@@ -21,9 +21,10 @@ from ..batch import MAX_BOXES
 from ..errors import UsageError, WeightsError
 from ..spec import AxisRange, Preprocess, TensorSpec
 from . import fuse
-from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
+from .family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
 from .mini import build_sam_mini
 from .precision.lowering import Fp32
+from .resize import resize_graphs
 from .rewrites import SamBlock, normalize_in_fp32, normalized, with_channel_norms
 from .two_way import TwoWay
 from .verify import padded_photographs
@@ -81,7 +82,7 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
         raise UsageError("--size: SAM has one fixed input size and takes no others", hint="leave --size out")
     sam, record = load(variant, weights)
     batch = options.batch or BATCHES[variant]
-    return prepared_from(sam, variant=variant, weights=record, batch=batch, one_width=options.for_tensorrt)
+    return prepared_from(sam, variant=variant, weights=record, batch=batch, for_tensorrt=options.for_tensorrt)
 
 
 def prepared_from(
@@ -91,12 +92,12 @@ def prepared_from(
     weights: Mapping[str, str],
     batch: AxisRange,
     boxes: AxisRange = BOXES,
-    one_width: bool = False,
+    for_tensorrt: bool = False,
 ) -> Prepared:
     """The graphs, preprocessing and settings of a loaded SAM of any size; ``weights`` is `weights_record`.
 
     Args:
-        one_width: see `SamBlock`.
+        for_tensorrt: attention of one width (`SamBlock`), and the graphs that resize photographs on a GPU.
     """
     side, logits_side = sam.image_encoder.img_size, 4 * sam.prompt_encoder.image_embedding_size[0]
     preprocess = Preprocess(
@@ -111,9 +112,10 @@ def prepared_from(
     return Prepared(
         variant=variant,
         graphs=(
-            partial(encoder_graph, sam, batch, one_width=one_width),
+            partial(encoder_graph, sam, batch, one_width=for_tensorrt),
             partial(decoder_graph, sam, AxisRange(1, max(batch.opt, IMAGES // 2), max(batch.max, IMAGES)), boxes),
             partial(fuse.fuse_graph, preprocess, logits_side=logits_side, masks=MASKS),
+            *(resize_graphs(preprocess) if for_tensorrt else ()),
         ),
         preprocess=preprocess,
         settings={"logits_side": logits_side},
@@ -262,6 +264,7 @@ def encoder_graph(sam: Sam, batch: AxisRange, *, one_width: bool = False) -> Gra
         axes={"batch": batch},
         row_axis="batch",
         sample=partial(sample_photographs, side),
+        distinct=DISTINCT,
         reference=reference,
         tolerance={"embedding": Tolerance(relative=1e-4, why="float32 sums in another order through up to 32 blocks")},
         half=InHalf(
@@ -304,6 +307,7 @@ def decoder_graph(sam: Sam, images: AxisRange, boxes: AxisRange) -> Graph:
         sample=partial(sample_boxes, side, (channels, grid, grid), images.max),
         reference=reference,
         take=take_boxes,
+        distinct=IMAGES + 1,  # boxes, of so many images less one
         tolerance={
             "logits": Tolerance(relative=1e-4, why=why),
             "quality": Tolerance(relative=math.inf, absolute=1e-5, why=f"{why}; one number, which may be 0"),

@@ -21,7 +21,7 @@ from ..errors import UsageError, WeightsError
 from ..spec import AxisRange, Preprocess, TensorSpec, sha256_of
 from ..train.checkpoint import RECORD, RunRecord, load_run, weights_file
 from ..train.model import Segmenter, build_segmenter
-from .family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, gap_of_choices
+from .family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, gap_of_choices
 from .precision.lowering import Fp32
 from .rewrites import normalize_in_fp32, normalized
 from .sam import MEAN, STD
@@ -200,6 +200,7 @@ def image_graph(segmenter: Segmenter, record: RunRecord, canvas: tuple[int, int]
         axes={"batch": batch},
         row_axis="batch",
         sample=partial(padded_photographs, canvas),
+        distinct=DISTINCT,
         reference=reference,
         tolerance=tolerances(2e-3, 2e-3),
         half=InHalf(tolerance=tolerances(3e-2, 1e-2)),

@@ -21,6 +21,7 @@ from onnxscript import optimizer
 
 from ..errors import WsssError
 from ..spec import Precision, TensorSpec
+from .canvases import remove_paddings_by_nothing
 from .deformable_plugin import define_plugin
 from .family import Graph
 from .precision.accumulation import long_products
@@ -65,7 +66,17 @@ class WeightFile:
 
 
 def trace(graph: Graph) -> ir.Model:
-    """Trace the float32 graph with torch.onnx; node names are unique. Raises WsssError when tracing fixed a free axis."""
+    """Trace the float32 graph with torch.onnx; node names are unique. Graphs with one `Template` are traced once.
+
+    Raises:
+        WsssError: tracing fixed a free axis.
+    """
+    if (template := graph.template) is None:
+        return _trace(graph)
+    return template.shared.at(template.canvas, graph.module, lambda: _trace(template.graph()))
+
+
+def _trace(graph: Graph) -> ir.Model:
     feeds = graph.sample(min(TRACED_ROWS, graph.axes[graph.row_axis].max), 0)
     arguments = tuple(_float32(torch.from_numpy(feeds[spec.name].copy())) for spec in graph.inputs)
     dims = {axis: torch.export.Dim(axis) for axis in graph.axes}
@@ -86,6 +97,7 @@ def trace(graph: Graph) -> ir.Model:
     assert program is not None
     model = program.model
     _optimize(model)
+    remove_paddings_by_nothing(model.graph)
     _check_axes(graph.name, graph.inputs, model.graph.inputs)
     define_plugin(model)
     _free_output_names(model)

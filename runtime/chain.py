@@ -30,6 +30,7 @@ from .fuse import Fuser
 from .given.names import twins_of
 from .given.stages import BoxesFromFile, Given, LabelsFromFile
 from .remembered import RememberedEngine
+from .resize import Resizer
 from .segment import MaskPredictor
 from .tag import Tagger
 from .trained_segmenter import SegmenterStage, classes_of, no_boxes, no_masks
@@ -190,6 +191,13 @@ class Chain:
                 return opener(of, "text")
             return RememberedEngine(of, "text", chosen, lambda: opener(of, "text"))
 
+        def resizer(of: Model) -> Resizer | None:
+            """Inputs are made on a GPU by engines that keep their outputs there, if the bundle has the graphs for it."""
+            names = {canvas: f"resize-{canvas[0]}x{canvas[1]}" for canvas in of.manifest.preprocess.canvases}
+            if chosen not in MODULES or not of.manifest.graphs.keys() >= set(names.values()):
+                return None
+            return Resizer(lambda canvas: opener(of, names[canvas]))
+
         def take(name: str) -> Model:
             opened = folder.model(name)
             settings["models"][name] = opened.manifest.identity()
@@ -233,7 +241,7 @@ class Chain:
             elif rules.gate:
                 clip = take("clip")
                 graphs = opener(clip, "image"), text_opener(clip)
-                tag = tagger = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold)
+                tag = tagger = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold, resizer=resizer(clip))
                 resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])
             else:
                 tag = ConstantTags(known, True)
@@ -252,6 +260,7 @@ class Chain:
                 lambda canvas: opener(dino, f"image-{canvas[0]}x{canvas[1]}"),
                 known,
                 threshold=rules.box_threshold,
+                resizer=resizer(dino),
                 nms=rules.nms,
                 nms_across=rules.nms_across,
             )
@@ -261,7 +270,7 @@ class Chain:
                 known, tag=tag, detect=detect, segment=no_masks, fuse=_no_labels, settings=settings, device=place, given=given
             )
         sam = take("sam")
-        segment = MaskPredictor(sam, opener(sam, "encoder"), opener(sam, "decoder"))
+        segment = MaskPredictor(sam, opener(sam, "encoder"), opener(sam, "decoder"), resizer=resizer(sam))
         fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin, keep_masks=masks)
         if masks:  # absent otherwise, as in stores of versions that kept none
             settings["masks"] = True

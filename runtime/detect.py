@@ -18,7 +18,8 @@ from ..classes import ClassList
 from ..engines.engine import Engine
 from ..frame import Frame, frame_for
 from ..spec import Model
-from .canvas import made_ahead, on_canvas, stacked
+from .canvas import Rows, input_of, on_canvas, together
+from .resize import Resizer
 from .text import open_tokenizer, tokenize_phrases
 
 
@@ -91,6 +92,7 @@ class Detector:
         threshold: lowest score of a box, a mean over the phrase's tokens; None takes the bundle's.
         nms: boxes of one class with a larger IoU are one object.
         nms_across: boxes of different classes with a larger IoU are one object, of the class with the best score.
+        resizer: makes the canvases on the engines' device; None: the host does.
     """
 
     def __init__(
@@ -103,10 +105,11 @@ class Detector:
         threshold: float | None = None,
         nms: float = 0.5,
         nms_across: float = 0.8,
+        resizer: Resizer | None = None,
     ) -> None:
         settings = model.manifest.settings
         self._preprocess = model.manifest.preprocess
-        self._engine_of = lru_cache(maxsize=None)(image)
+        self._engine_of, self._resizer = lru_cache(maxsize=None)(image), resizer
         self.threshold = float(settings["box_threshold"]) if threshold is None else threshold
         self._nms, self._nms_across = nms, nms_across
         self._pixels = self._valid = 0
@@ -115,13 +118,13 @@ class Detector:
 
     def __call__(self, images: Images, labels: Labels) -> Boxes:
         """Find boxes of the classes in ``labels.present``; images without a class are not processed."""
-        inputs: dict[int, np.ndarray] = {}  # one for each image that is processed, shared by its captions
+        inputs: dict[int, Rows] = {}  # one for each image that is processed, shared by its captions
         jobs: dict[tuple[int, int], list[tuple[int, Frame, Caption]]] = {}
         for number, photo in enumerate(images):
             present = [phrase for label in np.flatnonzero(labels.present[number]) for phrase in self._phrases[label]]
             frame = self.frame_of(photo)
             if present:
-                inputs[number] = made_ahead(photo, "detect", self)
+                inputs[number] = input_of(photo, "detect", self)
             for group in split_phrases(present, self._budget):
                 jobs.setdefault(frame.canvas, []).append((number, frame, join_phrases(self._cls, group, self._sep)))
         found: list[Boxes] = []
@@ -148,7 +151,17 @@ class Detector:
         """The input of an image engine: (H, W, 3) uint8."""
         return on_canvas(photo.pixels, self.frame_of(photo), self._preprocess.filter, out)
 
-    def _run(self, engine: Engine, inputs: Mapping[int, np.ndarray], rows: list[tuple[int, Frame, Caption]]) -> list[Boxes]:
+    def resizes(self, photo: Photograph) -> bool:
+        """Whether the engine's device makes the canvas."""
+        return self._resizer is not None and self._resizer.takes(photo, self.frame_of(photo).canvas)
+
+    def resized(self, photo: Photograph) -> Rows | None:
+        """The canvas (1, H, W, 3) uint8 on the engine's device; None if that has no memory for it."""
+        assert self._resizer is not None
+        frame = self.frame_of(photo)
+        return self._resizer(photo, [(0, frame.image[0], 0, frame.image[1])], frame.valid, frame.canvas)
+
+    def _run(self, engine: Engine, inputs: Mapping[int, Rows], rows: list[tuple[int, Frame, Caption]]) -> list[Boxes]:
         tokens = max(engine.axes["tokens"].min, *(len(caption.text) for _, _, caption in rows))
         width = rows[0][2].text.shape[1]
         text = np.zeros((len(rows), tokens, width), rows[0][2].text.dtype)
@@ -159,7 +172,7 @@ class Detector:
             text[row, :count], phrase[row, :count], position[row, :count] = caption.text, caption.phrase, caption.position
         out = engine(
             {
-                "pixels": stacked([inputs[number] for number, _, _ in rows]),
+                "pixels": together([inputs[number] for number, _, _ in rows]),
                 "size": np.array([frame.valid for _, frame, _ in rows], np.int64),
                 "text": text,
                 "phrase": phrase,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -164,25 +161,3 @@ def cut_to_fit(stage: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
             return stage(*args, **kwargs)
         except CutSmaller:
             continue
-
-
-def free_bytes(root: Path = Path("/")) -> int:
-    """Bytes of host memory that this process may still take: what Linux reports as available, within its control group's limit.
-
-    A control group counts cached files as used memory, but Linux frees them on demand, so that they count as free here.
-
-    Args:
-        root: the folder of ``proc`` and ``sys``. Where neither gives a number, there is no limit.
-    """
-    free = [1 << 62]
-    group = root / "sys/fs/cgroup"
-    with suppress(OSError, ValueError, IndexError):
-        free.append(1024 * int((root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
-    for limit, used, stat in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        with suppress(OSError, ValueError):
-            files = [line.split()[1] for line in (group / stat).read_text().splitlines() if re.match("(in)?active_file ", line)]
-            free.append(int((group / limit).read_text()) - int((group / used).read_text()) + sum(map(int, files)))
-    return max(min(free), 0)

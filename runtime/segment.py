@@ -10,7 +10,8 @@ from ..batch import Boxes, Images, Masks, Photograph, Tensor
 from ..engines.engine import Engine, outliving
 from ..frame import Frame, frame_for
 from ..spec import Model
-from .canvas import made_ahead, on_canvas, stacked
+from .canvas import Rows, input_of, on_canvas, together
+from .resize import Resizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,12 @@ class MaskPredictor:
     Args:
         model: the bundle's ``sam``.
         encoder, decoder: its engines.
+        resizer: makes the canvases on the engines' device; None: the host does.
     """
 
-    def __init__(self, model: Model, encoder: Engine, decoder: Engine) -> None:
+    def __init__(self, model: Model, encoder: Engine, decoder: Engine, *, resizer: Resizer | None = None) -> None:
         self._preprocess = model.manifest.preprocess
-        self._encoder, self._decoder = encoder, decoder
+        self._encoder, self._decoder, self._resizer = encoder, decoder, resizer
 
     def __call__(self, images: Images, boxes: Boxes) -> Masks:
         """One mask per box; an image without a box is not encoded."""
@@ -72,14 +74,27 @@ class MaskPredictor:
         """A photograph as the encoder takes it: (S, S, 3) uint8."""
         return on_canvas(photo.pixels, frame_for(self._preprocess, *photo.shape), self._preprocess.filter, out)
 
+    def resizes(self, photo: Photograph) -> bool:
+        """Whether the engine's device makes the canvas."""
+        return self._resizer is not None and self._resizer.takes(photo, frame_for(self._preprocess, *photo.shape).canvas)
+
+    def resized(self, photo: Photograph) -> Rows | None:
+        """The canvas (1, S, S, 3) uint8 on the engine's device; None if that has no memory for it."""
+        assert self._resizer is not None
+        frame = frame_for(self._preprocess, *photo.shape)
+        made = self._resizer(photo, [(0, frame.image[0], 0, frame.image[1])], frame.valid, frame.canvas)
+        photo.on_device.clear()  # this stage is the last that reads its pixels
+        return made
+
     def _encode(self, images: Images, group: np.ndarray, frames: list[Frame | None]) -> Tensor:
-        pixels, sizes = [], []
+        pixels: list[Rows] = []
+        sizes = []
         for number in group:
             frame = frames[number]
             assert frame is not None
-            pixels.append(made_ahead(images[number], "segment", self))
+            pixels.append(input_of(images[number], "segment", self))
             sizes.append(frame.valid)
-        return self._encoder({"pixels": stacked(pixels), "size": np.array(sizes, np.int64)})["embedding"]
+        return self._encoder({"pixels": together(pixels), "size": np.array(sizes, np.int64)})["embedding"]
 
     def _decode(self, embedding: Tensor, group: np.ndarray, boxes: Boxes, masks: Masks) -> None:
         rows = np.flatnonzero(np.isin(boxes.image, group))

@@ -14,6 +14,7 @@ of two rules, because a threshold fits only one of them:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -21,10 +22,17 @@ from PIL import Image
 from ..batch import Images, Labels, Photograph
 from ..classes import ClassList, backgrounds_for
 from ..engines.engine import Engine
-from ..frame import Frame
+from ..pixels.pictures import picture_of
 from ..spec import Model
-from .canvas import made_ahead, on_canvas, stacked
+from .canvas import Rows, input_of, resized_part, together
+from .resize import Resizer
 from .text import open_tokenizer, tokenize_prompts
+
+SAMPLES = 4
+"""Views of a large photograph are resized from its means over blocks of pixels, as long as the smallest view keeps this many
+blocks to a pixel along each axis: at 224 pixels from 7 million pixels on. Of PASCAL VOC's photographs put together to pictures of
+12 and 24 million pixels, 99.3 % of the values or more are within one gray level of Pillow's, and the mini model's embeddings have
+a cosine of 0.9999 or more with those of Pillow's pixels (`benchmarks/studies/parity/large_views.py`)."""
 
 
 class Tagger:
@@ -35,15 +43,26 @@ class Tagger:
         image, text: its engines.
         classes: the run's class list.
         threshold: lowest probability of a class that is present; None takes the bundle's.
+        resizer: makes the views on the engines' device; None: the host does.
     """
 
-    def __init__(self, model: Model, image: Engine, text: Engine, classes: ClassList, *, threshold: float | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        image: Engine,
+        text: Engine,
+        classes: ClassList,
+        *,
+        threshold: float | None = None,
+        resizer: Resizer | None = None,
+    ) -> None:
         settings = model.manifest.settings
         self._preprocess = model.manifest.preprocess
-        self._image = image
+        self._image, self._resizer = image, resizer
         self._scale = float(settings["logit_scale"])
         self._rule = settings.get("rule", "softmax")
         self._levels = tuple(int(level) for level in settings["views"])
+        self._count = sum(level * level for level in self._levels)
         self.threshold = float(settings["threshold"]) if threshold is None else threshold
         backgrounds = backgrounds_for(classes, tuple(settings["backgrounds"]))
         self._classes = len(classes.names)
@@ -54,14 +73,14 @@ class Tagger:
 
     def __call__(self, images: Images) -> Labels:
         """Scores of B images: (B, C) float32, the best view's softmax probability of each class."""
-        views = [(number, view) for number, photo in enumerate(images) for view in made_ahead(photo, "tag", self)]
+        views = [input_of(photo, "tag", self) for photo in images]  # each (V, S, S, 3)
         score = np.zeros((len(images), self._classes), np.float32)
         step = self._image.axes["batch"].max
-        for start in range(0, len(views), step):
-            chunk = views[start : start + step]
-            out = self._image({"pixels": stacked([view for _, view in chunk])})
-            probability = self._probability(np.asarray(out["embedding"]))
-            np.maximum.at(score, [number for number, _ in chunk], probability)
+        for start in range(0, len(images) * self._count, step):
+            rows = np.arange(start, min(start + step, len(images) * self._count))
+            pixels = together(_between(views, self._count, int(rows[0]), int(rows[-1]) + 1))
+            probability = self._probability(np.asarray(self._image({"pixels": pixels})["embedding"]))
+            np.maximum.at(score, rows // self._count, probability)
         return Labels(score, score >= self.threshold)
 
     def _probability(self, embedding: np.ndarray) -> np.ndarray:
@@ -75,20 +94,59 @@ class Tagger:
 
     def room(self, photo: Photograph) -> tuple[int, ...]:
         """(V, S, S, 3)."""
-        return (sum(level * level for level in self._levels), *self._preprocess.canvases[0], 3)
+        return (self._count, *self._preprocess.canvases[0], 3)
 
     def prepare(self, photo: Photograph, out: np.ndarray) -> np.ndarray:
         """The views of a photograph as the engine takes them: (V, S, S, 3) uint8."""
+        windows = view_windows(*photo.shape, self._levels)
+        return resized_views(picture_of(photo.pixels), windows, self._preprocess.canvases[0], self._preprocess.filter, out)
+
+    def resizes(self, photo: Photograph) -> bool:
+        """Whether the engine's device makes the views."""
+        return self._resizer is not None and self._resizer.takes(photo, self._preprocess.canvases[0], self._count)
+
+    def resized(self, photo: Photograph) -> Rows | None:
+        """The views (V, S, S, 3) uint8 on the engine's device; None if that has no memory for them."""
+        assert self._resizer is not None
         side = self._preprocess.canvases[0]
-        image = Image.fromarray(photo.pixels)
-        for view, (y0, y1, x0, x1) in zip(out, view_windows(*photo.shape, self._levels), strict=True):
-            on_canvas(image.crop((x0, y0, x1, y1)), Frame((y1 - y0, x1 - x0), side, side), self._preprocess.filter, view)
-        return out
+        return self._resizer(photo, view_windows(*photo.shape, self._levels), side, side)
+
+
+def _between(parts: Sequence[Rows], each: int, start: int, stop: int) -> list[Rows]:
+    """Rows ``start`` to ``stop`` of parts of ``each`` rows."""
+    first = start // each
+    return [
+        cast(Rows, part[max(start - at, 0) : stop - at])
+        for at, part in zip(range(first * each, stop, each), parts[first:], strict=False)
+    ]
 
 
 def view_windows(height: int, width: int, levels: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
     """The views of an image: (y0, y1, x0, x1) pixels; level k has k x k windows of 2 / (k + 1) of each side, evenly spaced."""
     return [(*_span(height, i, level), *_span(width, j, level)) for level in levels for i in range(level) for j in range(level)]
+
+
+def resized_views(
+    picture: Image.Image, windows: Sequence[tuple[int, int, int, int]], size: tuple[int, int], filter: str, out: np.ndarray
+) -> np.ndarray:
+    """Write the windows of a picture, resized to (height, width) without the pixels around them, into ``out`` (V, h, w, 3) uint8.
+
+    Windows of large pictures are made of one reduced picture, see `SAMPLES`.
+    """
+    down, across = (
+        max(int(shortest / (SAMPLES * side)), 1) for shortest, side in zip(shortest_sides(windows), size, strict=True)
+    )
+    reduced = picture if down == across == 1 else picture.reduce((across, down))
+    for view, (y0, y1, x0, x1) in zip(out, windows, strict=True):
+        top, left, bottom, right = y0 // down, x0 // across, -(-y1 // down), -(-x1 // across)
+        part = reduced.crop((left, top, right, bottom))
+        view[:] = resized_part(part, size, filter, (x0 / across - left, y0 / down - top, x1 / across - left, y1 / down - top))
+    return out
+
+
+def shortest_sides(windows: Sequence[tuple[int, int, int, int]]) -> tuple[int, int]:
+    """Height of the lowest window and width of the narrowest."""
+    return min(y1 - y0 for y0, y1, _, _ in windows), min(x1 - x0 for _, _, x0, x1 in windows)
 
 
 def _span(length: int, number: int, level: int) -> tuple[int, int]:

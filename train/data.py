@@ -23,6 +23,7 @@ from ..batch import VOID
 from ..errors import StoreError, WsssError
 from ..frame import scaled, shorter_factor
 from ..photographs import read_photograph
+from ..pixels.pictures import picture_of
 from ..store.local import read_label
 from .args import DataArgs
 from .survey import Item
@@ -157,7 +158,7 @@ def working_size(shape: tuple[int, ...], args: DataArgs, scale: float = 1.0) -> 
 def resized(pixels: np.ndarray, size: tuple[int, int]) -> tv_tensors.Image:
     """Resize (H, W, 3) uint8 to (3, h, w) with Pillow's antialiased bilinear filter, as the runtime does."""
     if pixels.shape[:2] != size:
-        pixels = np.array(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
+        pixels = np.array(picture_of(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
 
 

@@ -54,6 +54,9 @@ class Photograph:
     ahead: dict[str, tuple[Future[None], np.ndarray]] = field(default_factory=dict)
     """Inputs that are prepared in advance, by the stage's name: a future and the array it fills. Stages prepare missing ones."""
 
+    on_device: dict[str, Tensor] = field(default_factory=dict)
+    """Copies of its pixels on the engines' device, where stages make their inputs there (`wsss.runtime.resize`)."""
+
     @property
     def shape(self) -> tuple[int, int]:
         """(height, width) in pixels."""

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, _imaging, fea
 
 from .batch import Photograph
 from .errors import ImageError
+from .pixels.direct_jpeg import decode_rgbx
 from .reading.documents import read_regular
 
 
@@ -147,10 +148,15 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
                     f"{name}: expected 8 or 16 bits per channel, got floating-point pixels, which have no fixed range",
                     hint="convert it to 8 bits per channel",
                 )
+            direct = None
             if shorter_side_px:
                 image.draft(None, (shorter_side_px, shorter_side_px))
+            elif image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+                direct = decode_rgbx(file.data, (image.height, image.width))
+            if direct is None:
+                image.load()  # a PNG may have its metadata after the pixels
             orientation = _orientation(image)  # before the rotation is applied, which removes the tag
-            pixels = _rgb(image)
+            pixels = _rgb(image) if direct is None else _rotated(direct, orientation)[..., :3]
         if _damage.found:
             raise ValueError("damaged")
     except ImageError:
@@ -184,6 +190,7 @@ def decode(file: ImageFile, *, shorter_side_px: int | None = None) -> Photograph
 def from_pillow(image: Image.Image, name: str) -> Photograph:
     """A PIL image with the pixels that `decode` gives its file. Raises ImageError as `decode` does; the image stays as it is."""
     try:
+        image.load()
         orientation = _orientation(image)
         copy = image.copy()  # `_rgb` rotates in place
         if copy.mode == "F" or 0 in copy.size or copy.width * copy.height > MAX_PIXELS:
@@ -211,22 +218,41 @@ def _warning(pixels: np.ndarray) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation that `ImageOps.exif_transpose` applies, 1 to 8."""
-    image.load()  # a PNG may have its metadata after the pixels
+    """The EXIF orientation that `ImageOps.exif_transpose` applies, 1 to 8, of an image whose metadata are read."""
     value = image.getexif().get(ExifTags.Base.Orientation)
     return next((number for number in range(2, 9) if value == number), 1)
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
     ImageOps.exif_transpose(image, in_place=True)
+    pixels = np.empty((image.height, image.width, 4), np.uint8)
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         high = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(high[:, :, None], 3, axis=2)
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
+        pixels[...] = high[:, :, None]
+        return pixels[..., :3]
     for top in range(0, image.height, _BAND):  # in bands, because each step makes a copy
         band = image.crop((0, top, image.width, min(top + _BAND, image.height)))
         if band.has_transparency_data:
             band = band.convert("RGBA")
             band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
-        pixels[top : top + _BAND] = np.asarray(band.convert("RGB"))
+        pixels[top : top + _BAND] = np.asarray((band if band.mode == "RGB" else band.convert("RGB")).convert("RGBX"))
+    return pixels[..., :3]
+
+
+def _rotated(rgbx: np.ndarray, orientation: int) -> np.ndarray:
+    """Stored pixels (H, W, 4) uint8 after an EXIF orientation, as `ImageOps.exif_transpose` applies it."""
+    if orientation == 1:
+        return rgbx
+    stored = rgbx.view(np.uint32)[..., 0]
+    rotated = {
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.T,
+        6: stored[::-1].T,
+        7: stored[::-1, ::-1].T,
+        8: stored[:, ::-1].T,
+    }[orientation]
+    pixels = np.empty((*rotated.shape, 4), np.uint8)
+    pixels.view(np.uint32)[..., 0] = rotated
     return pixels

@@ -161,10 +161,11 @@ class OpenVinoProof:
     """Of OpenVINO; another version computes with other kernels."""
     processor: str
     """Its newest vector instructions, for example ``avx512_bf16``, by which OpenVINO chooses kernels."""
-    seconds: float
-    """Time of one call, with as many rows as the processor has cores."""
-    ort_seconds: float | None
-    """The same in ONNX Runtime, measured in turns; None for a graph in bf16, which it does not run."""
+    seconds: float | None = None
+    """Time of one call, with as many rows as the processor has cores; None for graphs that were not timed: those in bf16, which
+    only OpenVINO runs, and canvases after the first."""
+    ort_seconds: float | None = None
+    """The same in ONNX Runtime, measured in turns."""
     parity: Parity
 
 

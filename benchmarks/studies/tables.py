@@ -219,11 +219,18 @@ def stage_two() -> str:
     return table(["stage two", "measured"], rows)
 
 
+PIECES = ("read", "decode", "views", "detector", "sam", "png")
+"""Pieces of the host's work for a photograph, in `results/host-path.json`."""
+
+
 def host() -> str:
     """The host's work around the engines."""
     path, huge, photos, page, scores = (
         result(name) for name in ("host-path", "huge-image", "real-photos", "report-page", "eval-speed")
     )
+    graph, views = result("resize-graph"), result("large-views")["4000 x 3000"]
+    compared = {name: graph[name]["photographs"] for name in ("clip", "grounding-dino", "sam")}
+    exact = f"largest difference {views['worst']}"
     cost = scores["cost, val"][0]
     chain = sum(photos["seconds_per_image"].values())
     each = (
@@ -234,6 +241,23 @@ def host() -> str:
         [
             "host work a VOC photograph, one core",
             f"{path['cpu']['cpu_ms']:.0f} ms ({path['cpu']['ratio']:.2f} x decode, resize, encode alone)",
+        ],
+        *(
+            [f"{words}: " + ", ".join(PIECES), f"{pieces['sum']:.0f} ms: " + ", ".join(f"{pieces[name]:.3g}" for name in PIECES)]
+            for words, pieces in (("VOC", path["pieces_ms"]["voc"]), ("12 Mpx", path["pieces_ms"]["12_mpx"]))
+        ),
+        [
+            "the same with inputs made on the device: VOC, 12 Mpx",
+            ", ".join(f"{path['resized_on_device_ms'][size]:.3g} ms" for size in ("voc", "12_mpx")),
+        ],
+        [
+            f"resizing graph against Pillow, {graph['photographs']} photographs, values equal: views, detector, SAM",
+            ", ".join(f"{each['equal']['all']:.3%}" for each in compared.values())
+            + f"; largest difference {max(each['worst'] for each in compared.values())} of 255",
+        ],
+        [
+            "CLIP's views of 12 Mpx from means over blocks, against Pillow",
+            f"{views['ms']:.0f} instead of {views['pillow_ms']:.0f} ms; {views['within_one']:.2%} within 1 of 255, {exact}",
         ],
         ["two cores against one", f"{path['images_per_second']['scaling']:.2f} x"],
         ["an asynchronous engine of 20 ms a batch", f"run takes {path['engine_bound']['ratio']:.2f} x the engine's time"],
@@ -387,10 +411,23 @@ def summary() -> str:
     )
 
 
+def export_cost() -> str:
+    """CPU time and memory of `wsss export` with random weights."""
+    rows: list[Row] = []
+    for model, found in result("export-cost").items():
+        for name, graph in found["graphs"].items():
+            trace, gate = graph["trace"], graph["gate"]
+            batches = ", ".join(map(str, graph["batches"]))
+            seconds = f"{trace['cpu_seconds']:.0f} s", f"{gate['cpu_seconds']:.0f} s"
+            rows.append([f"{model} {name}", *seconds, batches, f"{trace['peak_gb']:.1f} GB", f"{gate['peak_gb']:.1f} GB"])
+    return table(["FP32", "tracing, CPU", "gate, CPU", "its batches", "peak memory of tracing", "of the gate"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "parity": parity,
     "half-precision": half,
+    "export-cost": export_cost,
     "engine-builds": engines,
     "compiled-graphs": compiled,
     "chain-bounds": chain_bounds,

@@ -39,8 +39,9 @@ from torch import Tensor, nn
 from ...errors import UsageError, WeightsError
 from ...spec import AxisRange, Preprocess, TensorSpec
 from .. import weights as checkpoints
-from ..family import Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance
+from ..family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance
 from ..precision.lowering import Fp32
+from ..resize import PARTS, resize_graphs
 from ..rewrites import normalize_in_fp32
 from ..verify import photograph
 from . import weights as clip_weights
@@ -94,21 +95,23 @@ def prepare(variant: str, weights_name: str, options: Options) -> Prepared:
         raise UsageError(f"--size: CLIP {variant} only takes {height}x{width}", hint="leave --size out")
     recipe = loaded.recipe
     bias = model.logit_bias
+    preprocess = Preprocess(
+        resize="squash",
+        longest_px=max(height, width),
+        filter=cast("Any", recipe.interpolation),
+        canvases=((height, width),),
+        mean=_on_255(recipe.mean),
+        std=_on_255(recipe.std),
+        source=f"open_clip {open_clip.__version__}, pretrained.py; squashed instead of center-cropped",
+    )
     return Prepared(
         variant=loaded.variant,
         graphs=(
             partial(image_graph, model, recipe, options.batch or image_batch(model)),
             partial(text_graph, model, tokenizer, options.batch or TEXT_BATCH),
+            *(resize_graphs(preprocess, PARTS) if options.for_tensorrt else ()),
         ),
-        preprocess=Preprocess(
-            resize="squash",
-            longest_px=max(height, width),
-            filter=cast("Any", recipe.interpolation),
-            canvases=((height, width),),
-            mean=_on_255(recipe.mean),
-            std=_on_255(recipe.std),
-            source=f"open_clip {open_clip.__version__}, pretrained.py; squashed instead of center-cropped",
-        ),
+        preprocess=preprocess,
         settings={
             "logit_scale": float(model.logit_scale.detach().exp()),
             "logit_bias": 0.0 if bias is None else float(bias.detach()),
@@ -203,6 +206,7 @@ def _tower_graph(
         row_axis="batch",
         sample=sample,
         reference=reference,
+        distinct=DISTINCT,
         tolerance={"embedding": TOLERANCE},
         half=InHalf(tolerance={"embedding": HALF_TOLERANCE}),
     )

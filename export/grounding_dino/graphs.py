@@ -35,6 +35,7 @@ from .layers import (
     fusion_attention,
     inverse_sigmoid,
     multihead_attention,
+    places_of,
     sampler,
     sine_positions,
     text_attention,
@@ -48,6 +49,8 @@ STD = (58.395, 57.12, 57.375)
 EDGE = 1e-6
 """Proposals must lie between 0.01 and 0.99. The outer cells of 50 lie exactly there, and do not count in the official model
 (float32 division rounds 49.5 / 50 to 0.99). No other cell of up to 5,000 is so close, and no rounding of a division as large."""
+GROUPS = 32
+"""Groups of the norms of the feature maps (transformers' GroundingDinoModel)."""
 BEYOND = 1e4
 """Replaces the infinite logits of proposals outside the photo: its sigmoid is also 1, and float16 can represent it."""
 
@@ -91,6 +94,10 @@ class ImageGraph(nn.Module):
         two_products: of `fusion_attention`, for half precision.
     """
 
+    pixel_rows: Tensor
+    pixel_columns: Tensor
+    sides: Tensor
+
     def __init__(
         self,
         model: GroundingDinoForObjectDetection,
@@ -129,6 +136,12 @@ class ImageGraph(nn.Module):
             for name, pixels, cells in (("row", canvas[0], shape[0]), ("column", canvas[1], shape[1])):
                 index = torch.arange(pixels, dtype=torch.float32)[None, None]
                 self.register_buffer(f"{name}{level}", functional.interpolate(index, size=cells)[0].long(), persistent=False)
+            for name, values in places_of(shape).items():
+                self.register_buffer(f"{name}{level}", values, persistent=False)
+        self.register_buffer("pixel_rows", torch.arange(canvas[0])[None, :, None], persistent=False)
+        self.register_buffer("pixel_columns", torch.arange(canvas[1])[None, None, :], persistent=False)
+        sides = [torch.full((height * width, 2), 0.05 * 2.0**level) for level, (height, width) in enumerate(self.shapes)]
+        self.register_buffer("sides", torch.cat(sides)[None], persistent=False)  # (1, N, 2), of the proposals
 
     def forward(
         self, pixels: Tensor, size: Tensor, text: Tensor, phrase: Tensor, position: Tensor
@@ -185,17 +198,19 @@ class ImageGraph(nn.Module):
         for level in range(len(self.shapes)):
             rows.append(self.get_buffer(f"row{level}") < size[:, 0:1])  # (B, h)
             columns.append(self.get_buffer(f"column{level}") < size[:, 1:2])  # (B, w)
-        levels = Levels.from_valid(self.shapes, rows, columns)
+        names = ("row_number", "row_center", "column_number", "column_center")
+        places = [{name: self.get_buffer(f"{name}{level}") for name in names} for level in range(len(self.shapes))]
+        levels = Levels.from_valid(self.shapes, rows, columns, places)
         sine = self.core.backbone.position_embedding
-        places = [
+        positions = [
             sine_positions(rows, columns, sine.embedding_dim, sine.temperature) + self.core.level_embed[level]
             for level, (rows, columns) in enumerate(levels.steps())
         ]
-        return levels, torch.cat(places, 1)
+        return levels, torch.cat(positions, 1)
 
     def _pyramid(self, pixels: Tensor, size: Tensor) -> Tensor:
         """(B, N, D) features of all levels' cells."""
-        maps = self.swin(normalized(pixels, size, self.normalize))
+        maps = self.swin(normalized(pixels, size, self.normalize, self.pixel_rows, self.pixel_columns))
         features = [self.level(project, each) for project, each in zip(self.core.input_proj_vision, maps, strict=False)]
         for project in self.core.input_proj_vision[len(maps) :]:
             features.append(self.level(project, maps[-1] if len(features) == len(maps) else features[-1]))
@@ -204,8 +219,7 @@ class ImageGraph(nn.Module):
 
     def _choose(self, vision: Tensor, text: Tensor, is_token: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         """The best cells (B, Q), and their proposed boxes (B, Q, 4)."""
-        sides = torch.cat([vision.new_full((h * w, 2), 0.05 * 2.0**level) for level, (h, w) in enumerate(self.shapes)])
-        proposals = torch.cat([levels.centers, sides[None].expand_as(levels.centers)], -1)  # (B, N, 4)
+        proposals = torch.cat([levels.centers, self.sides.expand_as(levels.centers)], -1)  # (B, N, 4)
         usable = ((proposals > 0.01 + EDGE) & (proposals < 0.99 - EDGE)).all(-1) & levels.valid
         # Finite also for cells outside the photo; a usable proposal lies between 0.01 and 0.99 and is not clamped.
         proposals = inverse_sigmoid(proposals).masked_fill(~usable[..., None], BEYOND)
@@ -262,6 +276,65 @@ def _add_norm(norm: nn.Module, stream: Tensor, seen: Tensor) -> Tensor:
 
 def _feed_forward(layer: nn.Module, text: Tensor) -> Tensor:
     return _add_norm(layer.layer_norm_after, text, layer.fc2(layer.activation(layer.fc1(text))))
+
+
+def lengths_of(model: GroundingDinoForObjectDetection, canvas: tuple[int, int]) -> tuple[dict[str, int], list[int]]:
+    """All lengths in an `ImageGraph` that depend on its canvas, and its amounts of padding: `canvases.Lengths`.
+
+    The sides of the canvas are multiples of Swin's patches; otherwise the first convolution has a padding of its own.
+    """
+    swin = model.model.backbone.conv_encoder.model.swin
+    found: dict[str, int] = {}
+    paddings: list[int] = []
+    for axis, pixels in zip("hw", canvas, strict=True):
+        cells = pixels // model.config.backbone_config.patch_size
+        found[f"pixels {axis}"] = pixels
+        for number, stage in enumerate(swin.encoder.layers):
+            side = stage.blocks[0].window_size
+            windows = -(-cells // side)
+            found |= {
+                f"cells {axis}{number}": cells,
+                f"whole windows {axis}{number}": windows * side,
+                f"before the shift {axis}{number}": windows * side - side // 2,
+                f"windows {axis}{number}": windows,
+            }
+            paddings.append(windows * side - cells)
+            if stage.downsample is not None:
+                found[f"even cells {axis}{number}"] = cells + cells % 2
+                paddings.append(cells % 2)
+                cells = (cells + 1) // 2
+    for number in range(len(swin.encoder.layers)):
+        found[f"windows {number}"] = found[f"windows h{number}"] * found[f"windows w{number}"]
+    start = 0
+    for level, (height, width) in enumerate(level_shapes(model.config, canvas)):
+        found |= {f"level h{level}": height, f"level w{level}": width, f"level {level}": height * width}
+        found[f"group {level}"] = height * width * model.config.d_model // GROUPS
+        found |= {f"last row {level}": height - 1, f"last column {level}": width - 1}
+        start += height * width
+        found[f"levels to {level}"] = start
+    for heads in {model.config.encoder_attention_heads, model.config.decoder_attention_heads}:
+        found[f"cells of {heads} heads"] = start * heads
+    return found, paddings
+
+
+def other_numbers(model: GroundingDinoForObjectDetection) -> set[int]:
+    """Numbers in an `ImageGraph` that do not depend on its canvas: sizes of weights and settings, and what follows from them."""
+    swin, config = model.model.backbone.conv_encoder.model.swin, model.config
+    numbers = {*range(9), config.d_model // config.decoder_attention_heads, config.d_model // config.encoder_attention_heads}
+    numbers |= {length for weights in model.parameters() for length in weights.shape}
+    for settings in (config, config.backbone_config):
+        values = settings.to_dict().values()
+        numbers |= {
+            number
+            for value in values
+            for number in (value if isinstance(value, (list, tuple)) else [value])
+            if isinstance(number, int)
+        }
+    for stage in swin.encoder.layers:
+        block = stage.blocks[0]
+        numbers |= {block.window_size**2, block.window_size // 2, block.attention.head_dim}
+    points = {config.encoder_n_points, config.decoder_n_points}
+    return numbers | {times * config.num_feature_levels * each for each in points for times in (1, 4)}
 
 
 def level_shapes(config: GroundingDinoConfig, canvas: tuple[int, int]) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ The functions take the official layer and use its weights; the parity gate compa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,16 @@ def inverse_sigmoid(values: Tensor, margin: float = OFFICIAL_MARGIN) -> Tensor:
     return torch.log(values.clamp(min=margin) / (1 - values).clamp(min=margin))
 
 
+Places = Mapping[str, Tensor]
+"""Of one level, float32: ``row_number`` (h,) and ``column_number`` (w,) from 1, ``row_center`` and ``column_center`` from 0.5."""
+
+
+def places_of(shape: tuple[int, int]) -> Places:
+    """The `Places` of a level with (height, width) cells."""
+    rows, columns = (torch.arange(1, cells + 1, dtype=torch.float32) for cells in shape)
+    return {"row_number": rows, "row_center": rows - 0.5, "column_number": columns, "column_center": columns - 0.5}
+
+
 @dataclass(frozen=True)
 class Levels:
     """The cells of all feature levels, one after the other: N = sum of h * w over L levels, for B photos.
@@ -61,29 +71,31 @@ class Levels:
     """(B, L, 2) float32, share of the canvas that the photo covers, across and down."""
     reference: Tensor
     """(B, N, L, 2) float32, x and y of each cell's center in 0..1 of each level's canvas."""
+    places: Sequence[Places]
+    """Where the cells of each level are."""
 
     @staticmethod
-    def from_valid(shapes: Sequence[tuple[int, int]], rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Levels:
+    def from_valid(
+        shapes: Sequence[tuple[int, int]], rows: Sequence[Tensor], columns: Sequence[Tensor], places: Sequence[Places]
+    ) -> Levels:
         """Create from the rows (B, h) and columns (B, w) of cells that the photo covers, bool, one for each level."""
         counts = torch.stack([torch.stack([c.sum(1), r.sum(1)], -1) for r, c in zip(rows, columns, strict=True)], 1).float()
         valid = torch.cat([(r[:, :, None] & c[:, None, :]).flatten(1) for r, c in zip(rows, columns, strict=True)], 1)
         cells = counts.new_tensor([[width, height] for height, width in shapes])  # (L, 2)
         centers = []
-        for level, (height, width) in enumerate(shapes):
-            x = (torch.arange(width, device=valid.device) + 0.5) / counts[:, level, 0:1]  # (B, w)
-            y = (torch.arange(height, device=valid.device) + 0.5) / counts[:, level, 1:2]  # (B, h)
+        for level, place in enumerate(places):
+            x = place["column_center"] / counts[:, level, 0:1]  # (B, w)
+            y = place["row_center"] / counts[:, level, 1:2]  # (B, h)
             centers.append(torch.cat(_of_cells(x[..., None], y[..., None]), -1))
         points, ratios = torch.cat(centers, 1), counts / cells
-        return Levels(shapes, counts, valid, points, ratios, points[:, :, None] * ratios[:, None])
+        return Levels(shapes, counts, valid, points, ratios, points[:, :, None] * ratios[:, None], places)
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each level's rows (B, h) and columns (B, w), numbered from 1 and divided by the number that the photo covers."""
-        for level, (height, width) in enumerate(self.shapes):
+        for level, place in enumerate(self.places):
             # The reference adds 1e-6 against empty masks; without it the last position would differ by 1e-8.
             across, down = self.counts[:, level, 0:1] + 1e-6, self.counts[:, level, 1:2] + 1e-6
-            rows = torch.arange(1, height + 1, device=down.device)
-            columns = torch.arange(1, width + 1, device=across.device)
-            yield rows / down, columns / across
+            yield place["row_number"] / down, place["column_number"] / across
 
 
 def _of_cells(columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from ...cores import cores
 from ...errors import ImageError, StoreError
 from ...files import write_atomically
 from ...photographs import decode, read_file
+from ...pixels.pictures import picture_of
 from ...store.format import photograph_of
 from ...store.local import Record, label_path, read_label
 
@@ -148,7 +149,7 @@ def _photo(images: Path, record: Record, size: tuple[int, int]) -> Image.Image:
     if file.sha256 != record["sha256"]:
         raise ImageError(f"{record['path']}: is not the file that was labeled")
     photo = decode(file, shorter_side_px=2 * min(size))
-    return Image.fromarray(photo.pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return picture_of(photo.pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
 def _name(what: str, suffix: str) -> str:

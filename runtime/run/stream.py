@@ -19,14 +19,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from ...batch import VOID, Boxes, Labels, Masks, Photograph, PseudoLabels
-from ...cores import cores
+from ...cores import cores, free_bytes
 from ...errors import ImageError, OutOfMemory
 from ...photographs import ImageFile, count_pixels, decode
 from ...store.format import LabelWriter, line_of, parse_line
 from ...store.local import Record
 from ..canvas import Prepares
 from ..chain import Chain
-from ..device import free_bytes
 from ..mask_runs import masks_of
 from ..segment import Embedded, MaskPredictor
 from .prefetch import Budget, PriorityThreadPool, prefetched
@@ -40,7 +39,7 @@ SMALL = 4_000_000
 """Photographs with fewer pixels are decoded as soon as they are read, before the budget has room for them."""
 LARGE = 16_000_000
 """Photographs of at least this many pixels take their peak memory from the budget (10 bytes a pixel while decoding: Pillow's
-copy and two more), others what remains (RGB, 3 bytes a pixel): a few large ones at once would exceed all others together."""
+copy and more), others what remains (4 bytes a pixel): a few large ones at once would exceed all others together."""
 SWITCH_SECONDS = 0.001
 """How long a thread may hold the interpreter lock while another waits. With Python's default of 5 ms, several times a batch, an
 engine that takes 20 ms a batch would wait as long for its next call."""
@@ -218,7 +217,7 @@ class Stream:
             file = self._source.read(task.name)
             stamp = _stamp(len(file.data), file)
             pixels = count_pixels(file)
-            amount = pixels * (3 if pixels < LARGE else 10)
+            amount = pixels * (4 if pixels < LARGE else 10)
             return Loading(task, decode(file) if pixels < small else file, amount, stamp)
         except ImageError as error:
             return Loading(task, failure(task, error.message, stamp))
@@ -337,7 +336,9 @@ class Stream:
         batch.masks = None
 
     def _prepare(self, stage: object, name: str, photos: list[Photograph]) -> None:
-        if isinstance(stage, Prepares) and photos:  # stages with given labels or boxes need no pixels
+        if not isinstance(stage, Prepares):  # stages with given labels or boxes need no pixels
+            return
+        if photos := [photo for photo in photos if not stage.resizes(photo)]:
             shapes = [stage.room(photo) for photo in photos]
             same = shapes.count(shapes[0]) == len(shapes)
             batch = np.zeros((len(photos), *shapes[0]), np.uint8) if same else [np.zeros(shape, np.uint8) for shape in shapes]

@@ -129,7 +129,7 @@ def test_what_openvino_computes_is_proven_and_timed(tmp_path: Path, monkeypatch:
     (proof,) = manifest.graphs["scale"].openvino.values()
     assert (proof.version, proof.processor) == (openvino.version(), openvino.instructions())
     assert proof.parity.worst("y").error < 1e-6 and "OpenVINO" in proof.parity.engine
-    assert proof.seconds > 0 and proof.ort_seconds and manifest.graphs["scale"].parity
+    assert proof.seconds and proof.ort_seconds and manifest.graphs["scale"].parity
     assert open_bundle(tmp_path).model("toy").manifest == manifest, "as it is read again"
 
     # OpenVINO alone computes something else: the old model stays, and nothing beside it.
@@ -169,7 +169,7 @@ def test_a_bf16_graph_is_compared_in_openvino_alone(tmp_path: Path, monkeypatch:
 
     graph = export_for_openvino(tmp_path, replace(toy, prepare=with_half), "bf16").graphs["scale"]
     (proof,) = graph.openvino.values()
-    assert graph.precision == "bf16" and graph.parity is None and proof.ort_seconds is None
+    assert graph.precision == "bf16" and graph.parity is None and proof.seconds is proof.ort_seconds is None
     assert 1e-4 < proof.parity.worst("y").error < 8e-3, "rounded to 8 bits"
 
 
@@ -261,14 +261,19 @@ def test_the_search_runs_when_it_is_asked_for_and_the_graph_has_a_half_precision
 
 
 def write_at_once(graph: Graph, folder: Path, store: WeightFile, options: Options, **how: Any) -> GraphSpec:
-    """In the place of tracing and the gate, which publishing knows nothing of: a graph file without a graph."""
+    """In the place of tracing, which publishing knows nothing of: a graph file without a graph."""
     (folder / "scale.onnx").write_bytes(b"")
     return graph.spec("scale.onnx", 18)
+
+
+def no_gate(*_: object, **how: object) -> None:
+    """In the place of the gate."""
 
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "_export_graph", write_at_once)
+    monkeypatch.setattr(exporting, "_gate", no_gate)
 
 
 KILLED = """
@@ -278,6 +283,7 @@ sys.path.insert(0, sys.argv[1])
 import test_exporting
 from wsss import files
 test_exporting.exporting._export_graph = test_exporting.write_at_once
+test_exporting.exporting._gate = test_exporting.no_gate
 left = int(sys.argv[3])
 def killed(call):
     def instead(*given):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -22,7 +23,7 @@ from wsss.export.family import (
     relative_error,
     share_impossible,
 )
-from wsss.export.verify import gate, photograph
+from wsss.export.verify import References, arranged, gate, photograph
 from wsss.spec import AxisRange, Parity, TensorSpec
 
 Rule = Callable[[np.ndarray], np.ndarray]
@@ -93,15 +94,13 @@ def test_a_right_engine_passes_at_one_two_and_the_largest_batch() -> None:
     assert parity.worst("y").error == 0
 
 
-def test_progress_counts_the_rows_that_were_compared() -> None:
-    seen: list[tuple[int, int]] = []
+def test_progress_ends_with_all_of_the_work() -> None:
     names = {"engine_name": "toy", "reference_name": "numpy", "where": "toy"}
-    gate(make_graph(), Computes(double), **names, progress=lambda *each: seen.append(each))
-    sizes = sorted({row.batch for row in run(double).rows})
-    assert seen == [(done, sum(sizes)) for done in range(1, sum(sizes) + 1)]
-    seen.clear()
-    gate(make_graph(whole=True), Computes(double), **names, progress=lambda *each: seen.append(each))
-    assert seen == [(done, len(sizes)) for done in range(1, len(sizes) + 1)]
+    for graph in (make_graph(), replace(make_graph(), distinct=3), make_graph(whole=True), picking_graph([])):
+        seen: list[tuple[int, int]] = []
+        gate(graph, Picks() if graph.ties else Computes(double), **names, progress=lambda *each, seen=seen: seen.append(each))
+        done, of = zip(*seen, strict=True)
+        assert len(set(of)) == 1 and list(done) == sorted(done) and done[-1] == of[0], graph
 
 
 @pytest.mark.parametrize(
@@ -121,6 +120,104 @@ def test_a_wrong_engine_is_refused_with_output_row_and_distance(rule: Rule, says
     with pytest.raises(ParityError, match=r"toy: output 'y', row \d of batch \d") as error:
         run(rule)
     assert says in str(error.value)
+
+
+# ---- few different inputs in a large batch ----
+
+
+def wrong_reading(index: Callable[[np.ndarray], np.ndarray]) -> Rule:
+    return lambda x: double(x)[index(np.arange(len(x))) % len(x)] if len(x) > 2 else double(x)
+
+
+def mixed(one: int, other: int, share: float) -> Rule:
+    def rule(x: np.ndarray) -> np.ndarray:
+        y = double(x)
+        if len(x) > 2:
+            y[one] += share * (y[other] - y[one])
+        return y
+
+    return rule
+
+
+ROWS = 8
+WRONG: dict[str, Rule] = {
+    **{f"row i reads i - {k}": wrong_reading(lambda i, k=k: i - k) for k in range(1, ROWS)},
+    **{f"row i reads i - {k}, or the first": wrong_reading(lambda i, k=k: (i - k).clip(0)) for k in range(1, ROWS)},
+    **{f"row i reads i + {k}, or the last": wrong_reading(lambda i, k=k: (i + k).clip(max=ROWS - 1)) for k in range(1, ROWS)},
+    "reversed": wrong_reading(lambda i: -1 - i),
+    **{f"all rows read row {k}": wrong_reading(lambda i, k=k: 0 * i + k) for k in range(ROWS)},
+    **{f"row i reads {k} i": wrong_reading(lambda i, k=k: k * i) for k in (2, 3, 5, 7)},
+    "pairs swapped": wrong_reading(lambda i: i ^ 1),
+    "halves swapped": wrong_reading(lambda i: i ^ 4),
+    "row i reads i // 2": wrong_reading(lambda i: i // 2),
+    **{f"rows {k} and {k + 1} mix": mixed(k, k + 1, 1e-4) for k in range(ROWS - 1)},
+    "the last row reads the first": mixed(ROWS - 1, 0, 1e-4),
+    "the mean of all rows": lambda x: double(x) + 1e-4 * (x.mean(0) - x) * (len(x) > 2),
+    "the last row empty": lambda x: np.where(np.arange(len(x))[:, None] == ROWS - 1, 0, double(x)),
+}
+
+
+class Large(Computes):
+    axes: Mapping[str, AxisRange] = {"batch": AxisRange(1, 2, ROWS)}
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__(rule)
+        self.memory = np.zeros((ROWS, 3), np.float32)
+
+
+def few_inputs(distinct: int | None) -> Graph:
+    return replace(make_graph(), axes=Large.axes, distinct=distinct)
+
+
+@pytest.mark.parametrize("distinct", [None, 3])
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_row_shows_though_inputs_repeat(fault: str, distinct: int | None) -> None:
+    """All faults are right at batch 1 and 2."""
+    with pytest.raises(ParityError, match=f"row . of batch {ROWS}, against"):
+        gate(few_inputs(distinct), Large(WRONG[fault]), engine_name="toy", reference_name="numpy", where="toy")
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 1), (2, 2), (4, 3), (5, 3), (8, 3), (16, 3), (64, 3), (8, 4), (3, 8)])
+def test_the_order_of_inputs_tells_every_distance(rows: int, inputs: int) -> None:
+    order = arranged(rows, inputs)
+    assert order == arranged(rows, inputs), "the same each time"
+    assert order[: min(rows, inputs)] == list(range(min(rows, inputs))) and len(order) == rows
+    assert all(one != next_one for one, next_one in itertools.pairwise(order))
+    for distance in range(1, rows):
+        assert any(order[row] != order[row + distance] for row in range(rows - distance))
+        assert any(order[row] != order[(row + distance) % rows] for row in range(rows))
+
+
+def test_inputs_that_repeat_are_computed_once() -> None:
+    counted: list[bytes] = []
+
+    def reference(feeds: Feeds, _: Feeds) -> Feeds:
+        counted.append(feeds["x"].tobytes())
+        return {"y": double(feeds["x"])}
+
+    engine = Large(double)
+    names = {"reference_name": "numpy", "where": "toy"}
+    graph = replace(few_inputs(3), reference=reference)
+    references = References(graph)
+    parity = gate(graph, engine, engine_name="toy", **names, references=references)
+    assert {row.batch for row in parity.rows} == {1, 2, ROWS}
+    assert len(counted) == len(set(counted)) == 3
+    assert sorted(engine.batches) == [1, 1, 1, 2, ROWS]
+    gate(graph, Large(double), engine_name="another", **names, references=references)
+    assert len(counted) == 3, "shared by the engines"
+    assert {row.batch for row in gate(graph, engine, engine_name="toy", **names, largest=2).rows} == {1, 2}
+
+
+def test_references_are_those_of_their_inputs_and_choices() -> None:
+    chosen: list[int] = []
+    references = References(picking_graph(chosen))
+    x, pick = np.arange(3, dtype=np.float32)[None], np.array([[1]])
+    assert references({"x": x}, {"pick": pick})["y"] == 1 and references({"x": x}, {"pick": pick, "y": x})["y"] == 1
+    assert references({"x": x + 5}, {"pick": pick})["y"] == 6 and references({"x": x}, {"pick": pick + 1})["y"] == 2
+    assert chosen == [1, 1, 2]
+
+
+# ---- more about one comparison ----
 
 
 def test_an_output_of_another_shape_is_refused_though_it_could_be_broadcast() -> None:

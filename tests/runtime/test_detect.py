@@ -18,6 +18,7 @@ from wsss.batch import MAX_BOXES, Boxes, Labels
 from wsss.classes import class_list, parse_classes
 from wsss.errors import ClassError, WsssError
 from wsss.frame import Frame
+from wsss.runtime.chain import Chain
 from wsss.runtime.detect import Caption, Detector, Phrase, box_iou, boxes_from_logits, join_phrases, split_phrases, suppress
 from wsss.spec import Model
 
@@ -293,6 +294,14 @@ def test_images_of_different_canvases_keep_their_order(world: World) -> None:
     assert np.allclose(found.xyxy_image, [[30, 60, 60, 90], [9, 6, 60, 30]] * 2 + [[30, 60, 60, 90]], atol=3)
     assert world.rows("grounding-dino", "image-48x32") == [2, 1]
     assert world.rows("grounding-dino", "image-32x48") == [2]
+
+
+def test_a_canvas_without_a_photograph_is_not_opened(world: World) -> None:
+    stage = Chain.open(world.bundle, classes=world.classes, until="detect")
+    opened = set(world.engines)
+    assert not any(graph.startswith("image-") for _, graph in opened)
+    stage.detect([world.photo(60, 90, red=(9, 6, 60, 30))], tags([1]))
+    assert set(world.engines) - opened == {("grounding-dino", "image-32x48")}
 
 
 def test_padding_is_the_share_of_the_canvases_that_is_no_photograph(world: World) -> None:

@@ -17,7 +17,7 @@ from wsss.engines.engine import Engine
 from wsss.engines.fake import FakeEngine
 from wsss.errors import OutOfMemory
 from wsss.runtime.chain import Chain
-from wsss.runtime.device import CutSmaller, Device, FairLock, cut_to_fit, free_bytes
+from wsss.runtime.device import CutSmaller, Device, FairLock, cut_to_fit
 from wsss.runtime.run.label_folder import label_folder
 from wsss.runtime.run.stream import Stream
 from wsss.spec import AxisRange, GraphSpec, TensorSpec
@@ -228,26 +228,3 @@ def tight(world: World, monkeypatch: pytest.MonkeyPatch, graph: str, most: int) 
 
 def contents(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "history.jsonl"}
-
-
-@pytest.mark.parametrize(
-    ("files", "free"),
-    [
-        ({}, 1 << 62),
-        ({"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    4000 kB\nCached: 1 kB\n"}, 4000 << 10),
-        (
-            {"proc/meminfo": "MemAvailable: 4000 kB\n", "memory.max": "max\n", "memory.current": "5\n", "memory.stat": ""},
-            4000 << 10,
-        ),
-        ({"memory.max": "3000\n", "memory.current": "1000\n", "memory.stat": "anon 500\n"}, 2000),
-        ({"memory.max": "3000\n", "memory.current": "2900\n", "memory.stat": "inactive_file 500\nactive_file 40\nfile 9\n"}, 640),
-        ({"memory/memory.limit_in_bytes": "3000", "memory/memory.usage_in_bytes": "3500", "memory/memory.stat": ""}, 0),
-        ({"proc/meminfo": "nonsense"}, 1 << 62),
-    ],
-)
-def test_free_memory_is_what_the_machine_and_the_container_leave(tmp_path: Path, files: dict[str, str], free: int) -> None:
-    for name, text in files.items():
-        path = tmp_path / (name if name.startswith("proc") else f"sys/fs/cgroup/{name}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert free_bytes(tmp_path) == free

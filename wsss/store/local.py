@@ -27,14 +27,14 @@ import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..classes import ClassList, palette
+from ..classes import ClassList
 from ..errors import ImageError, StoreError
 from ..files import replacing, sync_folder, write_atomically
 from ..lock import lock
@@ -56,6 +56,7 @@ from .format import (
     parse_run,
     run_of,
 )
+from .label_png import png_of
 from .lines import Line, check_regular, current_lines, cut_torn_line, joined, merged, sections_of
 from .mask_chunk import masks_in, with_masks
 
@@ -485,27 +486,13 @@ def _replaced(line: Line, staged: Mapping[str, tuple[Record, Path]]) -> Line:
     return Line(line.path, line_of(record), record)
 
 
-def label_file(name: str, label_map: np.ndarray, masks: Sequence[str] | None) -> bytes | memoryview:
+def label_file(name: str, label_map: np.ndarray, masks: Sequence[str] | None) -> bytes:
     """The PNG file of a label map (H, W) uint8, with its masks. Raises ImageError if they are too ragged."""
     png = png_of(label_map)
     try:
-        return with_masks(bytes(png), masks) if masks else png
+        return with_masks(png, masks) if masks else png
     except ValueError as error:
         raise ImageError(f"{name}: {error}") from None
-
-
-def png_of(label_map: np.ndarray) -> memoryview:
-    """Encode a label map (H, W) uint8 as an 8-bit palette PNG with VOC's colors."""
-    image = Image.fromarray(label_map)  # mode L; putpalette makes it P
-    image.putpalette(_palette())
-    buffer = io.BytesIO()  # Pillow writes to a file in many small pieces
-    image.save(buffer, format="PNG")
-    return buffer.getbuffer()
-
-
-@lru_cache(maxsize=1)
-def _palette() -> bytes:
-    return palette().tobytes()
 
 
 def _open_lines(path: Path) -> int:

@@ -71,7 +71,7 @@ class RemoteLabels:
         Raises:
             ImageError: the object store does not allow the name, or the masks are too ragged. StoreError: it cannot be written.
         """
-        self._write(f"labels/{name}", name, bytes(label_file(name, label_map, masks)))
+        self._write(f"labels/{name}", name, label_file(name, label_map, masks))
 
     def write_confidence(self, name: str, confidence: np.ndarray) -> None:
         """Write the confidence (H, W) uint8 of a label map, 255 is certain, as ``confidence/<name>``. Raises as ``write``."""

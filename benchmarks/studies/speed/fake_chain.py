@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from unittest.mock import patch
 
 import numpy as np
 
-from ....batch import Images, Labels, Photograph
+from ....batch import Images, Labels, Photograph, Tensor
 from ....classes import parse_classes
 from ....engines.engine import Engine
 from ....engines.fake import FakeEngine, Script
+from ....runtime import canvas
 from ....runtime.bundles import MINI
-from ....runtime.canvas import Prepares
+from ....runtime.canvas import Prepares, Rows
 from ....runtime.chain import Chain
 from ....runtime.detect import Detector
 from ....runtime.device import Device
 from ....runtime.fuse import Fuser
+from ....runtime.resize import Resizer
 from ....runtime.segment import MaskPredictor
 from ....runtime.tag import Tagger
 from ....spec import AxisRange, DType, GraphSpec, Model, Preprocess, TensorSpec, open_bundle
@@ -69,6 +73,7 @@ def open_fake(
     queued: bool = False,
     ends: list[float] | None = None,
     make: Callable[[str, GraphSpec, Script], Engine] | None = None,
+    resizing: bool = False,
 ) -> Chain:
     """A labeler of VOC's classes whose engines return at once.
 
@@ -77,6 +82,7 @@ def open_fake(
         queued: calls return before they are computed, as with TensorRT; otherwise afterwards.
         ends: gets the time (``perf_counter``) at which each encoder call was computed.
         make: opens other engines with these names, contracts and scripts.
+        resizing: engines also make the inputs, from one copy of each photograph; `joined_for_free` belongs to it.
     """
     classes, device = parse_classes("voc"), Device(queues=queued)
     bundle = open_bundle(MINI)  # for its tokenizers and settings
@@ -115,6 +121,7 @@ def open_fake(
             {"batch": AxisRange(1, 8, 8), "tokens": AxisRange(4, 32, 256)},
         )
 
+    resizer = Resizer(partial(_resizing_engine, device)) if resizing else None
     clip = _model(bundle.model("clip"), {"views": [1, 2]}, resize="squash", longest_px=view, canvases=((view, view),))
     context = int(clip.manifest.settings["context_length"])
     tagger = Tagger(
@@ -134,6 +141,7 @@ def open_fake(
             {"batch": AxisRange(1, 64, 64)},
         ),
         classes,
+        resizer=resizer,
     )
     dino = _model(
         bundle.model("grounding-dino"), {}, short_px=sizes.short_px, longest_px=sizes.longest_px, canvases=sizes.canvases
@@ -184,12 +192,58 @@ def open_fake(
     return Chain(
         classes,
         tag=_FirstClasses(tagger),
-        detect=Detector(dino, text, detector, classes, threshold=0.3),
-        segment=MaskPredictor(sam, encoder, decoder),
+        detect=Detector(dino, text, detector, classes, threshold=0.3, resizer=resizer),
+        segment=MaskPredictor(sam, encoder, decoder, resizer=resizer),
         fuse=Fuser(sam, fuse),
         settings={"engine": "fake"},
         device=device,
     )
+
+
+@contextmanager
+def joined_for_free() -> Iterator[None]:
+    """Inputs of several photographs are put together without the host, as on a GPU."""
+
+    def joined(parts: Sequence[Rows]) -> np.ndarray:
+        return np.broadcast_to(np.asarray(parts[0])[:1], (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
+
+    with patch.object(canvas, "joined", joined):
+        yield
+
+
+class _Copying:
+    """An engine to which arrays are copied ahead, in memory that is used again."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._memory = engine, np.zeros(1 << 26, np.uint8)
+        self.inputs, self.outputs, self.axes = engine.inputs, engine.outputs, engine.axes
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._engine(feeds)
+
+    def upload(self, array: np.ndarray) -> np.ndarray:
+        copy = self._memory[: array.size].reshape(array.shape)
+        copy[:] = array
+        return copy
+
+
+def _resizing_engine(device: Device, size: tuple[int, int]) -> Engine:
+    spec = GraphSpec(
+        file="resize.onnx",
+        inputs=(
+            TensorSpec("photo", ("photo_height", "photo_width", 4), "uint8"),
+            TensorSpec("window", ("views", 4), "int64"),
+            TensorSpec("size", ("views", 2), "int64"),
+            TensorSpec("columns_first", ("views",), "bool"),
+        ),
+        outputs=(TensorSpec("pixels", ("views", *size, 3), "uint8"),),
+        axes={"views": AxisRange(1, 5, 16), **dict.fromkeys(("photo_height", "photo_width"), AxisRange(1, 512, 4096))},
+        opset=18,
+    )
+    black = np.zeros((1, *size, 3), np.uint8)
+    fake = FakeEngine(spec, lambda feeds: {"pixels": np.broadcast_to(black, (len(feeds["window"]), *size, 3))})
+    fake.calls = deque(maxlen=0)
+    return device.engine(_Copying(fake), f"resize {size[0]}x{size[1]}")
 
 
 class _FirstClasses:
@@ -198,6 +252,7 @@ class _FirstClasses:
     def __init__(self, tagger: Tagger) -> None:
         self._tagger = tagger
         self.room, self.prepare = tagger.room, tagger.prepare
+        self.resizes, self.resized = tagger.resizes, tagger.resized
 
     def __call__(self, images: Images) -> Labels:
         labels = self._tagger(images)

@@ -7,6 +7,12 @@ Values of `results/host-path.json`:
     (five CLIP views, detector, SAM; every tensor copied into its batch), the host's part of fusion, PNG, fsync, manifest.
 ``bare_ms``
     The same for decoding, the same resizes and encoding the label map alone.
+``resized_on_device_ms``
+    As ``cpu_ms`` where the engines make their inputs, from one copy of each photograph; for VOC photographs and for ones of 12
+    million pixels. What a GPU does in the meantime is left out, and so are the calls that start it.
+``pieces_ms``
+    The same for each piece alone, for a photograph of PASCAL VOC's size and for one of 12 million pixels: reading and its hash,
+    decoding, CLIP's five views, the detector's and SAM's canvas, and the label's PNG without the disk.
 ``images_per_second``
     On one core and on two, and their ratio.
 ``engine_bound``
@@ -34,7 +40,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,14 +50,17 @@ import PIL
 from PIL import Image
 
 from .... import __version__
-from ....photographs import read_photograph
+from ....photographs import decode as decoded
+from ....photographs import read_file, read_photograph
+from ....runtime.canvas import Prepares
 from ....runtime.run.label_folder import Summary, label_folder
+from ....store.label_png import png_of
 from ....store.local import write_label
 from ..harness import RESULTS, peak_memory_bytes, run_part, study_parser, write_result
-from .fake_chain import FULL, SMALL, bare_inputs, open_fake
+from .fake_chain import FULL, SMALL, bare_inputs, joined_for_free, open_fake
 
 RESULT = RESULTS / "host-path.json"
-VOC_SIZE, SMALL_SIZE = (375, 500), (72, 96)
+VOC_SIZE, SMALL_SIZE, LARGE_SIZE = (375, 500), (72, 96), (3000, 4000)
 ENGINE_SECONDS = 0.02
 
 
@@ -88,6 +97,44 @@ def cpu(folder: Path) -> dict[str, float]:
             write_label(Path(out) / "label.png", label_map)
         bare = (time.process_time() - begun) / len(names)
     return {"cpu_ms": 1000 * run, "bare_ms": 1000 * bare, "ratio": run / bare}
+
+
+def on_device(folder: Path) -> dict[str, float]:
+    """CPU milliseconds for an image of a run whose engines make their inputs."""
+    labeler = open_fake(FULL, resizing=True)
+    with tempfile.TemporaryDirectory() as out, joined_for_free():
+        label_folder(labeler, folder / "000", Path(out) / "warm")
+        begun = time.process_time()
+        summary = label_folder(labeler, folder, Path(out) / "store")
+        return {"cpu_ms": 1000 * (time.process_time() - begun) / summary.labelled}
+
+
+def pieces(folder: Path) -> dict[str, float]:
+    """CPU milliseconds of each piece of the work for an image, and their sum."""
+    labeler = open_fake(FULL)
+    stages: dict[str, object] = {"views": labeler.tag.stage, "detector": labeler.detect.stage, "sam": labeler.segment.stage}
+    path = sorted((folder / "000").glob("*.jpg"))[0]
+    file = read_file(path.parent, path.name)
+    photo = decoded(file)
+    label_map = labeler.pseudo_label([photo]).label_maps[0]
+    work: dict[str, Callable[[], object]] = {
+        "read": lambda: read_file(path.parent, path.name),
+        "decode": lambda: decoded(file),
+        **{
+            name: partial(stage.prepare, photo, np.zeros(stage.room(photo), np.uint8))
+            for name, stage in stages.items()
+            if isinstance(stage, Prepares)
+        },
+        "png": lambda: png_of(label_map),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(3 if photo.pixels.size > 1e7 else 40):
+        for name, piece in work.items():  # in turn, so that all of them meet the same load of the machine
+            begun = time.thread_time()
+            piece()
+            taken[name].append(time.thread_time() - begun)
+    found = {name: 1000 * float(np.median(times)) for name, times in taken.items()}
+    return {**found, "sum": sum(found.values())}
 
 
 def rate(folder: Path) -> dict[str, float]:
@@ -176,13 +223,14 @@ def decoders(folder: Path) -> dict[str, Any]:
     return result
 
 
-PARTS = {part.__name__: part for part in (cpu, rate, engine_bound, engine_bound_blocking, memory, decoders)}
+PARTS = {part.__name__: part for part in (cpu, on_device, pieces, rate, engine_bound, engine_bound_blocking, memory, decoders)}
 
 
 def measure(folder: Path, count: int) -> dict[str, Any]:
     """Measure all values, each in a separate process; photographs are written below ``folder``."""
     for name, images, size in (
         ("voc", count, VOC_SIZE),
+        ("large", 16, LARGE_SIZE),
         ("small", 20 * count, SMALL_SIZE),
         ("500", 500, SMALL_SIZE),
         ("5000", 5_000, SMALL_SIZE),
@@ -198,6 +246,14 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     peaks = {name: round(part("memory", name, 2)["mib"], 1) for name in ("500", "5000", "100000")}
     return {
         "cpu": {name: round(value, 2) for name, value in part("cpu", "voc", 1).items()},
+        "resized_on_device_ms": {
+            size: round(part("on_device", photographs, 1)["cpu_ms"], 2)
+            for size, photographs in (("voc", "voc"), ("12_mpx", "large"))
+        },
+        "pieces_ms": {
+            size: {name: round(value, 2) for name, value in part("pieces", photographs, 1).items()}
+            for size, photographs in (("voc", "voc"), ("12_mpx", "large"))
+        },
         "images_per_second": {"one_core": round(one, 1), "two_cores": round(two, 1), "scaling": round(two / one, 2)},
         **{
             bound: {name: round(value, 3) for name, value in part(bound, "small", 2).items()}

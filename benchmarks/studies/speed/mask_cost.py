@@ -37,7 +37,8 @@ from ....runtime.detect import box_iou
 from ....runtime.mask_runs import mask_runs
 from ....runtime.run.label_folder import label_folder
 from ....store.format import line_of, parse_line
-from ....store.local import label_file, png_of
+from ....store.label_png import png_of
+from ....store.local import label_file
 from ..harness import RESULTS, about, run_part, study_parser, write_result
 
 RESULT = RESULTS / "mask-cost.json"

@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError
 import numpy as np
 import pytest
 
-from wsss.runtime.canvas import stacked
+from wsss.runtime.canvas import together
 from wsss.runtime.run.prefetch import Budget, PriorityThreadPool, prefetched
 
 
@@ -120,23 +120,23 @@ def test_a_budget_is_kept_and_what_is_larger_comes_alone() -> None:
 
 
 def test_rows_side_by_side_are_stacked_without_a_copy() -> None:
-    batch = np.arange(5 * 3 * 2, dtype=np.uint8).reshape(5, 3, 2)
-    rows = [batch[1], batch[2], batch[3]]
-    assert np.array_equal(stacked(rows), batch[1:4])
-    assert np.shares_memory(stacked(rows), batch)
+    batch = np.arange(6 * 3 * 2, dtype=np.uint8).reshape(6, 3, 2)
+    for rows in ([batch[1:2], batch[2:3], batch[3:4]], [batch[1:3], batch[3:4]], [batch[1][None], batch[2:4]], [batch[1:4]]):
+        assert np.array_equal(together(rows), batch[1:4])
+        assert np.shares_memory(together(rows), batch)
     for apart in (
-        [batch[2], batch[1]],
-        [batch[0], batch[2]],
-        [batch[0], batch[0]],
-        [batch[0].copy(), batch[1]],
-        [batch[:, 0], batch[:, 1]],
+        [batch[2:3], batch[1:2]],
+        [batch[0:1], batch[2:3]],
+        [batch[0:1], batch[0:1]],
+        [batch[0:2], batch[1:3]],
+        [batch[0:1].copy(), batch[1:2]],
+        [batch[0:2, :1], batch[2:4, :1]],
     ):
-        assert np.array_equal(stacked(apart), np.stack(apart))
-        assert not np.shares_memory(stacked(apart), batch)
-    assert np.array_equal(stacked([batch[0]]), batch[:1])
-    for unlike in ([batch[0].reshape(3, 2), batch[1].reshape(2, 3)], [batch[0], batch[1, :2]]):
-        with pytest.raises(ValueError, match="same shape"):
-            stacked(unlike)
+        assert np.array_equal(together(apart), np.concatenate(apart))
+        assert not np.shares_memory(together(apart), batch)
+    for unlike in ([batch[0].reshape(1, 3, 2), batch[1].reshape(1, 2, 3)], [batch[0:1], batch[1:2, :2]]):
+        with pytest.raises(ValueError, match="must match exactly"):
+            together(unlike)
 
 
 def test_hands_do_the_most_urgent_first_and_then_what_came_first() -> None:

@@ -204,9 +204,9 @@ def test_large_photographs_come_one_by_one(
 ) -> None:
     """A budget smaller than any two photographs: everything is labeled all the same."""
     if limit == "PIXEL_BYTES":
-        monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 3)
+        monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 4)
     else:
-        monkeypatch.setattr(stream, "free_bytes", lambda: 4 * 1300 * 3)
+        monkeypatch.setattr(stream, "free_bytes", lambda: 4 * 1300 * 4)
     monkeypatch.setattr(stream, "SMALL", small)
     receipts = [receipt for group in start(world, folder, labels).run(tasks_of(folder)) for receipt in group]
     assert len(receipts) == 12
@@ -217,8 +217,8 @@ def test_large_photographs_come_one_by_one(
 def test_a_large_photograph_counts_with_what_decoding_it_takes(
     world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch, large: int, together: int
 ) -> None:
-    """A budget of four photographs of 1200 pixels, or of one that takes ten bytes a pixel instead of three."""
-    monkeypatch.setattr(stream, "PIXEL_BYTES", 4 * 1200 * 3)
+    """A budget of four photographs of 1200 pixels, or of one that takes ten bytes a pixel instead of four."""
+    monkeypatch.setattr(stream, "PIXEL_BYTES", 4 * 1200 * 4)
     monkeypatch.setattr(stream, "LARGE", large)
     assert len(finished(start(world, folder, labels), tasks_of(folder))) == 12
     assert world.rows("grounding-dino", "image-32x48")[0] == max(world.rows("grounding-dino", "image-32x48")) == together
@@ -231,7 +231,7 @@ def test_a_photograph_that_fails_makes_room_for_the_next(
     """A budget smaller than any two photographs, of which all but two are cut off behind their headers."""
     for path in sorted(folder.iterdir())[1:-1]:
         path.write_bytes(path.read_bytes()[:60])
-    monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 3)
+    monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 4)
     monkeypatch.setattr(stream, "SMALL", small)
     receipts = finished(start(world, folder, labels), tasks_of(folder))
     assert sorted(receipt.number for receipt in receipts if "error" in receipt.record) == list(range(1, 11))
@@ -244,7 +244,7 @@ def test_a_photograph_that_the_device_has_no_memory_for_makes_room_for_the_next(
     def no_memory(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         raise OutOfMemory("no memory")
 
-    monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 3)
+    monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 4)
     world.engine("sam", "encoder").script = no_memory
     receipts = finished(start(world, folder, labels), tasks_of(folder))
     assert [receipt.record.get("error") for receipt in receipts] == ["no memory"] * 12

@@ -101,14 +101,14 @@ def test_a_failed_image_has_a_line_and_no_label(store: LabelStore, folder: Path)
     assert files(folder / "labels") == []
 
 
-@pytest.mark.parametrize("step", ["save", "fsync", "replace"])
+@pytest.mark.parametrize("step", ["png_of", "fsync", "replace"])
 def test_a_save_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, os.strerror(28))
 
     with LabelStore(folder, CLASSES, SETTINGS) as store:
         store.write(record("good"), LABEL_MAP)
-        owner = {"save": Image.Image, "fsync": labelstore.os, "replace": Path}[step]
+        owner = {"png_of": labelstore, "fsync": labelstore.os, "replace": Path}[step]
         with monkeypatch.context() as broken:
             broken.setattr(owner, step, full)
             with pytest.raises(StoreError, match=r"cannot write the label bad\.png: No space left") as caught:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from wsss.errors import ImageError, StoreError
 from wsss.rle import MaskRuns
-from wsss.store.local import label_file, png_of, read_label, read_label_and_masks
+from wsss.store.label_png import png_of
+from wsss.store.local import label_file, read_label, read_label_and_masks
 from wsss.store.mask_chunk import MAX_MASKS, NAME, masks_in, with_masks
 
 SIZE = (6, 8)
@@ -22,7 +23,7 @@ COUNTS = [MaskRuns.of(LABEL_MAP > 0).counts(), MaskRuns.of(np.zeros(SIZE, bool))
 
 
 def file_with(data: bytes, *, times: int = 1) -> bytes:
-    png = bytes(png_of(LABEL_MAP))
+    png = png_of(LABEL_MAP)
     chunk = len(data).to_bytes(4) + NAME + data + zlib.crc32(NAME + data).to_bytes(4)
     return png[:-12] + times * chunk + png[-12:]
 
@@ -36,7 +37,7 @@ def test_masks_come_back_and_the_label_map_is_untouched(tmp_path: Path) -> None:
     assert np.array_equal(read_label(path), LABEL_MAP)
     with Image.open(path) as image:
         image.verify()
-    assert bytes(label_file("a.png", LABEL_MAP, None)) == bytes(label_file("a.png", LABEL_MAP, [])) == bytes(png_of(LABEL_MAP))
+    assert label_file("a.png", LABEL_MAP, None) == label_file("a.png", LABEL_MAP, []) == png_of(LABEL_MAP)
 
 
 def test_a_label_that_another_program_wrote_has_no_masks(tmp_path: Path) -> None:
@@ -97,4 +98,4 @@ def test_masks_that_no_reader_would_take_are_not_written() -> None:
     with pytest.raises(ImageError, match=r"^a\.png: the masks are too ragged"):
         label_file("a.png", LABEL_MAP, ["0" * (MAX_MASKS // 4 + 1)])
     with pytest.raises(ValueError, match="too ragged"):
-        with_masks(bytes(png_of(LABEL_MAP)), ["0" * (MAX_MASKS // 8)] * 9)
+        with_masks(png_of(LABEL_MAP), ["0" * (MAX_MASKS // 8)] * 9)

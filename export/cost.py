@@ -1,0 +1,114 @@
+"""How long an export or a verification takes, and how much memory it needs, before it starts.
+
+The gate needs the most: its largest batch holds the activations of all its rows. Rules that are linear in the size of the
+weights, the pixels and the rows predict what `benchmarks/studies/speed/export_cost.py` measured; they say "about".
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..cores import UNKNOWN, cores, free_bytes
+from ..errors import WsssError
+from .family import Graph
+from .verify import REFERENCE_ROWS, work_of
+
+SKIP = "WSSS_SKIP_MEMORY_CHECK"
+"""Environment variable that turns a refusal into a warning."""
+CLEARLY = 0.75
+"""Less memory than this share of the estimate is refused: estimates may be a quarter too high."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Costs of a model's image graph, fitted to ``benchmarks/results/export-cost.json`` (float32, ONNX Runtime)."""
+
+    tracing: float
+    """CPU seconds of tracing a graph."""
+    row: float
+    """CPU seconds of one row, for each GB of weights and million pixels."""
+    activations: float
+    """GB of one row, for each million pixels."""
+
+
+RULES = {
+    "clip": Rule(tracing=9, row=15, activations=0.3),
+    "grounding-dino": Rule(tracing=70, row=21, activations=0.9),
+    "sam": Rule(tracing=14, row=35, activations=1.07),
+}
+SMALL_GRAPH = 30
+"""CPU seconds of tracing and comparing a graph without pixels (text, decoder, fusion)."""
+LIBRARIES = 0.8
+"""GB of PyTorch, ONNX Runtime and the rest."""
+COPIES = 2
+"""Of the weights: the loaded model, and the one in ONNX Runtime, or in the graph that is traced."""
+GIGAFLOPS = 50.0
+"""Of a core, in `speed_of_core`, of the machine on which the rules were measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The cost of a graph. ``cpu_seconds`` are those of the machine of the rules."""
+
+    graph: str
+    cpu_seconds: float
+    gigabytes: float
+
+
+def estimate(model: str, graph: Graph, *, tracing: bool, largest: int | None = None) -> Estimate | None:
+    """The cost of tracing (if ``tracing``) and gating a graph; None for models without a rule.
+
+    Args:
+        model: name of the family. largest: as for `verify.gate`.
+    """
+    if (rule := RULES.get(model)) is None:
+        return None
+    weights = sum(each.numel() * each.element_size() for each in graph.module.parameters()) / 1e9
+    shape = next((spec.shape for spec in graph.inputs if spec.name == "pixels"), None)
+    megapixels = float(shape[1]) * float(shape[2]) / 1e6 if shape else 0.0
+    rows, inputs, most = work_of(graph, largest)
+    seconds = rule.row * weights * megapixels * (rows + REFERENCE_ROWS * inputs) if shape else SMALL_GRAPH
+    memory = LIBRARIES + COPIES * weights + rule.activations * megapixels * most
+    return Estimate(graph=graph.name, cpu_seconds=seconds + (rule.tracing if tracing else 0), gigabytes=memory)
+
+
+def announce(where: str, estimates: Sequence[Estimate | None], log: Callable[[str], None]) -> None:
+    """Log how long an export takes and how much memory it needs and has. Nothing is logged for models without a rule.
+
+    Raises:
+        WsssError: the memory is clearly not enough.
+    """
+    known = [each for each in estimates if each is not None]
+    if not known:
+        return
+    minutes = sum(each.cpu_seconds for each in known) * GIGAFLOPS / speed_of_core() / cores() / 60
+    largest = max(known, key=lambda each: each.gigabytes)
+    free = free_bytes()
+    available = free / 1e9
+    has = "" if free == UNKNOWN else f", {available:.1f} GB available"
+    log(f"{where}: about {max(minutes, 1):.0f} min, and {largest.gigabytes:.1f} GB of memory for {largest.graph}{has}")
+    if available >= CLEARLY * largest.gigabytes:
+        return
+    message = f"{where} {largest.graph}: needs about {largest.gigabytes:.1f} GB of memory, {available:.1f} GB are available"
+    if os.environ.get(SKIP):
+        log(f"{message}; continuing, because {SKIP} is set")
+        return
+    raise WsssError(
+        message,
+        hint=f"a smaller largest batch (--batch 1 1 2), a smaller --size, or close other programs; {SKIP}=1 tries it anyway",
+    )
+
+
+def speed_of_core(size: int = 768, repeats: int = 4) -> float:
+    """GFLOP/s of a core of this machine in matrix products."""
+    one = torch.rand(size, size)
+    _ = one @ one
+    begun = time.process_time()
+    for _ in range(repeats):
+        _ = one @ one
+    return 2 * size**3 * repeats / 1e9 / max(time.process_time() - begun, 1e-6)

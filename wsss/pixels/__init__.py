@@ -1,0 +1,1 @@
+"""Reading pixels: JPEG files decoded directly, and arrays as Pillow images."""
