@@ -14,7 +14,8 @@ MAPPED = ("export", "engines", "runtime", "train", "benchmarks", "mini")
 TYPES, READING, PIXELS, STORE = "wsss", "wsss.reading", "wsss.pixels", "wsss.store"
 CHAIN = {TYPES, "wsss.engines", "wsss.runtime"}
 ALL_BUT_CLI = {
-    *(TYPES, STORE, "wsss.engines", "wsss.mini", "wsss.benchmarks", "wsss.benchmarks.recipe", "wsss.benchmarks.studies"),
+    *(TYPES, STORE, "wsss.engines", "wsss.mini", "wsss.benchmarks"),
+    *("wsss.benchmarks.peers", "wsss.benchmarks.recipe", "wsss.benchmarks.studies"),
     *(
         "wsss.export",
         "wsss.export.clip",
@@ -159,7 +160,8 @@ def test_there_are_no_import_cycles() -> None:
 
 def test_the_wheel_has_every_package_but_the_studies() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    out = {name for name in PACKAGES if name.startswith(("wsss.benchmarks.studies", "wsss.benchmarks.recipe"))}
+    not_in_it = ("wsss.benchmarks.peers", "wsss.benchmarks.studies", "wsss.benchmarks.recipe")
+    out = {name for name in PACKAGES if name.startswith(not_in_it)}
     assert set(settings["packages"]) == PACKAGES - out
     assert settings["package-dir"] == {f"wsss.{name}": name for name in MAPPED}
 

@@ -339,6 +339,55 @@ def objects() -> str:
     )
 
 
+def peers() -> str:
+    """The chain and its peers, stage by stage, and how far their results are from the official ones."""
+    found = result("peers")
+    rows: list[Row] = []
+    for name, each in found["contenders"].items():
+        title = peer_titles()[name]
+        if "failed" in each:
+            rows.append([title, each["failed"], *[""] * 8])
+            continue
+        far = each["quality"]
+        rows.append(
+            [
+                title,
+                *(f"{each['cpu_seconds'][stage]:.2f}" for stage in ("tag", "detect", "segment", "fuse")),
+                f"{each['chain_cpu_seconds']['median']:.1f}",
+                f"{each['peak_gb']:.1f} GB",
+                f"{far['pixels_equal']:.2%}" if far else "",
+                f"{far.get('score_difference_on_canvas', far['score_difference']):.1e}" if far else "",
+                f"1 - {max(1 - far['clip_cosine'], 0):.0e}" if far else "",
+            ]
+        )
+    head = ["CPU seconds a photograph", "tag", "detect", "segment", "fuse", "chain", "memory"]
+    return table([*head, "pixels equal", "score difference", "CLIP cosine"], rows)
+
+
+def peers_summary() -> str:
+    """The README's table of the chain and its peers."""
+    found = result("peers")
+    rows: list[Row] = []
+    for name, each in found["contenders"].items():
+        if "failed" in each:
+            continue
+        times, empty = each["times_official"], each.get("mostly_empty")
+        speed = "1" if name == "official" else f"{times['median']:.2f} ({times['lowest']:.2f} to {times['highest']:.2f})"
+        equal = f"{each['quality']['pixels_equal']:.2%}" if each["quality"] else ""
+        seconds = f"{each['chain_cpu_seconds']['median']:.1f} s"
+        rows.append([peer_titles()[name], seconds, speed, f"{empty['times_official']:.1f}" if empty else "", equal])
+    share = 1 - found["mostly_empty"]["with_a_class"] / found["mostly_empty"]["photographs"]
+    head = ["the same work, one photograph", "CPU time", "times as fast", f"where {share:.0%} have no class", "pixels equal"]
+    return table(head, rows)
+
+
+def peer_titles() -> dict[str, str]:
+    """What the tables call each contender."""
+    from ..peers.contenders import CONTENDERS
+
+    return {name: kind.title for name, kind in CONTENDERS.items()}
+
+
 def summary() -> str:
     """The README's table."""
     quality, sam, dino = result("mini-quality"), result("sam-official")["summary"], result("grounding-dino-official")
@@ -390,6 +439,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale": scale,
     "masks": masks,
     "objects": objects,
+    "peers": peers,
+    "peers-summary": peers_summary,
     "summary": summary,
 }
 
