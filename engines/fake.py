@@ -87,7 +87,7 @@ class FakeEngine:
 
 
 def without_padding(pixels: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Set the padding of a batch to black, as `export/sam.py` zeroes it in the graph.
+    """Set the padding of a batch to black, as `export/sam/family.py` zeroes it in the graph.
 
     Scripts that read pixels should use this, so that a wrong ``size`` changes their result.
 

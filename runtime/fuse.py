@@ -1,4 +1,4 @@
-"""Fuses masks into one label map per image. The arithmetic is a graph (`export/fuse.py`); this module prepares its inputs.
+"""Fuses masks into one label map per image. The arithmetic is a graph (`export/sam/fuse.py`); this module prepares its inputs.
 
 A pixel goes to the mask with the largest value, box score x predicted IoU x sigmoid(logit), whatever the order of the masks or
 the class ids. Where the value of another class is within ``margin`` of the winner's, the pixel is void (255). An image without

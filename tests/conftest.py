@@ -2,7 +2,7 @@
 
 Photographs are black with pure red, green and blue rectangles. The scripted CLIP finds the colors in a view, the scripted
 Grounding-DINO puts a box around all pixels of a color, the scripted SAM outlines the box's main color, and the scripted fusion
-follows the rule of `export/fuse.py`. Rows of a batch do not affect each other. Ranges of the free axes are tiny, so that a batch
+follows the rule of `export/sam/fuse.py`. Rows of a batch do not affect each other. Ranges of the free axes are tiny, so that a batch
 of a few photographs already needs several calls.
 """
 
@@ -97,7 +97,7 @@ def decode(feeds: Feeds) -> Feeds:
 
 
 def fuse(feeds: Feeds) -> Feeds:
-    """The rule of `export/fuse.py`, in numpy."""
+    """The rule of `export/sam/fuse.py`, in numpy."""
     z = feeds["rows"] @ feeds["logits"][feeds["pick"]] @ feeds["columns"].T
     value = np.where(z > 0, feeds["score"][:, None, None] / (1 + np.exp(-z)), 0)
     winner, best = value.argmax(axis=0), value.max(axis=0)

@@ -4,7 +4,7 @@
 - Grounding-DINO: transformers' image processor, ``GroundingDinoForObjectDetection`` on the caption of all classes, a threshold
   and non-maximum suppression by torchvision. The photograph is not padded to a canvas, and BERT runs for every photograph.
 - SAM: ``SamPredictor.set_image`` and ``predict_torch`` with all boxes, upsampled to the photograph.
-- Fusing has no official code: the rule of `export.fuse` on the upsampled logits.
+- Fusing has no official code: the rule of `export.sam.fuse` on the upsampled logits.
 
 All under ``torch.no_grad``, as the official code. Not under ``torch.inference_mode``, which makes the bf16 autocast of CLIP's
 five views ten times as slow (torch 2.14.1).
@@ -29,12 +29,12 @@ from ...engines.machine import version_of
 from ...errors import WeightsError
 from ...export.exporting import prepare_again
 from ...export.family import Feeds
-from ...export.fuse import vote
 from ...export.grounding_dino import family as grounding_dino
 from ...export.grounding_dino.layers import inverse_sigmoid
 from ...export.grounding_dino.weights import load as load_grounding_dino
 from ...export.mini import build_grounding_dino_mini
-from ...export.sam import load as load_sam
+from ...export.sam.family import load as load_sam
+from ...export.sam.fuse import vote
 from ...frame import frame_for
 from ...runtime.canvas import on_canvas
 from ...runtime.chain import Rules

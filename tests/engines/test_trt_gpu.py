@@ -101,7 +101,7 @@ def test_graphs_on_and_off_compute_the_same(open_trt: Open) -> None:
 
 def assert_fused(label_map: Any, feeds: dict[str, Any]) -> None:
     """That of NumPy in float64, but for pixels within rounding of an edge or the margin."""
-    from wsss.export.fuse import LOGIT_ROUNDING, fused_by_sorting, near_ties
+    from wsss.export.sam.fuse import LOGIT_ROUNDING, fused_by_sorting, near_ties
 
     logits = np.asarray(feeds["logits"])[feeds["pick"]].astype(np.float64)
     z = feeds["rows"] @ logits @ feeds["columns"].T

@@ -8,7 +8,7 @@ import torch
 from segment_anything.modeling import Sam
 
 from wsss.engines.ort import OrtEngine
-from wsss.export import fuse
+from wsss.export.sam import fuse
 from wsss.export.to_onnx import WeightFile, export_onnx
 from wsss.frame import frame_for
 from wsss.spec import AxisRange, Preprocess

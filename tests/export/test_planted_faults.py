@@ -21,9 +21,10 @@ from torch.nn import functional
 
 from wsss.engines.eager import EagerEngine
 from wsss.errors import ParityError
-from wsss.export import fuse, segmenter, verify
+from wsss.export import segmenter, verify
 from wsss.export.family import Feeds, Graph, Options, family
 from wsss.export.grounding_dino import layers as grounding_dino_layers
+from wsss.export.sam import fuse
 from wsss.spec import AxisRange, Precision, Preprocess
 from wsss.train.checkpoint import RunRecord
 from wsss.train.model import Segmenter

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from wsss.engines.eager import EagerEngine
 from wsss.engines.ort import OrtEngine
 from wsss.errors import ParityError, UsageError, WeightsError
-from wsss.export import exporting, sam, verify
+from wsss.export import exporting, verify
 from wsss.export.exporting import export_model, verify_model
 from wsss.export.family import Family, Graph, Options, Prepared
 from wsss.export.reference import open_eager
 from wsss.export.rewrites import ChannelNorm, SamBlock
-from wsss.export.two_way import OfCells, ToCells, TwoWay
+from wsss.export.sam import family as sam
+from wsss.export.sam.two_way import OfCells, ToCells, TwoWay
 from wsss.export.weights import spread
 from wsss.frame import Frame, frame_for
 from wsss.spec import AxisRange, Model

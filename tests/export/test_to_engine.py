@@ -18,10 +18,11 @@ pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'wss
 from wsss.benchmarks.compiled import compiled, lines_of
 from wsss.engines.plan import Gpu
 from wsss.errors import BundleError, WsssError
-from wsss.export import exporting, fuse, to_engine
+from wsss.export import exporting, to_engine
 from wsss.export.exporting import export_model, standing_model
 from wsss.export.family import Graph, Options, family
 from wsss.export.precision.instrumentation import open_copy
+from wsss.export.sam import fuse
 from wsss.export.to_engine import ALONE, FUSED, BuildOptions, build_plans, profile_of
 from wsss.spec import AMPERE_OR_NEWER, AxisRange, Bundle, GraphSpec, Model, Parity, Preprocess, open_bundle, sha256_of
 

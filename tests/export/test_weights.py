@@ -21,10 +21,10 @@ import torch
 from transformers import GroundingDinoConfig
 
 from wsss.errors import WeightsError
-from wsss.export import sam
 from wsss.export import weights as checkpoints
 from wsss.export.clip import weights as clip_weights
 from wsss.export.grounding_dino import weights as grounding_dino_weights
+from wsss.export.sam import family as sam
 from wsss.export.weights import Download, download
 
 DATA = b"weights of a model" * 1000

@@ -176,7 +176,7 @@ def test_margin(world: World, margin: float, value: int) -> None:
 def test_the_real_graph_and_the_scripted_one_agree(world: World) -> None:
     pytest.importorskip("torch")
     from wsss.engines.eager import EagerEngine
-    from wsss.export.fuse import LOGIT_ROUNDING, Fuse, near_ties
+    from wsss.export.sam.fuse import LOGIT_ROUNDING, Fuse, near_ties
 
     photos, boxes, masks = scene(world, [(40, 50), (77, 31)], 4, parts=2)
     real: Engine = EagerEngine(Fuse(), world.model("sam").graph("fuse"))

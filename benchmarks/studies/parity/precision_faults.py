@@ -35,7 +35,7 @@ from wsss.export.grounding_dino.family import (
 from wsss.export.mini import build_sam_mini, clip_mini_tokenizer, grounding_dino_mini_tokenizer
 from wsss.export.precision.instrumentation import Session, insert, open_copy
 from wsss.export.precision.search import Diagnosis, diagnose
-from wsss.export.sam import encoder_graph, sample_photographs
+from wsss.export.sam.family import encoder_graph, sample_photographs
 from wsss.export.to_onnx import trace
 from wsss.export.verify import photograph
 from wsss.export.weights import spread
@@ -195,7 +195,7 @@ def residual_stream() -> Case:
 
 def norm_variance() -> Case:
     """The neck's convolution is scaled by 300, which its norm undoes; but the published LayerNorm2d squares the values first."""
-    with mock.patch("wsss.export.sam.with_channel_norms", lambda layers: layers), torch.random.fork_rng(devices=[]):
+    with mock.patch("wsss.export.sam.family.with_channel_norms", lambda layers: layers), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         toy = toy_sam()
         spread(toy, 1)

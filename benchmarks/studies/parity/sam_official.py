@@ -22,9 +22,9 @@ from segment_anything import SamPredictor
 
 from wsss.batch import Boxes, Masks
 from wsss.engines.ort import OrtEngine
-from wsss.export import sam
 from wsss.export.exporting import tool_versions
 from wsss.export.family import Options
+from wsss.export.sam import family as sam
 from wsss.photographs import read_photograph
 from wsss.runtime.segment import MaskPredictor
 from wsss.spec import AxisRange, Model

@@ -17,18 +17,18 @@ from segment_anything import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from ..batch import MAX_BOXES
-from ..errors import UsageError, WeightsError
-from ..spec import AxisRange, Preprocess, TensorSpec
+from ...batch import MAX_BOXES
+from ...errors import UsageError, WeightsError
+from ...spec import AxisRange, Preprocess, TensorSpec
+from ..family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
+from ..mini import build_sam_mini
+from ..precision.lowering import Fp32
+from ..resize import resize_graphs
+from ..rewrites import SamBlock, normalize_in_fp32, normalized, with_channel_norms
+from ..verify import padded_photographs
+from ..weights import Download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record
 from . import fuse
-from .family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
-from .mini import build_sam_mini
-from .precision.lowering import Fp32
-from .resize import resize_graphs
-from .rewrites import SamBlock, normalize_in_fp32, normalized, with_channel_norms
 from .two_way import TwoWay
-from .verify import padded_photographs
-from .weights import Download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..frame import frame_for
-from ..spec import AxisRange, Preprocess, TensorSpec
-from .family import Feeds, Graph, InHalf, Tolerance, miscount, share_impossible
-from .precision.lowering import Fp32
+from ...frame import frame_for
+from ...spec import AxisRange, Preprocess, TensorSpec
+from ..family import Feeds, Graph, InHalf, Tolerance, miscount, share_impossible
+from ..precision.lowering import Fp32
 
 VOID = 255
 LOGIT_ROUNDING = 2.0**-17
