@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from .precision.lowering import Fp32
 
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+"""Of ImageNet's RGB on the 0-255 scale (segment_anything/build_sam.py, among others)."""
+
 
 class Normalize(nn.Module):
     """Pixels (B, H, W, 3) uint8 RGB to (B, H, W, 3) float32, zero mean and unit deviation."""

@@ -23,8 +23,7 @@ from ..train.checkpoint import RECORD, RunRecord, load_run, weights_file
 from ..train.model import Segmenter, build_segmenter
 from .family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, gap_of_choices
 from .precision.lowering import Fp32
-from .rewrites import normalize_in_fp32, normalized
-from .sam.family import MEAN, STD
+from .rewrites import MEAN, STD, normalize_in_fp32, normalized
 from .verify import padded_photographs, photograph
 from .weights import random_seed, spread, weights_record
 

@@ -2,8 +2,8 @@
 
 Photographs are black with pure red, green and blue rectangles. The scripted CLIP finds the colors in a view, the scripted
 Grounding-DINO puts a box around all pixels of a color, the scripted SAM outlines the box's main color, and the scripted fusion
-follows the rule of `export/sam/fuse.py`. Rows of a batch do not affect each other. Ranges of the free axes are tiny, so that a batch
-of a few photographs already needs several calls.
+follows the rule of `export/sam/fuse.py`. Rows of a batch do not affect each other. Ranges of the free axes are tiny, so that a
+batch of a few photographs already needs several calls.
 """
 
 from __future__ import annotations

@@ -24,15 +24,11 @@ from ..family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, 
 from ..mini import build_sam_mini
 from ..precision.lowering import Fp32
 from ..resize import resize_graphs
-from ..rewrites import SamBlock, normalize_in_fp32, normalized, with_channel_norms
+from ..rewrites import MEAN, STD, SamBlock, normalize_in_fp32, normalized, with_channel_norms
 from ..verify import padded_photographs
 from ..weights import Download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record
 from . import fuse
 from .two_way import TwoWay
-
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
-"""RGB on the 0-255 scale (segment_anything/build_sam.py)."""
 
 BUILDERS: Mapping[str, Callable[[], Sam]] = {
     "vit_b": build_sam_vit_b,
