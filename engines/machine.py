@@ -26,7 +26,6 @@ from ..cores import cores
 from ..errors import WsssError
 from ..extras import install_line, replace_onnxruntime
 from ..spec import Flavour
-from .openvino import computes_in_bf16
 from .plan import MODULES, find_gpus
 
 PACKAGES = (
@@ -339,6 +338,8 @@ def _openvino(packages: Mapping[str, str]) -> tuple[bool | None, str]:
     if "openvino" not in packages:
         return None, ""
     try:
+        from .openvino import computes_in_bf16  # needs numpy, without which the other facts are still told
+
         return computes_in_bf16(), ""
     except Exception as error:  # an incomplete package, a missing library: each raises its own class
         return None, f"openvino cannot be loaded: {f'{error}'.strip().split(chr(10))[0]}"

@@ -279,6 +279,7 @@ def test_full_size_models_are_exported_without_the_gate(tmp_path: Path) -> None:
     assert {(name, graph.precision, graph.parity) for name, graph in graphs.items()} == {
         ("image", "fp16", None),
         ("text", "fp16", None),
+        ("resize-96x96", "fp16", None),
     }
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import PIL
 
 from .... import __version__
+from ....engines.machine import version_of
 from ....engines.ort import OrtEngine
 from ....export.resize import PARTS, WHOLE, resize_graph
 from ....export.to_onnx import OPSET, WeightFile, export_onnx
@@ -144,7 +144,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "version": __version__,
         "pillow": PIL.__version__,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": version_of("onnxruntime"),
         "photographs": len(paths),
         "host_ms": host_ms(paths[0]),
     }

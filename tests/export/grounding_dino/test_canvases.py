@@ -18,7 +18,7 @@ from wsss.spec import AxisRange
 
 from .toy import toy
 
-CANVASES = ((112, 112), (72, 100), (148, 92))
+CANVASES = ((112, 112), (148, 92))
 """Windows that fit, and windows and merged cells that need padding."""
 
 
@@ -51,9 +51,10 @@ def listed(model: ir.Model) -> list[object]:
 @pytest.mark.parametrize(
     ("sampling", "two_products", "compared"),
     [
-        ("grid-sample", False, slice(1, 3)),
-        pytest.param("gather", True, slice(1, 2), marks=pytest.mark.slow),
-        pytest.param("plugin", True, slice(2, 3), marks=pytest.mark.slow),
+        ("grid-sample", False, slice(1, 2)),
+        pytest.param("grid-sample", True, slice(0, 1), marks=pytest.mark.slow),
+        pytest.param("gather", True, slice(2), marks=pytest.mark.slow),
+        pytest.param("plugin", True, slice(2), marks=pytest.mark.slow),
     ],
 )
 def test_a_shared_trace_gives_the_graphs_of_separate_ones(sampling: Sampling, two_products: bool, compared: slice) -> None:
@@ -91,7 +92,7 @@ def test_graphs_of_other_canvases_have_the_same_nodes_and_one_of_another_model_d
     for graph in graphs_of("grid-sample", False):
         paths.append(tmp_path / f"{graph.name}.onnx")
         export_onnx(graph, paths[-1], store)
-    assert same_nodes(paths[0], paths[1]) and same_nodes(paths[0], paths[2])
+    assert same_nodes(*paths)
     for spoil in ("Transpose", "MatMul"):
         model = ir.load(paths[1])
         node = next(node for node in model.graph if node.op_type == spoil)
