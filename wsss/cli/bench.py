@@ -20,7 +20,7 @@ def bench(
     ] = "mini",
     engine: Annotated[
         Engine,
-        typer.Option(help="What runs the graphs. auto: TensorRT if the bundle has engines for this machine, otherwise ort."),
+        typer.Option(help="What runs the graphs. auto: as in wsss label."),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     model: Annotated[
