@@ -22,12 +22,15 @@ from .canvas import Rows, input_of, on_canvas, together
 from .resize import Resizer
 from .text import open_tokenizer, tokenize_phrases
 
+NEGATIVE = -1
+"""The label of negatives: phrases of every caption, which take the boxes that fit them better than any class."""
+
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
     """The features of one sub-sentence of a caption: its word pieces and the dot that ends it.
 
-    features: (T, D) float32 or float16, as the engines exchange them. label: 1-based class; 0 for [CLS] and [SEP].
+    features: (T, D) float32 or float16, as the engines exchange them. label: 1-based class; 0 for [CLS] and [SEP]; `NEGATIVE`.
     words: number of tokens that name the class, without the dot.
     """
 
@@ -114,7 +117,7 @@ class Detector:
         self._nms, self._nms_across = nms, nms_across
         self._pixels = self._valid = 0
         self._budget = int(settings["max_tokens"])
-        self._cls, self._sep, self._phrases = embed_phrases(model, text, classes)
+        self._cls, self._sep, self._phrases, self._negatives = embed_phrases(model, text, classes)
 
     def __call__(self, images: Images, labels: Labels) -> Boxes:
         """Find boxes of the classes in ``labels.present``; images without a class are not processed."""
@@ -125,8 +128,9 @@ class Detector:
             frame = self.frame_of(photo)
             if present:
                 inputs[number] = input_of(photo, "detect", self)
-            for group in split_phrases(present, self._budget):
-                jobs.setdefault(frame.canvas, []).append((number, frame, join_phrases(self._cls, group, self._sep)))
+            for group in split_phrases(present, self._budget - sum(map(len, self._negatives))):
+                caption = join_phrases(self._cls, [*group, *self._negatives], self._sep)
+                jobs.setdefault(frame.canvas, []).append((number, frame, caption))
         found: list[Boxes] = []
         for canvas, rows in jobs.items():
             engine = self._engine_of(canvas)
@@ -191,7 +195,7 @@ class Detector:
 def boxes_from_logits(
     logits: np.ndarray, cxcywh: np.ndarray, caption: Caption, frame: Frame, image: int, threshold: float
 ) -> Boxes:
-    """One image's detections: each query takes the class whose tokens it matches best.
+    """One image's detections: each query takes the class whose tokens it matches best; if that is a negative, it is no box.
 
     Args:
         logits: (Q, T) float32. cxcywh: (Q, 4) float32 in 0..1 of the photograph.
@@ -206,7 +210,7 @@ def boxes_from_logits(
     label = np.array([label for label, _, _ in caption.spans], np.int64)[best]
     xyxy = frame.xyxy_image_from_cxcywh(cxcywh)
     solid = (xyxy[:, 2] - xyxy[:, 0] >= 1) & (xyxy[:, 3] - xyxy[:, 1] >= 1)
-    rows = np.flatnonzero((score >= threshold) & solid)
+    rows = np.flatnonzero((score >= threshold) & solid & (label != NEGATIVE))
     return Boxes(xyxy[rows], score[rows], label[rows], np.full(len(rows), image, np.int64))
 
 
@@ -240,18 +244,19 @@ def box_iou(one: np.ndarray, many: np.ndarray) -> np.ndarray:
     return shared / ((one[2:] - one[:2]).prod() + (many[:, 2:] - many[:, :2]).prod(axis=1) - shared)
 
 
-def embed_phrases(model: Model, text: Engine, classes: ClassList) -> tuple[Phrase, Phrase, list[list[Phrase]]]:
-    """Compute the features of [CLS], [SEP] and each class's phrases, in as few calls of the text graph as its range allows.
+def embed_phrases(model: Model, text: Engine, classes: ClassList) -> tuple[Phrase, Phrase, list[list[Phrase]], list[Phrase]]:
+    """Compute the features of [CLS], [SEP], each class's phrases and the negatives, in as few calls of the text graph as its
+    range allows.
 
     Raises:
         ClassError: as `tokenize_phrases`; a phrase shares its caption with [CLS], [SEP] and its dot.
     """
     settings = model.manifest.settings
     dot = int(settings["dot"])
-    tokens_of = tokenize_phrases(open_tokenizer(model), classes, int(settings["max_tokens"]) - 3)
-    labels = [label for label, phrases in enumerate(tokens_of, 1) for _ in phrases]
+    tokens_of, negatives = tokenize_phrases(open_tokenizer(model), classes, int(settings["max_tokens"]) - 3)
+    labels = [label for label, phrases in enumerate(tokens_of, 1) for _ in phrases] + [NEGATIVE] * len(negatives)
     ids = [[int(settings["cls"])], [int(settings["sep"])]]
-    ids += [[*phrase, dot] for phrases in tokens_of for phrase in phrases]
+    ids += [[*phrase, dot] for phrases in (*tokens_of, negatives) for phrase in phrases]
     features: list[np.ndarray] = []
     step = text.axes["phrases"].max
     for start in range(0, len(ids), step):
@@ -264,7 +269,6 @@ def embed_phrases(model: Model, text: Engine, classes: ClassList) -> tuple[Phras
         out = np.asarray(text({"tokens": tokens, "mask": mask})["features"])
         features += [np.array(out[row, : len(line)]) for row, line in enumerate(chunk)]
     cls, sep = Phrase(0, features[0], 1), Phrase(0, features[1], 1)
-    phrases: list[list[Phrase]] = [[] for _ in classes.names]
-    for label, feature in zip(labels, features[2:], strict=True):
-        phrases[label - 1].append(Phrase(label, feature, len(feature) - 1))
-    return cls, sep, phrases
+    phrases = [Phrase(label, feature, len(feature) - 1) for label, feature in zip(labels, features[2:], strict=True)]
+    of_classes = [[phrase for phrase in phrases if phrase.label == label] for label in range(1, len(tokens_of) + 1)]
+    return cls, sep, of_classes, [phrase for phrase in phrases if phrase.label == NEGATIVE]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ..classes import ClassList
+from ..classes import ClassList, cleaned
 from ..errors import BundleError, ClassError
 from ..spec import Model
 
@@ -33,40 +33,64 @@ def open_tokenizer(model: Model) -> Tokenizer:
         raise BundleError(f"{path}: not a tokenizer: {error}", hint=again) from None
 
 
-def tokenize_phrases(tokenizer: Tokenizer, classes: ClassList, budget: int) -> list[list[list[int]]]:
-    """Token ids of each class's detector phrases, without special tokens.
+def tokenize_phrases(tokenizer: Tokenizer, classes: ClassList, budget: int) -> tuple[list[list[list[int]]], list[list[int]]]:
+    """Token ids of each class's detector phrases, and of the negatives, without special tokens.
+
+    Negatives that the tokenizer cannot read are left out with a warning: CLIP reads them.
 
     Args:
-        budget: most tokens of a phrase.
+        budget: most tokens of a phrase, and of all negatives with their dots beside it.
 
     Raises:
-        ClassError: a word that the tokenizer does not know, a phrase without tokens or with too many, or two classes whose
-            phrases have the same tokens.
+        ClassError: a word that the tokenizer does not know, a phrase without tokens or with too many, two classes whose
+            phrases have the same tokens, or negatives that leave no room for a class.
     """
     tokenizer.no_truncation()
-    unknown = getattr(tokenizer.model, "unk_token", None)
     ids_of: list[list[list[int]]] = []
     for name, phrases in zip(classes.names, classes.phrases, strict=True):
         ids_of.append([])
         for phrase in phrases:
-            encoding = tokenizer.encode(phrase, add_special_tokens=False)
-            if not encoding.ids:
+            ids, unknown = _ids_of(tokenizer, phrase)
+            if not ids:
                 raise ClassError(f"--classes: {name!r} holds nothing that the detector's tokenizer can read", hint=_english(name))
-            if unknown in encoding.tokens:
-                start, stop = encoding.offsets[encoding.tokens.index(unknown)]
+            if unknown:
                 raise ClassError(
-                    f"--classes: {name!r}: the detector's tokenizer does not know {phrase[start:stop]!r}: to it, all such words "
+                    f"--classes: {name!r}: the detector's tokenizer does not know {unknown!r}: to it, all such words "
                     "are the same",
                     hint=_english(name),
                 )
-            if len(encoding.ids) > budget:
+            if len(ids) > budget:
                 raise ClassError(
-                    f"--classes: a name takes {len(encoding.ids) + 1} tokens, a caption holds {budget + 1}: {name[:60]!r}",
+                    f"--classes: a name takes {len(ids) + 1} tokens, a caption holds {budget + 1}: {name[:60]!r}",
                     hint="shorten the longest class name",
                 )
-            ids_of[-1].append(encoding.ids)
-    _check_distinct([f"the class {name!r}" for name in classes.names], ids_of, "the detector")
-    return ids_of
+            ids_of[-1].append(ids)
+    read = {name: _ids_of(tokenizer, cleaned(name)) for name in classes.negatives}
+    for name, (ids, unknown) in read.items():
+        if unknown or not ids:
+            _log.warning("only CLIP reads the negative %r: the detector's tokenizer does not know %r", name, unknown or name)
+    negatives = {name: ids for name, (ids, unknown) in read.items() if ids and not unknown}
+    names = [*(f"the class {name!r}" for name in classes.names), *(f"the negative {name!r}" for name in negatives)]
+    _check_distinct(names, [*ids_of, *([ids] for ids in negatives.values())], "the detector")
+    beside = sum(len(ids) + 1 for ids in negatives.values())
+    longest = max(len(ids) for phrases in ids_of for ids in phrases)
+    if beside and longest + beside > budget:
+        raise ClassError(
+            f"--classes: the negatives take {beside} tokens of every caption, which holds {budget + 1}; the longest class takes "
+            f"{longest + 1}",
+            hint="leave out some of the lines that begin with an exclamation mark",
+        )
+    return ids_of, list(negatives.values())
+
+
+def _ids_of(tokenizer: Tokenizer, phrase: str) -> tuple[list[int], str]:
+    """Token ids of a phrase without special tokens, and a word of it that the tokenizer does not know; empty if it knows all."""
+    encoding = tokenizer.encode(phrase, add_special_tokens=False)
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    if unknown not in encoding.tokens:
+        return encoding.ids, ""
+    start, stop = encoding.offsets[encoding.tokens.index(unknown)]
+    return encoding.ids, phrase[start:stop]
 
 
 def tokenize_prompts(

@@ -81,7 +81,7 @@ class ClassList:
     phrases: tuple[tuple[str, ...], ...]
     """Wordings of each class for the detector: lower case, without characters that end a phrase."""
     negatives: tuple[str, ...] = ()
-    """Names that compete with the classes in CLIP, in addition to a model's own backgrounds."""
+    """Names that compete with the classes: in CLIP, in addition to a model's own backgrounds, and for the detector's boxes."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -112,12 +112,12 @@ class ClassList:
                             f"the classes {other!r} and {name!r} share the wording {wording!r}: no model can tell them apart",
                             hint="keep it for one of them",
                         )
-        for negative in self.negatives:  # `owner` is that of the prompts: only CLIP reads negatives
-            if cleaned(negative) in owner:
-                raise ClassError(
-                    f"{negative!r} is a negative prompt and a wording of the class {owner[cleaned(negative)]!r}",
-                    hint="keep one of them",
-                )
+            for negative in self.negatives:
+                if cleaned(negative) in owner:
+                    raise ClassError(
+                        f"{negative!r} is a negative and a wording of the class {owner[cleaned(negative)]!r}",
+                        hint="keep one of them",
+                    )
 
     def __len__(self) -> int:
         return len(self.names)

@@ -102,7 +102,7 @@ def caption_of(dino: Model, classes: str) -> Caption:
     settings = dino.manifest.settings
     most = int(settings["max_tokens"])
     tokens, spans = [int(settings["cls"])], []
-    for label, phrases in enumerate(tokenize_phrases(open_tokenizer(dino), parse_classes(classes), most - 3), 1):
+    for label, phrases in enumerate(tokenize_phrases(open_tokenizer(dino), parse_classes(classes), most - 3)[0], 1):
         for phrase in phrases:
             spans.append((label, len(tokens), len(tokens) + len(phrase)))
             tokens += [*phrase, int(settings["dot"])]

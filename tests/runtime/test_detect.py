@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +17,25 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from wsss.batch import MAX_BOXES, Boxes, Labels
 from wsss.classes import class_list, parse_classes
+from wsss.engines.fake import FakeEngine
 from wsss.errors import ClassError, WsssError
 from wsss.frame import Frame
 from wsss.runtime.chain import Chain
-from wsss.runtime.detect import Caption, Detector, Phrase, box_iou, boxes_from_logits, join_phrases, split_phrases, suppress
+from wsss.runtime.detect import (
+    NEGATIVE,
+    Caption,
+    Detector,
+    Phrase,
+    box_iou,
+    boxes_from_logits,
+    join_phrases,
+    split_phrases,
+    suppress,
+)
+from wsss.runtime.text import tokenize_phrases
 from wsss.spec import Model
+
+from ..conftest import WORDS, Feeds
 
 if TYPE_CHECKING:
     from ..conftest import World
@@ -400,3 +415,64 @@ def test_caption_of_one_phrase_is_padded_to_the_engines_least(world: World) -> N
     detector(world)([world.photo(32, 48, red=(0, 0, 9, 9))], tags([1]))
     assert world.engine("grounding-dino", "image-32x48").calls[0]["text"] == (1, 4, 16)
     assert isinstance(CAPTION, Caption)
+
+
+# ---- negatives ----
+
+
+def test_a_query_whose_best_phrase_is_a_negative_is_no_box() -> None:
+    parts = [phrase(3, 11, DOT), phrase(NEGATIVE, 12, DOT), phrase(NEGATIVE, 13, DOT)]
+    caption = join_phrases(phrase(0, CLS), parts, phrase(0, SEP))
+    assert [label for label, _, _ in caption.spans] == [3, NEGATIVE, NEGATIVE]
+    wins, loses, far = (np.full(len(caption.text), logit(0.01), np.float32) for _ in range(3))
+    wins[caption.spans[0][1]], wins[caption.spans[1][1]] = logit(0.6), logit(0.5)
+    loses[caption.spans[0][1]], loses[caption.spans[2][1]] = logit(0.6), logit(0.7)
+    far[caption.spans[1][1]] = logit(0.9)
+    boxes = np.array([MIDDLE] * 3, np.float32)
+    found = boxes_from_logits(np.stack([wins, loses, far]), boxes, caption, FRAME, 0, 0.3)
+    assert found.label.tolist() == [3] and found.score[0] == pytest.approx(0.6)
+
+
+def test_negatives_are_in_every_caption(world: World) -> None:
+    """They take their tokens from the classes' room, and are not asked for alone."""
+    texts: list[np.ndarray] = []
+
+    def engine_of(canvas: tuple[int, int]) -> FakeEngine:
+        engine = world.engine("grounding-dino", f"image-{canvas[0]}x{canvas[1]}")
+
+        def watched(feeds: Feeds) -> Feeds:
+            texts.extend(feeds["text"])
+            return {name: np.asarray(value) for name, value in engine(feeds).items()}
+
+        return FakeEngine(world.model("grounding-dino").graph(f"image-{canvas[0]}x{canvas[1]}"), watched)
+
+    detector = Detector(
+        world.model("grounding-dino"),
+        world.engine("grounding-dino", "text"),
+        engine_of,
+        class_list(["red", "green", "blue", "!grass", "!sky"]),
+    )
+    photos = [world.photo(32, 32, red=(0, 0, 9, 9)), world.photo(32, 32, green=(0, 0, 9, 9)), world.photo(32, 32)]
+    present = np.array([[True, False, False], [True, True, True], [False, False, False]])
+    detector(photos, Labels(present.astype(np.float32), present))
+    words = [{name for name, number in WORDS.items() if number in text.argmax(axis=1)} for text in texts]  # one-hot
+    assert words and all({"grass", "sky"} <= seen for seen in words)
+    assert set().union(*words) >= {"red", "green", "blue"} and all(seen & {"red", "green", "blue"} for seen in words)
+
+
+def test_negatives_that_leave_no_room_are_refused(tokenizer: Tokenizer) -> None:
+    classes = class_list(["fire hydrant", "!dog", "!cat", "!potted plant"])
+    assert tokenize_phrases(tokenizer, classes, 9) == ([[[2004, 2005]]], [[2000], [2001], [2002, 2003]])
+    with pytest.raises(ClassError, match="negatives take 7 tokens of every caption, which holds 9; the longest class takes 3"):
+        tokenize_phrases(tokenizer, classes, 8)
+
+
+def test_a_negative_that_only_clip_can_read_is_told(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("wsss").propagate = True
+    assert tokenize_phrases(tokenizer, class_list(["dog", "!kangaroo", "!cat"]), 20) == ([[[2000]]], [[2001]])
+    assert "only CLIP reads the negative 'kangaroo': the detector's tokenizer does not know 'kangaroo'" in caplog.text
+
+
+def test_a_negative_that_is_a_class_to_the_detector_is_refused() -> None:
+    with pytest.raises(ClassError, match="'television' is a negative and a wording of the class 'tv'"):
+        class_list(["tv: television", "!television"])

@@ -147,7 +147,7 @@ def test_synonyms_of_wordnet_are_wordings(tmp_path: Path) -> None:
         ("a.txt", b"caf\xe9\n", "expected UTF-8 text", "UTF-8"),
         ("a.txt", "red disc: white cross\nblue ring: white cross\n", "'red disc' and 'blue ring' share the wording", "keep it"),
         ("a.txt", "dog: puppy\nPuppy\n", "'dog' and 'Puppy' share the wording 'puppy'", "keep it"),
-        ("a.txt", "dog\n!Dog\n", "'dog' is a negative prompt and a wording of the class 'dog'", "keep one"),
+        ("a.txt", "dog\n!Dog\n", "'dog' is a negative and a wording of the class 'dog'", "keep one"),
         ("a.csv", "1,dog,brown\n2,cat,gray\n", "which column has the names", "id,name"),
         ("a.csv", "name\ndog,brown\n", "expected 1 columns", "quote"),
         ("a.csv", "id,name\none,dog\n", "expected a number in column 1", "1,dog"),
