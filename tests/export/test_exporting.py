@@ -10,9 +10,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -428,3 +430,28 @@ def test_engines_are_judged_and_one_that_fails_loses_the_verdict_it_had(
     with pytest.raises(ParityError, match=r"toy scale \(trt\): output 'y'"):
         exporting.verify_plans(judged, "trt", None, said.append, device=1)
     assert open_bundle(tmp_path).model("toy").graph("scale").plans["trt on H200"] == replace(plan, driver="13.0")
+
+
+# ---- canvases of one trace ----
+
+
+def test_only_the_first_canvas_of_a_trace_passes_its_largest_batch(tmp_path: Path) -> None:
+    """And another one only counts as the same graph if it has the same nodes."""
+    export(tmp_path / "one", make_family())
+    export(tmp_path / "two", make_family(factor=5.0, truth=5.0))
+    first, second = (tmp_path / name / "toy" / "scale.onnx" for name in ("one", "two"))
+    spoiled = tmp_path / "spoiled.onnx"
+    model = ir.load(second)
+    next(node for node in model.graph if node.op_type == "Mul").op_type = "Add"
+    ir.save(model, spoiled)
+
+    def of(shared: object) -> Any:
+        return SimpleNamespace(template=None if shared is None else SimpleNamespace(shared=shared))
+
+    trace, other, passed = object(), object(), exporting.Passed()
+    assert passed.largest(of(trace), first) is None
+    passed.add(of(trace), first)
+    passed.add(of(None), first)
+    assert passed.largest(of(trace), second) == 2
+    assert [passed.largest(of(each), second) for each in (other, None)] == [None, None]
+    assert passed.largest(of(trace), spoiled) is None
