@@ -86,7 +86,11 @@ def with_lengths(traced: ir.Model, lengths: Mapping[int, int], buffers: Mapping[
     """A copy of a graph with other lengths, and the tensors of ``buffers`` for the constants of their names."""
     model = traced.clone()
     graph = model.graph
-    for value in (*graph.inputs, *(output for node in graph.all_nodes() for output in node.outputs)):
+    inner = [output for node in graph.all_nodes() for output in node.outputs]
+    for value in (*graph.inputs, *graph.initializers.values(), *inner):
+        if value.dtype is not None:
+            value.type = ir.TensorType(value.dtype)  # a clone shares it, and lowering to half precision changes it
+    for value in (*graph.inputs, *inner):
         if value.shape is not None:
             value.shape = ir.Shape([_replaced(dim, lengths) for dim in value.shape])
     for name, value in graph.initializers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,6 +23,7 @@ CANVASES = ((112, 112), (148, 92))
 """Windows that fit, and windows and merged cells that need padding."""
 
 
+@cache  # the trace that they share
 def graphs_of(sampling: Sampling, two_products: bool) -> list[Graph]:
     model = grounding_dino_weights.seeded(lambda: toy(window=7, depths=(2, 2), encoder_layers=1), 0)
     made = grounding_dino.image_graphs(model, CANVASES, AxisRange(1, 2, 3), 1e-3, sampling, two_products)
@@ -61,6 +63,13 @@ def test_a_shared_trace_gives_the_graphs_of_separate_ones(sampling: Sampling, tw
     for graph in graphs_of(sampling, two_products)[compared]:
         assert graph.template is not None
         assert listed(trace(graph)) == listed(trace(replace(graph, template=None))), graph.name
+
+
+def test_a_canvas_in_half_precision_leaves_the_others_alone(tmp_path: Path) -> None:
+    first, second = graphs_of("grid-sample", False)
+    before = [str(value.type) for node in trace(second).graph for value in node.outputs]
+    export_onnx(first.at("fp16"), tmp_path / "first.onnx", WeightFile(tmp_path / "weights.data"), precision="fp16")
+    assert [str(value.type) for node in trace(second).graph for value in node.outputs] == before
 
 
 def test_the_lengths_of_the_traced_canvas_occur_nowhere_else() -> None:
