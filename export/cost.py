@@ -26,7 +26,8 @@ CLEARLY = 0.75
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Costs of a model's image graph, fitted to ``benchmarks/results/export-cost.json`` (float32, ONNX Runtime)."""
+    """Costs of a model's image graph (float32, ONNX Runtime), fitted to ``benchmarks/results/export-cost.json``; those of
+    Grounding-DINO to one export of Swin-T with five canvases (704 CPU seconds, 10.0 GB)."""
 
     tracing: float
     """CPU seconds of tracing a graph."""
@@ -38,7 +39,7 @@ class Rule:
 
 RULES = {
     "clip": Rule(tracing=9, row=15, activations=0.3),
-    "grounding-dino": Rule(tracing=70, row=21, activations=0.9),
+    "grounding-dino": Rule(tracing=70, row=32, activations=1.1),
     "sam": Rule(tracing=14, row=35, activations=1.07),
 }
 SMALL_GRAPH = 30
