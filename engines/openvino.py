@@ -41,7 +41,7 @@ class OpenVinoEngine:
     """One ONNX graph in OpenVINO on the CPU. Call it from one thread at a time.
 
     The rows of a batch are computed in several requests at the same time, each on a part of the cores, so that the threads of
-    one do not wait for those of another. A request that is alone takes all cores.
+    one do not wait for those of another. A request that is alone takes all cores, as long as no call had several.
 
     Args:
         path: the ``.onnx`` file, with its external weights in the same folder; hashes already checked (`Bundle.model`).

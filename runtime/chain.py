@@ -19,6 +19,7 @@ from ..batch import Boxes, Images, Labels, Masks, Photograph, PseudoLabels
 from ..classes import ClassList, named_list, parse_classes
 from ..engines.engine import Engine
 from ..engines.opening import choose, open_graph
+from ..engines.openvino import checked_proof
 from ..engines.plan import MODULES, plan_here
 from ..errors import UsageError, WsssError, WsssWarning
 from ..photographs import from_pillow, read_photograph
@@ -189,7 +190,10 @@ class Chain:
             """The model's graph ``text``; on the CPU, texts of an earlier start are not computed again."""
             if where != "cpu":
                 return opener(of, "text")
-            return RememberedEngine(of, "text", chosen, lambda: opener(of, "text"))
+            if chosen == "openvino" and not unverified:  # also where the engine need not be opened
+                checked_proof(of, "text")
+            name = f"{chosen}, unverified" if unverified else chosen
+            return RememberedEngine(of, "text", name, lambda: opener(of, "text"))
 
         def resizer(of: Model) -> Resizer | None:
             """Inputs are made on a GPU by engines that keep their outputs there, if the bundle has the graphs for it."""

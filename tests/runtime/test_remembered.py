@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from wsss.engines.fake import FakeEngine
-from wsss.errors import FeedError, OutOfMemory
+from wsss.errors import BundleError, FeedError, OutOfMemory
 from wsss.files import cache_folder
+from wsss.runtime.chain import Chain
 from wsss.runtime.device import Device, cut_to_fit
 from wsss.runtime.remembered import RememberedEngine
 from wsss.runtime.tag import embed_prompts
@@ -116,3 +117,24 @@ def test_wrong_feeds_are_refused_as_by_the_engine(make: Make, opened: list[str])
     with pytest.raises(FeedError, match="clip/text: expected"):
         make()({"tokens": TOKENS.astype(np.int32)})
     assert not opened
+
+
+def test_kept_texts_need_the_proof_that_computing_them_would(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else texts of an unverified run would be read by runs that are not."""
+    asked: list[str] = []
+
+    def never(model: Model, graph: str) -> None:
+        asked.append(f"{model.folder.name}/{graph}")
+        raise BundleError("was never compared with PyTorch")
+
+    monkeypatch.setattr("wsss.runtime.chain.open_graph", lambda model, graph, *_, **__: world.open_graph(model, graph))
+    monkeypatch.setattr("wsss.runtime.chain.checked_proof", never)
+    Chain.open(world.bundle, classes=world.classes, engine="openvino", unverified=True)
+    before = len(kept())
+    assert before and not asked
+    with pytest.raises(BundleError, match="never compared"):
+        Chain.open(world.bundle, classes=world.classes, engine="openvino")
+    assert asked == ["clip/text"]
+    monkeypatch.setattr("wsss.runtime.chain.checked_proof", lambda model, graph: None)
+    Chain.open(world.bundle, classes=world.classes, engine="openvino")
+    assert len(kept()) == 2 * before, "computed again, not those of the unverified run"
