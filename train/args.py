@@ -74,6 +74,8 @@ class DataArgs:
     0: images keep their own scale."""
     scale: tuple[float, float] = (0.5, 2.0)
     """Smallest and largest factor, drawn uniformly, by which an image is resized before the crop, after ``shorter_px``."""
+    scales: tuple[float, ...] = ()
+    """Factors of which one is drawn instead, for example [0.5, 0.75, 1.0]; empty: any factor of ``scale``."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
@@ -193,8 +195,8 @@ class MachineArgs:
     """Settings that change the speed but not the result: a run may be continued with other values."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: int = 2
-    """Processes that load images, per training process; 0: the training process loads them."""
+    workers: int = -1
+    """Processes that load images, per training process. -1: as many as it has cores, at most 8; 0: it loads them itself."""
     channels_last: bool = True
     """Memory order of images and kernels: faster convolutions on most machines."""
     compile: bool = False
@@ -207,7 +209,7 @@ class MachineArgs:
     """Also write the curve for TensorBoard (``pip install tensorboard``)."""
 
     def __post_init__(self) -> None:
-        _at_least("machine.workers", self.workers, 0)
+        _at_least("machine.workers", self.workers, -1)
         _at_least("machine.log_steps", self.log_steps, 1)
         _within("machine.checkpoint_seconds", self.checkpoint_seconds, 0, 1e9)
 

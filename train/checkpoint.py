@@ -241,8 +241,10 @@ def restore_last(folder: Path, network: nn.Module, average: nn.Module | None, op
         for name, value in part("optimizer.").items():
             key, _, parameter_name = name.partition(".")
             parameter = parameters[parameter_name]
-            # device and memory order of the parameter; Adam's step count is a scalar on the CPU
-            kept = value if value.ndim == 0 else torch.empty_like(parameter, requires_grad=False).copy_(value)
+            # device and memory order of the parameter; Adam's step count is a scalar
+            kept = (
+                value.to(parameter.device) if value.ndim == 0 else torch.empty_like(parameter, requires_grad=False).copy_(value)
+            )
             optimizer.state[parameter][key] = kept
         return _progress(record)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:

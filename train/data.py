@@ -7,32 +7,35 @@ images as one process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
-from ..batch import VOID
+from ..cores import cores
 from ..errors import StoreError, WsssError
-from ..frame import scaled, shorter_factor
 from ..photographs import read_photograph
-from ..pixels.pictures import picture_of
 from ..store.local import read_label
-from .args import DataArgs
+from .args import DataArgs, MachineArgs
+from .augment import random_crop
+from .distributed import World
 from .survey import Item
+
+MAX_WORKERS = 8
+"""A process with one GPU rarely needs more."""
+Pair: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""A photograph (H, W, 3) uint8 RGB and its label map (H, W) uint8."""
+Loaded = TypeVar("Loaded")
 
 # First part of the seed sequences: each purpose has its own random stream.
 _ORDER, _AUGMENT, _STEP = 0, 1, 2
 _BLOCK = 4096
 """Weighted draws are made in blocks of this size."""
-_CROPS_TRIED = 10
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,22 +43,23 @@ class Batch:
     """Crops of one forward pass."""
 
     pixels: Tensor
-    """(B, 3, crop, crop) float32, RGB, normalized."""
+    """(B, crop, crop, 3) uint8, RGB."""
     label: Tensor
     """(B, crop, crop) uint8, 255 is ignored."""
     confidence: Tensor
-    """(B, C + 1) float32 in [0, 1]: the store's confidence in each label value in each image."""
+    """(B, C + 1) float32 >= 0: the weight of each label value in each image, see `relative_confidence`."""
     item: Tensor
-    """(B,) int64, index into the training items."""
+    """(B,) int64, index into the training items. Stays on the CPU."""
 
-    def to(self, device: torch.device, memory_format: torch.memory_format) -> Batch:
+    def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
-        return Batch(
-            pixels=self.pixels.to(device, memory_format=memory_format, non_blocking=True),
-            label=self.label.to(device, non_blocking=True),
-            confidence=self.confidence.to(device, non_blocking=True),
-            item=self.item,
-        )
+        pixels, label, confidence = (each.to(device, non_blocking=True) for each in (self.pixels, self.label, self.confidence))
+        return Batch(pixels=pixels, label=label, confidence=confidence, item=self.item)
+
+    def pin_memory(self) -> Batch:
+        """Copy to page-locked memory; called by DataLoader."""
+        pixels, label, confidence = (each.pin_memory() for each in (self.pixels, self.label, self.confidence))
+        return Batch(pixels=pixels, label=label, confidence=confidence, item=self.item)
 
 
 def step_seed(seed: int, step: int, accumulated: int, rank: int) -> int:
@@ -110,36 +114,57 @@ class Positions:
 
 
 class Crops(Dataset[Batch | WsssError]):
-    """Augmented crops by position. An unreadable image is returned as its error, since DataLoader would lose the message."""
+    """Augmented crops by position. An unreadable image is returned as its error, since DataLoader would lose the message.
 
-    def __init__(self, store: Path, images: Path, items: Sequence[Item], args: DataArgs, *, seed: int, order: Order) -> None:
+    Args:
+        confidence: (N, C + 1) float32 for the items, `relative_confidence`.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        images: Path,
+        items: Sequence[Item],
+        args: DataArgs,
+        *,
+        seed: int,
+        order: Order,
+        confidence: np.ndarray,
+    ) -> None:
         self._store, self._images, self._items = store, images, items
         self._args, self._seed, self._order = args, seed, order
-        self._augment = augmentation(args)
+        self._confidence = torch.from_numpy(confidence)
 
     def __getitem__(self, position: int) -> Batch | WsssError:
         row = self._order[position]
-        item = self._items[row]
         try:
-            pixels, label = read_pair(self._store, self._images, item)
+            pair = read_pair(self._store, self._images, self._items[row])
         except WsssError as error:
             return error
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(_AUGMENT, self._seed, position))
-            scale = float(torch.empty(1).uniform_(*self._args.scale))
-            size = working_size(label.shape, self._args, scale)
-            crop = random_crop(resized(pixels, size), resized_label(label, size), self._args)
-            image, mask = self._augment(*crop)
-        return Batch(
-            pixels=normalized(image, self._args)[None],
-            label=mask[None],
-            confidence=torch.tensor([item.confidence]),
-            item=torch.tensor([row]),
-        )
+        rng = np.random.default_rng([_AUGMENT, self._seed, position])
+        pixels, label = map(torch.from_numpy, random_crop(*pair, self._args, rng))
+        return Batch(pixels=pixels[None], label=label[None], confidence=self._confidence[row][None], item=torch.tensor([row]))
 
 
-def read_pair(store: Path, images: Path, item: Item) -> tuple[np.ndarray, np.ndarray]:
-    """Read a photograph (H, W, 3) uint8 RGB and its label map (H, W) uint8. Raises StoreError if they changed."""
+class WholeImages(Dataset[tuple[Tensor, Tensor] | WsssError]):
+    """Photographs and label maps of items, by their row. An unreadable image is returned as its error."""
+
+    def __init__(self, store: Path, images: Path, items: Sequence[Item]) -> None:
+        self._store, self._images, self._items = store, images, items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor] | WsssError:
+        try:
+            pixels, label = read_pair(self._store, self._images, self._items[row])
+        except WsssError as error:
+            return error
+        return torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(label)  # sent by shared memory
+
+
+def read_pair(store: Path, images: Path, item: Item) -> Pair:
+    """Read a photograph and its label map. Raises StoreError if they changed."""
     photo = read_photograph(images, item.path)
     if photo.sha256 != item.sha256:
         raise StoreError(f"{images / item.path}: the image has changed since it was labeled", hint="label it again")
@@ -149,54 +174,13 @@ def read_pair(store: Path, images: Path, item: Item) -> tuple[np.ndarray, np.nda
     return photo.pixels, label
 
 
-def working_size(shape: tuple[int, ...], args: DataArgs, scale: float = 1.0) -> tuple[int, int]:
-    """(height, width) to which a photograph of (height, width) is resized for the network, times ``scale``."""
-    height, width = shape
-    return scaled(height, width, scale * (shorter_factor(height, width, args.shorter_px) if args.shorter_px else 1))
+def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(..., H, W, 3) uint8 to (..., 3, H, W) float32, whose channels stay last in memory: (pixels - mean) / std.
 
-
-def resized(pixels: np.ndarray, size: tuple[int, int]) -> tv_tensors.Image:
-    """Resize (H, W, 3) uint8 to (3, h, w) with Pillow's antialiased bilinear filter, as the runtime does."""
-    if pixels.shape[:2] != size:
-        pixels = np.array(picture_of(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
-    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
-
-
-def resized_label(label: np.ndarray, size: tuple[int, int]) -> tv_tensors.Mask:
-    """Resize (H, W) uint8 to (h, w) by nearest neighbor."""
-    mask = torch.from_numpy(label)[None]
-    return tv_tensors.Mask(v2.functional.resize(mask, list(size), v2.InterpolationMode.NEAREST_EXACT)[0])
-
-
-def random_crop(image: tv_tensors.Image, label: tv_tensors.Mask, args: DataArgs) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """Crop a random square of ``args.crop`` pixels, padded with the mean color and void; see ``args.largest_share``."""
-    side = args.crop
-    across, down = (max(side - length, 0) for length in (label.shape[1], label.shape[0]))
-    if across or down:  # on both sides, so that the image may be anywhere in the crop
-        image = v2.functional.pad(image, [across, down], fill=[round(value) for value in args.mean])
-        label = v2.functional.pad(label, [across, down], fill=VOID)
-    height, width = label.shape
-    for _ in range(_CROPS_TRIED):
-        top, left = (int(torch.randint(length - side + 1, ())) for length in (height, width))
-        cut = label[top : top + side, left : left + side]
-        if args.largest_share == 1:
-            break
-        known = cut[cut != VOID]
-        if known.bincount(minlength=1).max() < args.largest_share * len(known):
-            break
-    return tv_tensors.Image(image[:, top : top + side, left : left + side]), tv_tensors.Mask(cut)
-
-
-def augmentation(args: DataArgs) -> v2.Transform:
-    """Random flip and color jitter."""
-    flip = v2.RandomHorizontalFlip(args.flip)
-    return v2.Compose([flip, v2.ColorJitter(*args.jitter)]) if any(args.jitter) else flip
-
-
-def normalized(image: Tensor, args: DataArgs) -> Tensor:
-    """Normalize (..., 3, H, W) uint8 to float32."""
-    mean, std = (torch.tensor(value)[:, None, None] for value in (args.mean, args.std))
-    return (image.as_subclass(Tensor).float() - mean) / std
+    Args:
+        mean, std: (3,) float32 on the 0-255 scale, on the pixels' device.
+    """
+    return ((pixels.float() - mean) / std).movedim(-1, -3)
 
 
 def collate(rows: Sequence[Batch | WsssError]) -> Batch | WsssError:
@@ -208,10 +192,15 @@ def collate(rows: Sequence[Batch | WsssError]) -> Batch | WsssError:
         good.append(row)
     return Batch(
         pixels=torch.cat([row.pixels for row in good]),
-        label=torch.cat([row.label.as_subclass(Tensor) for row in good]),
+        label=torch.cat([row.label for row in good]),
         confidence=torch.cat([row.confidence for row in good]),
         item=torch.cat([row.item for row in good]),
     )
+
+
+def workers_of(args: MachineArgs, world: World) -> int:
+    """Number of processes that load images for this one; see `MachineArgs.workers`."""
+    return args.workers if args.workers >= 0 else min(max(cores() // world.local_size, 1), MAX_WORKERS)
 
 
 def batches(crops: Crops, positions: Positions, *, workers: int, pin: bool) -> Iterator[Batch]:
@@ -219,14 +208,45 @@ def batches(crops: Crops, positions: Positions, *, workers: int, pin: bool) -> I
     loader = DataLoader(
         crops, batch_sampler=positions, collate_fn=collate, num_workers=workers, pin_memory=pin, worker_init_fn=_one_thread
     )
-    for loaded in loader:
-        if isinstance(loaded, WsssError):
-            raise loaded
-        yield loaded
+    yield from _without_errors(loader)
+
+
+def whole_images(images: WholeImages, *, workers: int) -> Iterator[Pair]:
+    """Photographs and their label maps, in order. Raises the error of an unreadable image."""
+    loader = DataLoader(
+        images, batch_size=None, collate_fn=_as_it_is, num_workers=min(workers, len(images)), worker_init_fn=_one_thread
+    )
+    for pixels, label in _without_errors(loader):
+        yield pixels.numpy(), label.numpy()
+
+
+def _without_errors(loaded: Iterable[Loaded | WsssError]) -> Iterator[Loaded]:
+    for each in loaded:
+        if isinstance(each, WsssError):
+            raise each
+        yield each
+
+
+def _as_it_is(loaded: Loaded) -> Loaded:
+    return loaded
 
 
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)  # workers share the cores
+
+
+def relative_confidence(items: Sequence[Item]) -> np.ndarray:
+    """(N, C + 1) float32 weights by the store's confidence, relative to that of the same class in the other images.
+
+    A detector is less sure of some classes than of others, and of all of them less than the store is of the background. With the
+    scores themselves as weights, a network would learn to prefer the background. Here each class's mean over its pixels is 1.
+    A class without confidence in any image has the weight 1.
+    """
+    confidence = np.array([item.confidence for item in items])
+    pixels = np.array([item.pixels for item in items], np.float64)
+    mean = (confidence * pixels).sum(axis=0) / np.maximum(pixels.sum(axis=0), 1)
+    relative: np.ndarray = np.where(mean > 0, confidence / np.where(mean > 0, mean, 1), 1).astype(np.float32)
+    return relative
 
 
 def class_weights(items: Sequence[Item]) -> np.ndarray:

@@ -22,6 +22,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    local_size: int = 1
+    """Number of processes on this machine."""
 
     @property
     def is_first(self) -> bool:
@@ -67,7 +69,7 @@ def joined(args: MachineArgs) -> Iterator[World]:
         return
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
-        yield World(rank=rank, size=size, device=device)
+        yield World(rank=rank, size=size, device=device, local_size=local_size)
     finally:
         dist.destroy_process_group()
 

@@ -26,7 +26,7 @@ from ..store.decisions import exclusion
 from . import curve
 from .args import Config, deciding
 from .checkpoint import BEST, LAST, RunRecord, load_run, read_record, save_best, write_json, write_record
-from .data import Batch, Crops, Order, Positions, batches, class_weights, repeat_factors
+from .data import Batch, Crops, Order, Positions, batches, class_weights, relative_confidence, repeat_factors, workers_of
 from .distributed import World, joined
 from .model import build_from, criterion_for
 from .optimizer import rate_at
@@ -114,9 +114,9 @@ def train(
         steps = config.optimizer.steps
         with closing(Recorder(run, out, watch)) as recorder:
             for parts in _steps(run, source):
-                loss = run.advance(parts, lambda rows: [source.training[row].path for row in rows])
+                run.advance(parts)
                 is_last = run.progress.step == steps
-                recorder.record_step(loss, is_last)
+                recorder.record_step(is_last)
                 if source.held_out and (is_last or run.progress.step % config.validation_steps == 0):
                     recorder.record_validation(_validate(run, source, log))
                 if is_last or recorder.is_checkpoint_due():
@@ -158,19 +158,24 @@ class Recorder:
         self._started, self._first_step, self._seconds_before = time.monotonic(), run.progress.step, run.progress.seconds
         self._saved = self._started
 
-    def record_step(self, loss: float, is_last: bool) -> None:
-        """Record the loss of a step. A point of the curve is the mean over the steps since the previous point."""
+    def record_step(self, is_last: bool) -> None:
+        """Record a step. Only at a point of the curve, which is the mean loss since the previous one, is the loss read."""
         progress, optimizer = self._run.progress, self._run.config.optimizer
-        progress.recent.append(loss)
-        session = time.monotonic() - self._started
-        progress.seconds = self._seconds_before + session
-        if self._writer is None or (progress.step % self._args.log_steps and not is_last):
+        if progress.step % self._args.log_steps and not is_last:
             return
+        self._settle()
         mean, rate = sum(progress.recent) / len(progress.recent), rate_at(progress.step - 1, optimizer)
         progress.recent.clear()
+        if self._writer is None:
+            return
         self._writer.add(progress.step, loss=mean, rate=rate, seconds=progress.seconds)
+        session = progress.seconds - self._seconds_before
         left = session / (progress.step - self._first_step) * (optimizer.steps - progress.step)
         self._watch(Status(step=progress.step, steps=optimizer.steps, loss=mean, rate=rate, seconds_left=left))
+
+    def _settle(self) -> None:
+        self._run.settle()
+        self._run.progress.seconds = self._seconds_before + time.monotonic() - self._started
 
     def record_validation(self, miou: float | None) -> None:
         """Record a validation score; None if no pixel was labeled."""
@@ -182,7 +187,13 @@ class Recorder:
         return time.monotonic() - self._saved >= self._args.checkpoint_seconds
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, after a check of losses and weights.
+
+        Raises:
+            WsssError: they are not finite.
+        """
+        self._settle()
+        self._run.check()
         if self._run.world.is_first:
             self._run.save(self._out)
         self._saved = time.monotonic()
@@ -298,7 +309,8 @@ def _begin(source: Source, config: Config, world: World, log: Log) -> Run:
         if world.is_first:
             write_record(out, _record(source, config, segmenter.multiple_of, init))
     weights = torch.from_numpy(class_weights(source.training)) if config.data.balance == "weights" else None
-    run = Run.begin(segmenter, criterion_for(segmenter, config.loss, weights), config, world)
+    names = [item.path for item in source.training]
+    run = Run.begin(segmenter, criterion_for(segmenter, config.loss, weights), config, world, names)
     if is_resumed:
         run.restore(out)
         done = run.progress.step == config.optimizer.steps
@@ -349,16 +361,18 @@ def _steps(run: Run, source: Source) -> Iterator[list[Batch]]:
     args, machine, steps = config.data, config.machine, config.optimizer.steps
     balance = repeat_factors(source.training, args.sampling_threshold) if args.balance == "sampling" else None
     order = Order(len(source.training), config.seed, balance)
-    crops = Crops(source.store, source.images, source.training, args, seed=config.seed, order=order)
+    confidence = relative_confidence(source.training)
+    crops = Crops(source.store, source.images, source.training, args, seed=config.seed, order=order, confidence=confidence)
     positions = Positions(args, first=run.progress.step, steps=steps, rank=world.rank, world=world.size)
-    loaded = batches(crops, positions, workers=machine.workers, pin=world.device.type == "cuda")
-    while parts := [part.to(world.device, memory_format(config)) for part in islice(loaded, args.accumulate)]:
+    loaded = batches(crops, positions, workers=workers_of(machine, world), pin=world.device.type == "cuda")
+    while parts := [part.to(world.device) for part in islice(loaded, args.accumulate)]:
         yield parts
 
 
 def _validate(run: Run, source: Source, log: Log) -> float | None:
     """mIoU on the held-out images, None if they have no label. Saves the weights if they are the best so far."""
     progress = run.progress
+    run.check()
     miou = validate(run.result_segmenter, source.store, source.images, source.held_out, run.config, run.world)
     if miou is None:
         log(f"step {progress.step}: no mIoU: the {len(source.held_out)} held-out images have no labeled pixel")
@@ -378,7 +392,7 @@ def _write_page(run: Run, source: Source) -> None:
     segmenter.to(run.world.device, memory_format=memory_format(config))
     items = (source.held_out or source.training)[:SHOWN]
     with torch.inference_mode():
-        found = list(predictions(segmenter, source.store, source.images, items, config, run.world.device))
+        found = list(predictions(segmenter, source.store, source.images, items, config, run.world))
     best = "none"
     if progress.best_miou is not None:
         best = f"{progress.best_miou:.4f} at step {progress.best_step}, against the store's labels"

@@ -36,7 +36,7 @@ class Criterion(Protocol):
         Args:
             outputs: outputs of the network in training.
             label: (B, H, W) uint8, 255 is ignored.
-            confidence: (B, C) float32 in [0, 1], background first.
+            confidence: (B, C) float32 >= 0, background first; 1 is the mean of a class (`wsss.train.data.relative_confidence`).
             divisors: (K,) sums of ``weights`` over the complete step.
         """
         ...
@@ -64,29 +64,27 @@ class PixelLoss(nn.Module):
 
     def pixel_weights(self, label: Tensor, confidence: Tensor) -> Tensor:
         """(B, H, W) float32, 0 where the label is void."""
-        known = label != VOID
-        y = torch.where(known, label, 0).long()
-        weight = known.float()
+        weight = torch.ones_like(confidence)  # (B, C)
         if self.args.confidence:
-            sure = confidence.clamp(min=self.args.confidence_floor)  # (B, C)
-            weight = weight * sure.gather(1, y.flatten(1)).view_as(weight)
+            weight = confidence.clamp(min=self.args.confidence_floor)
         if self.class_weights is not None:
-            weight = weight * self.class_weights[y]
-        return weight
+            weight = weight * self.class_weights
+        by_value = F.pad(weight, (0, 256 - weight.shape[1]))  # (B, 256)
+        return by_value.gather(1, label.flatten(1).long()).view(label.shape)
 
     def weights(self, label: Tensor, confidence: Tensor) -> Tensor:
         return self.pixel_weights(label, confidence).sum()[None]
 
     def forward(self, outputs: Outputs, label: Tensor, confidence: Tensor, divisors: Tensor) -> Tensor:
         assert isinstance(outputs, Tensor)
-        y = torch.where(label != VOID, label, 0).long()
-        log_p = F.log_softmax(outputs.float(), dim=1)  # (B, C, H, W)
-        log_p_y = log_p.gather(1, y[:, None])[:, 0]
-        loss = -log_p_y  # (B, H, W)
+        logits = outputs.float()  # (B, C, H, W)
+        cross_entropy = loss = F.cross_entropy(logits, label.long(), ignore_index=VOID, reduction="none")  # (B, H, W)
         if self.args.kind == "bootstrapped":
+            log_p = F.log_softmax(logits, dim=1)
             entropy = -(log_p.exp() * log_p).sum(dim=1)
-            loss = self.args.bootstrap * loss + (1 - self.args.bootstrap) * entropy
+            loss = self.args.bootstrap * cross_entropy + (1 - self.args.bootstrap) * entropy
         elif self.args.kind == "symmetric":
             forward, reverse = self.args.symmetric
-            loss = forward * loss - reverse * LOG_ZERO * (1 - log_p_y.exp())  # sum of p_k over k != y
+            others = 1 - torch.exp(-cross_entropy)  # sum of p_k over k != y
+            loss = forward * cross_entropy - reverse * LOG_ZERO * others
         return (loss * self.pixel_weights(label, confidence)).sum() / divisors[0].clamp(min=1e-6)

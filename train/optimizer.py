@@ -36,8 +36,9 @@ def optimizer_for(segmenter: Segmenter, args: OptimizerArgs) -> Optimizer:
         {"params": parameters, "factor": factor, "weight_decay": decay} for (factor, decay), parameters in parameters_of.items()
     ]
     if args.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=args.rate, betas=(args.momentum, 0.999))
-    return torch.optim.SGD(groups, lr=args.rate, momentum=args.momentum)
+        return torch.optim.AdamW(groups, lr=args.rate, betas=(args.momentum, 0.999), fused=True)
+    # the fused kernel, when it skips an overflown first step, leaves the momentum uninitialized
+    return torch.optim.SGD(groups, lr=args.rate, momentum=args.momentum, fused=args.precision != "fp16")
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from ..errors import UsageError, WsssError
 from .args import Config
 from .checkpoint import Progress, restore_last, save_last
-from .data import Batch, step_seed
+from .data import Batch, normalized, step_seed
 from .distributed import World
 from .loss import Criterion
 from .model import Segmenter
@@ -33,19 +34,37 @@ SHOWN = 16
 class Pass(nn.Module):
     """A forward pass with its loss, the module that DistributedDataParallel wraps."""
 
-    def __init__(self, segmenter: Segmenter, criterion: Criterion, dtype: torch.dtype) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, segmenter: Segmenter, criterion: Criterion, config: Config) -> None:
         super().__init__()
-        self.segmenter, self.criterion, self.dtype = segmenter, criterion, dtype
+        self.segmenter, self.criterion = segmenter, criterion
+        self.dtype, self.memory_format = DTYPES[config.optimizer.precision], memory_format(config)
+        self.register_buffer("mean", torch.tensor(config.data.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(config.data.std), persistent=False)
 
     def forward(self, batch: Batch, divisors: Tensor) -> Tensor:
-        with autocast(batch.pixels.device, self.dtype):
-            outputs = self.segmenter.outputs(batch.pixels)
+        pixels = normalized(batch.pixels, self.mean, self.std).contiguous(memory_format=self.memory_format)
+        with autocast(pixels.device, self.dtype):
+            outputs = self.segmenter.outputs(pixels)
         return self.criterion(outputs, batch.label, batch.confidence, divisors)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Autocast to a dtype; disabled for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+class _Loss(NamedTuple):
+    """The loss of a step that was not read yet."""
+
+    total: Tensor
+    """Over all processes."""
+    own: Tensor
+    """Of this process."""
+    items: list[int]
+    """The items of this process."""
 
 
 @dataclass(kw_only=True)
@@ -63,9 +82,12 @@ class Run:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
+    names: Sequence[str]
+    """Of the training items, for error messages."""
+    _unread: list[_Loss] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, segmenter: Segmenter, criterion: Criterion, config: Config, world: World) -> Run:
+    def begin(cls, segmenter: Segmenter, criterion: Criterion, config: Config, world: World, names: Sequence[str]) -> Run:
         """Start a training from these weights, at step 0, on the world's device.
 
         Raises:
@@ -81,9 +103,9 @@ class Run:
         if isinstance(criterion, nn.Module):
             criterion.to(world.device)
         optimizer = optimizer_for(segmenter, config.optimizer)
+        forward_pass: nn.Module = Pass(segmenter, criterion, config).to(world.device)
         if config.machine.compile:
-            segmenter.network.compile()
-        forward_pass: nn.Module = Pass(segmenter, criterion, DTYPES[config.optimizer.precision])
+            forward_pass.compile()  # not the network: validation, where every image has another size, runs it as it is
         if world.size > 1:
             for parameter in _unused_parameters(segmenter, world.device):
                 parameter.requires_grad_(False)
@@ -99,6 +121,7 @@ class Run:
             optimizer=optimizer,
             scaler=torch.amp.GradScaler(world.device.type, enabled=config.optimizer.precision == "fp16"),
             progress=Progress(),
+            names=names,
         )
 
     @property
@@ -114,23 +137,19 @@ class Run:
             self.scaler.load_state_dict(self.progress.scaler)
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint that `restore` reads."""
+        """Write the checkpoint that `restore` reads. The losses must be settled."""
         self.progress.scaler = self.scaler.state_dict()
         network = self.average.network if self.average else None
         save_last(folder, self.segmenter.network, network, self.optimizer, self.progress)
 
-    def advance(self, parts: Sequence[Batch], files: Callable[[list[int]], list[str]]) -> float:
-        """Run one optimizer step and update the average.
+    def advance(self, parts: Sequence[Batch]) -> None:
+        """Run one optimizer step and update the average. The step's loss stays on the device until `settle`.
 
         Args:
             parts: the batches of the step's forward passes in this process, on its device.
-            files: returns the names of items, for error messages.
-
-        Returns:
-            The loss of the complete step, over all processes.
 
         Raises:
-            WsssError: the loss or the gradient is not finite; names the batch's files. The weights do not change.
+            WsssError: an fp16 gradient overflows at any scale.
         """
         args, step = self.config.optimizer, self.progress.step
         set_rate(self.optimizer, rate_at(step, args))
@@ -143,27 +162,59 @@ class Run:
             is_deferred = isinstance(self.forward_pass, DistributedDataParallel) and number < len(parts) - 1
             with self.forward_pass.no_sync() if is_deferred else nullcontext():
                 loss = self.forward_pass(part, divisors)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise self._not_finite(f"the loss is {value}", files([int(row) for row in part.item]))
                 torch.autograd.backward(self.scaler.scale(loss * self.world.size))
             total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.segmenter.parameters(), args.clip_norm or math.inf)
-        if not self.scaler.is_enabled() and not math.isfinite(float(norm)):  # the scaler skips such a step
-            rows = [int(row) for part in parts for row in part.item]
-            raise self._not_finite(f"the gradient's norm is {float(norm)}", files(rows))
-        self.progress.left_out += not math.isfinite(float(norm))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if args.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.segmenter.parameters(), args.clip_norm, foreach=True)
+            if not self.scaler.is_enabled():  # the scaler skips a step whose gradient is not finite
+                total = torch.where(norm.isfinite(), total, norm)
+        items = [row for part in parts for row in part.item.tolist()]
+        self._step_optimizer(items)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
-            raise self._not_finite(
-                "the gradient overflows at any scale", files([int(row) for part in parts for row in part.item])
-            )
         self.progress.step += 1
         self._average()
-        return float(self.world.total(total))
+        self._unread.append(_Loss(self.world.total(total.clone()), total, items))
+
+    def settle(self) -> None:
+        """Read the losses of the steps since the last call into ``progress.recent``, which waits for the device.
+
+        Raises:
+            WsssError: a loss, or a gradient that was to be clipped, is not finite; names the files of its batch.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        values = torch.stack([each.total for each in unread]).tolist()
+        for step, (value, each) in enumerate(zip(values, unread, strict=True), self.progress.step - len(unread) + 1):
+            if not math.isfinite(value):
+                where = "in the batch of another process" if math.isfinite(float(each.own)) else self._files_of(each.items)
+                what = "the loss or its gradient" if self.config.optimizer.clip_norm else "the loss"
+                raise self._not_finite(step, f"{what} is {value}", where)
+        self.progress.recent += values
+
+    def _files_of(self, items: Sequence[int]) -> str:
+        more = f"\n  and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+        return "in the batch of\n  " + "\n  ".join(self.names[row] for row in items[:SHOWN]) + more
+
+    def check(self) -> None:
+        """Read the losses as `settle` does. Raises WsssError if one of them, or a weight, is not finite."""
+        self.settle()
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.segmenter.parameters()])
+        if not finite.all():
+            raise self._not_finite(self.progress.step, "the weights are not finite", "after a gradient that was not finite")
+
+    def _step_optimizer(self, items: Sequence[int]) -> None:
+        if not self.scaler.is_enabled():
+            self.optimizer.step()
+            return
+        before = self.scaler.get_scale()  # waits for the device, as every step with a scaler does
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        after = self.scaler.get_scale()
+        self.progress.left_out += after < before
+        if after < SMALLEST_SCALE:
+            raise self._not_finite(self.progress.step + 1, "the gradient overflows at any scale", self._files_of(items))
 
     def set_training(self) -> None:
         """Switch to training mode; frozen batch norms stay in evaluation mode."""
@@ -179,16 +230,16 @@ class Run:
             return
         step = self.progress.step
         decay = min(self.config.optimizer.average, (1 + step) / (10 + step))  # shorter at first, because early weights are bad
-        for kept, value in zip(self.average.state_dict().values(), self.segmenter.state_dict().values(), strict=True):
-            if kept.is_floating_point():
-                kept.lerp_(value, 1 - decay)
-            else:
-                kept.copy_(value)
+        kept, values = self.average.network.state_dict().values(), self.segmenter.network.state_dict().values()
+        pairs = list(zip(kept, values, strict=True))
+        torch._foreach_lerp_(*map(list, zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)), 1 - decay)
+        for count, value in pairs:
+            if not count.is_floating_point():
+                count.copy_(value)
 
-    def _not_finite(self, problem: str, names: list[str]) -> WsssError:
-        more = f"\n  and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    def _not_finite(self, step: int, problem: str, where: str) -> WsssError:
         return WsssError(
-            f"step {self.progress.step + 1}: {problem}, in the batch of\n  " + "\n  ".join(names[:SHOWN]) + more,
+            f"step {step}: {problem}, {where}",
             hint="a smaller optimizer.rate, a longer optimizer.warm_up, or --set optimizer.precision=fp32; the last checkpoint "
             "is intact; the same command continues from it",
         )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import WsssError
 from .args import Config, DataArgs
-from .data import normalized, read_pair, resized, working_size
+from .augment import resized, working_size
+from .data import WholeImages, normalized, whole_images, workers_of
 from .distributed import World
 from .evaluate.metrics import confusion_matrix, mean_iou
 from .model import Segmenter
@@ -34,19 +35,19 @@ def validate(
     segmenter.eval()
     labels = segmenter.classes
     matrix = np.zeros((labels, labels + 1), np.int64)
-    for _, label, predicted in predictions(segmenter, store, images, items[world.rank :: world.size], config, world.device):
+    for _, label, predicted in predictions(segmenter, store, images, items[world.rank :: world.size], config, world):
         matrix += confusion_matrix(label, predicted, labels)
     total = world.total(torch.from_numpy(matrix).to(world.device))
     return mean_iou(total.cpu().numpy()) if total.any() else None
 
 
 def predictions(
-    segmenter: Segmenter, store: Path, images: Path, items: Sequence[Item], config: Config, device: torch.device
+    segmenter: Segmenter, store: Path, images: Path, items: Sequence[Item], config: Config, world: World
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Pixels (H, W, 3), label (H, W) and predicted label (H, W) of each item, all uint8. Raises WsssError for NaN."""
-    dtype = DTYPES[config.optimizer.precision]
-    for item in items:
-        pixels, label = read_pair(store, images, item)
+    dtype, device = DTYPES[config.optimizer.precision], world.device
+    loaded = whole_images(WholeImages(store, images, items), workers=workers_of(config.machine, world))
+    for item, (pixels, label) in zip(items, loaded, strict=True):
         with autocast(device, dtype):
             logits = whole_image_logits(segmenter, pixels, config.data, device)
         if logits.isnan().any():
@@ -68,7 +69,9 @@ def whole_image_logits(
     Args:
         scale: a further factor of the photograph's size. mirrored: flip the photograph, and the logits back.
     """
-    image = normalized(resized(pixels, working_size(pixels.shape[:2], args, scale)), args).to(device)
+    working = np.array(resized(pixels, working_size(pixels.shape[:2], args, scale)))  # a copy, which PyTorch may write to
+    mean, std = (torch.tensor(values, device=device) for values in (args.mean, args.std))
+    image = normalized(torch.from_numpy(working).to(device), mean, std)  # (3, h, w)
     image = image.flip(-1) if mirrored else image
     height, width = image.shape[1:]
     right, below = -width % segmenter.multiple_of, -height % segmenter.multiple_of

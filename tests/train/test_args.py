@@ -168,7 +168,7 @@ def test_a_wrong_setting_is_named(assignment: str, said: str, hint: str) -> None
         ("optimizer.power", 0.0, 10.0),
         ("optimizer.clip_norm", 0.0, 1e6),
         ("optimizer.average", 0.0, 0.999999),
-        ("machine.workers", 0, None),
+        ("machine.workers", -1, None),
         ("machine.log_steps", 1, None),
         ("machine.checkpoint_seconds", 0.0, 1e9),
     ],

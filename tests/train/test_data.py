@@ -11,23 +11,22 @@ import torch
 from PIL import Image
 
 from wsss.errors import StoreError
-from wsss.train.args import DataArgs
+from wsss.train import data
+from wsss.train.args import DataArgs, MachineArgs
 from wsss.train.data import (
     Batch,
     Crops,
     Order,
     Positions,
-    augmentation,
     batches,
     class_weights,
     normalized,
-    random_crop,
+    relative_confidence,
     repeat_factors,
-    resized,
-    resized_label,
     step_seed,
-    working_size,
+    workers_of,
 )
+from wsss.train.distributed import World
 from wsss.train.survey import Item, survey_store
 
 Scenes = tuple[Path, Path]
@@ -36,7 +35,7 @@ ARGS = DataArgs(crop=32, batch=4, jitter=(0.2, 0.2, 0.2, 0.1))
 
 def crops_of(scenes: Scenes, args: DataArgs = ARGS, seed: int = 1) -> Crops:
     items = survey_store(*scenes).items
-    return Crops(*scenes, items, args, seed=seed, order=Order(len(items), seed))
+    return Crops(*scenes, items, args, seed=seed, order=Order(len(items), seed), confidence=relative_confidence(items))
 
 
 def positions(args: DataArgs, first: int = 0, rank: int = 0, world: int = 1, steps: int = 3) -> Positions:
@@ -120,7 +119,7 @@ def test_loading_processes_change_nothing(scenes: Scenes, workers: int) -> None:
     assert len(loaded) == 3
     crops = crops_of(scenes)
     for batch, rows in zip(loaded, positions(ARGS), strict=True):
-        assert batch.pixels.shape == (4, 3, 32, 32) and batch.pixels.dtype == torch.float32
+        assert batch.pixels.shape == (4, 32, 32, 3) and batch.pixels.dtype == torch.uint8
         assert batch.label.shape == (4, 32, 32) and batch.label.dtype == torch.uint8
         assert batch.confidence.shape == (4, 13)
         for row, position in enumerate(rows):
@@ -129,78 +128,22 @@ def test_loading_processes_change_nothing(scenes: Scenes, workers: int) -> None:
             assert torch.equal(batch.pixels[row], single.pixels[0])
 
 
-def test_crops_of_one_label_alone_are_drawn_again() -> None:
-    """Of a photograph with one small object, most crops show a good share of it; without the rule few do."""
-    label = np.zeros((200, 200), np.uint8)
-    label[120:140, 30:50] = 3
-    label[:60] = 255  # void counts for nothing
-
-    def shares(largest: float) -> np.ndarray:
-        args = DataArgs(crop=32, batch=1, largest_share=largest)
-        pair = resized(np.zeros((200, 200, 3), np.uint8), (200, 200)), resized_label(label, (200, 200))
-        found = []
-        for seed in range(60):
-            torch.manual_seed(seed)
-            found.append(float((random_crop(*pair, args)[1] == 3).float().mean()))
-        return np.array(found)
-
-    assert (shares(1.0) > 0.2).mean() < 0.1
-    assert (shares(0.8) > 0.2).mean() > 0.15
-    nothing = resized(np.zeros((9, 9, 3), np.uint8), (9, 9)), resized_label(np.full((9, 9), 255, np.uint8), (9, 9))
-    assert (random_crop(*nothing, DataArgs(crop=16, largest_share=0.5))[1] == 255).all()
-
-
-def test_labels_are_taken_at_the_middle_of_their_pixels() -> None:
-    """Halved, 0 1 2 3 is 1 3, as the photograph is resized; by pixels' corners (plain NEAREST) it would be 0 2."""
-    row = np.array([[0, 1, 2, 3]], np.uint8)
-    assert resized_label(row, (1, 2)).tolist() == [[1, 3]]
-    assert resized_label(row[:, :2], (1, 3)).tolist() == [[0, 1, 1]]
-    assert resized_label(row.T.copy(), (2, 1)).tolist() == [[1], [3]]
-
-
-def test_a_photograph_is_resized_also_if_one_side_stays() -> None:
-    pixels = np.zeros((4, 6, 3), np.uint8)
-    assert [tuple(resized(pixels, size).shape) for size in ((4, 7), (5, 6), (4, 6))] == [(3, 4, 7), (3, 5, 6), (3, 4, 6)]
-
-
-def test_every_offset_of_a_crop_is_drawn() -> None:
-    """Of 34 x 33 pixels a crop of 32 has 3 x 2 places, the last row and column among them."""
-    label = np.arange(34)[:, None] * 4 + np.arange(33)[None] % 4
-    pair = resized(np.zeros((34, 33, 3), np.uint8), (34, 33)), resized_label(label.astype(np.uint8), (34, 33))
-    corners = set()
-    for seed in range(80):
-        torch.manual_seed(seed)
-        corners.add(int(random_crop(*pair, DataArgs(crop=32, batch=1))[1][0, 0]))
-    assert corners == {0, 1, 4, 5, 8, 9}
-
-
-def test_labels_move_with_their_pixels() -> None:
-    """Left half black and 0, right half white and 8: through scale, crop and flip every pixel keeps its label."""
-    pixels = np.zeros((40, 60, 3), np.uint8)
-    label = np.zeros((40, 60), np.uint8)
-    pixels[:, 30:], label[:, 30:] = 255, 8
-    args = DataArgs(crop=32, batch=1, scale=(0.5, 2.0))
-    augment = augmentation(args)
-    flipped = 0
-    for seed in range(20):
-        torch.manual_seed(seed)
-        size = working_size(label.shape, args, 0.5 + seed / 13)
-        image, mask = augment(*random_crop(resized(pixels, size), resized_label(label, size), args))
-        known = mask != 255
-        assert set(mask.unique().tolist()) <= {0, 8, 255}, "no class between two others"
-        assert image.shape == (3, 32, 32) and mask.shape == (32, 32)
-        assert ((image[0] > 127) == (mask == 8))[known].float().mean() > 0.95, "but for the blurred seam"
-        assert (image[:, ~known] == torch.tensor([[124], [116], [104]])).all(), "the mean color round a small image"
-        row = mask[16][known[16]]
-        flipped += int(len(row) and row[0] > row[-1])
-    assert 3 < flipped < 17
-
-
 def test_normalizing_is_the_published_arithmetic() -> None:
-    image = torch.tensor([0, 128, 255], dtype=torch.uint8)[:, None, None]
-    value = normalized(image, DataArgs())
+    pixels = torch.tensor([[[0, 128, 255]]], dtype=torch.uint8).expand(4, 5, 3)
+    value = normalized(pixels, torch.tensor(DataArgs().mean), torch.tensor(DataArgs().std))
     expected = [(0 / 255 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (255 / 255 - 0.406) / 0.225]
-    assert value.flatten().tolist() == pytest.approx(expected, abs=1e-5)
+    assert value.shape == (3, 4, 5)
+    assert value[:, 2, 3].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_workers_share_the_cores_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "cores", lambda: 12)
+    counts = []
+    for local_size in (1, 2, 4, 24):
+        world = World(rank=0, size=local_size, device=torch.device("cpu"), local_size=local_size)
+        counts.append(workers_of(MachineArgs(), world))
+        assert workers_of(MachineArgs(workers=0), world) == 0
+    assert counts == [8, 6, 3, 1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -233,3 +176,22 @@ def test_repeat_factors_are_those_of_lvis() -> None:
     assert factors[:15] == pytest.approx([1.0] * 15)
     assert factors[15] == pytest.approx(2.0), "class 2 is in 1 of 20 images: sqrt(0.2 / 0.05)"
     assert factors[16:] == pytest.approx([1.0] * 4), "nothing in it"
+
+
+# ---- confidence ----
+
+
+def test_confidence_is_relative_to_its_class() -> None:
+    """Background is surer than a class, and one class surer than the other: each weighs 1 in the mean over its pixels."""
+    confidence = [(1.0, 0.4, 0.8), (0.8, 0.2, 0.5), (1.0, 1.0, 0.3)]
+    pixels = [(100, 30, 0), (100, 10, 20), (50, 0, 20)]
+    items = [Item(path="", label="", sha256="", confidence=c, pixels=p) for c, p in zip(confidence, pixels, strict=True)]
+    weights = relative_confidence(items)
+    assert weights.dtype == np.float32
+    assert (weights * pixels).sum(0) / np.sum(pixels, axis=0) == pytest.approx([1, 1, 1])
+    assert weights[:2, 1] == pytest.approx([0.4 / 0.35, 0.2 / 0.35]) and weights[1:, 2] == pytest.approx([1.25, 0.75])
+
+
+def test_a_class_without_confidence_or_pixels_weighs_one() -> None:
+    items = [Item(path="", label="", sha256="", confidence=(1.0, 0.0, 0.7), pixels=(9, 4, 0))] * 2
+    assert relative_confidence(items).tolist() == [[1, 1, 1]] * 2

@@ -30,6 +30,7 @@ from wsss.train.distributed import joined
 from wsss.train.loop import Recorder, Result, Status, train
 from wsss.train.model import Segmenter
 from wsss.train.optimizer import rate_at
+from wsss.train.run import Run
 from wsss.train.survey import survey_store
 
 from .conftest import TINY
@@ -99,13 +100,16 @@ def test_the_time_left_follows_from_the_steps_of_this_sitting(tmp_path: Path, mo
     now = [7.0]
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
     going_on = SimpleNamespace(
-        config=settings("optimizer.steps=300"), world=SimpleNamespace(is_first=True), progress=Progress(step=100, seconds=1000.0)
+        config=settings("optimizer.steps=300"),
+        world=SimpleNamespace(is_first=True),
+        progress=Progress(step=100, seconds=1000.0, recent=[0.25, 0.75]),
+        settle=lambda: None,
     )
     told: list[Status] = []
     recorder = Recorder(going_on, tmp_path, told.append)  # type: ignore[arg-type]
     now[0] += 20
     going_on.progress.step = 150
-    recorder.record_step(0.5, is_last=True)
+    recorder.record_step(is_last=True)
     recorder.close()
     assert [(each.step, each.steps, each.loss, each.seconds_left) for each in told] == [(150, 300, 0.5, 60)]
     assert going_on.progress.seconds == 1020
@@ -327,27 +331,49 @@ def spoil(monkeypatch: pytest.MonkeyPatch, at: int, change: Callable[[Any], Any]
     monkeypatch.setattr(Segmenter, "outputs", outputs)
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["loss", "gradient", "gradient that is not clipped"])
 def test_no_number_stops_with_the_batchs_files(
     scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     def change(logits: Tensor) -> Tensor:
-        if kind == "gradient":
+        if kind != "loss":
             logits.register_hook(lambda gradient: gradient * float("nan"))
             return logits
         return logits * float("nan")
 
+    clip = "optimizer.clip_norm=1" if kind == "gradient" else "optimizer.clip_norm=0"
+    said = {
+        "loss": r"step 4: the loss is nan, in the batch of\n  scene-\d\d\.png\n  scene-\d\d\.png",
+        "gradient": r"step 4: the loss or its gradient is nan, in the batch of\n  scene-\d\d\.png\n  scene-\d\d\.png",
+        "gradient that is not clipped": "step 4: the weights are not finite, after a gradient",
+    }
     with monkeypatch.context() as patch:
         spoil(patch, 4, change)
-        with pytest.raises(
-            WsssError, match=rf"step 4: the {kind}.* nan, in the batch of\n  scene-\d\d\.png\n  scene-\d\d\.png"
-        ) as caught:
-            run(scenes, tmp_path / "run", "machine.checkpoint_seconds=0")
-    assert caught.value.message.count("scene-") == 4
+        with pytest.raises(WsssError, match=said[kind]) as caught:
+            run(scenes, tmp_path / "run", clip, "machine.checkpoint_seconds=0")
+    assert caught.value.message.count("scene-") == (0 if "not" in kind else 4)
     assert all(value.isfinite().all() for value in tensors(tmp_path / "run").values())
-    run(scenes, tmp_path / "run")  # the cause is gone: it goes on, and ends as if nothing had been
-    run(scenes, tmp_path / "straight")
+    run(scenes, tmp_path / "run", clip)  # the cause is gone: it goes on, and ends as if nothing had been
+    run(scenes, tmp_path / "straight", clip)
     assert_equal(tensors(tmp_path / "run"), tensors(tmp_path / "straight"))
+
+
+def test_losses_are_read_at_the_points_of_the_curve(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with a loss that is no number is named even if others followed before the losses were read."""
+    read: list[int] = []
+    honest = Run.settle
+
+    def settle(self: Run) -> None:
+        read.append(len(self._unread))
+        honest(self)
+
+    monkeypatch.setattr(Run, "settle", settle)
+    told = "machine.log_steps=3", "validation_steps=100", "optimizer.average=0"
+    run(scenes, tmp_path / "run", *told, "optimizer.steps=8")
+    assert [count for count in read if count] == [3, 3, 2]
+    spoil(monkeypatch, 4, lambda logits: logits * float("nan"))
+    with pytest.raises(WsssError, match="step 4: the loss is nan, in the batch of"):
+        run(scenes, tmp_path / "spoiled", *told, "optimizer.steps=8")
 
 
 def test_too_little_memory_says_what_needs_less(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ from PIL import Image
 from torch.nn import functional
 
 from wsss.train.args import DataArgs
-from wsss.train.data import working_size
 from wsss.train.model import Segmenter, build_segmenter
 from wsss.train.validate import averaged_probabilities, whole_image_logits
 
@@ -67,17 +66,3 @@ def test_a_shorter_side_for_all_is_seen_by_the_network_alone(segmenter: Segmente
     torch.testing.assert_close(whole_image_logits(segmenter, pixels, args, CPU), back)
     half = whole_image_logits(segmenter, pixels, args, CPU, scale=0.5)
     assert half.shape == (4, 45, 70) and not torch.allclose(half, back, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("shape", "shorter", "scale", "want"),
-    [
-        ((375, 500), 0, 1.0, (375, 500)),
-        ((375, 500), 512, 1.0, (512, 683)),
-        ((500, 333), 160, 1.5, (360, 240)),
-        ((1, 900), 0, 0.3, (1, 270)),
-        ((1, 30_000), 160, 1.0, (1, 640)),
-    ],
-)
-def test_working_sizes(shape: tuple[int, int], shorter: int, scale: float, want: tuple[int, int]) -> None:
-    assert working_size(shape, DataArgs(shorter_px=shorter), scale) == want
