@@ -29,6 +29,8 @@ class Rule:
     """Costs of a model's image graph (float32, ONNX Runtime), fitted to ``benchmarks/results/export-cost.json``; those of
     Grounding-DINO to one export of Swin-T with five canvases (704 CPU seconds, 10.0 GB)."""
 
+    above: float = 0.0
+    """GB of weights from which on the rule applies, instead of one before it."""
     tracing: float
     """CPU seconds of tracing a graph."""
     row: float
@@ -38,16 +40,16 @@ class Rule:
 
 
 RULES = {
-    "clip": Rule(tracing=9, row=15, activations=0.3),
-    "grounding-dino": Rule(tracing=70, row=32, activations=1.1),
-    "sam": Rule(tracing=14, row=35, activations=1.07),
+    "clip": (Rule(tracing=9, row=15, activations=0.3),),
+    "grounding-dino": (Rule(tracing=70, row=32, activations=0.875),),
+    "sam": (Rule(tracing=14, row=35, activations=0.84), Rule(above=1, tracing=30, row=26, activations=1.31)),
 }
 SMALL_GRAPH = 30
 """CPU seconds of tracing and comparing a graph without pixels (text, decoder, fusion)."""
 LIBRARIES = 0.8
 """GB of PyTorch, ONNX Runtime and the rest."""
-COPIES = 2
-"""Of the weights: the loaded model, and the one in ONNX Runtime, or in the graph that is traced."""
+COPIES = 2.3
+"""Of the weights: the loaded model, the one in ONNX Runtime, and matrices that it keeps in another order."""
 GIGAFLOPS = 50.0
 """Of a core, in `speed_of_core`, of the machine on which the rules were measured."""
 
@@ -67,14 +69,16 @@ def estimate(model: str, graph: Graph, *, tracing: bool, largest: int | None = N
     Args:
         model: name of the family. largest: as for `verify.gate`.
     """
-    if (rule := RULES.get(model)) is None:
-        return None
     weights = sum(each.numel() * each.element_size() for each in graph.module.parameters()) / 1e9
+    rules = [rule for rule in RULES.get(model, ()) if rule.above <= weights]
+    if not rules:
+        return None
+    rule = rules[-1]
     shape = next((spec.shape for spec in graph.inputs if spec.name == "pixels"), None)
     megapixels = float(shape[1]) * float(shape[2]) / 1e6 if shape else 0.0
     rows, inputs, most = work_of(graph, largest)
     seconds = rule.row * weights * megapixels * (rows + REFERENCE_ROWS * inputs) if shape else SMALL_GRAPH
-    memory = LIBRARIES + COPIES * weights + rule.activations * megapixels * most
+    memory = LIBRARIES + COPIES * weights + rule.activations * megapixels * (most + REFERENCE_ROWS)
     return Estimate(graph=graph.name, cpu_seconds=seconds + (rule.tracing if tracing else 0), gigabytes=memory)
 
 
