@@ -59,6 +59,11 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         _within("model.batch_norm_momentum", self.batch_norm_momentum, 0, 1)
+        if self.batch_norm == "fixed" and self.init == "none":
+            raise UsageError(
+                "model.batch_norm = fixed: random weights have no statistics that could stay as they are",
+                hint="--set model.batch_norm=train, or initial weights (--init)",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,7 @@ def test_what_decides_the_weights_leaves_the_machine_out() -> None:
         ("data.scales=[0.5, 'x']", "data.scales: expected a number, got 'x'", ""),
         ("data.scales=[0.5, 0]", "data.scales: expected factors above 0 and at most 8, got [0.5, 0.0]", ""),
         ("model.batch_norm=eval", "model.batch_norm: expected one of train, frozen, fixed, sync, got 'eval'", ""),
+        ("model.batch_norm=fixed", "model.batch_norm = fixed: random weights have no statistics", "batch_norm=train"),
         ("optimizer.no_decay=bias", "optimizer.no_decay: expected one of auto, none, vectors", ""),
         ("data.jitter=[0, 0, 0, 0.6]", "data.jitter: expected four numbers", ""),
         ("loss.kind=dice", "loss.kind: expected one of cross-entropy, bootstrapped, symmetric, masks, got 'dice'", ""),

@@ -94,7 +94,7 @@ def test_the_random_weights_follow_from_the_seed() -> None:
 
 def test_batch_norms_of_a_run() -> None:
     """``fixed`` takes scale and shift out of the training; the momentum is the encoder's alone."""
-    settings: dict[str, Any] = {"architecture": "deeplabv3plus", "encoder": "resnet18", "options": {"decoder_channels": 16}}
+    settings: dict[str, Any] = {"architecture": "deeplabv3plus", "encoder": "resnet18", "init": "hub:imagenet"}
 
     def norms(**more: Any) -> dict[str, torch.nn.BatchNorm2d]:
         network = build_from(ModelArgs(**settings, **more), 5, 1).network
@@ -233,7 +233,7 @@ def _decay_of(segmenter: Segmenter, args: OptimizerArgs) -> dict[str, float]:
 
 
 def test_biases_of_the_head_and_what_is_not_trained() -> None:
-    segmenter = build_from(ModelArgs(architecture="deeplabv2", encoder="resnet18", batch_norm="fixed"), 5, 1)
+    segmenter = build_from(ModelArgs(architecture="deeplabv2", encoder="resnet18", init="hub:imagenet", batch_norm="fixed"), 5, 1)
     groups = optimizer_for(segmenter, OptimizerArgs(head_factor=10, head_bias_factor=2)).param_groups
     named = {id(parameter): name for name, parameter in segmenter.network.named_parameters()}
     told = {named[id(parameter)]: group["factor"] for group in groups for parameter in group["params"]}

@@ -478,12 +478,12 @@ def test_the_preset_of_the_drawn_scenes() -> None:
 
 def test_fixed_batch_norms_stay_as_they_are(scenes: Scenes, tmp_path: Path) -> None:
     """Statistics, scale and shift; the convolutions learn."""
-    changes = ["model.batch_norm=fixed", "optimizer.steps=2", "optimizer.average=0", "validation_steps=9"]
-    config = config_from(TINY, *map(typed, changes))
-    train(*scenes, tmp_path / "run", config)
-    start = build_from(config.model, 12 + 1, config.seed).network
-    norms = {name for name, module in start.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
-    after = load_run(tmp_path / "run", "last")[0].network.state_dict()
+    first, second = ["optimizer.average=0", "optimizer.steps=2"], [f"model.init={tmp_path / 'first'}", "model.batch_norm=fixed"]
+    train(*scenes, tmp_path / "first", config_from(TINY, *map(typed, first)))
+    train(*scenes, tmp_path / "second", config_from(TINY, *map(typed, first + second)))
+    start, end = (load_run(tmp_path / name)[0].network for name in ("first", "second"))
+    norms = {name for name, module in start.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    after = end.state_dict()
     changed = {name for name, value in start.state_dict().items() if not torch.equal(value, after[name])}
     assert len(norms) > 10 and not [name for name in changed if name.rpartition(".")[0] in norms]
     assert {"encoder.features.0.0.weight", "segmentation_head.0.weight"} <= changed
