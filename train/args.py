@@ -50,9 +50,20 @@ class ModelArgs:
     imagenet, or a model name for transformers), a weights file, or the folder of another run."""
     new_head: bool = False
     """Start the classification layers at random if the given weights have other classes."""
-    batch_norm: Literal["train", "frozen", "sync"] = "train"
+    batch_norm: Literal["train", "frozen", "fixed", "sync"] = "train"
     """train: statistics of each process's batch. frozen: those of the initial weights, while scale and shift are trained.
-    sync: statistics over all processes (torch's SyncBatchNorm; GPUs only)."""
+    fixed: those of the initial weights, and their scale and shift. sync: statistics over all processes (torch's SyncBatchNorm;
+    GPUs only)."""
+    batch_norm_momentum: float = 0.0
+    """Weight of a batch in the running statistics of the encoder's batch norms; 0: as the encoder is built, mostly 0.1."""
+
+    def __post_init__(self) -> None:
+        _within("model.batch_norm_momentum", self.batch_norm_momentum, 0, 1)
+        if self.batch_norm == "fixed" and self.init == "none":
+            raise UsageError(
+                "model.batch_norm = fixed: random weights have no statistics that could stay as they are",
+                hint="--set model.batch_norm=train, or initial weights (--init)",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +90,9 @@ class DataArgs:
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Color jitter of brightness, contrast, saturation and hue, as torchvision's ColorJitter takes them."""
+    """Random changes of brightness, contrast, saturation and hue, each applied with probability 0.5 (mmsegmentation's
+    ``PhotoMetricDistortion``): the largest added brightness as a share of 255, the largest deviation of the other two factors from
+    1, and the largest turn of the hue as a share of the circle."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """RGB on the 0-255 scale, subtracted from the pixels."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -109,6 +122,11 @@ class DataArgs:
             raise UsageError(
                 f"data.scale: expected [smallest, largest] with 0 < smallest <= largest <= 8, got {[low, high]}",
                 hint="--set data.scale=[0.5, 2.0]",
+            )
+        if not all(0 < factor <= 8 for factor in self.scales):
+            raise UsageError(
+                f"data.scales: expected factors above 0 and at most 8, got {reprlib.repr(list(self.scales))}",
+                hint="--set data.scales=[0.5, 1.0, 1.5]",
             )
         if min(self.jitter) < 0 or self.jitter[3] > 0.5:
             raise UsageError(
@@ -157,15 +175,23 @@ class OptimizerArgs:
     """Peak learning rate of the encoder."""
     head_factor: float = 10.0
     """Factor of the learning rate of all other layers."""
+    head_bias_factor: float = 1.0
+    """Further factor of the learning rate of their biases (DeepLab v2: 2); biases of norms are not meant."""
     momentum: float = 0.9
     """SGD's momentum; AdamW's first beta."""
     weight_decay: float = 1e-4
-    """Under adamw only of matrices and kernels, not of biases and norms."""
+    """Decay of the weights in units of the learning rate, except for those of ``no_decay``."""
+    no_decay: Literal["auto", "none", "vectors", "encoder-norms", "norms-and-embeddings", "head-biases"] = "auto"
+    """Parameters without weight decay. auto: vectors under adamw, none under sgd. vectors: all with one axis, such as biases and
+    norms. encoder-norms: norms of the encoder (SegFormer). norms-and-embeddings: norms, embeddings and tables of positions
+    (Mask2Former). head-biases: biases outside the encoder, except those of norms (DeepLab v2)."""
     schedule: Literal["poly", "cosine"] = "poly"
+    schedule_every: int = 1
+    """Steps between two changes of the scheduled rate (DeepLab v2: 10)."""
     power: float = 0.9
     """poly: rate x (1 - step / steps) ^ power (ParseNet, arXiv:1506.04579)."""
     warm_up: int = 0
-    """Steps in which the rate rises linearly from nearly zero."""
+    """Steps in which the rate rises linearly, from a millionth (mmsegmentation's ``warmup_ratio``)."""
     clip_norm: float = 0.0
     """Largest norm of the gradient; 0: not clipped."""
     average: float = 0.0
@@ -176,8 +202,10 @@ class OptimizerArgs:
     def __post_init__(self) -> None:
         _at_least("optimizer.steps", self.steps, 1)
         _at_least("optimizer.warm_up", self.warm_up, 0)
+        _at_least("optimizer.schedule_every", self.schedule_every, 1)
         _within("optimizer.rate", self.rate, 1e-12, 1e3)
         _within("optimizer.head_factor", self.head_factor, 1e-6, 1e6)
+        _within("optimizer.head_bias_factor", self.head_bias_factor, 1e-6, 1e6)
         _within("optimizer.momentum", self.momentum, 0, 0.9999)
         _within("optimizer.weight_decay", self.weight_decay, 0, 10)
         _within("optimizer.power", self.power, 0, 10)
@@ -257,13 +285,23 @@ def deciding(config: Config) -> dict[str, Any]:
 def config_from(*layers: Tables) -> Config:
     """Merge layers into a configuration; later layers override earlier ones, key by key.
 
+    ``model.options`` of the first layer, a preset, are dropped if the later ones give another architecture.
+
     Raises:
         UsageError: an unknown table or key (names the closest match), a value of the wrong type, or a contradiction.
     """
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged = _merged(merged, layer)
-    built: Config = _built(Config, merged, "")
+    first = dict(layers[0]) if layers else {}
+    above: dict[str, Any] = {}
+    for layer in layers[1:]:
+        above = _merged(above, layer)
+    was, now = first.get("model"), above.get("model")
+    if (
+        isinstance(was, Mapping)
+        and isinstance(now, Mapping)
+        and now.get("architecture", was.get("architecture")) != was.get("architecture")
+    ):
+        first["model"] = {key: value for key, value in was.items() if key != "options"}
+    built: Config = _built(Config, _merged(first, above), "")
     return built
 
 
@@ -328,6 +366,10 @@ def _value(value: Any, hint: Any, key: str) -> Any:
                 f"{key}: expected one of {', '.join(inner)}, got {reprlib.repr(value)}", hint=f"--set {key}={inner[0]}"
             )
         return value
+    if origin is tuple and inner[-1] is Ellipsis:
+        if not isinstance(value, list | tuple):
+            raise UsageError(f"{key}: expected numbers as [a, b, c], got {reprlib.repr(value)}", hint=f"--set {key}=[0.5, 1.0]")
+        return tuple(_value(item, inner[0], key) for item in value)
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(inner):
             raise UsageError(

@@ -7,7 +7,7 @@ their initial weights.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,14 +84,18 @@ class Segmenter(nn.Module):
         """
         return self._logits_of(self.outputs(pixels), (pixels.shape[-2], pixels.shape[-1]))
 
-    def encoder_parameters(self) -> set[nn.Parameter]:
-        """The parameters of the encoder; all others have a ``head_factor`` times higher learning rate."""
+    def encoder(self) -> nn.Module:
+        """The encoder; all other layers are the head."""
         for path in ("encoder", "segformer", "model.pixel_level_module.encoder"):
             try:
-                return set(self.network.get_submodule(path).parameters())
+                return self.network.get_submodule(path)
             except AttributeError:
                 continue
         raise AssertionError("every network has an encoder")
+
+    def encoder_parameters(self) -> set[nn.Parameter]:
+        """The parameters of the encoder; all others have a ``head_factor`` times higher learning rate."""
+        return set(self.encoder().parameters())
 
 
 def build_segmenter(architecture: str, encoder: str, options: Mapping[str, Any], classes: int) -> Segmenter:
@@ -116,10 +120,24 @@ def build_segmenter(architecture: str, encoder: str, options: Mapping[str, Any],
 
 
 def build_from(args: ModelArgs, classes: int, seed: int) -> Segmenter:
-    """Build a run's segmenter with random weights from the seed. The caller's random state does not change."""
+    """Build a run's segmenter with random weights from the seed. The caller's random state does not change.
+
+    Scale and shift of ``fixed`` batch norms require no gradient.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_segmenter(args.architecture, args.encoder, args.options, classes)
+        segmenter = build_segmenter(args.architecture, args.encoder, args.options, classes)
+    if args.batch_norm_momentum:
+        for norm in _batch_norms(segmenter.encoder()):
+            norm.momentum = args.batch_norm_momentum
+    if args.batch_norm == "fixed":
+        for norm in _batch_norms(segmenter):
+            norm.requires_grad_(False)
+    return segmenter
+
+
+def _batch_norms(module: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
+    return (each for each in module.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm))
 
 
 def criterion_for(segmenter: Segmenter, args: LossArgs, class_weights: Tensor | None) -> Criterion:
@@ -203,6 +221,8 @@ def _segformer(_: str, encoder: str, options: dict[str, Any], classes: int) -> S
 
     _check_known(SegformerConfig.__init__, options)
     network = SegformerForSemanticSegmentation(SegformerConfig(num_labels=classes, **{**SEGFORMER[encoder], **options}))
+    # complete channels, as in mmsegmentation's heads (decode_head.py), where transformers drops single values
+    network.decode_head.dropout = nn.Dropout2d(network.config.classifier_dropout_prob)
     outputs_of = _at_input_size(lambda network, pixels: network(pixel_values=pixels).logits)
     return Segmenter(network, classes=classes, multiple_of=32, outputs_of=outputs_of, logits_of=_upsampled)
 

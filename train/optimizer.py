@@ -1,4 +1,4 @@
-"""Optimizer and learning rate schedule."""
+"""Optimizer and learning rate schedule. docs/presets.md compares both with the sources of the presets."""
 
 from __future__ import annotations
 
@@ -12,26 +12,41 @@ from torch.optim import Optimizer
 from .args import OptimizerArgs
 from .model import Segmenter
 
+WARM_UP_START = 1e-6
+"""Share of the scheduled rate at the first step of a warm-up: ``warmup_ratio`` of SegFormer's configurations."""
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+TABLES = ("relative_position_bias_table", "position_embeddings")
+"""Names of the positions' parameters in transformers' Swin."""
+
 
 def rate_at(step: int, args: OptimizerArgs) -> float:
     """The encoder's learning rate at a step, counted from 0: a linear warm-up times a poly or cosine decay to zero."""
-    done = step / args.steps
+    done = (step - step % args.schedule_every) / args.steps
     decay = (1 - done) ** args.power if args.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
-    return args.rate * min(1.0, (step + 1) / (args.warm_up + 1)) * decay
+    rise = WARM_UP_START + (1 - WARM_UP_START) * step / args.warm_up if step < args.warm_up else 1.0
+    return args.rate * rise * decay
 
 
 def optimizer_for(segmenter: Segmenter, args: OptimizerArgs) -> Optimizer:
-    """Create an optimizer with up to four parameter groups: encoder or head, with or without weight decay.
+    """Create an optimizer with a parameter group for each combination of learning rate and weight decay.
 
-    Under adamw biases, norms and other vectors have no weight decay (SegFormer's and Swin's configurations); under sgd all
-    parameters have (DeepLab's). A group's ``factor`` multiplies the scheduled rate.
+    A group's ``factor`` multiplies the scheduled rate: 1 for the encoder, ``head_factor`` for other layers. Parameters that are
+    not trained are in no group.
     """
     encoder = segmenter.encoder_parameters()
     parameters_of: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter in segmenter.parameters():
-        factor = 1.0 if parameter in encoder else args.head_factor
-        decay = 0.0 if args.kind == "adamw" and parameter.ndim <= 1 else args.weight_decay
-        parameters_of.setdefault((factor, decay), []).append(parameter)
+    seen: set[nn.Parameter] = set()
+    for module in segmenter.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen or not parameter.requires_grad:
+                continue
+            seen.add(parameter)
+            is_head = parameter not in encoder
+            factor = args.head_factor if is_head else 1.0
+            if is_head and _is_bias(name, module):
+                factor *= args.head_bias_factor
+            decay = args.weight_decay if _decays(parameter, name, module, is_head, args) else 0.0
+            parameters_of.setdefault((factor, decay), []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": parameters, "factor": factor, "weight_decay": decay} for (factor, decay), parameters in parameters_of.items()
     ]
@@ -39,6 +54,24 @@ def optimizer_for(segmenter: Segmenter, args: OptimizerArgs) -> Optimizer:
         return torch.optim.AdamW(groups, lr=args.rate, betas=(args.momentum, 0.999), fused=True)
     # the fused kernel, when it skips an overflown first step, leaves the momentum uninitialized
     return torch.optim.SGD(groups, lr=args.rate, momentum=args.momentum, fused=args.precision != "fp16")
+
+
+def _is_bias(name: str, module: nn.Module) -> bool:
+    return name.endswith("bias") and not isinstance(module, NORMS)
+
+
+def _decays(parameter: nn.Parameter, name: str, module: nn.Module, is_head: bool, args: OptimizerArgs) -> bool:
+    """Whether a parameter has weight decay, by ``args.no_decay``."""
+    rule = args.no_decay
+    if rule == "auto":
+        rule = "vectors" if args.kind == "adamw" else "none"
+    if rule == "vectors":
+        return parameter.ndim > 1
+    if rule == "encoder-norms":
+        return is_head or not isinstance(module, NORMS)
+    if rule == "norms-and-embeddings":
+        return not isinstance(module, (*NORMS, nn.Embedding)) and name not in TABLES
+    return rule == "none" or not (is_head and _is_bias(name, module))
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:

@@ -1,4 +1,7 @@
-"""Published training schedules with their sources, in the format of a ``--config`` file. Imports no torch."""
+"""Published training schedules with their sources, in the format of a ``--config`` file. Imports no torch.
+
+docs/presets.md compares every value with its source, and names the reason of every difference.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +15,55 @@ _DEEPLABV2 = """
 architecture = "deeplabv2"
 encoder = "resnet101"
 init = "hub:imagenet"
-batch_norm = "frozen"
+batch_norm = "fixed"
 
 [data]
 crop = 321
 batch = 10
-scale = [0.5, 1.5]
+scales = [0.5, 0.75, 1.0, 1.25, 1.5]
 
 [optimizer]
 kind = "sgd"
 rate = 2.5e-4
 head_factor = 10
+head_bias_factor = 2
 momentum = 0.9
 weight_decay = 5e-4
+no_decay = "head-biases"
 schedule = "poly"
+schedule_every = 10
 power = 0.9
 """
 
 _TEXT = {
     "deeplabv2-voc": f"""
-source = '''DeepLab, arXiv:1606.00915, section 4.1; numbers of github.com/kazuto1011/deeplab-pytorch 3a634f2, \
-configs/voc12.yaml. Not as there: ImageNet weights for its COCO ones, no second loss on smaller copies of the image'''
+source = '''DeepLab, arXiv:1606.00915, section 4.1; github.com/kazuto1011/deeplab-pytorch 4219467, configs/voc12.yaml. \
+Not as there: ImageNet weights for its COCO ones, no losses on smaller copies of the image; docs/presets.md has all differences'''
 {_DEEPLABV2}
 steps = 20_000
 """,
     "deeplabv2-coco": f"""
-source = '''github.com/kazuto1011/deeplab-pytorch 3a634f2, configs/cocostuff164k.yaml. Not as there: ImageNet weights for \
-its COCO ones, no second loss on smaller copies of the image'''
+source = '''github.com/kazuto1011/deeplab-pytorch 4219467, configs/cocostuff164k.yaml. Not as there: ImageNet weights for \
+its COCO ones, no losses on smaller copies of the image; docs/presets.md has all differences'''
 validation_steps = 5000
 {_DEEPLABV2}
 steps = 100_000
 """,
     "deeplabv3plus-voc": """
-source = '''DeepLabV3+, arXiv:1802.02611, section 4; numbers of github.com/VainF/DeepLabV3Plus-Pytorch 0f3ca89, main.py. \
-Not as there: crop 512 for 513, a multiple of the stride; the usual momentum of the statistics'''
+source = '''DeepLabV3+, arXiv:1802.02611, section 4; github.com/VainF/DeepLabV3Plus-Pytorch 4e1087d, main.py. \
+Not as there: the decoder of segmentation-models-pytorch, crop 512 for 513; docs/presets.md has all differences'''
 
 [model]
 architecture = "deeplabv3plus"
 encoder = "resnet101"
 init = "hub:imagenet"
+batch_norm_momentum = 0.01
+
+[model.options]
+encoder_output_stride = 16
+decoder_atrous_rates = [6, 12, 18]
+decoder_aspp_separable = false
+decoder_aspp_dropout = 0.1
 
 [data]
 crop = 512
@@ -63,14 +76,15 @@ steps = 30_000
 rate = 1e-3
 head_factor = 10
 momentum = 0.9
-weight_decay = 4e-5
+weight_decay = 1e-4
+no_decay = "none"
 schedule = "poly"
 power = 0.9
 """,
     "segformer": """
-source = '''SegFormer, arXiv:2105.15203, section 4.1, the ADE20K schedule; color jitter as mmsegmentation's \
-PhotoMetricDistortion (brightness 32/255, contrast and saturation 0.5, hue 18/180). \
-Not as there: 40,000 steps for 160,000'''
+source = '''SegFormer, arXiv:2105.15203, section 4.1; github.com/NVlabs/SegFormer 65fa8cf, \
+local_configs/segformer/B2/segformer.b2.512x512.ade.160k.py. Not as there: 40,000 steps for 160,000; docs/presets.md has all \
+differences'''
 
 [model]
 architecture = "segformer"
@@ -83,7 +97,7 @@ crop = 512
 largest_share = 0.75
 batch = 16
 scale = [0.5, 2.0]
-jitter = [0.125, 0.5, 0.5, 0.1]
+jitter = [0.12549, 0.5, 0.5, 0.1]  # 32 / 255, 0.5, 0.5, 18 / 180
 
 [optimizer]
 kind = "adamw"
@@ -92,12 +106,14 @@ warm_up = 1500
 rate = 6e-5
 head_factor = 10
 weight_decay = 0.01
+no_decay = "encoder-norms"
 schedule = "poly"
 power = 1.0
 """,
     "mask2former": """
-source = '''Mask2Former, arXiv:2112.01527, section 4 (semantic segmentation on ADE20K): AdamW 1e-4 with the backbone at a \
-tenth, decay 0.05, clipped at 0.01. Not as there: 40,000 steps for 160,000, and it starts from the COCO panoptic weights'''
+source = '''Mask2Former, arXiv:2112.01527, section 4; github.com/facebookresearch/Mask2Former 9b0651c, \
+configs/ade20k/semantic-segmentation/swin/maskformer2_swin_tiny_bs16_160k.yaml. Not as there: 40,000 steps for 160,000 from \
+COCO panoptic weights; docs/presets.md has all differences'''
 
 [model]
 architecture = "mask2former"
@@ -109,8 +125,8 @@ new_head = true
 shorter_px = 512
 crop = 512
 batch = 16
-scale = [0.5, 2.0]
-jitter = [0.125, 0.5, 0.5, 0.1]
+scales = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0]
+jitter = [0.12549, 0.5, 0.5, 0.1]  # 32 / 255, 0.5, 0.5, 18 / 180
 
 [loss]
 kind = "masks"
@@ -121,6 +137,7 @@ steps = 40_000
 rate = 1e-5
 head_factor = 10
 weight_decay = 0.05
+no_decay = "norms-and-embeddings"
 clip_norm = 0.01
 schedule = "poly"
 power = 0.9

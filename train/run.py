@@ -219,7 +219,7 @@ class Run:
     def set_training(self) -> None:
         """Switch to training mode; frozen batch norms stay in evaluation mode."""
         self.segmenter.train()
-        if self.config.model.batch_norm == "frozen":
+        if self.config.model.batch_norm in ("frozen", "fixed"):
             for module in self.segmenter.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()

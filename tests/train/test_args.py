@@ -22,48 +22,21 @@ def test_a_preset_is_a_configuration_with_its_source(name: str) -> None:
     assert json.loads(json.dumps(deciding(config)))["optimizer"]["steps"] == config.optimizer.steps
 
 
-@pytest.mark.parametrize(
-    ("name", "steps", "rate", "head_factor", "decay", "power", "warm_up", "clip", "crop", "batch", "scale", "between"),
-    [
-        ("deeplabv2-voc", 20_000, 2.5e-4, 10, 5e-4, 0.9, 0, 0, 321, 10, (0.5, 1.5), 1000),
-        ("deeplabv2-coco", 100_000, 2.5e-4, 10, 5e-4, 0.9, 0, 0, 321, 10, (0.5, 1.5), 5000),
-        ("deeplabv3plus-voc", 30_000, 1e-3, 10, 4e-5, 0.9, 0, 0, 512, 16, (0.5, 2), 1000),
-        ("segformer", 40_000, 6e-5, 10, 0.01, 1, 1500, 0, 512, 16, (0.5, 2), 1000),
-        ("mask2former", 40_000, 1e-5, 10, 0.05, 0.9, 0, 0.01, 512, 16, (0.5, 2), 1000),
-        ("mini", 2400, 2e-3, 1, 0.02, 0.9, 50, 1, 64, 32, (0.75, 1.35), 600),
-    ],
-)
-def test_the_published_numbers(
-    name: str,
-    steps: int,
-    rate: float,
-    head_factor: float,
-    decay: float,
-    power: float,
-    warm_up: int,
-    clip: float,
-    crop: int,
-    batch: int,
-    scale: tuple[float, float],
-    between: int,
-) -> None:
-    """Read by hand from the sources that the presets name; those of mini are chosen here."""
-    config = config_from(preset(name))
-    optimizer, data = config.optimizer, config.data
-    assert (optimizer.steps, optimizer.rate, optimizer.head_factor, optimizer.weight_decay) == (steps, rate, head_factor, decay)
-    assert (optimizer.power, optimizer.warm_up, optimizer.clip_norm) == (power, warm_up, clip)
-    assert (data.crop, data.batch, data.scale, config.validation_steps) == (crop, batch, scale, between)
-
-
 def test_the_defaults() -> None:
     """A run that is continued, the documentation and the paper's recipe rest on them."""
     config = config_from()
     assert config.model == ModelArgs(
-        architecture="deeplabv3plus", encoder="resnet101", options={}, init="none", new_head=False, batch_norm="train"
+        architecture="deeplabv3plus",
+        encoder="resnet101",
+        options={},
+        init="none",
+        new_head=False,
+        batch_norm="train",
+        batch_norm_momentum=0.0,
     )
     data = config.data
     assert (data.crop, data.largest_share, data.batch, data.accumulate, data.shorter_px) == (512, 1, 16, 1, 0)
-    assert (data.scale, data.flip, data.jitter) == ((0.5, 2), 0.5, (0, 0, 0, 0))
+    assert (data.scale, data.scales, data.flip, data.jitter) == ((0.5, 2), (), 0.5, (0, 0, 0, 0))
     assert (data.mean, data.std) == ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
     assert (data.balance, data.sampling_threshold, data.validation_share, data.validation_limit) == ("none", 0.05, 0.05, 500)
     assert config.loss == LossArgs(
@@ -72,6 +45,7 @@ def test_the_defaults() -> None:
     optimizer = config.optimizer
     assert (optimizer.kind, optimizer.steps, optimizer.rate, optimizer.head_factor) == ("sgd", 20_000, 1e-3, 10)
     assert (optimizer.momentum, optimizer.weight_decay, optimizer.schedule, optimizer.power) == (0.9, 1e-4, "poly", 0.9)
+    assert (optimizer.head_bias_factor, optimizer.no_decay, optimizer.schedule_every) == (1, "auto", 1)
     assert (optimizer.warm_up, optimizer.clip_norm, optimizer.average, optimizer.precision) == (0, 0, 0, "fp32")
     assert (config.seed, config.validation_steps, config.machine.checkpoint_seconds) == (0, 1000, 180)
 
@@ -86,6 +60,16 @@ def test_later_layers_win_key_by_key(tmp_path: Path) -> None:
     assert (config.seed, config.data.crop, config.data.batch, config.model.encoder) == (5, 96, 2, "resnet34")
     assert config.optimizer == config_from(preset("mini")).optimizer
     assert config.model.options == {"encoder_depth": 3, "activation": "none", "decoder_channels": [64, 48, 32, 16]}
+
+
+def test_options_belong_to_the_architecture_of_the_preset() -> None:
+    """Another architecture starts without them, wherever it is given; given options hold."""
+    base = {"model": {"architecture": "unet", "encoder": "resnet18", "options": {"encoder_depth": 4}}}
+    other = config_from(base, typed("model.options.decoder_channels=8"), typed("model.architecture=deeplabv3plus"))
+    assert (other.model.encoder, other.model.options) == ("resnet18", {"decoder_channels": 8})
+    same = config_from(base, typed("model.options.decoder_channels=8"), typed("model.architecture=unet"))
+    assert same.model.options == {"encoder_depth": 4, "decoder_channels": 8}
+    assert config_from(base).model.options == {"encoder_depth": 4} and base["model"]["options"] == {"encoder_depth": 4}
 
 
 def test_what_decides_the_weights_leaves_the_machine_out() -> None:
@@ -109,6 +93,12 @@ def test_what_decides_the_weights_leaves_the_machine_out() -> None:
         ("data.flip=nan", "data.flip: expected a number, got nan", ""),
         ("data.scale=2", "data.scale: expected 2 numbers", ""),
         ("data.scale=[2, 1]", "data.scale: expected [smallest, largest]", ""),
+        ("data.scales=0.5", "data.scales: expected numbers as [a, b, c], got 0.5", "--set data.scales=[0.5, 1.0]"),
+        ("data.scales=[0.5, 'x']", "data.scales: expected a number, got 'x'", ""),
+        ("data.scales=[0.5, 0]", "data.scales: expected factors above 0 and at most 8, got [0.5, 0.0]", ""),
+        ("model.batch_norm=eval", "model.batch_norm: expected one of train, frozen, fixed, sync, got 'eval'", ""),
+        ("model.batch_norm=fixed", "model.batch_norm = fixed: random weights have no statistics", "batch_norm=train"),
+        ("optimizer.no_decay=bias", "optimizer.no_decay: expected one of auto, none, vectors", ""),
         ("data.jitter=[0, 0, 0, 0.6]", "data.jitter: expected four numbers", ""),
         ("loss.kind=dice", "loss.kind: expected one of cross-entropy, bootstrapped, symmetric, masks, got 'dice'", ""),
         (
@@ -160,7 +150,10 @@ def test_a_wrong_setting_is_named(assignment: str, said: str, hint: str) -> None
         ("loss.confidence_floor", 0.0, 1.0),
         ("loss.bootstrap", 0.0, 1.0),
         ("optimizer.steps", 1, None),
+        ("model.batch_norm_momentum", 0.0, 1.0),
         ("optimizer.warm_up", 0, 19_999),
+        ("optimizer.schedule_every", 1, None),
+        ("optimizer.head_bias_factor", 1e-6, 1e6),
         ("optimizer.rate", 1e-12, 1e3),
         ("optimizer.head_factor", 1e-6, 1e6),
         ("optimizer.momentum", 0.0, 0.9999),
@@ -190,13 +183,15 @@ def test_limits_of_pairs_and_jitter() -> None:
     for allowed in (
         "data.scale=[0.001, 8.0]",
         "data.scale=[8.0, 8.0]",
+        "data.scales=[]",
+        "data.scales=[8.0]",
         "data.jitter=[0.0, 0.0, 9.0, 0.5]",
         "loss.symmetric=[0.0, 0.1]",
     ):
         config_from(typed(allowed))
     refused = ["data.scale=[0.0, 1.0]", "data.scale=[1.0, 8.1]", "data.scale=[1.1, 1.0]", "loss.symmetric=[0.0, 0.0]"]
     refused += ["loss.symmetric=[1.0, -0.1]", "data.jitter=[0.0, -0.1, 0.0, 0.0]", "data.jitter=[0.0, 0.0, 0.0, 0.51]"]
-    refused += ["data.std=[1.0, 0.0, 1.0]"]
+    refused += ["data.std=[1.0, 0.0, 1.0]", "data.scales=[8.1]", "data.scales=[1.0, -0.5]"]
     for assignment in refused:
         with pytest.raises(UsageError, match=assignment.partition("=")[0]):
             config_from(typed(assignment))

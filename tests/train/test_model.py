@@ -92,6 +92,29 @@ def test_the_random_weights_follow_from_the_seed() -> None:
     assert torch.equal(torch.rand(1), stream), "the caller's random stream is where it was"
 
 
+def test_batch_norms_of_a_run() -> None:
+    """``fixed`` takes scale and shift out of the training; the momentum is the encoder's alone."""
+    settings: dict[str, Any] = {"architecture": "deeplabv3plus", "encoder": "resnet18", "init": "hub:imagenet"}
+
+    def norms(**more: Any) -> dict[str, torch.nn.BatchNorm2d]:
+        network = build_from(ModelArgs(**settings, **more), 5, 1).network
+        return {name: each for name, each in network.named_modules() if isinstance(each, torch.nn.BatchNorm2d)}
+
+    assert {each.momentum for each in norms().values()} == {0.1}
+    assert all(each.momentum == (0.01 if "encoder" in name else 0.1) for name, each in norms(batch_norm_momentum=0.01).items())
+    for kind in ("train", "frozen", "fixed"):
+        trained = {value.requires_grad for each in norms(batch_norm=kind).values() for value in each.parameters()}
+        assert trained == {kind != "fixed"}
+
+
+def test_a_run_before_the_options_of_its_preset_is_the_same_network() -> None:
+    """The record of such a run has no options: segmentation-models-pytorch's own numbers."""
+    decoder = small("deeplabv3plus").network.decoder
+    aspp = decoder.aspp[0]
+    assert [branch[0][0].dilation for branch in aspp.convs[1:4]] == [(12, 12), (24, 24), (36, 36)], "separable: a pair each"
+    assert aspp.project[3].p == 0.5
+
+
 def test_masks_are_probabilities() -> None:
     """The shares of MaskFormer's semantic inference, and their order."""
     segmenter = small("mask2former").eval()
@@ -146,8 +169,13 @@ def test_schedules(schedule: Any, steps: tuple[int, ...], expected: tuple[float,
 
 
 def test_the_warm_up_rises_to_the_schedule() -> None:
-    args = OptimizerArgs(rate=1.0, steps=1000, schedule="poly", power=1.0, warm_up=9)
-    assert [rate_at(step, args) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5 * 0.996, 0.991])
+    args = OptimizerArgs(rate=1.0, steps=1000, schedule="poly", power=1.0, warm_up=10)
+    assert [rate_at(step, args) for step in (0, 5, 10)] == pytest.approx([1e-6, 0.5000005 * 0.995, 0.99])
+
+
+def test_a_schedule_in_stairs() -> None:
+    args = OptimizerArgs(rate=1.0, steps=100, schedule="poly", power=1.0, schedule_every=10)
+    assert [rate_at(step, args) for step in (0, 9, 10, 19, 99)] == pytest.approx([1.0, 1.0, 0.9, 0.9, 0.1])
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
@@ -163,3 +191,57 @@ def test_groups_by_rate_and_decay(kind: Any) -> None:
     assert told[id(named["encoder.bn1.weight"])] == (0.5, vector)
     assert told[id(named["branches.0.weight"])] == (5.0, 0.01)
     assert told[id(named["branches.0.bias"])] == (5.0, vector)
+
+
+@pytest.mark.parametrize(
+    ("no_decay", "without"),
+    [
+        ("none", ()),
+        ("vectors", ("encoder.bn1.weight", "encoder.bn1.bias", "branches.0.bias")),
+        ("encoder-norms", ("encoder.bn1.weight", "encoder.bn1.bias")),
+        ("norms-and-embeddings", ("encoder.bn1.weight", "encoder.bn1.bias")),
+        ("head-biases", ("branches.0.bias",)),
+    ],
+)
+def test_parameters_without_decay(no_decay: Any, without: tuple[str, ...]) -> None:
+    segmenter = small("deeplabv2")
+    decay = _decay_of(segmenter, OptimizerArgs(no_decay=no_decay, weight_decay=0.01))
+    names = ("encoder.conv1.weight", "encoder.bn1.weight", "encoder.bn1.bias", "branches.0.weight", "branches.0.bias")
+    assert {name for name in names if decay[name] == 0} == set(without)
+
+
+def test_embeddings_and_tables_without_decay() -> None:
+    """Mask2Former has four kinds of learned positions and queries; the pixel decoder's is a bare parameter and decays."""
+    decay = _decay_of(small("mask2former"), OptimizerArgs(no_decay="norms-and-embeddings", weight_decay=0.01))
+    positions = [name for name in decay if name.rpartition(".")[0].endswith(("embedder", "features", "level_embed"))]
+    positions += [name for name in decay if name.endswith(".level_embed")]
+    tables = [name for name in decay if name.endswith("relative_position_bias_table")]
+    assert len(tables) == 4 and not any(decay[name] for name in tables)
+    assert {name: decay[name] for name in positions} == {
+        "model.pixel_level_module.decoder.level_embed": 0.01,
+        "model.transformer_module.queries_embedder.weight": 0.0,
+        "model.transformer_module.queries_features.weight": 0.0,
+        "model.transformer_module.level_embed.weight": 0.0,
+    }
+    assert {value for name, value in decay.items() if name.endswith("in_proj_bias")} == {0.01}, "biases decay"
+
+
+def _decay_of(segmenter: Segmenter, args: OptimizerArgs) -> dict[str, float]:
+    groups = optimizer_for(segmenter, args).param_groups
+    told = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    return {name: told[id(parameter)] for name, parameter in segmenter.network.named_parameters()}
+
+
+def test_biases_of_the_head_and_what_is_not_trained() -> None:
+    segmenter = build_from(ModelArgs(architecture="deeplabv2", encoder="resnet18", init="hub:imagenet", batch_norm="fixed"), 5, 1)
+    groups = optimizer_for(segmenter, OptimizerArgs(head_factor=10, head_bias_factor=2)).param_groups
+    named = {id(parameter): name for name, parameter in segmenter.network.named_parameters()}
+    told = {named[id(parameter)]: group["factor"] for group in groups for parameter in group["params"]}
+    assert told["encoder.conv1.weight"] == 1 and told["branches.0.weight"] == 10 and told["branches.0.bias"] == 20
+    assert not [name for name in told if ".bn" in name or "downsample.1" in name]
+
+
+def test_the_head_of_segformer_drops_complete_channels() -> None:
+    segmenter = small("segformer").train()
+    assert isinstance(segmenter.network.decode_head.dropout, torch.nn.Dropout2d)
+    assert segmenter.network.decode_head.dropout.p == 0.1
