@@ -28,7 +28,7 @@ Tables = Mapping[str, Any]
 
 MAX_PARTS = 4
 """Parts of a setting's name: the depth of the tables."""
-Architecture = Literal["deeplabv2", "deeplabv3plus", "upernet", "unet", "smp-segformer", "segformer", "mask2former"]
+Architecture = Literal["deeplabv2", "deeplabv3plus", "upernet", "unet", "smp-segformer", "segformer", "mask2former", "vit"]
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """RGB on the 0-255 scale, as torchvision's ImageNet models were trained (torchvision/transforms/_presets.py)."""
 
@@ -39,15 +39,19 @@ class ModelArgs:
 
     architecture: Architecture = "deeplabv3plus"
     """segmentation-models-pytorch: deeplabv3plus, upernet, unet, smp-segformer. transformers: segformer, mask2former.
-    deeplabv2: our own, a segmentation-models-pytorch encoder with the paper's head."""
+    deeplabv2: our own, a segmentation-models-pytorch encoder with the paper's head. vit: a vision transformer of timm, such as
+    DINOv2 or DINOv3, with a linear head on its last layers."""
     encoder: str = "resnet101"
     """An encoder of segmentation-models-pytorch; b0 to b5 for segformer; swin-tiny, -small, -base or -large for
-    mask2former."""
+    mask2former; a model of timm for vit, such as vit_small_patch14_dinov2."""
+    freeze_encoder: bool = False
+    """Train only what is not the encoder, which then runs as in evaluation."""
     options: Mapping[str, Value] = field(default_factory=dict)
     """Further arguments of the architecture's constructor, for example ``encoder_output_stride = 8``."""
     init: str = "none"
     """``none`` (random, from the seed), ``hub:NAME`` (downloaded: a weight set of segmentation-models-pytorch such as
-    imagenet, or a model name for transformers), a weights file, or the folder of another run."""
+    imagenet, a weight set of timm such as lvd142m for vit, or a model name for transformers), a weights file, or the folder of
+    another run."""
     new_head: bool = False
     """Start the classification layers at random if the given weights have other classes."""
     batch_norm: Literal["train", "frozen", "fixed", "sync"] = "train"
@@ -91,8 +95,8 @@ class DataArgs:
     """Probability of a horizontal flip."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Random changes of brightness, contrast, saturation and hue, each applied with probability 0.5 (mmsegmentation's
-    ``PhotoMetricDistortion``): the largest added brightness as a share of 255, the largest deviation of the other two factors from
-    1, and the largest turn of the hue as a share of the circle."""
+    ``PhotoMetricDistortion``): the largest brightness that is added, as a share of 255; the largest deviation of the factors of
+    contrast and saturation from 1; and the largest turn of the hue, as a share of the circle."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """RGB on the 0-255 scale, subtracted from the pixels."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -143,8 +147,9 @@ class DataArgs:
 class LossArgs:
     """The loss; `wsss.train.loss` cites the papers."""
 
-    kind: Literal["cross-entropy", "bootstrapped", "symmetric", "masks"] = "cross-entropy"
-    """masks: the set loss, for mask2former only."""
+    kind: Literal["cross-entropy", "bootstrapped", "symmetric", "generalized", "hard", "masks"] = "cross-entropy"
+    """bootstrapped, symmetric and generalized: for wrong labels. hard: cross-entropy of hard pixels alone, for clean labels.
+    masks: the set loss, for mask2former only."""
     confidence: bool = True
     """Weight every pixel by the label store's confidence in its class in that image."""
     confidence_floor: float = 0.1
@@ -153,10 +158,28 @@ class LossArgs:
     """bootstrapped: weight of the label; the rest is the weight of the network's own prediction."""
     symmetric: tuple[float, float] = (1.0, 1.0)
     """symmetric: weights of the cross-entropy and of the reverse cross-entropy."""
+    generalized: float = 0.7
+    """generalized: its q. Towards 0 it is the cross-entropy; 1 is the mean absolute error, which wrong labels affect least."""
+    hard: float = 0.7
+    """hard: pixels to whose label the network gives a higher probability have no loss."""
+    region: Literal["none", "dice", "lovasz"] = "none"
+    """A loss of the overlap of each image's regions that is added."""
+    region_weight: float = 1.0
+    """Its weight."""
+    teacher: float = 0.0
+    """Leave out pixels for whose label the running average of the weights (``optimizer.average``) prefers another with at least
+    this probability, for example 0.9; 0: none."""
+    teacher_from: int = 1000
+    """Step from which on it does."""
 
     def __post_init__(self) -> None:
         _within("loss.confidence_floor", self.confidence_floor, 0.0, 1)
         _within("loss.bootstrap", self.bootstrap, 0, 1)
+        _within("loss.generalized", self.generalized, 0.01, 1)
+        _within("loss.hard", self.hard, 0.01, 1)
+        _within("loss.region_weight", self.region_weight, 0, 100)
+        _within("loss.teacher", self.teacher, 0, 1)
+        _at_least("loss.teacher_from", self.teacher_from, 0)
         if min(self.symmetric) < 0 or max(self.symmetric) == 0:
             raise UsageError(
                 f"loss.symmetric: expected two numbers >= 0 that are not both 0, got {list(self.symmetric)}",
@@ -175,6 +198,9 @@ class OptimizerArgs:
     """Peak learning rate of the encoder."""
     head_factor: float = 10.0
     """Factor of the learning rate of all other layers."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each layer of a vit's encoder to the one before (BEiT, arXiv:2106.08254, appendix H), for
+    example 0.75."""
     head_bias_factor: float = 1.0
     """Further factor of the learning rate of their biases (DeepLab v2: 2); biases of norms are not meant."""
     momentum: float = 0.9
@@ -204,6 +230,7 @@ class OptimizerArgs:
         _at_least("optimizer.warm_up", self.warm_up, 0)
         _at_least("optimizer.schedule_every", self.schedule_every, 1)
         _within("optimizer.rate", self.rate, 1e-12, 1e3)
+        _within("optimizer.layer_decay", self.layer_decay, 0.01, 1)
         _within("optimizer.head_factor", self.head_factor, 1e-6, 1e6)
         _within("optimizer.head_bias_factor", self.head_bias_factor, 1e-6, 1e6)
         _within("optimizer.momentum", self.momentum, 0, 0.9999)
@@ -264,10 +291,24 @@ class Config:
         _at_least("validation_steps", self.validation_steps, 1)
         is_masks = self.model.architecture == "mask2former"
         if is_masks != (self.loss.kind == "masks"):
-            kinds = "masks" if is_masks else "cross-entropy, bootstrapped or symmetric"
+            kinds = "masks" if is_masks else "cross-entropy, bootstrapped, symmetric, generalized or hard"
             raise UsageError(
                 f"loss.kind: expected {kinds} for {self.model.architecture}, got {self.loss.kind}",
                 hint=f"--set loss.kind={'masks' if is_masks else 'cross-entropy'}",
+            )
+        if is_masks and self.loss.region != "none":
+            raise UsageError(
+                f"loss.region = {self.loss.region}: mask2former's loss has a dice loss of its own", hint="--set loss.region=none"
+            )
+        if self.loss.teacher and not self.optimizer.average:
+            raise UsageError(
+                "loss.teacher: needs a running average of the weights, whose predictions are compared with the labels",
+                hint="--set optimizer.average=0.999",
+            )
+        if self.optimizer.layer_decay < 1 and self.model.architecture != "vit":
+            raise UsageError(
+                f"optimizer.layer_decay: only vit has layers one after another, got {self.model.architecture}",
+                hint="--set optimizer.layer_decay=1",
             )
         if is_masks and self.data.balance == "weights":
             raise UsageError(

@@ -7,6 +7,8 @@ mean of means would depend on it, because void pixels are not distributed evenly
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 import torch
@@ -50,6 +52,12 @@ class PixelLoss(nn.Module):
       (soft): -sum_k [b t_k + (1 - b) p_k] log p_k.
     - ``symmetric``: a CE + b RCE, where RCE = -sum_k p_k log t_k swaps the two and log 0 is `LOG_ZERO`, Wang et al.,
       arXiv:1908.06112, equation 7. RCE is bounded, so a wrong label cannot dominate.
+    - ``generalized``: (1 - p(y)^q) / q, Zhang and Sabuncu, arXiv:1805.07836, equation 6.
+    - ``hard``: -log p(y) where p(y) is below a threshold (online hard example mining, mmsegmentation's ``OHEMPixelSampler``,
+      without its least number of pixels, which would depend on how a batch is divided). The mean stays one over all pixels.
+
+    ``region`` adds the mean over images of the soft Dice loss (over the classes in the image), or of the Lovasz-softmax loss
+    (arXiv:1705.08790), both of segmentation-models-pytorch. They have no weights by class or confidence.
 
     Args:
         class_weights: (C,) float32 or None.
@@ -60,6 +68,7 @@ class PixelLoss(nn.Module):
     def __init__(self, args: LossArgs, class_weights: Tensor | None = None) -> None:
         super().__init__()
         self.args = args
+        self.region = _region_loss(args.region)
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def pixel_weights(self, label: Tensor, confidence: Tensor) -> Tensor:
@@ -73,12 +82,13 @@ class PixelLoss(nn.Module):
         return by_value.gather(1, label.flatten(1).long()).view(label.shape)
 
     def weights(self, label: Tensor, confidence: Tensor) -> Tensor:
-        return self.pixel_weights(label, confidence).sum()[None]
+        labeled = (label != VOID).flatten(1).any(dim=1).sum()
+        return torch.stack([self.pixel_weights(label, confidence).sum(), labeled])
 
     def forward(self, outputs: Outputs, label: Tensor, confidence: Tensor, divisors: Tensor) -> Tensor:
         assert isinstance(outputs, Tensor)
-        logits = outputs.float()  # (B, C, H, W)
-        cross_entropy = loss = F.cross_entropy(logits, label.long(), ignore_index=VOID, reduction="none")  # (B, H, W)
+        logits, y = outputs.float(), label.long()  # (B, C, H, W), (B, H, W)
+        cross_entropy = loss = F.cross_entropy(logits, y, ignore_index=VOID, reduction="none")  # (B, H, W)
         if self.args.kind == "bootstrapped":
             log_p = F.log_softmax(logits, dim=1)
             entropy = -(log_p.exp() * log_p).sum(dim=1)
@@ -87,4 +97,22 @@ class PixelLoss(nn.Module):
             forward, reverse = self.args.symmetric
             others = 1 - torch.exp(-cross_entropy)  # sum of p_k over k != y
             loss = forward * cross_entropy - reverse * LOG_ZERO * others
-        return (loss * self.pixel_weights(label, confidence)).sum() / divisors[0].clamp(min=1e-6)
+        elif self.args.kind == "generalized":
+            loss = (1 - torch.exp(-self.args.generalized * cross_entropy)) / self.args.generalized
+        elif self.args.kind == "hard":
+            loss = cross_entropy * (cross_entropy > -math.log(self.args.hard))
+        total = (loss * self.pixel_weights(label, confidence)).sum() / divisors[0].clamp(min=1e-6)
+        if self.region is not None:
+            rows = (label != VOID).flatten(1).any(dim=1).nonzero()[:, 0].tolist()  # waits for the device
+            regions = [self.region(logits[row : row + 1], y[row : row + 1]) for row in rows]
+            total = total + self.args.region_weight * sum(regions, start=0 * total) / divisors[1].clamp(min=1)
+        return total
+
+
+def _region_loss(kind: str) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Logits (1, C, H, W) and label (1, H, W) int64 to a scalar."""
+    if kind == "none":
+        return None
+    from segmentation_models_pytorch.losses import DiceLoss, LovaszLoss
+
+    return DiceLoss("multiclass", ignore_index=VOID) if kind == "dice" else LovaszLoss("multiclass", ignore_index=VOID)

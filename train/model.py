@@ -108,21 +108,21 @@ def build_segmenter(architecture: str, encoder: str, options: Mapping[str, Any],
     Raises:
         UsageError: unknown encoder, or an option that the architecture does not have.
     """
-    build = {"deeplabv2": _deeplabv2, "segformer": _segformer, "mask2former": _mask2former}.get(architecture, _smp)
+    kinds = {"deeplabv2": _deeplabv2, "segformer": _segformer, "mask2former": _mask2former, "vit": _vit}
     try:
-        return build(architecture, encoder, dict(options), classes)
-    except (TypeError, KeyError, ValueError, RuntimeError, NotImplementedError) as error:
+        return kinds.get(architecture, _smp)(architecture, encoder, dict(options), classes)
+    except (TypeError, KeyError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise UsageError(
             f"{architecture} with encoder {encoder!r} and options {dict(options)} cannot be built: {error}",
             hint="model.encoder: a name of segmentation-models-pytorch such as resnet101, b0 to b5 for segformer, "
-            "swin-tiny to swin-large for mask2former",
+            "swin-tiny to swin-large for mask2former, a vision transformer of timm for vit",
         ) from None
 
 
 def build_from(args: ModelArgs, classes: int, seed: int) -> Segmenter:
     """Build a run's segmenter with random weights from the seed. The caller's random state does not change.
 
-    Scale and shift of ``fixed`` batch norms require no gradient.
+    Scale and shift of ``fixed`` batch norms, and a frozen encoder, require no gradient.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -133,6 +133,8 @@ def build_from(args: ModelArgs, classes: int, seed: int) -> Segmenter:
     if args.batch_norm == "fixed":
         for norm in _batch_norms(segmenter):
             norm.requires_grad_(False)
+    if args.freeze_encoder:
+        segmenter.encoder().requires_grad_(False)
     return segmenter
 
 
@@ -211,6 +213,42 @@ def _deeplabv2(_: str, encoder: str, options: dict[str, Any], classes: int) -> S
     network = DeepLabV2(trunk, trunk.out_channels[-1], classes, **options)
     outputs_of = _at_input_size(lambda network, pixels: network(pixels))
     return Segmenter(network, classes=classes, multiple_of=1, outputs_of=outputs_of, logits_of=_upsampled)
+
+
+# ---- timm ----
+
+
+class VisionTransformer(nn.Module):
+    """A plain vision transformer and DINOv2's linear head: a batch norm and a 1 x 1 convolution on its last layers' tokens.
+
+    DINOv2, arXiv:2304.07193, section 7.4 ("linear" with the last four layers). Logits have a patch's stride.
+
+    Args:
+        encoder: a model of timm with ``forward_intermediates``. layers: number of last layers whose tokens are concatenated.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int, layers: int = 4) -> None:
+        super().__init__()
+        self.encoder, self.layers = encoder, layers
+        self.norm = nn.BatchNorm2d(width * layers)
+        self.head = nn.Conv2d(width * layers, classes, 1)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.encoder.forward_intermediates(pixels, indices=self.layers, norm=True, intermediates_only=True)  # type: ignore[operator]
+        return self.head(self.norm(torch.cat(features, dim=1)))  # type: ignore[no-any-return]  # (B, C, H / patch, W / patch)
+
+
+def _vit(_: str, encoder: str, options: dict[str, Any], classes: int) -> Segmenter:
+    import timm
+
+    layers = int(options.pop("layers", 4))
+    trunk = timm.create_model(encoder, pretrained=False, num_classes=0, dynamic_img_size=True, **options)
+    patch = trunk.patch_embed.patch_size
+    network = VisionTransformer(trunk, trunk.embed_dim, classes, layers)
+    outputs_of = _at_input_size(lambda network, pixels: network(pixels))
+    return Segmenter(network, classes=classes, multiple_of=max(patch), outputs_of=outputs_of, logits_of=_upsampled)
 
 
 # ---- transformers ----

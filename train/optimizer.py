@@ -30,10 +30,10 @@ def rate_at(step: int, args: OptimizerArgs) -> float:
 def optimizer_for(segmenter: Segmenter, args: OptimizerArgs) -> Optimizer:
     """Create an optimizer with a parameter group for each combination of learning rate and weight decay.
 
-    A group's ``factor`` multiplies the scheduled rate: 1 for the encoder, ``head_factor`` for other layers. Parameters that are
-    not trained are in no group.
+    A group's ``factor`` multiplies the scheduled rate: 1 for the encoder's last layer, ``layer_decay`` from each layer to the one
+    before, ``head_factor`` for all outside the encoder. Parameters that are not trained are in no group.
     """
-    encoder = segmenter.encoder_parameters()
+    encoder = _encoder_factors(segmenter.encoder(), args.layer_decay)
     parameters_of: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for module in segmenter.modules():
@@ -42,7 +42,7 @@ def optimizer_for(segmenter: Segmenter, args: OptimizerArgs) -> Optimizer:
                 continue
             seen.add(parameter)
             is_head = parameter not in encoder
-            factor = args.head_factor if is_head else 1.0
+            factor = args.head_factor if is_head else encoder[parameter]
             if is_head and _is_bias(name, module):
                 factor *= args.head_bias_factor
             decay = args.weight_decay if _decays(parameter, name, module, is_head, args) else 0.0
@@ -54,6 +54,18 @@ def optimizer_for(segmenter: Segmenter, args: OptimizerArgs) -> Optimizer:
         return torch.optim.AdamW(groups, lr=args.rate, betas=(args.momentum, 0.999), fused=True)
     # the fused kernel, when it skips an overflown first step, leaves the momentum uninitialized
     return torch.optim.SGD(groups, lr=args.rate, momentum=args.momentum, fused=args.precision != "fp16")
+
+
+def _encoder_factors(encoder: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]:
+    """The factor of each parameter of the encoder; its last layer, and the norm after it, have 1."""
+    parameters = dict(encoder.named_parameters())
+    if layer_decay == 1:
+        return dict.fromkeys(parameters.values(), 1.0)
+    from timm.models import group_parameters
+
+    layers: dict[str, int] = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+    last = max(layer for name, layer in layers.items() if name.startswith("blocks."))
+    return {parameter: layer_decay ** max(last - layers[name], 0) for name, parameter in parameters.items()}
 
 
 def _is_bias(name: str, module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..batch import VOID
 from ..errors import UsageError, WsssError
 from .args import Config
 from .checkpoint import Progress, restore_last, save_last
@@ -44,8 +46,12 @@ class Pass(nn.Module):
         self.register_buffer("mean", torch.tensor(config.data.mean), persistent=False)
         self.register_buffer("std", torch.tensor(config.data.std), persistent=False)
 
+    def pixels(self, batch: Batch) -> Tensor:
+        """The network's input, (B, 3, crop, crop) float32."""
+        return normalized(batch.pixels, self.mean, self.std).contiguous(memory_format=self.memory_format)
+
     def forward(self, batch: Batch, divisors: Tensor) -> Tensor:
-        pixels = normalized(batch.pixels, self.mean, self.std).contiguous(memory_format=self.memory_format)
+        pixels = self.pixels(batch)
         with autocast(pixels.device, self.dtype):
             outputs = self.segmenter.outputs(pixels)
         return self.criterion(outputs, batch.label, batch.confidence, divisors)
@@ -154,6 +160,8 @@ class Run:
         args, step = self.config.optimizer, self.progress.step
         set_rate(self.optimizer, rate_at(step, args))
         self.set_training()
+        if self.config.loss.teacher and step >= self.config.loss.teacher_from:
+            parts = [self._without_contradicted(part) for part in parts]
         divisors = self.world.total(sum_of([self.criterion.weights(part.label, part.confidence) for part in parts]))
         total = torch.zeros((), device=self.world.device)
         for number, part in enumerate(parts):
@@ -175,6 +183,19 @@ class Run:
         self.progress.step += 1
         self._average()
         self._unread.append(_Loss(self.world.total(total.clone()), total, items))
+
+    @torch.no_grad()
+    def _without_contradicted(self, batch: Batch) -> Batch:
+        """The batch without the labels that the running average of the weights contradicts, see `LossArgs.teacher`."""
+        assert self.average is not None
+        single = self.forward_pass.module if isinstance(self.forward_pass, DistributedDataParallel) else self.forward_pass
+        assert isinstance(single, Pass)
+        pixels = single.pixels(batch)
+        with autocast(pixels.device, DTYPES[self.config.optimizer.precision]):
+            logits = self.average(pixels)
+        probability, predicted = logits.float().softmax(dim=1).max(dim=1)
+        contradicted = (predicted != batch.label) & (probability >= self.config.loss.teacher)
+        return dataclasses.replace(batch, label=batch.label.masked_fill(contradicted, VOID))
 
     def settle(self) -> None:
         """Read the losses of the steps since the last call into ``progress.recent``, which waits for the device.
@@ -217,12 +238,14 @@ class Run:
             raise self._not_finite(self.progress.step + 1, "the gradient overflows at any scale", self._files_of(items))
 
     def set_training(self) -> None:
-        """Switch to training mode; frozen batch norms stay in evaluation mode."""
+        """Switch to training mode; frozen batch norms, and a frozen encoder, stay in evaluation mode."""
         self.segmenter.train()
         if self.config.model.batch_norm in ("frozen", "fixed"):
             for module in self.segmenter.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
+        if self.config.model.freeze_encoder:
+            self.segmenter.encoder().eval()
 
     @torch.no_grad()
     def _average(self) -> None:

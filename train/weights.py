@@ -6,7 +6,7 @@ A source must fill the complete network or its complete encoder; anything else i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ def load_initial(segmenter: Segmenter, config: Config, classes: tuple[str, ...])
         for path in sorted(Path(init).glob("*.bin")):
             read_checkpoint(path, where=f"--init {path}")  # transformers compares no checksums
         weights = _from_transformers(segmenter, name)
+    elif init.startswith("hub:") and args.architecture == "vit":
+        weights = _from_timm(config, name)
     elif init.startswith("hub:"):
         weights = _from_smp(config, name)
     elif Path(init).is_dir():
@@ -147,14 +149,37 @@ def _from_smp(config: Config, name: str) -> Weights:
             f"hub:{name}: the weights of {encoder} cannot be downloaded: {reason(error)}",
             hint="needs an internet connection; offline, give --init a file of the encoder's weights, or none",
         ) from None
-    for key, given in (("mean", config.data.mean), ("std", config.data.std)):
-        expected = [255 * value for value in parameters[key] or ()]
+    _check_normalization(config, name, parameters["mean"] or (), parameters["std"] or ())
+    return {f"encoder.{key}": value for key, value in weights.items()}
+
+
+def _from_timm(config: Config, name: str) -> Weights:
+    """Download a vision transformer's published weights with timm."""
+    import timm
+
+    encoder = config.model.encoder
+    try:
+        model = timm.create_model(f"{encoder}.{name}", pretrained=True, num_classes=0)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise WeightsError(
+            f"hub:{name}: the weights of {encoder} cannot be downloaded: {reason(error)}",
+            hint="needs an internet connection; offline, give --init a file of the encoder's weights, or none",
+        ) from None
+    _check_normalization(config, name, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    weights: Weights = model.state_dict()
+    return {f"encoder.{key}": value for key, value in weights.items()}
+
+
+def _check_normalization(config: Config, name: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises UsageError unless the settings have the normalization of published weights, given in 0..1 (if it is)."""
+    for key, given, published in (("mean", config.data.mean, mean), ("std", config.data.std, std)):
+        expected = [255 * value for value in published]
         if expected and max(abs(a - b) for a, b in zip(expected, given, strict=True)) > 1:
             raise UsageError(
-                f"data.{key}: {encoder} with {name} needs {[round(value, 2) for value in expected]}, got {list(given)}",
-                hint=f"--set data.{key}={[round(value, 2) for value in expected]}",
+                f"data.{key}: {config.model.encoder} with {name} needs {(needed := [round(value, 2) for value in expected])}, "
+                f"got {list(given)}",
+                hint=f"--set data.{key}={needed}",
             )
-    return {f"encoder.{key}": value for key, value in weights.items()}
 
 
 def _from_transformers(segmenter: Segmenter, name: str) -> Weights:

@@ -100,13 +100,19 @@ def test_what_decides_the_weights_leaves_the_machine_out() -> None:
         ("model.batch_norm=fixed", "model.batch_norm = fixed: random weights have no statistics", "batch_norm=train"),
         ("optimizer.no_decay=bias", "optimizer.no_decay: expected one of auto, none, vectors", ""),
         ("data.jitter=[0, 0, 0, 0.6]", "data.jitter: expected four numbers", ""),
-        ("loss.kind=dice", "loss.kind: expected one of cross-entropy, bootstrapped, symmetric, masks, got 'dice'", ""),
+        (
+            "loss.kind=dice",
+            "loss.kind: expected one of cross-entropy, bootstrapped, symmetric, generalized, hard, masks, got",
+            "",
+        ),
         (
             "loss.kind=masks",
-            "loss.kind: expected cross-entropy, bootstrapped or symmetric for deeplabv3plus",
+            "loss.kind: expected cross-entropy, bootstrapped, symmetric, generalized or hard for deeplabv3plus",
             "--set loss.kind=cross-entropy",
         ),
         ("model.architecture=mask2former", "loss.kind: expected masks for mask2former", "--set loss.kind=masks"),
+        ("loss.teacher=0.9", "loss.teacher: needs a running average of the weights", "optimizer.average=0.999"),
+        ("optimizer.layer_decay=0.8", "optimizer.layer_decay: only vit has layers one after another, got deeplabv3plus", ""),
         ("model.options=3", "model.options: expected a table", ""),
         ("optimizer.warm_up=20000", "optimizer.warm_up: expected less than 20000 steps, got 20000", "lower it"),
         ("optimizer.rate=0", "optimizer.rate: expected", ""),
@@ -149,6 +155,10 @@ def test_a_wrong_setting_is_named(assignment: str, said: str, hint: str) -> None
         ("data.validation_share", 0.0, 0.9),
         ("loss.confidence_floor", 0.0, 1.0),
         ("loss.bootstrap", 0.0, 1.0),
+        ("loss.generalized", 0.01, 1.0),
+        ("loss.hard", 0.01, 1.0),
+        ("loss.region_weight", 0.0, 100.0),
+        ("loss.teacher_from", 0, None),
         ("optimizer.steps", 1, None),
         ("model.batch_norm_momentum", 0.0, 1.0),
         ("optimizer.warm_up", 0, 19_999),
@@ -213,3 +223,12 @@ def test_a_preset_or_file_that_is_none(tmp_path: Path) -> None:
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "bom.toml").write_bytes(b"\xef\xbb\xbf[data]\ncrop = 64")
     assert config_from(read_config(tmp_path / "bom.toml")).data.crop == 64
+
+
+def test_settings_that_do_not_go_together() -> None:
+    masks = [typed("model.architecture=mask2former"), typed("model.encoder=swin-tiny"), typed("loss.kind=masks")]
+    config_from(*masks)
+    with pytest.raises(UsageError, match="loss.region = dice: mask2former's loss has a dice loss of its own"):
+        config_from(*masks, typed("loss.region=dice"))
+    config_from(typed("loss.teacher=0.9"), typed("optimizer.average=0.99"))
+    config_from(typed("model.architecture=vit"), typed("optimizer.layer_decay=0.8"))

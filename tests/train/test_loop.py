@@ -26,6 +26,7 @@ from wsss.store.local import read_label, write_label
 from wsss.train import curve, loop
 from wsss.train.args import Config, config_from, typed
 from wsss.train.checkpoint import BEST, LAST, Progress, load_run, read_record, read_tensors
+from wsss.train.data import Batch
 from wsss.train.distributed import joined
 from wsss.train.loop import Recorder, Result, Status, train
 from wsss.train.model import Segmenter
@@ -164,6 +165,39 @@ def test_an_initial_run_hands_on_its_weights(scenes: Scenes, tmp_path: Path) -> 
     parameters = dict(load_run(tmp_path / "first")[0].network.named_parameters())
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in parameters)
     assert any(line.startswith(f"weights of {tmp_path / 'first'}: ") for line in said)
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_statistics(scenes: Scenes, tmp_path: Path) -> None:
+    run(scenes, tmp_path / "start", "optimizer.steps=1")
+    told = f"model.init={tmp_path / 'start'}", "model.freeze_encoder=true", "optimizer.average=0", "optimizer.steps=3"
+    run(scenes, tmp_path / "run", *told)
+    before, after = tensors(tmp_path / "start", "best.safetensors"), load_run(tmp_path / "run", "last")[0].network.state_dict()
+    assert_equal(*({n: v for n, v in each.items() if n.startswith("encoder.")} for each in (before, dict(after))))
+    assert not torch.equal(before["segmentation_head.0.weight"], after["segmentation_head.0.weight"])
+
+
+def test_a_teacher_leaves_out_what_it_contradicts(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The running average is made to be sure of background: from the given step on, only background is learned from."""
+    honest, seen = Run._without_contradicted, list[tuple[int, set[int], set[int]]]()
+
+    def sure_of_background(self: Run, batch: Batch) -> Batch:
+        assert self.average is not None
+        probability = torch.tensor([0.95] + [0.05 / 12] * 12)
+        logits = probability.log()[None, :, None, None].expand(len(batch.label), -1, *batch.label.shape[1:])
+        with monkeypatch.context() as patch:
+            patch.setattr(self.average, "forward", lambda pixels: logits)
+            left = honest(self, batch)
+        seen.append((self.progress.step, set(batch.label.unique().tolist()), set(left.label.unique().tolist())))
+        assert torch.equal(left.label == 0, batch.label == 0)
+        return left
+
+    monkeypatch.setattr(Run, "_without_contradicted", sure_of_background)
+    run(scenes, tmp_path / "run", "loss.teacher=0.9", "loss.teacher_from=2", "optimizer.steps=4", "validation_steps=9")
+    assert [step for step, _, _ in seen] == [2, 3]
+    assert all(len(before) > 2 and after <= {0, 255} for _, before, after in seen)
+    seen.clear()
+    run(scenes, tmp_path / "other", "loss.teacher=0.96", "loss.teacher_from=0", "optimizer.steps=1")
+    assert [before == after for _, before, after in seen] == [True], "it is less sure than that"
 
 
 # ---- it ends the same ----

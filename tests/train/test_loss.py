@@ -44,6 +44,10 @@ def by_hand(args: LossArgs, class_weights: list[float] | None = None) -> float:
         elif args.kind == "bootstrapped":
             target = args.bootstrap * np.eye(CLASSES)[k] + (1 - args.bootstrap) * p
             loss = -(target * np.log(p)).sum()
+        elif args.kind == "generalized":
+            loss = (1 - p[k] ** args.generalized) / args.generalized
+        elif args.kind == "hard":
+            loss = -np.log(p[k]) if p[k] < args.hard else 0.0
         else:
             log_target = np.where(np.arange(CLASSES) == k, 0.0, -4.0)
             loss = args.symmetric[0] * -np.log(p[k]) + args.symmetric[1] * -(p * log_target).sum()
@@ -54,7 +58,7 @@ def by_hand(args: LossArgs, class_weights: list[float] | None = None) -> float:
 
 
 @pytest.mark.parametrize("confidence", [False, True])
-@pytest.mark.parametrize("kind", ["cross-entropy", "bootstrapped", "symmetric"])
+@pytest.mark.parametrize("kind", ["cross-entropy", "bootstrapped", "symmetric", "generalized", "hard"])
 def test_a_loss_is_its_papers_formula(kind: Any, confidence: bool) -> None:
     args = LossArgs(kind=kind, confidence=confidence, confidence_floor=0.3, bootstrap=0.7, symmetric=(0.5, 1.5))
     assert float(value(PixelLoss(args), *example())) == pytest.approx(by_hand(args), rel=1e-5)
@@ -98,12 +102,54 @@ def test_a_sure_wrong_label_pulls_less_under_the_robust_losses() -> None:
     logits = torch.tensor([8.0, 0, 0, 0]).view(1, 4, 1, 1).requires_grad_()
     label, sure = torch.ones(1, 1, 1, dtype=torch.uint8), torch.ones(1, 4)
     pull = {}
-    for kind, options in (("cross-entropy", {}), ("bootstrapped", {}), ("symmetric", {"symmetric": (0.1, 1.0)})):
+    for kind, options in (
+        ("cross-entropy", {}),
+        ("bootstrapped", {}),
+        ("symmetric", {"symmetric": (0.1, 1.0)}),
+        ("generalized", {}),
+    ):
         args = LossArgs(kind=kind, **options)  # type: ignore[arg-type]
         (gradient,) = torch.autograd.grad(value(PixelLoss(args), logits, label, sure), logits)
         pull[kind] = float(gradient.abs().max())
     assert pull["bootstrapped"] < 0.85 * pull["cross-entropy"]
     assert pull["symmetric"] < 0.15 * pull["cross-entropy"]
+    assert pull["generalized"] < 0.05 * pull["cross-entropy"]
+
+
+@pytest.mark.parametrize("region", ["dice", "lovasz"])
+def test_a_region_loss_is_the_mean_over_images(region: Any) -> None:
+    """Of images with labels: the second row is void, and has neither loss nor gradient."""
+    logits, label, confidence = example()
+    label[1] = 255
+    logits.requires_grad_()
+    args = LossArgs(region=region, region_weight=0.5, confidence=False)
+    found = value(PixelLoss(args), logits, label, confidence)
+    plain = value(PixelLoss(LossArgs(confidence=False)), logits, label, confidence)
+    regions = [by_region(region, logits[row].detach().double().softmax(0).numpy(), label[row].numpy()) for row in (0, 2)]
+    assert float((found - plain).detach()) == pytest.approx(0.5 * np.mean(regions), rel=1e-4)
+    torch.autograd.backward(found)
+    assert logits.grad is not None and logits.grad.isfinite().all() and not logits.grad[1].any()
+
+
+def by_region(region: str, p: np.ndarray, label: np.ndarray) -> float:
+    """Dice: 1 - 2 |pt| / (|p| + |t|) of each class in the image. Lovasz-softmax: arXiv:1705.08790, equations 8 and 9."""
+    known = label != 255
+    p, label = p[:, known], label[known]
+    losses = []
+    for k in range(CLASSES):
+        t = (label == k).astype(float)
+        if not t.any():
+            if region == "dice":
+                losses.append(0.0)
+            continue
+        if region == "dice":
+            losses.append(1 - 2 * (p[k] * t).sum() / (p[k] + t).sum())
+            continue
+        errors = np.abs(t - p[k])
+        order = np.argsort(-errors)
+        jaccard = [1 - (t.sum() - t[order[:n]].sum()) / (t.sum() + (1 - t[order[:n]]).sum()) for n in range(1, len(t) + 1)]
+        losses.append(float((errors[order] * np.diff([0.0, *jaccard])).sum()))
+    return float(np.mean(losses))
 
 
 def divided(criterion: Any, outputs_of: Any, label: Tensor, confidence: Tensor) -> Tensor:
@@ -113,9 +159,10 @@ def divided(criterion: Any, outputs_of: Any, label: Tensor, confidence: Tensor) 
     return torch.stack([criterion(outputs_of(part), label[part], confidence[part], divisors) for part in parts]).sum()
 
 
-def test_a_batch_may_be_divided_anyhow() -> None:
+@pytest.mark.parametrize("region", ["none", "dice", "lovasz"])
+def test_a_batch_may_be_divided_anyhow(region: Any) -> None:
     logits, label, confidence = example()
-    criterion = PixelLoss(LossArgs(kind="symmetric"), torch.tensor([0.5, 2.0, 1.0, 1.0]))
+    criterion = PixelLoss(LossArgs(kind="symmetric", region=region), torch.tensor([0.5, 2.0, 1.0, 1.0]))
     parts = divided(criterion, lambda part: logits[part], label, confidence)
     torch.testing.assert_close(parts, value(criterion, logits, label, confidence))
     mean_of_means = torch.stack([value(criterion, logits[p], label[p], confidence[p]) for p in (slice(0, 1), slice(1, 3))]).mean()

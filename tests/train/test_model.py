@@ -20,6 +20,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "unet": ("mobilenet_v2", {"decoder_channels": [16, 16, 8, 8, 8]}),
     "smp-segformer": ("mit_b0", {"decoder_segmentation_channels": 16}),
     "segformer": ("b0", {"depths": [1, 1, 1, 1], "decoder_hidden_size": 16}),
+    "vit": ("vit_small_patch16_dinov3", {"depth": 4, "embed_dim": 48, "num_heads": 3}),
     "mask2former": (
         "swin-tiny",
         {
@@ -245,3 +246,38 @@ def test_the_head_of_segformer_drops_complete_channels() -> None:
     segmenter = small("segformer").train()
     assert isinstance(segmenter.network.decode_head.dropout, torch.nn.Dropout2d)
     assert segmenter.network.decode_head.dropout.p == 0.1
+
+
+# ---- vision transformers ----
+
+
+@pytest.mark.parametrize(("encoder", "patch"), [("vit_small_patch14_dinov2", 14), ("vit_small_patch16_dinov3", 16)])
+def test_a_vision_transformer_has_a_label_for_each_patch(encoder: str, patch: int) -> None:
+    """Its head is DINOv2's linear one: batch norm and 1 x 1 convolution on the tokens of the last four layers."""
+    segmenter = build_segmenter("vit", encoder, {"depth": 5, "embed_dim": 48, "num_heads": 3}, 5).eval()
+    assert segmenter.multiple_of == patch
+    pixels = torch.randn(1, 3, 4 * patch, 6 * patch)
+    with torch.inference_mode():
+        coarse = segmenter.network(pixels)
+        _, layers = segmenter.encoder().forward_intermediates(pixels, norm=True)  # type: ignore[operator]
+        by_hand = segmenter.network.head(segmenter.network.norm(torch.cat(layers[-4:], dim=1)))  # type: ignore[operator]
+    assert coarse.shape == (1, 5, 4, 6)
+    torch.testing.assert_close(coarse, by_hand)
+
+
+def test_layers_learn_slower_towards_the_input() -> None:
+    segmenter = small("vit")
+    optimizer = optimizer_for(segmenter, OptimizerArgs(kind="adamw", layer_decay=0.5, head_factor=3))
+    factor = {parameter: group["factor"] for group in optimizer.param_groups for parameter in group["params"]}
+    found = {name: factor[parameter] for name, parameter in segmenter.network.named_parameters()}
+    assert [found[f"encoder.blocks.{layer}.mlp.fc1.weight"] for layer in range(4)] == [0.125, 0.25, 0.5, 1]
+    assert found["encoder.patch_embed.proj.weight"] == 0.0625
+    assert found["encoder.norm.weight"] == 1 and found["head.weight"] == 3
+    plain = optimizer_for(segmenter, OptimizerArgs(kind="adamw", head_factor=3))
+    assert {group["factor"] for group in plain.param_groups} == {1, 3}
+
+
+def test_a_model_that_is_no_vision_transformer() -> None:
+    with pytest.raises(UsageError, match="vit with encoder 'resnet18' .* cannot be built") as caught:
+        build_segmenter("vit", "resnet18", {}, 3)
+    assert "a vision transformer of timm" in caught.value.hint
