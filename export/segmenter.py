@@ -40,8 +40,9 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
         variant: ``trained`` for a run's folder, which records its architecture; ARCHITECTURE/ENCODER for ``random:SEED``, for
             example ``segformer/b0``.
         weights: the folder of a run (``wsss train --out``), or ``random:SEED``.
-        options: canvases (default: a square of the training crop; if all photographs have the same shorter side, that side
-            by 1.5 times that side, landscape and portrait) and the range of images per call.
+        options: canvases and the range of images per call. By default, the canvases on which the training photographs fit as a
+            whole. Older runs do not record them, and neither do those of larger photographs: for them, a square of the training
+            crop, or, if all photographs have the same shorter side, that side by 1.5 times that side, landscape and portrait.
 
     Raises:
         UsageError: an unknown architecture, or a canvas that the network does not support.
@@ -89,6 +90,8 @@ def _canvases(record: RunRecord) -> tuple[tuple[int, int], ...]:
     def rounded_up(px: int) -> int:
         return -(-px // record.multiple_of) * record.multiple_of
 
+    if record.canvases:
+        return record.canvases
     if not record.shorter_px:
         return ((rounded_up(record.crop),) * 2,)
     short, long = rounded_up(record.shorter_px), rounded_up(-(-record.shorter_px * 3 // 2))  # cameras make 4:3 and 3:2

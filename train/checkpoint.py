@@ -34,6 +34,8 @@ MAX_NUMBER = 1 << 31
 """Largest number of steps, images or pixels in a record."""
 MAX_RECORD_BYTES = 1 << 22
 """Size of segmenter.json: mostly the names of tensors that stayed random."""
+MAX_SIDE = 1 << 14
+"""Pixels of a canvas's side."""
 MAX_WIDTH, MAX_OPTIONS = 1 << 12, 64
 """Limits of a network's options: the numbers, and how many values a list or table has."""
 _KINDS: dict[str, type] = {"str": str, "int": int, "tuple": list, "Mapping": dict}
@@ -72,6 +74,8 @@ class RunRecord:
     """Versions of the software that trained it."""
     shorter_px: int = 0
     """Shorter side to which every image is resized first; 0: not resized, also in older runs without this field."""
+    canvases: tuple[tuple[int, int], ...] = ()
+    """(height, width) of the canvases on which the training photographs fit (`wsss.train.canvases`); empty: unknown, or none."""
     format: int = FORMAT
 
 
@@ -161,10 +165,16 @@ def _checked(record: Any) -> RunRecord:
             raise ValueError(f"{name}: expected three numbers, got {numbers!r:.60}")
     if min(record["std"]) <= 0:
         raise ValueError(f"std: expected numbers above 0, got {record['std']}")
+    for canvas in record.get("canvases", []):
+        if not isinstance(canvas, list) or len(canvas) != 2 or not all(type(px) is int and 1 <= px <= MAX_SIDE for px in canvas):
+            raise ValueError(f"canvases: expected pairs of 1 to {MAX_SIDE:,} pixels, got {canvas!r:.60}")
+    if len(record.get("canvases", [])) > MAX_OPTIONS:
+        raise ValueError(f"canvases: expected at most {MAX_OPTIONS}, got {len(record['canvases']):,}")
     if not re.fullmatch(r"[\w.+-]+", record["encoder"]):  # a name with a colon or a slash would be downloaded
         raise ValueError(f"encoder: expected a name, got {record['encoder']!r:.60}")
     _check_options(record["options"])
-    return RunRecord(**{**record, **{key: tuple(record[key]) for key in ("classes", "mean", "std")}})
+    tuples = {key: tuple(record[key]) for key in ("classes", "mean", "std")}
+    return RunRecord(**{**record, **tuples, "canvases": tuple(map(tuple, record.get("canvases", [])))})
 
 
 def _check_options(value: Any) -> None:

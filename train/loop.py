@@ -25,6 +25,8 @@ from ..reading.documents import read_json
 from ..store.decisions import exclusion
 from . import curve
 from .args import Config, deciding
+from .augment import working_size
+from .canvases import canvases_for
 from .checkpoint import BEST, LAST, RunRecord, load_run, read_record, save_best, write_json, write_record
 from .data import Batch, Crops, Order, Positions, batches, class_weights, relative_confidence, repeat_factors, workers_of
 from .distributed import World, joined
@@ -352,6 +354,7 @@ def _record(source: Source, config: Config, multiple_of: int, init: Initial) -> 
         images=len(source.training),
         tools={"wsss": __version__, "torch": torch.__version__, "python": platform.python_version()},
         shorter_px=config.data.shorter_px,
+        canvases=canvases_for((working_size(item.size, config.data) for item in source.training), multiple_of),
     )
 
 

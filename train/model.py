@@ -236,8 +236,8 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        features = self.encoder.forward_intermediates(pixels, indices=self.layers, norm=True, intermediates_only=True)  # type: ignore[operator]
-        return self.head(self.norm(torch.cat(features, dim=1)))  # type: ignore[no-any-return]  # (B, C, H / patch, W / patch)
+        features = self.encoder.forward_intermediates(pixels, indices=self.layers, norm=True, intermediates_only=True)
+        return self.head(self.norm(torch.cat(features, dim=1)))  # (B, C, H / patch, W / patch)
 
 
 def _vit(_: str, encoder: str, options: dict[str, Any], classes: int) -> Segmenter:

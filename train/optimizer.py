@@ -63,7 +63,7 @@ def _encoder_factors(encoder: nn.Module, layer_decay: float) -> dict[nn.Paramete
         return dict.fromkeys(parameters.values(), 1.0)
     from timm.models import group_parameters
 
-    layers: dict[str, int] = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+    layers: dict[str, int] = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
     last = max(layer for name, layer in layers.items() if name.startswith("blocks."))
     return {parameter: layer_decay ** max(last - layers[name], 0) for name, parameter in parameters.items()}
 

@@ -39,6 +39,8 @@ class Item:
     """(C + 1) in [0, 1]: the store's confidence in background and each class in this image."""
     pixels: tuple[int, ...]
     """(C + 1) number of pixels of background and each class."""
+    size: tuple[int, int]
+    """(height, width) of the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,7 @@ def _check_image(store: Path, images: Path, record: Record, classes: Sequence[st
         sha256=sha256,
         confidence=tuple(class_confidence(record, classes, pixels)),
         pixels=tuple(pixels),
+        size=expected,
     ), label_digest
 
 
@@ -188,6 +191,6 @@ def read_survey(path: Path) -> Survey:
     """Read a survey that `write_survey` wrote."""
     record = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
     items = tuple(
-        Item(**{**item, "confidence": tuple(item["confidence"]), "pixels": tuple(item["pixels"])}) for item in record["items"]
+        Item(**{**item, **{key: tuple(item[key]) for key in ("confidence", "pixels", "size")}}) for item in record["items"]
     )
     return Survey(classes=tuple(record["classes"]), items=items, failed=record["failed"], digest=record["digest"])

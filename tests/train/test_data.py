@@ -159,7 +159,7 @@ def test_an_image_that_changes_on_the_way_is_named(scenes: Scenes, workers: int)
 
 
 def item(*pixels: int) -> Item:
-    return Item(path="", label="", sha256="", confidence=(1.0,) * len(pixels), pixels=pixels)
+    return Item(path="", label="", sha256="", confidence=(1.0,) * len(pixels), pixels=pixels, size=(8, 10))
 
 
 def test_class_weights_are_enets() -> None:
@@ -185,7 +185,9 @@ def test_confidence_is_relative_to_its_class() -> None:
     """Background is surer than a class, and one class surer than the other: each weighs 1 in the mean over its pixels."""
     confidence = [(1.0, 0.4, 0.8), (0.8, 0.2, 0.5), (1.0, 1.0, 0.3)]
     pixels = [(100, 30, 0), (100, 10, 20), (50, 0, 20)]
-    items = [Item(path="", label="", sha256="", confidence=c, pixels=p) for c, p in zip(confidence, pixels, strict=True)]
+    items = [
+        Item(path="", label="", sha256="", confidence=c, pixels=p, size=(9, 9)) for c, p in zip(confidence, pixels, strict=True)
+    ]
     weights = relative_confidence(items)
     assert weights.dtype == np.float32
     assert (weights * pixels).sum(0) / np.sum(pixels, axis=0) == pytest.approx([1, 1, 1])
@@ -193,5 +195,5 @@ def test_confidence_is_relative_to_its_class() -> None:
 
 
 def test_a_class_without_confidence_or_pixels_weighs_one() -> None:
-    items = [Item(path="", label="", sha256="", confidence=(1.0, 0.0, 0.7), pixels=(9, 4, 0))] * 2
+    items = [Item(path="", label="", sha256="", confidence=(1.0, 0.0, 0.7), pixels=(9, 4, 0), size=(1, 13))] * 2
     assert relative_confidence(items).tolist() == [[1, 1, 1]] * 2

@@ -87,6 +87,7 @@ def test_a_training_leaves_all_that_is_needed(scenes: Scenes, tmp_path: Path) ->
         6,
         "none",
     )
+    assert record.canvases == ((64, 64),), "48 x 56 pixels in multiples of 32"
     assert not segmenter.training and segmenter(torch.zeros(1, 3, 32, 64)).shape == (1, 13, 32, 64)
     assert_equal(segmenter.network.state_dict(), tensors(out, "best.safetensors"))
     averaged, _ = load_run(out, "last")
@@ -585,7 +586,7 @@ RECORD = {
 def test_a_record_of_an_older_version_is_read(tmp_path: Path) -> None:
     (tmp_path / "segmenter.json").write_text("\ufeff" + json.dumps(RECORD))
     record = read_record(tmp_path)
-    assert record.classes == ("dog", "cat") and record.std == (1, 2.5, 3) and record.shorter_px == 0
+    assert record.classes == ("dog", "cat") and record.std == (1, 2.5, 3) and record.shorter_px == 0 and record.canvases == ()
 
 
 @pytest.mark.parametrize(
@@ -596,6 +597,9 @@ def test_a_record_of_an_older_version_is_read(tmp_path: Path) -> None:
         ({"steps": True}, "steps: expected int, got True"),
         ({"multiple_of": 0}, "multiple_of: expected 1 to"),
         ({"images": 10**40}, "images: expected 0 to"),
+        ({"canvases": [[32, 0]]}, "canvases: expected pairs of 1 to 16,384 pixels, got [32, 0]"),
+        ({"canvases": [[32]]}, "canvases: expected pairs"),
+        ({"canvases": [[32, 64]] * 65}, "canvases: expected at most 64, got 65"),
         ({"mean": [1, 2]}, "mean: expected three numbers"),
         ({"mean": [1, 2, "x"]}, "mean: expected three numbers"),
         ({"std": [1, 0, 1]}, "std: expected numbers above 0"),
@@ -627,6 +631,8 @@ def test_a_damaged_record_is_named(change: dict[str, Any], said: str, tmp_path: 
         ({"steps": 0}, {"steps": -1}),
         ({"images": 0}, {"images": -1}),
         ({"shorter_px": 0}, {"shorter_px": -1}),
+        ({"canvases": [[1, 1 << 14]]}, {"canvases": [[1, (1 << 14) + 1]]}),
+        ({"canvases": [[32, 64]] * 64}, {"canvases": [[32, 64]] * 65}),
         ({"classes": [str(number) for number in range(254)]}, {"classes": [str(number) for number in range(255)]}),
         ({"mean": [-1e6, 0, 1e6]}, {"mean": [0, 0, 1.1e6]}),
         ({"std": [1e-9, 1, 1e6]}, {"std": [1, 1, 1.1e6]}),

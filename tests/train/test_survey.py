@@ -147,7 +147,9 @@ def test_confidence_is_score_times_quality_by_pixels_won(
 
 
 def survey_of(count: int) -> Survey:
-    items = tuple(Item(path=f"{n}.jpg", label=f"{n}.png", sha256="", confidence=(1, 1), pixels=(9, 0)) for n in range(count))
+    items = tuple(
+        Item(path=f"{n}.jpg", label=f"{n}.png", sha256="", confidence=(1, 1), pixels=(9, 0), size=(3, 3)) for n in range(count)
+    )
     return Survey(classes=("dog",), items=items, failed=0, digest="")
 
 
