@@ -78,27 +78,3 @@ def whole_image_logits(
     if (height, width) != pixels.shape[:2]:
         logits = F.interpolate(logits, pixels.shape[:2], mode="bilinear", align_corners=False)
     return logits[0]
-
-
-def averaged_probabilities(
-    segmenter: Segmenter,
-    pixels: np.ndarray,
-    args: DataArgs,
-    device: torch.device,
-    *,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-) -> Tensor:
-    """(C, H, W) float32 probabilities of one photograph (H, W, 3) uint8, the mean over test-time augmentations.
-
-    Args:
-        scales: factors by which the photograph is resized; the logits are resized back before the softmax (as in
-            mmsegmentation's ``aug_test``).
-        flip: also use the mirrored photograph at each scale.
-    """
-    total = torch.zeros(segmenter.classes, *pixels.shape[:2], device=device)
-    for scale in scales:
-        for mirrored in (False, True) if flip else (False,):
-            logits = whole_image_logits(segmenter, pixels, args, device, scale=scale, mirrored=mirrored)
-            total += logits.float().softmax(dim=0)
-    return total / (len(scales) * (2 if flip else 1))

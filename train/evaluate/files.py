@@ -191,7 +191,7 @@ def read_list(path: Path, truth: LabelMaps) -> tuple[str, ...]:
         raise WsssError(
             f"--list {path}: {truth.inside} has no label map of {len(unknown)} of {len(unknown) + len(names)} names, "
             f"for example {unknown[0][:100]}",
-            hint=f"try {others[0]} as TRUTH" if others else "give the list that belongs to TRUTH",
+            hint=f"try {others[0]}" if others else "give the list that belongs to these label maps",
         )
     return tuple(names)
 
