@@ -24,8 +24,8 @@ from ..errors import StoreError, WsssError
 from ..frame import scaled, shorter_factor
 from ..photographs import read_photograph
 from ..pixels.pictures import picture_of
-from ..store.local import read_label
 from .args import DataArgs
+from .evaluate.files import read_label_map
 from .survey import Item
 
 # First part of the seed sequences: each purpose has its own random stream.
@@ -143,7 +143,7 @@ def read_pair(store: Path, images: Path, item: Item) -> tuple[np.ndarray, np.nda
     photo = read_photograph(images, item.path)
     if photo.sha256 != item.sha256:
         raise StoreError(f"{images / item.path}: the image has changed since it was labeled", hint="label it again")
-    label = read_label(store / "labels" / item.label)
+    label = read_label_map(store / "labels" / item.label)  # an absolute path, of a mask, stays as it is
     if label.shape != photo.shape:
         raise StoreError(f"{item.path}: the image is {photo.shape} pixels, its label {label.shape}", hint="label it again")
     return photo.pixels, label

@@ -10,11 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..batch import VOID
 from ..errors import WsssError
 from .args import Config, DataArgs
 from .data import normalized, read_pair, resized, working_size
 from .distributed import World
+from .evaluate.boundary import boundary_counts
+from .evaluate.checks import FACTS
 from .evaluate.metrics import confusion_matrix, mean_iou
+from .evaluate.report import Scores, scores_from_counts
+from .evaluate.run import Counts
 from .model import Segmenter
 from .run import DTYPES, autocast
 from .survey import Item
@@ -38,6 +43,44 @@ def validate(
         matrix += confusion_matrix(label, predicted, labels)
     total = world.total(torch.from_numpy(matrix).to(world.device))
     return mean_iou(total.cpu().numpy()) if total.any() else None
+
+
+@torch.inference_mode()
+def scored(
+    segmenter: Segmenter,
+    store: Path,
+    images: Path,
+    items: Sequence[Item],
+    config: Config,
+    device: torch.device,
+    classes: Sequence[str],
+    shown: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]],
+    most_shown: int,
+) -> Scores:
+    """All scores against the items' labels, as `validate` compares them, in this process.
+
+    Args:
+        classes: names of labels 1, 2, ...
+        shown: is filled with name, pixels, label and predicted label of the first ``most_shown`` items.
+
+    Raises:
+        WsssError: the network's output is NaN.
+    """
+    segmenter.eval()
+    labels = segmenter.classes
+    matrix, bands = np.zeros((labels, labels + 1), np.int64), np.zeros((2, labels), np.int64)
+    present, pixel_counts = np.zeros((len(items), labels - 1), bool), np.zeros(2, np.int64)
+    found = predictions(segmenter, store, images, items, config, device)
+    for row, (item, (pixels, label, predicted)) in enumerate(zip(items, found, strict=True)):
+        counts = confusion_matrix(label, predicted, labels)
+        matrix += counts
+        bands += boundary_counts(label, predicted, labels)
+        present[row] = counts[1:].any(axis=1)
+        pixel_counts += label.size, np.count_nonzero(label == VOID)
+        if row < most_shown:
+            shown.append((item.path, pixels, label, predicted))
+    facts = np.zeros((2, len(FACTS)), np.int64)
+    return scores_from_counts(Counts(matrix=matrix, boundary=bands, present=present, facts=facts, pixels=pixel_counts), classes)
 
 
 def predictions(
