@@ -24,7 +24,7 @@ from ..errors import StoreError, WeightsError, WsssError
 from ..reading.documents import read_json
 from ..store.decisions import exclusion
 from . import curve
-from .args import Config, deciding
+from .args import Config, OptimizerArgs, deciding
 from .checkpoint import BEST, LAST, RunRecord, load_run, read_record, save_best, write_json, write_record
 from .data import Batch, Crops, Order, Positions, batches, class_weights, repeat_factors
 from .distributed import World, joined
@@ -32,8 +32,8 @@ from .evaluate.photographs import folder_of_photographs
 from .evaluate.report import Scores
 from .masks import ValidationSet, is_label_store, survey_masks, survey_of
 from .model import build_from, criterion_for
-from .optimizer import rate_at
-from .page import PAGE, Shown, write_page
+from .optimizer import is_constant, rate_at
+from .page import PAGE, Owner, Shown, write_page
 from .run import Run, check_divisible, memory_format
 from .survey import Item, Survey, read_survey, write_survey
 from .validate import scored, validate
@@ -348,6 +348,7 @@ def _prepare_folder(out: Path, config: Config) -> None:
             was = read_json(out / CONFIG, hint="give a new --out")
             if not isinstance(was, dict):
                 raise ValueError(f"expected the settings of a run, got {type(was).__name__}")
+            _allow_more_steps(out, was, config.optimizer)
             _check_same(out, was, deciding(config))
         elif not (out / CONFIG).exists() and any(not path.name.endswith(".tmp") for path in out.iterdir()):
             raise WsssError(f"--out {out}: the folder is not empty and has no training run", hint="give a new or empty folder")
@@ -358,6 +359,27 @@ def _prepare_folder(out: Path, config: Config) -> None:
         raise WsssError(f"--out {out}: cannot be written: {error.strerror}", hint="give a folder you may write to") from None
     except ValueError as error:
         raise WsssError(f"{out / CONFIG}: damaged: {error}", hint="give a new --out") from None
+
+
+def _allow_more_steps(out: Path, was: dict[str, Any], args: OptimizerArgs) -> None:
+    """Accept a larger number of steps in ``was``, the settings of a run, if its learning rate does not depend on that number.
+
+    Raises:
+        WsssError: other steps, and the rate depends on them; or fewer steps.
+    """
+    before = was["optimizer"].get("steps") if isinstance(was.get("optimizer"), dict) else None
+    if not isinstance(before, int) or before == args.steps:
+        return
+    changed = f"--out {out}: was started with optimizer.steps = {before}, this run has {args.steps}"
+    if not is_constant(args):
+        raise WsssError(
+            f"{changed}: its {args.schedule} schedule lowers the rate to zero at step {before}, so that no step is left to add",
+            hint=f"--init {out} with a new --out trains on from its weights, with a schedule of its own; only a constant rate "
+            "(--set optimizer.schedule=poly --set optimizer.power=0, from the start) can be continued to more steps",
+        )
+    if args.steps < before:
+        raise WsssError(f"{changed}, which is fewer", hint=f"--steps {before} or more, or a new --out")
+    was["optimizer"]["steps"] = args.steps
 
 
 def _check_same(out: Path, was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
@@ -380,7 +402,9 @@ def _begin(source: Source, config: Config, world: World, log: Log) -> Run:
     check_divisible(config, segmenter.multiple_of, world)
     is_resumed = (out / LAST).exists()
     if is_resumed:
-        _check_belongs(out, survey)
+        record = _check_belongs(out, survey)
+        if world.is_first and record.steps != config.optimizer.steps:
+            write_record(out, dataclasses.replace(record, steps=config.optimizer.steps))
     else:
         init = load_initial(segmenter, config, survey.classes)
         log(str(init))
@@ -396,7 +420,7 @@ def _begin(source: Source, config: Config, world: World, log: Log) -> Run:
     return run
 
 
-def _check_belongs(out: Path, survey: Survey) -> None:
+def _check_belongs(out: Path, survey: Survey) -> RunRecord:
     record = read_record(out)
     if record.classes != survey.classes:
         raise WeightsError(
@@ -409,6 +433,7 @@ def _check_belongs(out: Path, survey: Survey) -> None:
             f"--out {out}: the store's images or labels have changed since this run started, or the images of its validation",
             hint="give a new --out: a run never mixes two sets of labels",
         )
+    return record
 
 
 def _record(source: Source, config: Config, multiple_of: int, init: Initial) -> RunRecord:
@@ -488,7 +513,7 @@ def _write_page(run: Run, source: Source) -> Scores | None:
         ("time", f"{progress.step} steps in {progress.seconds / 60:.1f} min"),
     ]
     is_scored = bool(source.held_out) and scores["miou"] is not None
-    whose = "store" if is_label_store(labels) else "truth"
+    whose: Owner = "truth" if labels != source.store else "store" if is_label_store(labels) else "mask"
     write_page(out, record, facts, curve.draw(out), shown, whose=whose, scores=scores if is_scored else None)
     return scores if is_scored else None
 

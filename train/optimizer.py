@@ -20,6 +20,11 @@ def rate_at(step: int, args: OptimizerArgs) -> float:
     return args.rate * min(1.0, (step + 1) / (args.warm_up + 1)) * decay
 
 
+def is_constant(args: OptimizerArgs) -> bool:
+    """Whether the rate of a step does not depend on the number of steps, so that a finished run can be continued to more."""
+    return args.schedule == "poly" and args.power == 0
+
+
 def optimizer_for(segmenter: Segmenter, args: OptimizerArgs) -> Optimizer:
     """Create an optimizer with up to four parameter groups: encoder or head, with or without weight decay.
 

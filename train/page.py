@@ -20,8 +20,10 @@ from .evaluate.report import Scores
 
 PAGE = "report.html"
 THUMBNAIL_PX = 320
+Owner = Literal["store", "mask", "truth"]
+"""Owner of the labels that a page shows."""
 Shown = tuple[str, np.ndarray, np.ndarray, np.ndarray]
-"""Name, pixels (H, W, 3), store's label (H, W) and prediction (H, W), all uint8."""
+"""Name, pixels (H, W, 3), given label (H, W) and prediction (H, W), all uint8."""
 
 
 def write_page(
@@ -31,7 +33,7 @@ def write_page(
     curve: Path,
     shown: Iterable[Shown],
     *,
-    whose: Literal["store", "truth"] = "store",
+    whose: Owner = "store",
     scores: Scores | None = None,
 ) -> Path:
     """Write ``report.html`` and return its path. The page can be viewed offline.

@@ -76,7 +76,7 @@ def scored(
         matrix += counts
         bands += boundary_counts(label, predicted, labels)
         present[row] = counts[1:].any(axis=1)
-        pixel_counts += label.size, np.count_nonzero(label == VOID)
+        pixel_counts += np.array([label.size, np.count_nonzero(label == VOID)])
         if row < most_shown:
             shown.append((item.path, pixels, label, predicted))
     facts = np.zeros((2, len(FACTS)), np.int64)
