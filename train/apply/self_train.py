@@ -70,7 +70,7 @@ def self_train(
     Raises:
         UsageError: more than one process (torchrun). WsssError: as `train`, or ``out`` holds something else.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise UsageError(
             "--rounds runs in one process, torchrun started several",
             hint="train each round under torchrun, and label with wsss label --model segmenter in between",
