@@ -23,6 +23,7 @@ ALL_BUT_CLI = {
         "wsss.export.precision",
         "wsss.export.sam",
         "wsss.train",
+        "wsss.train.apply",
         "wsss.train.evaluate",
     ),
     *(
@@ -55,6 +56,7 @@ MAY: dict[str, set[str]] = {
     "wsss.runtime.convert": {TYPES, STORE},
     "wsss.runtime.report": {TYPES, STORE},
     "wsss.train": {TYPES, STORE, "wsss.train.evaluate"},
+    "wsss.train.apply": {TYPES, STORE, "wsss.train", "wsss.train.evaluate"},
     "wsss.train.evaluate": {TYPES, STORE},
     "wsss.mini": {TYPES, "wsss.export"},
     "wsss.benchmarks": ALL_BUT_CLI,
@@ -191,6 +193,7 @@ WITH_TORCH = {
     "wsss.engines.eager",
     "wsss.reading.checkpoints",
     *(f"wsss.train.{name}" for name in (*TRAINER, "validate", "weights")),
+    *(f"wsss.train.apply.{name}" for name in ("label_photographs", "predictor", "probabilities", "self_train")),
 }
 HEAVY = {"torch", "torchvision", "transformers", "onnx", "open_clip", "segmentation_models_pytorch", "matplotlib", "scipy"}
 BASE = sorted(

@@ -88,7 +88,7 @@ def draw(folder: Path) -> Path:
     rates.set_ylim(bottom=0)
     if scores:
         panels[1].plot(_column(scores, "step"), _column(scores, "miou"), color="tab:green", marker=".")
-        panels[1].set_ylabel("mIoU, held-out images")
+        panels[1].set_ylabel("mIoU, validation")
         panels[1].grid(alpha=0.3)
     panels[-1].set_xlabel("step")
     picture = io.BytesIO()

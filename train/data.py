@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from ..cores import cores
 from ..errors import StoreError, WsssError
 from ..photographs import read_photograph
-from ..store.local import read_label
 from .args import DataArgs, MachineArgs
 from .augment import random_crop
 from .distributed import World
+from .evaluate.files import read_label_map
 from .survey import Item
 
 MAX_WORKERS = 8
@@ -168,7 +168,7 @@ def read_pair(store: Path, images: Path, item: Item) -> Pair:
     photo = read_photograph(images, item.path)
     if photo.sha256 != item.sha256:
         raise StoreError(f"{images / item.path}: the image has changed since it was labeled", hint="label it again")
-    label = read_label(store / "labels" / item.label)
+    label = read_label_map(store / "labels" / item.label)  # an absolute path, of a mask, stays as it is
     if label.shape != photo.shape:
         raise StoreError(f"{item.path}: the image is {photo.shape} pixels, its label {label.shape}", hint="label it again")
     return photo.pixels, label

@@ -24,22 +24,25 @@ from ..errors import StoreError, WeightsError, WsssError
 from ..reading.documents import read_json
 from ..store.decisions import exclusion
 from . import curve
-from .args import Config, deciding
+from .args import Config, OptimizerArgs, deciding
 from .augment import working_size
 from .canvases import canvases_for
 from .checkpoint import BEST, LAST, RunRecord, load_run, read_record, save_best, write_json, write_record
 from .data import Batch, Crops, Order, Positions, batches, class_weights, relative_confidence, repeat_factors, workers_of
 from .distributed import World, joined
+from .evaluate.photographs import folder_of_photographs
+from .evaluate.report import Scores
+from .masks import ValidationSet, is_label_store, survey_masks, survey_of
 from .model import build_from, criterion_for
-from .optimizer import rate_at
-from .page import PAGE, write_page
+from .optimizer import is_constant, rate_at
+from .page import PAGE, Owner, Shown, write_page
 from .run import Run, check_divisible, memory_format
-from .survey import Item, Survey, read_survey, survey_store, write_survey
-from .validate import predictions, validate
+from .survey import Item, Survey, read_survey, write_survey
+from .validate import scored, validate
 from .weights import Initial, load_initial
 
 Log = Callable[[str], None]
-CONFIG, SURVEY = "config.json", "survey.json"
+CONFIG, SURVEY, VALIDATION = "config.json", "survey.json", "validation.json"
 SHOWN = 24
 """Images on the HTML page."""
 NAMED = 10
@@ -65,12 +68,16 @@ class Result:
     images: int
     steps: int
     miou: float | None
-    """Score of the best validation, against the store's labels; None if there was none."""
+    """Score of the best validation, against the labels that ``against`` names; None if there was none."""
     best_step: int | None
     seconds: float
     page: str
     warnings: tuple[str, ...] = ()
     """Possible problems of the result."""
+    against: str = ""
+    """The labels of the validation: the store's, or true ones."""
+    scores: Scores | None = None
+    """All scores of the resulting weights on the validation images, by class too; None if no validation could score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +90,19 @@ class Source:
     survey: Survey
     training: tuple[Item, ...]
     held_out: tuple[Item, ...]
+    """Images to validate on: a share of the store's, or those of a `ValidationSet`."""
+    held_out_store: Path
+    held_out_images: Path
+    against: str
+    """The labels of ``held_out``."""
     warnings: tuple[str, ...] = ()
     """Possible problems of the images, see `warnings_for`."""
+
+    @property
+    def validated(self) -> str:
+        """What is validated on, for messages."""
+        held_out = "images" if self.held_out_store != self.store else "held-out images"
+        return f"{len(self.held_out)} {held_out}"
 
 
 def train(
@@ -93,14 +111,21 @@ def train(
     out: Path,
     config: Config,
     *,
+    classes: tuple[str, ...] | None = None,
+    listed: Path | None = None,
+    validation: ValidationSet | None = None,
     exclude: str | Path | None = None,
     log: Log = lambda line: None,
     watch: Callable[[Status], None] = lambda status: None,
 ) -> Result:
-    """Train a segmenter on a label store, or continue a run that was stopped.
+    """Train a segmenter on a label store or a folder of masks, or continue a run that was stopped.
 
     Args:
-        store: made by ``wsss label``. images: the folder that was labeled. out: the run's folder (`wsss.train.checkpoint`).
+        store: made by ``wsss label``; or masks in a folder (`wsss.train.masks`).
+        images: the photographs. out: the run's folder (`wsss.train.checkpoint`).
+        classes: names of labels 1, 2, ...; needed for masks.
+        listed: a list of the names of masks to train on; None: all of them.
+        validation: labels to validate on. Nothing is held out then.
         exclude: decisions or a list (`wsss.store.decisions`) whose rejected images are left out.
         log: called with log lines. watch: called at every point of the curve. Both are called in the first process only.
 
@@ -111,7 +136,7 @@ def train(
     """
     with joined(config.machine) as world, memory_for(config):
         log = log if world.is_first else lambda line: None
-        source = _source(store, images, out, config, world, exclude, log)
+        source = _source(store, images, out, config, world, log, classes, listed, validation, exclude)
         run = _begin(source, config, world, log)
         steps = config.optimizer.steps
         with closing(Recorder(run, out, watch)) as recorder:
@@ -130,8 +155,7 @@ def train(
                 f"{config.optimizer.precision}",
                 hint="give a new --out and --set optimizer.precision=bf16 or fp32, or more steps",
             )
-        if world.is_first:
-            _write_page(run, source)
+        scores = _write_page(run, source) if world.is_first else None
         if progress.left_out:
             warnings.append(
                 f"{progress.left_out} of {progress.step} steps had no effect: their gradient overflowed in "
@@ -147,6 +171,8 @@ def train(
             seconds=progress.seconds,
             page=str(out / PAGE),
             warnings=tuple(warnings),
+            against=source.against,
+            scores=scores,
         )
 
 
@@ -206,24 +232,87 @@ class Recorder:
             self._writer.close()
 
 
-def _source(store: Path, images: Path, out: Path, config: Config, world: World, exclude: str | Path | None, log: Log) -> Source:
-    """Prepare the run's folder and survey the store, in the first process for all of them."""
+def _source(
+    store: Path,
+    images: Path,
+    out: Path,
+    config: Config,
+    world: World,
+    log: Log,
+    classes: tuple[str, ...] | None,
+    listed: Path | None,
+    validation: ValidationSet | None,
+    exclude: str | Path | None,
+) -> Source:
+    """Prepare the run's folder and survey the images, in the first process for all of them."""
     if world.is_first:
         _prepare_folder(out, config)
         log(f"checking {store}")
-        survey = survey_store(store, images, exclude=exclusion(exclude), log=log)
+        survey = survey_of(store, images, classes=classes, listed=listed, exclude=exclusion(exclude), log=log)
         if survey.failed:
             log(f"{survey.failed} images of the store could not be labeled and are left out")
+        if validation is not None:
+            validated = _surveyed(validation, survey, log)
+            write_survey(out / VALIDATION, validated)
+            survey = dataclasses.replace(survey, digest=f"{survey.digest} {validated.digest}")
         write_survey(out / SURVEY, survey)
     world.wait()
     survey = read_survey(out / SURVEY)
-    training, held_out = survey.split(config.data.validation_share, config.data.validation_limit)
-    log(f"{len(training)} images to train on, {len(held_out)} to validate, {len(survey.classes)} classes")
+    whose = "the store's labels" if is_label_store(store) else "the masks"
+    if not is_label_store(store):
+        images = folder_of_photographs(images)
+    if validation is None:
+        training, held_out = survey.split(config.data.validation_share, config.data.validation_limit)
+        labels, photographs, against = store, images, whose
+        log(f"{len(training)} images to train on, {len(held_out)} to validate, {len(survey.classes)} classes")
+    else:
+        training, held_out = survey.items, read_survey(out / VALIDATION).items
+        labels, photographs = validation.labels, folder_of_photographs(validation.images)
+        against = validation.against or f"the true labels of {validation.labels}"
+        log(
+            f"{len(training)} images to train on, all of them; {len(held_out)} to validate, against {against}; "
+            f"{len(survey.classes)} classes"
+        )
     check_labeled(store, training)
     warnings = warnings_for(survey.classes, training, held_out, config.data.validation_share)
     for warning in warnings:
         log(f"warning: {warning}")
-    return Source(store=store, images=images, out=out, survey=survey, training=training, held_out=held_out, warnings=warnings)
+    return Source(
+        store=store,
+        images=images,
+        out=out,
+        survey=survey,
+        training=training,
+        held_out=held_out,
+        held_out_store=labels,
+        held_out_images=photographs,
+        against=against,
+        warnings=warnings,
+    )
+
+
+def _surveyed(validation: ValidationSet, survey: Survey, log: Log) -> Survey:
+    """The checked images of a validation set. Raises StoreError as `survey_masks`, or if they have no labeled pixel."""
+    found = validation.survey or survey_masks(
+        validation.labels,
+        validation.images,
+        survey.classes,
+        listed=validation.listed,
+        log=log,
+        flags=("--val", "--val-list"),
+        all_photographs=False,
+    )
+    if not any(any(item.pixels) for item in found.items):
+        raise StoreError(
+            f"--val {validation.labels}: its {len(found.items)} label maps have only void (255)", hint="are these true labels?"
+        )
+    trained_on = {item.sha256 for item in survey.items}
+    if both := [item.path for item in found.items if item.sha256 in trained_on]:
+        log(
+            f"warning: {len(both)} of the {len(found.items)} images of --val are trained on too, for example {both[0]}: "
+            "scores on them are too high"
+        )
+    return found
 
 
 def check_labeled(store: Path, training: Sequence[Item]) -> None:
@@ -272,6 +361,7 @@ def _prepare_folder(out: Path, config: Config) -> None:
             was = read_json(out / CONFIG, hint="give a new --out")
             if not isinstance(was, dict):
                 raise ValueError(f"expected the settings of a run, got {type(was).__name__}")
+            _allow_more_steps(out, was, config.optimizer)
             _check_same(out, was, deciding(config))
         elif not (out / CONFIG).exists() and any(not path.name.endswith(".tmp") for path in out.iterdir()):
             raise WsssError(f"--out {out}: the folder is not empty and has no training run", hint="give a new or empty folder")
@@ -282,6 +372,27 @@ def _prepare_folder(out: Path, config: Config) -> None:
         raise WsssError(f"--out {out}: cannot be written: {error.strerror}", hint="give a folder you may write to") from None
     except ValueError as error:
         raise WsssError(f"{out / CONFIG}: damaged: {error}", hint="give a new --out") from None
+
+
+def _allow_more_steps(out: Path, was: dict[str, Any], args: OptimizerArgs) -> None:
+    """Accept a larger number of steps in ``was``, the settings of a run, if its learning rate does not depend on that number.
+
+    Raises:
+        WsssError: other steps, and the rate depends on them; or fewer steps.
+    """
+    before = was["optimizer"].get("steps") if isinstance(was.get("optimizer"), dict) else None
+    if not isinstance(before, int) or before == args.steps:
+        return
+    changed = f"--out {out}: was started with optimizer.steps = {before}, this run has {args.steps}"
+    if not is_constant(args):
+        raise WsssError(
+            f"{changed}: its {args.schedule} schedule lowers the rate to zero at step {before}, so that no step is left to add",
+            hint=f"--init {out} with a new --out trains on from its weights, with a schedule of its own; only a constant rate "
+            "(--set optimizer.schedule=poly --set optimizer.power=0, from the start) can be continued to more steps",
+        )
+    if args.steps < before:
+        raise WsssError(f"{changed}, which is fewer", hint=f"--steps {before} or more, or a new --out")
+    was["optimizer"]["steps"] = args.steps
 
 
 def _check_same(out: Path, was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
@@ -304,7 +415,9 @@ def _begin(source: Source, config: Config, world: World, log: Log) -> Run:
     check_divisible(config, segmenter.multiple_of, world)
     is_resumed = (out / LAST).exists()
     if is_resumed:
-        _check_belongs(out, survey)
+        record = _check_belongs(out, survey)
+        if world.is_first and record.steps != config.optimizer.steps:
+            write_record(out, dataclasses.replace(record, steps=config.optimizer.steps))
     else:
         init = load_initial(segmenter, config, survey.classes)
         log(str(init))
@@ -321,7 +434,7 @@ def _begin(source: Source, config: Config, world: World, log: Log) -> Run:
     return run
 
 
-def _check_belongs(out: Path, survey: Survey) -> None:
+def _check_belongs(out: Path, survey: Survey) -> RunRecord:
     record = read_record(out)
     if record.classes != survey.classes:
         raise WeightsError(
@@ -331,9 +444,10 @@ def _check_belongs(out: Path, survey: Survey) -> None:
         )
     if record.store != survey.digest:
         raise WsssError(
-            f"--out {out}: the store's images or labels have changed since this run started",
+            f"--out {out}: the store's images or labels have changed since this run started, or the images of its validation",
             hint="give a new --out: a run never mixes two sets of labels",
         )
+    return record
 
 
 def _record(source: Source, config: Config, multiple_of: int, init: Initial) -> RunRecord:
@@ -373,14 +487,15 @@ def _steps(run: Run, source: Source) -> Iterator[list[Batch]]:
 
 
 def _validate(run: Run, source: Source, log: Log) -> float | None:
-    """mIoU on the held-out images, None if they have no label. Saves the weights if they are the best so far."""
+    """mIoU on the validation images, None if they have no label. Saves the weights if they are the best so far."""
     progress = run.progress
     run.check()
-    miou = validate(run.result_segmenter, source.store, source.images, source.held_out, run.config, run.world)
+    labels, images = source.held_out_store, source.held_out_images
+    miou = validate(run.result_segmenter, labels, images, source.held_out, run.config, run.world)
     if miou is None:
-        log(f"step {progress.step}: no mIoU: the {len(source.held_out)} held-out images have no labeled pixel")
+        log(f"step {progress.step}: no mIoU: the {source.validated} have no labeled pixel")
         return None
-    log(f"step {progress.step}: mIoU {miou:.4f} on {len(source.held_out)} held-out images, against the store's labels")
+    log(f"step {progress.step}: mIoU {miou:.4f} on {source.validated}, against {source.against}")
     if progress.best_miou is None or miou > progress.best_miou:
         progress.best_miou, progress.best_step = miou, progress.step
         if run.world.is_first:
@@ -388,27 +503,36 @@ def _validate(run: Run, source: Source, log: Log) -> float | None:
     return miou
 
 
-def _write_page(run: Run, source: Source) -> None:
-    """Write the plot of the curve and the page with predictions of the weights that `load_run` returns."""
+def _write_page(run: Run, source: Source) -> Scores | None:
+    """Score the weights that `load_run` returns, and write the plot of the curve and the page with their predictions.
+
+    Returns:
+        Scores on the validation images; None if there are none, or they have no labeled pixel.
+    """
     out, config, progress = source.out, run.config, run.progress
     segmenter, record = load_run(out)
     segmenter.to(run.world.device, memory_format=memory_format(config))
-    items = (source.held_out or source.training)[:SHOWN]
-    with torch.inference_mode():
-        found = list(predictions(segmenter, source.store, source.images, items, config, run.world))
+    shown: list[Shown] = []
+    if source.held_out:
+        labels, images, items = source.held_out_store, source.held_out_images, source.held_out
+    else:
+        labels, images, items = source.store, source.images, source.training[:SHOWN]
+    scores = scored(segmenter, labels, images, items, config, run.world, record.classes, shown, SHOWN)
     best = "none"
     if progress.best_miou is not None:
-        best = f"{progress.best_miou:.4f} at step {progress.best_step}, against the store's labels"
+        best = f"{progress.best_miou:.4f} at step {progress.best_step}, against {source.against}"
     facts = [
         ("network", f"{record.architecture}, {record.encoder}"),
         ("weights from", str(Initial(**record.init))),
         ("schedule", record.source or "own settings"),
-        ("images", f"{record.images} for training, {len(source.held_out)} held out"),
-        ("best mIoU on held-out images", best),
+        ("images", f"{record.images} for training, {source.validated}"),
+        ("best mIoU on them", best),
         ("time", f"{progress.step} steps in {progress.seconds / 60:.1f} min"),
     ]
-    shown = [(item.path, *each) for item, each in zip(items, found, strict=True)]
-    write_page(out, record, facts, curve.draw(out), shown)
+    is_scored = bool(source.held_out) and scores["miou"] is not None
+    whose: Owner = "truth" if labels != source.store else "store" if is_label_store(labels) else "mask"
+    write_page(out, record, facts, curve.draw(out), shown, whose=whose, scores=scores if is_scored else None)
+    return scores if is_scored else None
 
 
 @contextmanager

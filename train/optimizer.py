@@ -27,6 +27,11 @@ def rate_at(step: int, args: OptimizerArgs) -> float:
     return args.rate * rise * decay
 
 
+def is_constant(args: OptimizerArgs) -> bool:
+    """Whether the rate of a step does not depend on the number of steps, so that a finished run can be continued to more."""
+    return args.schedule == "poly" and args.power == 0
+
+
 def optimizer_for(segmenter: Segmenter, args: OptimizerArgs) -> Optimizer:
     """Create an optimizer with a parameter group for each combination of learning rate and weight decay.
 

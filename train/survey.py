@@ -32,7 +32,7 @@ class Item:
     path: str
     """Path below the folder of images."""
     label: str
-    """Path below the store's ``labels``."""
+    """Path below the store's ``labels``; absolute for a mask that is not in a store (`wsss.train.masks`)."""
     sha256: str
     """sha256 of the image file when it was labeled."""
     confidence: tuple[float, ...]
@@ -109,16 +109,24 @@ def survey_store(
                 items.append(item)
                 digest.update(json.dumps([item.path, item.sha256, label_digest, item.confidence]).encode())
             progress(done, len(labelled))
+    check_problems(
+        store,
+        problems,
+        len(labelled),
+        hint=f"give --images the folder that was labeled (now {images}); wsss label labels changed images again",
+    )
+    failed = len(records) - len(labelled)
+    return Survey(classes=tuple(classes), items=tuple(items), failed=failed, digest=digest.hexdigest())
+
+
+def check_problems(where: Path, problems: Sequence[str], count: int, *, hint: str) -> None:
+    """Raises StoreError, which names the first problems of ``count`` images, if there are any."""
     if problems:
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise StoreError(
-            f"{store}: {len(problems)} of {len(labelled)} images cannot be trained on:\n  "
-            + "\n  ".join(problems[:SHOWN])
-            + more,
-            hint=f"give --images the folder that was labeled (now {images}); wsss label labels changed images again",
+            f"{where}: {len(problems)} of {count} images cannot be trained on:\n  " + "\n  ".join(problems[:SHOWN]) + more,
+            hint=hint,
         )
-    failed = len(records) - len(labelled)
-    return Survey(classes=tuple(classes), items=tuple(items), failed=failed, digest=digest.hexdigest())
 
 
 def _check_image(store: Path, images: Path, record: Record, classes: Sequence[str]) -> tuple[Item, str] | str:

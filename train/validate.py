@@ -10,12 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..batch import VOID
 from ..errors import WsssError
 from .args import Config, DataArgs
 from .augment import resized, working_size
 from .data import WholeImages, normalized, whole_images, workers_of
 from .distributed import World
+from .evaluate.boundary import boundary_counts
+from .evaluate.checks import FACTS
 from .evaluate.metrics import confusion_matrix, mean_iou
+from .evaluate.report import Scores, scores_from_counts
+from .evaluate.run import Counts
 from .model import Segmenter
 from .run import DTYPES, autocast
 from .survey import Item
@@ -39,6 +44,44 @@ def validate(
         matrix += confusion_matrix(label, predicted, labels)
     total = world.total(torch.from_numpy(matrix).to(world.device))
     return mean_iou(total.cpu().numpy()) if total.any() else None
+
+
+@torch.inference_mode()
+def scored(
+    segmenter: Segmenter,
+    store: Path,
+    images: Path,
+    items: Sequence[Item],
+    config: Config,
+    world: World,
+    classes: Sequence[str],
+    shown: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]],
+    most_shown: int,
+) -> Scores:
+    """All scores against the items' labels, as `validate` compares them, in this process.
+
+    Args:
+        classes: names of labels 1, 2, ...
+        shown: is filled with name, pixels, label and predicted label of the first ``most_shown`` items.
+
+    Raises:
+        WsssError: the network's output is NaN.
+    """
+    segmenter.eval()
+    labels = segmenter.classes
+    matrix, bands = np.zeros((labels, labels + 1), np.int64), np.zeros((2, labels), np.int64)
+    present, pixel_counts = np.zeros((len(items), labels - 1), bool), np.zeros(2, np.int64)
+    found = predictions(segmenter, store, images, items, config, world)
+    for row, (item, (pixels, label, predicted)) in enumerate(zip(items, found, strict=True)):
+        counts = confusion_matrix(label, predicted, labels)
+        matrix += counts
+        bands += boundary_counts(label, predicted, labels)
+        present[row] = counts[1:].any(axis=1)
+        pixel_counts += np.array([label.size, np.count_nonzero(label == VOID)])
+        if row < most_shown:
+            shown.append((item.path, pixels, label, predicted))
+    facts = np.zeros((2, len(FACTS)), np.int64)
+    return scores_from_counts(Counts(matrix=matrix, boundary=bands, present=present, facts=facts, pixels=pixel_counts), classes)
 
 
 def predictions(
@@ -81,27 +124,3 @@ def whole_image_logits(
     if (height, width) != pixels.shape[:2]:
         logits = F.interpolate(logits, pixels.shape[:2], mode="bilinear", align_corners=False)
     return logits[0]
-
-
-def averaged_probabilities(
-    segmenter: Segmenter,
-    pixels: np.ndarray,
-    args: DataArgs,
-    device: torch.device,
-    *,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-) -> Tensor:
-    """(C, H, W) float32 probabilities of one photograph (H, W, 3) uint8, the mean over test-time augmentations.
-
-    Args:
-        scales: factors by which the photograph is resized; the logits are resized back before the softmax (as in
-            mmsegmentation's ``aug_test``).
-        flip: also use the mirrored photograph at each scale.
-    """
-    total = torch.zeros(segmenter.classes, *pixels.shape[:2], device=device)
-    for scale in scales:
-        for mirrored in (False, True) if flip else (False,):
-            logits = whole_image_logits(segmenter, pixels, args, device, scale=scale, mirrored=mirrored)
-            total += logits.float().softmax(dim=0)
-    return total / (len(scales) * (2 if flip else 1))

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +32,9 @@ from ...runtime.bundles import find_bundle
 from ...runtime.chain import Chain
 from ...runtime.run.label_folder import Summary, label_folder
 from ...store.local import make_folder
+from ...train.apply.inference import Inference
 from ...train.args import Config, config_from, read_config, typed
-from ...train.evaluate.crf import SAID, check_crf
+from ...train.evaluate.crf import SAID_SOFT, check_crf
 from ...train.evaluate.files import find_label_maps, pair_up
 from ...train.evaluate.report import Scores, scores_from_counts
 from ...train.evaluate.run import count_pairs
@@ -71,7 +73,7 @@ class Recipe:
     """Scales of the second scoring on val; the first uses the original scale alone."""
     flip: bool = True
     crf: bool = False
-    """Also score all label maps refined by a DenseCRF."""
+    """Also score the segmenter with its averaged probabilities refined by a DenseCRF. Pseudo-labels have no probabilities."""
     log: Callable[[str], None] = field(default=lambda line: None, repr=False)
 
 
@@ -82,9 +84,10 @@ def run(recipe: Recipe) -> Result:
         WsssError: a step fails; or ``out`` holds a run with other lists or classes.
     """
     with needs("train"):
+        from ...train.apply.label_photographs import label_photographs
+        from ...train.apply.predictor import Predictor
         from ...train.checkpoint import read_record
         from ...train.loop import train
-        from .predict import trained_labeler
     _begin(recipe)
     if recipe.crf:
         check_crf()
@@ -102,18 +105,21 @@ def run(recipe: Recipe) -> Result:
     settings = labeler.settings
     _label(recipe, labeler, photographs, out / "labels")
     del labeler  # frees the memory of its engines for the training
-    rows = [row for split in data.scored for row in _scored(recipe, out / "labels", split, "pseudo-labels")]
+    rows = [_scored(recipe, out / "labels", split, "pseudo-labels") for split in data.scored]
 
     trained = train(
         out / "labels", photographs, out / "segmenter", recipe.config, log=log, watch=lambda status: log(_status_line(status))
     )
     record = read_record(out / "segmenter")
-    for scales, flip in dict.fromkeys((((1.0,), False), (recipe.scales, recipe.flip))):
-        copies = f"{' '.join(f'{scale:g}' for scale in scales)}{' mirrored' if flip else ''}"
-        store = out / f"val-{copies.replace(' ', '-')}"
-        precision = recipe.config.optimizer.precision
-        _label(recipe, trained_labeler(out / "segmenter", precision=precision, scales=scales, flip=flip), val, store)
-        rows += _scored(recipe, store, data.val, f"segmenter, scale {copies}")
+    names = sorted(path.name for path in val.iterdir())
+    for inference in _inferences(recipe):
+        copies = f"{' '.join(f'{scale:g}' for scale in inference.scales)}{' mirrored' if inference.flip else ''}"
+        store = out / f"val-{copies.replace(' ', '-')}{'-crf' if inference.crf else ''}"
+        predictor = Predictor(out / "segmenter", inference, precision=recipe.config.optimizer.precision)
+        done = label_photographs(predictor, val, names, store, log=log, progress=_reported(recipe, store))
+        log(f"{store.name}: {done.labeled} labeled, {done.skipped} done before, {done.failed} failed")
+        what = f"segmenter, scale {copies}{', DenseCRF' if inference.crf else ''}"
+        rows.append(_scored(recipe, store, data.val, what, crf=inference.crf))
     result = Result(
         dataset=data.name,
         rows=tuple(rows),
@@ -121,7 +127,7 @@ def run(recipe: Recipe) -> Result:
         told="image labels" if recipe.labels else "nothing",
         network=f"{record.architecture} {record.encoder}",
         facts=(*_facts(recipe, settings), *_training_facts(trained, record)),
-        crf=SAID if recipe.crf else None,
+        crf=SAID_SOFT if recipe.crf else None,
     )
     write_atomically(out / "result.json", (json.dumps(dataclasses.asdict(result), indent=1) + "\n").encode())
     write_atomically(out / "table.txt", (as_text(result) + "\n").encode())
@@ -171,25 +177,36 @@ def _label(recipe: Recipe, labeler: Chain, photographs: Path, store: Path) -> No
     recipe.log(f"{store.name}: {summary.labelled} labeled, {summary.skipped} done before, {summary.failed} failed")
 
 
-def _scored(recipe: Recipe, store: Path, split: Split, what: str) -> Iterator[Row]:
-    """The scores of a store on a split, without and, if requested, with a CRF."""
-    for crf in (False, True) if recipe.crf else (False,):
-        scores, missing = _scores(recipe, store, split, crf)
-        recipe.log(f"{what} on {split.name}{', DenseCRF' if crf else ''}: mIoU {scores['miou']}")
-        yield Row(
-            what=f"{what}{', DenseCRF' if crf else ''}",
-            split=split.name,
-            images=len(split.images),
-            missing=missing,
-            crf=crf,
-            scores=scores,
-        )
+def _inferences(recipe: Recipe) -> list[Inference]:
+    """The test-time settings of the scorings on val: one scale, then the recipe's, each also with the CRF if requested."""
+    plain = dict.fromkeys((Inference(), Inference(scales=recipe.scales, flip=recipe.flip)))
+    return [dataclasses.replace(each, crf=crf) for each in plain for crf in ((False, True) if recipe.crf else (False,))]
 
 
-def _scores(recipe: Recipe, store: Path, split: Split, crf: bool) -> tuple[Scores, int]:
+def _reported(recipe: Recipe, store: Path) -> Callable[[int, int], None]:
+    """A progress callback that logs every 30 seconds."""
+    reported = time.monotonic()
+
+    def progress(done: int, of: int) -> None:
+        nonlocal reported
+        if time.monotonic() - reported >= 30:
+            reported = time.monotonic()
+            recipe.log(f"{store.name}: {done}/{of} images")
+
+    return progress
+
+
+def _scored(recipe: Recipe, store: Path, split: Split, what: str, *, crf: bool = False) -> Row:
+    """The scores of a store on a split. ``crf``: its labels are from a CRF."""
+    scores, missing = _scores(recipe, store, split)
+    recipe.log(f"{what} on {split.name}: mIoU {scores['miou']}")
+    return Row(what=what, split=split.name, images=len(split.images), missing=missing, crf=crf, scores=scores)
+
+
+def _scores(recipe: Recipe, store: Path, split: Split) -> tuple[Scores, int]:
     """Scores of a store and the number of missing images; they are kept until labels, list or truth change."""
-    kept = recipe.out / "scores" / f"{store.name}-{split.name}{'-crf' if crf else ''}.json"
-    key = _key(store, split, crf)
+    kept = recipe.out / "scores" / f"{store.name}-{split.name}.json"
+    key = _key(store, split)
     if kept.is_file():
         stored = json.loads(kept.read_text(encoding="utf-8"))
         if stored["key"] == key:
@@ -197,22 +214,21 @@ def _scores(recipe: Recipe, store: Path, split: Split, crf: bool) -> tuple[Score
             return scores, stored["missing"]
     found, true = find_label_maps(store), find_label_maps(split.truth)
     pairs = pair_up(found, true, split.list)
-    photographs = [split.images[name] for name in pairs.names] if crf else None
     classes = found.classes or ()
-    counts = count_pairs(pairs, classes, photographs=photographs)
+    counts = count_pairs(pairs, classes)
     scores = scores_from_counts(counts, classes, [found.scores.get(name or "", {}) for name in pairs.matched])
     make_folder(kept.parent)
     write_atomically(kept, (json.dumps({"key": key, "scores": scores, "missing": len(pairs.missing)}) + "\n").encode())
     return scores, len(pairs.missing)
 
 
-def _key(store: Path, split: Split, crf: bool) -> str:
+def _key(store: Path, split: Split) -> str:
     """A hash of the labels (the manifest's lines), the names of the list, and the true label maps (their size and time)."""
     digest = hashlib.sha256((store / "manifest.jsonl").read_bytes())
     for name in split.images:
         status = (split.truth / f"{name}.png").stat()
         digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
-    digest.update(f"{split.truth.resolve()} {crf}".encode("utf-8", "surrogatepass"))
+    digest.update(f"{split.truth.resolve()}".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -329,7 +345,9 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="any other training setting")
     shared.add_argument("--scales", type=float, nargs="+", default=SCALES, help="scales of the second scoring on val")
     shared.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="also use mirror images there")
-    shared.add_argument("--crf", action="store_true", help="also score label maps refined by a DenseCRF: about a second an image")
+    shared.add_argument(
+        "--crf", action="store_true", help="also score the segmenter's probabilities refined by a DenseCRF: seconds an image"
+    )
     shared.add_argument("--json", action="store_true", help="print all scores as JSON")
     parser = argparse.ArgumentParser(
         prog="python -m wsss.benchmarks.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -21,6 +21,7 @@ class Row:
     missing: int
     """Images that could not be labeled; they count as wrong."""
     crf: bool
+    """Labels from averaged probabilities that a CRF refined."""
     scores: Scores
 
 

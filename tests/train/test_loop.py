@@ -29,12 +29,13 @@ from wsss.train.checkpoint import BEST, LAST, Progress, load_run, read_record, r
 from wsss.train.data import Batch
 from wsss.train.distributed import joined
 from wsss.train.loop import Recorder, Result, Status, train
+from wsss.train.masks import ValidationSet
 from wsss.train.model import Segmenter
 from wsss.train.optimizer import rate_at
 from wsss.train.run import Run
 from wsss.train.survey import survey_store
 
-from .conftest import TINY
+from .conftest import TINY, write_store
 
 Scenes = tuple[Path, Path]
 
@@ -274,6 +275,82 @@ def test_other_settings_do_not_continue_a_run(scenes: Scenes, tmp_path: Path) ->
         run(scenes, tmp_path / "run", "optimizer.steps=1", "optimizer.rate=0.5")
     assert "new --out" in caught.value.hint
     run(scenes, tmp_path / "run", "optimizer.steps=1", "machine.log_steps=3")
+
+
+def test_more_steps_where_the_rate_is_constant(scenes: Scenes, tmp_path: Path) -> None:
+    """A finished run that is continued to more steps ends as one that had them from the start."""
+    constant = ["optimizer.schedule=poly", "optimizer.power=0"]
+    run(scenes, tmp_path / "more", "optimizer.steps=3", *constant)
+    said: list[str] = []
+    result = run(scenes, tmp_path / "more", "optimizer.steps=6", *constant, log=said.append)
+    assert "continuing at step 3" in said and result.steps == 6
+    run(scenes, tmp_path / "whole", "optimizer.steps=6", *constant)
+    assert_equal(tensors(tmp_path / "more"), tensors(tmp_path / "whole"))
+    assert losses(tmp_path / "more") == losses(tmp_path / "whole")
+    assert read_record(tmp_path / "more").steps == 6
+    assert json.loads((tmp_path / "more" / "config.json").read_text())["optimizer"]["steps"] == 6
+    with pytest.raises(WsssError, match="with optimizer.steps = 6, this run has 4, which is fewer"):
+        run(scenes, tmp_path / "more", "optimizer.steps=4", *constant)
+    with pytest.raises(WsssError, match=r"with optimizer.rate = 0.01, this run has 0.5"):
+        run(scenes, tmp_path / "more", "optimizer.steps=7", "optimizer.rate=0.5", *constant)
+
+
+@pytest.mark.parametrize("schedule", ["poly", "cosine"])
+def test_more_steps_where_the_rate_ended_at_zero(scenes: Scenes, tmp_path: Path, schedule: str) -> None:
+    told = f"optimizer.schedule={schedule}"
+    run(scenes, tmp_path / "run", "optimizer.steps=1", told)
+    said = rf"optimizer\.steps = 1, this run has 9: its {schedule} schedule lowers the rate to zero at step 1"
+    with pytest.raises(WsssError, match=said) as caught:
+        run(scenes, tmp_path / "run", "optimizer.steps=9", told)
+    assert f"--init {tmp_path / 'run'} with a new --out" in (caught.value.hint or "")
+    run(scenes, tmp_path / "other", "optimizer.steps=2", told, f"model.init={tmp_path / 'run'}")
+
+
+def test_true_labels_to_validate_on(scenes: Scenes, tmp_path: Path) -> None:
+    """Nothing is held out, the curve and the best weights are against the true labels, and every class has its scores."""
+    true, photographs = write_store(tmp_path / "val", count=3)
+    validation = ValidationSet(images=photographs, labels=true / "labels")
+    out, said = tmp_path / "run", list[str]()
+    result = train(*scenes, out, settings(), validation=validation, log=said.append)
+    assert result.images == 8 and result.against == f"the true labels of {true / 'labels'}"
+    assert any(line.startswith("8 images to train on, all of them; 3 to validate, against the true labels") for line in said)
+    assert any(line.startswith("warning: 3 of the 3 images of --val are trained on too") for line in said), "drawn alike"
+    points = [point["miou"] for point in curve.read_curve(out) if "miou" in point]
+    assert result.miou == max(points) and (out / BEST).exists()
+    assert result.scores is not None and result.scores["miou"] == pytest.approx(result.miou, abs=1e-9)
+    assert sum(row["truth_px"] for row in result.scores["classes"]) == 3 * 46 * 56, "two rows of each are void"
+    page = (out / "report.html").read_text()
+    assert page.count("<figure>") == 3 and "against the true labels of" in page and "<td>red disc</td>" in page
+    assert "agrees with the truth on" in page and "the store" not in page
+    again = train(*scenes, out, settings(), validation=validation)
+    assert again == result
+    with pytest.raises(WsssError, match="or the images of its validation"):
+        run(scenes, out)
+    path = true / "labels" / "scene-00.png"
+    write_label(path, read_label(path) * 0)
+    with pytest.raises(WsssError, match="or the images of its validation"):
+        train(*scenes, out, settings(), validation=validation)
+
+
+def test_validation_labels_that_cannot_score(scenes: Scenes, tmp_path: Path) -> None:
+    true, photographs = write_store(tmp_path / "val", count=2)
+    for path in (true / "labels").iterdir():
+        write_label(path, read_label(path) | 255)
+    with pytest.raises(StoreError, match="--val .*: its 2 label maps have only void|its 2 masks have only 0 and 255"):
+        train(*scenes, tmp_path / "run", settings(), validation=ValidationSet(images=photographs, labels=true / "labels"))
+
+
+def test_masks_train_as_the_store_of_them(scenes: Scenes, tmp_path: Path) -> None:
+    """Where the store is sure of all labels, its folder of label maps gives the same weights."""
+    store, images = scenes
+    classes = tuple(json.loads((store / "run.json").read_text())["classes"])
+    said: list[str] = []
+    result = train(
+        store / "labels", images, tmp_path / "masks", settings("loss.confidence=false"), classes=classes, log=said.append
+    )
+    run(scenes, tmp_path / "labels", "loss.confidence=false")
+    assert result.against == "the masks" and any("against the masks" in line for line in said)
+    assert_equal(tensors(tmp_path / "masks"), tensors(tmp_path / "labels"))
 
 
 def test_a_store_that_changed_does_not_continue_a_run(scenes: Scenes, tmp_path: Path) -> None:

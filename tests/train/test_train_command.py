@@ -61,6 +61,49 @@ def test_train_from_the_command_line(wsss: Run, scenes: Scenes, config: Path) ->
     assert (told["run"], told["steps"], told["images"], told["miou"]) == ("run", 2, 8, None)
 
 
+def test_masks_and_true_labels(wsss: Run, scenes: Scenes, config: Path) -> None:
+    masks, flags = scenes[0] / "labels", ["--out", "run", "--config", config, "--steps", "1", "--device", "cpu"]
+    given = [masks, "--images", scenes[1], "--classes", "mini", "--val", scenes[1], masks]
+    answer = wsss("train", *given, *flags)
+    assert answer.code == 0, answer
+    assert f"against the true labels of {masks}\n\n" in answer.out and "\nred disc " in answer.out
+    told = json.loads(wsss("train", *given, *flags, "--json").out)
+    assert told["against"] == f"the true labels of {masks}" and len(told["scores"]["classes"]) == 13
+
+
+def test_the_photographs_of_vocs_layout_are_found(wsss: Run, scenes: Scenes, config: Path, tmp_path: Path) -> None:
+    voc = tmp_path / "VOC2012"
+    voc.mkdir()
+    (voc / "JPEGImages").symlink_to(scenes[1])
+    (voc / "SegmentationClassAug").symlink_to(scenes[0] / "labels")
+    (tmp_path / "list.txt").write_text("scene-00\nscene-01\nscene-02\nscene-03\n")
+    for number, store in enumerate((voc, voc / "SegmentationClassAug")):
+        flags = ["--classes", "mini", "--out", f"run-{number}", "--config", config, "--steps", "1", "--device", "cpu"]
+        answer = wsss("train", store, *flags, "--list", tmp_path / "list.txt", "--set", "data.validation_share=0")
+        assert answer.code == 0 and "4 images to train on, 0 to validate" in answer.err, answer
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ([], 2, "labels: expected a label store (with run.json), or --images for a folder of masks"),
+        (["--images", "IMAGES"], 2, "labels: expected a label store (with run.json), or --classes for a folder of masks"),
+        (["--images", "none", "--classes", "mini"], 1, "--images none: expected the folder of the photographs, found nothing"),
+        (["--images", "IMAGES", "--classes", "dog"], 1, "the class list ends at 1"),
+        (["--images", "IMAGES", "--classes", "mini", "--list", "none"], 1, "--list none: cannot be read"),
+        (["--images", "IMAGES", "--classes", "mini", "--val", "IMAGES", "none"], 1, "none: expected a folder of label maps"),
+        (["--images", "IMAGES", "--classes", "mini", "--val", "none", "MASKS"], 1, "--val none: expected the folder of the"),
+        (["--images", "IMAGES", "--val-list", "x"], 2, "--val-list chooses masks of --val"),
+        (["--images", "IMAGES", "--rounds", "0"], 2, "Invalid value for '--rounds'"),
+    ],
+)
+def test_mistakes_with_masks(wsss: Run, scenes: Scenes, flags: list[str], code: int, message: str) -> None:
+    masks = scenes[0] / "labels"
+    answer = wsss("train", masks, "--out", "run", *({"IMAGES": scenes[1], "MASKS": masks}.get(flag, flag) for flag in flags))
+    assert answer.code == code and answer.out == "" and "Traceback" not in answer.err
+    assert message in answer.err
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [

@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from wsss.train.apply.inference import Inference
+from wsss.train.apply.probabilities import averaged_probabilities
 from wsss.train.args import DataArgs
 from wsss.train.model import Segmenter, build_segmenter
-from wsss.train.validate import averaged_probabilities, whole_image_logits
+from wsss.train.validate import whole_image_logits
 
 CPU = torch.device("cpu")
 
@@ -30,13 +32,13 @@ def pixels() -> np.ndarray:
 @torch.inference_mode()
 def test_one_copy_is_the_plain_prediction(segmenter: Segmenter, pixels: np.ndarray) -> None:
     plain = whole_image_logits(segmenter, pixels, DataArgs(), CPU).softmax(dim=0)
-    torch.testing.assert_close(averaged_probabilities(segmenter, pixels, DataArgs(), CPU), plain)
+    torch.testing.assert_close(averaged_probabilities(segmenter, pixels, DataArgs(), CPU, Inference()), plain)
 
 
 @torch.inference_mode()
 def test_the_mean_over_scales_is_over_all_of_them(segmenter: Segmenter, pixels: np.ndarray) -> None:
     def at(*scales: float) -> torch.Tensor:
-        return averaged_probabilities(segmenter, pixels, DataArgs(), CPU, scales=scales)
+        return averaged_probabilities(segmenter, pixels, DataArgs(), CPU, Inference(scales=scales))
 
     both = at(0.5, 1.5)
     assert both.shape == (4, 45, 70) and not torch.allclose(at(0.5), at(1.5), atol=1e-3)
@@ -47,7 +49,7 @@ def test_the_mean_over_scales_is_over_all_of_them(segmenter: Segmenter, pixels: 
 @torch.inference_mode()
 def test_mirrored_copies_are_mirrored_back(segmenter: Segmenter, pixels: np.ndarray) -> None:
     def of(image: np.ndarray, flip: bool) -> torch.Tensor:
-        return averaged_probabilities(segmenter, image, DataArgs(), CPU, flip=flip)
+        return averaged_probabilities(segmenter, image, DataArgs(), CPU, Inference(flip=flip))
 
     mirrored = pixels[:, ::-1].copy()
     assert not torch.allclose(of(pixels, False), of(mirrored, False).flip(-1), atol=1e-3)  # the padding is on one side

@@ -167,8 +167,8 @@ def _partner(name: str, known: Mapping[str, set[str]], predicted: LabelMaps, tru
     return next(iter(found), None)
 
 
-def read_list(path: Path, truth: LabelMaps) -> tuple[str, ...]:
-    """Read the names of a list file, one per line.
+def read_list(path: Path, truth: LabelMaps, flag: str = "--list") -> tuple[str, ...]:
+    """Read the names of a list file, one per line. ``flag`` is named in messages.
 
     Common formats are supported: ``2007_000032``; ``COCO_train2014_000000000009 45 49 50`` (the classes are ignored);
     ``/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png``.
@@ -178,20 +178,20 @@ def read_list(path: Path, truth: LabelMaps) -> tuple[str, ...]:
     """
     names: dict[str, int] = {}
     unknown: list[str] = []
-    for number, line in list_lines(path, "--list"):
+    for number, line in list_lines(path, flag):
         name = next((candidate for candidate in possible_names(line) if candidate in truth.paths), None)
         if name is None:
             unknown.append(line)
         elif name in names:
-            raise WsssError(f"--list {path}: {name} is in line {names[name]} and in line {number}", hint="remove one of them")
+            raise WsssError(f"{flag} {path}: {name} is in line {names[name]} and in line {number}", hint="remove one of them")
         else:
             names[name] = number
     if unknown:
         others = [folder for name in VOC_FOLDERS if (folder := truth.folder / name).is_dir() and folder != truth.inside]
         raise WsssError(
-            f"--list {path}: {truth.inside} has no label map of {len(unknown)} of {len(unknown) + len(names)} names, "
+            f"{flag} {path}: {truth.inside} has no label map of {len(unknown)} of {len(unknown) + len(names)} names, "
             f"for example {unknown[0][:100]}",
-            hint=f"try {others[0]} as TRUTH" if others else "give the list that belongs to TRUTH",
+            hint=f"try {others[0]}" if others else "give the list that belongs to these label maps",
         )
     return tuple(names)
 
@@ -246,7 +246,7 @@ def read_indexed(path: Path) -> IndexedMap:
                 hint="give label maps of the photographs' size",
             )
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            pixels = np.asarray(image)
+            pixels = np.array(image)  # writable, as torch wants it
             palette = image.getpalette("RGB") if color == 3 else None
     except StoreError:
         raise

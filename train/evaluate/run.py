@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ...cores import cores
-from ...errors import StoreError, WsssError
+from ...errors import StoreError
 from .boundary import boundary_counts
 from .checks import FACTS, facts_of
-from .crf import read_photograph_of, refine
+from .crf import refine
 from .files import Pairs, read_indexed
 from .metrics import confusion_matrix, highest_label
+from .photographs import read_photograph_of
+from .processes import in_processes
 
 CHUNK = 8
 """Pairs per task: 0.05 s for VOC, so that an interrupt is handled quickly."""
@@ -80,7 +75,8 @@ def count_pairs(
     matrix, boundary, facts, pixels = _zeros(len(names))
     present = np.zeros((len(items), len(names)), bool)
     done = 0
-    with closing(_serially(tasks, names) if is_serial else _in_processes(tasks, names, workers or cores())) as results:
+    count = partial(_count, names=names)
+    with closing(_serially(tasks, names) if is_serial else in_processes(count, tasks, workers or cores())) as results:
         for counts in results:
             matrix += counts.matrix
             boundary += counts.boundary
@@ -102,57 +98,6 @@ def _zeros(classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 def _serially(tasks: list[Task], names: Sequence[str]) -> Generator[Counts]:
     for task in tasks:
         yield _count(task, names)
-
-
-def _in_processes(tasks: list[Task], names: Sequence[str], workers: int) -> Generator[Counts]:
-    """Yield results in the order of the tasks; at most two tasks per worker are pending."""
-    # Spawned processes: a fork would inherit locks held by the caller's threads.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_initialize_worker)
-    waiting: deque[Future[Counts]] = deque()
-    try:
-        for task in tasks:
-            with _deferred_interrupts():  # a worker may be started here
-                waiting.append(pool.submit(_count, task, names))
-            if len(waiting) == 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise WsssError("a worker process was killed, perhaps for lack of memory", hint="try --workers 1") from None
-    finally:
-        pool.shutdown(cancel_futures=True)  # waits for running tasks, well under a second
-
-
-def _initialize_worker() -> None:
-    """Ignore Ctrl-C in a worker, since its parent handles it, and end the worker when the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def exit_with_parent() -> None:
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-@contextmanager
-def _deferred_interrupts() -> Iterator[None]:
-    """Defer Ctrl-C to the end of the block; processes started in it inherit the mask and never receive it."""
-    # Only the main thread receives Ctrl-C; Windows has no signal mask.
-    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
-        yield
-        return
-    received = []
-    before = signal.signal(signal.SIGINT, lambda *_: received.append(True))  # another thread may receive it
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, before)
-        if received:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _count(task: Task, names: Sequence[str]) -> Counts:

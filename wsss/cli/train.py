@@ -10,21 +10,50 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..errors import UsageError
 from ..extras import needs
 from ..progress import end_progress, progress_line
-from .common import ExcludeFlag, ImagesFlag, JsonFlag, clock, images_folder, log, on_this_machine
+from .common import ExcludeFlag, JsonFlag, clock, counter, images_folder, log, on_this_machine
 
 if TYPE_CHECKING:
+    from ..train.apply.self_train import Round
     from ..train.loop import Status
 
 Preset = Literal["deeplabv2-voc", "deeplabv2-coco", "deeplabv3plus-voc", "segformer", "mask2former", "mini"]
 
 
 def train(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="Label store to train on.")],
-    images: ImagesFlag = None,
+    store: Annotated[
+        str,
+        typer.Argument(metavar="STORE", help="Label store to train on, or a folder of masks: label PNGs, or VOC's layout."),
+    ],
+    images: Annotated[
+        str | None,
+        typer.Option(
+            "--images",
+            help="Folder of the photographs. Default: where the store's last run found them; JPEGImages in VOC's layout.",
+        ),
+    ] = None,
     *,
     out: Annotated[str, typer.Option(help="Folder of the run: a new one, or one to continue.")],
+    classes: Annotated[
+        str | None, typer.Option(help="For masks, names of labels 1, 2, ...: voc, coco, mini, a file, or names.")
+    ] = None,
+    names: Annotated[
+        str | None, typer.Option("--list", metavar="FILE", help="Train only on the masks of this list, one name per line.")
+    ] = None,
+    val: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="IMAGES MASKS",
+            help="Validate on these photographs and true masks. Default: on a share of the store, which is held out.",
+        ),
+    ] = None,
+    val_list: Annotated[str | None, typer.Option(metavar="FILE", help="Validate only on the masks of this list.")] = None,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="Self-training: trainings in all, each on the labels of the one before, in OUT/round-1, ..."),
+    ] = 1,
     preset: Annotated[Preset, typer.Option(help="Architecture and schedule to start from.")] = "deeplabv3plus-voc",
     config: Annotated[str | None, typer.Option(help="TOML file of settings; typed flags take precedence.")] = None,
     init: Annotated[
@@ -43,12 +72,21 @@ def train(
     exclude: ExcludeFlag = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Train a segmenter on a label store. Run it again to continue where it stopped, or under torchrun for several GPUs."""
+    """Train a segmenter on a label store or masks.
+
+    Run it again to continue where it stopped, or under torchrun for several GPUs.
+    """
+    from ..classes import parse_classes
     from ..train.args import config_from, read_config, typed
+    from ..train.evaluate.report import table
+    from ..train.masks import ValidationSet
     from ..train.presets import preset as tables_of
 
     on_this_machine(("STORE", store), ("--images", images), ("--out", out))
-    folder = images_folder(store, images)
+    if val_list and not val:
+        raise UsageError("--val-list chooses masks of --val", hint="--val IMAGES MASKS; --list chooses masks to train on")
+    folder = _images(store, images)
+    class_names = parse_classes(classes).names if classes is not None else None
     flags: dict[str, Any] = {
         "model.init": init,
         "optimizer.steps": steps,
@@ -63,22 +101,65 @@ def train(
     layers += map(typed, setting or ())
     settings = config_from(*layers)
     with needs("train"):
+        from ..train.apply.self_train import self_train, side_by_side
         from ..train.loop import train as train_store
 
+        validation = None
+        if val:
+            validation = ValidationSet(images=Path(val[0]), labels=Path(val[1]), listed=Path(val_list) if val_list else None)
+        given: dict[str, Any] = {
+            "classes": class_names,
+            "listed": Path(names) if names else None,
+            "validation": validation,
+            "exclude": exclude,
+            "log": log,
+            "watch": _show,
+        }
+        done: tuple[Round, ...] = ()
         try:
-            result = train_store(Path(store), folder, Path(out), settings, exclude=exclude, log=log, watch=_show)
+            if rounds > 1:
+                done = self_train(
+                    Path(store), folder, Path(out), settings, rounds=rounds, progress=counter("photographs"), **given
+                )
+                result = done[-1].result
+            else:
+                result = train_store(Path(store), folder, Path(out), settings, **given)
         except KeyboardInterrupt:
             end_progress()
             log(f"interrupted; {out} is intact. Run the same command to continue.")
             raise SystemExit(130) from None
     end_progress()
     if json_output:
-        typer.echo(json.dumps(dataclasses.asdict(result), allow_nan=False))
+        shown = {"rounds": [dataclasses.asdict(each) for each in done]} if done else dataclasses.asdict(result)
+        typer.echo(json.dumps(shown, allow_nan=False))
+        return
+    if done:
+        typer.echo(f"{out}: {rounds} rounds, against {result.against}\n\n{side_by_side(done)}\n\npage: {result.page}")
         return
     best = ", no validation could score"
     if result.miou is not None:
-        best = f", best mIoU {result.miou:.4f} at step {result.best_step} against the store's labels"
+        best = f", best mIoU {result.miou:.4f} at step {result.best_step} against {result.against}"
+    if val and result.scores is not None:
+        best += f"\n\n{table(result.scores)}\n"
     typer.echo(f"{out}: {result.steps} steps on {result.images} images in {clock(result.seconds)}{best}\npage: {result.page}")
+
+
+def _images(store: str, images: str | None) -> Path:
+    """The folder of the photographs. Raises UsageError for masks whose photographs are not given."""
+    from ..train.evaluate.files import VOC_FOLDERS
+    from ..train.evaluate.photographs import VOC_PHOTOGRAPHS
+    from ..train.masks import is_label_store
+
+    folder = Path(store)
+    if images is not None or is_label_store(folder) or not folder.is_dir():
+        return images_folder(store, images)
+    for root in (folder, *([folder.absolute().parent] if folder.absolute().name in VOC_FOLDERS else [])):
+        if (root / VOC_PHOTOGRAPHS).is_dir():
+            return root
+    raise UsageError(
+        f"{store}: expected a label store (with run.json), or --images for a folder of masks",
+        hint="wsss train MASKS --images PHOTOGRAPHS --classes voc --out run",
+    )
 
 
 def _show(status: Status) -> None:

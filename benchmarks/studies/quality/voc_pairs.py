@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from ....classes import ClassList, parse_classes
-from ....runtime.run.label_folder import label_folder
+from ....train.apply.inference import Inference
+from ....train.apply.label_photographs import label_photographs
+from ....train.apply.predictor import Predictor
 from ....train.args import Config, config_from
 from ....train.curve import read_curve
 from ....train.data import Order
@@ -23,7 +25,6 @@ from ....train.evaluate.run import count_pairs
 from ....train.loop import train
 from ....train.presets import preset
 from ....train.survey import read_survey
-from ...recipe.predict import trained_labeler
 from ..harness import RESULTS, about, log, set_threads, study_parser, write_result
 from .scene_stores import Labels, write_store
 
@@ -50,8 +51,8 @@ def measure(folder: Path, work: Path, classes: ClassList, *, steps: int) -> dict
     survey = read_survey(work / "run" / "survey.json")
     losses = [loss for point in read_curve(work / "run") if (loss := point.get("loss")) is not None]
     predicted = work / "predicted"
-    labeler = trained_labeler(work / "run", precision=config.optimizer.precision, scales=(SCALE,))
-    summary = label_folder(labeler, photographs, predicted, warn=log)
+    predictor = Predictor(work / "run", Inference(scales=(SCALE,)), precision=config.optimizer.precision)
+    summary = label_photographs(predictor, photographs, [item.path for item in survey.items], predicted, log=log)
     found = find_label_maps(predicted)
     compared = pair_up(found, find_label_maps(masks))
     scores = scores_from_counts(count_pairs(compared, classes.names), classes.names)
@@ -65,7 +66,7 @@ def measure(folder: Path, work: Path, classes: ClassList, *, steps: int) -> dict
         "minutes": round(result.seconds / 60, 1),
         "first_loss": round(float(np.mean(losses[:AVERAGED])), 4),
         "last_loss": round(float(np.mean(losses[-AVERAGED:])), 4),
-        "predicted": summary.labelled + summary.skipped,
+        "predicted": summary.labeled + summary.skipped,
         "not_predicted": summary.failed + len(compared.missing),
         "miou_on_training_images": scores["miou"],
         "pixel_accuracy_on_training_images": scores["pixel_accuracy"],

@@ -17,6 +17,7 @@ from wsss.benchmarks.recipe.__main__ import Recipe, draw_voc, main, run
 from wsss.benchmarks.recipe.data import coco, link_photographs, voc
 from wsss.benchmarks.recipe.table import Result, as_text
 from wsss.errors import WsssError
+from wsss.train.apply import predictor
 from wsss.train.args import config_from
 
 TINY = {
@@ -95,6 +96,34 @@ def test_the_table_says_what_must_be_disclosed(unbroken: tuple[Path, Result]) ->
     ours = [line for line in text.splitlines() if line.startswith("this run")]
     assert len(ours) == 1 and f"{100 * result.rows[2].scores['miou']:.1f}" in ours[0].split()  # type: ignore[operator]
     assert "Chen & Sun" in text and "Chen & Sun" not in as_text(dataclasses.replace(result, dataset="drawn scenes"))
+
+
+def test_the_crf_refines_probabilities_of_the_segmenter(
+    drawn: Path, unbroken: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each scoring on val has one more row, from the same averaged probabilities; pseudo-labels have none to refine."""
+    seen: list[np.ndarray] = []
+
+    def refine(probabilities: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+        seen.append(probabilities)
+        return probabilities.argmax(axis=0).astype(np.uint8)
+
+    for where in (module, predictor):
+        monkeypatch.setattr(where, "check_crf", lambda: None)
+    monkeypatch.setattr(predictor, "refine_probabilities", refine)
+    monkeypatch.setattr(predictor, "cores", lambda: 1)
+    out = Path(shutil.copytree(unbroken[0], tmp_path / "run", symlinks=True))
+    result = run(of(drawn, out, crf=True))
+    assert [(row.what, row.crf) for row in result.rows[2:]] == [
+        ("segmenter, scale 1", False),
+        ("segmenter, scale 1, DenseCRF", True),
+        ("segmenter, scale 0.75 1 mirrored", False),
+        ("segmenter, scale 0.75 1 mirrored, DenseCRF", True),
+    ]
+    assert len(seen) == 6 and all(np.allclose(each.sum(axis=0), 1, atol=1e-2) for each in seen)
+    assert result.rows[:3] == unbroken[1].rows[:3] and result.rows[4] == unbroken[1].rows[3]
+    assert [result.rows[number].scores for number in (3, 5)] == [result.rows[number].scores for number in (2, 4)]
+    assert "DenseCRF on probabilities" in (out / "table.txt").read_text()
 
 
 def test_stopped_anywhere_it_goes_on_to_the_same(drawn: Path, unbroken: tuple[Path, Result], tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from PIL import Image
 
 from wsss.errors import StoreError, WsssError
 from wsss.extras import install_line
-from wsss.train.evaluate.crf import ALIKE, CONFIDENCE, SMOOTH, STEPS, find_photographs, read_photograph_of, refine
+from wsss.train.evaluate.crf import ALIKE, ALIKE_SOFT, CONFIDENCE, SMOOTH, SMOOTH_SOFT, STEPS, refine, refine_probabilities
+from wsss.train.evaluate.photographs import find_photographs, read_photograph_of
 
 if TYPE_CHECKING:
     from ..conftest import Answer
@@ -127,6 +128,59 @@ def test_the_published_settings() -> None:
     assert ALIKE == {"sxy": 50, "srgb": 5, "compat": 10}
 
 
+def soft(labels: np.ndarray, count: int) -> np.ndarray:
+    """(count, H, W) probabilities that are lower near the edges: the mean over a square of 5 x 5 pixels."""
+    one = np.pad(np.eye(count)[labels], ((2, 2), (2, 2), (0, 0)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(one, (5, 5), axis=(0, 1))
+    return np.moveaxis(windows.mean(axis=(-2, -1)), -1, 0).astype(np.float32)
+
+
+def thin_scene() -> tuple[np.ndarray, np.ndarray]:
+    """(12, 24) truth: a block of label 1 with a thin arm, and a photograph whose arm has nearly the color of the background."""
+    truth = np.zeros((12, 24), np.uint8)
+    truth[3:9, 2:10] = 1
+    truth[5:7, 10:22] = 1
+    pixels = np.where(truth[..., None] == 1, (230, 200, 40), (20, 40, 90)).astype(np.uint8)
+    pixels[5:7, 10:22] = (24, 43, 90)
+    return truth, pixels
+
+
+def test_probabilities_keep_what_hard_labels_lose(exact: None) -> None:
+    """Where the network is sure, the CRF keeps a thin part that looks like its surroundings."""
+    truth, pixels = thin_scene()
+    probabilities = np.stack([truth == 0, truth == 1]).astype(np.float32)
+    found = refine_probabilities(probabilities, pixels)
+    assert found.dtype == np.uint8 and found.shape == truth.shape
+    hard = refine(truth, pixels)
+    assert (found != truth).sum() < 0.5 * (hard != truth).sum()
+    turned = refine_probabilities(probabilities.transpose(0, 2, 1), pixels.transpose(1, 0, 2))
+    assert np.array_equal(turned, found.T), "rows and columns are alike"
+
+
+def test_where_the_network_is_unsure_the_edge_decides(exact: None) -> None:
+    labels, pixels = small_scene()
+    shifted = np.where(labels == 7, 1, 0)
+    shifted[8, 1] = 0
+    found = refine_probabilities(soft(shifted, 3), pixels)
+    expected = np.where(expected_scene() == 7, 1, 0)
+    assert (found != expected).mean() < 0.3 * (shifted != expected).mean()
+
+
+def test_the_published_settings_of_probabilities(exact: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepLab's, as github.com/kazuto1011/deeplab-pytorch has them; probabilities of zero are no infinite energies."""
+    assert (SMOOTH_SOFT, ALIKE_SOFT) == ({"sxy": 1, "compat": 3}, {"sxy": 67, "srgb": 3, "compat": 4})
+    seen: list[Any] = []
+    honest = ExactCRF.setUnaryEnergy
+    monkeypatch.setattr(ExactCRF, "setUnaryEnergy", lambda self, energy: seen.append(energy) or honest(self, energy))
+    monkeypatch.setattr(ExactCRF, "addPairwiseGaussian", lambda self, **given: seen.append(given))
+    monkeypatch.setattr(ExactCRF, "addPairwiseBilateral", lambda self, *, rgbim, **given: seen.append(given))
+    refine_probabilities(np.array([[[0.0, 1.0]], [[1.0, 0.0]]]), np.zeros((1, 2, 3), np.uint8))
+    energy, *kernels = seen
+    assert kernels == [SMOOTH_SOFT, ALIKE_SOFT]
+    assert energy.dtype == np.float32 and energy.flags.c_contiguous
+    np.testing.assert_allclose(energy, [[-np.log(1e-5), 0], [0, -np.log(1e-5)]], rtol=1e-5)
+
+
 def test_the_package_agrees_with_the_exact_crf() -> None:
     pytest.importorskip("pydensecrf")
     assert np.array_equal(refine(*small_scene()), expected_scene())
@@ -165,11 +219,11 @@ def test_nothing_to_choose_from(label_map: list[list[int]]) -> None:
 def test_the_command_scores_higher_and_says_why(scene: np.ndarray, tmp_path: Path, wsss: Callable[..., Answer]) -> None:
     pytest.importorskip("pydensecrf")
     plain = json.loads(wsss("eval", "predicted", "truth", "--classes", "dog, cat", "--json").out)
-    refined = json.loads(wsss("eval", "predicted", "truth", "--classes", "dog, cat", "--crf", "images", "--json").out)
+    refined = json.loads(wsss("eval", "predicted", "truth", "--classes", "dog, cat", "--crf", "--images", "images", "--json").out)
     assert plain["crf"] is None
     assert "10 steps" in refined["crf"]
     assert plain["miou"] < 0.85 < 0.95 < refined["miou"]
-    assert "refined by DenseCRF" in wsss("eval", "predicted", "truth", "--classes", "dog, cat", "--crf", "images").out
+    assert "refined by DenseCRF" in wsss("eval", "predicted", "truth", "--classes", "dog, cat", "--crf", "--images", "images").out
 
 
 def test_without_the_package(scene: np.ndarray, wsss: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +235,7 @@ def test_without_the_package(scene: np.ndarray, wsss: Callable[..., Answer], mon
         return real(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    answer = wsss("eval", "predicted", "truth", "--classes", "dog, cat", "--crf", "images")
+    answer = wsss("eval", "predicted", "truth", "--classes", "dog, cat", "--crf", "--images", "images")
     assert answer.code == 1
     assert "--crf: needs pydensecrf" in answer.err
     assert install_line("crf") in answer.err
@@ -205,5 +259,5 @@ def test_a_photograph_of_another_size_or_none(scene: np.ndarray, tmp_path: Path)
     with pytest.raises(StoreError, match=r"a\.png: is 2 x 1 pixels, its photograph .*images/a\.png is 80 x 60"):
         read_photograph_of(path, np.zeros((1, 2), np.uint8), Path("predicted/a.png"))
     path.write_bytes(b"no")
-    with pytest.raises(StoreError, match=r"--crf .*images/a\.png: "):
+    with pytest.raises(StoreError, match=r"images/a\.png: "):
         read_photograph_of(path, scene, Path("predicted/a.png"))

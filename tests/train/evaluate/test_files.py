@@ -260,4 +260,4 @@ def test_lists_that_do_not_fit(tmp_path: Path) -> None:
     path.write_text("b")
     with pytest.raises(WsssError) as caught:
         read_list(path, truth)
-    assert caught.value.hint.endswith("SegmentationClassAug as TRUTH")
+    assert caught.value.hint.endswith("SegmentationClassAug")

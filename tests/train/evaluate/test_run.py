@@ -119,7 +119,7 @@ def test_the_first_bad_file_is_named_from_a_worker_too(many: tuple[Path, Path], 
     assert caught.value.hint == "write the file again"
 
 
-def kill_itself(*_: object) -> None:
+def kill_itself(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 

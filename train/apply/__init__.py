@@ -1,0 +1,1 @@
+"""A trained run applied to photographs: label maps from averaged probabilities, label stores of them, and self-training."""
