@@ -501,7 +501,7 @@ def store_file(name: str) -> Callable[[Path], Files]:
 
 def use_store(case: Case) -> None:
     """What the product does with a store, one after another: label on, report, convert, score, train, give its boxes."""
-    from wsss.train.survey import survey_store
+    from wsss.train.dataset.survey import survey_store
 
     store, photos = case.folder / "store", case.folder / "photos"
     before = {path: path.stat().st_mtime_ns for path in case.folder.rglob("*") if path.is_file() and store not in path.parents}

@@ -47,7 +47,7 @@ def run(code: str, *arguments: str, cwd: Path) -> str:
         "wsss.runtime.run.workers",
         "wsss.runtime.convert.dataset",
         "wsss.runtime.report.page",
-        "wsss.train.survey",
+        "wsss.train.dataset.survey",
         "wsss.train.evaluate.run",
     ],
 )

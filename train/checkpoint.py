@@ -67,7 +67,7 @@ class RunRecord:
     init: Mapping[str, Any]
     """The initial weights: `wsss.train.weights.Initial`."""
     store: str
-    """Digest of the training data: `wsss.train.survey.Survey`."""
+    """Digest of the training data: `wsss.train.dataset.survey.Survey`."""
     images: int
     """Number of training images, without validation images."""
     tools: Mapping[str, str]
@@ -75,7 +75,7 @@ class RunRecord:
     shorter_px: int = 0
     """Shorter side to which every image is resized first; 0: not resized, also in older runs without this field."""
     canvases: tuple[tuple[int, int], ...] = ()
-    """(height, width) of the canvases on which the training photographs fit (`wsss.train.canvases`); empty: unknown, or none."""
+    """(height, width) of canvases that hold the training photographs (`canvases_for`); empty: unknown, or they are too large."""
     format: int = FORMAT
 
 

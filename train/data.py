@@ -22,9 +22,9 @@ from ..errors import StoreError, WsssError
 from ..photographs import read_photograph
 from .args import DataArgs, MachineArgs
 from .augment import random_crop
+from .dataset.survey import Item
 from .distributed import World
 from .evaluate.files import read_label_map
-from .survey import Item
 
 MAX_WORKERS = 8
 """A process with one GPU rarely needs more."""

@@ -26,18 +26,18 @@ from ..store.decisions import exclusion
 from . import curve
 from .args import Config, OptimizerArgs, deciding
 from .augment import working_size
-from .canvases import canvases_for
 from .checkpoint import BEST, LAST, RunRecord, load_run, read_record, save_best, write_json, write_record
 from .data import Batch, Crops, Order, Positions, batches, class_weights, relative_confidence, repeat_factors, workers_of
+from .dataset.canvases import canvases_for
+from .dataset.masks import ValidationSet, is_label_store, survey_masks, survey_of
+from .dataset.survey import Item, Survey, read_survey, write_survey
 from .distributed import World, joined
 from .evaluate.photographs import folder_of_photographs
 from .evaluate.report import Scores
-from .masks import ValidationSet, is_label_store, survey_masks, survey_of
 from .model import build_from, criterion_for
 from .optimizer import is_constant, rate_at
 from .page import PAGE, Owner, Shown, write_page
 from .run import Run, check_divisible, memory_format
-from .survey import Item, Survey, read_survey, write_survey
 from .validate import scored, validate
 from .weights import Initial, load_initial
 
@@ -121,7 +121,7 @@ def train(
     """Train a segmenter on a label store or a folder of masks, or continue a run that was stopped.
 
     Args:
-        store: made by ``wsss label``; or masks in a folder (`wsss.train.masks`).
+        store: made by ``wsss label``; or masks in a folder (`wsss.train.dataset.masks`).
         images: the photographs. out: the run's folder (`wsss.train.checkpoint`).
         classes: names of labels 1, 2, ...; needed for masks.
         listed: a list of the names of masks to train on; None: all of them.

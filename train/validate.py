@@ -15,6 +15,7 @@ from ..errors import WsssError
 from .args import Config, DataArgs
 from .augment import resized, working_size
 from .data import WholeImages, normalized, whole_images, workers_of
+from .dataset.survey import Item
 from .distributed import World
 from .evaluate.boundary import boundary_counts
 from .evaluate.checks import FACTS
@@ -23,7 +24,6 @@ from .evaluate.report import Scores, scores_from_counts
 from .evaluate.run import Counts
 from .model import Segmenter
 from .run import DTYPES, autocast
-from .survey import Item
 
 
 @torch.inference_mode()

@@ -26,8 +26,8 @@ from wsss.train.data import (
     step_seed,
     workers_of,
 )
+from wsss.train.dataset.survey import Item, survey_store
 from wsss.train.distributed import World
-from wsss.train.survey import Item, survey_store
 
 Scenes = tuple[Path, Path]
 ARGS = DataArgs(crop=32, batch=4, jitter=(0.2, 0.2, 0.2, 0.1))

@@ -27,13 +27,13 @@ from wsss.train import curve, loop
 from wsss.train.args import Config, config_from, typed
 from wsss.train.checkpoint import BEST, LAST, Progress, load_run, read_record, read_tensors
 from wsss.train.data import Batch
+from wsss.train.dataset.masks import ValidationSet
+from wsss.train.dataset.survey import survey_store
 from wsss.train.distributed import joined
 from wsss.train.loop import Recorder, Result, Status, train
-from wsss.train.masks import ValidationSet
 from wsss.train.model import Segmenter
 from wsss.train.optimizer import rate_at
 from wsss.train.run import Run
-from wsss.train.survey import survey_store
 
 from .conftest import TINY, write_store
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from ...errors import UsageError, WsssError
 from ...files import write_atomically
 from ..args import Config
+from ..dataset.masks import ValidationSet, is_label_store
+from ..dataset.survey import read_survey
 from ..evaluate.photographs import folder_of_photographs
 from ..loop import SURVEY, Log, Result, Status, train
-from ..masks import ValidationSet, is_label_store
-from ..survey import read_survey
 from .inference import Inference
 from .label_photographs import Progress, label_photographs
 from .predictor import Predictor

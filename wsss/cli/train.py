@@ -78,8 +78,8 @@ def train(
     """
     from ..classes import parse_classes
     from ..train.args import config_from, read_config, typed
+    from ..train.dataset.masks import ValidationSet
     from ..train.evaluate.report import table
-    from ..train.masks import ValidationSet
     from ..train.presets import preset as tables_of
 
     on_this_machine(("STORE", store), ("--images", images), ("--out", out))
@@ -146,9 +146,9 @@ def train(
 
 def _images(store: str, images: str | None) -> Path:
     """The folder of the photographs. Raises UsageError for masks whose photographs are not given."""
+    from ..train.dataset.masks import is_label_store
     from ..train.evaluate.files import VOC_FOLDERS
     from ..train.evaluate.photographs import VOC_PHOTOGRAPHS
-    from ..train.masks import is_label_store
 
     folder = Path(store)
     if images is not None or is_label_store(folder) or not folder.is_dir():

@@ -19,12 +19,12 @@ from ....train.apply.predictor import Predictor
 from ....train.args import Config, config_from
 from ....train.curve import read_curve
 from ....train.data import Order
+from ....train.dataset.survey import read_survey
 from ....train.evaluate.files import find_label_maps, pair_up, read_label_map
 from ....train.evaluate.report import scores_from_counts
 from ....train.evaluate.run import count_pairs
 from ....train.loop import train
 from ....train.presets import preset
-from ....train.survey import read_survey
 from ..harness import RESULTS, about, log, set_threads, study_parser, write_result
 from .scene_stores import Labels, write_store
 

@@ -11,7 +11,7 @@ from wsss.benchmarks.studies.quality.voc_pairs import _fewest_draws, store_of_ma
 from wsss.classes import class_list
 from wsss.store.local import read_label
 from wsss.train.args import config_from
-from wsss.train.survey import survey_store
+from wsss.train.dataset.survey import survey_store
 
 
 def test_true_masks_make_a_store_to_train_on(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from wsss.train.apply import predictor as predictor_module
 from wsss.train.apply.inference import Inference
 from wsss.train.apply.label_photographs import label_photographs
 from wsss.train.apply.predictor import Prediction, Predictor
-from wsss.train.survey import survey_store
+from wsss.train.dataset.survey import survey_store
 
 from .conftest import Trained
 

@@ -14,8 +14,8 @@ from wsss.store.local import read_records
 from wsss.train.apply.self_train import Round, self_train, side_by_side
 from wsss.train.args import config_from
 from wsss.train.checkpoint import read_tensors
-from wsss.train.masks import ValidationSet
-from wsss.train.survey import read_survey
+from wsss.train.dataset.masks import ValidationSet
+from wsss.train.dataset.survey import read_survey
 
 from ..conftest import TINY, write_store
 

@@ -16,7 +16,7 @@ from wsss.classes import class_list
 from wsss.errors import StoreError
 from wsss.store.decisions import exclusion
 from wsss.store.local import LabelStore, read_label, read_records, write_label
-from wsss.train.survey import Item, Survey, class_confidence, read_survey, survey_store, write_survey
+from wsss.train.dataset.survey import Item, Survey, class_confidence, read_survey, survey_store, write_survey
 
 Scenes = tuple[Path, Path]
 Edit = Callable[[Callable[[dict[str, Any]], None]], None]

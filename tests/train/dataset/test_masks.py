@@ -13,8 +13,8 @@ from PIL import Image
 from wsss.errors import StoreError, UsageError, WsssError
 from wsss.store.decisions import exclusion
 from wsss.train.data import read_pair
-from wsss.train.masks import survey_masks, survey_of
-from wsss.train.survey import survey_store
+from wsss.train.dataset.masks import survey_masks, survey_of
+from wsss.train.dataset.survey import survey_store
 
 Scenes = tuple[Path, Path]
 CLASSES = ("dog", "cat")

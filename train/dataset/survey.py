@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..batch import VOID
-from ..cores import cores
-from ..errors import ImageError, StoreError
-from ..files import write_atomically
-from ..photographs import read_file
-from ..store.decisions import Exclusion
-from ..store.format import check_complete, photograph_of
-from ..store.local import Record, label_path, read_label, read_records, read_run
+from ...batch import VOID
+from ...cores import cores
+from ...errors import ImageError, StoreError
+from ...files import write_atomically
+from ...photographs import read_file
+from ...store.decisions import Exclusion
+from ...store.format import check_complete, photograph_of
+from ...store.local import Record, label_path, read_label, read_records, read_run
 
 SHOWN = 3
 """Bad images listed in an error."""
@@ -32,7 +32,7 @@ class Item:
     path: str
     """Path below the folder of images."""
     label: str
-    """Path below the store's ``labels``; absolute for a mask that is not in a store (`wsss.train.masks`)."""
+    """Path below the store's ``labels``; absolute for a mask that is not in a store (`wsss.train.dataset.masks`)."""
     sha256: str
     """sha256 of the image file when it was labeled."""
     confidence: tuple[float, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wsss.train.canvases import MAX_PIXELS, MOST, canvases_for
+from wsss.train.dataset.canvases import MAX_PIXELS, MOST, canvases_for
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ..batch import VOID
-from ..classes import cleaned
-from ..cores import cores
-from ..errors import ImageError, StoreError, UsageError, WsssError
-from ..photographs import decode, read_file
-from ..store.decisions import Exclusion
-from ..store.local import read_run
-from .evaluate.checks import facts_of
-from .evaluate.files import VOC_FOLDERS, LabelMaps, find_label_maps, read_indexed, read_list
-from .evaluate.photographs import folder_of_photographs, photographs_by_name
+from ...batch import VOID
+from ...classes import cleaned
+from ...cores import cores
+from ...errors import ImageError, StoreError, UsageError, WsssError
+from ...photographs import decode, read_file
+from ...store.decisions import Exclusion
+from ...store.local import read_run
+from ..evaluate.checks import facts_of
+from ..evaluate.files import VOC_FOLDERS, LabelMaps, find_label_maps, read_indexed, read_list
+from ..evaluate.photographs import folder_of_photographs, photographs_by_name
 from .survey import SHOWN, Item, Survey, check_problems, survey_store
 
 Log = Callable[[str], None]
