@@ -17,7 +17,7 @@ from ..batch import Boxes, Images, Labels, Masks, PseudoLabels
 from ..classes import ClassList, class_list
 from ..engines.engine import Engine
 from ..errors import UsageError
-from ..frame import resized
+from ..frame import fitting_canvas, resized
 from ..spec import Model
 from .canvas import resized_pixels
 
@@ -96,9 +96,7 @@ class SegmenterStage:
 
 def canvas_for(canvases: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[int, int]:
     """The smallest canvas that a photograph of (height, width) fits on, else the largest one, for its tiles."""
-    fitting = [canvas for canvas in canvases if canvas[0] >= size[0] and canvas[1] >= size[1]]
-    by_area = sorted(fitting or canvases, key=lambda canvas: canvas[0] * canvas[1])
-    return by_area[0] if fitting else by_area[-1]
+    return fitting_canvas(canvases, size) or max(canvases, key=lambda canvas: canvas[0] * canvas[1])
 
 
 def tiles(image: int, size: tuple[int, int], canvas: tuple[int, int], overlap: int) -> Iterator[Tile]:

@@ -190,7 +190,20 @@ def test_packages_are_small_and_have_a_docstring() -> None:
 
 
 # What needs an extra: the one engine that is PyTorch, and the trainer. Settings, survey and scores are in the base install.
-TRAINER = ("checkpoint", "curve", "data", "distributed", "loop", "loss", "mask_loss", "model", "optimizer", "page", "run")
+TRAINER = (
+    "checkpoint",
+    "curve",
+    "data",
+    "distributed",
+    "loop",
+    "loss",
+    "mask_loss",
+    "model",
+    "optimizer",
+    "page",
+    "run",
+    "source",
+)
 WITH_TORCH = {
     "wsss.engines.eager",
     "wsss.reading.checkpoints",

@@ -121,6 +121,7 @@ def load_run(folder: Path, which: str = "best") -> tuple[Segmenter, RunRecord]:
         raise WeightsError(
             f"{path}: does not fit {RECORD}: {str(error).partition(chr(10))[0]}", hint="use both files of the same run"
         ) from None
+    segmenter.canvases = record.canvases
     return segmenter.eval(), record
 
 

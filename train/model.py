@@ -68,6 +68,8 @@ class Segmenter(nn.Module):
         self.network = network
         self.classes, self.multiple_of, self.queries = classes, multiple_of, queries
         self._outputs_of, self._logits_of = outputs_of, logits_of
+        self.canvases: tuple[tuple[int, int], ...] = ()
+        """(height, width) of the run's canvases, on which whole photographs are put; empty: padded to ``multiple_of``."""
 
     def outputs(self, pixels: Tensor) -> Outputs:
         """The outputs for the loss, for (B, 3, H, W) float pixels."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..batch import VOID
 from ..errors import WsssError
+from ..frame import fitting_canvas
 from .args import Config, DataArgs
 from .augment import resized, working_size
 from .data import WholeImages, normalized, whole_images, workers_of
@@ -102,23 +103,34 @@ def predictions(
 
 
 def whole_image_logits(
-    segmenter: Segmenter, pixels: np.ndarray, args: DataArgs, device: torch.device, *, scale: float = 1.0, mirrored: bool = False
+    segmenter: Segmenter,
+    pixels: np.ndarray,
+    args: DataArgs,
+    device: torch.device,
+    *,
+    scale: float = 1.0,
+    mirrored: bool = False,
+    is_whole: bool = True,
 ) -> Tensor:
     """(C, H, W) logits of one photograph (H, W, 3) uint8.
 
-    As in training it is resized to ``shorter_px``; then it is padded at the right and below with the mean color. Logits of a
-    resized photograph are resized back bilinearly (as mmsegmentation's ``resize`` of the logits).
+    As in training it is resized to ``shorter_px``; then it is padded at the right and below with the mean color: at scale 1 to the
+    smallest of the segmenter's canvases that holds it, as the exported segmenter does, otherwise to its ``multiple_of``. Logits of
+    a resized photograph are resized back bilinearly (as mmsegmentation's ``resize`` of the logits).
 
     Args:
         scale: a further factor of the photograph's size. mirrored: flip the photograph, and the logits back.
+        is_whole: whether ``pixels`` are a whole photograph. Parts of one do not go on a canvas.
     """
     working = np.array(resized(pixels, working_size(pixels.shape[:2], args, scale)))  # a copy, which PyTorch may write to
     mean, std = (torch.tensor(values, device=device) for values in (args.mean, args.std))
     image = normalized(torch.from_numpy(working).to(device), mean, std)  # (3, h, w)
     image = image.flip(-1) if mirrored else image
     height, width = image.shape[1:]
-    right, below = -width % segmenter.multiple_of, -height % segmenter.multiple_of
-    padded = F.pad(image, (0, right, 0, below))  # normalized: zero is the mean
+    canvas = fitting_canvas(segmenter.canvases, (height, width)) if is_whole and scale == 1 else None
+    if canvas is None:
+        canvas = height + -height % segmenter.multiple_of, width + -width % segmenter.multiple_of
+    padded = F.pad(image, (0, canvas[1] - width, 0, canvas[0] - height))  # normalized: zero is the mean
     logits: Tensor = segmenter(padded[None])[..., :height, :width]
     logits = logits.flip(-1) if mirrored else logits
     if (height, width) != pixels.shape[:2]:

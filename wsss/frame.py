@@ -6,6 +6,7 @@ of the canvas. The photograph is resized and put top left; the rest of the canva
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -64,9 +65,8 @@ def frame_for(preprocess: Preprocess, height: int, width: int) -> Frame:
     shrunk further, to fit the canvas that keeps it largest.
     """
     valid = resized(preprocess, height, width)
-    fitting = [canvas for canvas in preprocess.canvases if canvas[0] >= valid[0] and canvas[1] >= valid[1]]
-    if fitting:
-        return Frame((height, width), valid, min(fitting, key=lambda canvas: canvas[0] * canvas[1]))
+    if fitting := fitting_canvas(preprocess.canvases, valid):
+        return Frame((height, width), valid, fitting)
 
     def shrink(canvas: tuple[int, int]) -> float:
         return min(canvas[0] / valid[0], canvas[1] / valid[1])
@@ -75,6 +75,12 @@ def frame_for(preprocess: Preprocess, height: int, width: int) -> Frame:
     scale = shrink(canvas)
     shrunk = (min(max(round(valid[0] * scale), 1), canvas[0]), min(max(round(valid[1] * scale), 1), canvas[1]))
     return Frame((height, width), shrunk, canvas)
+
+
+def fitting_canvas(canvases: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[int, int] | None:
+    """The canvas with the fewest pixels that holds ``size``; None if there is none. All are (height, width)."""
+    fitting = [canvas for canvas in canvases if canvas[0] >= size[0] and canvas[1] >= size[1]]
+    return min(fitting, key=lambda canvas: canvas[0] * canvas[1], default=None)
 
 
 def resized(preprocess: Preprocess, height: int, width: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from wsss.classes import class_list
 from wsss.errors import StoreError, UsageError, WeightsError, WsssError
 from wsss.store.local import read_label, write_label
-from wsss.train import curve, loop
+from wsss.train import curve, loop, source
 from wsss.train.args import Config, config_from, typed
 from wsss.train.checkpoint import BEST, LAST, Progress, load_run, read_record, read_tensors
 from wsss.train.data import Batch
@@ -381,19 +381,19 @@ def test_a_checkpoint_of_other_classes(scenes: Scenes, tmp_path: Path) -> None:
 
 def test_best_weights_are_kept_only_beside_a_checkpoint(tmp_path: Path) -> None:
     """Those of a training that ended before its first checkpoint would stay the best of the next."""
-    loop._prepare_folder(tmp_path, Config())
+    source.prepare_folder(tmp_path, Config())
     (tmp_path / BEST).touch()
-    loop._prepare_folder(tmp_path, Config())
+    source.prepare_folder(tmp_path, Config())
     assert not (tmp_path / BEST).exists()
     for name in (BEST, LAST):
         (tmp_path / name).touch()
-    loop._prepare_folder(tmp_path, Config())
+    source.prepare_folder(tmp_path, Config())
     assert (tmp_path / BEST).exists()
 
 
 def test_the_rest_of_a_write_that_was_killed_is_no_other_run(tmp_path: Path) -> None:
     (tmp_path / ".123-0.tmp").touch()
-    loop._prepare_folder(tmp_path, Config())
+    source.prepare_folder(tmp_path, Config())
     assert (tmp_path / "config.json").exists()
 
 

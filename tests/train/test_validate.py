@@ -68,3 +68,29 @@ def test_a_shorter_side_for_all_is_seen_by_the_network_alone(segmenter: Segmente
     torch.testing.assert_close(whole_image_logits(segmenter, pixels, args, CPU), back)
     half = whole_image_logits(segmenter, pixels, args, CPU, scale=0.5)
     assert half.shape == (4, 45, 70) and not torch.allclose(half, back, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_whole_photographs_are_put_on_the_runs_canvases(pixels: np.ndarray) -> None:
+    """45 x 70 pixels go on 64 x 128, the smaller of two that hold them; other scales and parts are padded to multiples of 32."""
+    seen: list[torch.Tensor] = []
+
+    def network(_: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs[0])
+        return inputs
+
+    segmenter = Segmenter(
+        torch.nn.Identity(), classes=3, multiple_of=32, outputs_of=network, logits_of=lambda outputs, size: outputs
+    )
+    for canvases, options, shape in (
+        ((), {}, (64, 96)),
+        (((128, 128), (32, 96), (64, 128)), {}, (64, 128)),
+        (((64, 128),), {"is_whole": False}, (64, 96)),
+        (((64, 128),), {"scale": 0.5}, (32, 64)),
+        (((32, 96),), {}, (64, 96)),
+    ):
+        segmenter.canvases = canvases
+        logits = whole_image_logits(segmenter, pixels, DataArgs(), CPU, **options)  # type: ignore[arg-type]
+        assert logits.shape == (3, 45, 70) and seen[-1].shape[1:] == shape
+        if options.get("scale", 1) == 1:
+            assert torch.equal(seen[-1][:, :45, :70], logits) and not seen[-1][:, 45:].any() and not seen[-1][:, :, 70:].any()

@@ -59,7 +59,9 @@ def window_logits(
     count = torch.zeros(size, device=device)
     for top, bottom in window_spans(size[0], inference.window, inference.step):
         for left, right in window_spans(size[1], inference.window, inference.step):
-            logits = whole_image_logits(segmenter, picture[top:bottom, left:right], as_it_is, device, mirrored=mirrored)
+            logits = whole_image_logits(
+                segmenter, picture[top:bottom, left:right], as_it_is, device, mirrored=mirrored, is_whole=False
+            )
             total[:, top:bottom, left:right] += logits.float()
             count[top:bottom, left:right] += 1
     mean = total / count

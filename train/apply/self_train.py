@@ -24,7 +24,8 @@ from ..args import Config
 from ..dataset.masks import ValidationSet, is_label_store
 from ..dataset.survey import read_survey
 from ..evaluate.photographs import folder_of_photographs
-from ..loop import SURVEY, Log, Result, Status, train
+from ..loop import Result, Status, train
+from ..source import SURVEY, Log
 from .inference import Inference
 from .label_photographs import Progress, label_photographs
 from .predictor import Predictor

@@ -1,4 +1,4 @@
-"""Canvases on which a segmenter sees whole photographs, as validation does. Imports no torch."""
+"""Canvases on which a segmenter sees whole photographs, in validation and when it is exported. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEP_PX = 32
 def canvases_for(sizes: Iterable[tuple[int, int]], multiple_of: int) -> tuple[tuple[int, int], ...]:
     """Canvases for photographs of these sizes: the ones that fit most photographs tightly, and one that holds all of them.
 
-    Validation pads a photograph to ``multiple_of``. On larger canvases, layers that look at all of a photograph see more padding.
+    Layers that look at all of a photograph see its padding too: validation and the exported segmenter put it on the same canvas.
 
     Args:
         sizes: (height, width) of each photograph at the network's scale. multiple_of: of the network, for both sides.
