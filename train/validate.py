@@ -114,9 +114,9 @@ def whole_image_logits(
 ) -> Tensor:
     """(C, H, W) logits of one photograph (H, W, 3) uint8.
 
-    As in training it is resized to ``shorter_px``; then it is padded at the right and below with the mean color: at scale 1 to the
-    smallest of the segmenter's canvases that holds it, as the exported segmenter does, otherwise to its ``multiple_of``. Logits of
-    a resized photograph are resized back bilinearly (as mmsegmentation's ``resize`` of the logits).
+    As in training it is resized to ``shorter_px``; then it is padded at the right and below with the mean color: at scale 1 to
+    the smallest of the segmenter's canvases that holds it, as the exported segmenter does, otherwise to its ``multiple_of``.
+    Logits of a resized photograph are resized back bilinearly (as mmsegmentation's ``resize`` of the logits).
 
     Args:
         scale: a further factor of the photograph's size. mirrored: flip the photograph, and the logits back.
