@@ -198,11 +198,26 @@ def test_a_confidence_before_the_box_is_refused(tmp_path: Path) -> None:
     labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n")
     with pytest.raises(WsssError, match=r"x\.txt: line 1: .*class x y width height confidence, got what may also be class conf"):
         BoxesFromFile(labels, CLASSES)
+    beyond = folder(tmp_path, "1 0.9 0.5 0.5 0.3 0.2\n0 0.5 0.9 0.2 0.4 0.5\n")  # the second box ends below the photograph
+    with pytest.raises(WsssError, match=r"x\.txt: line 1: .*got what looks like class confidence x y"):
+        BoxesFromFile(beyond, CLASSES)
+    labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n")
     (tmp_path / "data.yaml").write_text("names: [dog, cat]\ntask: detect\n")
     assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).score == pytest.approx([0.3])
     (tmp_path / "data.yaml").unlink()
     labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n1 0.9 0.5 0.2 0.3 0.9\n")
     assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).score == pytest.approx([0.3, 0.9])
+
+
+def test_of_several_files_with_the_mistake_the_first_by_name_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever order the file system lists them."""
+    labels = folder(tmp_path, "1 0.9 0.5 0.5 0.3 0.2\n")
+    (labels / "y.txt").write_text("1 0.9 0.5 0.5 0.3 0.2\n")
+    listed = Path.rglob
+    for reverse in (False, True):
+        monkeypatch.setattr(Path, "rglob", lambda *of, reverse=reverse: iter(sorted(listed(*of), reverse=reverse)))
+        with pytest.raises(WsssError, match=r"x\.txt: line 1: "):
+            BoxesFromFile(labels, CLASSES)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
