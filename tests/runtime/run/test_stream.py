@@ -18,7 +18,7 @@ from wsss.errors import OutOfMemory, StoreError
 from wsss.runtime.chain import Chain
 from wsss.runtime.device import FairLock
 from wsss.runtime.run import stream
-from wsss.runtime.run.prefetch import BoundedQueue
+from wsss.runtime.run.prefetch import BoundedQueue, Budget
 from wsss.runtime.run.sources import LocalImages
 from wsss.runtime.run.stream import Batch, Loading, Receipt, Stream, Task
 from wsss.store import local as labelstore
@@ -114,6 +114,39 @@ def test_a_full_disk_ends_a_stream_whose_tasks_are_late(
     with pytest.raises(StoreError, match="No space left"):
         list(start(world, folder, labels).run(endless()))
     assert threading.active_count() == before, "no thread is left behind"
+
+
+def test_a_full_disk_ends_a_stream_that_waits_for_room(
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget smaller than any two photographs, and nobody gives any of it back."""
+    waiting, take = threading.Event(), Budget.take
+
+    def noted(budget: Budget, amount: int) -> None:
+        if not budget.fits(amount):
+            waiting.set()
+        take(budget, amount)
+
+    def no_room(*_: object) -> None:
+        assert waiting.wait(60)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 4)
+    monkeypatch.setattr(Budget, "take", noted)
+    monkeypatch.setattr(Budget, "give", lambda *_: None)
+    monkeypatch.setattr(labelstore, "png_of", no_room)
+    errors = list[StoreError]()
+
+    def run() -> None:
+        try:
+            list(start(world, folder, labels, batch=1).run(tasks_of(folder)))
+        except StoreError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert ["No space left" in error.message for error in errors] == [True]
 
 
 def test_two_batches_wait_before_the_encoder(
