@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from wsss.batch import Boxes
+from wsss.batch import Boxes, Photograph
 from wsss.errors import OutOfMemory, StoreError
 from wsss.runtime.chain import Chain
 from wsss.runtime.device import FairLock
@@ -59,6 +59,22 @@ def test_photographs_of_one_canvas_share_the_detector_s_calls(world: World, fold
     assert sorted(receipt.number for receipt in receipts) == list(range(12))
     for canvas in ("32x48", "48x32"):
         assert world.rows("grounding-dino", f"image-{canvas}") == [2, 2, 2], "full calls, though the shapes alternate"
+
+
+def test_the_detectors_inputs_are_prepared_ahead_of_images_with_a_class(
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every photograph but the last has one of the classes; none has all of them."""
+    world.save(folder / "11.png", 30, 40)
+    prepared, prepare = list[str](), Stream._prepare
+
+    def noted(self: Stream, stage: object, name: str, photos: list[Photograph]) -> None:
+        prepared.extend(photo.name for photo in photos if name == "detect")
+        prepare(self, stage, name, photos)
+
+    monkeypatch.setattr(Stream, "_prepare", noted)
+    assert len(finished(start(world, folder, labels), tasks_of(folder))) == 12
+    assert sorted(prepared) == [f"{number:02}.png" for number in range(11)]
 
 
 def test_the_only_one_of_its_shape_does_not_wait_for_the_end(world: World, tmp_path: Path, labels: LabelFolder) -> None:
