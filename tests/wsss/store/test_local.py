@@ -388,6 +388,15 @@ def test_a_name_that_the_file_system_does_not_allow_fails_its_image_alone(store:
 
 # ---- stores from elsewhere ----
 
+
+@pytest.mark.parametrize("name", ["nothing", "empty", "x" * 300])
+def test_what_is_no_store_is_told_apart_from_a_damaged_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match=r"expected a label store \(with run\.json\)") as caught:
+        read_run(tmp_path / name)
+    assert caught.value.hint == "wsss label makes one"
+
+
 WHOLE: dict[str, Any] = {
     "path": "one.jpg",
     "label": "one.png",
