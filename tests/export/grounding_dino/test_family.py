@@ -245,6 +245,8 @@ def test_samples_of_phrases_have_both_marks_and_padding() -> None:
     assert len(set(lengths.tolist())) > 2 and lengths.min() == 1
     assert np.array_equal(mask, np.arange(6) < lengths[:, None]) and not tokens[~mask].any()
     assert [tokens[row, lengths[row] - 1] for row in (0, 3, 4, 5)] == [1012] * 4, "a dot ends a phrase"
+    for rows in (1, 2):  # as many as the processor has cores, where a graph is timed
+        assert grounding_dino._sample_phrases(1100, rows, seed=0)["tokens"].shape == (rows, 6)
 
 
 def test_the_rebuilt_caption_has_the_structure_of_the_fed_one() -> None:
