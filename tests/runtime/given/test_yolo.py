@@ -95,6 +95,7 @@ def test_a_photograph_without_a_file_has_none(tmp_path: Path) -> None:
 def test_one_file_for_two_photographs(tmp_path: Path) -> None:
     given = BoxesFromFile(folder(tmp_path, "0 0.5 0.5 0.1 0.1"), CLASSES)
     twins = twins_of(["x.jpg", "x.png", "y.png"])
+    assert twins == dict.fromkeys(("x.jpg", "x.png"), ("x.jpg", "x.png"))
     for name in ("x.jpg", "x.png"):
         assert "fits 2 photographs, but belongs to one: x.jpg, x.png" in str(given.missing(photo(name), twins[name]))
 
@@ -252,6 +253,13 @@ def test_hints_fit_the_mistake(tmp_path: Path, line: str, hint: str) -> None:
     assert "x.txt: line 2: expected" in error.message
     assert hint in error.hint
     assert ("pixels" in error.hint) == ("pixels" in hint)
+
+
+def test_labels_in_another_spelling_are_recognized_beside_other_text_files(tmp_path: Path) -> None:
+    labels = folder(tmp_path, "0,0.5,0.5,0.1,0.1\n")
+    (labels / "notes.txt").write_text("made on Monday\n")
+    error = BoxesFromFile(labels, CLASSES).missing(photo())
+    assert error is not None and "separate values by blanks" in error.hint
 
 
 def test_a_folder_of_other_text_files_names_one(tmp_path: Path) -> None:
