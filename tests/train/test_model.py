@@ -163,3 +163,9 @@ def test_groups_by_rate_and_decay(kind: Any) -> None:
     assert told[id(named["encoder.bn1.weight"])] == (0.5, vector)
     assert told[id(named["branches.0.weight"])] == (5.0, 0.01)
     assert told[id(named["branches.0.bias"])] == (5.0, vector)
+
+
+def test_the_decoder_of_segformer_has_the_width_of_the_paper() -> None:
+    """arXiv:2105.15203, table 6: C = 256 for B0 and B1, 768 for the others."""
+    widths = {name: config["decoder_hidden_size"] for name, config in SEGFORMER.items()}
+    assert widths == {"b0": 256, "b1": 256, **dict.fromkeys(("b2", "b3", "b4", "b5"), 768)}

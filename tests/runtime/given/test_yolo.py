@@ -85,6 +85,13 @@ def test_bad_lines(tmp_path: Path, line: str, message: str) -> None:
     assert error.hint
 
 
+def test_a_box_beyond_the_photograph_among_others_is_cut(tmp_path: Path) -> None:
+    """Only where all numbers could be corners are they taken for such."""
+    labels = folder(tmp_path, "0 0.7 0.5 0.9 0.9\n0 0.5 0.5 0.1 0.1\n")
+    boxes = BoxesFromFile(labels, CLASSES)([photo()], NOTHING)
+    assert boxes.xyxy_image == pytest.approx(np.array([[20, 2, 80, 38], [36, 18, 44, 22]]), abs=1e-4)
+
+
 def test_a_photograph_without_a_file_has_none(tmp_path: Path) -> None:
     error = BoxesFromFile(folder(tmp_path, "0 0.5 0.5 0.1 0.1"), CLASSES).missing(photo("y.jpg"))
     assert error is not None
