@@ -148,3 +148,8 @@ def test_the_documents_say_which_photographs_the_host_resizes() -> None:
     root = Path(__file__).resolve().parents[2]
     for name in ("ARCHITECTURE.md", "docs/tensorrt.md"):
         assert f"with a side above {resize.SIDE_PX.max:,} pixels" in (root / name).read_text(encoding="utf-8"), name
+
+
+def test_samples_have_windows_that_do_not_fill_the_canvas() -> None:
+    feeds = resize.sample_windows(SAM, (256, 256), 5, 0)
+    assert [(size < 256).any() for size in feeds["size"][1:]] == [False, True, False, True]
