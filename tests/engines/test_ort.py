@@ -248,6 +248,19 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return asked
 
 
+def test_a_session_that_fell_back_to_the_cpu_is_refused(
+    onnx_file: Callable[..., Path], spec: GraphSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime only logs that CUDA's libraries are missing, and computes on the CPU."""
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr("wsss.engines.ort.cuda_trouble", lambda: None)
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda *args, **how: session(*args, **{**how, "providers": ["CPUExecutionProvider"]})
+    )
+    with pytest.raises(WsssError, match=r"double\.onnx: asked for cuda:1, ONNX Runtime fell back to \['CPUExecutionProvider'\]"):
+        OrtEngine(onnx_file(), spec, device="cuda:1")
+
+
 @pytest.mark.parametrize(("variable", "tf32"), [(None, "0"), ("0", "0"), ("1", "1")])
 def test_on_a_gpu_fp32_stays_fp32_unless_asked_for(
     on_cuda: list[Any],

@@ -176,6 +176,23 @@ def test_a_driver_older_than_the_bindings_is_named_with_the_line_that_helps(monk
     assert caught.value.hint == "update the driver"
 
 
+def test_gpus_are_those_that_the_driver_answers_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of three does not answer; the others keep their numbers."""
+    pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
+    from cuda.bindings import runtime
+
+    fine, broken = runtime.cudaError_t.cudaSuccess, runtime.cudaError_t.cudaErrorUnknown
+
+    def properties(index: int) -> tuple[object, object]:
+        facts = SimpleNamespace(name=b"NVIDIA Test\0" if index else "NVIDIA Test\0", major=8, minor=9, totalGlobalMem=24 << 30)
+        return (broken, None) if index == 1 else (fine, facts)
+
+    monkeypatch.setattr(runtime, "cudaDriverGetVersion", lambda: (fine, 13010))
+    monkeypatch.setattr(runtime, "cudaGetDeviceCount", lambda: (fine, 3))
+    monkeypatch.setattr(runtime, "cudaGetDeviceProperties", properties)
+    assert plan.find_gpus() == tuple(Gpu(index, "NVIDIA Test", "8.9", "13.1", 24 << 30) for index in (0, 2))
+
+
 @pytest.mark.parametrize("status", ["cudaErrorInsufficientDriver", "cudaErrorNoDevice"])
 def test_without_a_driver_there_are_no_gpus(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -206,3 +207,12 @@ def test_a_shape_that_is_not_known_before_the_run_is_refused(bench: Bench, monke
     monkeypatch.setattr(sim.Context, "get_tensor_shape", lambda self, name: (-1, 3))
     with pytest.raises(WsssError, match=r"the shape of 'y' depends on values: \(-1, 3\)"):
         bench.open("double", double)
+
+
+def test_warnings_of_tensorrt_are_logged_and_errors_are_not(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    logger = bench.open("double", double)._contexts._logger
+    with caplog.at_level(logging.INFO):
+        logger.log(sim.Severity.WARNING, "a slow kernel")
+        logger.log(sim.Severity.ERROR, "a wrong shape")
+    assert [record.getMessage() for record in caplog.records] == ["TensorRT: a slow kernel"]
+    assert logger.take_errors() == "a wrong shape"

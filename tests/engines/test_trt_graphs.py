@@ -178,6 +178,18 @@ def test_graphs_that_do_not_fit_in_memory_are_an_extra(bench: Bench, caplog: pyt
         assert bench.count("cudaStreamBeginCapture") <= 4 + 30 * 4 / contexts.CREDIT
 
 
+def test_the_oldest_graph_is_given_up_where_memory_is_short(bench: Bench) -> None:
+    engine = short_of_memory(bench, 3)
+    one, two, four = foreign(bench.gpu, X[:1]), foreign(bench.gpu, X), foreign(bench.gpu, np.concatenate([X, X]))
+    for x in (one, one, two, two, four, four):
+        engine({"x": x})
+    assert engine.cuda_graphs == 2
+    for x, replayed in ((two, True), (four, True), (one, False)):
+        before = bench.count("cudaGraphLaunch")
+        engine({"x": x})
+        assert (bench.count("cudaGraphLaunch") > before) == replayed
+
+
 def test_a_graph_is_given_up_after_its_last_run(bench: Bench) -> None:
     engine = short_of_memory(bench, 2)
     one, two = foreign(bench.gpu, X[:1]), foreign(bench.gpu, X)

@@ -91,3 +91,8 @@ def test_what_is_clearly_too_little_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(cost.SKIP, "1")
     cost.announce("sam", needed, lines.append)
     assert lines[-1].endswith(f"continuing, because {cost.SKIP} is set")
+
+
+def test_the_speed_of_a_core_is_possible() -> None:
+    """In GFLOP/s; between a small processor of 2010 and ten times what a core of today can do."""
+    assert 0.1 < cost.speed_of_core(256, 2) < 10_000

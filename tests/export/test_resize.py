@@ -142,3 +142,14 @@ def test_photographs_are_pillows(photographs: list[Path]) -> None:
                 difference = np.abs(found[f"got {order}"].astype(int) - found[f"want {order}"])
                 assert difference.max() <= (0 if preprocess is SAM else 1)
                 assert (difference == 0).mean() >= 0.999
+
+
+def test_the_documents_say_which_photographs_the_host_resizes() -> None:
+    root = Path(__file__).resolve().parents[2]
+    for name in ("ARCHITECTURE.md", "docs/tensorrt.md"):
+        assert f"with a side above {resize.SIDE_PX.max:,} pixels" in (root / name).read_text(encoding="utf-8"), name
+
+
+def test_samples_have_windows_that_do_not_fill_the_canvas() -> None:
+    feeds = resize.sample_windows(SAM, (256, 256), 5, 0)
+    assert [(size < 256).any() for size in feeds["size"][1:]] == [False, True, False, True]

@@ -372,6 +372,12 @@ def test_the_variant_of_a_checkpoint_is_read_from_its_shapes(variant: str, found
     assert sam.variant_of(state) == found
 
 
+@pytest.mark.parametrize("shape", [None, (), (64, 64, 768)])
+def test_other_weights_have_no_variant_of_sam(shape: tuple[int, ...] | None) -> None:
+    state = {} if shape is None else {"image_encoder.pos_embed": torch.zeros(shape, device="meta")}
+    assert sam.variant_of(state) is None
+
+
 @pytest.mark.parametrize("variant", ["vit_b", "mini"])
 def test_prompts_are_in_the_frame_of_the_encoder(variant: str) -> None:
     with torch.device("meta"):

@@ -217,6 +217,14 @@ def test_references_are_those_of_their_inputs_and_choices() -> None:
     assert chosen == [1, 1, 2]
 
 
+def test_references_of_equal_bytes_are_apart_where_their_shapes_or_types_differ() -> None:
+    references = References(replace(make_graph(), reference=lambda feeds, _: {"y": feeds["x"]}))
+    x = np.zeros((1, 4), np.float32)
+    for each in (x, x.reshape(2, 2), x.view(np.int32)):
+        y = references({"x": each}, {})["y"]
+        assert (y.shape, y.dtype) == (each.shape, each.dtype)
+
+
 # ---- more about one comparison ----
 
 

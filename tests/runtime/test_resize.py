@@ -195,6 +195,12 @@ def test_the_order_is_that_of_this_pillow() -> None:
         assert columns if order(before, after) else rows
 
 
+def test_an_earlier_pillow_resizes_the_columns_first_of_what_is_a_hundred_times_as_high_as_wide() -> None:
+    """Up to version 12 (``Image.resize``), and only where the picture gets lower."""
+    cases = {((501, 5), (500, 5)): True, ((500, 5), (20, 5)): False, ((501, 5), (501, 9)): False, ((501, 5), (600, 5)): False}
+    assert {case: pictures._rows_first(*case) for case in cases} == cases
+
+
 def test_with_an_unknown_order_the_host_resizes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures.order_of.cache_clear()
     monkeypatch.setattr(pictures, "_orders", lambda *_: (False, False))

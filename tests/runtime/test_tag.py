@@ -15,7 +15,7 @@ from wsss.classes import ClassList, class_list
 from wsss.engines.fake import FakeEngine
 from wsss.errors import ClassError
 from wsss.pixels.pictures import picture_of
-from wsss.runtime.tag import Tagger, embed_prompts, resized_views, view_windows
+from wsss.runtime.tag import Tagger, embed_prompts, resized_views, shortest_sides, view_windows
 from wsss.runtime.text import open_tokenizer
 from wsss.spec import AxisRange, GraphSpec, Model
 
@@ -249,3 +249,7 @@ def test_views_of_a_large_photograph_are_nearly_pillows(size: tuple[int, int]) -
         assert difference.max() <= 4
         assert (difference <= 1).mean() >= 0.99
     assert not np.array_equal(views[0], np.asarray(Image.fromarray(pixels).resize(side, Image.Resampling.BICUBIC)))
+
+
+def test_the_shortest_sides_of_windows() -> None:
+    assert shortest_sides([(2, 9, 0, 5), (0, 8, 30, 34)]) == (7, 4)

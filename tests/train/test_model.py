@@ -281,3 +281,9 @@ def test_a_model_that_is_no_vision_transformer() -> None:
     with pytest.raises(UsageError, match="vit with encoder 'resnet18' .* cannot be built") as caught:
         build_segmenter("vit", "resnet18", {}, 3)
     assert "a vision transformer of timm" in caught.value.hint
+
+
+def test_the_decoder_of_segformer_has_the_width_of_the_paper() -> None:
+    """arXiv:2105.15203, table 6: C = 256 for B0 and B1, 768 for the others."""
+    widths = {name: config["decoder_hidden_size"] for name, config in SEGFORMER.items()}
+    assert widths == {"b0": 256, "b1": 256, **dict.fromkeys(("b2", "b3", "b4", "b5"), 768)}

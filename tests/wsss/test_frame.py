@@ -59,6 +59,11 @@ def test_masks_upsample_as_sam_does(height: int, width: int) -> None:
     assert np.abs(got - want).max() <= (2e-6 if fused else 3e-5)
 
 
+@pytest.mark.parametrize("sides", [(1, 9000), (9000, 1)])
+def test_the_shorter_side_of_a_thread_has_one_pixel(sides: tuple[int, int]) -> None:
+    assert resized(SAM, *sides) == tuple(min(side, 1024) for side in sides)
+
+
 def test_upsampling_keeps_a_constant() -> None:
     assert np.allclose(upsample_matrix(256, 1024, 683, 375).sum(axis=1), 1, atol=1e-6)
 

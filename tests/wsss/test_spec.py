@@ -182,6 +182,8 @@ def test_half_an_export_is_no_model(bundle: Path) -> None:
     (bundle / ".clip.new").mkdir()
     (bundle / ".clip.new" / "manifest.json").write_text("{}")
     assert open_bundle(bundle).models() == ["sam"]
+    (bundle / "sam").rename(bundle / ".sam.old-0123abcd")  # by an export that was killed before the new model took its place
+    assert open_bundle(bundle).models() == ["sam"]
 
 
 def test_a_lacking_graph_is_named_with_what_is_there(bundle: Path) -> None:

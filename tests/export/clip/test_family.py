@@ -97,6 +97,7 @@ def test_a_model_with_a_bias_keeps_it() -> None:
     assert prepared.settings["logit_bias"] == -10.0
     assert prepared.settings["logit_scale"] == pytest.approx(1 / 0.07)
     judged(graphs(prepared)["text"])
+    assert clip.prepare("toy-vit", "random:0", THREE).settings["logit_bias"] == 0
 
 
 @pytest.mark.parametrize("name", ["image", "text"])

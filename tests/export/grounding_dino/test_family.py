@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 import onnx  # noqa: E402
 import safetensors.torch  # noqa: E402
 
+from wsss.engines.eager import EagerEngine  # noqa: E402
 from wsss.engines.ort import OrtEngine  # noqa: E402
 from wsss.errors import ParityError, UsageError, WeightsError  # noqa: E402
 from wsss.export.family import Feeds, Graph, Options, Prepared, Sampling, family  # noqa: E402
@@ -163,6 +164,30 @@ def test_what_lies_outside_the_photo_and_beyond_the_caption_does_not_matter(
     np.testing.assert_allclose(found["boxes"], want["boxes"], atol=1e-5)
 
 
+def test_the_reference_refuses_queries_that_are_not_the_best(model: transformers.GroundingDinoForObjectDetection) -> None:
+    graph = grounding_dino.image_graph(model, CANVAS, AxisRange(1, 2, 3))
+    feeds = graph.take(graph.sample(3, 5), [2])
+    found = {name: np.array(value) for name, value in EagerEngine(graph.module, graph.spec("", OPSET))(feeds).items()}
+    graph.reference(feeds, found)
+    others = np.setdiff1d(np.arange(100), found["query"])[None, : found["query"].shape[1]]
+    with pytest.raises(ParityError, match="output 'query': scores of the chosen cells differ"):
+        graph.reference(feeds, {**found, "query": others})
+
+
+def test_in_half_precision_the_boxes_of_the_hundred_best_queries_count() -> None:
+    """Boxes of 0.2 x 0.2 that are moved by 0.05 have an IoU of 0.6."""
+    rng = np.random.default_rng(0)
+    logits = np.stack([rng.permutation(150) for _ in range(2)])[..., None] - np.array([0.0, 9.0])  # (2, 150, 2)
+    want = {"logits": logits, "boxes": np.tile(np.array([0.5, 0.5, 0.2, 0.2]), (2, 150, 1))}
+    for row in range(2):
+        order = np.argsort(-logits[row, :, 0])
+        for moved, worst in ((order[100:], (0.0, 0.0)), (order[99:100], (0.4, 0.05)), (order[:1], (0.4, 0.05))):
+            boxes = want["boxes"].copy()
+            boxes[row, moved, 0] += 0.05
+            found = grounding_dino.best_boxes_apart({"boxes": boxes}, want, "boxes")
+            assert found == pytest.approx(worst, abs=1e-9)
+
+
 def test_queries_that_are_no_near_tie_are_refused() -> None:
     scores = torch.tensor([5.0, 4.0, 3.99999, 1.0])
     grounding_dino.check_near_tie(scores, torch.tensor([0, 2]))
@@ -220,6 +245,8 @@ def test_samples_of_phrases_have_both_marks_and_padding() -> None:
     assert len(set(lengths.tolist())) > 2 and lengths.min() == 1
     assert np.array_equal(mask, np.arange(6) < lengths[:, None]) and not tokens[~mask].any()
     assert [tokens[row, lengths[row] - 1] for row in (0, 3, 4, 5)] == [1012] * 4, "a dot ends a phrase"
+    for rows in (1, 2):  # as many as the processor has cores, where a graph is timed
+        assert grounding_dino._sample_phrases(1100, rows, seed=0)["tokens"].shape == (rows, 6)
 
 
 def test_the_rebuilt_caption_has_the_structure_of_the_fed_one() -> None:

@@ -34,6 +34,7 @@ from wsss.export.precision.search import (
     RESOLUTION,
     Diagnosis,
     _costliest,
+    _Search,
     _Trials,
     diagnose,
     examine_graph,
@@ -61,6 +62,21 @@ def test_the_costliest_are_kept_until_the_rest_is_within_the_aim() -> None:
     """Costs of the rest add up as the root of the sum of their squares: 0.71 with the third, 1.1 with the second."""
     costs = {frozenset({name}): cost for name, cost in (("d", 0.1), ("a", 2.0), ("c", 0.7), ("b", 0.9))}
     assert [set(each) for each in _costliest(costs)] == [{"a"}, {"b"}]
+
+
+def test_the_segments_that_stay_are_the_costliest() -> None:
+    """Errors of the nodes in half add up as the root of the sum of their squares; two of 40 must stay, and no others."""
+    chain = " ".join(f"[t{number}] v{number} = Tanh(v{number - 1})" for number in range(1, 40))
+    plan = Plan(parse(f"g (float[N] v0) => (float[N] y) {{ {chain} [end] y = Neg(v39) }}"), "fp16")
+    costs = {name: 1e-3 for name in plan.nodes} | {"t7": 2.0, "t8": 0.5, "t29": 0.9}
+
+    def run(feeds: Feeds, keep: frozenset[str], chosen: Feeds) -> Feeds:
+        return {"y": np.array(math.hypot(*(costs[name] for name in plan.nodes if name not in keep)))}
+
+    tolerance = {"y": Tolerance(relative=1.0, measure=lambda got, want, name: (float(got[name]), 0.0), why="test")}
+    trials = _Trials(run, [{}], [{}], tolerance, (), 200)  # type: ignore[arg-type]
+    search = _Search(plan, {}, dict.fromkeys(plan.nodes, 1), trials, log=lambda line: None)
+    assert search._costly(NONE) == [{"t7"}, {"t29"}]
 
 
 def test_nodes_that_touch_each_other_are_one_group() -> None:

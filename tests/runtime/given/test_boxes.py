@@ -113,6 +113,8 @@ def test_an_unknown_size_is_no_size(tmp_path: Path) -> None:
 
 
 def test_swapped_corners_are_sorted(tmp_path: Path) -> None:
+    for swapped in ([20, 10, 0, 30], [10, 20, 30, 0]):  # as x, y, width, height they would be empty
+        assert len(found(own(tmp_path, [swapped]), black(40, 60))[0]) == 1
     boxes, notes = found(own(tmp_path, [[50, 30, 40, 0], [1, 2, 3, 4]]), black(40, 60))
     assert boxes.xyxy_image.tolist() == [[40, 0, 50, 30], [1, 2, 3, 4]]
     assert "1 of 2 boxes had swapped corners" in notes[0]

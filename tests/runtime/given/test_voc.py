@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,13 @@ def test_namespaces(tmp_path: Path) -> None:
     assert len(read_voc_xml(written(tmp_path / "x.xml", text)).boxes) == 1
     assert len(read_voc_xml(written(tmp_path / "x.xml", f'<annotation xmlns="http://a">{OBJECT}</annotation>')).boxes) == 1
     assert len(read_voc_xml(written(tmp_path / "x.xml", f"<annotation><time/>{OBJECT}</annotation>")).boxes) == 1, "a tool's own"
+
+
+def test_a_file_much_longer_than_annotations_are_is_not_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "x.xml", "<annotation/>")
+    os.truncate(path, (1 << 24) + 1)
+    with pytest.raises(WsssError, match=r"x\.xml: expected at most 16,777,216 bytes"):
+        read_voc_xml(path)
 
 
 # ---- whose annotation ----

@@ -85,6 +85,13 @@ def test_bad_lines(tmp_path: Path, line: str, message: str) -> None:
     assert error.hint
 
 
+def test_a_box_beyond_the_photograph_among_others_is_cut(tmp_path: Path) -> None:
+    """Only where all numbers could be corners are they taken for such."""
+    labels = folder(tmp_path, "0 0.7 0.5 0.9 0.9\n0 0.5 0.5 0.1 0.1\n")
+    boxes = BoxesFromFile(labels, CLASSES)([photo()], NOTHING)
+    assert boxes.xyxy_image == pytest.approx(np.array([[20, 2, 80, 38], [36, 18, 44, 22]]), abs=1e-4)
+
+
 def test_a_photograph_without_a_file_has_none(tmp_path: Path) -> None:
     error = BoxesFromFile(folder(tmp_path, "0 0.5 0.5 0.1 0.1"), CLASSES).missing(photo("y.jpg"))
     assert error is not None
@@ -95,6 +102,7 @@ def test_a_photograph_without_a_file_has_none(tmp_path: Path) -> None:
 def test_one_file_for_two_photographs(tmp_path: Path) -> None:
     given = BoxesFromFile(folder(tmp_path, "0 0.5 0.5 0.1 0.1"), CLASSES)
     twins = twins_of(["x.jpg", "x.png", "y.png"])
+    assert twins == dict.fromkeys(("x.jpg", "x.png"), ("x.jpg", "x.png"))
     for name in ("x.jpg", "x.png"):
         assert "fits 2 photographs, but belongs to one: x.jpg, x.png" in str(given.missing(photo(name), twins[name]))
 
@@ -198,11 +206,26 @@ def test_a_confidence_before_the_box_is_refused(tmp_path: Path) -> None:
     labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n")
     with pytest.raises(WsssError, match=r"x\.txt: line 1: .*class x y width height confidence, got what may also be class conf"):
         BoxesFromFile(labels, CLASSES)
+    beyond = folder(tmp_path, "1 0.9 0.5 0.5 0.3 0.2\n0 0.5 0.9 0.2 0.4 0.5\n")  # the second box ends below the photograph
+    with pytest.raises(WsssError, match=r"x\.txt: line 1: .*got what looks like class confidence x y"):
+        BoxesFromFile(beyond, CLASSES)
+    labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n")
     (tmp_path / "data.yaml").write_text("names: [dog, cat]\ntask: detect\n")
     assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).score == pytest.approx([0.3])
     (tmp_path / "data.yaml").unlink()
     labels = folder(tmp_path, "0 0.6 0.5 0.5 0.2 0.3\n1 0.9 0.5 0.2 0.3 0.9\n")
     assert BoxesFromFile(labels, CLASSES)([photo()], NOTHING).score == pytest.approx([0.3, 0.9])
+
+
+def test_of_several_files_with_the_mistake_the_first_by_name_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever order the file system lists them."""
+    labels = folder(tmp_path, "1 0.9 0.5 0.5 0.3 0.2\n")
+    (labels / "y.txt").write_text("1 0.9 0.5 0.5 0.3 0.2\n")
+    listed = Path.rglob
+    for reverse in (False, True):
+        monkeypatch.setattr(Path, "rglob", lambda *of, reverse=reverse: iter(sorted(listed(*of), reverse=reverse)))
+        with pytest.raises(WsssError, match=r"x\.txt: line 1: "):
+            BoxesFromFile(labels, CLASSES)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -237,6 +260,13 @@ def test_hints_fit_the_mistake(tmp_path: Path, line: str, hint: str) -> None:
     assert "x.txt: line 2: expected" in error.message
     assert hint in error.hint
     assert ("pixels" in error.hint) == ("pixels" in hint)
+
+
+def test_labels_in_another_spelling_are_recognized_beside_other_text_files(tmp_path: Path) -> None:
+    labels = folder(tmp_path, "0,0.5,0.5,0.1,0.1\n")
+    (labels / "notes.txt").write_text("made on Monday\n")
+    error = BoxesFromFile(labels, CLASSES).missing(photo())
+    assert error is not None and "separate values by blanks" in error.hint
 
 
 def test_a_folder_of_other_text_files_names_one(tmp_path: Path) -> None:

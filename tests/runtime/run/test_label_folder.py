@@ -266,6 +266,18 @@ def test_images_that_hold_nothing_and_classes_never_found(world: World, photos: 
     assert warnings[-1] == "2 of 3 images hold none of the classes; never found: red, blue"
 
 
+@pytest.mark.parametrize(("found", "warned"), [(1, True), (2, False)])
+def test_half_of_the_images_without_a_class_are_warned_of(
+    world: World, tmp_path: Path, out: Path, found: int, warned: bool
+) -> None:
+    for number in range(found):
+        world.save(tmp_path / "in" / f"{number}.png", 20, 20, red=(2, 2, 9, 9), blue=(11, 2, 18, 9))
+    world.save(tmp_path / "in" / "none.png", 20, 20)
+    warnings: list[str] = []
+    run(world, tmp_path / "in", out, warn=warnings.append)
+    assert any(line.startswith(f"1 of {found + 1} images hold none of the classes") for line in warnings) == warned
+
+
 @pytest.mark.parametrize(("won_px", "empty", "never_found"), [(0, 1, ["red", "blue"]), (1, 0, ["blue"])])
 def test_a_class_whose_boxes_own_no_pixel_was_not_found(won_px: int, empty: int, never_found: list[str]) -> None:
     tally = _Tally(SimpleNamespace(settings={}, classes=class_list(["red", "blue"])))  # type: ignore[arg-type]

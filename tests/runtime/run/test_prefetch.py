@@ -124,6 +124,7 @@ def test_rows_side_by_side_are_stacked_without_a_copy() -> None:
     for rows in ([batch[1:2], batch[2:3], batch[3:4]], [batch[1:3], batch[3:4]], [batch[1][None], batch[2:4]], [batch[1:4]]):
         assert np.array_equal(together(rows), batch[1:4])
         assert np.shares_memory(together(rows), batch)
+        assert len(rows) == 1 or not np.asarray(together(rows)).flags.writeable
     for apart in (
         [batch[2:3], batch[1:2]],
         [batch[0:1], batch[2:3]],

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from wsss.batch import Boxes
+from wsss.batch import Boxes, Photograph
 from wsss.errors import OutOfMemory, StoreError
 from wsss.runtime.chain import Chain
 from wsss.runtime.device import FairLock
 from wsss.runtime.run import stream
-from wsss.runtime.run.prefetch import BoundedQueue
+from wsss.runtime.run.prefetch import BoundedQueue, Budget
 from wsss.runtime.run.sources import LocalImages
 from wsss.runtime.run.stream import Batch, Loading, Receipt, Stream, Task
 from wsss.store import local as labelstore
@@ -59,6 +59,22 @@ def test_photographs_of_one_canvas_share_the_detector_s_calls(world: World, fold
     assert sorted(receipt.number for receipt in receipts) == list(range(12))
     for canvas in ("32x48", "48x32"):
         assert world.rows("grounding-dino", f"image-{canvas}") == [2, 2, 2], "full calls, though the shapes alternate"
+
+
+def test_the_detectors_inputs_are_prepared_ahead_of_images_with_a_class(
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every photograph but the last has one of the classes; none has all of them."""
+    world.save(folder / "11.png", 30, 40)
+    prepared, prepare = list[str](), Stream._prepare
+
+    def noted(self: Stream, stage: object, name: str, photos: list[Photograph]) -> None:
+        prepared.extend(photo.name for photo in photos if name == "detect")
+        prepare(self, stage, name, photos)
+
+    monkeypatch.setattr(Stream, "_prepare", noted)
+    assert len(finished(start(world, folder, labels), tasks_of(folder))) == 12
+    assert sorted(prepared) == [f"{number:02}.png" for number in range(11)]
 
 
 def test_the_only_one_of_its_shape_does_not_wait_for_the_end(world: World, tmp_path: Path, labels: LabelFolder) -> None:
@@ -114,6 +130,39 @@ def test_a_full_disk_ends_a_stream_whose_tasks_are_late(
     with pytest.raises(StoreError, match="No space left"):
         list(start(world, folder, labels).run(endless()))
     assert threading.active_count() == before, "no thread is left behind"
+
+
+def test_a_full_disk_ends_a_stream_that_waits_for_room(
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget smaller than any two photographs, and nobody gives any of it back."""
+    waiting, take = threading.Event(), Budget.take
+
+    def noted(budget: Budget, amount: int) -> None:
+        if not budget.fits(amount):
+            waiting.set()
+        take(budget, amount)
+
+    def no_room(*_: object) -> None:
+        assert waiting.wait(60)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 4)
+    monkeypatch.setattr(Budget, "take", noted)
+    monkeypatch.setattr(Budget, "give", lambda *_: None)
+    monkeypatch.setattr(labelstore, "png_of", no_room)
+    errors = list[StoreError]()
+
+    def run() -> None:
+        try:
+            list(start(world, folder, labels, batch=1).run(tasks_of(folder)))
+        except StoreError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert ["No space left" in error.message for error in errors] == [True]
 
 
 def test_two_batches_wait_before_the_encoder(

@@ -135,6 +135,7 @@ def box(label: str, score: float, quality: float, won: int) -> dict[str, Any]:
         ({"boxes": [], "classes": {"dog": 0.75}}, [9, 9, 0], [1, 0.75, 1]),  # as a segmenter's store has it
         ({"boxes": [], "classes": {"dog": 0.75, "cat": 0.6}}, [9, 9, 0], [0.4, 0.75, 1]),
         ({"boxes": [box("dog", 0.5, 0.8, 10)], "classes": {"dog": 0.9}}, [9, 10, 0], [1, 0.4, 1]),
+        ({"boxes": [box("dog", 0.5, 0.8, 1)], "classes": {"dog": 0.9}}, [9, 1, 0], [1, 0.4, 1]),
         ({"boxes": [box("dog", 0.5, 0.8, 30), box("dog", 1, 1, 10)], "classes": {"dog": 0.9}}, [9, 40, 0], [1, 0.55, 1]),
         ({"boxes": [box("cat", 0.5, 0.5, 9), box("dog", 1, 1, 0)], "classes": {"dog": 0.6, "cat": 1}}, [9, 0, 9], [0.4, 1, 0.25]),
         ({"boxes": [box("cat", 1.0001, 1, 9)], "classes": {"cat": 1}}, [9, 0, 9], [1, 1, 1]),

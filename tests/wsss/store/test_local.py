@@ -18,7 +18,8 @@ from PIL import Image
 from wsss.classes import class_list, palette
 from wsss.errors import ImageError, StoreError
 from wsss.store import local as labelstore
-from wsss.store.format import inside, is_label, missing_fields, photograph_of
+from wsss.store.format import inside, is_inside, is_label, line_of, missing_fields, photograph_of
+from wsss.store.lines import sections_of
 from wsss.store.local import (
     LabelStore,
     label_path,
@@ -388,6 +389,15 @@ def test_a_name_that_the_file_system_does_not_allow_fails_its_image_alone(store:
 
 # ---- stores from elsewhere ----
 
+
+@pytest.mark.parametrize("name", ["nothing", "empty", "x" * 300])
+def test_what_is_no_store_is_told_apart_from_a_damaged_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match=r"expected a label store \(with run\.json\)") as caught:
+        read_run(tmp_path / name)
+    assert caught.value.hint == "wsss label makes one"
+
+
 WHOLE: dict[str, Any] = {
     "path": "one.jpg",
     "label": "one.png",
@@ -549,6 +559,31 @@ def test_a_folder_whose_name_starts_like_that_of_the_images_is_outside(tmp_path:
     assert photograph_of(tmp_path / "photos", "a/../b.jpg") == tmp_path / "photos" / "b.jpg"
     with pytest.raises(StoreError, match=r"\.\./photos-2/a\.jpg: leads out of --images"):
         photograph_of(tmp_path / "photos", "../photos-2/a.jpg")
+
+
+def test_what_is_below_the_current_folder() -> None:
+    inside_of_it = {
+        "a.jpg": True,
+        "a/b.jpg": True,
+        "..a/b.jpg": True,
+        "../a.jpg": False,
+        "..": False,
+        os.path.abspath("a"): False,
+    }
+    assert {name: is_inside(name, os.curdir) for name in inside_of_it} == inside_of_it
+
+
+def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "labels").write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        labelstore.make_folder(tmp_path / "labels")
+
+
+def test_lines_in_order_are_one_section(tmp_path: Path) -> None:
+    """The lines of a, b and d were written by one run, that of c by a later one."""
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(b"".join(line_of(record(name)) for name in "abdc"))
+    assert [[line.path for line in section] for section in sections_of(path)] == [["a.jpg", "b.jpg", "d.jpg"], ["c.jpg"]]
 
 
 def test_labels_with_drives_and_backslashes_are_refused_where_they_mean_something() -> None:

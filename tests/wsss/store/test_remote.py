@@ -405,3 +405,12 @@ def test_a_run_file_or_a_line_of_a_stranger_is_refused(folder: RemoteFolder, dat
     folder.write("run.json", data)
     with pytest.raises(StoreError, match=r"run\.json: damaged"):
         run(folder)
+
+
+def test_a_run_file_that_is_too_long_is_not_read(folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(folder)
+    monkeypatch.setattr(remote_store, "MAX_BYTES", size := folder.entry("run.json").size)
+    assert run(folder) == 0
+    monkeypatch.setattr(remote_store, "MAX_BYTES", size - 1)
+    with pytest.raises(StoreError, match=rf"run\.json: expected at most {size - 1} bytes, got {size}"):
+        run(folder)

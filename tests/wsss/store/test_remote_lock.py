@@ -61,6 +61,20 @@ def test_a_second_run_is_refused_and_the_first_goes_on(folder: RemoteFolder) -> 
     assert locks(folder) == []
 
 
+def test_of_a_lock_of_any_size_only_the_first_bytes_are_read(folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[tuple[int, int]]()
+    read = RemoteFolder.read
+
+    def noted(self: RemoteFolder, name: str, start: int, stop: int) -> bytes:
+        asked.append((start, stop))
+        return read(self, name, start, stop)
+
+    monkeypatch.setattr(RemoteFolder, "read", noted)
+    leave_behind(folder, ".lock/run", note="x" * 100_000)
+    with lock(folder, ""):
+        assert asked and max(stop for _, stop in asked) <= 4096
+
+
 def test_shards_share_and_a_run_alone_is_refused(folder: RemoteFolder) -> None:
     with lock(folder, "-0-of-2") as first, lock(folder, "-1-of-2") as second:
         with pytest.raises(StoreError, match="another run writes to it"), lock(folder, "-1-of-2"):
