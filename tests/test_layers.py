@@ -208,7 +208,7 @@ WITH_TORCH = {
     "wsss.engines.eager",
     "wsss.reading.checkpoints",
     *(f"wsss.train.{name}" for name in (*TRAINER, "validate", "weights")),
-    *(f"wsss.train.apply.{name}" for name in ("label_photographs", "predictor", "probabilities", "self_train")),
+    *(f"wsss.train.apply.{name}" for name in ("label_photographs", "predictor", "probabilities", "seeds", "self_train")),
 }
 HEAVY = {"torch", "torchvision", "transformers", "onnx", "open_clip", "segmentation_models_pytorch", "matplotlib", "scipy"}
 BASE = sorted(

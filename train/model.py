@@ -247,6 +247,8 @@ def _vit(_: str, encoder: str, options: dict[str, Any], classes: int) -> Segment
 
     layers = int(options.pop("layers", 4))
     trunk = timm.create_model(encoder, pretrained=False, num_classes=0, dynamic_img_size=True, **options)
+    if not 1 <= layers <= len(trunk.blocks):
+        raise ValueError(f"layers: expected 1 to {len(trunk.blocks)}, got {layers}")
     patch = trunk.patch_embed.patch_size
     network = VisionTransformer(trunk, trunk.embed_dim, classes, layers)
     outputs_of = _at_input_size(lambda network, pixels: network(pixels))

@@ -100,6 +100,20 @@ def test_random_weights_export_and_pass_the_gate_row_by_row(variant: str, tmp_pa
     assert len(model.manifest.settings["classes"]) == 20
 
 
+@pytest.mark.parametrize(("encoder", "side"), [("vit_small_patch14_dinov2", 56), ("vit_small_patch16_dinov3", 64)])
+def test_a_vision_transformer_is_exported(encoder: str, side: int, tmp_path: Path) -> None:
+    """Its table or rotation of positions is made for the canvas, also one that is not square."""
+    options = {"depth": 4, "embed_dim": 48, "num_heads": 3}
+    torch.manual_seed(5)
+    (tmp_path / "run").mkdir()
+    folder = saved_run(tmp_path / "run", "vit", encoder, build_segmenter("vit", encoder, options, 3).eval())
+    record = json.loads((folder / "segmenter.json").read_text())
+    (folder / "segmenter.json").write_text(json.dumps({**record, "options": options}))
+    model = exported("trained", str(folder), tmp_path / "bundle", Options(batch=AxisRange(1, 1, 2), sizes=((side, 2 * side),)))
+    parity = model.graph(f"image-{side}x{2 * side}").parity
+    assert parity is not None and parity.worst("label_map").error <= 2e-3
+
+
 def test_random_weights_are_the_same_with_any_number_of_threads() -> None:
     """They make the hash that a bundle records."""
     threads, found = torch.get_num_threads(), []

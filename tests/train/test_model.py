@@ -281,6 +281,8 @@ def test_a_model_that_is_no_vision_transformer() -> None:
     with pytest.raises(UsageError, match="vit with encoder 'resnet18' .* cannot be built") as caught:
         build_segmenter("vit", "resnet18", {}, 3)
     assert "a vision transformer of timm" in caught.value.hint
+    with pytest.raises(UsageError, match="layers: expected 1 to 3, got 4"):
+        build_segmenter("vit", "vit_small_patch16_dinov3", {"depth": 3, "embed_dim": 48, "num_heads": 3}, 3)
 
 
 def test_the_decoder_of_segformer_has_the_width_of_the_paper() -> None:

@@ -17,7 +17,7 @@ from .common import ExcludeFlag, JsonFlag, clock, counter, images_folder, log, o
 
 if TYPE_CHECKING:
     from ..train.apply.self_train import Round
-    from ..train.loop import Status
+    from ..train.loop import Result, Status
 
 Preset = Literal["deeplabv2-voc", "deeplabv2-coco", "deeplabv3plus-voc", "segformer", "mask2former", "mini"]
 
@@ -54,6 +54,9 @@ def train(
         int,
         typer.Option(min=1, help="Self-training: trainings in all, each on the labels of the one before, in OUT/round-1, ..."),
     ] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Trainings from as many seeds, in OUT/seed-0, ...; their mean and deviation.")
+    ] = 1,
     preset: Annotated[Preset, typer.Option(help="Architecture and schedule to start from.")] = "deeplabv3plus-voc",
     config: Annotated[str | None, typer.Option(help="TOML file of settings; typed flags take precedence.")] = None,
     init: Annotated[
@@ -85,6 +88,8 @@ def train(
     on_this_machine(("STORE", store), ("--images", images), ("--out", out))
     if val_list and not val:
         raise UsageError("--val-list chooses masks of --val", hint="--val IMAGES MASKS; --list chooses masks to train on")
+    if rounds > 1 and seeds > 1:
+        raise UsageError("--rounds and --seeds: give one of them", hint="one --rounds for each --seed N, in its own --out")
     folder = _images(store, images)
     class_names = parse_classes(classes).names if classes is not None else None
     flags: dict[str, Any] = {
@@ -101,6 +106,7 @@ def train(
     layers += map(typed, setting or ())
     settings = config_from(*layers)
     with needs("train"):
+        from ..train.apply.seeds import spread, train_seeds
         from ..train.apply.self_train import self_train, side_by_side
         from ..train.loop import train as train_store
 
@@ -116,12 +122,16 @@ def train(
             "watch": _show,
         }
         done: tuple[Round, ...] = ()
+        of_seeds: tuple[Result, ...] = ()
         try:
             if rounds > 1:
                 done = self_train(
                     Path(store), folder, Path(out), settings, rounds=rounds, progress=counter("photographs"), **given
                 )
                 result = done[-1].result
+            elif seeds > 1:
+                of_seeds = train_seeds(Path(store), folder, Path(out), settings, seeds=seeds, **given)
+                result = of_seeds[-1]
             else:
                 result = train_store(Path(store), folder, Path(out), settings, **given)
         except KeyboardInterrupt:
@@ -130,8 +140,12 @@ def train(
             raise SystemExit(130) from None
     end_progress()
     if json_output:
-        shown = {"rounds": [dataclasses.asdict(each) for each in done]} if done else dataclasses.asdict(result)
-        typer.echo(json.dumps(shown, allow_nan=False))
+        several: dict[str, tuple[Round | Result, ...]] = {"rounds": done, "seeds": of_seeds}
+        shown = {name: [dataclasses.asdict(each) for each in all_of] for name, all_of in several.items() if all_of}
+        typer.echo(json.dumps(shown or dataclasses.asdict(result), allow_nan=False))
+        return
+    if of_seeds:
+        typer.echo(f"{out}: {spread(of_seeds)}, against {result.against}")
         return
     if done:
         typer.echo(f"{out}: {rounds} rounds, against {result.against}\n\n{side_by_side(done)}\n\npage: {result.page}")
