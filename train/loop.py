@@ -105,6 +105,8 @@ def train(
         log = log if world.is_first else lambda line: None
         source = checked_source(store, images, out, config, world, log, classes, listed, validation, exclude)
         run = _begin(source, config, world, log)
+        if config.machine.compile and run.progress.step < config.optimizer.steps:
+            log("machine.compile: the first step is compiled, which takes minutes")
         steps = config.optimizer.steps
         with closing(Recorder(run, out, watch)) as recorder:
             for parts in _steps(run, source):
@@ -331,11 +333,16 @@ def _write_page(run: Run, source: Source) -> Scores | None:
 
 @contextmanager
 def memory_for(config: Config) -> Iterator[None]:
-    """Convert an out-of-memory error, on a GPU or the CPU, into a WsssError that names settings to reduce."""
+    """Convert an out-of-memory error, on a GPU or the CPU, and a failed compilation into a WsssError that names settings."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if config.machine.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise WsssError(
+                f"machine.compile: torch.compile failed: {message}",
+                hint="--set machine.compile=false; on a CPU it needs a C++ compiler, such as g++",
+            ) from None
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in message:
             raise
         data = config.data

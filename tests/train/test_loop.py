@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.exc import InvalidCxxCompiler
 
 from wsss.classes import class_list
 from wsss.errors import StoreError, UsageError, WeightsError, WsssError
@@ -33,7 +34,7 @@ from wsss.train.distributed import joined
 from wsss.train.loop import Recorder, Result, Status, train
 from wsss.train.model import Segmenter
 from wsss.train.optimizer import rate_at
-from wsss.train.run import Run
+from wsss.train.run import Pass, Run
 
 from .conftest import TINY, write_store
 
@@ -501,6 +502,19 @@ def test_too_little_memory_says_what_needs_less(scenes: Scenes, tmp_path: Path, 
     spoil(monkeypatch, 1, no_gpu_memory)
     with pytest.raises(WsssError, match="too little memory.*20.00 GiB"):
         run(scenes, tmp_path / "gpu")
+
+
+def test_a_step_that_cannot_be_compiled_says_so(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(logits: Tensor) -> Tensor:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(Pass, "compile", lambda self: None)  # which takes half a minute to fail
+    spoil(monkeypatch, 1, no_compiler)
+    said: list[str] = []
+    with pytest.raises(WsssError, match=r"machine\.compile: torch\.compile failed: No working C\+\+ compiler") as caught:
+        run(scenes, tmp_path / "run", "machine.compile=true", "optimizer.steps=1", log=said.append)
+    assert "machine.compile=false" in caught.value.hint
+    assert "machine.compile: the first step is compiled, which takes minutes" in said
 
 
 def test_gpus_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:

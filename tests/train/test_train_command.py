@@ -131,7 +131,7 @@ def test_mistakes_are_one_message(wsss: Run, argv: list[str], code: int, message
 def test_a_missing_extra_says_what_to_install(wsss: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in [name for name in sys.modules if name.startswith("wsss.train.") and "evaluate" not in name]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     answer = wsss("train", "store", "--images", "x", "--out", "run")
     assert answer.code == 1 and f"hint: {install_line('train')}" in answer.err
 
