@@ -187,13 +187,8 @@ def sampling() -> str:
 
 def stage_two() -> str:
     """Training on pseudo-labels, and the exported segmenters."""
-    two, noisy, pairs, exported = (
-        result(name) for name in ("stage-two", "noisy-labels", "voc-pairs-training", "segmenter-export")
-    )
-    gains = noisy["cross-entropy, gain by confidence"]
-    weighted = (
-        f"mIoU {noisy['cross-entropy']['mean']:.3f}; weighted by confidence {noisy['cross-entropy, confidence']['mean']:.3f} "
-        f"(gains of {min(gains):.3f} to {max(gains):.3f} over {len(gains)} seeds)"
+    two, pairs, exported, whole = (
+        result(name) for name in ("stage-two", "voc-pairs-training", "segmenter-export", "segmenter-photographs")
     )
     losses = f"loss {pairs['first_loss']:.1f} to {pairs['last_loss']:.1f}"
     real = f"{losses}; mIoU {pairs['miou_on_training_images']:.3f} on these same images"
@@ -201,10 +196,6 @@ def stage_two() -> str:
         [f"trained on the truth of {two['images']:,} drawn scenes", f"mIoU {two['trained on truth']['miou']:.3f}"],
         ["trained on the chain's pseudo-labels of the same scenes", f"mIoU {two['trained on pseudo']['miou']:.3f}"],
         ["the chain itself", f"mIoU {two['chain']['miou']:.3f}"],
-        [
-            f"cross-entropy, {noisy['corrupted_share']:.0%} of the objects corrupted",
-            weighted,
-        ],
         [
             f"{pairs['pairs']} real VOC photographs, {pairs['steps']} steps from random weights",
             real,
@@ -216,7 +207,45 @@ def stage_two() -> str:
             f"FP32 {each['fp32']['worst_row']:.4%}, FP16 {each['fp16']['worst_row']:.2%} of the pixels equal in the worst row"
         )
         rows.append([f"{network} exported at 512 x 512", shares])
+    for network in ("deeplabv3plus/mobilenet_v2", "segformer/b0"):
+        each = whole[network]
+        canvases, tiles = each["default canvases"], each["one crop, in tiles"]
+        share = f"{canvases['pixels_as_validation']:.2%} of the pixels as in validation on {canvases['canvases']} canvases"
+        tiled = f"{tiles['pixels_as_validation']:.0%} in tiles of the crop"
+        rows.append([f"{network} exported for {each['photographs']} photographs of any size", f"{share}, {tiled}"])
     return table(["stage two", "measured"], rows)
+
+
+def confidence_weights() -> str:
+    """Ways of weighting the loss by the store's confidence, beside no weights."""
+    found = result("confidence-weights")
+    names = ("none", "relative to the class's mean", "rank in the class", "scores")
+    rows: list[Row] = []
+    for cell, each in found.items():
+        if not isinstance(each, dict):
+            continue
+        gains = {
+            name: [with_it - without for with_it, without in zip(each[name]["miou"], each["none"]["miou"], strict=True)]
+            for name in names[1:]
+            if name in each
+        }
+        shown = [f"{sum(gain) / len(gain):+.3f} ({min(gain):+.3f} to {max(gain):+.3f})" for gain in gains.values()]
+        rows.append([cell, f"{each['none']['mean']:.3f}", *shown, *[""] * (len(names) - 1 - len(shown))])
+    return table(["labels", "no weights", *(f"by {name}" for name in names[1:])], rows)
+
+
+def training_speed() -> str:
+    """Images that a core prepares, and a step beside a plain loop."""
+    found = result("training-speed")
+    rows: list[Row] = [
+        [f"`{name}`: images prepared a second and core", f"{rate:.0f}"]
+        for name, rate in found["images a second and core"].items()
+    ]
+    rows += [
+        [f"{name}: CPU seconds of a plain step / ours", f"{each['median']:.2f} ({each['lowest']:.2f} to {each['highest']:.2f})"]
+        for name, each in found["CPU seconds of a plain step / ours"].items()
+    ]
+    return table([f"{found['photographs']} VOC photographs", "measured"], rows)
 
 
 PIECES = ("read", "decode", "views", "detector", "sam", "png")
@@ -434,6 +463,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "fp16-accumulation": accumulation,
     "sampling-forms": sampling,
     "stage-two": stage_two,
+    "confidence-weights": confidence_weights,
+    "training-speed": training_speed,
     "host": host,
     "graph-replays": replays,
     "scale": scale,
