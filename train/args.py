@@ -151,7 +151,7 @@ class LossArgs:
     """bootstrapped, symmetric and generalized: for wrong labels. hard: cross-entropy of hard pixels alone, for clean labels.
     masks: the set loss, for mask2former only."""
     confidence: bool = True
-    """Weight every pixel by the label store's confidence in its class in that image."""
+    """Weight every pixel by the label store's confidence in its class in that image, relative to the class's mean."""
     confidence_floor: float = 0.1
     """Smallest such weight."""
     bootstrap: float = 0.8

@@ -113,7 +113,7 @@ def build_segmenter(architecture: str, encoder: str, options: Mapping[str, Any],
     kinds = {"deeplabv2": _deeplabv2, "segformer": _segformer, "mask2former": _mask2former, "vit": _vit}
     try:
         return kinds.get(architecture, _smp)(architecture, encoder, dict(options), classes)
-    except (TypeError, KeyError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, RuntimeError, NotImplementedError) as error:
         raise UsageError(
             f"{architecture} with encoder {encoder!r} and options {dict(options)} cannot be built: {error}",
             hint="model.encoder: a name of segmentation-models-pytorch such as resnet101, b0 to b5 for segformer, "
@@ -247,12 +247,14 @@ def _vit(_: str, encoder: str, options: dict[str, Any], classes: int) -> Segment
 
     layers = int(options.pop("layers", 4))
     trunk = timm.create_model(encoder, pretrained=False, num_classes=0, dynamic_img_size=True, **options)
+    if not hasattr(trunk, "blocks"):  # Swin, for example
+        raise ValueError("expected a plain vision transformer, whose layers have one size")
     if not 1 <= layers <= len(trunk.blocks):
         raise ValueError(f"layers: expected 1 to {len(trunk.blocks)}, got {layers}")
-    patch = trunk.patch_embed.patch_size
     network = VisionTransformer(trunk, trunk.embed_dim, classes, layers)
     outputs_of = _at_input_size(lambda network, pixels: network(pixels))
-    return Segmenter(network, classes=classes, multiple_of=max(patch), outputs_of=outputs_of, logits_of=_upsampled)
+    stride = trunk.patch_embed.feat_ratio()  # of hybrids, with that of their convolutions
+    return Segmenter(network, classes=classes, multiple_of=stride, outputs_of=outputs_of, logits_of=_upsampled)
 
 
 # ---- transformers ----

@@ -265,6 +265,11 @@ def test_a_vision_transformer_has_a_label_for_each_patch(encoder: str, patch: in
     torch.testing.assert_close(coarse, by_hand)
 
 
+def test_the_stride_of_a_hybrid_is_that_of_its_tokens() -> None:
+    segmenter = build_segmenter("vit", "vit_tiny_r_s16_p8_224", {"depth": 4}, 3)
+    assert segmenter.multiple_of == 32, "its convolutions have 4, its patches 8"
+
+
 def test_layers_learn_slower_towards_the_input() -> None:
     segmenter = small("vit")
     optimizer = optimizer_for(segmenter, OptimizerArgs(kind="adamw", layer_decay=0.5, head_factor=3))
@@ -281,6 +286,8 @@ def test_a_model_that_is_no_vision_transformer() -> None:
     with pytest.raises(UsageError, match="vit with encoder 'resnet18' .* cannot be built") as caught:
         build_segmenter("vit", "resnet18", {}, 3)
     assert "a vision transformer of timm" in caught.value.hint
+    with pytest.raises(UsageError, match="expected a plain vision transformer, whose layers have one size"):
+        build_segmenter("vit", "swin_tiny_patch4_window7_224", {}, 3)
     with pytest.raises(UsageError, match="layers: expected 1 to 3, got 4"):
         build_segmenter("vit", "vit_small_patch16_dinov3", {"depth": 3, "embed_dim": 48, "num_heads": 3}, 3)
 
