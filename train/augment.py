@@ -45,9 +45,8 @@ def random_crop(pixels: np.ndarray, label: np.ndarray, args: DataArgs, rng: np.r
     place = np.s_[top - window[1] : bottom - window[1], left - window[0] : right - window[0]]
     if inside != window:
         crop[:] = [round(value) for value in args.mean]
-    crop[place] = resized(pixels, size, inside)
+    crop[place] = distorted(resized(pixels, size, inside), args.jitter, rng)
     mask[place] = resized_label(label, size, inside)
-    crop[place] = distorted(crop[place], args.jitter, rng)
     if rng.random() < args.flip:
         return np.ascontiguousarray(crop[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
     return crop, mask
@@ -132,13 +131,18 @@ def distorted(pixels: np.ndarray, jitter: tuple[float, float, float, float], rng
     last = _clipped(_LEVELS * (1 + contrast))
     if not is_contrast_last:
         first, last = last[first], _clipped(_LEVELS)
-    picture = Image.fromarray(pixels).point(first.tolist() * 3)
+    picture = _mapped(picture_of(pixels), first)
     if saturation or hue:
         turned = (np.arange(256) + round(256 * hue)) % 256
         scaled_saturation = _clipped(_LEVELS * (1 + saturation))
         tables = [*turned.tolist(), *scaled_saturation.tolist(), *range(256)]
         picture = picture.convert("HSV").point(tables).convert("RGB")
-    return np.asarray(picture.point(last.tolist() * 3))
+    return np.asarray(_mapped(picture, last))
+
+
+def _mapped(picture: Image.Image, table: np.ndarray) -> Image.Image:
+    """The picture with ``table`` applied to the values of all channels."""
+    return picture if (table == _LEVELS).all() else picture.point(table.tolist() * 3)
 
 
 def _clipped(levels: np.ndarray) -> np.ndarray:
