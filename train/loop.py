@@ -32,7 +32,7 @@ from .evaluate.report import Scores
 from .model import Segmenter, build_from, criterion_for
 from .optimizer import rate_at
 from .page import PAGE, Owner, Shown, write_page
-from .run import Run, check_divisible, memory_format
+from .run import DTYPES, Run, check_divisible, is_emulated, memory_format
 from .source import Log, Source, checked_source
 from .validate import scored, validate
 from .weights import Initial, load_initial
@@ -107,6 +107,12 @@ def train(
         run = _begin(source, config, world, log)
         if config.machine.compile and run.progress.step < config.optimizer.steps:
             log("machine.compile: the first step is compiled, which takes minutes")
+        precision = config.optimizer.precision
+        if is_emulated(world.device, DTYPES[precision]):
+            log(
+                f"warning: --precision {precision}: this processor has no instructions for it, and takes about ten times as "
+                "long for a step as in fp32"
+            )
         steps = config.optimizer.steps
         with closing(Recorder(run, out, watch)) as recorder:
             for parts in _steps(run, source):

@@ -169,7 +169,6 @@ weight_decay = 0.02
 clip_norm = 1.0
 schedule = "cosine"
 average = 0.99
-precision = "bf16"
 
 [machine]
 workers = 1

@@ -153,6 +153,16 @@ def test_mixed_precision_stays_near_full(scenes: Scenes, tmp_path: Path, precisi
     assert all(value.dtype != torch.bfloat16 for value in tensors(tmp_path / precision).values())
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_precision_that_the_processor_emulates_is_said(
+    scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    said: list[str] = []
+    run(scenes, tmp_path / "run", "optimizer.steps=1", "optimizer.precision=bf16", log=said.append)
+    assert any("--precision bf16: this processor has no instructions for it" in line for line in said) is not supported
+
+
 def test_an_initial_run_hands_on_its_weights(scenes: Scenes, tmp_path: Path) -> None:
     run(scenes, tmp_path / "first")
     said: list[str] = []
