@@ -76,7 +76,7 @@ build/demo-venv/.installed: pyproject.toml
 build/formats-venv/.installed: pyproject.toml
 	test -x build/formats-venv/bin/python || $(PYTHON) -m venv build/formats-venv
 	build/formats-venv/bin/python -m pip install --quiet --upgrade pip
-	build/formats-venv/bin/python -m pip install --quiet --editable '.[readers]'
+	build/formats-venv/bin/python -m pip install --quiet --editable '.[cpu,readers]'
 	touch $@
 
 clean:

@@ -28,6 +28,7 @@ import io
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .. import __version__
 from ..engines.machine import machine
 from ..engines.opening import choose
 from ..errors import UsageError, WsssError
+from ..extras import install_line
 from ..runtime.bundles import MINI
 from ..spec import open_bundle
 from .ceiling import Ceiling, measure_ceiling
@@ -140,6 +142,10 @@ def run_bench(options: BenchOptions, log: Log) -> Report:
         missing = [name for name in CHAIN_MODELS if name not in bundle.models()]
         reason = f"the bundle has no {', '.join(missing)}" if missing else "--model selects graphs alone"
         left_out.append(f"the chain: {reason}")
+    if find_spec("onnx") is None:
+        left_out.append(f"Gmac, of bound, work: counted with onnx, which is not installed: {install_line('export')}")
+    if unproven := sorted({f"{row.model}/{row.graph}" for row in rows if row.parity is None}):
+        left_out.append(f"parity: {', '.join(unproven)}: not compared with the official implementation: wsss verify")
     return {
         "wsss": __version__,
         "commit": commit(),

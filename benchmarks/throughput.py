@@ -34,7 +34,7 @@ from typing import Generic, ParamSpec, TypeVar, cast
 
 import numpy as np
 
-from ..batch import Boxes, Images, Labels
+from ..batch import Boxes, Images, Labels, Photograph
 from ..errors import BundleError, WsssError
 from ..frame import frame_for
 from ..mini.scenes import write_scenes
@@ -252,38 +252,49 @@ class ReplacedResult(Generic[P, R]):
     """
 
     def __init__(self, timed: Timed[P, R], change: Callable[[Images, R], R]) -> None:
-        self._timed, self._change = timed, change
+        self.timed, self._change = timed, change
 
     @property
     def stage(self) -> object:
         """The stage itself."""
-        return self._timed.stage
+        return self.timed.stage
 
     @property
     def seconds(self) -> float:
         """Seconds that the stage took since the last reset."""
-        return self._timed.seconds
+        return self.timed.seconds
 
     @seconds.setter
     def seconds(self, value: float) -> None:
-        self._timed.seconds = value
+        self.timed.seconds = value
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._change(cast(Images, args[0]), self._timed(*args, **kwargs))
+        return self._change(cast(Images, args[0]), self.timed(*args, **kwargs))
 
 
-def with_load(labeler: Chain, boxes: int) -> None:
-    """Give a labeler the load of trained weights: `TAGS` classes and ``boxes`` boxes in each image, whatever it finds."""
+def with_load(labeler: Chain, boxes: int, *, is_empty: Callable[[Photograph], bool] = lambda photo: False) -> None:
+    """Give a labeler the load of trained weights: `TAGS` classes and ``boxes`` boxes in each image, whatever it finds.
+
+    Args:
+        is_empty: whether a photograph gets no class and no boxes instead. A second call replaces the first one's load.
+    """
     classes = len(labeler.classes.names)
 
     def tags(images: Images, labels: Labels) -> Labels:
-        return Labels(labels.score, np.tile(np.arange(classes) < TAGS, (len(images), 1)))
+        some = np.array([[not is_empty(photo)] for photo in images])
+        return Labels(labels.score, some & (np.arange(classes) < TAGS))
 
     def drawn(images: Images, found: Boxes) -> Boxes:
-        return Boxes.join([drawn_boxes(number, *photo.shape, boxes, classes) for number, photo in enumerate(images)])
+        many = [0 if is_empty(photo) else boxes for photo in images]
+        return Boxes.join([drawn_boxes(number, *photo.shape, many[number], classes) for number, photo in enumerate(images)])
 
-    labeler.tag = cast("Timed[[Images], Labels]", ReplacedResult(labeler.tag, tags))
-    labeler.detect = cast("Timed[[Images, Labels], Boxes]", ReplacedResult(labeler.detect, drawn))
+    labeler.tag = cast("Timed[[Images], Labels]", ReplacedResult(unloaded(labeler.tag), tags))
+    labeler.detect = cast("Timed[[Images, Labels], Boxes]", ReplacedResult(unloaded(labeler.detect), drawn))
+
+
+def unloaded(timed: Timed[P, R]) -> Timed[P, R]:
+    """A stage as it was before `with_load`."""
+    return timed.timed if isinstance(timed, ReplacedResult) else timed
 
 
 def drawn_boxes(number: int, height: int, width: int, count: int, classes: int) -> Boxes:

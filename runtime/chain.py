@@ -16,7 +16,7 @@ from PIL import Image
 
 from .. import __version__
 from ..batch import Boxes, Images, Labels, Masks, Photograph, PseudoLabels
-from ..classes import ClassList, named_list, parse_classes
+from ..classes import ClassList, check_label_map, named_list, parse_classes
 from ..engines.engine import Engine
 from ..engines.opening import choose, open_graph
 from ..engines.openvino import checked_proof
@@ -164,6 +164,8 @@ class Chain:
         if classes is None and model == "chain":
             raise UsageError("--classes is missing: the chain needs the names of the classes to look for", hint="--classes voc")
         given_classes = classes if classes is None or isinstance(classes, ClassList) else parse_classes(classes)
+        if given_classes is not None and until == "fuse":
+            check_label_map(given_classes)
         folder = find_bundle(bundle)
         chosen, where = choose(engine, device, (folder.model(name) for name in folder.models()))
         settings: dict[str, Any] = {

@@ -298,7 +298,7 @@ def class_files(_: Path) -> Files:
 @kind(class_files)
 def classes_file(case: Case) -> None:
     found = parse_classes(str(case.file))
-    assert 1 <= len(found) == len(found.prompts) == len(found.phrases) <= 254
+    assert 1 <= len(found) == len(found.prompts) == len(found.phrases) <= 4096
     for name in (*found.names, *found.negatives):
         assert name == name.strip() != "" and name.isprintable(), name
 

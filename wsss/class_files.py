@@ -29,7 +29,7 @@ MAX_LIST_BYTES = 1 << 24
 MAX_YAML_BYTES = 1 << 18
 """PyYAML reads 0.2 MB per second."""
 MAX_LINES = 5_000
-"""Enough for 254 classes, comments and negative prompts."""
+"""Enough for 4,096 classes, comments and negative prompts."""
 MAX_LINE = 10_000
 """Characters."""
 FORMS = 'give one name per line, or JSON: ["dog", "cat"]'
@@ -114,9 +114,7 @@ def entries_from_text(text: str, suffix: str = "") -> Entries:
         raise ClassError(f"expected class names, got XML or HTML: {excerpt(body[:30])}", hint=FORMS)
     raw_lines = re.split(r"\r\n|\r|\n", text)
     if len(raw_lines) > MAX_LINES:
-        raise ClassError(
-            f"expected at most {MAX_LINES:,} lines, got {len(raw_lines):,}", hint="an 8-bit label map holds 254 classes"
-        )
+        raise ClassError(f"expected at most {MAX_LINES:,} lines, got {len(raw_lines):,}", hint="a list has at most 4,096 classes")
     long = next((line for line in raw_lines if len(line) > MAX_LINE), "")
     if long and body[:1] not in ("[", "{"):
         raise ClassError(f"expected lines of at most {MAX_LINE:,} characters, got {len(long):,}: {excerpt(long, 30)}", hint=FORMS)

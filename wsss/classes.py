@@ -37,7 +37,9 @@ LISTS = ("voc", "coco", "mini")
 _KNOWN_AS = {"voc": "pascal", "coco": "mscoco"}
 """What else the lists are called."""
 MAX_CLASSES = 254
-"""An 8-bit label has 256 values; 0 is background and 255 is void."""
+"""In a label map. An 8-bit label has 256 values; 0 is background and 255 is void."""
+MAX_NAMES = 4096
+"""In a class list, for labels and boxes alone."""
 MINI_CLASSES = (
     "red disc",
     "green triangle",
@@ -285,7 +287,7 @@ def _without_background(entries: Entries, where: str) -> Entries:
         ClassError: such a name is between classes, so that removing it would change all labels after it.
     """
     classes = list(entries.classes)
-    if len(classes) > MAX_CLASSES + len(_NO_CLASS):
+    if len(classes) > MAX_NAMES + len(_NO_CLASS):
         _check_count(len(classes))
     is_background = [_is_background(entry.name) for entry in classes]
     first = is_background.index(False) if False in is_background else len(classes)
@@ -313,9 +315,23 @@ def _is_background(name: str) -> bool:
     return cleaned(name[:MAX_LETTERS]) in _NO_CLASS
 
 
+def check_label_map(classes: ClassList) -> ClassList:
+    """Return a list whose classes fit a label map.
+
+    Raises:
+        ClassError: there are more than `MAX_CLASSES`.
+    """
+    if (count := len(classes.names)) > MAX_CLASSES:
+        raise ClassError(
+            f"expected at most {MAX_CLASSES} classes in an 8-bit label map, got {count}",
+            hint="split the list; wsss label --stage tag and --stage detect take longer ones",
+        )
+    return classes
+
+
 def _check_count(count: int) -> None:
-    if count > MAX_CLASSES:
-        raise ClassError(f"expected at most {MAX_CLASSES} classes in an 8-bit label map, got {count}", hint="split the list")
+    if count > MAX_NAMES:
+        raise ClassError(f"expected at most {MAX_NAMES:,} classes, got {count:,}", hint="split the list")
 
 
 def _count_wordings(entry: Entry) -> int:

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsss.benchmarks import bench, throughput
+from wsss.benchmarks import bench, plot, scaling, throughput
 from wsss.benchmarks.bench import COLUMNS
 from wsss.benchmarks.ceiling import Ceiling
+from wsss.benchmarks.plot import write_curves
 from wsss.benchmarks.published import published_for
+from wsss.benchmarks.scaling import class_names, measure_scaling, scaling_table
 from wsss.benchmarks.throughput import (
     agreement,
     drawn_boxes,
@@ -26,8 +28,9 @@ from wsss.benchmarks.throughput import (
     stages_of,
 )
 from wsss.classes import class_list
+from wsss.errors import WsssError
 from wsss.runtime.bundles import MINI
-from wsss.runtime.run.label_folder import Summary
+from wsss.runtime.run.label_folder import Summary, label_folder
 from wsss.spec import open_bundle, read_manifest, write_manifest
 from wsss.store.local import LabelStore, read_records
 
@@ -68,7 +71,8 @@ def test_every_graph_and_the_chain(run: Run, quick: World) -> None:
     }
     assert report["chain"]["images"] == 5 and report["chain"]["boxes_an_image"] == 1.4
     assert set(report["chain"]["stages"]) == {"tag", "detect", "segment", "fuse"}
-    assert report["chain"]["agreement"] is None and report["left_out"] == [] and report["published"] == []
+    assert report["chain"]["agreement"] is None and report["published"] == []
+    assert [reason.partition(":")[0] for reason in report["left_out"]] == ["parity"], "the scripted graphs passed no gate"
     assert (report["engine"], report["device"], report["commit"]) == ("ort", "cpu", "abc+")
     assert report["ceilings"]["fp32"]["teraflops"] == 2.0
 
@@ -83,7 +87,7 @@ def test_the_table(run: Run) -> None:
     assert "maximum here in fp32: 2 TFLOP/s, 8 GB/s (known)" in answer.out
     assert "sam/encoder" in answer.out and "3 images" in answer.out
     assert "5 images in batches of 3" in answer.out and "its thread waited" in answer.out
-    assert "left out" not in answer.out
+    assert answer.out.count("left out") == answer.out.count("left out   parity: clip/image, ") == 1
 
 
 def test_one_model_alone(run: Run) -> None:
@@ -134,12 +138,78 @@ def test_the_csv_file_is_continued(run: Run, tmp_path: Path) -> None:
 def test_the_plot_is_a_picture_with_a_bar_for_each_row(run: Run, tmp_path: Path) -> None:
     from wsss.benchmarks.plot import BAR_PX, GAP_PX, LEFT_PX, REACHED, TOP_PX
 
-    assert run("--plot", "out/p.png", "--model", "sam").code == 0
-    with Image.open(tmp_path / "out" / "p.png") as image:
-        pixels = np.asarray(image.convert("RGB"))
-    middle = [TOP_PX + number * (BAR_PX + GAP_PX) + BAR_PX // 2 for number in range(6)]
-    assert all((pixels[row, LEFT_PX + 1] == REACHED).all() for row in middle)
+    def bars(*flags: str) -> int:
+        assert run("--plot", "out/p.png", *flags).code == 0
+        with Image.open(tmp_path / "out" / "p.png") as image:
+            pixels = np.asarray(image.convert("RGB"))
+        middle = range(TOP_PX + BAR_PX // 2, len(pixels) - 40, BAR_PX + GAP_PX)
+        assert all((pixels[row, LEFT_PX + 1] == REACHED).all() for row in middle)
+        return len(middle)
+
+    assert bars("--model", "sam") == 6
+    rows = len(json.loads(run("--json").out)["graphs"])
+    assert bars() == rows + 1, "the last is the chain's"
     assert run("--plot", "p.jpg").code == 2
+
+
+def test_columns_that_need_onnx_say_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "counted with onnx" not in run("--model", "sam").out
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    assert "left out   Gmac, of bound, work: counted with onnx, which is not installed: pip" in run().out
+
+
+# ---- scaling ----
+
+
+def test_curves_of_the_scripted_chain(quick: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scaling, "BATCHES", (1, 2, 4))
+    monkeypatch.setattr(scaling, "BOXES", (1, 3))
+    monkeypatch.setattr(scaling, "SIZES", ((48, 32), (96, 64)))
+    monkeypatch.setattr(scaling, "class_names", lambda count: tuple(COLORS.split(", ")))
+    seen: list[tuple[int, int, int]] = []
+
+    def noted(executor: Any, images: Path, *rest: Any, **others: Any) -> Summary:
+        summary = label_folder(executor, images, *rest, **others)
+        seen.append((summary.labelled, summary.boxes, others["batch"] or 0))
+        return summary
+
+    monkeypatch.setattr(scaling, "label_folder", noted)
+    report = measure_scaling(
+        quick.bundle, curves=("batch", "boxes", "size", "empty"), count=4, rounds=1, engine="ort", device="cpu", log=print
+    )
+    assert report["left_out"] == [] and [curve["name"] for curve in report["curves"]] == ["batch", "boxes", "size", "empty"]
+    one_round = [(4, 20, 1), (4, 20, 2), (4, 20, 4)], [(4, 4, 0), (4, 12, 0)], [(4, 20, 0)] * 2
+    empty = [(4, 5 * full, 0) for full in (4, 3, 2, 1, 0)]
+    assert seen == [call for curve in (*one_round, empty) for call in curve * 2], "once to warm up, once measured"
+    assert all(point["per_second"] > 0 and point["cpu_seconds"] > 0 for curve in report["curves"] for point in curve["points"])
+    lines = list(scaling_table(report))
+    assert len([line for line in lines if line.strip().startswith("100%")]) == 1
+    write_curves(tmp_path / "curves.png", report)
+    with Image.open(tmp_path / "curves.png") as image:
+        assert {color for _, color in image.getcolors(1 << 20) or ()} >= {plot.REACHED, plot.INK}
+
+
+def test_curves_of_classes_and_processes() -> None:
+    names = class_names(1203)
+    assert len(set(names)) == 1203 and len(class_list(names)) == 1203 and class_names(3) == names[:3]
+    report = measure_scaling(MINI, curves=("classes",), count=1, rounds=1, engine="ort", device="cpu", log=print)
+    (curve,) = report["curves"]
+    assert [point["value"] for point in curve["points"]] == [1, 20, 80, 300, 1203]
+    assert curve["points"][-1]["per_second"] < curve["points"][0]["per_second"]
+
+
+def test_a_curve_that_cannot_be_measured_is_left_out(quick: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise WsssError("no memory")
+
+    monkeypatch.setitem(scaling.CURVES, "size", ("sizes", refuse))
+    report = measure_scaling(quick.bundle, curves=("size",), engine="ort", device="cpu", log=print)
+    assert report["left_out"] == ["size: no memory"] and report["curves"] == []
+
+
+def test_scaling_takes_no_photographs(wsss: Run) -> None:
+    answer = wsss("bench", "--scaling", "--images", "photos", "--boxes", "3")
+    assert answer.code == 2 and "--scaling: --images, --boxes cannot be used with it" in answer.err
 
 
 # ---- the chain ----

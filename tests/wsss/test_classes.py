@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wsss.classes import MAX_CLASSES, ClassList, backgrounds_for, cleaned, palette, parse_classes
+from wsss.classes import MAX_CLASSES, MAX_NAMES, ClassList, backgrounds_for, check_label_map, cleaned, palette, parse_classes
 from wsss.errors import ClassError, WsssError
 
 BACKGROUNDS = (
@@ -128,7 +128,7 @@ def test_json_gives_the_detector_its_own_phrases(tmp_path: Path) -> None:
         ("dog [SEP], cat", "contains [ ]", "'dog SEP'"),
         ("dog; cat", "contains ;", "'dog cat'"),
         ("background, dog", "labels 0", "remove"),
-        (",".join(f"thing{n}" for n in range(MAX_CLASSES + 1)), "got 255", "split"),
+        (",".join(f"thing{n}" for n in range(MAX_NAMES + 1)), "got 4,097", "split"),
     ],
 )
 def test_mistakes_are_named_with_a_way_out(text: str, said: str, hint: str) -> None:
@@ -163,8 +163,13 @@ def test_mistakes_in_files_name_the_file(tmp_path: Path, file: str, content: byt
     assert file in caught.value.message
 
 
-def test_254_classes_fit() -> None:
-    assert len(parse_classes(",".join(f"thing{number}" for number in range(MAX_CLASSES)))) == 254
+def test_254_classes_fit_a_label_map() -> None:
+    long = ",".join(f"thing{number}" for number in range(MAX_CLASSES + 1))
+    fitting = parse_classes(long.rpartition(",")[0])
+    assert len(check_label_map(fitting)) == 254
+    with pytest.raises(ClassError, match="at most 254 classes in an 8-bit label map, got 255") as caught:
+        check_label_map(parse_classes(long))
+    assert "--stage detect" in caught.value.hint
 
 
 def test_a_list_made_in_python_is_checked_too() -> None:

@@ -49,6 +49,13 @@ def bench(
         bool,
         typer.Option("--layers", help="Time nothing; list what TensorRT-RTX compiles each graph to, which needs no GPU."),
     ] = False,
+    scaling: Annotated[
+        bool,
+        typer.Option(
+            "--scaling",
+            help="Time the chain alone, over batch, boxes, classes, sizes, empty photographs and processes; --count images each.",
+        ),
+    ] = False,
     json_output: JsonFlag = False,
     csv: Annotated[str | None, typer.Option(metavar="FILE", help="Append a row per measurement to this file.")] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Plot images per second and the bound.")] = None,
@@ -66,6 +73,12 @@ def bench(
         return
     if plot is not None and Path(plot).suffix.lower() != ".png":
         raise UsageError(f"--plot {plot}: expected a .png file")
+    if scaling:
+        others = {"--model": model, "--batch": batch, "--images": images, "--classes": classes, "--boxes": boxes, "--csv": csv}
+        if used := [flag for flag, value in others.items() if value]:
+            raise UsageError(f"--scaling: {', '.join(used)} cannot be used with it", hint="it draws its photographs and loads")
+        _measure_scaling(bundle_folder(bundle), engine, device, count, json_output, None if plot is None else Path(plot))
+        return
     report = run_bench(
         BenchOptions(
             bundle=bundle_folder(bundle),
@@ -93,6 +106,17 @@ def bench(
         return
     for line in table(report):
         typer.echo(line)
+
+
+def _measure_scaling(bundle: Path, engine: str, device: str, count: int, json_output: bool, plot: Path | None) -> None:
+    from ..benchmarks.plot import write_curves
+    from ..benchmarks.scaling import measure_scaling, scaling_table
+
+    report = measure_scaling(bundle, engine=engine, device=device, count=count, log=log)
+    if plot is not None:
+        write_curves(plot, report)
+        log(str(plot))
+    typer.echo(json.dumps(report, indent=1) if json_output else "\n".join(scaling_table(report)))
 
 
 def _list_layers(bundle: Path, models: Sequence[str], rows: int | None, json_output: bool) -> None:

@@ -223,10 +223,10 @@ def _predicted(
 
 def _run_classes(run: str, predictor: Predictor, classes: str | None, true: LabelMaps) -> tuple[str, ...]:
     """The classes of a run. Raises WsssError where ``--classes`` or a true label store contradicts them."""
-    from ..classes import cleaned, parse_classes
+    from ..classes import check_label_map, cleaned, parse_classes
 
     known = predictor.record.classes
-    others = [(f"--classes {classes}", parse_classes(classes).names)] if classes is not None else []
+    others = [(f"--classes {classes}", check_label_map(parse_classes(classes)).names)] if classes is not None else []
     others += [(str(true.folder), true.classes)] if true.classes is not None else []
     for where, names in others:
         if list(map(cleaned, names)) != list(map(cleaned, known)):
@@ -257,12 +257,12 @@ def _interruptible(left: str = "nothing was written") -> Iterator[None]:
 
 def _class_names(classes: str | None, predicted: LabelMaps, truth: LabelMaps) -> tuple[str, ...]:
     """Class names by ``--classes`` or the label store. Raises WsssError where they contradict each other."""
-    from ..classes import cleaned, parse_classes
+    from ..classes import check_label_map, cleaned, parse_classes
 
     if classes is None and predicted.classes is None:
         hint = f"for example: wsss eval {predicted.folder} {truth.folder} --classes voc"
         raise UsageError(f"--classes is missing: {predicted.folder} is not a label store", hint=hint)
-    listed = parse_classes(classes).names if classes is not None else predicted.classes or ()
+    listed = check_label_map(parse_classes(classes)).names if classes is not None else predicted.classes or ()
     for maps in (predicted, truth):
         if maps.classes is not None and list(map(cleaned, maps.classes)) != list(map(cleaned, listed)):
             given = f"--classes {classes}" if classes is not None else f"{predicted.folder}"

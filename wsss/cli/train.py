@@ -79,7 +79,7 @@ def train(
 
     Run it again to continue where it stopped, or under torchrun for several GPUs.
     """
-    from ..classes import parse_classes
+    from ..classes import check_label_map, parse_classes
     from ..train.args import config_from, read_config, typed
     from ..train.dataset.masks import ValidationSet
     from ..train.evaluate.report import table
@@ -91,7 +91,7 @@ def train(
     if rounds > 1 and seeds > 1:
         raise UsageError("--rounds and --seeds: give one of them", hint="one --rounds for each --seed N, in its own --out")
     folder = _images(store, images)
-    class_names = parse_classes(classes).names if classes is not None else None
+    class_names = check_label_map(parse_classes(classes)).names if classes is not None else None
     flags: dict[str, Any] = {
         "model.init": init,
         "optimizer.steps": steps,
