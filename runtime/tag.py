@@ -3,12 +3,14 @@
 Several views, because CLIP was trained with one caption an image: a small object beside a large one loses in the softmax. Each
 view is scored against a set of background prompts, which take the probability of views that show none of the classes. An
 image's score is that of its best view (TagCLIP, arXiv 2312.12828, crops the image around each candidate). The bundle names one
-of two rules, because a threshold fits only one of them:
+of three rules, because a threshold fits only one of them:
 
 - ``softmax``: one softmax over all classes and backgrounds. Classes compete; for CLIP as published, in which related classes
   have similar scores.
 - ``background``: each class alone against the backgrounds, exp(c) / (exp(c) + sum of exp(b)). Several classes of one view can
   all be certain; for embeddings that were trained with this rule.
+- ``sigmoid``: each class by itself, with the model's bias; for models that were trained with sigmoids (SigLIP). Negatives of the
+  class list still compete, backgrounds do not: a view that shows none of the classes has low scores for all.
 """
 
 from __future__ import annotations
@@ -60,11 +62,12 @@ class Tagger:
         self._preprocess = model.manifest.preprocess
         self._image, self._resizer = image, resizer
         self._scale = float(settings["logit_scale"])
+        self._bias = float(settings.get("logit_bias", 0.0))
         self._rule = settings.get("rule", "softmax")
         self._levels = tuple(int(level) for level in settings["views"])
         self._count = sum(level * level for level in self._levels)
         self.threshold = float(settings["threshold"]) if threshold is None else threshold
-        backgrounds = backgrounds_for(classes, tuple(settings["backgrounds"]))
+        backgrounds = () if self._rule == "sigmoid" else backgrounds_for(classes, tuple(settings["backgrounds"]))
         self._classes = len(classes.names)
         names = [f"the class {name!r}" for name in classes.names]
         names += [*("" for _ in backgrounds), *(f"the negative prompt {name!r}" for name in classes.negatives)]
@@ -84,13 +87,14 @@ class Tagger:
         return Labels(score, score >= self.threshold)
 
     def _probability(self, embedding: np.ndarray) -> np.ndarray:
-        logits = self._scale * (embedding.astype(np.float32) @ self._prompts.T)  # (V, C + negatives)
+        logits = self._scale * (embedding.astype(np.float32) @ self._prompts.T) + self._bias  # (V, C + negatives)
         if self._rule == "softmax":
             exp = np.exp(logits - logits.max(axis=1, keepdims=True))
             return exp[:, : self._classes] / exp.sum(axis=1, keepdims=True)
         # Not one softmax shift for all classes: a class beside a much more certain one would fall below exp(-103), to 0.
-        others = np.logaddexp.reduce(logits[:, self._classes :], axis=1, keepdims=True)  # (V, 1)
-        return np.exp(-np.logaddexp(0, others - logits[:, : self._classes]))
+        classes, others = logits[:, : self._classes], logits[:, self._classes :]
+        against = np.logaddexp(0, np.logaddexp.reduce(others, axis=1, keepdims=True, initial=-np.inf) - classes)
+        return np.exp(-against - np.logaddexp(0, -classes)) if self._rule == "sigmoid" else np.exp(-against)
 
     def room(self, photo: Photograph) -> tuple[int, ...]:
         """(V, S, S, 3)."""

@@ -17,8 +17,9 @@ Settings in the manifest:
     Levels of a grid: level k has k x k evenly spaced windows, each covering 2 / (k + 1) of both sides. A class is in an
     image if it is in any view: the official center crop would lose objects at the border.
 ``rule``, ``threshold``
-    How a view scores a class, see `runtime.tag`: ``softmax`` over all classes and backgrounds, or ``background``, each class
-    only against the backgrounds. A class is present if its score reaches the threshold in any view.
+    How a view scores a class, see `runtime.tag`: ``softmax`` over all classes and backgrounds; ``background``, each class only
+    against the backgrounds; or ``sigmoid``, each by itself, where the model was trained so. A class is present if its score
+    reaches the threshold in any view.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import numpy as np
 import safetensors
 import torch
 import torch.nn.functional as F
+from timm.utils.model import reparameterize_model
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -50,7 +52,11 @@ from .tokenizer import special_ids, tokenizer_from_open_clip
 if TYPE_CHECKING:
     import open_clip
 
-VARIANTS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "mini")
+VARIANTS = (
+    *("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336"),
+    *("ViT-B-16-SigLIP2", "ViT-SO400M-16-SigLIP2-384", "PE-Core-B-16", "PE-Core-L-14-336"),
+    *("MobileCLIP2-S0", "MobileCLIP2-S2", "MobileCLIP2-B", "MobileCLIP2-L-14", "mini"),
+)
 TEMPLATES = ("a clean origami {}.",)
 """The prompt of CLIP-ES (arXiv:2212.09506; generate_cams_voc12.py), for classes and backgrounds alike."""
 BACKGROUNDS = (
@@ -61,8 +67,14 @@ BACKGROUNDS = (
 VIEWS = (1, 2)
 THRESHOLD = 0.3
 """Below one half, so that two classes in one view can both pass. Not calibrated with official weights."""
+SIGMOID_TEMPLATES = ("This is a photo of {}.",)
+"""The prompt of SigLIP's zero-shot pipeline (transformers, model documentation of SigLIP 2)."""
+SIGMOID_THRESHOLD = 0.1
+"""SigLIP's probability of a pair is low even where it is right. Not calibrated with official weights."""
 MINI_TEMPLATES, MINI_VIEWS = ("a clean origami {}.", "a photo of a {}.", "{}"), (1, 2, 3)
 """The templates and views of mini/train_clip.py."""
+TOKENIZER = "tokenizer.json"
+"""Published beside weights whose tokenizer is not CLIP's own."""
 TEXT_BATCH = AxisRange(1, 32, 64)
 TOLERANCE = Tolerance(
     relative=3e-5,
@@ -127,7 +139,9 @@ class ImageTower(nn.Module):
 
     def __init__(self, model: open_clip.CLIP, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.model = model
+        # Branches of a block that are one convolution (MobileCLIP's) are added up; the reference keeps them apart.
+        branched = any(hasattr(module, "reparameterize") for module in model.modules())
+        self.model = reparameterize_model(model).eval() if branched else model
         self.normalize = normalize_in_fp32(mean, std)
         self.unit = Fp32(partial(F.normalize, dim=-1), why="a sum of squares, and embeddings are compared in float32")
 
@@ -227,15 +241,16 @@ def image_batch(model: open_clip.CLIP) -> AxisRange:
 def _official(variant: str, weights_name: str) -> tuple[clip_weights.Loaded, Tokenizer, Mapping[str, Any]]:
     """A model of open_clip, its tokenizer and its settings."""
     loaded = clip_weights.load(variant, weights_name)
-    tokenizer = _official_tokenizer(loaded.variant)
+    tokenizer = _official_tokenizer(loaded.variant, Path(weights_name).expanduser())
+    is_sigmoid = getattr(loaded.model, "logit_bias", None) is not None
     settings = {
         "context_length": tokenizer.context_length,
         **special_ids(tokenizer),
-        "templates": list(TEMPLATES),
-        "backgrounds": list(BACKGROUNDS),
+        "templates": list(SIGMOID_TEMPLATES if is_sigmoid else TEMPLATES),
+        "backgrounds": [] if is_sigmoid else list(BACKGROUNDS),
         "views": list(VIEWS),
-        "rule": "softmax",
-        "threshold": THRESHOLD,
+        "rule": "sigmoid" if is_sigmoid else "softmax",
+        "threshold": SIGMOID_THRESHOLD if is_sigmoid else THRESHOLD,
     }
     return loaded, tokenizer_from_open_clip(tokenizer, where=f"--variant {variant}"), settings
 
@@ -280,15 +295,22 @@ def _measured_rule(path: Path) -> dict[str, str | float]:
     return {"rule": "softmax", "threshold": float(results.get("softmax_threshold", THRESHOLD))}
 
 
-def _official_tokenizer(variant: str) -> Any:
+def _official_tokenizer(variant: str, weights: Path) -> Any:
+    """The variant's tokenizer; where that is on the hub, the one published in the folder of the weights, if there is one."""
     import open_clip
 
+    text = open_clip.get_model_config(variant).get("text_cfg", {})
+    folder = weights if weights.is_dir() else weights.parent
+    files = (TOKENIZER, clip_weights.CONFIG)
+    is_local = bool(text.get("hf_tokenizer_name")) and weights.exists() and all((folder / file).is_file() for file in files)
     try:
-        return open_clip.get_tokenizer(variant)
-    except (OSError, ValueError, ImportError) as error:  # a tokenizer on the hub, and no network
+        return open_clip.get_tokenizer(f"local-dir:{folder}" if is_local else variant)
+    except (OSError, ValueError, ImportError) as error:  # damaged, or on the hub and no network
         raise WeightsError(
-            f"--variant {variant}: its tokenizer cannot be loaded: {clip_weights.first_line(error)}",
-            hint="run once with a network, or use a variant with CLIP's own tokenizer, for example ViT-B-16",
+            f"{folder / TOKENIZER if is_local else f'--variant {variant}'}: its tokenizer cannot be loaded: "
+            f"{clip_weights.first_line(error)}",
+            hint=f"put {TOKENIZER} and {clip_weights.CONFIG} beside the weights, run once with a network, or use a variant with "
+            "CLIP's own tokenizer, for example ViT-B-16",
         ) from None
 
 

@@ -101,14 +101,15 @@ class Embeddings:
         self.text = engine("text", lambda feeds: words[feeds["tokens"][:, 0]])
 
     def scores(self, world: World, classes: ClassList, rule: str) -> np.ndarray:
-        model = with_settings(world.model("clip"), rule=rule, templates=["{}"], views=[1], logit_scale=10.0)
+        settings = {"templates": ["{}"], "views": [1], "logit_scale": 10.0, "logit_bias": -2.0}
+        model = with_settings(world.model("clip"), rule=rule, **settings)
         photos = [world.photo(8, 8) for _ in range(4)]
         for number, photo in enumerate(photos):
             photo.pixels[:] = number
         return Tagger(model, self.image, self.text, classes)(photos).score
 
 
-@pytest.mark.parametrize("rule", ["softmax", "background"])
+@pytest.mark.parametrize("rule", ["softmax", "background", "sigmoid"])
 @pytest.mark.parametrize("spread", [0.3, 1.0, 12.0])
 def test_probabilities_are_the_documented_rule(world: World, rule: str, spread: float) -> None:
     """Also where the similarities lie hundreds of nats apart. Words: red, green, blue are classes, grass and sky are not."""
@@ -122,6 +123,8 @@ def test_probabilities_are_the_documented_rule(world: World, rule: str, spread: 
         if rule == "softmax":
             shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
             want = shifted[:, :3] / shifted.sum(axis=1, keepdims=True)
+        elif rule == "sigmoid":  # with the bias, and against the negative, sky, alone
+            want = 1 / (1 + np.exp(logits[:, 4:] - logits[:, :3])) / (1 + np.exp(2 - logits[:, :3]))
         else:
             want = 1 / (1 + np.exp(logits[:, None, 3:] - logits[:, :3, None]).sum(axis=2))
     assert np.abs(found - want).max() <= 1e-4
@@ -131,6 +134,12 @@ def test_probabilities_are_the_documented_rule(world: World, rule: str, spread: 
 def test_without_backgrounds_the_classes_are_alone(world: World, rule: str) -> None:
     labels = tagger(world, class_list(["red"]), rule=rule, backgrounds=[])([world.photo(20, 20)])
     assert labels.score.tolist() == [[1.0]]
+
+
+def test_a_sigmoid_needs_no_others(world: World) -> None:
+    rows, words = np.array([[0.5], [0.0], [-0.5], [30.0]]), np.ones((11, 1))
+    found = Embeddings(world, rows, words).scores(world, class_list(["red"]), "sigmoid")
+    assert found[:, 0] == pytest.approx([1 / (1 + np.exp(-logit)) for logit in (3.0, -2.0, -7.0, 298.0)], abs=1e-6)
 
 
 def test_a_background_that_is_a_class_is_left_out(world: World) -> None:

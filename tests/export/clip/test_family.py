@@ -16,6 +16,7 @@ import pytest
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip: pip install 'wsss[export]'")
 
 import safetensors.torch  # noqa: E402
+import tokenizers  # noqa: E402
 import torch  # noqa: E402
 
 from wsss.batch import Tensor  # noqa: E402
@@ -41,6 +42,17 @@ TOYS = {
         "vision_cfg": {"image_size": 48, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
     },
 }
+SIGLIP = {
+    **TOYS["toy-custom"],
+    "text_cfg": {**TEXT, "vocab_size": 40, "context_length": 12, "hf_tokenizer_name": "nobody/nothing", "no_causal_mask": True},
+}
+SIGLIP["text_cfg"] |= {"pool_type": "last", "tokenizer_kwargs": {"clean": "canonicalize"}}  # type: ignore[operator]
+MOBILE = {
+    "embed_dim": 24,
+    "vision_cfg": {"timm_model_name": "fastvit_t8", "timm_pool": "avg", "timm_proj": None, "image_size": 64},
+    "text_cfg": TEXT,
+    "custom_text": True,
+}
 THREE = Options(batch=AxisRange(1, 2, 3))
 
 
@@ -50,6 +62,8 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("configs")
     for name, config in TOYS.items():
         (folder / f"{name}.json").write_text(json.dumps({**config, "text_cfg": TEXT}))
+    for name, config in {"toy-siglip": SIGLIP, "toy-mobile": MOBILE}.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)
 
 
@@ -98,6 +112,61 @@ def test_a_model_with_a_bias_keeps_it() -> None:
     assert prepared.settings["logit_scale"] == pytest.approx(1 / 0.07)
     judged(graphs(prepared)["text"])
     assert clip.prepare("toy-vit", "random:0", THREE).settings["logit_bias"] == 0
+
+
+def test_branches_of_a_block_become_one_convolution() -> None:
+    """MobileCLIP's image tower; the gate compares it with the official module, whose branches are apart."""
+    graph = graphs(clip.prepare("toy-mobile", "random:0", THREE))["image"]
+    judged(graph)
+    official = clip_weights.load("toy-mobile", "random:0").model.visual
+    counts = [sum(isinstance(each, torch.nn.BatchNorm2d) for each in module.modules()) for module in (official, graph.module)]
+    assert counts[0] > 40 and counts[1] < counts[0] / 3
+
+
+@pytest.fixture
+def siglip(tmp_path: Path) -> Path:
+    """A folder as the hub has it, of a model with a sigmoid loss and a tokenizer of its own."""
+    from tokenizers import models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    words.train_from_iterator(["this is a photo of dog"], trainers.WordPieceTrainer(vocab_size=40, special_tokens=special))
+    names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), special, strict=True))
+    folder = tmp_path / "siglip"
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(str(folder))
+    safetensors.torch.save_file(
+        clip_weights.seeded(partial(clip_weights.build, "toy-siglip"), 7).state_dict(), folder / "open_clip_model.safetensors"
+    )
+    recipe = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": SIGLIP, "preprocess_cfg": recipe}))
+    return folder
+
+
+@pytest.mark.parametrize("file", ["", "open_clip_model.safetensors"])
+def test_a_model_of_sigmoids_brings_its_rule_and_its_tokenizer(siglip: Path, file: str) -> None:
+    prepared = clip.prepare("toy-siglip", str(siglip / file), THREE)
+    settings = prepared.settings
+    assert (settings["rule"], settings["threshold"], settings["logit_bias"]) == ("sigmoid", 0.1, -10.0)
+    assert (settings["templates"], settings["backgrounds"]) == (["This is a photo of {}."], [])
+    assert (settings["context_length"], settings["pad"], settings["end"]) == (12, 0, 1)
+    official = open_clip.get_tokenizer(f"local-dir:{siglip}")
+    assert prepared.tokenizer is not None
+    assert prepared.tokenizer.encode("This is a Photo of dog!").ids == official(["This is a Photo of dog!"])[0].tolist()
+    for graph in graphs(prepared).values():
+        judged(graph)
+
+
+def test_a_tokenizer_that_is_not_there_is_refused_with_the_way_out(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (siglip / "tokenizer.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"tokenizer\.json: its tokenizer cannot be loaded"):
+        clip.prepare("toy-siglip", str(siglip), THREE)
+    (siglip / "tokenizer.json").unlink()
+    with pytest.raises(WeightsError, match="--variant toy-siglip: its tokenizer cannot be loaded") as caught:
+        clip.prepare("toy-siglip", str(siglip), THREE)
+    assert "put tokenizer.json and open_clip_config.json beside the weights" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["image", "text"])
