@@ -32,6 +32,7 @@ from .eval import eval
 from .export import export
 from .label import EPILOG as LABEL_EPILOG
 from .label import label
+from .models import models
 from .report import report
 from .train import train
 from .triton import triton
@@ -82,7 +83,8 @@ def _flag(name: str, hint: Any) -> Flag:
     return Flag(parameter=name, kind=_KINDS.get(hint, "text"))
 
 
-for command in (export, verify, label, train, eval, bench, report, convert, correct, triton, app_command, demo, doctor):
+COMMANDS = (models, export, verify, label, train, eval, bench, report, convert, correct, triton, app_command, demo, doctor)
+for command in COMMANDS:
     app.command(epilog=LABEL_EPILOG if command is label else None)(command)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +27,8 @@ from wsss.export.grounding_dino import weights as grounding_dino_weights  # noqa
 from wsss.export.grounding_dino.graphs import ImageGraph, level_shapes  # noqa: E402
 from wsss.export.to_onnx import OPSET, WeightFile, export_onnx  # noqa: E402
 from wsss.export.verify import gate  # noqa: E402
+from wsss.mini.scenes import write_scenes  # noqa: E402
+from wsss.runtime.bundles import MINI  # noqa: E402
 from wsss.spec import AxisRange  # noqa: E402
 
 from .toy import mm_toy, toy  # noqa: E402
@@ -132,6 +137,27 @@ def test_every_variant_has_known_weights_whose_files_do_not_collide() -> None:
             assert each.file.endswith(f"-{each.sha256}.pth") and len(each.sha256) == 8
     with pytest.raises(WeightsError, match="no known grounding-dino weights"):
         grounding_dino.prepare("mm_mini", official("mm_mini"), Options())
+
+
+# ---- the chain ----
+
+
+@pytest.mark.slow
+def test_the_chain_with_the_small_model_labels_resumes_converts_and_reports(wsss: Callable[..., Any], tmp_path: Path) -> None:
+    """A minute, for tracing."""
+    write_scenes(tmp_path, 4, seed=5)
+    shutil.copytree(MINI, "bundle")
+    mini = ("export", "--model", "grounding-dino", "--variant", "mm_mini", "--weights", "random:0", "--bundle", "bundle")
+    assert wsss(*mini, "--engine", "onnx", "--size", "192x192").code == 0
+    label = ("label", "images", "--classes", "mini", "--bundle", "bundle", "--out", "store", "--device", "cpu")
+    loose = ("--box-threshold", "0.01")  # of random weights, scores are low
+    assert wsss(*label, *loose, "--limit", "2").code == 0
+    assert "2 already done" in wsss(*label, *loose).stdout
+    assert json.loads(Path("store/run.json").read_text())["bundle"]["variants"]["grounding-dino"] == "mm_mini"
+    lines = [json.loads(line) for line in Path("store/manifest.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and any(line["boxes"] for line in lines)
+    assert wsss("convert", "store", "--to", "coco", "--out", "coco").code == 0
+    assert wsss("report", "store", "--out", "page.html").code == 0 and Path("page.html").is_file()
 
 
 # ---- checkpoints ----
