@@ -86,7 +86,7 @@ ENTRIES = (
     _clip("ViT-L-14", 427.6, 81.0),
     _clip("ViT-L-14-336", 427.9, 191.0),
     _dino("swin_t", 172.3, 339.0, "swint_ogc", _IDEA),
-    _dino("swin_b", 232.4, 562.0, "swinb_cogcoor", _IDEA),
+    _dino("swin_b", 232.3, 562.0, "swinb_cogcoor", _IDEA),
     _dino("mm_tiny", 172.9, 339.0, "mm_grounding_dino_tiny_o365v1_goldg_v3det", _OPENMMLAB),
     _dino("mm_base", 233.0, 562.0, "mm_grounding_dino_base_o365v1_goldg_v3det", _OPENMMLAB),
     _dino("mm_large", 343.1, 1672.9, "mm_grounding_dino_large_o365v2_oiv6_goldg", _OPENMMLAB),

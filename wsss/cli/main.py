@@ -27,12 +27,11 @@ from .config import FILE, Flag, read_defaults
 from .convert import convert
 from .correct import correct
 from .demo import demo
-from .doctor import doctor
+from .doctor import doctor, models
 from .eval import eval
 from .export import export
 from .label import EPILOG as LABEL_EPILOG
 from .label import label
-from .models import models
 from .report import report
 from .train import train
 from .triton import triton
