@@ -454,6 +454,20 @@ def export_cost() -> str:
     return table(["FP32", "tracing, CPU", "gate, CPU", "its batches", "peak memory of tracing", "of the gate"], rows)
 
 
+def detectors() -> str:
+    """MM-Grounding-DINO against transformers' modules, and the costs of its engines."""
+    rows: list[Row] = []
+    for key, entry in result("mm-grounding-dino").items():
+        model, _, graph = key.partition("/")
+        worst = entry["worst"]
+        if key.endswith("fp32"):
+            far = f"logits {worst['logits']:.1e}, boxes {worst['boxes']:.1e}"
+        else:
+            far = f"scores {worst['logits']:.4f}, boxes of the 100 best queries {worst['boxes']:.1e} from IoU 1"
+        rows.append([model, graph, entry["photographs"], far, f"{entry['peak_memory_gb']:.1f} GB"])
+    return table(["model", "graph", "photographs", "largest difference", "peak memory"], rows)
+
+
 def proofs() -> dict[str, dict[str, dict[str, Any]]]:
     """What was measured of each model and variant at full size, for `wsss.export.catalog`."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -466,7 +480,7 @@ def proofs() -> dict[str, dict[str, dict[str, Any]]]:
     dino, sam = result("grounding-dino-official"), result("sam-official")
     put(f"grounding-dino {dino['variant']}", "fp32", photographs=dino["photographs"], **dino["parity"])
     put(f"sam {sam['variant']}", "fp32", photographs=sam["summary"]["photographs"], mask_iou=sam["summary"]["worst_iou"])
-    for name in ("half-precision",):
+    for name in ("half-precision", "mm-grounding-dino"):
         for key, entry in result(name).items():
             graph, _, kind = key.rpartition("/")[2].partition(" ")
             far = {f"{graph} {output}": value for output, value in entry["worst"].items()}
@@ -482,6 +496,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "parity": parity,
     "half-precision": half,
+    "detectors": detectors,
     "export-cost": export_cost,
     "engine-builds": engines,
     "compiled-graphs": compiled,
