@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
@@ -69,44 +69,61 @@ def build_grounding_dino_mini() -> transformers.GroundingDinoForObjectDetection:
     """
     import transformers
 
-    backbone = transformers.SwinConfig(
-        embed_dim=32,
-        depths=[2, 2, 3],
-        num_heads=[2, 4, 8],
-        window_size=6,
-        mlp_ratio=3.0,
-        drop_path_rate=0.0,
-        out_indices=[2, 3],  # strides 8 and 16
-    )
-    text = transformers.BertConfig(
-        vocab_size=GROUNDING_DINO_VOCABULARY,
-        hidden_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=192,
-        max_position_embeddings=256,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    config = transformers.GroundingDinoConfig(
-        backbone_config=backbone,
-        text_config=text,
-        d_model=96,
-        num_queries=30,
-        num_feature_levels=3,
-        encoder_layers=2,
-        encoder_ffn_dim=256,
-        encoder_attention_heads=4,
-        decoder_layers=2,
-        decoder_ffn_dim=384,
-        decoder_attention_heads=4,
-        dropout=0.0,
-        fusion_droppath=0.0,
-        disable_custom_kernels=True,
-    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You'd better set embed_dim")  # for a CUDA kernel that is not used
-        return transformers.GroundingDinoForObjectDetection(config)
+        return transformers.GroundingDinoForObjectDetection(transformers.GroundingDinoConfig(**_grounding_dino_mini_sizes()))
+
+
+HEADS_OF_THEIR_OWN = {"decoder_bbox_embed_share": False, "decoder_cls_embed_share": False}
+"""Settings of MM-Grounding-DINO, whose decoder layers share no head (mmdetection, ``GroundingDINOHead``)."""
+
+
+def build_mm_grounding_dino_mini() -> transformers.MMGroundingDinoForObjectDetection:
+    """MM-Grounding-DINO of the same sizes."""
+    import transformers
+
+    config = transformers.MMGroundingDinoConfig(**_grounding_dino_mini_sizes(), **HEADS_OF_THEIR_OWN)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You'd better set embed_dim")
+        return transformers.MMGroundingDinoForObjectDetection(config)
+
+
+def _grounding_dino_mini_sizes() -> dict[str, Any]:
+    import transformers
+
+    return {
+        "backbone_config": transformers.SwinConfig(
+            embed_dim=32,
+            depths=[2, 2, 3],
+            num_heads=[2, 4, 8],
+            window_size=6,
+            mlp_ratio=3.0,
+            drop_path_rate=0.0,
+            out_indices=[2, 3],  # strides 8 and 16
+        ),
+        "text_config": transformers.BertConfig(
+            vocab_size=GROUNDING_DINO_VOCABULARY,
+            hidden_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=192,
+            max_position_embeddings=256,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+        "d_model": 96,
+        "num_queries": 30,
+        "num_feature_levels": 3,
+        "encoder_layers": 2,
+        "encoder_ffn_dim": 256,
+        "encoder_attention_heads": 4,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 384,
+        "decoder_attention_heads": 4,
+        "dropout": 0.0,
+        "fusion_droppath": 0.0,
+        "disable_custom_kernels": True,
+    }
 
 
 # ---- SAM ----

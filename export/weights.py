@@ -31,10 +31,12 @@ class Download:
     url: str
     sha256: str
     """All or the leading hex digits, as many as the publisher gives; empty if none."""
+    name: str = ""
+    """Of the file in the cache, where the address has the same name as others."""
 
     @property
     def file(self) -> str:
-        return self.url.rsplit("/", 1)[-1]
+        return self.name or self.url.rsplit("/", 1)[-1]
 
     @property
     def pinned(self) -> str:

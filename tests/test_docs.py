@@ -14,7 +14,8 @@ from types import ModuleType
 import pytest
 
 from wsss.benchmarks.demo import SEED
-from wsss.benchmarks.studies.tables import PAGES, TABLES, updated
+from wsss.benchmarks.studies.tables import PAGES, TABLES, proofs, updated
+from wsss.export.catalog import PROVEN
 from wsss.mini.scenes import write_scenes
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,10 @@ ROOT = Path(__file__).parents[1]
 def test_tables_are_those_of_the_result_files(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert updated(text) == text, "run: python -m wsss.benchmarks.studies.tables"
+
+
+def test_what_wsss_models_lists_as_measured_is_in_the_result_files() -> None:
+    assert json.loads(PROVEN.read_text(encoding="utf-8")) == proofs(), "run: python -m wsss.benchmarks.studies.tables"
 
 
 def test_every_table_stands_somewhere() -> None:
@@ -58,6 +63,19 @@ def test_the_examples_of_python_run(tmp_path: Path) -> None:
     assert "missing.jpg: cannot be read" in done.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"scene-1000000.png", "scene-1000000.json", "picture.jpg"}
     assert (tmp_path / "store/manifest.jsonl").read_text().count("\n") == 3
+
+
+def test_the_smallest_model_is_exported_and_its_fault_seen(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="needs torch: pip install 'wsss[export]'")
+    text = (ROOT / "docs" / "adding-a-model.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    fault = program.replace("values.flatten(1).std(1, keepdim=True)", "values.std()")
+    done, failed = (
+        subprocess.run([sys.executable, "-c", each], cwd=tmp_path, capture_output=True, text=True) for each in (program, fault)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "image agrees with its reference" in done.stdout and (tmp_path / "bundle/color/manifest.json").is_file()
+    assert failed.returncode == 1 and "ParityError" in failed.stderr and "row" in failed.stderr
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:

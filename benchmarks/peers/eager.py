@@ -188,7 +188,7 @@ class EagerDetector:
             "size": np.array([frame.valid], np.int64),
         }
         pixels, mask = grounding_dino.official_pixels(feeds)
-        margin = partial(_logit, margin=limits.margin)
+        margin = partial(_logit, margin=limits.margin[0])
         with mock.patch("torch.special.logit", margin):
             out = self.model(
                 pixel_values=pixels, pixel_mask=mask, input_ids=self._tokens, attention_mask=torch.ones_like(self._tokens)

@@ -2,6 +2,7 @@
 
     python -m wsss.benchmarks.studies.tables [--check]
 
+It also writes ``export/proven.json``, the figures of `wsss models`.
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. This script rewrites it, so that no number is typed by hand.
 A test compares the pages with the result files.
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...export.catalog import PROVEN
 from .harness import RESULTS, study_parser
 
 ROOT = Path(__file__).parents[2]
@@ -452,10 +454,49 @@ def export_cost() -> str:
     return table(["FP32", "tracing, CPU", "gate, CPU", "its batches", "peak memory of tracing", "of the gate"], rows)
 
 
+def detectors() -> str:
+    """MM-Grounding-DINO against transformers' modules, and the costs of its engines."""
+    rows: list[Row] = []
+    for key, entry in result("mm-grounding-dino").items():
+        model, _, graph = key.partition("/")
+        worst = entry["worst"]
+        if key.endswith("fp32"):
+            far = f"logits {worst['logits']:.1e}, boxes {worst['boxes']:.1e}"
+        else:
+            far = f"scores {worst['logits']:.4f}, boxes of the 100 best queries {worst['boxes']:.1e} from IoU 1"
+        rows.append([model, graph, entry["photographs"], far, f"{entry['peak_memory_gb']:.1f} GB"])
+    return table(["model", "graph", "photographs", "largest difference", "peak memory"], rows)
+
+
+def proofs() -> dict[str, dict[str, dict[str, Any]]]:
+    """What was measured of each model and variant at full size, for `wsss.export.catalog`."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def put(model: str, kind: str, **figures: Any) -> None:
+        found.setdefault(model, {}).setdefault(kind, {}).update(figures)
+
+    for row in result("clip-official"):
+        put(f"clip {row['variant']}", "fp32", photographs=row["photographs"], cosine=_worst_cosine(row))
+    dino, sam = result("grounding-dino-official"), result("sam-official")
+    put(f"grounding-dino {dino['variant']}", "fp32", photographs=dino["photographs"], **dino["parity"])
+    put(f"sam {sam['variant']}", "fp32", photographs=sam["summary"]["photographs"], mask_iou=sam["summary"]["worst_iou"])
+    for name in ("half-precision", "mm-grounding-dino"):
+        for key, entry in result(name).items():
+            graph, _, kind = key.rpartition("/")[2].partition(" ")
+            far = {f"{graph} {output}": value for output, value in entry["worst"].items()}
+            put(f"{key.split('/')[0].split()[0]} {entry['variant']}", kind, photographs=entry["photographs"], **far)
+    for model, built in result("engine-builds").items():
+        seconds = round(sum(engine["seconds"] for engine in built["engines"].values()), 1)
+        put(model, "trt-rtx", engines=len(built["engines"]), seconds=seconds, peak_memory_gb=built["peak_memory_gb"])
+    order = ("fp32", "fp16", "trt-rtx")
+    return {model: {kind: kinds[kind] for kind in order if kind in kinds} for model, kinds in sorted(found.items())}
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "parity": parity,
     "half-precision": half,
+    "detectors": detectors,
     "export-cost": export_cost,
     "engine-builds": engines,
     "compiled-graphs": compiled,
@@ -486,9 +527,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; fail when a page is out of date")
     check = parser.parse_args().check
     stale = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        if (new := updated(text)) != text:
+    pages = {page: updated(page.read_text(encoding="utf-8")) for page in PAGES}
+    for page, new in {**pages, PROVEN: json.dumps(proofs(), indent=1) + "\n"}.items():
+        if not page.exists() or new != page.read_text(encoding="utf-8"):
             stale.append(page.name)
             if not check:
                 page.write_text(new, encoding="utf-8")

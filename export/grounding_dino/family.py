@@ -22,7 +22,12 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
+from transformers import (
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    MMGroundingDinoConfig,
+    MMGroundingDinoForObjectDetection,
+)
 
 from ...errors import ParityError, UsageError
 from ...spec import AxisRange, Preprocess, TensorSpec
@@ -32,9 +37,9 @@ from ..canvases import tracing_canvas
 from ..family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Sampling, Template, Tolerance
 from ..resize import resize_graphs
 from ..verify import photograph
-from .graphs import MEAN, STD, ImageGraph, TextGraph, lengths_of, level_shapes, other_numbers
-from .layers import OFFICIAL_MARGIN, TRANSFORMERS_MARGIN, inverse_sigmoid
-from .weights import OFFICIAL, bert_tokenizer, load
+from .graphs import MEAN, STD, Detector, ImageGraph, TextGraph, lengths_of, level_shapes, other_numbers
+from .layers import MMDET_MARGIN, OFFICIAL_MARGIN, TRANSFORMERS_MARGIN, Margin, inverse_sigmoid
+from .weights import DEFAULT, MM_BACKBONES, OFFICIAL, bert_tokenizer, load
 
 CLS, SEP, DOT, PAD = 101, 102, 1012, 0
 """Ids of bert-base-uncased; transformers splits captions by these numbers (SPECIAL_TOKENS in its model)."""
@@ -54,8 +59,8 @@ class Frame:
     batch: AxisRange
     box_threshold: float
     """Lowest score of a box, a mean over the tokens of its phrase."""
-    margin: float
-    """``margin`` of ``inverse_sigmoid`` with which the weights were trained."""
+    margin: Margin
+    """Of ``inverse_sigmoid``, with which the weights were trained."""
     source: str
 
 
@@ -68,6 +73,7 @@ FULL = Frame(
     margin=OFFICIAL_MARGIN,
     source="GroundingDINO, groundingdino/util/inference.py, load_image",
 )
+MM = replace(FULL, margin=MMDET_MARGIN, source="mmdetection, configs/mm_grounding_dino, test_pipeline")
 MINI = Frame(
     canvases=((192, 192), (144, 256), (256, 144)),
     short_px=144,
@@ -77,6 +83,8 @@ MINI = Frame(
     margin=TRANSFORMERS_MARGIN,
     source="mini/train_detector.py: the official rule on smaller sides",
 )
+
+MM_MINI = replace(MINI, margin=MMDET_MARGIN, box_threshold=MM.box_threshold)
 
 BEST_QUERIES = 100
 TRACED_SIDE = 800
@@ -119,9 +127,9 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
     """Grounding-DINO ready to be traced.
 
     Args:
-        variant: ``swin_t``, ``swin_b`` or ``mini``.
-        weights: an official ``.pth``, an ``IDEA-Research/grounding-dino-*`` folder, a known name, ``random:SEED``;
-            ``mini`` for the mini weights of the package.
+        variant: one of `FAMILY`. ``mm_mini`` has no trained weights.
+        weights: an official ``.pth`` (mmdetection's for ``mm_*``), a folder of the Hugging Face hub, a known name,
+            ``random:SEED``; ``mini`` for the mini weights of the package.
         options: canvases, batch range, and how deformable attention samples.
 
     Raises:
@@ -129,15 +137,18 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
     """
     if variant not in FAMILY.variants:
         raise UsageError(f"--variant: expected one of {', '.join(FAMILY.variants)}, got {variant!r}")
-    small = variant == "mini"
-    build = mini.build_grounding_dino_mini if small else partial(build_official, variant)
+    small = variant.endswith("mini")
+    build: Callable[[], Detector] = partial(build_official, variant)
+    if small:
+        build = mini.build_grounding_dino_mini if variant == "mini" else mini.build_mm_grounding_dino_mini
     model, record, path = load(build, variant, weights)
     tokenizer = mini.grounding_dino_mini_tokenizer() if small else bert_tokenizer(path)
-    return assemble(model, variant, MINI if small else FULL, options, tokenizer=tokenizer, record=record)
+    frame = {"mini": MINI, "mm_mini": MM_MINI, "swin_t": FULL, "swin_b": FULL}.get(variant, MM)
+    return assemble(model, variant, frame, options, tokenizer=tokenizer, record=record)
 
 
 def assemble(
-    model: GroundingDinoForObjectDetection,
+    model: Detector,
     variant: str,
     frame: Frame,
     options: Options,
@@ -182,16 +193,30 @@ def assemble(
     )
 
 
-def build_official(variant: str) -> GroundingDinoForObjectDetection:
-    """Swin-T or Swin-B in the official configuration, randomly initialized."""
+def build_official(variant: str) -> Detector:
+    """A model in the official configuration of a variant, randomly initialized."""
+    if variant not in OFFICIAL:
+        return _build_mm(variant.partition("_")[2])
     backbone = transformers.SwinConfig(**OFFICIAL[variant], drop_path_rate=0.0, out_indices=[2, 3, 4])
     return GroundingDinoForObjectDetection(GroundingDinoConfig(backbone_config=backbone, text_config=transformers.BertConfig()))
+
+
+def _build_mm(size: str) -> MMGroundingDinoForObjectDetection:
+    levels = [1, 2, 3, 4] if size == "large" else [2, 3, 4]  # feature maps of the backbone; another one is made from the last
+    backbone = transformers.SwinConfig(**MM_BACKBONES[size], drop_path_rate=0.0, out_indices=levels)
+    config = MMGroundingDinoConfig(
+        backbone_config=backbone,
+        text_config=transformers.BertConfig(),
+        num_feature_levels=len(levels) + 1,
+        **mini.HEADS_OF_THEIR_OWN,
+    )
+    return MMGroundingDinoForObjectDetection(config)
 
 
 # ---- the text graph ----
 
 
-def text_graph(model: GroundingDinoForObjectDetection) -> Graph:
+def text_graph(model: Detector) -> Graph:
     """Graph ``text``, see `TextGraph`. Reference: the official features of the phrase inside a longer caption."""
     return Graph(
         name="text",
@@ -226,7 +251,7 @@ def _random_phrase(rng: np.random.Generator, vocabulary: int, *, most: int) -> l
 
 
 @torch.no_grad()
-def _official_phrase(model: GroundingDinoForObjectDetection, feeds: Feeds, outputs: Feeds) -> Feeds:
+def _official_phrase(model: Detector, feeds: Feeds, outputs: Feeds) -> Feeds:
     """The official model's features of one phrase in the middle of a caption of three."""
     phrase = feeds["tokens"][0][feeds["mask"][0]].tolist()
     before, after = [ANY_WORD, ANY_WORD + 1, DOT], [ANY_WORD + 2, DOT]
@@ -241,7 +266,7 @@ def _official_phrase(model: GroundingDinoForObjectDetection, feeds: Feeds, outpu
     return {"features": features}
 
 
-def official_text_features(model: GroundingDinoForObjectDetection, tokens: Tensor) -> Tensor:
+def official_text_features(model: Detector, tokens: Tensor) -> Tensor:
     """(B, T, D) features of whole captions (B, T) int64, with transformers' mask and BERT."""
     from transformers.models.grounding_dino import modeling_grounding_dino as official
 
@@ -255,10 +280,10 @@ def official_text_features(model: GroundingDinoForObjectDetection, tokens: Tenso
 
 
 def image_graphs(
-    model: GroundingDinoForObjectDetection,
+    model: Detector,
     canvases: Sequence[tuple[int, int]],
     batch: AxisRange,
-    margin: float,
+    margin: Margin,
     sampling: Sampling,
     two_products: bool,
 ) -> list[Callable[[], Graph]]:
@@ -287,10 +312,10 @@ def image_graphs(
 
 
 def image_graph(
-    model: GroundingDinoForObjectDetection,
+    model: Detector,
     canvas: tuple[int, int],
     batch: AxisRange,
-    margin: float = OFFICIAL_MARGIN,
+    margin: Margin = OFFICIAL_MARGIN,
     sampling: Sampling = "grid-sample",
     two_products: bool = False,
 ) -> Graph:
@@ -327,7 +352,7 @@ def image_graph(
     )
 
 
-def _sample_photos(model: GroundingDinoForObjectDetection, canvas: tuple[int, int], rows: int, seed: int) -> Feeds:
+def _sample_photos(model: Detector, canvas: tuple[int, int], rows: int, seed: int) -> Feeds:
     """Photos of different sizes with different captions, and noise outside the photo, which the graph must ignore.
 
     Row 1 fills the canvas. Of the others one side has an `edge_lengths` (or is the canvas's), the other a margin.
@@ -392,15 +417,13 @@ def _features(graph: TextGraph, tokens: list[int]) -> np.ndarray:
 
 
 @torch.no_grad()
-def official_detections(
-    model: GroundingDinoForObjectDetection, margin: float, feeds: Feeds, outputs: Feeds, *, tie: float = TIE
-) -> Feeds:
+def official_detections(model: Detector, margin: Margin, feeds: Feeds, outputs: Feeds, *, tie: float = TIE) -> Feeds:
     """Result of the official forward pass for one photo, with the queries that the graph chose.
 
     The caption is rebuilt with arbitrary words, because only its structure matters: the fed features replace BERT's.
 
     Args:
-        margin: of ``inverse_sigmoid``, instead of transformers' value.
+        margin: of ``inverse_sigmoid``, instead of transformers' values.
         tie: share of the largest score by which tied scores may differ.
 
     Raises:
@@ -420,12 +443,14 @@ def official_detections(
         ranks = torch.arange(query.shape[1], 0, -1, dtype=logits.dtype)[None]
         return torch.full_like(logits, -1.0).scatter(1, query[..., None], ranks[..., None])
 
+    margins = [margin[0]]
     hooks = [
+        model.model.register_forward_hook(lambda *_: margins.append(margin[1])),  # what follows are the last boxes
         model.model.text_projection.register_forward_hook(lambda *_: text),
         model.model.encoder_output_class_embed.register_forward_hook(force_queries),
     ]
     try:
-        with mock.patch("torch.special.logit", lambda values, eps: inverse_sigmoid(values, margin)):
+        with mock.patch("torch.special.logit", lambda values, eps: inverse_sigmoid(values, margins[-1])):
             out = model(pixel_values=pixels, pixel_mask=mask, input_ids=tokens, attention_mask=(tokens != PAD).long())
     finally:
         for hook in hooks:
@@ -467,8 +492,13 @@ def check_near_tie(scores: Tensor, query: Tensor, tie: float = TIE) -> None:
 
 FAMILY = Family(
     name="grounding-dino",
-    variants=("swin_t", "swin_b", "mini"),
+    variants=(
+        *OFFICIAL,
+        *(f"{family}_{size}" for family in ("mm", "llmdet") for size in MM_BACKBONES),
+        "mini",
+        "mm_mini",
+    ),
     default="swin_t",
     prepare=prepare,
-    official=lambda variant: {"swin_t": "swint_ogc", "swin_b": "swinb_cogcoor"}.get(variant, variant),
+    official=lambda variant: DEFAULT.get(variant, variant),
 )

@@ -16,10 +16,13 @@ and the softmax between the projections are in half precision.
 
 from __future__ import annotations
 
+import math
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
+from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection, MMGroundingDinoForObjectDetection
 from transformers.models.grounding_dino import modeling_grounding_dino as official
 
 from ..family import Sampling
@@ -28,6 +31,7 @@ from ..rewrites import normalize_in_fp32, normalized
 from .layers import (
     OFFICIAL_MARGIN,
     Levels,
+    Margin,
     additive_mask,
     box_positions,
     call,
@@ -49,6 +53,8 @@ STD = (58.395, 57.12, 57.375)
 EDGE = 1e-6
 """Proposals must lie between 0.01 and 0.99. The outer cells of 50 lie exactly there, and do not count in the official model
 (float32 division rounds 49.5 / 50 to 0.99). No other cell of up to 5,000 is so close, and no rounding of a division as large."""
+Detector: TypeAlias = GroundingDinoForObjectDetection | MMGroundingDinoForObjectDetection
+"""The official classes. MM-Grounding-DINO differs in its class head (`ImageGraph`) and in heads of its own for each layer."""
 GROUPS = 32
 """Groups of the norms of the feature maps (transformers' GroundingDinoModel)."""
 BEYOND = 1e4
@@ -58,7 +64,7 @@ BEYOND = 1e4
 class TextGraph(nn.Module):
     """Text features of sub-sentences: BERT, then the projection to the detector's width."""
 
-    def __init__(self, model: GroundingDinoForObjectDetection) -> None:
+    def __init__(self, model: Detector) -> None:
         super().__init__()
         self.bert = model.model.text_backbone
         self.projection = model.model.text_projection
@@ -89,7 +95,7 @@ class ImageGraph(nn.Module):
     Args:
         model: official model; its layers are shared, not copied.
         canvas: (height, width) of the pixels.
-        margin: of ``inverse_sigmoid``, with which the weights were trained.
+        margin: those of ``inverse_sigmoid`` with which the weights were trained.
         sampling: how deformable attention reads between cells, see `sampler`.
         two_products: of `fusion_attention`, for half precision.
     """
@@ -100,9 +106,9 @@ class ImageGraph(nn.Module):
 
     def __init__(
         self,
-        model: GroundingDinoForObjectDetection,
+        model: Detector,
         canvas: tuple[int, int],
-        margin: float = OFFICIAL_MARGIN,
+        margin: Margin = OFFICIAL_MARGIN,
         sampling: Sampling = "grid-sample",
         two_products: bool = False,
     ) -> None:
@@ -110,7 +116,7 @@ class ImageGraph(nn.Module):
         self.two_products = two_products
         self.margin = margin
         self.core = model.model
-        self.box_heads = model.bbox_embed
+        self.class_head, self.box_heads = model.class_embed[-1], model.bbox_embed
         self.queries = model.config.num_queries
         self.shapes = level_shapes(model.config, canvas)
         self.level = Fp32(call, why="projection of the feature maps, whose group norms sum over whole maps")
@@ -187,10 +193,11 @@ class ImageGraph(nn.Module):
         for layer, head in zip(self.core.decoder.layers, self.core.decoder.bbox_embed, strict=True):
             before = boxes
             hidden = self._decode(layer, hidden, boxes, vision, text, token_mask, levels)
-            boxes = self.refine(head, hidden, boxes)
+            boxes = self.refine(head, hidden, boxes, self.margin[0])
         # As in the reference, the last boxes come from the normed hidden state and the last layer's input boxes.
         hidden = self.stream(self.core.decoder.layer_norm, hidden)
-        return self.score(hidden, text, is_token), self.refine(self.box_heads[-1], hidden, before), query
+        boxes = self.refine(self.box_heads[-1], hidden, before, self.margin[1])
+        return self.score(hidden, text, is_token), boxes, query
 
     def _geometry(self, size: Tensor) -> tuple[Levels, Tensor]:
         """The cells that each photo covers, and the (B, N, D) position embeddings of all cells."""
@@ -224,6 +231,7 @@ class ImageGraph(nn.Module):
         # Finite also for cells outside the photo; a usable proposal lies between 0.01 and 0.99 and is not clamped.
         proposals = inverse_sigmoid(proposals).masked_fill(~usable[..., None], BEYOND)
         cells = self.core.enc_output_norm(self.core.enc_output(vision * usable[..., None]))
+        # Without the encoder's class head: MM-Grounding-DINO's scales all scores and adds a bias, which leaves their order.
         scores = (cells @ text.transpose(1, 2)).masked_fill(~is_token[:, None, :], float("-inf")).amax(-1)  # (B, N)
         query = scores.topk(self.queries, dim=1).indices
         chosen = query[..., None]
@@ -231,9 +239,9 @@ class ImageGraph(nn.Module):
         boxes = self.core.encoder_output_bbox_embed(cells) + proposals.gather(1, chosen.expand(-1, -1, 4))
         return query, boxes.sigmoid()
 
-    def _refine(self, head: nn.Module, hidden: Tensor, boxes: Tensor) -> Tensor:
+    def _refine(self, head: nn.Module, hidden: Tensor, boxes: Tensor, margin: float) -> Tensor:
         """(B, Q, 4) boxes moved by a head's prediction from the hidden state."""
-        return (head(hidden) + inverse_sigmoid(boxes, self.margin)).sigmoid()
+        return (head(hidden) + inverse_sigmoid(boxes, margin)).sigmoid()
 
     def _place(self, boxes: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         """The boxes (B, Q, L, 4) in 0..1 of the canvas, and the sines of their coordinates on the first level (B, Q, 2 D)."""
@@ -241,7 +249,11 @@ class ImageGraph(nn.Module):
         return reference, box_positions(reference[:, :, 0], self.core.config.d_model // 2)
 
     def _score(self, hidden: Tensor, text: Tensor, is_token: Tensor) -> Tensor:
-        return (hidden @ text.transpose(1, 2)).masked_fill(~is_token[:, None, :], float("-inf"))
+        logits = hidden @ text.transpose(1, 2)
+        bias = getattr(self.class_head, "bias", None)  # only MM-Grounding-DINO has one, and scales
+        if bias is not None:
+            logits = logits / math.sqrt(hidden.shape[-1]) + bias
+        return logits.masked_fill(~is_token[:, None, :], float("-inf"))
 
     def _enhance_text(self, layer: nn.Module, text: Tensor, position: Tensor, mask: Tensor) -> Tensor:
         seen = text_attention(layer.self_attn, self.of_text(torch.add, text, position), text, mask, self.of_text)
@@ -278,7 +290,7 @@ def _feed_forward(layer: nn.Module, text: Tensor) -> Tensor:
     return _add_norm(layer.layer_norm_after, text, layer.fc2(layer.activation(layer.fc1(text))))
 
 
-def lengths_of(model: GroundingDinoForObjectDetection, canvas: tuple[int, int]) -> tuple[dict[str, int], list[int]]:
+def lengths_of(model: Detector, canvas: tuple[int, int]) -> tuple[dict[str, int], list[int]]:
     """All lengths in an `ImageGraph` that depend on its canvas, and its amounts of padding: `canvases.Lengths`.
 
     The sides of the canvas are multiples of Swin's patches; otherwise the first convolution has a padding of its own.
@@ -317,7 +329,7 @@ def lengths_of(model: GroundingDinoForObjectDetection, canvas: tuple[int, int]) 
     return found, paddings
 
 
-def other_numbers(model: GroundingDinoForObjectDetection) -> set[int]:
+def other_numbers(model: Detector) -> set[int]:
     """Numbers in an `ImageGraph` that do not depend on its canvas: sizes of weights and settings, and what follows from them."""
     swin, config = model.model.backbone.conv_encoder.model.swin, model.config
     numbers = {*range(9), config.d_model // config.decoder_attention_heads, config.d_model // config.encoder_attention_heads}

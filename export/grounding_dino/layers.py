@@ -27,15 +27,21 @@ def additive_mask(seen: Tensor) -> Tensor:
     return (~seen).float() * MASKED
 
 
-OFFICIAL_MARGIN, TRANSFORMERS_MARGIN = 1e-3, 1e-5
-"""Distance from 0 and 1 at which the two implementations clamp coordinates before taking their logits."""
+Margin = tuple[float, float]
+"""Distances from 0 and 1 at which coordinates are clamped before taking their logits: between layers, and for the last boxes."""
+OFFICIAL_MARGIN: Margin = (1e-3, 1e-3)
+"""GroundingDINO, ``util/misc.py``."""
+MMDET_MARGIN: Margin = (1e-3, 1e-5)
+"""mmdetection: ``DinoTransformerDecoder`` (``layers/transformer/dino_layers.py``), and ``GroundingDINOHead.forward``."""
+TRANSFORMERS_MARGIN: Margin = (1e-5, 1e-5)
+"""transformers, ``torch.special.logit(eps=1e-5)``."""
 
 
-def inverse_sigmoid(values: Tensor, margin: float = OFFICIAL_MARGIN) -> Tensor:
+def inverse_sigmoid(values: Tensor, margin: float = OFFICIAL_MARGIN[0]) -> Tensor:
     """Logits of values in 0..1, finite at both ends: ``inverse_sigmoid`` of GroundingDINO's ``util/misc.py``.
 
-    transformers uses ``torch.special.logit(eps=1e-5)`` instead. For a box as wide or high as the photo (a side beyond 0.999)
-    its boxes and scores differ from those for which the official weights were trained.
+    With transformers' margin, for a box as wide or high as the photo (a side beyond 0.999), boxes and scores differ from those
+    for which the official weights were trained.
     """
     return torch.log(values.clamp(min=margin) / (1 - values).clamp(min=margin))
 

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 import torch
 from torch import Tensor
-from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
+from transformers import GroundingDinoConfig, MMGroundingDinoConfig, MMGroundingDinoForObjectDetection
 
 from ...errors import WeightsError
 from ...files import cache_folder
@@ -27,12 +27,20 @@ from ..weights import (
     spread,
     weights_record,
 )
+from . import mmdet
+from .graphs import Detector
 
 OFFICIAL: Mapping[str, Mapping[str, object]] = {
     "swin_t": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},
     "swin_b": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
 }
 """Backbones by variant (groundingdino/models/GroundingDINO/backbone/swin_transformer.py: swin_T_224_1k, swin_B_384_22k)."""
+MM_BACKBONES: Mapping[str, Mapping[str, object]] = {
+    "tiny": OFFICIAL["swin_t"],
+    "base": OFFICIAL["swin_b"],
+    "large": {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 12},
+}
+"""Backbones of MM-Grounding-DINO and LLMDet by size (mmdetection, configs/mm_grounding_dino)."""
 
 _RELEASES = "https://github.com/IDEA-Research/GroundingDINO/releases/download"
 KNOWN = {
@@ -45,6 +53,43 @@ KNOWN = {
         "46270f7a822e6906b655b729c90613e48929d0f2bb8b9b76fd10a856f3ac6ab7",
     ),
 }
+
+
+def _of_openmmlab(folder: str, end: str) -> Download:
+    """A checkpoint of mmdetection, whose name ends with the first eight digits of its sha256."""
+    folder = f"grounding_dino_{folder}"
+    address = f"https://download.openmmlab.com/mmdetection/v3.0/mm_grounding_dino/{folder}"
+    return Download(f"{address}/{folder}{end}.pth", end[-8:])
+
+
+KNOWN |= {
+    "mm_grounding_dino_tiny_o365v1_goldg_v3det": _of_openmmlab("swin-t_pretrain_obj365_goldg_v3det", "_20231218_095741-e316e297"),
+    "mm_grounding_dino_tiny_o365v1_goldg_grit_v3det": _of_openmmlab(
+        "swin-t_pretrain_obj365_goldg_grit9m_v3det", "_20231204_095047-b448804b"
+    ),
+    "mm_grounding_dino_base_o365v1_goldg_v3det": Download(
+        "https://download.openmmlab.com/mmdetection/v3.0/mm_grounding_dino/grounding_dino_swin-b_pretrain_obj365_goldg_v3det/"
+        "grounding_dino_swin-b_pretrain_obj365_goldg_v3de-f83eef00.pth",
+        "f83eef00",
+    ),
+    "mm_grounding_dino_base_all": _of_openmmlab("swin-b_pretrain_all", "-f9818a7c"),
+    "mm_grounding_dino_large_o365v2_oiv6_goldg": _of_openmmlab("swin-l_pretrain_obj365_goldg", "-34dcdc53"),
+    "mm_grounding_dino_large_all": _of_openmmlab("swin-l_pretrain_all", "-56d69e78"),
+}
+"""Named as on the Hugging Face hub (``openmmlab-community``)."""
+KNOWN |= {
+    name: Download(f"https://huggingface.co/iSEE-Laboratory/{name}/resolve/main/model.safetensors", "", f"{name}.safetensors")
+    for name in ("llmdet_tiny", "llmdet_base", "llmdet_large")
+}
+"""Of the hub's newest revision: their publisher gives no hash."""
+DEFAULT = {
+    "swin_t": "swint_ogc",
+    "swin_b": "swinb_cogcoor",
+    "mm_tiny": "mm_grounding_dino_tiny_o365v1_goldg_v3det",
+    "mm_base": "mm_grounding_dino_base_o365v1_goldg_v3det",
+    "mm_large": "mm_grounding_dino_large_o365v2_oiv6_goldg",
+}
+"""Weights by variant, where their names differ. Of MM-Grounding-DINO, those that were not trained on COCO."""
 VOCABULARY = Download(
     "https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt",
     "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
@@ -54,9 +99,7 @@ VOCABULARY = Download(
 # ---- loading ----
 
 
-def load(
-    build: Callable[[], GroundingDinoForObjectDetection], variant: str, weights: str
-) -> tuple[GroundingDinoForObjectDetection, dict[str, str], Path | None]:
+def load(build: Callable[[], Detector], variant: str, weights: str) -> tuple[Detector, dict[str, str], Path | None]:
     """Load the model in evaluation mode; returns it with `weights_record` and the path of its weights (None if seeded).
 
     Args:
@@ -77,15 +120,21 @@ def load(
     if (path / "config.json").is_file():
         _check_config(path / "config.json", model.config, what)
     load_exactly(model, transformers_names(read_checkpoint(path), model), path=path, what=what)
-    return model.eval(), weights_record(weights, path, model), path
+    record = weights_record(weights, path, model)
+    if record["source"] in KNOWN:
+        record["pinned"] = KNOWN[weights].pinned
+    return model.eval(), record, path
 
 
 TEXT_GAIN = 1 / 8
 """Value to which training moves the gains of the last norm of the text, initially 1; see `seeded`."""
 
+BIAS_SPREAD = 0.5
+"""Largest difference of the bias of a seeded MM-Grounding-DINO's class head from the initial one, -4.6."""
+
 
 @torch.no_grad()
-def seeded(build: Callable[[], GroundingDinoForObjectDetection], seed: int) -> GroundingDinoForObjectDetection:
+def seeded(build: Callable[[], Detector], seed: int) -> Detector:
     """A model with the official initialization from ``seed``, then spread as trained weights are.
 
     A logit is the product of a query and a token, both with a norm of about 16 in 256 channels. Untrained, logits have a
@@ -93,12 +142,18 @@ def seeded(build: Callable[[], GroundingDinoForObjectDetection], seed: int) -> G
     ones are between -6.0 and -0.2 (grounding-dino-tiny, "a cat.", nine numbers in transformers' test), those of the small
     model trained here between -8.9 and -0.8. There the gains of the text's last norm went from 1 to 0.127, and all others
     stayed near 1. MM-Grounding-DINO, designed for training from scratch, divides by 16 (``log_scale="auto"``). With
-    `TEXT_GAIN` the logits of six photographs have deviations of 1.7 to 3.2 and are between -7 and 11.
+    `TEXT_GAIN` the logits of six photographs have deviations of 1.7 to 3.2 and are between -7 and 11. Of MM-Grounding-DINO, only
+    the biases of the class heads are spread, which initially are the same.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
     spread(model, seed)
+    if isinstance(model, MMGroundingDinoForObjectDetection):
+        heads = [*model.class_embed, model.model.encoder_output_class_embed]
+        for head, shift in zip(heads, torch.linspace(-BIAS_SPREAD, BIAS_SPREAD, len(heads)), strict=True):
+            head.bias.add_(shift)
+        return model.eval()
     norm = model.model.encoder.layers[-1].text_enhancer_layer.layer_norm_after
     norm.weight.mul_(TEXT_GAIN)
     norm.bias.mul_(TEXT_GAIN)
@@ -117,7 +172,7 @@ MAX_CONFIG = 1 << 20
 """Bytes; published files have ten thousand."""
 
 
-def _check_config(path: Path, expected: GroundingDinoConfig, what: str) -> None:
+def _check_config(path: Path, expected: GroundingDinoConfig | MMGroundingDinoConfig, what: str) -> None:
     hint = "use the config.json that was published with the weights"
     data = read_bytes(path, hint=hint, error=WeightsError, max_bytes=MAX_CONFIG)
     record = parse_json(data, str(path), hint=hint, error=WeightsError)
@@ -130,7 +185,7 @@ def _check_config(path: Path, expected: GroundingDinoConfig, what: str) -> None:
         compared = {name: values[name] for name in (*names, "out_features") if name in values}
         settings |= compared if part is None else {part: compared} if values else {}
     try:
-        config = GroundingDinoConfig.from_dict(settings)
+        config = type(expected).from_dict(settings)
     except Exception as error:  # transformers raises its own classes, and wrong types lead to many others
         raise WeightsError(f"{path}: expected the configuration of a Grounding-DINO: {error!s:.200}", hint=hint) from None
     faults = []
@@ -191,6 +246,7 @@ _RENAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^ENCODER\.", "model.encoder.layers."),
     (r"^DECODER\.", "model.decoder.layers."),
     (r"^SWIN\.", "model.backbone.conv_encoder.model.swin."),
+    (r"^model\.enc_out_class_embed\.", "model.encoder_output_class_embed."),
     # safetensors written by transformers 4, as on the hub
     (r"^(model\.backbone\.conv_encoder\.model)\.(encoder|embeddings)\.", r"\1.swin.\2."),
     (r"^(.*\.swin\..*)\.attention\.self\.(query|key|value)\.", lambda m: f"{m[1]}.attention.{m[2][0]}_proj."),
@@ -205,26 +261,29 @@ _DROPPED = re.compile(r"relative_position_index$|^bert\.pooler\.|position_ids$|^
 """Buffers computed from the configuration, BERT's unused pooler, and the denoising labels of training."""
 
 
-def transformers_names(state: Mapping[str, Tensor], model: GroundingDinoForObjectDetection) -> dict[str, Tensor]:
+def transformers_names(state: Mapping[str, Tensor], model: Detector) -> dict[str, Tensor]:
     """Rename a checkpoint's tensors to the names of ``model``'s state dict.
 
-    Supports the official ``.pth`` (938 keys of Swin-T, perhaps with the prefix ``module.``), files of transformers 4 and 5,
-    and files without tied tensors. Unknown names stay; ``load_exactly`` reports them.
+    Supports the official ``.pth`` (938 keys of Swin-T, perhaps with the prefix ``module.``), those of mmdetection, files of
+    transformers 4 and 5, and files without tied tensors. Unknown names stay; ``load_exactly`` reports them.
     """
     renamed: dict[str, Tensor] = {}
+    state = mmdet.official_names(state) if mmdet.is_of_mmdet(state) else state
     for name, value in state.items():
         name = name.removeprefix("module.")
         if not _DROPPED.search(name):
             for part, values in _split(name, value):
                 renamed[_renamed(part)] = values
-    expected = model.state_dict()
-    for name in expected.keys() - renamed.keys():
+    expected, found = model.state_dict(), dict(renamed)
+    for name in expected.keys() - found.keys():
         if name.startswith("model.backbone.conv_encoder.model.swin.layernorm."):
             renamed[name] = expected[name]  # transformers builds Swin's final norm, which no feature map uses
-        if tied := re.fullmatch(r"(?:model\.decoder\.)?bbox_embed\.\d+\.(.*)", name):
-            first = f"bbox_embed.0.{tied[1]}"  # one head for all layers (dec_pred_bbox_embed_share)
-            if first in renamed:
-                renamed[name] = renamed[first]
+        if head := re.fullmatch(r"(?:model\.decoder\.)?((?:bbox|class)_embed)\.(\d+)\.(.*)", name):
+            # A head has two names, of which files have either; one head for all layers has only the first's.
+            numbers = [head[2], "0"] if model.config.decoder_bbox_embed_share else [head[2]]
+            names = [f"{owner}{head[1]}.{number}.{head[3]}" for number in numbers for owner in ("", "model.decoder.")]
+            if source := next((each for each in names if each in found), None):
+                renamed[name] = found[source]
     return renamed
 
 

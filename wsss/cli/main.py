@@ -27,7 +27,7 @@ from .config import FILE, Flag, read_defaults
 from .convert import convert
 from .correct import correct
 from .demo import demo
-from .doctor import doctor
+from .doctor import doctor, models
 from .eval import eval
 from .export import export
 from .label import EPILOG as LABEL_EPILOG
@@ -82,7 +82,8 @@ def _flag(name: str, hint: Any) -> Flag:
     return Flag(parameter=name, kind=_KINDS.get(hint, "text"))
 
 
-for command in (export, verify, label, train, eval, bench, report, convert, correct, triton, app_command, demo, doctor):
+COMMANDS = (models, export, verify, label, train, eval, bench, report, convert, correct, triton, app_command, demo, doctor)
+for command in COMMANDS:
     app.command(epilog=LABEL_EPILOG if command is label else None)(command)
 
 

@@ -26,7 +26,7 @@ CANVASES = ((112, 112), (148, 92))
 @cache  # the trace that they share
 def graphs_of(sampling: Sampling, two_products: bool) -> list[Graph]:
     model = grounding_dino_weights.seeded(lambda: toy(window=7, depths=(2, 2), encoder_layers=1), 0)
-    made = grounding_dino.image_graphs(model, CANVASES, AxisRange(1, 2, 3), 1e-3, sampling, two_products)
+    made = grounding_dino.image_graphs(model, CANVASES, AxisRange(1, 2, 3), grounding_dino.FULL.margin, sampling, two_products)
     return [make() for make in made]
 
 
@@ -91,7 +91,7 @@ def test_the_lengths_of_the_traced_canvas_occur_nowhere_else() -> None:
 def test_canvases_that_do_not_fit_the_patches_and_a_single_one_are_traced_alone() -> None:
     model = grounding_dino_weights.seeded(lambda: toy(window=7, depths=(2, 2), encoder_layers=1), 0)
     for canvases in (((64, 64),), ((64, 64), (70, 96))):
-        made = grounding_dino.image_graphs(model, canvases, AxisRange(1, 2, 3), 1e-3, "grid-sample", False)
+        made = grounding_dino.image_graphs(model, canvases, AxisRange(1, 2, 3), grounding_dino.FULL.margin, "grid-sample", False)
         assert [make().template for make in made] == [None] * len(canvases)
 
 
