@@ -1,8 +1,9 @@
 """SAM's mask of a box at the photograph's size, as runs, from the decoder's low-resolution logits.
 
-The same mask as that of ``Sam.postprocess_masks`` and ``SAM2Transforms.postprocess_masks``: upsampled logits above 0, which is a probability above 0.5. The upsampled mask
-itself is never made. Along each axis a pixel depends on three neighboring cells of the logits at most (`upsample_matrix`), and is
-between their values: where all of them have the same sign, so does the pixel. Only pixels along the outline are computed.
+The same mask as that of ``Sam.postprocess_masks``, and of SAM 2's ``SAM2Transforms``: upsampled logits above 0, which is a
+probability above 0.5. The upsampled mask itself is never made. Along each axis a pixel depends on three neighboring cells of the
+logits at most (`upsample_matrix`), and is between their values: where all of them have the same sign, so does the pixel. Only
+pixels along the outline are computed.
 """
 
 from __future__ import annotations
