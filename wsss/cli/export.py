@@ -23,7 +23,8 @@ def export(
         typer.Option(help="Model to export; all: the first three, which label images together."),
     ],
     variant: Annotated[
-        str | None, typer.Option(help="Architecture, for example vit_h, swin_b or ViT-L-14. Default: the model's usual one.")
+        str | None,
+        typer.Option(help="Architecture, for example vit_h, sam2.1_tiny, swin_b or ViT-L-14. Default: the model's usual one."),
     ] = None,
     weights: Annotated[
         list[str] | None,

@@ -19,7 +19,7 @@ from ...gpu_steps import step_engines, step_graphs
 from ..harness import RESULTS, log, peak_memory_bytes, read_result, run_part, study_parser, write_result
 
 RESULT = RESULTS / "engine-builds.json"
-MODELS = ("sam vit_b", "clip ViT-B-16", "clip ViT-L-14-336", "grounding-dino swin_t", "sam vit_h")
+MODELS = ("sam vit_b", "clip ViT-B-16", "clip ViT-L-14-336", "grounding-dino swin_t", "sam vit_h", "sam sam2.1_tiny")
 
 
 def main() -> None:
