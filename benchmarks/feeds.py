@@ -179,6 +179,8 @@ _MAKERS: dict[str, Callable[[_Request], np.ndarray]] = {
     "phrase": _phrase_number,
     "position": _position,
     "embedding": _normal,
+    "features_8": _normal,
+    "features_4": _normal,
     "boxes": _boxes,
     "image": _image_of_box,
     "logits": _normal,

@@ -70,6 +70,34 @@ def with_channel_norms(layers: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*(ChannelNorm(layer) if isinstance(layer, LayerNorm2d) else layer for layer in layers))
 
 
+QUERIES = 1024
+"""Queries of an attention that are processed at a time: the 4096 x 4096 maps of SAM ViT-B and a batch of 8 would need 6.4 GB."""
+
+
+def windows_of(x: Tensor, side: int) -> Tensor:
+    """Tokens (B, G, G, C), padded with zeros, to those of each window: (B windows^2, side^2, C), for any batch."""
+    windows = -(-x.shape[1] // side)
+    pad = windows * side - x.shape[1]
+    if pad:
+        x = F.pad(x, (0, 0, 0, pad, 0, pad))
+    x = x.reshape(-1, windows, side, windows, side, x.shape[-1])
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, x.shape[-1])
+
+
+def merged(x: Tensor, side: int, grid: int) -> Tensor:
+    """Tokens of windows (B windows^2, side^2, C) to (B, grid, grid, C), without the padding: the inverse of `windows_of`."""
+    windows = -(-grid // side)
+    x = x.reshape(-1, windows, windows, side, side, x.shape[-1])
+    x = x.permute(0, 1, 3, 2, 4, 5).reshape(-1, windows * side, windows * side, x.shape[-1])
+    return x[:, :grid, :grid]
+
+
+def attention_in_parts(q: Tensor, k: Tensor, v: Tensor, most: int = QUERIES) -> Tensor:
+    """Attention (B, heads, N, C) of scaled queries and transposed keys (B, heads, C, M), ``most`` queries at a time."""
+    parts = [(some @ k).softmax(dim=-1) @ v for some in q.split(most, dim=2)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
 class SamBlock(nn.Module):
     """A block of SAM's image encoder (``ImageEncoderViT.blocks[i]``) with a free batch.
 
@@ -79,7 +107,7 @@ class SamBlock(nn.Module):
 
     The relative position terms of MViTv2 (arXiv:2112.01526, section 4.1) are a dot product with one-hot key coordinates:
     ``q.k + rel_h + rel_w = [q, rel_h, rel_w] . [k, onehot(y), onehot(x)]``. The rest is standard attention over longer
-    vectors. Queries are processed `QUERIES` at a time, because the 4096 x 4096 maps of a batch of 8 would need 6.4 GB.
+    vectors. Queries are processed `QUERIES` at a time.
 
     Args:
         block: the official block; its parameters are shared, not copied.
@@ -88,7 +116,7 @@ class SamBlock(nn.Module):
             kernel, which never writes the map, only if values are as wide as keys. Other runtimes compute the zeros.
     """
 
-    QUERIES = 1024
+    QUERIES = QUERIES
     rows: Tensor
     columns: Tensor
     places: Tensor
@@ -100,7 +128,6 @@ class SamBlock(nn.Module):
         self.heads, self.scale = block.attn.num_heads, block.attn.scale
         self.grid = grid
         self.side = block.window_size or grid
-        self.windows = -(-grid // self.side)
         step = torch.arange(self.side)
         distance = step[:, None] - step[None, :] + self.side - 1  # as get_rel_pos for equal sizes
         rows, columns = (table[distance].transpose(1, 2) for table in (block.attn.rel_pos_h, block.attn.rel_pos_w))
@@ -115,20 +142,8 @@ class SamBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, grid, grid, C) to tokens of the same shape."""
-        x = x + self._merge(self._attend(self._split(self.norm1(x))))
+        x = x + merged(self._attend(windows_of(self.norm1(x), self.side)), self.side, self.grid)
         return x + self.mlp(self.norm2(x))
-
-    def _split(self, x: Tensor) -> Tensor:
-        pad = self.windows * self.side - self.grid
-        if pad:
-            x = F.pad(x, (0, 0, 0, pad, 0, pad))
-        x = x.reshape(-1, self.windows, self.side, self.windows, self.side, x.shape[-1])
-        return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, self.side * self.side, x.shape[-1])  # (B windows^2, side^2, C)
-
-    def _merge(self, x: Tensor) -> Tensor:
-        x = x.reshape(-1, self.windows, self.windows, self.side, self.side, x.shape[-1])
-        x = x.permute(0, 1, 3, 2, 4, 5).reshape(-1, self.windows * self.side, self.windows * self.side, x.shape[-1])
-        return x[:, : self.grid, : self.grid]
 
     def _attend(self, x: Tensor) -> Tensor:
         tokens, width = x.shape[1:]
@@ -142,8 +157,7 @@ class SamBlock(nn.Module):
         channels = v.shape[-1]
         if self.width:
             v = F.pad(v, (0, self.width - channels))
-        parts = [(some @ k).softmax(dim=-1) @ v for some in q.split(self.QUERIES, dim=2)]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        out = attention_in_parts(q, k, v, self.QUERIES)
         if self.width:
             out = out[..., :channels]
         return self.proj(out.transpose(1, 2).reshape(-1, tokens, width))

@@ -39,7 +39,7 @@ class Fuser:
         self._engine = engine
         self._side = int(model.manifest.settings["logits_side"])
         self.margin, self.keep_masks = margin, keep_masks
-        self._matrix = lru_cache(maxsize=MATRICES)(partial(_uploaded_matrix, engine, self._side))
+        self._matrix = lru_cache(maxsize=MATRICES)(partial(_uploaded_matrix, engine))
 
     def __call__(self, images: Images, labels: Labels, boxes: Boxes, masks: Masks) -> PseudoLabels:
         """Label maps at the photographs' size, and how many pixels each mask covers and wins.
@@ -89,7 +89,7 @@ class Fuser:
             assert frame is not None
             rows, start = slice(start, start + count), start + count
             feeds = {"logits": logits, "pick": pick[rows], "score": scores[rows], "label": labels[rows], "margin": margin}
-            down, across = (self._matrix(*lengths) for lengths in zip(frame.canvas, frame.valid, frame.image, strict=True))
+            down, across = (self._matrix(*lengths) for lengths in frame.mask_lengths(self._side))
             for tile in self._tiles(frame.image, count):
                 yield number, tile, self._engine({**feeds, "rows": down[tile[0]], "columns": across[tile[1]]})
 

@@ -1,8 +1,9 @@
 """SAM's mask of a box at the photograph's size, as runs, from the decoder's low-resolution logits.
 
-The same mask as that of ``Sam.postprocess_masks``: upsampled logits above 0, which is a probability above 0.5. The upsampled mask
-itself is never made. Along each axis a pixel depends on three neighboring cells of the logits at most (`upsample_matrix`), and is
-between their values: where all of them have the same sign, so does the pixel. Only pixels along the outline are computed.
+The same mask as that of ``Sam.postprocess_masks``, and of SAM 2's ``SAM2Transforms``: upsampled logits above 0, which is a
+probability above 0.5. The upsampled mask itself is never made. Along each axis a pixel depends on three neighboring cells of the
+logits at most (`upsample_matrix`), and is between their values: where all of them have the same sign, so does the pixel. Only
+pixels along the outline are computed.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ def mask_runs(logits: np.ndarray, frame: Frame) -> MaskRuns:
         frame: the photograph's place on the decoder's canvas.
     """
     side, (height, _) = len(logits), frame.image
-    first_y, weight_y = _taps(side, frame.canvas[0], frame.valid[0], frame.image[0])
-    first_x, weight_x = _taps(side, frame.canvas[1], frame.valid[1], frame.image[1])
+    (first_y, weight_y), (first_x, weight_x) = (_taps(*lengths) for lengths in frame.mask_lengths(side))
     positive = logits > 0
     top, bottom = _reached(positive, first_y, weight_y.shape[1])
     left, right = _reached(positive.T, first_x, weight_x.shape[1])

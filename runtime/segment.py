@@ -18,17 +18,17 @@ from .resize import Resizer
 class Embedded:
     """The encoder's embeddings of a batch, on its device.
 
-    groups: numbers of the images of each encoder call. embeddings: each call's result, one row an image.
+    groups: numbers of the images of each encoder call. embeddings: each call's results by name, one row an image.
     frames: one per image of the batch, None for an image without boxes.
     """
 
     groups: list[np.ndarray]
-    embeddings: list[Tensor]
+    embeddings: list[dict[str, Tensor]]
     frames: list[Frame | None]
 
 
 class MaskPredictor:
-    """SAM's encoder and decoder engines.
+    """SAM's encoder and decoder engines. All outputs of the encoder are inputs of the decoder, by name.
 
     Args:
         model: the bundle's ``sam``.
@@ -52,14 +52,14 @@ class MaskPredictor:
             frames[number] = frame_for(self._preprocess, *images[number].shape)
         step = min(self._encoder.axes["batch"].max, self._decoder.axes["images"].max)
         groups = [with_boxes[start : start + step] for start in range(0, len(with_boxes), step)]
-        return Embedded(groups, [outliving(self._encode(images, group, frames)) for group in groups], frames)
+        return Embedded(groups, [self._encode(images, group, frames) for group in groups], frames)
 
     def decode(self, embedded: Embedded, boxes: Boxes) -> Masks:
         """Predict one mask per box of the embedded images."""
         count = len(boxes)
         masks = Masks([], np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.float32), embedded.frames)
-        for group, embedding in zip(embedded.groups, embedded.embeddings, strict=True):
-            self._decode(embedding, group, boxes, masks)
+        for group, embeddings in zip(embedded.groups, embedded.embeddings, strict=True):
+            self._decode(embeddings, group, boxes, masks)
         return masks
 
     def usual_batch(self) -> int:
@@ -86,7 +86,7 @@ class MaskPredictor:
         photo.on_device.clear()  # this stage is the last that reads its pixels
         return made
 
-    def _encode(self, images: Images, group: np.ndarray, frames: list[Frame | None]) -> Tensor:
+    def _encode(self, images: Images, group: np.ndarray, frames: list[Frame | None]) -> dict[str, Tensor]:
         pixels: list[Rows] = []
         sizes = []
         for number in group:
@@ -94,15 +94,18 @@ class MaskPredictor:
             assert frame is not None
             pixels.append(input_of(images[number], "segment", self))
             sizes.append(frame.valid)
-        return self._encoder({"pixels": together(pixels), "size": np.array(sizes, np.int64)})["embedding"]
+        feeds: dict[str, Tensor] = {"pixels": together(pixels)}
+        if "size" in self._encoder.inputs:  # of a model whose photographs do not fill the canvas
+            feeds["size"] = np.array(sizes, np.int64)
+        return {name: outliving(tensor) for name, tensor in self._encoder(feeds).items()}
 
-    def _decode(self, embedding: Tensor, group: np.ndarray, boxes: Boxes, masks: Masks) -> None:
+    def _decode(self, embeddings: dict[str, Tensor], group: np.ndarray, boxes: Boxes, masks: Masks) -> None:
         rows = np.flatnonzero(np.isin(boxes.image, group))
         for call in calls_by_image(boxes.image[rows], self._decoder.axes["boxes"].max):
             chosen = rows[call]
             out = self._decoder(
                 {
-                    "embedding": embedding,
+                    **embeddings,
                     "boxes": np.stack([self._to_model(boxes, row, masks.frames) for row in chosen]),
                     "image": np.searchsorted(group, boxes.image[chosen]),
                 }

@@ -25,6 +25,9 @@ class Frame:
     valid: tuple[int, int]
     """Size after resizing: the part of the canvas that the photograph covers."""
     canvas: tuple[int, int]
+    squashed: bool = False
+    """Whether the model resizes photographs to its canvas without keeping their aspect ratio. Mask logits are then resized to the
+    photograph in one step; with padding they are first resized to the canvas, where it is cropped."""
 
     def xyxy_model_from_image(self, xyxy_image: Array) -> Array:
         """Convert boxes (N, 4) float32 from the photograph's frame to the canvas's (SAM ``ResizeLongestSide.apply_boxes``)."""
@@ -47,11 +50,17 @@ class Frame:
 
     def mask_rows(self, side: int) -> Array:
         """(H, side) float32: the linear map from the rows of low-resolution mask logits to the photograph's rows."""
-        return upsample_matrix(side, self.canvas[0], self.valid[0], self.image[0])
+        return upsample_matrix(*self.mask_lengths(side)[0])
 
     def mask_columns(self, side: int) -> Array:
         """(W, side) float32: as ``mask_rows`` for columns; upsampled = rows @ logits @ columns.T."""
-        return upsample_matrix(side, self.canvas[1], self.valid[1], self.image[1])
+        return upsample_matrix(*self.mask_lengths(side)[1])
+
+    def mask_lengths(self, side: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+        """The arguments of `upsample_matrix` for the rows and the columns of mask logits."""
+        canvas, valid = ((side, side), (side, side)) if self.squashed else (self.canvas, self.valid)
+        rows, columns = zip(canvas, valid, self.image, strict=True)
+        return (side, *rows), (side, *columns)
 
     def _scale(self) -> Array:
         (height, width), (valid_height, valid_width) = self.image, self.valid
@@ -66,7 +75,7 @@ def frame_for(preprocess: Preprocess, height: int, width: int) -> Frame:
     """
     valid = resized(preprocess, height, width)
     if fitting := fitting_canvas(preprocess.canvases, valid):
-        return Frame((height, width), valid, fitting)
+        return Frame((height, width), valid, fitting, preprocess.resize == "squash")
 
     def shrink(canvas: tuple[int, int]) -> float:
         return min(canvas[0] / valid[0], canvas[1] / valid[1])
@@ -128,7 +137,8 @@ def upsample_matrix(side: int, canvas: int, valid: int, image: int) -> Array:
     """SAM's mask upsampling along one axis, as one matrix.
 
     SAM resizes mask logits side -> canvas, crops the padding, and resizes valid -> image, both bilinear with
-    ``align_corners=False`` (``Sam.postprocess_masks``). Each step is linear along each axis, hence so is the chain.
+    ``align_corners=False`` (``Sam.postprocess_masks``). Each step is linear along each axis, hence so is the chain. SAM 2 resizes
+    side -> image (``SAM2Transforms.postprocess_masks``), which is the same with canvas and valid equal to side.
 
     Returns:
         (image, side) float32, read-only; each row sums to 1. Composed in float64.

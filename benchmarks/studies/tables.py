@@ -57,9 +57,14 @@ def parity() -> str:
     far = dino["parity"]
     difference = f"logits {far['logits']:.1e} (of up to {far['largest_logit']:.0f}), boxes {far['boxes']:.0e}"
     rows.append(["Grounding-DINO Swin-T", "groundingdino-py, one at a time", f"{dino['photographs']} photographs", difference])
-    sam = result("sam-official")["summary"]
-    share = f"{sam['share_of_pixels_that_differ']:.0e} of the pixels, worst mask IoU {sam['worst_iou']:.5f}"
-    rows.append(["SAM ViT-B", "`SamPredictor`", f"{sam['photographs']} photographs, {sam['boxes']} boxes", share])
+    sams = [("SAM ViT-B", "`SamPredictor`", result("sam-official")["summary"])]
+    for name, found in result("sam2-official").items():
+        variant, precision = name.split()
+        if precision == "fp32":
+            sams.append((variant.replace("sam2.1_", "SAM 2.1 "), "`Sam2Processor`, `Sam2Model`", found["summary"]))
+    for name, official, sam in sams:
+        share = f"{sam['share_of_pixels_that_differ']:.0e} of the pixels, worst mask IoU {sam['worst_iou']:.5f}"
+        rows.append([name, official, f"{sam['photographs']} photographs, {sam['boxes']} boxes", share])
     return table(["FP32 graphs", "compared with", "on", "largest difference"], rows)
 
 

@@ -1,4 +1,5 @@
-"""SAM (arXiv:2304.02643) from the segment_anything package: image encoder, box decoder and the fusing graph.
+"""SAM (arXiv:2304.02643) from the segment_anything package, and by variant SAM 2.1 (`sam2`): image encoder, box decoder and the
+fusing graph.
 
 The host only resizes the pixels: normalizing, zeroing the padding and gathering each box's image embedding are part of the
 graphs. Boxes of different images share a decoder call, which the official decoder does not support.
@@ -7,27 +8,25 @@ graphs. Boxes of different images share a decoder call, which the official decod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from segment_anything import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from ...batch import MAX_BOXES
 from ...errors import UsageError, WeightsError
 from ...spec import AxisRange, Preprocess, TensorSpec
-from ..family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance, take_rows
+from ..family import DISTINCT, Family, Feeds, Graph, InHalf, Options, Prepared, Tolerance
 from ..mini import build_sam_mini
 from ..precision.lowering import Fp32
 from ..resize import resize_graphs
 from ..rewrites import MEAN, STD, SamBlock, normalize_in_fp32, normalized, with_channel_norms
 from ..verify import padded_photographs
 from ..weights import Download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record
-from . import fuse
+from . import fuse, sam2
+from .decoder import BOXES, IMAGES, MASKS, CornerWaves, Upscale, cells_of, images_per_call, sample_boxes, take_boxes
 from .two_way import TwoWay
 
 BUILDERS: Mapping[str, Callable[[], Sam]] = {
@@ -43,13 +42,6 @@ BATCHES = {
     "mini": AxisRange(1, 8, 16),
 }
 """Images per encoder call."""
-BOXES = AxisRange(1, 16, 64)
-"""Boxes per decoder call."""
-IMAGES = 16
-"""Most embeddings per decoder call (more if the encoder's batch is larger)."""
-MASKS = AxisRange(1, 16, MAX_BOXES)
-"""Masks fused in one image; more than a decoder call returns, because a photograph may need several calls."""
-
 _URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 # The hex digits in the file names are MD5; these sha256 are published by micro-sam (models/pretrained), among others.
 DOWNLOADS = {
@@ -63,19 +55,21 @@ def prepare(variant: str, weights: str, options: Options) -> Prepared:
     """SAM ready to be traced.
 
     Args:
-        variant: ``vit_b``, ``vit_l``, ``vit_h`` or ``mini``.
-        weights: an official ``.pth``, a safetensors file of the same names, ``vit_b``/``vit_l``/``vit_h`` (downloaded),
-            ``mini`` (inside the package) or ``random:SEED``.
+        variant: ``vit_b``, ``vit_l``, ``vit_h`` or ``mini``, or one of `sam2.VARIANTS`.
+        weights: an official ``.pth``, a safetensors file of the same names, the name of a variant (downloaded), ``mini``
+            (inside the package) or ``random:SEED``.
         options: ``batch`` is the range of images per encoder call.
 
     Raises:
         UsageError: an unknown variant, or sizes, which SAM does not support.
         WeightsError: a checkpoint that is missing, damaged or of another variant.
     """
-    if variant not in BUILDERS:
-        raise UsageError(f"--variant: expected one of {', '.join(BUILDERS)}, got {variant!r}")
+    if variant not in FAMILY.variants:
+        raise UsageError(f"--variant: expected one of {', '.join(FAMILY.variants)}, got {variant!r}")
     if options.sizes:
         raise UsageError("--size: SAM has one fixed input size and takes no others", hint="leave --size out")
+    if variant in sam2.VARIANTS:
+        return sam2.prepare(variant, weights, options)
     sam, record = load(variant, weights)
     batch = options.batch or BATCHES[variant]
     return prepared_from(sam, variant=variant, weights=record, batch=batch, for_tensorrt=options.for_tensorrt)
@@ -109,7 +103,7 @@ def prepared_from(
         variant=variant,
         graphs=(
             partial(encoder_graph, sam, batch, one_width=for_tensorrt),
-            partial(decoder_graph, sam, AxisRange(1, max(batch.opt, IMAGES // 2), max(batch.max, IMAGES)), boxes),
+            partial(decoder_graph, sam, images_per_call(batch), boxes),
             partial(fuse.fuse_graph, preprocess, logits_side=logits_side, masks=MASKS),
             *(resize_graphs(preprocess) if for_tensorrt else ()),
         ),
@@ -169,22 +163,6 @@ class Encoder(nn.Module):
         return self.neck(x.permute(0, 3, 1, 2))
 
 
-class CornerWaves(nn.Module):
-    """Random Fourier features of box corners: (N, 4) pixels of the model's input to (N, 2, D), as ``PositionEmbeddingRandom``."""
-
-    frequencies: Tensor
-
-    def __init__(self, frequencies: Tensor, side_px: int) -> None:
-        super().__init__()
-        self.side_px = side_px
-        self.register_buffer("frequencies", frequencies)
-
-    def forward(self, boxes: Tensor) -> Tensor:
-        centered = 2 * ((boxes.reshape(-1, 2, 2) + 0.5) / self.side_px) - 1
-        angle = 2 * math.pi * (centered @ self.frequencies)
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
 class Decoder(nn.Module):
     """Embeddings (I, D, G, G), boxes (N, 4) and each box's image (N,) to logits (N, L, L) and predicted IoU (N,).
 
@@ -202,44 +180,13 @@ class Decoder(nn.Module):
         self.register_buffer("corners", torch.cat([prompt.point_embeddings[2].weight, prompt.point_embeddings[3].weight]))
         self.register_buffer("tokens", torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]))
         self.register_buffer("no_mask", prompt.no_mask_embed.weight.reshape(1, -1, 1, 1))
-        self.register_buffer("places", _cells(prompt.get_dense_pe()))  # (1, G^2, D)
+        self.register_buffer("places", cells_of(prompt.get_dense_pe()))  # (1, G^2, D)
 
     def forward(self, embedding: Tensor, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         prompt = self.waves(boxes) + self.corners  # (N, 2, D)
         tokens = torch.cat([self.tokens.expand(boxes.shape[0], -1, -1), prompt], dim=1)
-        hidden, keys = self.transformer(_cells(embedding + self.no_mask), self.places, tokens, image)
+        hidden, keys = self.transformer(cells_of(embedding + self.no_mask), self.places, tokens, image)
         return self.upscale(keys, self.mask_head(hidden[:, 1])), self.quality_head(hidden[:, 0])[:, 0]
-
-
-class Upscale(nn.Module):
-    """``MaskDecoder.output_upscaling`` and the product with a box's mask weights: cells (B, G^2, D) and weights (B, D / 8) to
-    logits (B, 4 G, 4 G).
-
-    The official transposed convolutions have kernels as large as their strides: each cell becomes 2 x 2 by one matrix product.
-    So channels stay last, and only the logits are brought into the order of pixels, not all channels between the layers.
-    """
-
-    def __init__(self, layers: nn.Sequential) -> None:
-        super().__init__()
-        first, norm, activation, second, _ = layers
-        self.norm, self.activation = norm, activation
-        for name, layer in (("first", first), ("second", second)):
-            assert layer.kernel_size == layer.stride == (2, 2)
-            self.register_buffer(name, layer.weight.permute(0, 2, 3, 1).flatten(1))  # (in, 2 x 2 x out)
-            self.register_buffer(f"{name}_bias", layer.bias)
-
-    def forward(self, cells: Tensor, weights: Tensor) -> Tensor:
-        grid = math.isqrt(cells.shape[1])
-        x = (cells @ self.first).unflatten(2, (4, -1)) + self.first_bias  # (B, G^2, 4, D / 4)
-        x = self.activation(F.layer_norm(x, self.norm.weight.shape, self.norm.weight, self.norm.bias, self.norm.eps))
-        x = self.activation((x @ self.second).unflatten(3, (4, -1)) + self.second_bias)  # (B, G^2, 4, 4, D / 8)
-        logits = x.flatten(1, 3) @ weights[..., None]
-        pixels = logits.reshape(-1, grid, grid, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)  # rows, then columns
-        return pixels.reshape(-1, 4 * grid, 4 * grid)
-
-
-def _cells(maps: Tensor) -> Tensor:
-    return maps.flatten(2).transpose(1, 2)  # (I, D, G, G) to (I, G^2, D)
 
 
 def encoder_graph(sam: Sam, batch: AxisRange, *, one_width: bool = False) -> Graph:
@@ -300,7 +247,7 @@ def decoder_graph(sam: Sam, images: AxisRange, boxes: AxisRange) -> Graph:
         outputs=(TensorSpec("logits", ("boxes", 4 * grid, 4 * grid), "float32"), TensorSpec("quality", ("boxes",), "float32")),
         axes={"images": images, "boxes": boxes},
         row_axis="boxes",
-        sample=partial(sample_boxes, side, (channels, grid, grid), images.max),
+        sample=partial(sample_boxes, side, {"embedding": (channels, grid, grid)}, images.max),
         reference=reference,
         take=take_boxes,
         distinct=IMAGES + 1,  # boxes, of so many images less one
@@ -325,29 +272,6 @@ def sample_photographs(side: int, rows: int, seed: int) -> Feeds:
     return padded_photographs((side, side), rows, seed)
 
 
-def sample_boxes(side: int, shape: tuple[int, int, int], most: int, rows: int, seed: int) -> Feeds:
-    """Decoder feeds: boxes of 4 px to the whole side, with interleaved images; the embeddings are smooth, as real ones are."""
-    rng = np.random.default_rng(seed)
-    images = min(most, max(rows - 1, 1))
-    coarse = rng.normal(size=(images, shape[0], -(-shape[1] // 4), -(-shape[2] // 4)))
-    smooth = coarse.repeat(4, axis=2).repeat(4, axis=3)[:, :, : shape[1], : shape[2]]
-    embedding = smooth + 0.3 * rng.normal(size=(images, *shape))
-    extent = np.exp(rng.uniform(np.log(4), np.log(side), (rows, 2)))
-    corner = rng.uniform(0, 1, (rows, 2)) * (side - extent)
-    return {
-        "embedding": embedding.astype(np.float32),
-        "boxes": np.concatenate([corner, corner + extent], axis=1).astype(np.float32),
-        "image": (np.arange(rows, dtype=np.int64) * 7 + 1) % images,
-    }
-
-
-def take_boxes(feeds: Feeds, rows: Sequence[int]) -> Feeds:
-    """Select boxes, and only the embeddings that they refer to."""
-    some = take_rows({"boxes": feeds["boxes"], "image": feeds["image"]}, rows)
-    used, image = np.unique(some["image"], return_inverse=True)
-    return {"embedding": feeds["embedding"][used], "boxes": some["boxes"], "image": image.astype(np.int64)}
-
-
 def _three(values: Tensor) -> tuple[float, float, float]:
     red, green, blue = (round(float(value), 4) for value in values.flatten())
     return red, green, blue
@@ -355,7 +279,7 @@ def _three(values: Tensor) -> tuple[float, float, float]:
 
 FAMILY = Family(
     name="sam",
-    variants=tuple(BUILDERS),
+    variants=(*BUILDERS, *sam2.VARIANTS),
     default="vit_b",
     prepare=prepare,
     official=lambda variant: variant,

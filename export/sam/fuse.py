@@ -1,7 +1,8 @@
 """The fusing graph after SAM's decoder: masks of one image to its label map.
 
-SAM's upsampling (side -> canvas, crop the padding, valid -> photograph) is linear along each axis. The host passes it as two
-matrices (`wsss.frame`), and the graph multiplies: ``rows @ logits @ columns.T``. The masks then compete for pixels.
+SAM's upsampling (side -> canvas, crop the padding, valid -> photograph) is linear along each axis, and so is SAM 2's (side ->
+photograph). The host passes it as two matrices (`wsss.frame`), and the graph multiplies: ``rows @ logits @ columns.T``. The masks
+then compete for pixels.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def vote(z: Tensor, score: Tensor, label: Tensor, margin: Tensor) -> tuple[Tenso
 
 
 def fuse_graph(preprocess: Preprocess, *, logits_side: int, masks: AxisRange) -> Graph:
-    """Graph ``fuse``, see `Fuse`. Reference: ``Sam.postprocess_masks``, then the rule for each pixel over sorted claims."""
+    """Graph ``fuse``, see `Fuse`. Reference: the official `upsampled`, then the rule for each pixel over sorted claims."""
 
     @torch.inference_mode()
     def reference(feeds: Feeds, _: Feeds) -> Feeds:
@@ -126,7 +127,10 @@ def fuse_graph(preprocess: Preprocess, *, logits_side: int, masks: AxisRange) ->
 
 
 def upsampled(logits: Tensor, preprocess: Preprocess, size: tuple[int, int]) -> Tensor:
-    """Resize mask logits (N, L, L) to a photograph's (height, width), in the two steps of ``Sam.postprocess_masks``."""
+    """Resize mask logits (N, L, L) to a photograph's (height, width), in the two steps of ``Sam.postprocess_masks``, or in the
+    one of ``SAM2Transforms.postprocess_masks`` and ``Sam2ImageProcessor.post_process_masks``."""
+    if preprocess.resize == "squash":
+        return F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
     frame = frame_for(preprocess, *size)
     z = F.interpolate(logits[None], frame.canvas, mode="bilinear", align_corners=False)
     z = z[..., : frame.valid[0], : frame.valid[1]]

@@ -17,6 +17,8 @@ FRAMES = [
     Frame((1200, 900), (1024, 768), (1024, 1024)),
     Frame((1, 7), (146, 1024), (1024, 1024)),
     Frame((90, 60), (32, 21), (32, 32)),  # a canvas smaller than the logits
+    Frame((375, 500), (1024, 1024), (1024, 1024), squashed=True),  # SAM 2, VOC
+    Frame((100, 3000), (1024, 1024), (1024, 1024), squashed=True),  # fewer rows than the logits have
 ]
 random = np.random.default_rng(0)
 

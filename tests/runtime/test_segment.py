@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from wsss.batch import Boxes, Tensor
 from wsss.engines.fake import FakeEngine
 from wsss.runtime.segment import MaskPredictor, calls_by_image
+from wsss.spec import TensorSpec
 
 if TYPE_CHECKING:
     from ..conftest import World
@@ -89,6 +91,35 @@ def test_many_images_and_boxes_are_split_at_the_engines_ranges(world: World) -> 
         want = np.full((32, 32), -4, np.float32)
         want[y0:y1, x0:x1] = 4
         assert np.array_equal(logits, want), (number, image)
+
+
+def test_all_outputs_of_an_encoder_go_to_the_decoder(world: World) -> None:
+    """As those of SAM 2, whose encoder takes no sizes; each in memory that the next call overwrites."""
+    encoder, decoder = world.engine("sam", "encoder"), world.engine("sam", "decoder")
+    finer = TensorSpec("finer", ("batch", 2), "float32")
+    seen: list[tuple[list[int], list[float]]] = []
+
+    def encode(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows = len(feeds["pixels"])
+        brightest = feeds["pixels"].reshape(rows, -1).max(axis=1)
+        size = np.tile(np.array([32, 32]), (rows, 1))
+        return {**encoder.script({**feeds, "size": size}), "finer": np.stack([brightest, brightest], axis=1).astype(np.float32)}
+
+    def decode(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.append((feeds["image"].tolist(), feeds["finer"][feeds["image"], 1].tolist()))
+        return decoder.script({name: value for name, value in feeds.items() if name != "finer"})
+
+    of_encoder, of_decoder = (world.model("sam").graph(name) for name in ("encoder", "decoder"))
+    one_input = replace(of_encoder, inputs=of_encoder.inputs[:1], outputs=(*of_encoder.outputs, finer))
+    one_more = replace(of_decoder, inputs=(*of_decoder.inputs, replace(finer, shape=("images", 2))))
+    engines = Reusing(FakeEngine(one_input, encode)), Reusing(FakeEngine(one_more, decode))
+    photos = [world.photo(32, 32, red=(0, 0, 8, 8)), world.photo(32, 32), world.photo(32, 32)]
+    found = boxes(*((image, (0, 0, 8, 8)) for image in (0, 0, 1, 2)))
+    masks = MaskPredictor(world.model("sam"), *engines)(photos, found)
+    brightest = [float(photo.pixels.max()) for photo in photos]
+    assert seen == [([0, 0, 1], [brightest[0], brightest[0], brightest[1]]), ([0], [brightest[2]])]
+    for part, expected in zip(masks.logits, outliner(world)(photos, found).logits, strict=True):
+        assert np.array_equal(np.asarray(part), np.asarray(expected))
 
 
 class Reusing:

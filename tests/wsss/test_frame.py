@@ -59,6 +59,27 @@ def test_masks_upsample_as_sam_does(height: int, width: int) -> None:
     assert np.abs(got - want).max() <= (2e-6 if fused else 3e-5)
 
 
+@pytest.mark.parametrize(("height", "width"), [*SIZES, (1024, 1024), (3000, 2000)])
+def test_masks_of_squashed_photographs_upsample_in_one_step(height: int, width: int) -> None:
+    """As ``postprocess_masks`` of SAM 2 does, also where that leaves out rows of the logits."""
+    torch = pytest.importorskip("torch")
+    frame = frame_for(preprocess("squash", 1024), height, width)
+    logits = np.random.default_rng(height).uniform(-1, 1, (256, 256)).astype(np.float32)
+    maps = torch.from_numpy(logits)[None, None]
+    want = torch.nn.functional.interpolate(maps, (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
+    got = frame.mask_rows(256) @ logits @ frame.mask_columns(256).T
+    fused = torch.backends.cpu.get_cpu_capability() != "DEFAULT"  # see `bilinear_taps`
+    assert np.abs(got - want).max() <= (2e-6 if fused else 3e-5)
+
+
+def test_boxes_of_squashed_photographs_are_scaled_along_each_axis() -> None:
+    frame = frame_for(preprocess("squash", 1024), 512, 2048)
+    assert frame.valid == frame.canvas == (1024, 1024)
+    boxes = np.array([[0, 0, 2048, 512], [20, 10, 40, 30]], np.float32)
+    assert frame.xyxy_model_from_image(boxes).tolist() == [[0, 0, 1024, 1024], [10, 20, 20, 60]]
+    assert np.array_equal(frame.xyxy_image_from_model(frame.xyxy_model_from_image(boxes)), boxes)
+
+
 @pytest.mark.parametrize("sides", [(1, 9000), (9000, 1)])
 def test_the_shorter_side_of_a_thread_has_one_pixel(sides: tuple[int, int]) -> None:
     assert resized(SAM, *sides) == tuple(min(side, 1024) for side in sides)
@@ -153,7 +174,7 @@ def test_a_thread_of_pixels_still_has_a_place(height: int, width: int) -> None:
 
 
 def test_squash_fills_the_canvas() -> None:
-    assert frame_for(preprocess("squash", 224), 375, 500) == Frame((375, 500), (224, 224), (224, 224))
+    assert frame_for(preprocess("squash", 224), 375, 500) == Frame((375, 500), (224, 224), (224, 224), squashed=True)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ def export(
     ],
     variant: Annotated[
         str | None,
-        typer.Option(help="Architecture, for example vit_h, mm_tiny or ViT-L-14: wsss models. Default: the model's usual one."),
+        typer.Option(
+            help="Architecture, for example vit_h, sam2.1_tiny, mm_tiny or ViT-L-14: wsss models. Default: the model's usual one."
+        ),
     ] = None,
     weights: Annotated[
         list[str] | None,

@@ -20,7 +20,7 @@ from ..harness import RESULTS, log, peak_memory_bytes, read_result, run_part, st
 
 RESULT = RESULTS / "engine-builds.json"
 MODELS = (
-    *("sam vit_b", "clip ViT-B-16", "clip ViT-L-14-336", "grounding-dino swin_t", "sam vit_h"),
+    *("sam vit_b", "clip ViT-B-16", "clip ViT-L-14-336", "grounding-dino swin_t", "sam vit_h", "sam sam2.1_tiny"),
     *(f"grounding-dino mm_{size}" for size in ("tiny", "base", "large")),
 )
 
