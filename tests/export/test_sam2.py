@@ -112,7 +112,7 @@ def test_masks_are_those_of_the_official_processor_on_real_photographs(model: Mo
     for number, path in enumerate(names):
         rows = np.flatnonzero(image == number)
         photograph = Image.open(path).convert("RGB")
-        inputs = processor(images=photograph, input_boxes=[xyxy[rows].tolist()], return_tensors="pt")
+        inputs = processor(images=np.array(photograph), input_boxes=[xyxy[rows].tolist()], return_tensors="pt")
         small = np.array(photograph.resize((side, side), Image.Resampling.BILINEAR))
         pixels = resize(images=small, return_tensors="pt").pixel_values
         assert (pixels - inputs.pixel_values).abs().max() < 1.01 / 255 / 0.224  # one gray level, from torchvision's rounding
