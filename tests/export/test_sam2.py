@@ -96,10 +96,10 @@ def masks_of(model: Model, names: list[Path], boxes: Boxes) -> tuple[list[np.nda
 
 def test_masks_are_those_of_the_official_processor_on_real_photographs(model: Model, photographs: list[Path]) -> None:
     names = photographs[::30][:3]
-    sizes = [Image.open(path).size for path in names]
+    pictures = [Image.open(path).convert("RGB") for path in names]
     image = np.array([0, 0, 1, 2, 2, 2])
     corners = np.sort(np.random.default_rng(0).uniform(0, 1, (len(image), 2, 2)), axis=1).reshape(-1, 4)
-    extent = np.array([sizes[number] * 2 for number in image])
+    extent = np.array([pictures[number].size * 2 for number in image])
     xyxy = (np.round(corners * extent) + np.array([-1, -1, 1, 1])).astype(np.float32)
     count = len(image)
     boxes = Boxes(xyxy, np.ones(count, np.float32), np.ones(count, np.int64), image)
@@ -109,10 +109,9 @@ def test_masks_are_those_of_the_official_processor_on_real_photographs(model: Mo
     resize = Sam2ImageProcessor(size={"height": side, "width": side})
     processor = Sam2Processor(resize, target_size=side)
     sam = official()
-    for number, path in enumerate(names):
+    for number, photograph in enumerate(pictures):
         rows = np.flatnonzero(image == number)
-        photograph = Image.open(path).convert("RGB")
-        inputs = processor(images=photograph, input_boxes=[xyxy[rows].tolist()], return_tensors="pt")
+        inputs = processor(images=np.array(photograph), input_boxes=[xyxy[rows].tolist()], return_tensors="pt")
         small = np.array(photograph.resize((side, side), Image.Resampling.BILINEAR))
         pixels = resize(images=small, return_tensors="pt").pixel_values
         assert (pixels - inputs.pixel_values).abs().max() < 1.01 / 255 / 0.224  # one gray level, from torchvision's rounding
