@@ -63,10 +63,11 @@ def random_seed(weights: str) -> int | None:
         ) from None
 
 
-def find_weights(weights: str, known: Mapping[str, Download], *, model: str) -> Path:
+def find_weights(weights: str, known: Mapping[str, Download], *, model: str, variant: str = "") -> Path:
     """Resolve ``--weights`` to a local file or folder; a known name is downloaded once and checked.
 
-    ``mini`` is the small model's file in this repository, even if the working folder contains a folder of that name.
+    ``mini`` is the small model's file in this repository, even if the working folder contains a folder of that name. The command
+    in a hint has ``variant``.
 
     Raises:
         WeightsError: no such file or name, no network, or a download whose hash is wrong. Names the file to get by hand.
@@ -86,7 +87,7 @@ def find_weights(weights: str, known: Mapping[str, Download], *, model: str) -> 
             f"--weights {weights}: no such file, and no known {model} weights of that name",
             hint=f"give a path, random:SEED, or one of: {', '.join(known)}",
         )
-    return download(known[weights], model=model)
+    return download(known[weights], model=f"{model} --variant {variant}" if variant else model)
 
 
 def download(what: Download, *, model: str) -> Path:

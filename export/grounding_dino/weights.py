@@ -113,7 +113,7 @@ def load(build: Callable[[], Detector], variant: str, weights: str) -> tuple[Det
     if seed is not None:
         model = seeded(build, seed)
         return model, weights_record(weights, None, model), None
-    path = find_weights(weights, KNOWN, model="grounding-dino")
+    path = find_weights(weights, KNOWN, model="grounding-dino", variant=variant)
     with torch.random.fork_rng(devices=[]):
         model = build()
     what = f"Grounding-DINO {variant}"

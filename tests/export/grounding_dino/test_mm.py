@@ -21,6 +21,7 @@ from torch import Tensor, nn  # noqa: E402
 from wsss.engines.eager import EagerEngine  # noqa: E402
 from wsss.engines.ort import OrtEngine  # noqa: E402
 from wsss.errors import ParityError, WeightsError  # noqa: E402
+from wsss.export import weights as checkpoints  # noqa: E402
 from wsss.export.family import Graph, Options  # noqa: E402
 from wsss.export.grounding_dino import family as grounding_dino  # noqa: E402
 from wsss.export.grounding_dino import weights as grounding_dino_weights  # noqa: E402
@@ -127,7 +128,10 @@ def test_settings_are_those_of_mmdetection() -> None:
     assert (grounding_dino.MM.short_px, grounding_dino.MM.longest_px) == (800, 1333)
 
 
-def test_every_variant_has_known_weights_whose_files_do_not_collide() -> None:
+def test_every_variant_has_known_weights_whose_files_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object) -> None:
+        raise OSError("no network")
+
     official, known = grounding_dino.FAMILY.official, grounding_dino_weights.KNOWN
     names = [official(variant) for variant in grounding_dino.FAMILY.variants if "mini" not in variant]
     assert len(names) == len(set(names)) == 8 and known.keys() >= set(names)
@@ -135,6 +139,11 @@ def test_every_variant_has_known_weights_whose_files_do_not_collide() -> None:
     for name, each in known.items():
         if name.startswith("mm_"):
             assert each.file.endswith(f"-{each.sha256}.pth") and len(each.sha256) == 8
+    monkeypatch.setattr(checkpoints, "_fetch", offline)
+    monkeypatch.setenv("WSSS_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"llmdet_tiny\.safetensors: cannot be downloaded") as caught:
+        grounding_dino.prepare("llmdet_tiny", "llmdet_tiny", Options())
+    assert caught.value.hint.endswith("--model grounding-dino --variant llmdet_tiny --weights llmdet_tiny.safetensors")
     with pytest.raises(WeightsError, match="no known grounding-dino weights"):
         grounding_dino.prepare("mm_mini", official("mm_mini"), Options())
 
