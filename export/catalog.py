@@ -39,16 +39,23 @@ class Entry:
         return found.get(f"{self.model} {self.same_network or self.variant}", {})
 
 
-def _clip(variant: str, parameters: float, work: float) -> Entry:
+_OPENAI = ("MIT", "openai", "OpenAI, by open_clip")
+_WEBLI = ("Apache-2.0", "webli", "Google, by open_clip")
+_PE = ("Apache-2.0", "meta", "Meta, by open_clip")
+_MOBILE = ("Apple AMLR", "dfndr2b", "Apple, by open_clip; for research")
+
+
+def _clip(variant: str, parameters: float, work: float, source: tuple[str, str, str]) -> Entry:
+    license, weights, publisher = source
     return Entry(
         role="labels",
         model="clip",
         variant=variant,
         parameters=parameters,
         work=work,
-        license="MIT",
-        weights="openai",
-        publisher="OpenAI, by open_clip",
+        license=license,
+        weights=weights,
+        publisher=publisher,
     )
 
 
@@ -81,10 +88,18 @@ def _sam(variant: str, parameters: float, work: float) -> Entry:
 
 _IDEA, _OPENMMLAB, _ISEE = "IDEA Research", "OpenMMLab, mmdetection", "iSEE-Laboratory, Hugging Face hub"
 ENTRIES = (
-    _clip("ViT-B-32", 151.3, 4.4),
-    _clip("ViT-B-16", 149.6, 17.6),
-    _clip("ViT-L-14", 427.6, 81.0),
-    _clip("ViT-L-14-336", 427.9, 191.0),
+    _clip("ViT-B-32", 151.3, 4.4, _OPENAI),
+    _clip("ViT-B-16", 149.6, 17.6, _OPENAI),
+    _clip("ViT-L-14", 427.6, 81.0, _OPENAI),
+    _clip("ViT-L-14-336", 427.9, 191.0, _OPENAI),
+    _clip("ViT-B-16-SigLIP2", 375.2, 17.7, _WEBLI),
+    _clip("ViT-SO400M-16-SigLIP2-384", 1136.0, 259.5, _WEBLI),
+    _clip("PE-Core-B-16", 447.7, 17.8, _PE),
+    _clip("PE-Core-L-14-336", 671.1, 192.2, _PE),
+    _clip("MobileCLIP2-S0", 74.8, 2.4, _MOBILE),
+    _clip("MobileCLIP2-S2", 99.2, 7.8, _MOBILE),
+    _clip("MobileCLIP2-B", 149.8, 17.7, _MOBILE),
+    _clip("MobileCLIP2-L-14", 427.6, 81.0, _MOBILE),
     _dino("swin_t", 172.3, 339.0, "swint_ogc", _IDEA),
     _dino("swin_b", 232.3, 562.0, "swinb_cogcoor", _IDEA),
     _dino("mm_tiny", 172.9, 339.0, "mm_grounding_dino_tiny_o365v1_goldg_v3det", _OPENMMLAB),
@@ -96,4 +111,8 @@ ENTRIES = (
     _sam("vit_b", 93.7, 486.0),
     _sam("vit_l", 312.3, 1492.8),
     _sam("vit_h", 641.1, 2980.5),
+    _sam("sam2.1_tiny", 31.4, 146.3),
+    _sam("sam2.1_small", 38.5, 180.2),
+    _sam("sam2.1_base_plus", 73.3, 323.9),
+    _sam("sam2.1_large", 216.9, 912.5),
 )

@@ -334,5 +334,5 @@ FAMILY = Family(
     variants=VARIANTS,
     default="ViT-B-16",
     prepare=prepare,
-    official=lambda variant: "mini" if variant == "mini" else "openai",
+    official=lambda variant: "mini" if variant == "mini" else clip_weights.official_tag(variant),
 )

@@ -111,6 +111,12 @@ def known_variant(name: str) -> str:
     )
 
 
+def official_tag(variant: str) -> str:
+    """The pretrained tag that is taken by default: OpenAI's weights where there are some, else the first in open_clip's table."""
+    tags: list[str] = list_pretrained_tags_by_model(known_variant(variant))
+    return "openai" if "openai" in tags or not tags else tags[0]
+
+
 def build(variant: str, *, quick_gelu: bool = False) -> nn.Module:
     """Build open_clip's model, float32 on the CPU in evaluation mode, randomly initialized.
 

@@ -49,7 +49,11 @@ def test_parameters_are_those_of_the_official_modules(entry: Entry) -> None:
         if entry.model == "clip":
             import open_clip
 
-            model = open_clip.model.CLIP(**open_clip.get_model_config(entry.variant))
+            model = open_clip.create_model(entry.variant, load_weights=False, device="meta")
+        elif entry.variant.startswith("sam2.1"):
+            from wsss.export.sam import sam2
+
+            model = sam2.build(entry.variant)
         elif entry.model == "sam":
             from segment_anything import sam_model_registry
 

@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=tuple(WEIGHTS), default=tuple(WEIGHTS), help="of weighting")
     parser.add_argument("--labels", nargs="+", choices=("corrupted", "right"), default=("corrupted", "right"))
     arguments = parser.parse_args()
     set_threads(arguments.threads)
@@ -156,7 +157,8 @@ def main() -> None:
             cell = f"{'corrupted' if is_corrupted else 'right'}, mean score {mean:g}"
             store = work / cell.replace(", ", "-").replace(" ", "-")
             write_scene_store(store, work / "train" / "images", seeds_of, labels_for(mean, is_corrupted=is_corrupted), cell)
-            for name, weights in WEIGHTS.items():
+            for name in arguments.ways:
+                weights = WEIGHTS[name]
                 if name in ("scores", "rank in the class") and mean != MEANS[0]:
                     continue  # for comparison; ranks do not depend on the mean
                 scores: list[float] = []
