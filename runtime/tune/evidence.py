@@ -18,6 +18,7 @@ from ...batch import Boxes, Labels, Masks, Photograph
 from ...errors import WsssError
 from ...frame import Frame
 from ...spec import SCORE_RULES, ScoreRule
+from ...train.evaluate.metrics import highest_label
 from ..chain import Chain, Rules
 from ..detect import Caption, Detector, boxes_from_logits, chosen
 from ..fuse import mask_scores
@@ -35,7 +36,7 @@ class Grid:
 
     tag_threshold: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     score_rule: tuple[ScoreRule, ...] = SCORE_RULES
-    box_threshold: tuple[float, ...] = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
+    box_threshold: tuple[float, ...] = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
     nms: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7)
     nms_across: tuple[float, ...] = (0.5, 0.6, 0.8, 0.9)
     enclosing: tuple[bool, ...] = (True, False)
@@ -95,7 +96,7 @@ class Evidence:
         grid: the values that will be asked for.
 
     Raises:
-        WsssError: a true label map of another size than its photograph, or what ``read`` raises.
+        WsssError: a true label map of another size than its photograph or with another class, or what ``read`` raises.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Evidence:
         self.tags = isinstance(chain.tag.stage, Tagger)
         """Whether tag thresholds decide which classes are looked for."""
         self.samples: list[Sample] = []
+        self._survivors: dict[tuple[object, ...], np.ndarray] = {}
         every = [self._thresholds(replace(self.rules, tag_threshold=value)) for value in self.grid.tag_threshold]
         for start in range(0, len(photos), BATCH):
             images = [read(name) for name in photos[start : start + BATCH]]
@@ -130,6 +132,11 @@ class Evidence:
                         f"{name}: is {photo.shape[1]} x {photo.shape[0]} pixels, its true label map "
                         f"{label_map.shape[1]} x {label_map.shape[0]}",
                         hint="label maps are never resized; write them in the size of the photograph",
+                    )
+                if (label := highest_label(label_map)) > len(self.classes):
+                    raise WsssError(
+                        f"{name}: its true label map has the label {label}, the class list ends at {len(self.classes)}",
+                        hint="check --classes; 255 is void, other labels must be classes",
                     )
                 self.samples.append(Sample(name, photo.shape, label_map, row))
             numbers = range(start, start + len(images))
@@ -163,23 +170,43 @@ class Evidence:
         present = _key(self._present(number, self._thresholds(rules)))
         return self.fuse(number, self.kept(number, present, rules), rules)
 
+    def boxes(self, number: int, rules: Rules) -> Boxes:
+        """The boxes (of image 0) that ``wsss label`` finds in a photograph with these rules."""
+        self.require(rules, np.array([number]))
+        present = _key(self._present(number, self._thresholds(rules)))
+        assert rules.score_rule is not None
+        return self.samples[number].found[present].boxes[rules.score_rule].keep(self._rows(number, present, rules))
+
     def kept(self, number: int, present: bytes, rules: Rules) -> Choice:
         """The masks that these rules keep of a photograph, of those found for a set of classes."""
-        sample = self.samples[number]
-        found = sample.found[present]
+        found = self.samples[number].found[present]
+        assert rules.score_rule is not None
+        boxes, rows = found.boxes[rules.score_rule], self._rows(number, present, rules)
+        masks = found.mask[rules.score_rule][rows]
+        assert (masks >= 0).all(), "a setting outside of the grid"
+        return Choice(present, masks, boxes.label[rows], boxes.score[rows])
+
+    def _rows(self, number: int, present: bytes, rules: Rules) -> np.ndarray:
+        """The boxes that are kept, of those found for a set of classes."""
         assert rules.score_rule is not None and rules.box_threshold is not None
-        boxes = found.boxes[rules.score_rule]
-        rows = chosen(
+        boxes = self.samples[number].found[present].boxes[rules.score_rule]
+        # A box depends on better ones only, so that the threshold may come last.
+        decided = number, present, rules.score_rule, rules.nms, rules.nms_across, rules.enclosing
+        if decided not in self._survivors:
+            self._survivors[decided] = self._chosen(boxes, number, rules)
+        rows = self._survivors[decided]
+        return rows[boxes.score[rows] >= rules.box_threshold]
+
+    def _chosen(self, boxes: Boxes, number: int, rules: Rules) -> np.ndarray:
+        """The boxes that are kept at the lowest threshold of the grid."""
+        return chosen(
             boxes,
-            [sample.size],
-            rules.box_threshold,
+            [self.samples[number].size],
+            min(self.grid.box_threshold),
             nms=rules.nms,
             nms_across=rules.nms_across,
             enclosing=rules.enclosing,
         )
-        masks = found.mask[rules.score_rule][rows]
-        assert (masks >= 0).all(), "a setting outside of the grid"
-        return Choice(present, masks, boxes.label[rows], boxes.score[rows])
 
     def fuse(self, number: int, choice: Choice, rules: Rules) -> np.ndarray:
         """The label map (H, W) uint8 of a choice of masks."""

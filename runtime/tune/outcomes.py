@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...train.evaluate.metrics import confusion_matrix
+from ...train.evaluate.metrics import pixel_counts
 from ..chain import Rules
 from .evidence import Choice, Evidence
 
@@ -27,7 +27,7 @@ class Outcomes:
         self._settings: dict[str, np.ndarray] = {}
 
     def matrices(self, rules: Rules) -> np.ndarray:
-        """(N, C + 1, C + 2) int64, see `confusion_matrix`; the caller does not change it."""
+        """(N, C + 1, C + 2) int64, see `wsss.train.evaluate.metrics.confusion_matrix`; the caller does not change it."""
         key = repr(rules)
         if key not in self._settings:
             self._settings[key] = self.some(rules, np.arange(len(self.evidence)))
@@ -60,7 +60,7 @@ class Outcomes:
         if decided not in self._matrices:
             truth = self.evidence.samples[number].truth
             label_map = self.evidence.fuse(number, choice, rules)
-            self._matrices[decided] = confusion_matrix(truth, label_map, len(self.evidence.classes) + 1)
+            self._matrices[decided] = pixel_counts(truth, label_map, len(self.evidence.classes) + 1)
         return self._matrices[decided]
 
 

@@ -104,7 +104,8 @@ def worth(outcomes: Outcomes, best: Rules) -> list[Worth]:
         if changed:
             other = replace(best, **{name: getattr(default, name) for name in names})
         else:
-            other = max(candidates(outcomes, best, names), key=outcomes.miou)
+            others = [each for each in candidates(outcomes, best, names) if each != best]
+            other = max(others, key=outcomes.miou)
         found.append(
             Worth(
                 names=names,

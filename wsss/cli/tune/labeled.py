@@ -77,19 +77,9 @@ def labeled_photographs(photos: str, truth: str, names: str | None, classes: Seq
 
 
 def evidence_of(chain: Chain, labeled: Labeled) -> Evidence:
-    """Run the models on labeled photographs, and check the label maps' classes. Raises WsssError."""
+    """Run the models on labeled photographs. Raises WsssError."""
     from ...runtime.tune.evidence import Evidence
-    from ...train.evaluate.metrics import highest_label
 
-    def truth(name: str) -> np.ndarray:
-        label_map = labeled.label_map(name)
-        if (label := highest_label(label_map)) > len(chain.classes):
-            raise UsageError(
-                f"{labeled.truth[name]}: label {label}, the class list ends at {len(chain.classes)}",
-                hint="check --classes; 255 is void, other labels must be classes",
-            )
-        return label_map
-
-    found = Evidence(chain, labeled.names, labeled.read, truth, progress=counter("photographs"))
+    found = Evidence(chain, labeled.names, labeled.read, labeled.label_map, progress=counter("photographs"))
     end_progress()
     return found
