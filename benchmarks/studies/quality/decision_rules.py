@@ -60,16 +60,18 @@ HIT = 0.5
 """IoU from which a box is one of an object of its class."""
 
 
-def evidence_of(work: Path, name: str, kinds: Sequence[tuple[Kind, int]], classes: ClassList | str = "mini") -> Evidence:
+def evidence_of(
+    work: Path,
+    name: str,
+    kinds: Sequence[tuple[str, int]],
+    classes: ClassList | str = "mini",
+    truth: Callable[[Scene], np.ndarray] = lambda scene: scene.label,
+) -> Evidence:
     """The evidence about scenes, given by kind and seed; what the models found is kept in the working folder."""
-    scenes: dict[str, tuple[Kind, int]] = {f"{kind}-{seed}.png": (kind, seed) for kind, seed in kinds}
-
-    def scene(photo: str) -> Scene:
-        kind, seed = scenes[photo]
-        return draw_hard_scene(seed, kind)
+    scenes = {f"{kind}-{seed}.png": (kind, seed) for kind, seed in kinds}
 
     def read(photo: str) -> Photograph:
-        return Photograph(name=photo, pixels=scene(photo).pixels)
+        return Photograph(name=photo, pixels=scene_of(*scenes[photo]).pixels)
 
     chain = Chain.open("mini", classes=classes)
     kept = work / f"{name}.pickle"
