@@ -371,9 +371,9 @@ def parse_run(data: bytes, file: object) -> dict[str, Any]:
     for key in ("tag_threshold", "box_threshold"):
         if (value := rules.get(key)) is not None and not _is_share(value):
             raise unexpected(f"{key} in 0..1", value)
-    if (thresholds := rules.get("tag_thresholds")) is not None:
-        if not isinstance(thresholds, dict) or not all(map(_is_share, thresholds.values())):
-            raise unexpected("tag_thresholds, an object of numbers in 0..1", thresholds)
+    thresholds = rules.get("tag_thresholds") or {}
+    if not isinstance(thresholds, dict) or not all(map(_is_share, thresholds.values())):
+        raise unexpected("tag_thresholds, an object of numbers in 0..1", thresholds)
     return run
 
 
