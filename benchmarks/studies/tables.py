@@ -467,12 +467,21 @@ def _gain(each: Any) -> str:
 
 
 def negatives() -> str:
-    """Look-alikes as negatives."""
-    found = result("decision-rules")["negatives"]
-    rows: list[Row] = [["not named", f"mIoU {found['without']['miou']:.3f}", *_box_counts(found["without"])]]
-    rows += [[f"named {key}", _gain(found[key]), *_box_counts(found[key])] for key in ("in CLIP", "in the detector", "in both")]
-    head = [f"{found['names']} look-alikes, {found['scenes']} scenes", "mIoU gained", "boxes on objects", "false boxes"]
-    return table(head, rows)
+    """What is named as a negative, in CLIP, in the detector, or in both."""
+    rows: list[Row] = []
+    for what, found in result("decision-rules")["negatives"].items():
+        plain = found["not named"]
+        rows.append([f"{what} ({found['scenes']} scenes): not named", f"mIoU {plain['miou']:.3f}", *_box_counts(plain)])
+        for key in ("named in CLIP", "named in the detector", "named in both"):
+            rows.append([f"{found['names']} {key}", _gain(found[key]), *_box_counts(found[key])])
+    return table(["negatives", "mIoU gained", "boxes on objects", "false boxes"], rows)
+
+
+def empty_scenes() -> str:
+    """Scenes without an object that get a label."""
+    found = result("decision-rules")["empty"]
+    rows = [[name, f"{share:.0%}"] for name, share in found.items() if name != "scenes"]
+    return table([f"{found['scenes']} scenes without an object, distractors only", "with a label"], rows)
 
 
 def _box_counts(each: Any) -> tuple[int, int]:
@@ -493,6 +502,8 @@ def tuning() -> str:
                 _values(each["changed"]),
             ]
         )
+    mean = sum(each["of the gap"] for each in tuned["sets"]) / len(tuned["sets"])
+    rows.append([f"mean of the sets: {mean:.0%} of the gap closed", "", ""])
     before, after = calibrated["macro F1"]
     f1 = f"macro F1 {before:.3f} to {after:.3f}"
     rows.append([f"`wsss calibrate`, {calibrated['scenes']} scenes, cross-validated: {f1}", _gain(calibrated), ""])
@@ -508,6 +519,7 @@ def _values(changed: Any) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "decision-rules": decision_rules,
     "negatives": negatives,
+    "empty-scenes": empty_scenes,
     "tuning": tuning,
     "quality": quality,
     "parity": parity,

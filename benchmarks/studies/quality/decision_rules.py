@@ -23,8 +23,8 @@ import numpy as np
 
 from ....batch import Photograph
 from ....classes import ClassList, class_list
-from ....mini.hard_scenes import KINDS, LOOK_ALIKES, Kind, Scene, draw_hard_scene
-from ....mini.scenes import CLASSES, draw_scene
+from ....mini.hard_scenes import KINDS, LOOK_ALIKES, Kind, draw_hard_scene
+from ....mini.scenes import CLASSES, Scene, draw_scene
 from ....runtime.chain import Chain, Rules
 from ....runtime.detect import box_iou
 from ....runtime.tune.calibrate import calibrate_chain
