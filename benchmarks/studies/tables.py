@@ -504,6 +504,10 @@ def tuning() -> str:
         )
     mean = sum(each["of the gap"] for each in tuned["sets"]) / len(tuned["sets"])
     rows.append([f"mean of the sets: {mean:.0%} of the gap closed", "", ""])
+    random = tuned["random sets"]
+    closed = f"{random['of the gap, mean']:.0%} of the gap closed (median {random['of the gap, median']:.0%})"
+    worse = f"worst gain {random['worst gain']:+.4f}, {random['worse than the defaults by more than 0.005']} sets below -0.005"
+    rows.append([f"{random['sets']} random sets, scored on the {random['scored on']} others: {closed}", worse, ""])
     before, after = calibrated["macro F1"]
     f1 = f"macro F1 {before:.3f} to {after:.3f}"
     rows.append([f"`wsss calibrate`, {calibrated['scenes']} scenes, cross-validated: {f1}", _gain(calibrated), ""])

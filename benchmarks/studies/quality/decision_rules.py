@@ -56,6 +56,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "box threshold 0.7": {"box_threshold": 0.7},
 }
 TUNED_ON, SETS, SCORED_ON = 20, 3, 200
+RANDOM = 40
+"""Random sets of scenes to tune on."""
 HIT = 0.5
 """IoU from which a box is one of an object of its class."""
 
@@ -226,7 +228,31 @@ def tuning(work: Path) -> dict[str, Any]:
             {"miou": round(score(rules), 4), "of the gap": round(closed, 3), **_interval(gain), **_changed(rules, default)}
         )
         log(f"tuned on set {number}: {result['sets'][-1]}")
+    result["random sets"] = _random_sets(outcomes, RANDOM)
     return result
+
+
+def _random_sets(outcomes: Outcomes, count: int) -> dict[str, Any]:
+    """Rules tuned on random sets of scenes, scored on all others."""
+    default, everything = outcomes.evidence.rules, np.arange(len(outcomes.evidence))
+    gains, closed = [], []
+    for seed in range(count):
+        own = np.random.default_rng(seed).choice(everything, TUNED_ON, replace=False)
+        others = np.setdiff1d(everything, own)
+        base, best, found = (
+            float(miou(outcomes.matrices(rules)[others].sum(axis=0)))
+            for rules in (default, best_of(outcomes, others), search(outcomes, own))
+        )
+        gains.append(found - base)
+        closed.append((found - base) / (best - base))
+    return {
+        "sets": count,
+        "scored on": len(everything) - TUNED_ON,
+        "of the gap, mean": round(float(np.mean(closed)), 3),
+        "of the gap, median": round(float(np.median(closed)), 3),
+        "worst gain": round(min(gains), 4),
+        "worse than the defaults by more than 0.005": sum(gain < -0.005 for gain in gains),
+    }
 
 
 def best_of(outcomes: Outcomes, photographs: np.ndarray) -> Rules:

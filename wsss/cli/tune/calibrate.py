@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from ...errors import UsageError
@@ -42,7 +41,7 @@ def calibrate(
     ] = "tag-thresholds.json",
     json_output: JsonFlag = False,
 ) -> None:
-    """Find a CLIP threshold for each class on labeled photographs.
+    """Find a CLIP threshold for each class.
 
     With label maps, by the mIoU of the chain; with image labels, by their F1.
     """
@@ -88,6 +87,8 @@ def _by_labels(
     chain: Chain, classes: ClassList, photos: str, labels: str, names: str | None, folds: int
 ) -> tuple[int, Calibrated]:
     """Calibrate on the photographs of a folder, or of a list, whose classes a file names; and their number."""
+    import numpy as np
+
     from ...photographs import read_photograph
     from ...runtime.tag import Tagger
     from ...runtime.tune.calibrate import calibrate as by_classes

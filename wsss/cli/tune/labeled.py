@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from ...errors import UsageError
@@ -16,6 +15,8 @@ from ...progress import end_progress
 from ..common import counter, log
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ...batch import Photograph
     from ...runtime.chain import Chain
     from ...runtime.tune.evidence import Evidence

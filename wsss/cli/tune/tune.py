@@ -43,7 +43,7 @@ def tune(
     out: Annotated[str, typer.Option(help="File that gets the settings, for wsss label in its folder.")] = FILE,
     json_output: JsonFlag = False,
 ) -> None:
-    """Find the thresholds and rules of wsss label that fit labeled photographs best.
+    """Find the settings that fit labeled photographs best.
 
     The models run once. What they found is decided again for hundreds of settings, by mIoU. Never tune on the photographs that
     you report a score of.
