@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,12 +78,16 @@ class Scene:
 
 
 @dataclass(frozen=True, slots=True)
-class _Item:
+class Item:
     """A drawn item in a window of its size: color (h, w, 3) float32 in 0-255, cover (h, w) float32 in 0-1."""
 
     color: np.ndarray
     cover: np.ndarray
     area_px: int
+
+
+Place = Callable[[np.random.Generator, np.ndarray, Item, list[tuple[int, int]]], tuple[int, int]]
+"""Gives the left and top edge of an item, from the owner map (H, W) and the centers (x, y) of the items already placed."""
 
 
 # ---- shapes: outlines within the unit circle, x to the right and y down ----
@@ -174,7 +178,7 @@ def _textured(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarr
     return mixed.astype(np.float32) * 255
 
 
-def _painted(rng: np.random.Generator, outline: Points, diameter: float, degrees: float, fill: str, hole: float = 0.0) -> _Item:
+def _painted(rng: np.random.Generator, outline: Points, diameter: float, degrees: float, fill: str, hole: float = 0.0) -> Item:
     """Draw an outline of this diameter, filled with a named color or texture; ``hole`` is the share of its radius left open."""
     turn = np.deg2rad(degrees)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
@@ -199,17 +203,23 @@ def _painted(rng: np.random.Generator, outline: Points, diameter: float, degrees
     # Shading: one side is a little darker, in a random direction.
     lamp, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.0, 0.16)
     shade = 1 - strength * (0.5 + 0.5 * (x * np.float32(np.cos(lamp)) + y * np.float32(np.sin(lamp))))
-    return _Item(color * shade[..., None].astype(np.float32), cover, int((cover >= 0.5).sum()))
+    return Item(color * shade[..., None].astype(np.float32), cover, int((cover >= 0.5).sum()))
 
 
-def _object(rng: np.random.Generator, label: int, diameter: float) -> _Item:
-    look, shape = CLASSES[label - 1].split()
+def draw_object(rng: np.random.Generator, name: str, diameter: float) -> Item:
+    """Draw an object of a class, or of another pair of a look and a shape: ``red star``."""
+    look, shape = name.split()
     degrees = _UPRIGHT_SHAPES.get(shape, 0) + (rng.uniform(-180, 180) if rng.random() < 0.5 else rng.normal(0, 15))
     outline = _SHAPES[shape]() * [rng.uniform(0.88, 1.0), 1.0]
     return _painted(rng, outline, diameter, degrees, look, hole=rng.uniform(0.5, 0.6) if shape == "ring" else 0.0)
 
 
-def _distractor(rng: np.random.Generator, kind: str, diameter: float) -> _Item:
+def draw_item(rng: np.random.Generator, kind: int, diameter: float) -> Item:
+    """Draw an object of class ``kind``, or distractor ``-kind``; both count from 1."""
+    return draw_object(rng, CLASSES[kind - 1], diameter) if kind > 0 else _distractor(rng, DISTRACTORS[-kind - 1], diameter)
+
+
+def _distractor(rng: np.random.Generator, kind: str, diameter: float) -> Item:
     degrees = rng.uniform(-180, 180)
     if kind == "grey polygon":
         corners = int(rng.integers(3, 8))
@@ -237,7 +247,7 @@ def _distractor(rng: np.random.Generator, kind: str, diameter: float) -> _Item:
 # ---- the ground, and the whole scene ----
 
 
-def _ground(rng: np.random.Generator, kind: str, height: int, width: int) -> np.ndarray:
+def draw_ground(rng: np.random.Generator, kind: str, height: int, width: int) -> np.ndarray:
     """(H, W, 3) float32 in 0-255: muted colors between dark and middle gray, so that white and yellow stand out."""
 
     def muted() -> np.ndarray:
@@ -268,7 +278,7 @@ def _ground(rng: np.random.Generator, kind: str, height: int, width: int) -> np.
     return ground
 
 
-def _paste(pixels: np.ndarray, item: _Item, left: int, top: int) -> None:
+def _paste(pixels: np.ndarray, item: Item, left: int, top: int) -> None:
     """Blend an item into (H, W, 3) float32 pixels, clipped to the image."""
     window, inner = _overlap(pixels.shape, item.cover.shape, left, top)
     cover = item.cover[inner][..., None]
@@ -297,7 +307,7 @@ def _finish(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     return (pixels + 0.5).astype(np.uint8)
 
 
-def _size(rng: np.random.Generator) -> tuple[int, int]:
+def random_size(rng: np.random.Generator) -> tuple[int, int]:
     aspect = float(rng.choice(ASPECTS))
     stretch = max(aspect, 1 / aspect)
     short = float(np.exp(rng.uniform(np.log(SHORTEST_PX), np.log(LONGEST_PX / stretch))))
@@ -305,7 +315,7 @@ def _size(rng: np.random.Generator) -> tuple[int, int]:
     return (round(short), long) if aspect >= 1 else (long, round(short))
 
 
-def _place(rng: np.random.Generator, owner: np.ndarray, item: _Item, spots: list[tuple[int, int]]) -> tuple[int, int]:
+def place_anywhere(rng: np.random.Generator, owner: np.ndarray, item: Item, spots: list[tuple[int, int]]) -> tuple[int, int]:
     """Top left corner of an item: at a random place, perhaps partly outside the image, or near an item already drawn."""
     (height, width), (h, w) = owner.shape, item.cover.shape
     if spots and rng.random() < 0.35:
@@ -328,35 +338,63 @@ def draw_scene(seed: int, *, split: Split = "train", size: tuple[int, int] | Non
         size: (height, width) in pixels; None draws it at random: 160-640 px in one of ``ASPECTS``.
     """
     rng = np.random.default_rng([_SPLIT_ID[split], seed])
-    height, width = size or _size(rng)
+    height, width = size or random_size(rng)
     ground = str(rng.choice(GROUNDS))
-    pixels = _ground(rng, ground, height, width)
+    pixels = draw_ground(rng, ground, height, width)
 
     # Items to draw, from the bottom up: a class (1-12) or minus the number of a distractor (-1 to -4).
     objects = rng.integers(1, len(CLASSES) + 1, rng.choice(len(OBJECT_COUNT_SHARES), p=OBJECT_COUNT_SHARES))
     others = -rng.integers(1, len(DISTRACTORS) + 1, rng.choice(4, p=(0.3, 0.35, 0.25, 0.1)))
     items = rng.permutation(np.concatenate([objects, others]))
 
-    owner = np.zeros((height, width), dtype=np.uint8)  # the placed item that each pixel shows, from 1
-    kinds: list[int] = []
+    owner, kinds = place_items(rng, pixels, items.tolist())
+    return finished_scene(rng, pixels, owner, kinds, ground)
+
+
+def place_items(
+    rng: np.random.Generator,
+    pixels: np.ndarray,
+    kinds: Sequence[int],
+    *,
+    diameters: tuple[float, float] = (0.18, 0.50),
+    draw: Callable[[np.random.Generator, int, float], Item] = draw_item,
+    place: Place = place_anywhere,
+) -> tuple[np.ndarray, list[int]]:
+    """Draw items into a picture, from the bottom up; an item without a usable place is left out.
+
+    Args:
+        pixels: (H, W, 3) float32 in 0-255, changed in place.
+        kinds: of the items: classes from 1, or negative numbers, which mean what ``draw`` takes them for.
+        diameters: shares of the shorter side.
+
+    Returns:
+        owner (H, W) uint8, the placed item that each pixel shows, from 1; the kind of each placed item.
+    """
+    height, width = pixels.shape[:2]
+    low, high = np.log(diameters[0]), np.log(diameters[1])
+    owner = np.zeros((height, width), dtype=np.uint8)
+    placed: list[int] = []
     areas: list[int] = []
     spots: list[tuple[int, int]] = []
-    for kind in items.tolist():
-        diameter = min(height, width) * float(np.exp(rng.uniform(np.log(0.18), np.log(0.50))))
-        item = _object(rng, kind, diameter) if kind > 0 else _distractor(rng, DISTRACTORS[-kind - 1], diameter)
+    for kind in kinds:
+        item = draw(rng, kind, min(height, width) * float(np.exp(rng.uniform(low, high))))
         for _ in range(8):
-            left, top = _place(rng, owner, item, spots)
+            left, top = place(rng, owner, item, spots)
             window, inner = _overlap(owner.shape, item.cover.shape, left, top)
             solid = item.cover[inner] >= 0.5
-            if _is_unusable(owner, window, solid, item.area_px, kind, kinds, areas):
+            if _is_unusable(owner, window, solid, item.area_px, kind, placed, areas):
                 continue
             _paste(pixels, item, left, top)
-            kinds.append(kind)
+            placed.append(kind)
             areas.append(item.area_px)
             spots.append((left + item.cover.shape[1] // 2, top + item.cover.shape[0] // 2))
-            owner[window][solid] = len(kinds)
+            owner[window][solid] = len(placed)
             break
+    return owner, placed
 
+
+def finished_scene(rng: np.random.Generator, pixels: np.ndarray, owner: np.ndarray, kinds: list[int], ground: str) -> Scene:
+    """The scene of a picture (H, W, 3) float32 and what `place_items` returned; changes its light and adds sensor noise."""
     instance, label, labels, boxes = _truth(owner, kinds)
     return Scene(
         pixels=_finish(rng, pixels),
@@ -365,7 +403,7 @@ def draw_scene(seed: int, *, split: Split = "train", size: tuple[int, int] | Non
         labels=labels,
         xyxy_image=boxes,
         ground=ground,
-        distractors=tuple(DISTRACTORS[-kind - 1] for kind in kinds if kind < 0),
+        distractors=tuple(DISTRACTORS[-kind - 1] for kind in kinds if -len(DISTRACTORS) <= kind < 0),
     )
 
 
@@ -406,13 +444,23 @@ def _truth(owner: np.ndarray, kinds: list[int]) -> tuple[np.ndarray, np.ndarray,
     return instance, label_of[owner], labels, boxes
 
 
-def write_scenes(folder: Path, count: int, *, seed: int = 0, split: Split = "held-out") -> list[Path]:
+def write_scenes(
+    folder: Path,
+    count: int,
+    *,
+    seed: int = 0,
+    split: Split = "held-out",
+    draw: Callable[[int], Scene] | None = None,
+) -> list[Path]:
     """Write scenes ``seed`` to ``seed + count - 1`` and their truth; returns the JPEG paths.
 
     - ``images/<stem>.jpg``: the photographs and nothing else, so that the folder can be labeled directly;
     - ``truth/<stem>.png``: 8-bit palette label maps, 0 background;
     - ``labels.json``: file name -> class names, in the format of ``wsss label --labels``;
     - ``truth.json``: file name -> the objects' ``labels`` (from 1) and ``xyxy_image``.
+
+    Args:
+        draw: the scene of a seed, in place of `draw_scene` with this split.
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -421,7 +469,7 @@ def write_scenes(folder: Path, count: int, *, seed: int = 0, split: Split = "hel
     names: dict[str, list[str]] = {}
     truth: dict[str, dict[str, list[int] | list[list[float]]]] = {}
     for number in range(seed, seed + count):
-        scene = draw_scene(number, split=split)
+        scene = draw_scene(number, split=split) if draw is None else draw(number)
         path = folder / "images" / f"scene-{number:05d}.jpg"
         Image.fromarray(scene.pixels).save(path, quality=JPEG_QUALITY)
         label_map = Image.fromarray(scene.label)

@@ -314,10 +314,10 @@ def draw_single(seed: int) -> Scene:
     """
     rng = np.random.default_rng([3, seed])  # scenes.py uses the streams 0 and 1
     side_px = int(np.exp(rng.uniform(np.log(80), np.log(320))))
-    pixels = drawing._ground(rng, str(rng.choice(GROUNDS)), side_px, side_px)
+    pixels = drawing.draw_ground(rng, str(rng.choice(GROUNDS)), side_px, side_px)
     instance = np.zeros((side_px, side_px), np.uint8)
 
-    def put(item: drawing._Item, reach: float) -> np.ndarray:
+    def put(item: drawing.Item, reach: float) -> np.ndarray:
         height, width = item.cover.shape
         x, y = side_px / 2 + rng.uniform(-reach, reach, 2) * side_px
         left, top = int(x - width / 2), int(y - height / 2)
@@ -332,7 +332,7 @@ def draw_single(seed: int) -> Scene:
     share = rng.uniform(0.25, 0.95)
     label = int(rng.integers(1, len(CLASSES) + 1)) if rng.random() < 0.5 else 0
     if label:
-        instance[put(drawing._object(rng, label, side_px * share), 0.55 * (1 - share))] = 1
+        instance[put(drawing.draw_object(rng, CLASSES[label - 1], side_px * share), 0.55 * (1 - share))] = 1
     else:
         kind = str(rng.choice(DISTRACTORS)) if rng.random() < 0.15 else "coloured blob"
         put(drawing._distractor(rng, kind, side_px * share), 0.55 * (1 - share))

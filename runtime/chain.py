@@ -23,7 +23,7 @@ from ..engines.openvino import checked_proof
 from ..engines.plan import MODULES, plan_here
 from ..errors import UsageError, WsssError, WsssWarning
 from ..photographs import from_pillow, read_photograph
-from ..spec import Model
+from ..spec import SCORE_RULES, Model, ScoreRule, box_thresholds
 from .bundles import find_bundle
 from .detect import Detector
 from .device import Device, cut_to_fit
@@ -42,6 +42,7 @@ Q = ParamSpec("Q")
 S = TypeVar("S")
 
 AnyImage = str | Path | np.ndarray | Image.Image | Photograph
+MAX_EXPONENT = 8
 USUAL_BATCH = 8
 """Images labeled together where the engines do not set a batch size."""
 
@@ -52,14 +53,23 @@ class Rules:
 
     tag_threshold: float | None = None
     """Lowest CLIP probability of a class that is present; None takes the bundle's."""
+    tag_thresholds: Mapping[str, float] | None = None
+    """The same of single classes, by name, in place of ``tag_threshold``; `wsss.runtime.given.thresholds` reads a file."""
+    score_rule: ScoreRule | None = None
+    """A box's score is the largest of its phrase's token scores (``max``, as Grounding-DINO's ``predict()``) or their mean
+    (``mean``, as its COCO evaluation); None takes the bundle's."""
     box_threshold: float | None = None
-    """Lowest score of a box (Grounding-DINO's mean over the tokens of its phrase); None: the bundle's, or all given boxes."""
+    """Lowest score of a box under that rule; None: the bundle's for the rule, or all given boxes."""
     nms: float = 0.5
     """Boxes of one class with a larger IoU count as one object."""
     nms_across: float = 0.8
     """Boxes of two classes with a larger IoU count as one object, of the class with the better score."""
+    enclosing: bool = True
+    """Whether boxes stay that hold two or more better ones of their class, or nearly the whole photograph beside a better one."""
     margin: float = 0.1
     """A pixel is void where another class's value is within this share of the winner's."""
+    quality_exponent: float = 1.0
+    """Exponent of SAM's predicted IoU in a mask's value, box score x predicted IoU x mask probability; 0 leaves it out."""
     gate: bool = True
     """Whether CLIP decides which classes the detector looks for; otherwise it looks for all of them in every image."""
 
@@ -72,6 +82,16 @@ class Rules:
                     f"--{name.replace('_', '-')}: expected a number in 0..1, got {value}",
                     hint=f"the default is {'the one of the bundle' if default is None else default}",
                 )
+        if self.score_rule not in (None, *SCORE_RULES):
+            raise UsageError(f"--score-rule: expected {' or '.join(SCORE_RULES)}, got {self.score_rule!r}")
+        if not 0 <= self.quality_exponent <= MAX_EXPONENT:
+            raise UsageError(
+                f"--quality-exponent: expected a number in 0..{MAX_EXPONENT}, got {self.quality_exponent}",
+                hint=f"the default is {Rules.quality_exponent}",
+            )
+        for name, value in (self.tag_thresholds or {}).items():
+            if not 0 <= value <= 1:
+                raise UsageError(f"--tag-thresholds: {name!r}: expected a number in 0..1, got {value}")
 
 
 class Timed(Generic[P, R]):
@@ -236,6 +256,8 @@ class Chain:
             threshold=rules.box_threshold,
             warn=lambda message: place.warn(message),
         )
+        if rules.tag_thresholds and (given.boxes or given.labels or not rules.gate):
+            raise UsageError("--tag-thresholds: CLIP is not asked", hint="leave it out with --labels, --boxes and --no-gate")
         tag: Callable[[Images], Labels]
         detect: Callable[[Images, Labels], Boxes]
         if given.boxes:
@@ -247,7 +269,15 @@ class Chain:
             elif rules.gate:
                 clip = take("clip")
                 graphs = opener(clip, "image"), text_opener(clip)
-                tag = tagger = cut_to_fit(Tagger, clip, *graphs, known, threshold=rules.tag_threshold, resizer=resizer(clip))
+                tag = tagger = cut_to_fit(
+                    Tagger,
+                    clip,
+                    *graphs,
+                    known,
+                    threshold=rules.tag_threshold,
+                    thresholds=rules.tag_thresholds,
+                    resizer=resizer(clip),
+                )
                 resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])
             else:
                 tag = ConstantTags(known, True)
@@ -265,19 +295,23 @@ class Chain:
                 text_opener(dino),
                 lambda canvas: opener(dino, f"image-{canvas[0]}x{canvas[1]}"),
                 known,
+                score_rule=rules.score_rule,
                 threshold=rules.box_threshold,
                 resizer=resizer(dino),
                 nms=rules.nms,
                 nms_across=rules.nms_across,
+                enclosing=rules.enclosing,
             )
-            resolve("box_threshold", detector.threshold, dino.manifest.settings["box_threshold"])
+            settings["rules"]["score_rule"] = detector.score_rule
+            own = box_thresholds(dino.manifest.settings)[1].get(detector.score_rule, detector.threshold)
+            resolve("box_threshold", detector.threshold, own)
         if until == "detect":
             return cls(
                 known, tag=tag, detect=detect, segment=no_masks, fuse=_no_labels, settings=settings, device=place, given=given
             )
         sam = take("sam")
         segment = MaskPredictor(sam, opener(sam, "encoder"), opener(sam, "decoder"), resizer=resizer(sam))
-        fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin, keep_masks=masks)
+        fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin, quality_exponent=rules.quality_exponent, keep_masks=masks)
         if masks:  # absent otherwise, as in stores of versions that kept none
             settings["masks"] = True
         # Their contents are hashed in the line of each image, so that corrections do not need a new store.

@@ -3,27 +3,37 @@
 A phrase's text features do not depend on its neighbors in the caption (the sub-sentence mask separates them, and positions
 restart in each phrase), so the text graph runs once per phrase and run, and a caption's features are a concatenation. Each class
 is scored from the tokens of its own phrases, never by matching words.
+
+What a model finds and what is decided about it are two steps: `Detector.found` runs the graphs, and `boxes_from_logits` and
+`chosen` decide. `wsss.runtime.tune` keeps the results of the first and repeats the second with other settings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TypeVar
 
 import numpy as np
 
 from ..batch import MAX_BOXES, Boxes, Images, Labels, Photograph
 from ..classes import ClassList
 from ..engines.engine import Engine
+from ..errors import UsageError
 from ..frame import Frame, frame_for
-from ..spec import Model
+from ..spec import Model, ScoreRule, box_thresholds
 from .canvas import Rows, input_of, on_canvas, together
 from .resize import Resizer
 from .text import open_tokenizer, tokenize_phrases
 
 NEGATIVE = -1
 """The label of negatives: phrases of every caption, which take the boxes that fit them better than any class."""
+INSIDE = 0.9
+"""A box holds another one if at least this share of the other's area is inside."""
+WHOLE = 0.9
+"""A box covers nearly the whole photograph from this share of its area on."""
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +102,15 @@ class Detector:
         text: its text engine.
         image: opens the image engine of a canvas (height, width); called at first use.
         classes: the run's class list.
-        threshold: lowest score of a box, a mean over the phrase's tokens; None takes the bundle's.
+        score_rule: how a box's score follows from those of its phrase's tokens; None takes the bundle's.
+        threshold: lowest score of a box; None takes the bundle's for this rule.
         nms: boxes of one class with a larger IoU are one object.
         nms_across: boxes of different classes with a larger IoU are one object, of the class with the best score.
+        enclosing: keep boxes that hold several better ones of their class, see `suppress`.
         resizer: makes the canvases on the engines' device; None: the host does.
+
+    Raises:
+        UsageError: the bundle has no threshold for this rule, and none is given.
     """
 
     def __init__(
@@ -105,22 +120,40 @@ class Detector:
         image: Callable[[tuple[int, int]], Engine],
         classes: ClassList,
         *,
+        score_rule: ScoreRule | None = None,
         threshold: float | None = None,
         nms: float = 0.5,
         nms_across: float = 0.8,
+        enclosing: bool = True,
         resizer: Resizer | None = None,
     ) -> None:
         settings = model.manifest.settings
         self._preprocess = model.manifest.preprocess
         self._engine_of, self._resizer = lru_cache(maxsize=None)(image), resizer
-        self.threshold = float(settings["box_threshold"]) if threshold is None else threshold
-        self._nms, self._nms_across = nms, nms_across
+        self.score_rule, self.threshold = scoring(model, score_rule, threshold)
+        self._nms, self._nms_across, self._enclosing = nms, nms_across, enclosing
         self._pixels = self._valid = 0
         self._budget = int(settings["max_tokens"])
         self._cls, self._sep, self._phrases, self._negatives = embed_phrases(model, text, classes)
 
     def __call__(self, images: Images, labels: Labels) -> Boxes:
         """Find boxes of the classes in ``labels.present``; images without a class are not processed."""
+        read = partial(boxes_from_logits, rule=self.score_rule, threshold=self.threshold)
+        found = Boxes.join(self.found(images, labels, read))
+        sizes = [photo.shape for photo in images]
+        return found.keep(
+            chosen(found, sizes, self.threshold, nms=self._nms, nms_across=self._nms_across, enclosing=self._enclosing)
+        )
+
+    def found(
+        self, images: Images, labels: Labels, read: Callable[[np.ndarray, np.ndarray, Caption, Frame, int], Answer]
+    ) -> list[Answer]:
+        """What ``read`` makes of the model's outputs: an answer for each caption of each image with a class.
+
+        Args:
+            read: called with logits (Q, T) and boxes (Q, 4), the caption, the photograph's frame and its number, as
+                `boxes_from_logits`.
+        """
         inputs: dict[int, Rows] = {}  # one for each image that is processed, shared by its captions
         jobs: dict[tuple[int, int], list[tuple[int, Frame, Caption]]] = {}
         for number, photo in enumerate(images):
@@ -131,13 +164,13 @@ class Detector:
             for group in split_phrases(present, self._budget - sum(map(len, self._negatives))):
                 caption = join_phrases(self._cls, [*group, *self._negatives], self._sep)
                 jobs.setdefault(frame.canvas, []).append((number, frame, caption))
-        found: list[Boxes] = []
+        found: list[Answer] = []
         for canvas, rows in jobs.items():
             engine = self._engine_of(canvas)
             step = engine.axes["batch"].max
             for start in range(0, len(rows), step):
-                found += self._run(engine, inputs, rows[start : start + step])
-        return suppress(Boxes.join(found), self._nms, self._nms_across)
+                found += self._run(engine, inputs, rows[start : start + step], read)
+        return found
 
     def padding(self) -> float:
         """Share of all canvases so far that was padding, in 0..1."""
@@ -165,7 +198,13 @@ class Detector:
         frame = self.frame_of(photo)
         return self._resizer(photo, [(0, frame.image[0], 0, frame.image[1])], frame.valid, frame.canvas)
 
-    def _run(self, engine: Engine, inputs: Mapping[int, Rows], rows: list[tuple[int, Frame, Caption]]) -> list[Boxes]:
+    def _run(
+        self,
+        engine: Engine,
+        inputs: Mapping[int, Rows],
+        rows: list[tuple[int, Frame, Caption]],
+        read: Callable[[np.ndarray, np.ndarray, Caption, Frame, int], Answer],
+    ) -> list[Answer]:
         tokens = max(engine.axes["tokens"].min, *(len(caption.text) for _, _, caption in rows))
         width = rows[0][2].text.shape[1]
         text = np.zeros((len(rows), tokens, width), rows[0][2].text.dtype)
@@ -186,25 +225,40 @@ class Detector:
         self._pixels += sum(frame.canvas[0] * frame.canvas[1] for _, frame, _ in rows)
         self._valid += sum(frame.valid[0] * frame.valid[1] for _, frame, _ in rows)
         logits, boxes = np.asarray(out["logits"]), np.asarray(out["boxes"])
-        return [
-            boxes_from_logits(logits[row], boxes[row], caption, frame, number, self.threshold)
-            for row, (number, frame, caption) in enumerate(rows)
-        ]
+        return [read(logits[row], boxes[row], caption, frame, number) for row, (number, frame, caption) in enumerate(rows)]
+
+
+def scoring(model: Model, rule: ScoreRule | None, threshold: float | None) -> tuple[ScoreRule, float]:
+    """The rule of scores and the threshold of a run: those given, or the bundle's.
+
+    Raises:
+        UsageError: the bundle has no threshold for the rule.
+    """
+    default, thresholds = box_thresholds(model.manifest.settings)
+    rule = default if rule is None else rule
+    if threshold is None and rule not in thresholds:
+        raise UsageError(
+            f"--score-rule {rule}: the bundle's {model.manifest.family} has a box threshold for {', '.join(thresholds)} only",
+            hint="give one too, for example --box-threshold 0.3; wsss tune finds it on a few labeled photographs",
+        )
+    return rule, thresholds[rule] if threshold is None else threshold
 
 
 def boxes_from_logits(
-    logits: np.ndarray, cxcywh: np.ndarray, caption: Caption, frame: Frame, image: int, threshold: float
+    logits: np.ndarray, cxcywh: np.ndarray, caption: Caption, frame: Frame, image: int, *, rule: ScoreRule, threshold: float
 ) -> Boxes:
     """One image's detections: each query takes the class whose tokens it matches best; if that is a negative, it is no box.
 
     Args:
         logits: (Q, T) float32. cxcywh: (Q, 4) float32 in 0..1 of the photograph.
-        threshold: on the mean of the sigmoid scores of a phrase's tokens, as the reference's COCO evaluation scores
-            (`PostProcessCocoGrounding`: sigmoid times a span-normalized map). Its `predict()` takes a maximum over tokens
-            instead, so that its thresholds are not comparable. A class has the score of its best phrase.
+        rule: ``max``, the largest sigmoid score of a phrase's tokens, as the reference's ``predict()``, whose maximum is over
+            all tokens of the caption; ``mean``, as its COCO evaluation (`PostProcessCocoGrounding`: sigmoid times a
+            span-normalized map). A class has the score of its best phrase.
+        threshold: lowest score under this rule.
     """
     probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    scores = np.stack([probability[:, start:stop].mean(axis=1) for _, start, stop in caption.spans], axis=1)  # (Q, phrases)
+    of_phrase = np.max if rule == "max" else np.mean
+    scores = np.stack([of_phrase(probability[:, start:stop], axis=1) for _, start, stop in caption.spans], axis=1)  # (Q, phrases)
     best = scores.argmax(axis=1)
     score = scores[np.arange(len(scores)), best].astype(np.float32)
     label = np.array([label for label, _, _ in caption.spans], np.int64)[best]
@@ -214,34 +268,75 @@ def boxes_from_logits(
     return Boxes(xyxy[rows], score[rows], label[rows], np.full(len(rows), image, np.int64))
 
 
-def suppress(boxes: Boxes, same: float, across: float) -> Boxes:
+def chosen(
+    boxes: Boxes, sizes: Sequence[tuple[int, int]], threshold: float, *, nms: float, nms_across: float, enclosing: bool
+) -> np.ndarray:
+    """The boxes that a run keeps of all that its models found: their rows, by image, best first.
+
+    Args:
+        sizes: (height, width) of each image. threshold: lowest score. Others: as of `suppress`.
+    """
+    rows = np.flatnonzero(boxes.score >= threshold)
+    return rows[suppress(boxes.keep(rows), nms, nms_across, None if enclosing else sizes)]
+
+
+def suppress(boxes: Boxes, same: float, across: float, sizes: Sequence[tuple[int, int]] | None = None) -> np.ndarray:
     """Greedy non-maximum suppression, image by image: IoU above ``same`` within a class, above ``across`` between classes.
 
     Grounding-DINO does not suppress duplicates itself: its 900 queries repeat objects.
 
+    Args:
+        sizes: (height, width) of each image, to drop boxes of several objects too: those that hold two or more better boxes
+            of their class (`INSIDE`), and those of nearly the whole photograph beside a better one of their class (`WHOLE`).
+
     Returns:
-        The remaining boxes, by image, best first, at most ``MAX_BOXES`` an image.
+        (K,) int64, the rows of the remaining boxes, by image, best first, at most ``MAX_BOXES`` an image.
     """
     order = np.lexsort((-boxes.score, boxes.image))
-    boxes = boxes.keep(order)
-    kept: list[int] = []
-    first = 0
-    for row in range(len(boxes)):
-        if kept and boxes.image[kept[-1]] != boxes.image[row]:
-            first = len(kept)
-        rivals = np.array(kept[first:], np.int64)
-        overlap = box_iou(boxes.xyxy_image[row], boxes.xyxy_image[rivals])
-        limit = np.where(boxes.label[rivals] == boxes.label[row], same, across)
-        if len(rivals) < MAX_BOXES and not (overlap > limit).any():
-            kept.append(row)
-    return boxes.keep(np.array(kept, np.int64))
+    image = boxes.image[order]
+    starts = np.flatnonzero(np.diff(image, prepend=-1))
+    kept: list[np.ndarray] = [np.zeros(0, np.int64)]
+    for start, stop in zip(starts, np.append(starts, len(order))[1:], strict=True):
+        rows = order[start:stop]
+        size = None if sizes is None else sizes[image[start]]
+        kept.append(rows[_suppress_one(boxes.xyxy_image[rows], boxes.label[rows], same, across, size)])
+    return np.concatenate(kept)
 
 
-def box_iou(one: np.ndarray, many: np.ndarray) -> np.ndarray:
-    """IoU of one box (4,) with boxes (N, 4), xyxy in one frame: (N,) float."""
-    top, bottom = np.maximum(one[:2], many[:, :2]), np.minimum(one[2:], many[:, 2:])
-    shared = np.clip(bottom - top, 0, None).prod(axis=1)
-    return shared / ((one[2:] - one[:2]).prod() + (many[:, 2:] - many[:, :2]).prod(axis=1) - shared)
+def _suppress_one(xyxy: np.ndarray, label: np.ndarray, same: float, across: float, size: tuple[int, int] | None) -> list[int]:
+    """`suppress` for one image's boxes (N, 4), best first. A box depends on better ones only."""
+    alike = label[:, None] == label
+    rivals = box_iou(xyxy, xyxy) > np.where(alike, same, across)
+    inside = alike & (shared_area(xyxy, xyxy) >= INSIDE * box_area(xyxy))  # [i, j]: box i holds box j of its class
+    whole = np.zeros(len(xyxy), bool) if size is None else box_area(xyxy) >= WHOLE * size[0] * size[1]
+    left, kept = np.ones(len(xyxy), bool), np.zeros(len(xyxy), bool)
+    for row in range(len(xyxy)):
+        if not left[row]:
+            continue
+        if size is not None and ((inside[row] & kept).sum() >= 2 or (whole[row] and (alike[row] & kept).any())):
+            continue
+        kept[row] = True
+        if kept.sum() == MAX_BOXES:
+            break
+        left &= ~rivals[row]
+    return np.flatnonzero(kept).tolist()
+
+
+def box_iou(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU of boxes (M, 4) with boxes (N, 4), xyxy in one frame: (M, N) float."""
+    shared = shared_area(some, others)
+    return shared / (box_area(some)[:, None] + box_area(others) - shared)
+
+
+def shared_area(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Area that boxes (M, 4) share with boxes (N, 4), xyxy in one frame: (M, N)."""
+    low, high = np.maximum(some[:, None, :2], others[:, :2]), np.minimum(some[:, None, 2:], others[:, 2:])
+    return np.clip(high - low, 0, None).prod(axis=2)
+
+
+def box_area(xyxy: np.ndarray) -> np.ndarray:
+    """Areas of boxes (N, 4): (N,)."""
+    return (xyxy[:, 2:] - xyxy[:, :2]).prod(axis=1)
 
 
 def embed_phrases(model: Model, text: Engine, classes: ClassList) -> tuple[Phrase, Phrase, list[list[Phrase]], list[Phrase]]:

@@ -1,8 +1,8 @@
 """Fuses masks into one label map per image. The arithmetic is a graph (`export/sam/fuse.py`); this module prepares its inputs.
 
 A pixel goes to the mask with the largest value, box score x predicted IoU x sigmoid(logit), whatever the order of the masks or
-the class ids. Where the value of another class is within ``margin`` of the winner's, the pixel is void (255). An image without
-masks is background everywhere.
+the class ids; `mask_scores` is the part of it that belongs to a whole mask. Where the value of another class is within ``margin``
+of the winner's, the pixel is void (255). An image without masks is background everywhere.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ class Fuser:
         model: the bundle's ``sam``.
         engine: its ``fuse`` graph.
         margin: share of the winner's value; a pixel is void where another class comes closer than that. 0: no void.
+        quality_exponent: exponent of the predicted IoU in a mask's value. 0: it does not count.
         keep_masks: copy the logits of the masks to the host too, 256 KB a box, for `PseudoLabels.masks`.
     """
 
-    def __init__(self, model: Model, engine: Engine, *, margin: float = 0.1, keep_masks: bool = False) -> None:
+    def __init__(
+        self, model: Model, engine: Engine, *, margin: float = 0.1, quality_exponent: float = 1.0, keep_masks: bool = False
+    ) -> None:
         self._engine = engine
         self._side = int(model.manifest.settings["logits_side"])
-        self.margin, self.keep_masks = margin, keep_masks
+        self.margin, self.keep_masks, self._exponent = margin, keep_masks, quality_exponent
         self._matrix = lru_cache(maxsize=MATRICES)(partial(_uploaded_matrix, engine))
 
     def __call__(self, images: Images, labels: Labels, boxes: Boxes, masks: Masks) -> PseudoLabels:
@@ -49,7 +52,7 @@ class Fuser:
         """
         area, won = np.zeros(len(boxes), np.int64), np.zeros(len(boxes), np.int64)
         maps = [np.zeros(photo.shape, np.uint8) for photo in images]
-        score = (boxes.score * np.clip(masks.quality, 1e-3, 1)).astype(np.float32)
+        score = mask_scores(boxes.score, masks.quality, self._exponent)
         chosen = [self._best(score, np.flatnonzero(boxes.image == number)) for number in range(len(images))]
         fused, places = Gathered(), []
         for number, tile, out in self._fused(chosen, score, boxes, masks):
@@ -109,6 +112,15 @@ class Fuser:
         on_host = {part: np.asarray(masks.logits[part]) for part in parts}
         gathered = [on_host[part][row] for part, row in zip(masks.part[rows], masks.row[rows], strict=True)]
         return uploaded(self._engine, np.stack(gathered)), np.arange(len(rows))
+
+
+def mask_scores(score: np.ndarray, quality: np.ndarray, exponent: float) -> np.ndarray:
+    """(N,) float32, what the masks' probabilities are multiplied by: box score x predicted IoU ** exponent.
+
+    Args:
+        score, quality: (N,) float32; SAM's predicted IoU may be outside of 0..1.
+    """
+    return (score * np.clip(quality, 1e-3, 1) ** exponent).astype(np.float32)
 
 
 def _uploaded_matrix(engine: Engine, side: int, canvas: int, valid: int, image: int) -> np.ndarray | Resident:

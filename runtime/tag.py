@@ -15,7 +15,7 @@ of three rules, because a threshold fits only one of them:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -24,6 +24,7 @@ from PIL import Image
 from ..batch import Images, Labels, Photograph
 from ..classes import ClassList, backgrounds_for
 from ..engines.engine import Engine
+from ..errors import UsageError
 from ..pixels.pictures import picture_of
 from ..spec import Model
 from .canvas import Rows, input_of, resized_part, together
@@ -45,6 +46,7 @@ class Tagger:
         image, text: its engines.
         classes: the run's class list.
         threshold: lowest probability of a class that is present; None takes the bundle's.
+        thresholds: of single classes, by name, in place of ``threshold``.
         resizer: makes the views on the engines' device; None: the host does.
     """
 
@@ -56,6 +58,7 @@ class Tagger:
         classes: ClassList,
         *,
         threshold: float | None = None,
+        thresholds: Mapping[str, float] | None = None,
         resizer: Resizer | None = None,
     ) -> None:
         settings = model.manifest.settings
@@ -67,6 +70,7 @@ class Tagger:
         self._levels = tuple(int(level) for level in settings["views"])
         self._count = sum(level * level for level in self._levels)
         self.threshold = float(settings["threshold"]) if threshold is None else threshold
+        self._thresholds = tag_thresholds(classes, self.threshold, thresholds)
         backgrounds = () if self._rule == "sigmoid" else backgrounds_for(classes, tuple(settings["backgrounds"]))
         self._classes = len(classes.names)
         names = [f"the class {name!r}" for name in classes.names]
@@ -76,6 +80,10 @@ class Tagger:
 
     def __call__(self, images: Images) -> Labels:
         """Scores of B images: (B, C) float32, the best view's softmax probability of each class."""
+        return tagged(self.scores(images), self._thresholds)
+
+    def scores(self, images: Images) -> np.ndarray:
+        """(B, C) float32, the best view's probability of each class."""
         views = [input_of(photo, "tag", self) for photo in images]  # each (V, S, S, 3)
         score = np.zeros((len(images), self._classes), np.float32)
         step = self._image.axes["batch"].max
@@ -84,7 +92,7 @@ class Tagger:
             pixels = together(_between(views, self._count, int(rows[0]), int(rows[-1]) + 1))
             probability = self._probability(np.asarray(self._image({"pixels": pixels})["embedding"]))
             np.maximum.at(score, rows // self._count, probability)
-        return Labels(score, score >= self.threshold)
+        return score
 
     def _probability(self, embedding: np.ndarray) -> np.ndarray:
         logits = self._scale * (embedding.astype(np.float32) @ self._prompts.T) + self._bias  # (V, C + negatives)
@@ -114,6 +122,29 @@ class Tagger:
         assert self._resizer is not None
         side = self._preprocess.canvases[0]
         return self._resizer(photo, view_windows(*photo.shape, self._levels), side, side)
+
+
+def tagged(score: np.ndarray, thresholds: np.ndarray) -> Labels:
+    """The classes of each image: those whose score (B, C) reaches their threshold (C,), both float32."""
+    return Labels(score, score >= thresholds)
+
+
+def tag_thresholds(classes: ClassList, threshold: float, by_class: Mapping[str, float] | None = None) -> np.ndarray:
+    """(C,) float32, the lowest score of each class: ``threshold``, or its own.
+
+    Raises:
+        UsageError: ``by_class`` names a class that is not in the list.
+    """
+    thresholds = np.full(len(classes), threshold, np.float32)
+    for name, value in (by_class or {}).items():
+        if (label := classes.find(name)) is None:
+            near = classes.nearest(name)
+            raise UsageError(
+                f"--tag-thresholds: {name!r} is not in --classes",
+                hint=f"did you mean {near!r}?" if near else f"the list has {', '.join(classes.names)}",
+            )
+        thresholds[label - 1] = value
+    return thresholds
 
 
 def _between(parts: Sequence[Rows], each: int, start: int, stop: int) -> list[Rows]:

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_model(folder: Path, family: str, settings: Mapping[str, Any] | None = None) -> None:
+def write_model(folder: Path, family: str, settings: Mapping[str, Any] | None = None, *, drop: Sequence[str] = ()) -> None:
     """Write a model's folder like an exporter; the graphs are a few bytes that only `World.open_graph` understands."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [graph for model, graph in SCRIPTS if model == family]
@@ -221,7 +221,7 @@ def write_model(folder: Path, family: str, settings: Mapping[str, Any] | None = 
         variant="fake",
         preprocess=Preprocess(filter="bilinear", mean=(0, 0, 0), std=(1, 1, 1), source="tests/conftest.py", **PREPROCESS[family]),
         graphs={graph: spec_of(family, graph) for graph in names},
-        settings={**SETTINGS[family], **(settings or {})},
+        settings={**{name: SETTINGS[family][name] for name in SETTINGS[family] if name not in drop}, **(settings or {})},
         tokenizer=None if family == "sam" else "tokenizer.json",
         weights={"source": "none", "sha256": ""},
         tools={},

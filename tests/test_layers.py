@@ -34,6 +34,7 @@ ALL_BUT_CLI = {
         "wsss.runtime.ray",
         "wsss.runtime.convert",
         "wsss.runtime.report",
+        "wsss.runtime.tune",
     ),
 }
 EXPORT = {TYPES, "wsss.engines", "wsss.export", "wsss.export.precision"}
@@ -43,7 +44,7 @@ MAY: dict[str, set[str]] = {
     READING: {TYPES},
     PIXELS: set(),
     STORE: {TYPES},
-    "wsss.cli": ALL_BUT_CLI,
+    "wsss.cli": ALL_BUT_CLI | {"wsss.cli.tune"},
     "wsss.engines": {TYPES},
     "wsss.export": EXPORT,
     "wsss.export.clip": EXPORT,
@@ -56,6 +57,7 @@ MAY: dict[str, set[str]] = {
     "wsss.runtime.ray": CHAIN | {STORE, "wsss.runtime.run"},
     "wsss.runtime.convert": {TYPES, STORE},
     "wsss.runtime.report": {TYPES, STORE},
+    "wsss.runtime.tune": CHAIN | {"wsss.train.evaluate"},
     "wsss.train": {TYPES, STORE, "wsss.train.dataset", "wsss.train.evaluate"},
     "wsss.train.apply": {TYPES, STORE, "wsss.train", "wsss.train.dataset", "wsss.train.evaluate"},
     "wsss.train.dataset": {TYPES, STORE, "wsss.train.evaluate"},

@@ -10,7 +10,9 @@ or as JSON: ``["dog", "cat"]``, or ``{"dog": {"prompts": ["dog", "puppy"], "phra
 `wsss.class_files` reads these and the formats of other tools.
 Sources of the built-in lists: VOC 2012 devkit, VOCinit.m; COCO 2014, instances_val2014.json; the CLIP prompts of both
 from CLIP-ES (arXiv:2212.09506; github.com/linyq2117/CLIP-ES 78e0198, clip_text.py: ``new_class_names`` and
-``new_class_names_coco``, there in one sentence with their synonyms).
+``new_class_names_coco``, there in one sentence with their synonyms). The detector's phrases of both are COCO's names, with which
+Grounding-DINO's authors evaluate it (demo/test_ap_on_coco.py): ``airplane`` and ``couch``, also where VOC has ``aeroplane`` and
+``sofa``. VOC annotates computer monitors as ``tvmonitor`` too, which COCO has as ``tv``.
 """
 
 from __future__ import annotations
@@ -413,7 +415,7 @@ def _columns(row: str) -> tuple[str, str, str]:
 
 # name | CLIP prompt | detector phrase; an empty column means the name.
 _VOC = """
-aeroplane
+aeroplane | | airplane
 bicycle
 bird | bird avian
 boat
@@ -426,13 +428,13 @@ cow
 diningtable | | dining table
 dog
 horse
-motorbike
+motorbike | | motorcycle
 person | person with clothes,people,human
 pottedplant | | potted plant
 sheep
-sofa
+sofa | | couch
 train
-tvmonitor | tvmonitor screen | tv monitor
+tvmonitor | tvmonitor screen | tv
 """
 
 # CLIP-ES spells snowboard "sknowboard".

@@ -28,6 +28,10 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Flavour = Literal["trt", "trt-rtx"]
 """TensorRT, and TensorRT for RTX: the same API in two libraries."""
 Resize = Literal["squash", "longest", "shorter", "short-longest", "none"]
+ScoreRule = Literal["max", "mean"]
+"""How the score of a detector's box follows from those of its phrase's tokens: the largest, as in Grounding-DINO's ``predict()``
+(groundingdino/util/inference.py), or their mean, as in its COCO evaluation (demo/test_ap_on_coco.py)."""
+SCORE_RULES: tuple[ScoreRule, ...] = ("max", "mean")
 MODELS = ("clip", "grounding-dino", "sam")
 """Models of the labeling chain, in data-flow order; each is a folder of a bundle."""
 
@@ -416,6 +420,35 @@ def _check_manifest(manifest: Manifest) -> None:
         if name not in settings:
             raise SpecError(f"settings: expected {name!r}, got {', '.join(settings) or 'none'}")
         checked(kind, settings[name], f"settings.{name}")
+    if manifest.family == "grounding-dino":
+        _check_scores(settings)
+
+
+def _check_scores(settings: Mapping[str, Any]) -> None:
+    """Raises SpecError unless the detector's settings have a rule of scores, and its threshold."""
+    checked(ScoreRule, settings.get("score_rule", "mean"), "settings.score_rule")
+    if not {"box_thresholds", "box_threshold"} & settings.keys():
+        raise SpecError(f"settings: expected 'box_thresholds', got {', '.join(settings) or 'none'}")
+    if "box_thresholds" in settings:
+        checked(Mapping[ScoreRule, float], settings["box_thresholds"], "settings.box_thresholds")
+    else:
+        checked(float, settings["box_threshold"], "settings.box_threshold")
+    rule, thresholds = box_thresholds(settings)
+    if rule not in thresholds:
+        raise SpecError(f"settings.box_thresholds: expected that of the rule {rule!r}, got {', '.join(thresholds) or 'none'}")
+
+
+def box_thresholds(settings: Mapping[str, Any]) -> tuple[ScoreRule, dict[ScoreRule, float]]:
+    """The rule of a detector's scores, and the lowest score of a box by rule: a threshold fits only the rule it belongs to.
+
+    Bundles of earlier versions have one number, ``box_threshold``, which they applied to the mean.
+
+    Args:
+        settings: of the manifest of a ``grounding-dino``.
+    """
+    rule: ScoreRule = settings.get("score_rule", "mean")
+    old = {rule: settings["box_threshold"]} if "box_threshold" in settings else {}
+    return rule, {name: float(value) for name, value in settings.get("box_thresholds", old).items()}
 
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -425,11 +458,11 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         **dict.fromkeys(("templates", "backgrounds"), tuple[str, ...]),
         "views": tuple[int, ...],
     },
-    "grounding-dino": {**dict.fromkeys(("cls", "sep", "dot", "pad", "max_tokens"), int), "box_threshold": float},
+    "grounding-dino": dict.fromkeys(("cls", "sep", "dot", "pad", "max_tokens"), int),
     "sam": {"logits_side": int},
     "segmenter": {"overlap_px": int, "classes": tuple[str, ...]},
 }
-"""The `Manifest.settings` that the runtime requires, by family."""
+"""The `Manifest.settings` that the runtime requires, by family; the detector's rule and thresholds: `box_thresholds`."""
 AXES: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("clip", "image"): ("batch",),
     ("clip", "text"): ("batch",),

@@ -39,7 +39,7 @@ from ...frame import frame_for
 from ...runtime.canvas import on_canvas
 from ...runtime.chain import Rules
 from ...runtime.tag import embed_prompts, view_windows
-from ...spec import AxisRange, Model, TensorSpec
+from ...spec import AxisRange, Model, TensorSpec, box_thresholds
 from .job import Caption, Job, caption_of, official_resize
 
 PACKAGES = ("torch", "transformers", "open_clip_torch", "segment-anything")
@@ -157,7 +157,8 @@ class EagerDetector:
         limits = official_resize(dino)
         size = {"shortest_edge": limits.short_px, "longest_edge": limits.longest_px}
         self._processor = GroundingDinoImageProcessor(size=size)
-        self._threshold = float(dino.manifest.settings["box_threshold"])
+        rule, thresholds = box_thresholds(dino.manifest.settings)
+        self._threshold = thresholds[rule]
         self._tokens = torch.tensor([caption.tokens])
 
     def __call__(self, photo: Photograph) -> Tensor:

@@ -497,7 +497,79 @@ def proofs() -> dict[str, dict[str, dict[str, Any]]]:
     return {model: {kind: kinds[kind] for kind in order if kind in kinds} for model, kinds in sorted(found.items())}
 
 
+def decision_rules() -> str:
+    """Each rule at another value than the default, on hard scenes."""
+    found = result("decision-rules")["options"]
+    kinds = ", ".join(f"{kind} {score:.3f}" for kind, score in found["kinds"].items())
+    empty = "empty scenes with a label"
+    rows: list[Row] = [[f"defaults: mIoU {found['miou']:.3f} ({kinds})", "", f"{found[empty]:.0%}"]]
+    rows += [[name, _gain(each), f"{each[empty]:.0%}"] for name, each in found["options"].items()]
+    return table([f"{found['scenes']} hard scenes", "mIoU gained", empty], rows)
+
+
+def _gain(each: Any) -> str:
+    return f"{each['gain']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
+
+
+def negatives() -> str:
+    """What is named as a negative, in CLIP, in the detector, or in both."""
+    rows: list[Row] = []
+    for what, found in result("decision-rules")["negatives"].items():
+        plain = found["not named"]
+        rows.append([f"{what} ({found['scenes']} scenes): not named", f"mIoU {plain['miou']:.3f}", *_box_counts(plain)])
+        for key in ("named in CLIP", "named in the detector", "named in both"):
+            rows.append([f"{found['names']} {key}", _gain(found[key]), *_box_counts(found[key])])
+    return table(["negatives", "mIoU gained", "boxes on objects", "false boxes"], rows)
+
+
+def empty_scenes() -> str:
+    """Scenes without an object that get a label."""
+    found = result("decision-rules")["empty"]
+    rows = [[name, f"{share:.0%}"] for name, share in found.items() if name != "scenes"]
+    return table([f"{found['scenes']} scenes without an object, distractors only", "with a label"], rows)
+
+
+def _box_counts(each: Any) -> tuple[int, int]:
+    return each["boxes on objects"], each["false boxes"]
+
+
+def tuning() -> str:
+    """Tuned and calibrated rules on another domain."""
+    found = result("decision-rules")
+    tuned, calibrated = found["tune"], found["calibrate"]
+    rows: list[Row] = [["defaults", f"mIoU {tuned['default']:.3f}", ""]]
+    rows.append(["oracle", f"mIoU {tuned['oracle']['miou']:.3f}", _values(tuned["oracle"]["changed"])])
+    for number, each in enumerate(tuned["sets"], 1):
+        rows.append(
+            [
+                f"`wsss tune` on set {number}: {each['of the gap']:.0%} of the gap closed",
+                f"mIoU {each['miou']:.3f}, {_gain(each)}",
+                _values(each["changed"]),
+            ]
+        )
+    mean = sum(each["of the gap"] for each in tuned["sets"]) / len(tuned["sets"])
+    rows.append([f"mean of the sets: {mean:.0%} of the gap closed", "", ""])
+    random = tuned["random sets"]
+    closed = f"{random['of the gap, mean']:.0%} of the gap closed (median {random['of the gap, median']:.0%})"
+    worse = f"worst gain {random['worst gain']:+.4f}, {random['worse than the defaults by more than 0.005']} sets below -0.005"
+    rows.append([f"{random['sets']} random sets, scored on the {random['scored on']} others: {closed}", worse, ""])
+    before, after = calibrated["macro F1"]
+    f1 = f"macro F1 {before:.3f} to {after:.3f}"
+    rows.append([f"`wsss calibrate`, {calibrated['scenes']} scenes, cross-validated: {f1}", _gain(calibrated), ""])
+    scenes, seconds = tuned["scenes"], tuned["CPU seconds for 500 settings of 200 scenes"]
+    rows.append(["500 settings on 200 scenes, after the models ran", f"{seconds:.0f} s of CPU time", ""])
+    return table([f"tuned on {scenes['tuned on']} scenes, scored on {scenes['scored on']}", "measured", "changed"], rows)
+
+
+def _values(changed: Any) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changed.items())
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "decision-rules": decision_rules,
+    "negatives": negatives,
+    "empty-scenes": empty_scenes,
+    "tuning": tuning,
     "quality": quality,
     "parity": parity,
     "half-precision": half,

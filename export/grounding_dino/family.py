@@ -4,16 +4,18 @@ The official classes are transformers'. Settings of the manifest (read by the ru
 
 - ``cls``, ``sep``, ``dot``, ``pad``: token ids. A caption is [CLS], the pieces of each phrase and a dot, [SEP].
 - ``max_tokens``: most tokens of a caption, with [CLS] and [SEP]; the reference truncates silently.
-- ``score_rule``: how the score of a class follows from those of its tokens. ``mean``, without the dot, is the official
-  COCO evaluation (demo/test_ap_on_coco.py: a span-normalized map); ``predict()`` of the demo takes the maximum.
-- ``box_threshold``: lowest score of a box under that rule. 0.3 is the official number for the maximum (README.md).
+- ``score_rule``: how the score of a class follows from those of its tokens (`wsss.spec.ScoreRule`). ``max`` is ``predict()``
+  (groundingdino/util/inference.py); ``mean``, without the dot, is the COCO evaluation (demo/test_ap_on_coco.py: a
+  span-normalized map).
+- ``box_thresholds``: lowest score of a box, by rule. For the maximum, 0.3 is the official number (README.md). For the mean there
+  is none: the evaluation has no threshold.
 - ``queries``: boxes per photo, before any threshold or suppression.
 - ``sampling``: how deformable attention reads between cells (`layers.sampler`); not read by the runtime.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
@@ -30,7 +32,7 @@ from transformers import (
 )
 
 from ...errors import ParityError, UsageError
-from ...spec import AxisRange, Preprocess, TensorSpec
+from ...spec import AxisRange, Preprocess, ScoreRule, TensorSpec
 from .. import canvases as canvas_template
 from .. import mini
 from ..canvases import tracing_canvas
@@ -57,8 +59,8 @@ class Frame:
     short_px: int
     longest_px: int
     batch: AxisRange
-    box_threshold: float
-    """Lowest score of a box, a mean over the tokens of its phrase."""
+    box_thresholds: Mapping[ScoreRule, float]
+    """Lowest score of a box; the first rule is the default."""
     margin: Margin
     """Of ``inverse_sigmoid``, with which the weights were trained."""
     source: str
@@ -69,22 +71,27 @@ FULL = Frame(
     short_px=800,
     longest_px=1333,
     batch=AxisRange(1, 4, 8),
-    box_threshold=0.3,
+    box_thresholds={"max": 0.3},
     margin=OFFICIAL_MARGIN,
     source="GroundingDINO, groundingdino/util/inference.py, load_image",
 )
-MM = replace(FULL, margin=MMDET_MARGIN, source="mmdetection, configs/mm_grounding_dino, test_pipeline")
+MM = replace(
+    FULL,
+    margin=MMDET_MARGIN,
+    box_thresholds={"mean": 0.3},  # mmdetection's demo/image_demo.py; its scores are means
+    source="mmdetection, configs/mm_grounding_dino, test_pipeline",
+)
 MINI = Frame(
     canvases=((192, 192), (144, 256), (256, 144)),
     short_px=144,
     longest_px=256,
     batch=AxisRange(1, 8, 16),
-    box_threshold=0.5,  # best F1 on held-out scenes
+    box_thresholds={"max": 0.5, "mean": 0.5},  # best F1 on held-out scenes
     margin=TRANSFORMERS_MARGIN,
     source="mini/train_detector.py: the official rule on smaller sides",
 )
 
-MM_MINI = replace(MINI, margin=MMDET_MARGIN, box_threshold=MM.box_threshold)
+MM_MINI = replace(MINI, margin=MMDET_MARGIN, box_thresholds=MM.box_thresholds)
 
 BEST_QUERIES = 100
 TRACED_SIDE = 800
@@ -183,8 +190,8 @@ def assemble(
             "dot": DOT,
             "pad": PAD,
             "max_tokens": min(MAX_TOKENS, model.config.max_text_len),
-            "score_rule": "mean",
-            "box_threshold": frame.box_threshold,
+            "score_rule": next(iter(frame.box_thresholds)),
+            "box_thresholds": dict(frame.box_thresholds),
             "queries": model.config.num_queries,
             "sampling": sampling,
         },

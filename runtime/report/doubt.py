@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...store.local import Record
@@ -23,6 +23,8 @@ class Floors:
     """False where tags do not depend on the image: all classes (``--no-gate``) or none (``--boxes``) everywhere."""
     boxed: bool = True
     """False for a segmenter, which has no boxes; its tags are the classes of its labels, with their mean confidence."""
+    tags: Mapping[str, float] = field(default_factory=dict)
+    """Of classes with a threshold of their own, in place of ``tag``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,7 @@ def floors_of(run: dict[str, Any], records: Iterable[Record]) -> Floors:
         box=box if box_threshold is None else box_threshold,
         tagged=tagged,
         boxed="segmenter" not in models,
+        tags=_object(rules.get("tag_thresholds")),
     )
 
 
@@ -81,7 +84,9 @@ def doubt(record: Record, floors: Floors) -> Doubt:
     """
     tags, boxes = record["classes"] if floors.tagged else {}, record["boxes"]
     boxed = {box["label"] for box in boxes}
-    margins = [(_margin(score, floors.tag), f"tag “{name}” scores {score:.2f}") for name, score in tags.items()]
+    margins = [
+        (_margin(score, floors.tags.get(name, floors.tag)), f"tag “{name}” scores {score:.2f}") for name, score in tags.items()
+    ]
     margins += [(_margin(box["score"], floors.box), f"box “{box['label']}” scores {box['score']:.2f}") for box in boxes]
     masks = [(box["quality"], f"mask of “{box['label']}” {box['quality']:.2f}") for box in boxes]
     margin, weakest = min(margins, default=(1.0, ""))

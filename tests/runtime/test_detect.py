@@ -28,12 +28,13 @@ from wsss.runtime.detect import (
     Phrase,
     box_iou,
     boxes_from_logits,
+    chosen,
     join_phrases,
     split_phrases,
     suppress,
 )
 from wsss.runtime.text import tokenize_phrases
-from wsss.spec import Model
+from wsss.spec import SCORE_RULES, Model, ScoreRule
 
 from ..conftest import WORDS, Feeds
 
@@ -141,13 +142,15 @@ def logit(probability: float) -> float:
     return float(np.log(probability / (1 - probability)))
 
 
-def detect(tokens: dict[int, float], box: list[float] = MIDDLE, threshold: float = 0.3, pad: int = 0) -> Boxes:
+def detect(
+    tokens: dict[int, float], box: list[float] = MIDDLE, threshold: float = 0.3, pad: int = 0, rule: ScoreRule = "mean"
+) -> Boxes:
     """One query with these probabilities at these tokens, 0.01 elsewhere, -inf on padding."""
     logits = np.full((1, len(CAPTION.text) + pad), logit(0.01), np.float32)
     logits[0, len(CAPTION.text) :] = -np.inf
     for token, probability in tokens.items():
         logits[0, token] = logit(probability)
-    return boxes_from_logits(logits, np.array([box], np.float32), CAPTION, FRAME, 4, threshold)
+    return boxes_from_logits(logits, np.array([box], np.float32), CAPTION, FRAME, 4, rule=rule, threshold=threshold)
 
 
 def test_spans_leave_the_dot_and_the_special_tokens_out() -> None:
@@ -182,6 +185,26 @@ def test_a_query_takes_the_class_whose_tokens_it_matches_best(
         assert found.image.tolist() == [4]
         assert np.allclose(found.xyxy_image, [[80, 30, 120, 70]], atol=1e-4)
     assert [a.dtype for a in (found.xyxy_image, found.score, found.label, found.image)] == ["f4", "f4", "i8", "i8"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "label", "score"),
+    [
+        ({}, None, 0),
+        ({0: 0.9, 3: 0.9, 5: 0.9, 7: 0.9, 8: 0.9}, None, 0),  # [CLS], dots and [SEP] name nothing
+        ({1: 0.9, 2: 0.5}, 3, 0.9),  # the largest of a phrase's tokens
+        ({1: 0.5}, 3, 0.5),  # a mean would not have passed
+        ({1: 0.6, 2: 0.6, 4: 0.7}, 5, 0.7),  # the best class
+        ({1: 0.8, 4: 0.7}, 3, 0.8),  # of which a mean would have taken the other
+    ],
+)
+def test_the_rule_max_takes_the_largest_token_score_as_predict_does(
+    tokens: dict[int, float], label: int | None, score: float
+) -> None:
+    found = detect(tokens, rule="max")
+    assert found.label.tolist() == ([] if label is None else [label])
+    if label is not None:
+        assert found.score[0] == pytest.approx(score, abs=1e-5)
 
 
 def test_the_threshold_itself_passes() -> None:
@@ -239,10 +262,54 @@ def test_suppression(rows: list[tuple[list[float], float, int, int]], kept: list
         np.array(label, np.int64),
         np.array(image, np.int64),
     )
-    found = suppress(boxes, 0.5, 0.8)
+    found = boxes.keep(suppress(boxes, 0.5, 0.8))
     want = boxes.keep(np.array(kept, np.int64))
     for field in ("xyxy_image", "score", "label", "image"):
         assert np.array_equal(getattr(found, field), getattr(want, field))
+
+
+ALL, ONE, TWO, NEAR = (
+    [0, 0, 100, 40],
+    [0, 0, 40, 40],
+    [60, 0, 100, 40],
+    [-2, 0, 41, 41],
+)  # `ALL` holds ONE, TWO; NEAR is ONE again
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        pytest.param([(ALL, 0.5, 1, 0), (ONE, 0.9, 1, 0), (TWO, 0.8, 1, 0)], [1, 2], id="holds two better ones of its class"),
+        pytest.param([(ALL, 0.95, 1, 0), (ONE, 0.9, 1, 0), (TWO, 0.8, 1, 0)], [0, 1, 2], id="is better itself"),
+        pytest.param([(ALL, 0.85, 1, 0), (ONE, 0.9, 1, 0), (TWO, 0.8, 1, 0)], [1, 0, 2], id="only one is better"),
+        pytest.param([(ALL, 0.5, 1, 0), (ONE, 0.9, 1, 0), (NEAR, 0.8, 1, 0)], [1, 0], id="two boxes of one object are one"),
+        pytest.param([(ALL, 0.5, 1, 0), (ONE, 0.9, 2, 0), (TWO, 0.8, 2, 0)], [1, 2, 0], id="two of another class"),
+        pytest.param([(ALL, 0.5, 1, 1), (ONE, 0.9, 1, 0), (TWO, 0.8, 1, 0)], [1, 2, 0], id="two in another image"),
+        pytest.param([([0, 0, 100, 91], 0.5, 1, 0), (ONE, 0.9, 1, 0)], [1], id="nearly the whole photograph, one better"),
+        pytest.param([([0, 0, 100, 89], 0.5, 1, 0), (ONE, 0.9, 1, 0)], [1, 0], id="not nearly the whole"),
+        pytest.param([([0, 0, 100, 91], 0.5, 1, 0), (ONE, 0.9, 2, 0)], [1, 0], id="the better one is of another class"),
+        pytest.param([([0, 0, 100, 91], 0.5, 1, 0)], [0], id="the whole photograph alone"),
+    ],
+)
+def test_boxes_that_enclose_several_objects_are_dropped(rows: list[tuple[list[float], float, int, int]], kept: list[int]) -> None:
+    xyxy, score, label, image = zip(*rows, strict=True)
+    boxes = Boxes(np.array(xyxy, np.float32), np.array(score, np.float32), np.array(label), np.array(image))
+    assert suppress(boxes, 0.5, 0.8, [(100, 100), (100, 100)]).tolist() == kept
+    assert len(suppress(boxes, 0.5, 0.8)) >= len(kept), "without sizes they stay"
+
+
+def test_a_threshold_before_suppression_keeps_what_a_threshold_after_it_keeps() -> None:
+    """A box depends on better ones only. `wsss tune` and long lists of candidates rely on it."""
+    rng = np.random.default_rng(3)
+    low = rng.uniform(0, 60, (60, 2))
+    xyxy = np.concatenate([low, low + rng.uniform(10, 60, (60, 2))], axis=1).astype(np.float32)
+    boxes = Boxes(xyxy, rng.uniform(0, 1, 60).astype(np.float32), rng.integers(1, 3, 60), np.sort(rng.integers(0, 2, 60)))
+    options = {"nms": 0.4, "nms_across": 0.6, "enclosing": False}
+    for threshold in (0.2, 0.5, 0.8):
+        early = chosen(boxes, [(100, 100)] * 2, threshold, **options)
+        late = chosen(boxes, [(100, 100)] * 2, 0.0, **options)
+        assert early.tolist() == [row for row in late.tolist() if boxes.score[row] >= np.float32(threshold)]
+        assert 0 < len(early) < len(boxes)
 
 
 def test_an_image_keeps_at_most_its_best_boxes() -> None:
@@ -250,15 +317,16 @@ def test_an_image_keeps_at_most_its_best_boxes() -> None:
     left = 2 * np.arange(count, dtype=np.float32)
     xyxy = np.stack([left, left * 0, left + 1, left * 0 + 1], axis=1)
     score = np.linspace(0.1, 0.9, count, dtype=np.float32)
-    found = suppress(Boxes(xyxy, score, np.ones(count, np.int64), np.zeros(count, np.int64)), 0.5, 0.8)
+    boxes = Boxes(xyxy, score, np.ones(count, np.int64), np.zeros(count, np.int64))
+    found = boxes.keep(suppress(boxes, 0.5, 0.8))
     assert found.score.tolist() == score[:1:-1].tolist()
 
 
 def test_iou() -> None:
-    one = np.float32([0, 0, 10, 10])
+    one = np.float32([[0, 0, 10, 10]])
     many = np.float32([[0, 0, 10, 10], [0, 0, 10, 5], [10, 0, 20, 10], [5, 5, 15, 15], [20, 20, 30, 30]])
-    assert box_iou(one, many) == pytest.approx([1, 0.5, 0, 25 / 175, 0])
-    assert box_iou(one, np.zeros((0, 4), np.float32)).shape == (0,)
+    assert box_iou(one, many)[0] == pytest.approx([1, 0.5, 0, 25 / 175, 0])
+    assert box_iou(one, np.zeros((0, 4), np.float32)).shape == (1, 0)
 
 
 # ---- the stage ----
@@ -420,7 +488,8 @@ def test_caption_of_one_phrase_is_padded_to_the_engines_least(world: World) -> N
 # ---- negatives ----
 
 
-def test_a_query_whose_best_phrase_is_a_negative_is_no_box() -> None:
+@pytest.mark.parametrize("rule", SCORE_RULES)
+def test_a_query_whose_best_phrase_is_a_negative_is_no_box(rule: ScoreRule) -> None:
     parts = [phrase(3, 11, DOT), phrase(NEGATIVE, 12, DOT), phrase(NEGATIVE, 13, DOT)]
     caption = join_phrases(phrase(0, CLS), parts, phrase(0, SEP))
     assert [label for label, _, _ in caption.spans] == [3, NEGATIVE, NEGATIVE]
@@ -429,7 +498,7 @@ def test_a_query_whose_best_phrase_is_a_negative_is_no_box() -> None:
     loses[caption.spans[0][1]], loses[caption.spans[2][1]] = logit(0.6), logit(0.7)
     far[caption.spans[1][1]] = logit(0.9)
     boxes = np.array([MIDDLE] * 3, np.float32)
-    found = boxes_from_logits(np.stack([wins, loses, far]), boxes, caption, FRAME, 0, 0.3)
+    found = boxes_from_logits(np.stack([wins, loses, far]), boxes, caption, FRAME, 0, rule=rule, threshold=0.3)
     assert found.label.tolist() == [3] and found.score[0] == pytest.approx(0.6)
 
 

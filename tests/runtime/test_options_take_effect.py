@@ -109,6 +109,81 @@ def test_box_threshold(world: World, label: Label, tmp_path: Path, bundled: floa
     assert values(label(*flags)["a"]) == labels
 
 
+def test_tag_thresholds(world: World, label: Label, tmp_path: Path) -> None:
+    """Red and blue are certain; a threshold of 1 is above both."""
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 20, 20), blue=(24, 8, 48, 32))
+    (tmp_path / "t.json").write_text(json.dumps({"blue": 1.0}))
+    (tmp_path / "t.toml").write_text("red = 0.5\nblue = 0.5\n")
+    assert values(label("--tag-thresholds", "t.json")["a"]) == [0, 1]
+    assert values(label("--tag-threshold", "1", "--tag-thresholds", "t.toml", store="both")["a"]) == [0, 1, 3]
+    assert json.loads((tmp_path / "both/run.json").read_text())["rules"]["tag_thresholds"] == {"red": 0.5, "blue": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ('{"cow": 0.5}', (), "--tag-thresholds: 'cow' is not in --classes"),
+        ('{"red": 1.5}', (), "'red': expected a number in 0..1, got 1.5"),
+        ('{"red": true}', (), "'red': expected a number in 0..1, got True"),
+        ("[0.5]", (), "expected an object of class names to numbers, got [0.5]"),
+        ("{}", (), "expected an object of class names to numbers, got {}"),
+        ('{"red": 0.5}', ("--no-gate",), "--tag-thresholds: CLIP is not asked"),
+    ],
+)
+def test_tag_thresholds_that_cannot_be_meant(
+    wsss: Run, world: World, tmp_path: Path, text: str, flags: tuple[str, ...], message: str
+) -> None:
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 20, 20))
+    (tmp_path / "t.json").write_text(text)
+    argv = ["label", "photos", "--classes", "red, blue", "--bundle", world.bundle, "--out", "out"]
+    answer = wsss(*argv, "--tag-thresholds", "t.json", *flags)
+    assert answer.code == 2 and message in answer.err
+
+
+@pytest.mark.parametrize(
+    ("bundled", "flags", "labels"),
+    [
+        ({"score_rule": "max", "box_thresholds": {"max": 0.5, "mean": 0.3}}, [], [0, 1]),
+        ({"score_rule": "max", "box_thresholds": {"max": 0.9, "mean": 0.3}}, [], [0]),
+        ({"score_rule": "max", "box_thresholds": {"max": 0.9, "mean": 0.3}}, ["--score-rule", "mean"], [0, 1]),
+        ({"score_rule": "mean", "box_thresholds": {"max": 0.9, "mean": 0.6}}, [], [0]),
+        ({"score_rule": "mean", "box_thresholds": {"max": 0.7, "mean": 0.6}}, ["--score-rule", "max"], [0, 1]),
+        ({"score_rule": "max", "box_thresholds": {"max": 0.9}}, ["--score-rule", "mean", "--box-threshold", "0.4"], [0, 1]),
+        ({"box_threshold": 0.4}, [], [0, 1]),  # of an earlier version, which took the mean
+        ({"box_threshold": 0.5}, [], [0]),
+    ],
+)
+def test_score_rule(
+    world: World, label: Label, tmp_path: Path, bundled: dict[str, Any], flags: list[str], labels: list[int]
+) -> None:
+    """A phrase of two tokens, of which one has 0.8 and the other next to nothing: 0.8 or 0.41."""
+    write_model(world.bundle / "grounding-dino", "grounding-dino", bundled, drop=("box_threshold",))
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(4, 4, 24, 24))
+    find(world, ("red", 0.8, (4, 4, 24, 24)))
+    found = label(*flags, "--no-gate", "--classes", "red grass")["a"]
+    assert values(found) == labels
+    rule = flags[1] if flags else bundled.get("score_rule", "mean")
+    assert json.loads((tmp_path / "store/run.json").read_text())["rules"]["score_rule"] == rule
+
+
+def test_a_rule_without_a_threshold_of_its_own_is_refused(wsss: Run, world: World, photos: Path) -> None:
+    settings = {"score_rule": "max", "box_thresholds": {"max": 0.3}}
+    write_model(world.bundle / "grounding-dino", "grounding-dino", settings, drop=("box_threshold",))
+    answer = wsss("label", photos, "--classes", "red", "--bundle", world.bundle, "--out", "out", "--score-rule", "mean")
+    assert answer.code == 2
+    assert "--score-rule mean: the bundle's grounding-dino has a box threshold for max only" in answer.err
+
+
+def test_enclosing(world: World, label: Label, tmp_path: Path) -> None:
+    """A third box around two better ones: it is labeled up to its end, or not at all."""
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    find(world, ("red", 0.8, (0, 0, 16, 20)), ("red", 0.7, (20, 0, 36, 20)), ("red", 0.6, (0, 0, 44, 20)))
+    ends = {
+        flag: np.flatnonzero(label(flag, store=flag)["a"].any(axis=0)).max() + 1 for flag in ("--enclosing", "--no-enclosing")
+    }
+    assert ends == {"--enclosing": pytest.approx(44, abs=1), "--no-enclosing": pytest.approx(36, abs=1)}
+
+
 # ---- boxes that are one object ----
 
 LEFT, RIGHT = (0.0, 0.0, 30.0, 20.0), (6.0, 0.0, 36.0, 20.0)  # IoU 24/36 = 0.67
@@ -171,6 +246,19 @@ def test_margin_has_a_default_of_a_tenth(world: World, label: Label, tmp_path: P
     world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
     find(world, ("red", 0.8, WIDE), ("green", 0.71, (0, 0, 20, 20)))  # 0.1125
     assert values(label("--no-gate")["a"]) == [0, 1]
+
+
+@pytest.mark.parametrize(("flags", "winner"), [([], 2), (["--quality-exponent", "0"], 1), (["--quality-exponent", "2"], 2)])
+def test_quality_exponent(world: World, label: Label, tmp_path: Path, flags: list[str], winner: int) -> None:
+    """The red box scores better, the green one's mask has the better predicted IoU."""
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    find(world, ("red", 0.8, WIDE), ("green", 0.7, (0, 0, 20, 20)))
+    script = world.engine("sam", "decoder").script
+    world.engine("sam", "decoder").script = lambda feeds: (
+        (out := script(feeds)),
+        {**out, "quality": np.where(feeds["boxes"][:, 2] < 21, 0.9, 0.6).astype(np.float32)},
+    )[1]
+    assert label(*flags, "--no-gate", "--margin", "0")["a"][10, 10] == winner
 
 
 # ---- what replaces a stage ----
@@ -332,7 +420,18 @@ def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: each.default for name, each in inspect.signature(function).parameters.items() if each.default is not each.empty}
 
 
-RULES = {"tag_threshold": None, "box_threshold": None, "nms": 0.5, "nms_across": 0.8, "margin": 0.1, "gate": True}
+RULES = {
+    "tag_threshold": None,
+    "tag_thresholds": None,
+    "score_rule": None,
+    "box_threshold": None,
+    "nms": 0.5,
+    "nms_across": 0.8,
+    "enclosing": True,
+    "margin": 0.1,
+    "quality_exponent": 1.0,
+    "gate": True,
+}
 
 
 def test_defaults_are_these_and_the_same_in_python_and_on_the_command_line() -> None:
@@ -358,9 +457,15 @@ def test_defaults_are_these_and_the_same_in_python_and_on_the_command_line() -> 
 
 
 def test_the_stages_have_the_rules_defaults() -> None:
-    assert {name: defaults_of(detect.Detector)[name] for name in ("nms", "nms_across")} == {"nms": 0.5, "nms_across": 0.8}
-    assert defaults_of(detect.Detector)["threshold"] is defaults_of(tag.Tagger)["threshold"] is None
-    assert defaults_of(fuse.Fuser) == {"margin": 0.1, "keep_masks": False}
+    names = ("score_rule", "nms", "nms_across", "enclosing")
+    assert {name: defaults_of(detect.Detector)[name] for name in names} == {name: RULES[name] for name in names}
+    assert (
+        defaults_of(detect.Detector)["threshold"]
+        is defaults_of(tag.Tagger)["thresholds"]
+        is defaults_of(tag.Tagger)["threshold"]
+        is None
+    )
+    assert defaults_of(fuse.Fuser) == {"margin": 0.1, "quality_exponent": 1.0, "keep_masks": False}
 
 
 def test_every_rule_is_an_option_and_has_a_test_here() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from wsss.spec import (
     ParityRow,
     Preprocess,
     TensorSpec,
+    box_thresholds,
     open_bundle,
     read_manifest,
     sha256_of,
@@ -552,3 +554,28 @@ def test_a_graph_or_tokenizer_whose_hash_is_not_listed_is_refused(
     edit(lambda told: (told["graphs"]["encoder"].update(file="encoder.onnx"), told.update(tokenizer=name)))
     with pytest.raises(BundleError, match=r"uses .* without its sha256"):
         open_bundle(bundle).model("sam")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "expected 'box_thresholds'"),
+        ({"box_thresholds": {"max": 0.3}}, "box_thresholds: expected that of the rule 'mean', got max"),
+        ({"score_rule": "median", "box_thresholds": {"max": 0.3}}, "score_rule: expected max or mean, got 'median'"),
+        ({"score_rule": "max", "box_thresholds": {"max": "0.3"}}, "box_thresholds.max: expected a finite number"),
+        ({"score_rule": "max", "box_thresholds": {"max": 0.3, "sum": 0.3}}, "expected max or mean, got 'sum'"),
+        ({"box_threshold": "0.3"}, "box_threshold: expected a finite number"),
+    ],
+)
+def test_a_detector_without_a_threshold_for_its_rule_is_refused(
+    tmp_path: Path, manifest: Manifest, settings: dict[str, Any], message: str
+) -> None:
+    numbers = dict.fromkeys(("cls", "sep", "dot", "pad", "max_tokens"), 1)
+    write_manifest(tmp_path, replace(manifest, family="grounding-dino", settings={**numbers, **settings}))
+    with pytest.raises(BundleError, match=re.escape(message)):
+        read_manifest(tmp_path)
+
+
+def test_box_thresholds_of_earlier_versions_belong_to_the_mean() -> None:
+    assert box_thresholds({"box_threshold": 0.5}) == ("mean", {"mean": 0.5})
+    assert box_thresholds({"score_rule": "max", "box_thresholds": {"max": 0.3}}) == ("max", {"max": 0.3})

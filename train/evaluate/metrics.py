@@ -26,6 +26,11 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
         label = highest_label(label_map)
         if label >= classes:
             raise ValueError(f"label {label}, there are {classes} classes")
+    return pixel_counts(truth, predicted, classes)
+
+
+def pixel_counts(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """As `confusion_matrix`, for label maps of one shape that are known to have no other labels."""
     # 256 x 256 cells, so that no pixel has to be selected or relabeled; unused cells are cut off.
     cells = (truth.astype(np.uint16) << 8) | predicted
     counts = np.bincount(cells.ravel(), minlength=1 << 16).reshape(256, 256)

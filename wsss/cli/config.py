@@ -10,16 +10,20 @@ One table per command and one key per flag, spelled as on the command line witho
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import reprlib
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import UsageError
+from ..errors import UsageError, WsssError
+from ..files import write_atomically
 from ..reading.documents import read_toml
 
 FILE = "wsss.toml"
@@ -124,3 +128,44 @@ def _corrected(value: Any, flag: Flag, example: str) -> str:
     if flag.kind == "text" and isinstance(value, int | float) and not isinstance(value, bool):
         return f'"{str(value)[:20]}"'
     return example
+
+
+def write_values(path: Path, table: str, values: Mapping[str, str | bool | int | float]) -> None:
+    """Set values in a table of a TOML file, which is made if there is none; everything else in it stays as it is.
+
+    Args:
+        values: by parameter name; written as flags.
+
+    Raises:
+        UsageError: the file is not TOML, or its table cannot be changed line by line. WsssError: it cannot be written.
+    """
+    before = read_toml(path, error=UsageError) if os.path.lexists(path) else {}
+    lines = path.read_text(encoding="utf-8").splitlines() if before or os.path.lexists(path) else []
+    flags = {name.replace("_", "-"): value for name, value in values.items()}
+    kept, inside = [], False
+    for line in lines:
+        if header := re.match(r"\s*\[+\s*([^\]]*?)\s*\]+", line):
+            inside = header[1] == table
+        key = re.match(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*=""", line)
+        if not (inside and key and key[1].replace("_", "-") in flags):
+            kept.append(line)
+    start = next((row for row, line in enumerate(kept) if re.fullmatch(rf"\s*\[\s*{table}\s*\]\s*(#.*)?", line)), None)
+    if start is None:
+        kept += [*([""] if kept else []), f"[{table}]"]
+        start = len(kept) - 1
+    kept[start + 1 : start + 1] = [f"{flag} = {json.dumps(value)}" for flag, value in flags.items()]
+    text = "\n".join(kept) + "\n"
+    others = {key: value for key, value in before.get(table, {}).items() if key.replace("_", "-") not in flags}
+    try:
+        is_meant = tomllib.loads(text) == {**before, table: {**others, **flags}}
+    except tomllib.TOMLDecodeError:
+        is_meant = False
+    if not is_meant:
+        raise UsageError(
+            f"{path}: the table [{table}] has a form that cannot be changed line by line",
+            hint="add by hand: " + "; ".join(f"{flag} = {json.dumps(value)}" for flag, value in flags.items()),
+        )
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise WsssError(f"{path}: cannot be written: {error.strerror or error}", hint="give a file you may write") from None

@@ -18,7 +18,7 @@ def demo(
     engine: Annotated[Literal["auto", "ort", "eager"], typer.Option(help="What runs the graphs.")] = "ort",
     json_output: JsonFlag = False,
 ) -> None:
-    """Label, evaluate and report drawn scenes with the embedded models."""
+    """Label, score and report scenes with the embedded models."""
     from ..benchmarks.demo import run_demo
 
     result = run_demo(Path(out), count, engine, show_progress)

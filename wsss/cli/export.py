@@ -85,7 +85,7 @@ def export(
         list[str] | None, typer.Option(metavar="SM", help="TensorRT-RTX: build for this GPU generation, sm89; may be repeated.")
     ] = None,
 ) -> None:
-    """Export checkpoints to verified ONNX graphs and TensorRT engines.
+    """Export checkpoints to verified graphs and TensorRT engines.
 
     Each graph and engine is compared with the official implementation.
     """

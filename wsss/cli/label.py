@@ -96,14 +96,29 @@ def label(
     tag_threshold: Annotated[
         float | None, typer.Option(help="Lowest CLIP probability of a class. Default: the bundle's.")
     ] = None,
+    tag_thresholds: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Thresholds of single classes, in place of --tag-threshold: JSON or TOML."),
+    ] = None,
+    score_rule: Annotated[
+        Literal["max", "mean"] | None,
+        typer.Option(help="A box's score: the largest of its phrase's token scores, or their mean. Default: the bundle's."),
+    ] = None,
     box_threshold: Annotated[
-        float | None, typer.Option(help="Lowest score of a box, a mean over its phrase's tokens. Default: the bundle's.")
+        float | None, typer.Option(help="Lowest score of a box. Default: the bundle's for the score rule.")
     ] = None,
     nms: Annotated[float, typer.Option(help="IoU above which boxes of one class are one object.")] = 0.5,
     nms_across: Annotated[float, typer.Option(help="IoU above which boxes of two classes are one object.")] = 0.8,
+    enclosing: Annotated[
+        bool,
+        typer.Option(help="Keep boxes that hold two better boxes of their class, or the whole photograph beside a better one."),
+    ] = True,
     margin: Annotated[
         float, typer.Option(help="Pixels are void where another class comes within this share of the best one.")
     ] = 0.1,
+    quality_exponent: Annotated[
+        float, typer.Option(help="Exponent of the predicted IoU in a mask's value; 0: only the box's score counts.")
+    ] = 1.0,
     stage: Annotated[
         Literal["tag", "detect"] | None,
         typer.Option(help="Only the classes (tag) or boxes (detect) of each image, as --labels and --boxes take them."),
@@ -144,6 +159,7 @@ def label(
     from ..classes import parse_classes
     from ..runtime.chain import Chain, Rules, strange_to_mini
     from ..runtime.given.stages import Given
+    from ..runtime.given.thresholds import read_thresholds
     from ..runtime.run.label_folder import label_folder
     from ..runtime.run.listing import check_images
     from ..runtime.run.sources import Chosen, source_of, store_of
@@ -159,7 +175,16 @@ def label(
         source = Chosen(source, leave_out or frozenset(), only, every, limit)
     check_images(source.listing(store))  # before the engines are loaded, which takes a while
     rules = Rules(
-        tag_threshold=tag_threshold, box_threshold=box_threshold, nms=nms, nms_across=nms_across, margin=margin, gate=gate
+        tag_threshold=tag_threshold,
+        tag_thresholds=read_thresholds(tag_thresholds) if tag_thresholds else None,
+        score_rule=score_rule,
+        box_threshold=box_threshold,
+        nms=nms,
+        nms_across=nms_across,
+        enclosing=enclosing,
+        margin=margin,
+        quality_exponent=quality_exponent,
+        gate=gate,
     )
     if stage is None and coco:
         raise UsageError("--coco is for --stage detect", hint="wsss convert --to coco writes a label store as COCO")

@@ -35,6 +35,8 @@ from .label import label
 from .report import report
 from .train import train
 from .triton import triton
+from .tune.calibrate import calibrate
+from .tune.tune import tune
 from .verify import verify
 
 _KINDS: dict[type, Literal["text", "integer", "number", "switch"]] = {int: "integer", float: "number", bool: "switch"}
@@ -82,7 +84,10 @@ def _flag(name: str, hint: Any) -> Flag:
     return Flag(parameter=name, kind=_KINDS.get(hint, "text"))
 
 
-COMMANDS = (models, export, verify, label, train, eval, bench, report, convert, correct, triton, app_command, demo, doctor)
+COMMANDS = (
+    *(models, export, verify, label, tune, calibrate, train, eval, bench, report, convert, correct, triton, app_command),
+    *(demo, doctor),
+)
 for command in COMMANDS:
     app.command(epilog=LABEL_EPILOG if command is label else None)(command)
 

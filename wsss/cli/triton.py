@@ -16,7 +16,7 @@ def triton(
     ] = "onnxruntime",
     gpu: Annotated[str | None, typer.Option(help="tensorrt: name of the server's GPU, if engines for several exist.")] = None,
 ) -> None:
-    """Write a bundle as a model repository of Triton Inference Server.
+    """Write a bundle as a repository of Triton Inference Server.
 
     One model for each graph, with the shapes and types of the manifest. docs/triton.md has a client.
     """

@@ -371,9 +371,14 @@ def parse_run(data: bytes, file: object) -> dict[str, Any]:
     for key in ("tag_threshold", "box_threshold"):
         if (value := rules.get(key)) is not None and not _is_share(value):
             raise unexpected(f"{key} in 0..1", value)
+    thresholds = rules.get("tag_thresholds") or {}
+    if not isinstance(thresholds, dict) or not all(map(_is_share, thresholds.values())):
+        raise unexpected("tag_thresholds, an object of numbers in 0..1", thresholds)
     return run
 
 
+_EARLIER_RULES = {"score_rule": "mean", "enclosing": True, "quality_exponent": 1.0}
+"""What versions did that had no such rule."""
 _HINTS = {"masks": "; or continue this one, which has no masks, with --no-masks"}
 
 
@@ -381,7 +386,10 @@ def check_same(folder: object, was: dict[str, Any], now: dict[str, Any]) -> None
     """Raises StoreError, naming the first difference, unless a store's settings equal those of this run."""
     thresholds, rules = now.get("bundle", {}).get("thresholds", {}), was.get("rules")
     if isinstance(rules, dict):  # version 0.1 wrote None for the bundle's threshold
-        was = {**was, "rules": {name: thresholds.get(name) if value is None else value for name, value in rules.items()}}
+        rules = {name: thresholds.get(name) if value is None else value for name, value in rules.items()}
+        known = now["rules"] if isinstance(now.get("rules"), dict) else {}
+        earlier = {name: None if value is None else _EARLIER_RULES.get(name) for name, value in known.items()}
+        was = {**was, "rules": {**{name: value for name, value in earlier.items() if name not in rules}, **rules}}
     if isinstance(hashes := was.get("given"), dict) and any(_SHA256.fullmatch(str(text)) and text for text in hashes.values()):
         raise StoreError(
             f"--out {folder}: was made by an earlier version, which did not record what was given for each image",

@@ -166,7 +166,7 @@ def _overlapping(boxes: Sequence[Box]) -> int:
     found = 0
     for one in boxes:
         others = [other.xyxy_image for other in boxes if other is not one and other.label == one.label]
-        found += bool(others) and bool((box_iou(np.array(one.xyxy_image), np.array(others)) > 0).any())
+        found += bool(others) and bool((box_iou(np.array([one.xyxy_image]), np.array(others)) > 0).any())
     return found
 
 

@@ -123,7 +123,7 @@ def test_the_official_configurations(size: str, millions: int, levels: int) -> N
 
 def test_settings_are_those_of_mmdetection() -> None:
     prepared = grounding_dino.prepare("mm_mini", "random:0", Options())
-    assert (prepared.settings["score_rule"], prepared.settings["box_threshold"]) == ("mean", 0.3)
+    assert (prepared.settings["score_rule"], prepared.settings["box_thresholds"]) == ("mean", {"mean": 0.3})
     assert grounding_dino.MM.margin == (1e-3, 1e-5)
     assert (grounding_dino.MM.short_px, grounding_dino.MM.longest_px) == (800, 1333)
 

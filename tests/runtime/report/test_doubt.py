@@ -85,3 +85,12 @@ def test_all_classes_or_none_in_every_image_is_not_tagging() -> None:
     assert not floors_of(RUN, everything).tagged
     assert not floors_of(RUN, [record(("dog", 1, 1), tags={})]).tagged
     assert floors_of({**RUN, "models": {"clip": ""}}, everything).tagged
+
+
+def test_a_class_is_measured_by_its_own_threshold() -> None:
+    """0.6 is far above a threshold of 0.1, and just above one of 0.55."""
+    run = {**RUN, "rules": {"tag_threshold": 0.55, "box_threshold": 0.0, "tag_thresholds": {"dog": 0.1}}, "models": {"clip": ""}}
+    floors = floors_of(run, [])
+    assert floors.tags == {"dog": 0.1}
+    own, common = (doubt({**RECORDS[0], "classes": {name: 0.6}, "boxes": []}, floors) for name in ("dog", "cat"))
+    assert own.score == pytest.approx(1 - 0.5 / 0.9) and common.score == pytest.approx(1 - 0.05 / 0.45)

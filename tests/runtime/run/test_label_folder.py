@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -204,7 +205,7 @@ def test_a_store_inside_the_folder_is_not_labeled(world: World, photos: Path) ->
 def test_run_json_holds_what_decided_the_labels(world: World, photos: Path, out: Path) -> None:
     run(world, photos, out)
     saved = read_run(out)
-    assert saved["rules"] == {**vars(Rules()), "tag_threshold": 0.5, "box_threshold": 0.3}
+    assert saved["rules"] == {**vars(Rules()), "tag_threshold": 0.5, "score_rule": "mean", "box_threshold": 0.3}
     assert saved["wsss"] == __version__
     assert saved["bundle"] == {
         "name": world.bundle.name,
@@ -235,6 +236,20 @@ def test_a_store_of_another_version_or_from_before_thresholds_were_kept_goes_on(
     assert run(world, photos, out, rules=Rules(tag_threshold=0.5)).skipped == 5, "None was the bundle's"
     with pytest.raises(StoreError, match="was made with rules"):
         run(world, photos, out, rules=Rules(tag_threshold=0.4))
+
+
+@pytest.mark.parametrize("rules", [Rules(score_rule="max"), Rules(enclosing=False), Rules(quality_exponent=0.5)])
+def test_a_store_of_a_version_without_a_rule_was_made_as_that_version_did(
+    world: World, photos: Path, out: Path, rules: Rules
+) -> None:
+    run(world, photos, out)
+    saved = read_run(out)
+    for name in ("tag_thresholds", "score_rule", "enclosing", "quality_exponent"):
+        del saved["rules"][name]
+    (out / "run.json").write_text(json.dumps(saved))
+    assert run(world, photos, out).skipped == 5
+    with pytest.raises(StoreError, match="was made with rules"):
+        run(world, photos, out, rules=replace(rules, box_threshold=0.3))
 
 
 def test_a_labeled_image_that_became_unreadable_is_not_done(world: World, photos: Path, out: Path) -> None:

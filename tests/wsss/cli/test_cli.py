@@ -175,15 +175,24 @@ def test_flags_reach_the_rules(label: Run, tmp_path: Path) -> None:
         "0.7",
         "--margin",
         "0",
+        "--quality-exponent",
+        "0.5",
+        "--score-rule",
+        "max",
+        "--no-enclosing",
     ]
     assert label(*flags, "--engine", "auto").code == 0
     assert read_run(tmp_path / "store")["rules"] == {
         "gate": False,
         "tag_threshold": 0.2,
+        "tag_thresholds": None,
+        "score_rule": "max",
         "box_threshold": 0.4,
         "nms": 0.6,
         "nms_across": 0.7,
+        "enclosing": False,
         "margin": 0.0,
+        "quality_exponent": 0.5,
     }
 
 
@@ -296,7 +305,7 @@ def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
 def test_no_summary_of_a_command_is_cut_off(wsss: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     commands = wsss("--help").out.partition("Commands:\n")[2].splitlines()
-    assert len(commands) == 13
+    assert len(commands) == 15
     assert all(line.endswith(".") and not line.endswith("...") for line in commands), commands
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wsss.cli.config import Flag, read_defaults
+from wsss.cli.config import Flag, read_defaults, write_values
 from wsss.errors import UsageError
 
 COMMANDS = {
@@ -122,3 +122,34 @@ def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(UsageError, match="link: cannot be read: No such file"):
         read_defaults(tmp_path / "link", COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, "[label]\nnms = 0.6\nenclosing = false\n"),
+        ("", "[label]\nnms = 0.6\nenclosing = false\n"),
+        ("[label]\nmargin = 0.2\nnms=0.5 # old\n", "[label]\nnms = 0.6\nenclosing = false\nmargin = 0.2\n"),
+        ("[eval]\nnms = 1\n", "[eval]\nnms = 1\n\n[label]\nnms = 0.6\nenclosing = false\n"),
+        (
+            '[ label ] # x\n"enclosing" = true\n[eval]\nnms = 1\n',
+            "[ label ] # x\nnms = 0.6\nenclosing = false\n[eval]\nnms = 1\n",
+        ),
+        ('[label]\nclasses = [\n "a",\n]\n', '[label]\nnms = 0.6\nenclosing = false\nclasses = [\n "a",\n]\n'),
+    ],
+)
+def test_values_are_set_and_the_rest_stays(tmp_path: Path, before: str | None, after: str) -> None:
+    path = tmp_path / "wsss.toml"
+    if before is not None:
+        path.write_text(before)
+    write_values(path, "label", {"nms": 0.6, "enclosing": False})
+    assert path.read_text() == after
+
+
+@pytest.mark.parametrize("text", ["label = { nms = 0.5 }\n", "label.nms = 0.5\n", "[label]\nnms = [\n1\n]\n"])
+def test_a_table_that_cannot_be_changed_line_by_line_stays(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "wsss.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="cannot be changed line by line") as caught:
+        write_values(path, "label", {"nms": 0.6})
+    assert caught.value.hint == "add by hand: nms = 0.6" and path.read_text() == text

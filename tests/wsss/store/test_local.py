@@ -602,6 +602,8 @@ def test_labels_with_drives_and_backslashes_are_refused_where_they_mean_somethin
         ({"classes": ["dog", "c\x1b[2Jat"]}, "the name of a class"),
         ({"classes": [str(n) for n in range(255)]}, "expected classes"),
         ({"rules": {"tag_threshold": "high"}}, "tag_threshold in 0..1"),
+        ({"rules": {"tag_thresholds": {"dog": 2}}}, "tag_thresholds, an object of numbers in 0..1"),
+        ({"rules": {"tag_thresholds": [0.5]}}, "tag_thresholds, an object of numbers in 0..1"),
         ({"format": 2}, "expected format 1, got 2"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Tries settings on labeled photographs: the models run once, and what they found is decided again for each setting."""

@@ -1,0 +1,1 @@
+"""Commands that learn settings from labeled photographs."""
