@@ -16,7 +16,7 @@ from PIL import Image
 
 from .. import __version__
 from ..batch import Boxes, Images, Labels, Masks, Photograph, PseudoLabels
-from ..classes import ClassList, check_label_map, named_list, parse_classes
+from ..classes import STUFF, ClassList, check_label_map, cleaned, named_list, parse_classes
 from ..engines.engine import Engine
 from ..engines.opening import choose, open_graph
 from ..engines.openvino import checked_proof
@@ -281,12 +281,12 @@ class Chain:
                 resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])
             else:
                 tag = ConstantTags(known, True)
+        shared: dict[str, Any] = {"tag": tag, "settings": settings, "device": place, "given": given}
         if until == "tag":
             if isinstance(tag, ConstantTags):
                 raise UsageError("--stage tag: CLIP is not asked", hint="leave out --no-gate and --boxes")
-            return cls(
-                known, tag=tag, detect=no_boxes, segment=no_masks, fuse=_no_labels, settings=settings, device=place, given=given
-            )
+            _warn_of(known, settings)
+            return cls(known, detect=no_boxes, segment=no_masks, fuse=_no_labels, **shared)
         if not given.boxes:
             dino = take("grounding-dino")
             detect = detector = cut_to_fit(
@@ -305,10 +305,9 @@ class Chain:
             settings["rules"]["score_rule"] = detector.score_rule
             own = box_thresholds(dino.manifest.settings)[1].get(detector.score_rule, detector.threshold)
             resolve("box_threshold", detector.threshold, own)
+        _warn_of(known, settings)
         if until == "detect":
-            return cls(
-                known, tag=tag, detect=detect, segment=no_masks, fuse=_no_labels, settings=settings, device=place, given=given
-            )
+            return cls(known, detect=detect, segment=no_masks, fuse=_no_labels, **shared)
         sam = take("sam")
         segment = MaskPredictor(sam, opener(sam, "encoder"), opener(sam, "decoder"), resizer=resizer(sam))
         fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin, quality_exponent=rules.quality_exponent, keep_masks=masks)
@@ -319,15 +318,13 @@ class Chain:
             flag: os.path.basename(os.path.abspath(path)) for flag, path in (("labels", labels), ("boxes", boxes)) if path
         }:
             settings["given"] = names
-        if message := strange_to_mini(known, settings):
-            warnings.warn(message, WsssWarning, stacklevel=2)
         if ignored := {
             flag: dict(sorted(stage.ignored.items()))
             for flag, stage in (("labels", given.labels), ("boxes", given.boxes))
             if stage and stage.ignored
         }:
             settings["ignored"] = ignored
-        return cls(known, tag=tag, detect=detect, segment=segment, fuse=fuse, settings=settings, device=place, given=given)
+        return cls(known, detect=detect, segment=segment, fuse=fuse, **shared)
 
     def pseudo_label(self, images: Images) -> PseudoLabels:
         """Label maps for B photographs: (H, W) uint8 each, 0 background, 255 void."""
@@ -402,19 +399,30 @@ class Chain:
         return taken
 
 
-def strange_to_mini(classes: ClassList, settings: Mapping[str, Any]) -> str:
-    """A warning for runs in which the small models of ``mini`` know none of the classes; empty for any other run."""
+def doubtful_classes(classes: ClassList, settings: Mapping[str, Any]) -> list[str]:
+    """Warnings of a run whose models cannot find its classes: those of ``mini`` know none of them, or a detector is asked for
+    regions without a shape."""
+    said = []
     variants = settings.get("bundle", {}).get("variants", {})
-    if "mini" not in (variants.get("clip"), variants.get("grounding-dino")):
-        return ""
     known = named_list("mini").names
-    if {word.casefold() for words in classes.prompts for word in words} & {name.casefold() for name in known}:
-        return ""
-    return (
-        f"--classes: the bundle has the small models of wsss mini, which know only {', '.join(known)}; "
-        f"none of the {len(classes.names)} classes is among them: expect wrong labels. Export models for photographs: "
-        "wsss export --model all --bundle bundle"
-    )
+    words = {word.casefold() for words in classes.prompts for word in words}
+    if "mini" in (variants.get("clip"), variants.get("grounding-dino")) and not words & {name.casefold() for name in known}:
+        said.append(
+            f"--classes: the bundle has the small models of wsss mini, which know only {', '.join(known)}; "
+            f"none of the {len(classes.names)} classes is among them: expect wrong labels. Export models for photographs: "
+            "wsss export --model all --bundle bundle"
+        )
+    if "grounding-dino" in variants and (stuff := [name for name in classes.names if cleaned(name) in STUFF]):
+        said.append(
+            f"--classes: {', '.join(stuff)}: regions without a shape, which a detector does not find: expect wrong boxes. "
+            "docs/classes.md says what can be done"
+        )
+    return said
+
+
+def _warn_of(classes: ClassList, settings: Mapping[str, Any]) -> None:
+    for message in doubtful_classes(classes, settings):
+        warnings.warn(message, WsssWarning, stacklevel=3)
 
 
 def _no_labels(images: Images, labels: Labels, boxes: Boxes, masks: Masks) -> PseudoLabels:

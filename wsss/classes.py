@@ -42,6 +42,12 @@ MAX_CLASSES = 254
 """In a label map. An 8-bit label has 256 values; 0 is background and 255 is void."""
 MAX_NAMES = 4096
 """In a class list, for labels and boxes alone."""
+_STUFF = (
+    "ceiling cloud clouds dirt earth field floor fog forest grass gravel ground hill lake land mountain mud ocean pavement",
+    "railroad river road sand sea sidewalk sky snow soil street terrain vegetation wall water",
+)
+STUFF = frozenset(" ".join(_STUFF).split())
+"""Regions without a shape, after the materials of COCO-Stuff (arXiv:1612.03716), ADE20K and Cityscapes."""
 MINI_CLASSES = (
     "red disc",
     "green triangle",

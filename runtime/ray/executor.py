@@ -29,7 +29,7 @@ from ... import __version__
 from ...classes import ClassList
 from ...errors import StoreError, WsssError, WsssWarning
 from ...store.format import LabelWriter
-from ..chain import strange_to_mini
+from ..chain import doubtful_classes
 from ..run.label_folder import Summary, Warn
 from ..run.sources import Source
 from ..run.stream import Receipt, Task, failure
@@ -93,7 +93,7 @@ class RayExecutor:
             if self._workers > (gpus if self._gpu else sum(cores)):
                 log(f"Ray: some of the {self._workers} labelers wait until the cluster grows: it has {resources}")
             self.classes, self.settings, usual_batch = self._open_once()
-            if message := strange_to_mini(self.classes, self.settings):
+            for message in doubtful_classes(self.classes, self.settings):
                 warnings.warn(message, WsssWarning, stacklevel=2)
             self._batch = batch or usual_batch
         except BaseException:

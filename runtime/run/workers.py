@@ -23,7 +23,7 @@ from typing import Any
 from ...classes import ClassList
 from ...errors import StoreError, WsssError, WsssWarning
 from ...store.format import LabelWriter
-from ..chain import Chain, strange_to_mini
+from ..chain import Chain, doubtful_classes
 from .label_folder import LocalExecutor, Summary, Warn
 from .sources import Source
 from .stream import Receipt, Task, failure
@@ -80,7 +80,7 @@ class Workers:
                         f"--devices: {worker.name} would label with settings that differ from those of {self._workers[0].name}",
                         hint="name the engine with --engine",
                     )
-            if message := strange_to_mini(self.classes, self.settings):  # once, not in each process
+            for message in doubtful_classes(self.classes, self.settings):  # once, not in each process
                 warnings.warn(message, WsssWarning, stacklevel=2)
         except BaseException:
             self.close()

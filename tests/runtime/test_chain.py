@@ -243,6 +243,17 @@ def test_classes_that_the_small_models_do_not_know(world: World, tmp_path: Path)
     write_manifest(world.bundle / "clip", dataclasses.replace(world.model("clip").manifest, variant="ViT-B-16"))
     with pytest.warns(WsssWarning, match="know only red disc"):
         Chain.open(world.bundle, classes="red, green, blue")
+    with pytest.warns(WsssWarning, match="know only red disc"):
+        Chain.open(world.bundle, classes="red, green, blue", until="detect")
+    Chain.open(world.bundle, classes="red, green, blue", until="tag")  # another CLIP
+
+
+def test_regions_without_a_shape_are_warned_of(world: World, tmp_path: Path) -> None:
+    with pytest.warns(WsssWarning, match="--classes: grass: regions without a shape, which a detector does not find"):
+        Chain.open(world.bundle, classes="red, grass")
+    Chain.open(world.bundle, classes="red, grass", until="tag")  # CLIP knows them
+    (tmp_path / "boxes.json").write_text("{}")
+    Chain.open(world.bundle, classes="red, grass", boxes=tmp_path / "boxes.json")
 
 
 def test_a_photograph_without_range_is_warned_of(world: World, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def label(
     share = parse_shard(shard)
     check_cluster(on, device, devices, ray_address, workers)
     from ..classes import parse_classes
-    from ..runtime.chain import Chain, Rules, strange_to_mini
+    from ..runtime.chain import Chain, Rules, doubtful_classes
     from ..runtime.given.stages import Given
     from ..runtime.given.thresholds import read_thresholds
     from ..runtime.run.label_folder import label_folder
@@ -209,6 +209,8 @@ def label(
             rules=rules,
             until=stage,
         )
+        for message in doubtful_classes(chain.classes, chain.settings):
+            events.warn(message)
         _write_stage(chain, source, store, stage, coco, batch, events)
         return
     places = parse_devices(devices) if devices else [device]
@@ -250,7 +252,7 @@ def label(
             used, count = executor.settings["engine"], len(executor.classes.names)
             log(f"engine {used}, {count} classes")
             events.write("started", images=images[0] if len(images) == 1 else images, store=out, engine=used, classes=count)
-            if message := strange_to_mini(executor.classes, executor.settings):
+            for message in doubtful_classes(executor.classes, executor.settings):
                 events.warn(message)
             stop = stack.enter_context(stop_on_signals())
             summary = label_folder(
