@@ -126,3 +126,15 @@ def test_rules_that_the_evidence_was_opened_with_are_in_its_grid(world: World) -
     evidence = Evidence(chain, ["0.png"], lambda name: photo, lambda name: np.zeros(photo.shape, np.uint8))
     assert 0.33 in evidence.grid.nms and min(evidence.grid.box_threshold) == 0.05
     assert evidence.label_map(0, evidence.rules).any()
+
+
+@pytest.mark.parametrize("changed", [{"margin": 0.3}, {"quality_exponent": 0.0}])
+def test_what_is_kept_of_a_photograph_depends_on_all_that_decides_its_contested_pixels(
+    evidence: Evidence, monkeypatch: pytest.MonkeyPatch, changed: dict[str, float]
+) -> None:
+    default, other = evidence.rules, replace(evidence.rules, **changed)
+    size = evidence.samples[0].size
+    monkeypatch.setattr(evidence, "fuse", lambda number, choice, rules: np.full(size, 1 if rules == default else 2, np.uint8))
+    outcomes = Outcomes(evidence)
+    assert not outcomes.matrices(default)[:, :, 2].any()
+    assert outcomes.matrices(other)[:, :, 2].any()
