@@ -47,7 +47,7 @@ class Batch:
     label: Tensor
     """(B, crop, crop) uint8, 255 is ignored."""
     confidence: Tensor
-    """(B, C + 1) float32 >= 0: the weight of each label value in each image, see `relative_confidence`."""
+    """(B, C + 1) float32 >= 0: the weight of each label value in each image, see `ranked_confidence`."""
     item: Tensor
     """(B,) int64, index into the training items. Stays on the CPU."""
 
@@ -117,7 +117,7 @@ class Crops(Dataset[Batch | WsssError]):
     """Augmented crops by position. An unreadable image is returned as its error, since DataLoader would lose the message.
 
     Args:
-        confidence: (N, C + 1) float32 for the items, `relative_confidence`.
+        confidence: (N, C + 1) float32 for the items, `ranked_confidence`.
     """
 
     def __init__(
@@ -235,18 +235,22 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)  # workers share the cores
 
 
-def relative_confidence(items: Sequence[Item]) -> np.ndarray:
-    """(N, C + 1) float32 weights by the store's confidence, relative to that of the same class in the other images.
+def ranked_confidence(items: Sequence[Item]) -> np.ndarray:
+    """(N, C + 1) float32 weights in 0..2 by the rank of the store's confidence among the images with the same class.
 
-    A detector is less sure of some classes than of others, and of all of them less than the store is of the background. With the
-    scores themselves as weights, a network would learn to prefer the background. Here each class's mean over its pixels is 1.
-    A class without confidence in any image has the weight 1.
+    A class weighs twice the share of its pixels that lie in images of lower confidence, with half of those of the same: 1 on
+    average over its pixels, whatever the scores. A detector is less sure of some classes than of others, and of all of them less
+    than the store is of the background: with the scores themselves as weights, a network would learn to prefer the background,
+    which weighs 1 here. So does a class without pixels.
     """
     confidence = np.array([item.confidence for item in items])
     pixels = np.array([item.pixels for item in items], np.float64)
-    mean = (confidence * pixels).sum(axis=0) / np.maximum(pixels.sum(axis=0), 1)
-    relative: np.ndarray = np.where(mean > 0, confidence / np.where(mean > 0, mean, 1), 1).astype(np.float32)
-    return relative
+    weights = np.ones_like(confidence, np.float32)
+    for label in np.flatnonzero(pixels[:, 1:].any(axis=0)) + 1:
+        _, value = np.unique(confidence[:, label], return_inverse=True)
+        share = np.bincount(value, pixels[:, label]) / pixels[:, label].sum()
+        weights[:, label] = (2 * np.cumsum(share) - share)[value]
+    return weights
 
 
 def class_weights(items: Sequence[Item]) -> np.ndarray:

@@ -38,7 +38,7 @@ class Criterion(Protocol):
         Args:
             outputs: outputs of the network in training.
             label: (B, H, W) uint8, 255 is ignored.
-            confidence: (B, C) float32 >= 0, background first; 1 is the mean of a class (`wsss.train.data.relative_confidence`).
+            confidence: (B, C) float32 >= 0, background first; 1 is the mean of a class (`wsss.train.data.ranked_confidence`).
             divisors: (K,) sums of ``weights`` over the complete step.
         """
         ...

@@ -226,7 +226,7 @@ def stage_two() -> str:
 def confidence_weights() -> str:
     """Ways of weighting the loss by the store's confidence, beside no weights."""
     found = result("confidence-weights")
-    names = ("none", "relative to the class's mean", "rank in the class", "scores")
+    names = ("none", "rank in the class", "relative to the class's mean", "scores")
     rows: list[Row] = []
     for cell, each in found.items():
         if not isinstance(each, dict):
@@ -565,6 +565,17 @@ def _values(changed: Any) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changed.items())
 
 
+def scaling() -> str:
+    """The chain's speed over its load."""
+    rows: list[Row] = []
+    for curve in result("scaling")["curves"]:
+        points = curve["points"]
+        rates = ", ".join(f"{point['shown']}: {point['per_second']:.3g}" for point in points)
+        cpu = ", ".join("-" if point["cpu_seconds"] is None else f"{point['cpu_seconds']:.3g}" for point in points)
+        rows.append([curve["what"], rates, cpu])
+    return table(["load", "images a second", "CPU seconds an image"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decision-rules": decision_rules,
     "negatives": negatives,
@@ -586,6 +597,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "host": host,
     "graph-replays": replays,
     "scale": scale,
+    "scaling": scaling,
     "masks": masks,
     "objects": objects,
     "peers": peers,

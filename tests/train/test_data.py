@@ -21,7 +21,7 @@ from wsss.train.data import (
     batches,
     class_weights,
     normalized,
-    relative_confidence,
+    ranked_confidence,
     repeat_factors,
     step_seed,
     workers_of,
@@ -35,7 +35,7 @@ ARGS = DataArgs(crop=32, batch=4, jitter=(0.2, 0.2, 0.2, 0.1))
 
 def crops_of(scenes: Scenes, args: DataArgs = ARGS, seed: int = 1) -> Crops:
     items = survey_store(*scenes).items
-    return Crops(*scenes, items, args, seed=seed, order=Order(len(items), seed), confidence=relative_confidence(items))
+    return Crops(*scenes, items, args, seed=seed, order=Order(len(items), seed), confidence=ranked_confidence(items))
 
 
 def positions(args: DataArgs, first: int = 0, rank: int = 0, world: int = 1, steps: int = 3) -> Positions:
@@ -181,19 +181,26 @@ def test_repeat_factors_are_those_of_lvis() -> None:
 # ---- confidence ----
 
 
-def test_confidence_is_relative_to_its_class() -> None:
-    """Background is surer than a class, and one class surer than the other: each weighs 1 in the mean over its pixels."""
-    confidence = [(1.0, 0.4, 0.8), (0.8, 0.2, 0.5), (1.0, 1.0, 0.3)]
-    pixels = [(100, 30, 0), (100, 10, 20), (50, 0, 20)]
-    items = [
-        Item(path="", label="", sha256="", confidence=c, pixels=p, size=(9, 9)) for c, p in zip(confidence, pixels, strict=True)
-    ]
-    weights = relative_confidence(items)
-    assert weights.dtype == np.float32
-    assert (weights * pixels).sum(0) / np.sum(pixels, axis=0) == pytest.approx([1, 1, 1])
-    assert weights[:2, 1] == pytest.approx([0.4 / 0.35, 0.2 / 0.35]) and weights[1:, 2] == pytest.approx([1.25, 0.75])
+def test_confidence_weighs_by_its_rank_in_the_class() -> None:
+    """Twice the share of the class's pixels below it: 1 in the mean over the pixels, whatever the detector's scores."""
+    confidence = [(1.0, 0.4, 0.8), (0.8, 0.2, 0.5), (1.0, 1.0, 0.3), (0.9, 0.4, 0.1)]
+    pixels = [(100, 30, 0), (100, 10, 20), (50, 0, 20), (50, 40, 0)]
+
+    def weights(scale: float) -> np.ndarray:
+        items = [
+            Item(path="", label="", sha256="", confidence=tuple(scale * each for each in c), pixels=p, size=(9, 9))
+            for c, p in zip(confidence, pixels, strict=True)
+        ]
+        return ranked_confidence(items)
+
+    found = weights(1.0)
+    assert found.dtype == np.float32 and np.array_equal(found, weights(0.3)), "scores of another height change nothing"
+    assert (found * pixels).sum(0) / np.sum(pixels, axis=0) == pytest.approx([1, 1, 1])
+    assert found[:, 0].tolist() == [1, 1, 1, 1], "the background is surer than any class"
+    assert found[[0, 1, 3], 1] == pytest.approx([(2 * 10 + 70) / 80, 10 / 80, (2 * 10 + 70) / 80]), "equal scores weigh the same"
+    assert found[1:3, 2] == pytest.approx([1.5, 0.5])
 
 
 def test_a_class_without_confidence_or_pixels_weighs_one() -> None:
     items = [Item(path="", label="", sha256="", confidence=(1.0, 0.0, 0.7), pixels=(9, 4, 0), size=(1, 13))] * 2
-    assert relative_confidence(items).tolist() == [[1, 1, 1]] * 2
+    assert ranked_confidence(items).tolist() == [[1, 1, 1]] * 2

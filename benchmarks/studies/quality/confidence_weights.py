@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter
 from ....mini.scenes import CLASSES, Scene, write_scenes
 from ....train import loop
 from ....train.args import config_from
-from ....train.data import relative_confidence
+from ....train.data import ranked_confidence
 from ....train.dataset.survey import Item
 from ....train.presets import preset
 from ..harness import RESULTS, about, log, read_result, set_threads, study_parser, write_result
@@ -39,22 +39,19 @@ def by_scores(items: Sequence[Item]) -> np.ndarray:
     return np.array([item.confidence for item in items], np.float32)
 
 
-def by_rank(items: Sequence[Item]) -> np.ndarray:
-    """The rank of the confidence among the images with the class, from 0 to 2."""
+def by_mean(items: Sequence[Item]) -> np.ndarray:
+    """The confidence relative to the mean of its class over all pixels."""
     confidence = np.array([item.confidence for item in items])
-    present = np.array([item.pixels for item in items]) > 0
-    weights = np.ones_like(confidence)
-    for label in range(confidence.shape[1]):
-        rows = np.flatnonzero(present[:, label])
-        order = np.argsort(np.argsort(confidence[rows, label], kind="stable"), kind="stable")
-        weights[rows, label] = (2 * order + 1) / max(len(rows), 1)
-    return weights.astype(np.float32)
+    pixels = np.array([item.pixels for item in items], np.float64)
+    mean = (confidence * pixels).sum(axis=0) / np.maximum(pixels.sum(axis=0), 1)
+    relative: np.ndarray = np.where(mean > 0, confidence / np.where(mean > 0, mean, 1), 1).astype(np.float32)
+    return relative
 
 
 WEIGHTS: dict[str, Callable[[Sequence[Item]], np.ndarray] | None] = {
     "none": None,
-    "relative to the class's mean": relative_confidence,
-    "rank in the class": by_rank,
+    "rank in the class": ranked_confidence,
+    "relative to the class's mean": by_mean,
     "scores": by_scores,
 }
 
@@ -175,7 +172,7 @@ def main() -> None:
                     # without weights, the scores do not matter: the runs of the first mean are those of all
                     used = store if weights else work / f"{'corrupted' if is_corrupted else 'right'}-mean-score-{MEANS[0]:g}"
                     run = work / f"run-{used.name}-{name.replace(' ', '-')}-{seed}"
-                    loop.relative_confidence = weights or relative_confidence  # type: ignore[assignment,attr-defined]
+                    loop.ranked_confidence = weights or ranked_confidence  # type: ignore[assignment,attr-defined]
                     loop.train(used, work / "train" / "images", run, config)
                     scores.append(round(held_out_miou(run, config, work / "held-out", unseen), 4))
                     log(f"{cell:30} {name:30} seed {seed}: mIoU {scores[-1]:.4f}")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ....train.args import Config, config_from
-from ....train.data import Batch, Crops, Order, collate, relative_confidence
+from ....train.data import Batch, Crops, Order, collate, ranked_confidence
 from ....train.dataset.survey import Item
 from ....train.distributed import World
 from ....train.loss import PixelLoss
@@ -80,7 +80,7 @@ def items_of(folder: Path, work: Path) -> tuple[Item, ...]:
 
 def crops_of(folder: Path, work: Path, items: tuple[Item, ...], config: Config) -> Crops:
     order = Order(len(items), 0)
-    return Crops(work, folder / "JPEGImages", items, config.data, seed=0, order=order, confidence=relative_confidence(items))
+    return Crops(work, folder / "JPEGImages", items, config.data, seed=0, order=order, confidence=ranked_confidence(items))
 
 
 def seconds_of(call: Callable[[], object], times: int = 1) -> float:
