@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -77,13 +76,6 @@ class BoxSource(Protocol):
         ...
 
 
-def short(value: object) -> str:
-    """A shortened representation of a document's value, however large or nested it is."""
-    shortener = reprlib.Repr()
-    shortener.maxlevel, shortener.maxstring, shortener.maxother = 3, 60, 60
-    return shortener.repr(value)
-
-
 def finite(value: object) -> float | None:
     """A number of a JSON document as a finite float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -145,7 +137,9 @@ def place(annotation: Annotation, photo: Photograph) -> tuple[list[GivenBox], li
         if not kept:
             raise WsssError(
                 f"{annotation.where}: no box remains of {total}: {reasons}; the photograph is {_described(photo.shape)}",
-                hint="coordinates are pixels of the photograph: check which photograph the boxes were made for",
+                hint="a box of score 0 counts as none: correct the scores, or leave them out"
+                if set(left_out) == {"of score 0"}
+                else "coordinates are pixels of the photograph: check which photograph the boxes were made for",
             )
         notes.append(f"{annotation.where}: {left_out.total()} of {total} boxes left out: {reasons}")
     if swapped:
@@ -170,10 +164,11 @@ def looks_like_sides(corners: Sequence[Corners]) -> bool:
     return mixed and all(x1 > 0 and y1 > 0 for _, _, x1, y1 in corners)
 
 
-def sides_error(where: str) -> WsssError:
+def sides_error(where: str, corners: Sequence[Corners]) -> WsssError:
     """The error for x, y, width, height instead of corners."""
+    shown = ", ".join(f"{number:g}" for number in next(each for each in corners if each[2] < each[0] or each[3] < each[1]))
     return WsssError(
-        f"{where}: expected corners x0, y0, x1, y1 under xyxy, got what looks like x, y, width, height",
+        f"{where}: expected corners x0, y0, x1, y1 under xyxy, got what looks like x, y, width, height: [{shown}]",
         hint="write [x, y, x + width, y + height]; in a COCO file, bbox is x, y, width, height",
     )
 
@@ -233,7 +228,7 @@ def _check_kind(annotation: Annotation, boxes: Sequence[GivenBox], photo: Photog
     if annotation.maybe_sides and any(x1 < x0 or y1 < y0 for x0, y0, x1, y1 in (box.xyxy for box in boxes)):
         sides = [box.xyxy for box in boxes]
         if all(w > 0 and h > 0 and x + w <= width + 1 and y + h <= height + 1 for x, y, w, h in sides):
-            raise sides_error(annotation.where)
+            raise sides_error(annotation.where, sides)
 
 
 def _fit(boxes: Sequence[GivenBox], height: int, width: int) -> bool:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import WsssError
-from .boxes import Annotation, Corners, GivenBox, looks_like_corners, short, size_of
+from ...reading.documents import short
+from .boxes import Annotation, Corners, GivenBox, looks_like_corners, size_of
 from .names import Entries
 from .own_json import corners_from, score_from
 

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from ...errors import WsssError
-from ...reading.documents import parse_json, read_bytes
-from .boxes import BoxSource, short
+from ...reading.documents import parse_json, read_bytes, short
+from .boxes import BoxSource
 from .coco import CocoBoxes, is_coco, refuse_detections
 from .own_json import json_boxes, manifest_boxes
 from .voc import VocBoxes

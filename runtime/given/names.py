@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from ...classes import ClassList
 from ...errors import WsssError
 from ...photographs import SUFFIXES
-from .boxes import short
+from ...reading.documents import short
 
 
 def image_key(name: str) -> str:

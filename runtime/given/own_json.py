@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import WsssError
+from ...reading.documents import short
 from ...store.format import parse_line
-from .boxes import Annotation, Corners, GivenBox, finite, looks_like_sides, short, sides_error, size_of
+from .boxes import Annotation, Corners, GivenBox, finite, looks_like_sides, sides_error, size_of
 from .names import Entries
 
 EXAMPLE = '{"label": "dog", "xyxy": [48, 240, 195, 371], "score": 0.9}'
@@ -150,7 +151,7 @@ def _check_kind(entries: Mapping[str, _Entry], where: str) -> None:
             if (four := corners_from(box.get("xyxy"))) is not None:
                 corners.append(four)
     if looks_like_sides(corners):
-        raise sides_error(where)
+        raise sides_error(where, corners)
 
 
 def _hint_for(box: object) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from ...batch import MAX_BOXES, Boxes, Images, Labels, Photograph
 from ...classes import ClassList
 from ...errors import WsssError
-from ...reading.documents import read_json
+from ...reading.documents import read_names_by_image
 from .boxes import Annotation, GivenBox, place
 from .forms import open_boxes
 from .names import ClassNames, Entries, image_key, listed, stem_of
@@ -42,9 +42,7 @@ class LabelsFromFile:
 
     def __init__(self, path: Path, classes: ClassList, *, ignore_unknown: bool = False) -> None:
         where = f"--labels {path}"
-        document = read_json(path, where=where, hint=_LABELS)
-        if not isinstance(document, dict) or not all(isinstance(names, list) for names in document.values()):
-            raise WsssError(f"{where}: expected a JSON object of image names to lists of class names", hint=_LABELS)
+        document = read_names_by_image(path, where, hint=_LABELS)
         known = ClassNames(classes, ignore_unknown=ignore_unknown)
         self._path, self._classes = path, len(known)
         self._entries = Entries(document, str(path))

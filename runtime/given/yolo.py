@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 
 from ...errors import WsssError
-from ...reading.documents import decode_text, read_bytes, read_text
-from .boxes import Annotation, Corners, GivenBox, finite, short
+from ...reading.documents import decode_text, read_bytes, read_text, short
+from .boxes import Annotation, Corners, GivenBox, finite
 from .voc import AnnotationFolder
 
 LISTS = ("classes.txt", "obj.names")

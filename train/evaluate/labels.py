@@ -10,7 +10,7 @@ import numpy as np
 
 from ...classes import Names
 from ...errors import WsssError
-from ...reading.documents import read_json
+from ...reading.documents import read_names_by_image
 from .files import list_lines, plain_name
 from .npy import read_label_dictionary
 
@@ -84,9 +84,7 @@ def _from_lines(path: Path, classes: int) -> dict[str, list[int]]:
 
 
 def _from_json(path: Path, classes: Sequence[str]) -> dict[str, list[int]]:
-    labels_by_image = read_json(path, where=f"--labels {path}", hint=_FORMATS)
-    if not isinstance(labels_by_image, dict) or not all(isinstance(labels, list) for labels in labels_by_image.values()):
-        raise WsssError(f"--labels {path}: expected a JSON object of image names to lists of class names", hint=_FORMATS)
+    labels_by_image = read_names_by_image(path, f"--labels {path}", hint=_FORMATS)
     known = Names(classes)
     table: dict[str, list[int]] = {}
     for name, labels in labels_by_image.items():

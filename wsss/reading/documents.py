@@ -12,6 +12,8 @@ import errno
 import json
 import math
 import os
+import re
+import reprlib
 import stat
 import tomllib
 from collections import Counter
@@ -107,7 +109,9 @@ def parse_json(data: bytes | str, where: str, *, hint: str = "", error: type[Wss
         return found
 
     def not_finite(name: str) -> Any:
-        raise error(f"{where}: expected finite numbers, got {name}", hint=hint)
+        at = re.search(rf"[:,\[]\s*{re.escape(name)}", text)
+        line = text[: at.end() if at else 0].count("\n") + 1
+        raise error(f"{where}: line {line}: expected finite numbers, got {name}", hint="correct the number, or remove its entry")
 
     def finite(digits: str) -> float:
         number = float(digits)
@@ -148,6 +152,25 @@ def read_text(path: Path, *, where: str = "", hint: str = "", error: type[WsssEr
 def read_json(path: Path, *, where: str = "", hint: str = "", error: type[WsssError] = WsssError) -> Any:
     """Read a JSON file. Raises as `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path, where=where, hint=hint, error=error), where or str(path), hint=hint, error=error)
+
+
+def read_names_by_image(path: Path, where: str, *, hint: str) -> dict[str, list[Any]]:
+    """Read a JSON object of image names to lists of class names, which are not checked. Raises WsssError."""
+    document = read_json(path, where=where, hint=hint)
+    expected = f"{where}: expected a JSON object of image names to lists of class names"
+    if not isinstance(document, dict):
+        raise WsssError(f"{expected}, got {short(document)}", hint=hint)
+    for name, names in document.items():
+        if not isinstance(names, list):
+            raise WsssError(f"{expected}, got {short(names)} for {name!r}", hint=hint)
+    return document
+
+
+def short(value: object) -> str:
+    """A shortened representation of a document's value, however large or nested it is."""
+    shortener = reprlib.Repr()
+    shortener.maxlevel, shortener.maxstring, shortener.maxother = 3, 60, 60
+    return shortener.repr(value)
 
 
 def read_toml(path: Path, *, where: str = "", hint: str = "", error: type[WsssError] = WsssError) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def test_no_box_remains(tmp_path: Path, box: list[float]) -> None:
 
 
 def test_boxes_of_score_0_would_be_background(tmp_path: Path) -> None:
-    refused(own(tmp_path, [[1, 1, 9, 9]], score=0), black(40, 60), "1 of score 0")
+    refused(own(tmp_path, [[1, 1, 9, 9]], score=0), black(40, 60), "1 of score 0", "correct the scores")
 
 
 def test_shares_are_no_pixels(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_pixel_is_a_box(tmp_path: Path) -> None:
 
 def test_width_and_height_in_the_place_of_corners(tmp_path: Path) -> None:
     """Of a box that is farther right than wide: sorting it would cover other objects."""
-    refused(own(tmp_path, [[30, 20, 10, 8]]), black(40, 60), "looks like x, y, width, height")
+    refused(own(tmp_path, [[30, 20, 10, 8]]), black(40, 60), "looks like x, y, width, height: [30, 20, 10, 8]")
     boxes, _ = found(own(tmp_path, [[30, 20, 10, 8], [50, 39, 30, 1]]), black(40, 60))
     assert boxes.xyxy_image.tolist() == [[10, 8, 30, 20], [30, 1, 50, 39]], "the second one would reach beyond: both are corners"
 

@@ -220,6 +220,14 @@ def test_a_folder_of_no_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "got"), [('["dog"]', r"got \['dog'\]"), ('{"a.jpg": ["dog"], "b.jpg": "dog"}', "got 'dog' for 'b.jpg'")]
+)
+def test_a_labels_file_of_another_form(tmp_path: Path, text: str, got: str) -> None:
+    with pytest.raises(WsssError, match=f"expected a JSON object of image names to lists of class names, {got}"):
+        LabelsFromFile(written(tmp_path / "labels.json", text), CLASSES)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "expected JSON"),
@@ -230,7 +238,7 @@ def test_a_folder_of_no_form(tmp_path: Path) -> None:
         ("{", "expected JSON"),
         ("<annotations/>", "expected a folder of XML files"),
         ("0 0.5 0.5 0.1 0.1", "expected JSON"),
-        ('{"a.jpg": [{"label": "dog", "xyxy": [NaN, 0, 1, 1]}]}', "expected finite numbers, got NaN"),
+        ('{"a.jpg": [{"label": "dog", "xyxy": [NaN, 0, 1, 1]}]}', "line 1: expected finite numbers, got NaN"),
         ('{"a.jpg": [], "a.jpg": []}', "the key 'a.jpg' occurs twice"),
         ('[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]', "a COCO file, got a list of detections"),
     ],

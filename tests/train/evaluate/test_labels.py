@@ -57,7 +57,7 @@ def test_vectors_by_number_or_name(tmp_path: Path) -> None:
     [
         ("a.json", "[]", "expected a JSON object"),
         ("a.json", "{", "expected JSON"),
-        ("a.json", '{"a": "dog"}', "to lists of class names"),
+        ("a.json", '{"a": "dog"}', "to lists of class names, got 'dog' for 'a'"),
         ("a.json", '{"a": ["horse"]}', "a: the class 'horse' is not in --classes"),
         ("a.json", '{"a": ["dogg"]}', "a: the class 'dogg' is not in --classes\n\nhint: did you mean 'dog'?"),
         ("a.json", '{"a": [1]}', "a: the class 1 is not in --classes"),

@@ -28,7 +28,8 @@ def test_byte_order_marks_are_dropped(encoding: str, mark: str, tmp_path: Path) 
     [
         ("", "got the end of the file"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' occurs twice"),
-        ("[NaN]", "expected finite numbers, got NaN"),
+        ("[NaN]", "line 1: expected finite numbers, got NaN"),
+        ('{"a NaN": 1,\n "b": NaN}', "line 2: expected finite numbers, got NaN"),
         ("[-Infinity]", "expected finite numbers, got -Infinity"),
         ("[1e999]", "expected finite numbers, got 1e999"),
         ("[" * 200_000, "nested too deep"),
