@@ -226,18 +226,17 @@ def stage_two() -> str:
 def confidence_weights() -> str:
     """Ways of weighting the loss by the store's confidence, beside no weights."""
     found = result("confidence-weights")
-    names = ("none", "rank in the class", "relative to the class's mean", "scores")
+    cells = {cell: each for cell, each in found.items() if isinstance(each, dict)}
+    known = ("none", "rank in the class", "relative to the class's mean", "scores")
+    names = [name for name in known if any(name in each for each in cells.values())]
     rows: list[Row] = []
-    for cell, each in found.items():
-        if not isinstance(each, dict):
-            continue
-        gains = {
-            name: [with_it - without for with_it, without in zip(each[name]["miou"], each["none"]["miou"], strict=True)]
-            for name in names[1:]
-            if name in each
-        }
-        shown = [f"{sum(gain) / len(gain):+.3f} ({min(gain):+.3f} to {max(gain):+.3f})" for gain in gains.values()]
-        rows.append([cell, f"{each['none']['mean']:.3f}", *shown, *[""] * (len(names) - 1 - len(shown))])
+    for cell, each in cells.items():
+        shown = []
+        for name in names[1:]:
+            pairs = zip(each[name]["miou"], each["none"]["miou"], strict=True) if name in each else ()
+            gain = [with_it - without for with_it, without in pairs]
+            shown.append(f"{sum(gain) / len(gain):+.3f} ({min(gain):+.3f} to {max(gain):+.3f})" if gain else "")
+        rows.append([cell, f"{each['none']['mean']:.3f}", *shown])
     return table(["labels", "no weights", *(f"by {name}" for name in names[1:])], rows)
 
 
@@ -565,17 +564,6 @@ def _values(changed: Any) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changed.items())
 
 
-def scaling() -> str:
-    """The chain's speed over its load."""
-    rows: list[Row] = []
-    for curve in result("scaling")["curves"]:
-        points = curve["points"]
-        rates = ", ".join(f"{point['shown']}: {point['per_second']:.3g}" for point in points)
-        cpu = ", ".join("-" if point["cpu_seconds"] is None else f"{point['cpu_seconds']:.3g}" for point in points)
-        rows.append([curve["what"], rates, cpu])
-    return table(["load", "images a second", "CPU seconds an image"], rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "decision-rules": decision_rules,
     "negatives": negatives,
@@ -597,7 +585,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "host": host,
     "graph-replays": replays,
     "scale": scale,
-    "scaling": scaling,
     "masks": masks,
     "objects": objects,
     "peers": peers,

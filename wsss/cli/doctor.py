@@ -65,9 +65,10 @@ def lines_of(found: Machine) -> Iterator[str]:
 
 
 def models(json_output: JsonFlag = False) -> None:
-    """List the models with official weights: size, work an image, license, source, and what was measured of each.
+    """List the models with official weights.
 
-    fp32 and fp16: compared with the official module on photographs; trt-rtx: engines built. The figures are in --json.
+    Size, work an image, license, source, and what was measured: fp32 and fp16 against the official module on photographs, trt-rtx
+    engines built. The figures are in --json.
     """
     from ..export.catalog import ENTRIES
 

@@ -150,14 +150,15 @@ def main() -> None:
     first = work / "run-first"
     _train_first(work, first, arguments)
     for is_corrupted in (kind == "corrupted" for kind in arguments.labels):
-        for mean in MEANS:
+        # ranks do not depend on the mean, and once is enough for the scores
+        for mean in MEANS if "relative to the class's mean" in arguments.ways else MEANS[:1]:
             cell = f"{'corrupted' if is_corrupted else 'right'}, mean score {mean:g}"
             store = work / cell.replace(", ", "-").replace(" ", "-")
             write_scene_store(store, work / "train" / "images", seeds_of, labels_for(mean, is_corrupted=is_corrupted), cell)
             for name in arguments.ways:
                 weights = WEIGHTS[name]
                 if name in ("scores", "rank in the class") and mean != MEANS[0]:
-                    continue  # for comparison; ranks do not depend on the mean
+                    continue
                 scores: list[float] = []
                 for seed in range(arguments.seeds):
                     # no validation, so that the last weights are scored

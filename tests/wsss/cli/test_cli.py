@@ -305,7 +305,7 @@ def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
 def test_no_summary_of_a_command_is_cut_off(wsss: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     commands = wsss("--help").out.partition("Commands:\n")[2].splitlines()
-    assert len(commands) == 15
+    assert len(commands) == 16
     assert all(line.endswith(".") and not line.endswith("...") for line in commands), commands
 
 
