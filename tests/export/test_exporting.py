@@ -172,7 +172,8 @@ def test_a_bf16_graph_is_compared_in_openvino_alone(tmp_path: Path, monkeypatch:
     graph = export_for_openvino(tmp_path, replace(toy, prepare=with_half), "bf16").graphs["scale"]
     (proof,) = graph.openvino.values()
     assert graph.precision == "bf16" and graph.parity is None and proof.seconds is proof.ort_seconds is None
-    assert 1e-4 < proof.parity.worst("y").error < 8e-3, "rounded to 8 bits"
+    error = proof.parity.worst("y").error
+    assert error < 8e-3 and (error > 1e-4) is openvino.computes_in_bf16(), "rounded to 8 bits where the processor does so"
 
 
 def test_the_gate_runs_on_the_device_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
