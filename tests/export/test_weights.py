@@ -25,6 +25,7 @@ from wsss.export import weights as checkpoints
 from wsss.export.clip import weights as clip_weights
 from wsss.export.grounding_dino import weights as grounding_dino_weights
 from wsss.export.sam import family as sam
+from wsss.export.sam import sam2
 from wsss.export.weights import Download, download
 
 DATA = b"weights of a model" * 1000
@@ -183,11 +184,16 @@ def test_no_redirection_leaves_https() -> None:
         follow("http://b.example/x")
 
 
-def test_all_addresses_of_our_own_are_https_and_pinned_whole() -> None:
-    known = [*sam.DOWNLOADS.values(), *grounding_dino_weights.KNOWN.values(), grounding_dino_weights.VOCABULARY]
-    assert len(known) == 6
-    for what in known:
-        assert what.url.startswith("https://") and what.pinned == "sha256", what
+def test_all_addresses_of_our_own_are_https_and_pinned_as_far_as_their_publishers_say() -> None:
+    """OpenMMLab has the first 8 digits in its file names, LLMDet none; the manifest of an export says so."""
+    known = {**sam.DOWNLOADS, **sam2.DOWNLOADS, **grounding_dino_weights.KNOWN, "vocabulary": grounding_dino_weights.VOCABULARY}
+    assert all(what.url.startswith("https://") for what in known.values())
+    pinned = {name: what.pinned for name, what in known.items()}
+    in_part = {name for name in pinned if name.startswith("mm_grounding_dino")}
+    assert in_part and {pinned[name] for name in in_part} <= {"8 of 64 digits of its sha256", "sha256"}
+    assert {name for name, how in pinned.items() if how == "no"} == {"llmdet_tiny", "llmdet_base", "llmdet_large"}
+    whole = {name for name, how in pinned.items() if how == "sha256"}
+    assert whole >= {"vit_b", "vit_l", "vit_h", "swint_ogc", "swinb_cogcoor", "vocabulary", *sam2.DOWNLOADS}
 
 
 @pytest.mark.parametrize(
