@@ -66,6 +66,8 @@ def is_emulated(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the device has no instructions for a dtype, so that convolutions take ten times as long as in float32 or longer."""
     if device.type != "cpu" or dtype == torch.float32:
         return False
+    if not torch.backends.mkldnn.is_available():
+        return True
     kernels = torch.ops.mkldnn
     return not (kernels._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else kernels._is_mkldnn_fp16_supported())
 
