@@ -268,7 +268,7 @@ def test_settings_are_complete_and_documented() -> None:
     prepared = grounding_dino.prepare("mini", "random:0", Options())
     settings = prepared.settings
     assert (settings["cls"], settings["sep"], settings["dot"], settings["pad"]) == (101, 102, 1012, 0)
-    assert (settings["max_tokens"], settings["queries"], settings["score_rule"]) == (256, 30, "mean")
+    assert (settings["max_tokens"], settings["queries"], settings["score_rule"]) == (256, 30, "max")
     for name in settings:
         assert f"``{name}``" in (grounding_dino.__doc__ or "")
     frame = grounding_dino.MINI
@@ -292,7 +292,7 @@ def test_seeds_repeat_and_differ() -> None:
 
 
 def test_an_unknown_variant_names_those_there_are() -> None:
-    with pytest.raises(UsageError, match="swin_t, swin_b, mini"):
+    with pytest.raises(UsageError, match="swin_t, swin_b, mm_tiny, .* mini, mm_mini, got 'swin_l'"):
         grounding_dino.prepare("swin_l", "random:0", Options())
 
 
