@@ -29,6 +29,7 @@ Tables = Mapping[str, Any]
 MAX_PARTS = 4
 """Parts of a setting's name: the depth of the tables."""
 Architecture = Literal["deeplabv2", "deeplabv3plus", "upernet", "unet", "smp-segformer", "segformer", "mask2former", "vit"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """RGB on the 0-255 scale, as torchvision's ImageNet models were trained (torchvision/transforms/_presets.py)."""
 
@@ -222,8 +223,9 @@ class OptimizerArgs:
     """Largest norm of the gradient; 0: not clipped."""
     average: float = 0.0
     """Decay of a running average of the weights, which then replaces them in the result, for example 0.999; 0: no average."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the forward pass (autocast); weights, loss and optimizer stay float32. fp16 scales the loss."""
+    precision: Precision = "fp32"
+    """Precision of the forward pass (bf16 and fp16: autocast); weights, loss and optimizer stay float32. fp16 scales the loss.
+    tf32: matrix products of a GPU round their factors to 10 bits. PyTorch lets convolutions do so in fp32 too."""
 
     def __post_init__(self) -> None:
         _at_least("optimizer.steps", self.steps, 1)
@@ -256,6 +258,8 @@ class MachineArgs:
     """Memory order of images and kernels: faster convolutions on most machines."""
     compile: bool = False
     """Use torch.compile: a slow start, then faster steps."""
+    cudnn_benchmark: bool = True
+    """Let cuDNN time its kernels in the first step, and take the fastest. Two runs may then differ by rounding on a GPU."""
     checkpoint_seconds: float = 180.0
     """Time between checkpoints; 0: one every step."""
     log_steps: int = 20

@@ -32,7 +32,7 @@ from .evaluate.report import Scores
 from .model import Segmenter, build_from, criterion_for
 from .optimizer import rate_at
 from .page import PAGE, Owner, Shown, write_page
-from .run import DTYPES, Run, check_divisible, is_emulated, memory_format
+from .run import DTYPES, Run, check_divisible, is_emulated, kernels_for, memory_format
 from .source import Log, Source, checked_source
 from .validate import scored, validate
 from .weights import Initial, load_initial
@@ -116,7 +116,8 @@ def train(
         steps = config.optimizer.steps
         with closing(Recorder(run, out, watch)) as recorder:
             for parts in _steps(run, source):
-                run.advance(parts)
+                with kernels_for(config, world.device):
+                    run.advance(parts)
                 is_last = run.progress.step == steps
                 recorder.record_step(is_last)
                 if source.held_out and (is_last or run.progress.step % config.validation_steps == 0):

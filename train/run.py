@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from .loss import Criterion
 from .model import Segmenter
 from .optimizer import optimizer_for, rate_at, set_rate
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 2.0**-10
 """Smallest scale of an fp16 loss. It starts at 2**16 and is halved at every overflow; below this the gradient is not finite."""
 SHOWN = 16
@@ -60,6 +60,25 @@ class Pass(nn.Module):
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Autocast to a dtype; disabled for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def kernels_for(config: Config, device: torch.device) -> Iterator[None]:
+    """The choice of a GPU's kernels during a training step, as ``machine.cudnn_benchmark`` and ``optimizer.precision`` have it.
+
+    PyTorch's own choice outside of it: in a validation, every image has another size, and cuDNN would time kernels for each.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.benchmark = config.machine.cudnn_benchmark
+    torch.set_float32_matmul_precision("high" if config.optimizer.precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
 def is_emulated(device: torch.device, dtype: torch.dtype) -> bool:

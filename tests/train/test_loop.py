@@ -34,7 +34,7 @@ from wsss.train.distributed import joined
 from wsss.train.loop import Recorder, Result, Status, train
 from wsss.train.model import Segmenter
 from wsss.train.optimizer import rate_at
-from wsss.train.run import Pass, Run
+from wsss.train.run import Pass, Run, kernels_for
 
 from .conftest import TINY, write_store
 
@@ -161,6 +161,31 @@ def test_a_precision_that_the_processor_emulates_is_said(
     said: list[str] = []
     run(scenes, tmp_path / "run", "optimizer.steps=1", "optimizer.precision=bf16", log=said.append)
     assert any("--precision bf16: this processor has no instructions for it" in line for line in said) is not supported
+
+
+@pytest.mark.parametrize(("precision", "matmul"), [("tf32", "high"), ("fp32", "highest")])
+def test_a_gpus_kernels_are_chosen_for_steps_alone(
+    scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, matmul: str
+) -> None:
+    seen: dict[str, set[tuple[bool, str]]] = {}
+
+    def spied(owner: object, name: str) -> None:
+        called = getattr(owner, name)
+
+        def spy(*args: Any) -> Any:
+            chosen = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+            seen.setdefault(name, set()).add(chosen)
+            return called(*args)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    spied(Run, "advance")
+    spied(loop, "_validate")
+    monkeypatch.setattr(loop, "kernels_for", lambda config, device: kernels_for(config, torch.device("cuda")))
+    run(scenes, tmp_path / "run", "optimizer.steps=2", f"optimizer.precision={precision}")
+    assert seen == {"advance": {(True, matmul)}, "_validate": {(False, "highest")}}
+    run(scenes, tmp_path / "other", "optimizer.steps=1", "machine.cudnn_benchmark=false")
+    assert (False, "highest") in seen["advance"]
 
 
 def test_an_initial_run_hands_on_its_weights(scenes: Scenes, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...cores import cores
 from ...errors import WsssError
 from ...spec import sha256_of
-from ..args import DataArgs
+from ..args import DataArgs, Precision
 from ..checkpoint import load_run, weights_file
 from ..evaluate.crf import SAID_SOFT, check_crf, refine_probabilities
 from ..evaluate.processes import in_processes
@@ -53,7 +53,7 @@ class Predictor:
         inference: Inference,
         *,
         device: Device = "auto",
-        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        precision: Precision = "fp32",
         workers: int | None = None,
     ) -> None:
         if inference.crf:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..train.apply.self_train import Round
     from ..train.loop import Result, Status
 
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Preset = Literal["deeplabv2-voc", "deeplabv2-coco", "deeplabv3plus-voc", "segformer", "mask2former", "mini"]
 
 
@@ -65,7 +66,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images per step, over all GPUs together.")] = None,
     crop: Annotated[int | None, typer.Option(help="Side of the training crop in pixels.")] = None,
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Of the forward pass.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Of the forward pass.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random choices.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to train.")] = None,
     setting: Annotated[
