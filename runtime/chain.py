@@ -42,7 +42,7 @@ Q = ParamSpec("Q")
 S = TypeVar("S")
 
 AnyImage = str | Path | np.ndarray | Image.Image | Photograph
-MAX_EXPONENT = 8
+MAX_EXPONENT, MAX_TILES = 8, 8
 USUAL_BATCH = 8
 """Images labeled together where the engines do not set a batch size."""
 
@@ -66,6 +66,8 @@ class Rules:
     """Boxes of two classes with a larger IoU count as one object, of the class with the better score."""
     enclosing: bool = True
     """Whether boxes stay that hold two or more better ones of their class, or nearly the whole photograph beside a better one."""
+    tiles: int = 1
+    """K: the detector also looks at K x K overlapping tiles of a photograph, for small objects. 1: at the whole one alone."""
     margin: float = 0.1
     """A pixel is void where another class's value is within this share of the winner's."""
     quality_exponent: float = 1.0
@@ -89,6 +91,8 @@ class Rules:
                 f"--quality-exponent: expected a number in 0..{MAX_EXPONENT}, got {self.quality_exponent}",
                 hint=f"the default is {Rules.quality_exponent}",
             )
+        if not 1 <= self.tiles <= MAX_TILES:
+            raise UsageError(f"--tiles: expected 1 to {MAX_TILES}, got {self.tiles}", hint="2 finds objects of a third of a side")
         for name, value in (self.tag_thresholds or {}).items():
             if not 0 <= value <= 1:
                 raise UsageError(f"--tag-thresholds: {name!r}: expected a number in 0..1, got {value}")
@@ -181,6 +185,8 @@ class Chain:
         rules = rules or Rules()
         if model not in ("chain", "segmenter"):
             raise UsageError(f"--model: expected chain or segmenter, got {model!r}")
+        if rules.tiles > 1 and (boxes or model == "segmenter"):
+            raise UsageError("--tiles: Grounding-DINO is not asked", hint="leave it out with --boxes and --model segmenter")
         if classes is None and model == "chain":
             raise UsageError("--classes is missing: the chain needs the names of the classes to look for", hint="--classes voc")
         given_classes = classes if classes is None or isinstance(classes, ClassList) else parse_classes(classes)
@@ -301,6 +307,7 @@ class Chain:
                 nms=rules.nms,
                 nms_across=rules.nms_across,
                 enclosing=rules.enclosing,
+                tiles=rules.tiles,
             )
             settings["rules"]["score_rule"] = detector.score_rule
             own = box_thresholds(dino.manifest.settings)[1].get(detector.score_rule, detector.threshold)

@@ -113,6 +113,9 @@ def label(
         bool,
         typer.Option(help="Keep boxes that hold two better boxes of their class, or the whole photograph beside a better one."),
     ] = True,
+    tiles: Annotated[
+        int, typer.Option(metavar="K", help="Detect in K x K overlapping tiles too, for small objects: K x K + 1 times the work.")
+    ] = 1,
     margin: Annotated[
         float, typer.Option(help="Pixels are void where another class comes within this share of the best one.")
     ] = 0.1,
@@ -182,6 +185,7 @@ def label(
         nms=nms,
         nms_across=nms_across,
         enclosing=enclosing,
+        tiles=tiles,
         margin=margin,
         quality_exponent=quality_exponent,
         gate=gate,

@@ -180,6 +180,8 @@ def test_flags_reach_the_rules(label: Run, tmp_path: Path) -> None:
         "--score-rule",
         "max",
         "--no-enclosing",
+        "--tiles",
+        "2",
     ]
     assert label(*flags, "--engine", "auto").code == 0
     assert read_run(tmp_path / "store")["rules"] == {
@@ -191,6 +193,7 @@ def test_flags_reach_the_rules(label: Run, tmp_path: Path) -> None:
         "nms": 0.6,
         "nms_across": 0.7,
         "enclosing": False,
+        "tiles": 2,
         "margin": 0.0,
         "quality_exponent": 0.5,
     }
