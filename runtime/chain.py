@@ -42,7 +42,7 @@ Q = ParamSpec("Q")
 S = TypeVar("S")
 
 AnyImage = str | Path | np.ndarray | Image.Image | Photograph
-MAX_EXPONENT, MAX_TILES = 8, 8
+MAX_EXPONENT, MAX_LOOKS = 8, 8
 USUAL_BATCH = 8
 """Images labeled together where the engines do not set a batch size."""
 
@@ -55,6 +55,8 @@ class Rules:
     """Lowest CLIP probability of a class that is present; None takes the bundle's."""
     tag_thresholds: Mapping[str, float] | None = None
     """The same of single classes, by name, in place of ``tag_threshold``; `wsss.runtime.given.thresholds` reads a file."""
+    views: int | None = None
+    """K: CLIP sees 1 x 1, ..., K x K overlapping views of a photograph; None takes the bundle's."""
     score_rule: ScoreRule | None = None
     """A box's score is the largest of its phrase's token scores (``max``, as Grounding-DINO's ``predict()``) or their mean
     (``mean``, as its COCO evaluation); None takes the bundle's."""
@@ -91,8 +93,9 @@ class Rules:
                 f"--quality-exponent: expected a number in 0..{MAX_EXPONENT}, got {self.quality_exponent}",
                 hint=f"the default is {Rules.quality_exponent}",
             )
-        if not 1 <= self.tiles <= MAX_TILES:
-            raise UsageError(f"--tiles: expected 1 to {MAX_TILES}, got {self.tiles}", hint="2 finds objects of a third of a side")
+        for name in ("views", "tiles"):
+            if not 1 <= (getattr(self, name) or 1) <= MAX_LOOKS or getattr(self, name) == 0:
+                raise UsageError(f"--{name}: expected 1 to {MAX_LOOKS}, got {getattr(self, name)}")
         for name, value in (self.tag_thresholds or {}).items():
             if not 0 <= value <= 1:
                 raise UsageError(f"--tag-thresholds: {name!r}: expected a number in 0..1, got {value}")
@@ -262,8 +265,10 @@ class Chain:
             threshold=rules.box_threshold,
             warn=lambda message: place.warn(message),
         )
-        if rules.tag_thresholds and (given.boxes or given.labels or not rules.gate):
-            raise UsageError("--tag-thresholds: CLIP is not asked", hint="leave it out with --labels, --boxes and --no-gate")
+        for name in ("tag_thresholds", "views"):
+            if getattr(rules, name) and (given.boxes or given.labels or not rules.gate):
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag}: CLIP is not asked", hint="leave it out with --labels, --boxes and --no-gate")
         tag: Callable[[Images], Labels]
         detect: Callable[[Images, Labels], Boxes]
         if given.boxes:
@@ -282,6 +287,7 @@ class Chain:
                     known,
                     threshold=rules.tag_threshold,
                     thresholds=rules.tag_thresholds,
+                    views=rules.views,
                     resizer=resizer(clip),
                 )
                 resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])

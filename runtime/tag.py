@@ -47,6 +47,7 @@ class Tagger:
         classes: the run's class list.
         threshold: lowest probability of a class that is present; None takes the bundle's.
         thresholds: of single classes, by name, in place of ``threshold``.
+        views: number of levels of views, see `view_windows`; None takes the bundle's levels.
         resizer: makes the views on the engines' device; None: the host does.
     """
 
@@ -59,6 +60,7 @@ class Tagger:
         *,
         threshold: float | None = None,
         thresholds: Mapping[str, float] | None = None,
+        views: int | None = None,
         resizer: Resizer | None = None,
     ) -> None:
         settings = model.manifest.settings
@@ -67,7 +69,7 @@ class Tagger:
         self._scale = float(settings["logit_scale"])
         self._bias = float(settings.get("logit_bias", 0.0))
         self._rule = settings.get("rule", "softmax")
-        self._levels = tuple(int(level) for level in settings["views"])
+        self._levels = tuple(int(level) for level in settings["views"]) if views is None else tuple(range(1, views + 1))
         self._count = sum(level * level for level in self._levels)
         self.threshold = float(settings["threshold"]) if threshold is None else threshold
         self._thresholds = tag_thresholds(classes, self.threshold, thresholds)

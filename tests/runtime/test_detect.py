@@ -445,10 +445,12 @@ def test_tiles_are_cut_from_the_photograph_alone(world: World) -> None:
     assert seen == [(32, 42)] * 5, "90 x 120 and its windows of 60 x 80; not the photograph without a class"
 
 
-@pytest.mark.parametrize("tiles", [0, 9, -1])
-def test_tiles_out_of_range(world: World, tiles: int) -> None:
-    with pytest.raises(UsageError, match=f"--tiles: expected 1 to 8, got {tiles}"):
-        Rules(tiles=tiles)
+@pytest.mark.parametrize("count", [0, 9, -1])
+def test_tiles_and_views_out_of_range(count: int) -> None:
+    with pytest.raises(UsageError, match=f"--tiles: expected 1 to 8, got {count}"):
+        Rules(tiles=count)
+    with pytest.raises(UsageError, match=f"--views: expected 1 to 8, got {count}"):
+        Rules(views=count)
 
 
 @pytest.mark.parametrize("given", [{"boxes": "x"}, {"model": "segmenter"}])

@@ -184,6 +184,19 @@ def test_enclosing(world: World, label: Label, tmp_path: Path) -> None:
     assert ends == {"--enclosing": pytest.approx(44, abs=1), "--no-enclosing": pytest.approx(36, abs=1)}
 
 
+def test_views(world: World, label: Label, tmp_path: Path) -> None:
+    """A class that CLIP's scripted engine overlooks in the whole photograph, not in a part of it."""
+    write_model(world.bundle / "clip", "clip", {"views": [1]})
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(4, 4, 24, 24), blue=(39, 26, 45, 30))
+    assert values(label()["a"]) == values(label("--views", "1", store="one")["a"]) == [0, 1]
+    assert 3 in values(label("--views", "3", store="three")["a"])
+
+
+def test_views_need_clip(wsss: Run, world: World, photos: Path) -> None:
+    answer = wsss("label", photos, "--classes", "red", "--bundle", world.bundle, "--out", "out", "--views", "3", "--no-gate")
+    assert answer.code == 2 and "--views: CLIP is not asked" in answer.err
+
+
 def test_tiles(world: World, label: Label, tmp_path: Path) -> None:
     """A detector that finds the same corner of whatever it sees also finds it in each tile."""
     world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 32))
@@ -431,6 +444,7 @@ def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
 RULES = {
     "tag_threshold": None,
     "tag_thresholds": None,
+    "views": None,
     "score_rule": None,
     "box_threshold": None,
     "nms": 0.5,

@@ -100,6 +100,10 @@ def label(
         str | None,
         typer.Option(metavar="FILE", help="Thresholds of single classes, in place of --tag-threshold: JSON or TOML."),
     ] = None,
+    views: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="CLIP sees 1 x 1, 2 x 2, ..., K x K overlapping views. Default: the bundle's, usually 2."),
+    ] = None,
     score_rule: Annotated[
         Literal["max", "mean"] | None,
         typer.Option(help="A box's score: the largest of its phrase's token scores, or their mean. Default: the bundle's."),
@@ -180,6 +184,7 @@ def label(
     rules = Rules(
         tag_threshold=tag_threshold,
         tag_thresholds=read_thresholds(tag_thresholds) if tag_thresholds else None,
+        views=views,
         score_rule=score_rule,
         box_threshold=box_threshold,
         nms=nms,

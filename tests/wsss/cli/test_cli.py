@@ -188,6 +188,7 @@ def test_flags_reach_the_rules(label: Run, tmp_path: Path) -> None:
         "gate": False,
         "tag_threshold": 0.2,
         "tag_thresholds": None,
+        "views": None,
         "score_rule": "max",
         "box_threshold": 0.4,
         "nms": 0.6,

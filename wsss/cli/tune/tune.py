@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "tag_threshold",
+    "views",
     "score_rule",
     "box_threshold",
     "nms",
@@ -39,6 +40,7 @@ def tune(
     engine: Annotated[Engine, typer.Option(help="What runs the graphs, as for wsss label.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     labels: Annotated[str | None, typer.Option(help="JSON file of the classes of each image; replaces CLIP.")] = None,
+    views: Annotated[int | None, typer.Option(metavar="K", help="CLIP's views, as for wsss label.")] = None,
     tiles: Annotated[int, typer.Option(metavar="K", help="Detect in K x K overlapping tiles too, as wsss label does.")] = 1,
     names: ListFlag = None,
     folds: FoldsFlag = 5,
@@ -56,7 +58,7 @@ def tune(
 
     known = parse_classes(classes)
     labeled = labeled_photographs(photos, truth, names, known.names)
-    chain = Chain.open(bundle, classes=known, engine=engine, device=device, labels=labels, rules=Rules(tiles=tiles))
+    chain = Chain.open(bundle, classes=known, engine=engine, device=device, labels=labels, rules=Rules(views=views, tiles=tiles))
     log(f"engine {chain.settings['engine']}, {len(known)} classes, {len(labeled.names)} photographs")
     result = search(evidence_of(chain, labeled), folds=folds, progress=counter("searches"))
     end_progress()
@@ -78,7 +80,7 @@ def tune(
 def _document(result: Tuned) -> dict[str, Any]:
     document = dataclasses.asdict(result)
     for name in ("default", "rules"):
-        document[name] = {key: document[name][key] for key in NAMES}
+        document[name] = {key: document[name][key] for key in NAMES if document[name][key] is not None}
     return document
 
 
