@@ -45,12 +45,13 @@ class Phrase:
     """The features of one sub-sentence of a caption: its word pieces and the dot that ends it.
 
     features: (T, D) float32 or float16, as the engines exchange them. label: 1-based class; 0 for [CLS] and [SEP]; `NEGATIVE`.
-    words: number of tokens that name the class, without the dot.
+    words: number of tokens that name the class, without the dot. ids: the tokens.
     """
 
     label: int
     features: np.ndarray
     words: int
+    ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.features)
@@ -92,10 +93,13 @@ def join_phrases(cls: Phrase, phrases: Sequence[Phrase], sep: Phrase) -> Caption
 
 
 def split_phrases(phrases: Sequence[Phrase], budget: int) -> list[list[Phrase]]:
-    """Split phrases into captions, in order: each has at most ``budget`` tokens, with [CLS] and [SEP].
+    """Split phrases into captions of at most ``budget`` tokens, with [CLS] and [SEP].
 
-    The reference's tokenizer cuts a longer caption at 256 tokens without a warning.
+    The reference's tokenizer cuts a longer caption at 256 tokens without a warning. A phrase's scores depend on those beside it
+    in its caption: phrases are split in the order of their tokens, so that the order of the class list does not matter.
     """
+    if 2 + sum(map(len, phrases)) > budget:
+        phrases = sorted(phrases, key=lambda phrase: phrase.ids)
     groups: list[list[Phrase]] = []
     used = budget
     for phrase in phrases:
@@ -393,6 +397,9 @@ def embed_phrases(model: Model, text: Engine, classes: ClassList) -> tuple[Phras
         out = np.asarray(text({"tokens": tokens, "mask": mask})["features"])
         features += [np.array(out[row, : len(line)]) for row, line in enumerate(chunk)]
     cls, sep = Phrase(0, features[0], 1), Phrase(0, features[1], 1)
-    phrases = [Phrase(label, feature, len(feature) - 1) for label, feature in zip(labels, features[2:], strict=True)]
+    phrases = [
+        Phrase(label, feature, len(feature) - 1, tuple(tokens))
+        for label, feature, tokens in zip(labels, features[2:], ids[2:], strict=True)
+    ]
     of_classes = [[phrase for phrase in phrases if phrase.label == label] for label in range(1, len(tokens_of) + 1)]
     return cls, sep, of_classes, [phrase for phrase in phrases if phrase.label == NEGATIVE]

@@ -466,6 +466,23 @@ def test_text_is_embedded_once_per_phrase_and_run(world: World) -> None:
     assert len(world.rows("grounding-dino", "text")) == 3
 
 
+def test_captions_do_not_depend_on_the_order_of_the_list(world: World) -> None:
+    """Which phrases share a caption changes their scores; five classes take two."""
+    names = ["red", "grass", "sky", "photo", "blue"]
+    captions = []
+    for order in (names, names[::-1], [*names[2:], *names[:2]]):
+        engine = world.engine("grounding-dino", "image-32x48")
+        answer, seen = engine.script, list[frozenset[int]]()
+        engine.script = lambda feeds, answer=answer, seen=seen: (
+            seen.extend(frozenset(row.argmax(axis=1)[row.any(axis=1)].tolist()) for row in feeds["text"]),
+            answer(feeds),
+        )[1]
+        detector(world, class_list(order))([world.photo(32, 48, red=(0, 0, 20, 20))], tags([1, 2, 3, 4, 5]))
+        engine.script = answer
+        captions.append(set(seen))
+    assert captions[0] == captions[1] == captions[2] and len(captions[0]) == 2
+
+
 def test_a_list_beyond_the_budget_is_split_and_merged(world: World) -> None:
     """Eight tokens hold three phrases; five classes take two passes, and every phrase occurs exactly once an image."""
     classes = class_list(["red", "grass", "sky", "photo", "blue"])
