@@ -515,7 +515,7 @@ def looks() -> str:
         [
             name,
             f"{each['all']['miou']:.3f}",
-            *(_gain(each[kind]) if name != "defaults" else "" for kind in kinds),
+            *(_gain(each[kind]) if not name.startswith("defaults") else "" for kind in kinds),
             f"{each[empty]:.0%}",
         ]
         for name, each in found.items()

@@ -102,7 +102,7 @@ def label(
     ] = None,
     views: Annotated[
         int | None,
-        typer.Option(metavar="K", help="CLIP sees 1 x 1, 2 x 2, ..., K x K overlapping views. Default: the bundle's, usually 2."),
+        typer.Option(metavar="K", help="CLIP sees 1 x 1, 2 x 2, ..., K x K overlapping views. Default: the bundle's."),
     ] = None,
     score_rule: Annotated[
         Literal["max", "mean"] | None,

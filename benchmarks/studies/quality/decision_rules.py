@@ -60,11 +60,12 @@ TUNED_ON, SETS, SCORED_ON = 20, 3, 200
 RANDOM = 40
 """Random sets of scenes to tune on."""
 LOOKS: dict[str, dict[str, Any]] = {
-    "defaults": {},
+    "defaults, 14 views": {},
     "2 x 2 tiles": {"tiles": 2},
     "3 x 3 tiles": {"tiles": 3},
     "1 view": {"views": 1},
-    "14 views": {"views": 3},
+    "5 views": {"views": 2},
+    "30 views": {"views": 4},
 }
 HIT = 0.5
 """IoU from which a box is one of an object of its class."""
