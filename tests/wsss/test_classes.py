@@ -151,6 +151,7 @@ def test_mistakes_are_named_with_a_way_out(text: str, said: str, hint: str) -> N
         parse_classes(text)
     assert isinstance(caught.value, ClassError)
     assert said in caught.value.message
+    assert caught.value.message.startswith("--classes")
     assert hint in caught.value.hint
 
 
