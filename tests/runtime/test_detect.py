@@ -543,6 +543,22 @@ def test_a_name_of_another_script_is_kept_with_an_english_phrase(world: World, b
     assert detector(world, parse_classes(str(tmp_path / "classes.json")))
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("red\n猫", "does not know '猫'"),
+        ("café\ncafe", "have the same tokens in the detector's tokenizer"),
+        ("red " * 8, "a name takes 9 tokens"),
+        ("red\n!cat\n!cafe\n!cats\n!中", "the negatives take"),
+    ],
+)
+def test_a_message_about_classes_names_their_file(world: World, bert: None, tmp_path: Path, lines: str, message: str) -> None:
+    (file := tmp_path / "names.txt").write_text(lines, encoding="utf-8")
+    with pytest.raises(ClassError, match=message) as caught:
+        detector(world, parse_classes(str(file)))
+    assert caught.value.message.startswith(f"--classes {file}: ")
+
+
 @pytest.mark.parametrize("names", [["café", "cafe"], ["cats", "càts"], ["red", "cat: réd"]])
 def test_classes_of_the_same_tokens_are_refused(world: World, bert: None, names: list[str]) -> None:
     with pytest.raises(ClassError, match="have the same tokens in the detector's tokenizer") as caught:
