@@ -26,6 +26,7 @@ NAMES = (
     "enclosing",
     "margin",
     "quality_exponent",
+    "stability_exponent",
 )
 """The flags of ``wsss label`` that are written."""
 
