@@ -42,17 +42,18 @@ def keep_single_mask(sam: Sam) -> None:
         parameter.grad[0] = 0
 
 
-def predicted(sam: Sam, embeddings: Tensor, batch: Batch, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
+def predicted(sam: Sam, embeddings: Tensor, xyxy_model: Tensor, image: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
     """All four masks of every box (N, 4, L, L) and their predicted IoU (N, 4), as ``MaskDecoder.predict_masks``.
 
     Args:
+        embeddings: of all images. xyxy_model, image: the boxes (N, 4) and the image of each (N,).
         prompt: (N, 1, L, L) logits of a mask for each box; None: without.
     """
     decoder, encoder = sam.mask_decoder, sam.prompt_encoder
-    sparse, dense = encoder(points=None, boxes=batch.xyxy_model, masks=prompt)
+    sparse, dense = encoder(points=None, boxes=xyxy_model, masks=prompt)
     tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([tokens.expand(len(sparse), -1, -1), sparse], dim=1)
-    source = embeddings[batch.image] + dense
+    source = embeddings[image] + dense
     hidden, keys = decoder.transformer(source, encoder.get_dense_pe().expand_as(source), tokens)
     upscaled = decoder.output_upscaling(keys.transpose(1, 2).reshape(source.shape))
     weights = torch.stack([head(hidden[:, 1 + n]) for n, head in enumerate(decoder.output_hypernetworks_mlps)], dim=1)
@@ -67,8 +68,9 @@ def loss_of(sam: Sam, batch: Batch) -> tuple[Tensor, list[float]]:
     with torch.no_grad():
         embeddings = sam.image_encoder(batch.pixels)
     near = near_boxes(batch.xyxy_model, batch.pixels.shape[-1], batch.cover.shape[-1])
-    logits, quality = predicted(sam, embeddings, batch, None)
-    again, quality_again = predicted(sam, embeddings, batch, logits[:, :1].detach())
+    boxes = batch.xyxy_model, batch.image
+    logits, quality = predicted(sam, embeddings, *boxes, None)
+    again, quality_again = predicted(sam, embeddings, *boxes, logits[:, :1].detach())
     single = iou_of(logits[:, 0], batch.cover)
     of_each = torch.stack([_by_box(logits[:, n], batch.cover, near) for n in (1, 2, 3)], dim=1)  # (N, 3)
     best = of_each.detach().argmin(dim=1)

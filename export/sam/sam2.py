@@ -408,9 +408,10 @@ def decoder_graph(official: Sam2Model, images: AxisRange, boxes: AxisRange = BOX
     def sample(rows: int, seed: int) -> Feeds:
         feeds = sample_boxes(side, maps, images.max, rows, seed)
         count = len(feeds["embedding"])
-        contrast = np.exp(
-            np.random.default_rng(seed).permutation(np.linspace(-1, 1.5, count))
-        )  # only strong ones give stable masks
+        # Only strong features give stable masks; every other one of them, by strength, has `MULTIMASK`.
+        rank = np.random.default_rng(seed).permutation(count)
+        contrast = np.exp(np.linspace(-1, 1.5, count))[rank]
+        feeds["multimask"] = (count - rank[feeds["image"]]) % 2 == 0
         for name in TENSORS:
             scale = contrast if name != "embedding" else np.ones(count)
             values = feeds[name] * scale[:, None, None, None].astype(np.float32)

@@ -231,7 +231,7 @@ def best_of_all_four(decoder: sam.Decoder) -> nn.Module:
 
 
 def stability_at_a_smaller_offset(decoder: sam.Decoder) -> nn.Module:
-    decoder.stability = Fp32(partial(stability, delta=0.9), why="a fault")
+    decoder.stability = Fp32(partial(stability, delta=2.0), why="a fault")
     return decoder
 
 

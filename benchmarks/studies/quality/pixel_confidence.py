@@ -41,16 +41,16 @@ def mixed_scene(number: int) -> Scene:
 def main() -> None:
     parser = study_parser(__spec__, __doc__, out=RESULTS / "pixel-confidence.json", work="build/pixel-confidence", threads=True)
     parser.add_argument("--images", type=int, default=280)
-    parser.add_argument("--held-out", type=int, default=105)
+    parser.add_argument("--held-out", type=int, default=70)
     parser.add_argument("--first-steps", type=int, default=800, help="of the weights that all runs start from")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     set_threads(arguments.threads)
     work: Path = arguments.work
-    sizes = {name: getattr(arguments, name) for name in ("images", "held_out", "first_steps", "steps", "rate", "batch", "seeds")}
+    sizes = {name: getattr(arguments, name) for name in ("images", "held_out", "first_steps", "steps", "rate", "batch")}
     found: dict[str, Any] = {**read_result(arguments.out), **about(), **sizes}
     write_scenes(work / "train", arguments.images, seed=TRAIN_SEED, draw=mixed_scene)
     unseen = write_scenes(work / "held-out", arguments.held_out, seed=HELD_OUT_SEED, draw=mixed_scene)
@@ -70,6 +70,7 @@ def main() -> None:
                     "model": {"init": str(work / "run-first"), "new_head": True},
                     "optimizer": {"steps": arguments.steps, "rate": arguments.rate},
                     "data": {"validation_share": 0.0, "batch": arguments.batch},
+                    "machine": {"workers": 0},
                 }
                 config = config_from(preset("mini"), changed)
                 run = work / f"run-{margin:g}-{way}-{seed}"
@@ -77,7 +78,7 @@ def main() -> None:
                 miou = round(held_out_miou(run, config, work / "held-out", unseen), 4)
                 scores[f"margin {margin:g}"][way].append(miou)
                 log(f"margin {margin:g}, {way:6} seed {seed}: mIoU {miou:.4f}")
-        found["mIoU"] = scores
+        found |= {"seeds": seed + 1, "mIoU": scores}
         found["mean"] = {cell: {way: round(float(np.mean(each)), 4) for way, each in row.items()} for cell, row in scores.items()}
         write_result(arguments.out, found)
 
