@@ -64,6 +64,9 @@ def toy_sam() -> Sam:
             ),
         )
     spread(toy, 1)
+    for head in toy.mask_decoder.output_hypernetworks_mlps:  # logits beyond +-1, where stability scores are counted
+        for parameter in head.layers[-1].parameters():
+            parameter.data *= 30
     return toy.eval().requires_grad_(False)
 
 
@@ -487,3 +490,20 @@ def test_full_size_vit_b_on_real_photographs(tmp_path: Path, photographs: list[P
     for name, row in sam_official.measure(full, predictor, voc, names):
         assert row["worst_iou"] >= 0.999, (name, row)
         assert 0.001 < row["mean_mask_share"] < 0.999, (name, row)
+
+
+def test_a_model_of_an_earlier_version_passes_the_gate(model: Model) -> None:
+    """Its decoder has no choice of masks and no stability scores; also in PyTorch, without bundles of that version."""
+    before = graphs()["decoder"]
+    spec = before.spec("x", 18)
+    added = {"multimask", "token", "stability"}
+    inputs, outputs = (tuple(each for each in specs if each.name not in added) for specs in (spec.inputs, spec.outputs))
+    spec = replace(spec, inputs=inputs, outputs=outputs)
+    engine_before = EagerEngine(before.module, spec)
+    exported = before.as_exported(spec)
+    assert [each.name for each in exported.outputs] == ["logits", "quality"] and exported.ties is None
+    report = verify.gate(exported, engine_before, engine_name="eager", reference_name="official", where="decoder")
+    assert {row.output for row in report.rows} == {"logits", "quality"}
+    feeds = exported.sample(5, 1)
+    now = engine(model, "decoder")({**feeds, "multimask": np.zeros(5, bool)})
+    np.testing.assert_allclose(np.asarray(now["logits"]), engine_before(feeds)["logits"], atol=1e-3)

@@ -229,7 +229,7 @@ def read_survey(path: Path) -> Survey:
     items = tuple(
         Item(**{**item, **{key: tuple(item[key]) for key in ("confidence", "pixels", "size")}}) for item in record["items"]
     )
-    counted = tuple(map(tuple, record["confidence"]))
+    counted = tuple(map(tuple, record.get("confidence", ())))
     return Survey(
         classes=tuple(record["classes"]), items=items, failed=record["failed"], digest=record["digest"], confidence=counted
     )
