@@ -387,7 +387,10 @@ _EARLIER_RULES = {
     "stability_exponent": 0.0,
 }
 """What versions did that had no such rule."""
-_HINTS = {"masks": "; or continue this one, which has no masks, with --no-masks"}
+_HINTS = {
+    "masks": "; or continue this one, which has no masks, with --no-masks",
+    "confidence": "; or continue this one, which has no confidence of pixels, without --confidence",
+}
 
 
 def check_same(folder: object, was: dict[str, Any], now: dict[str, Any]) -> None:
