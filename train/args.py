@@ -151,9 +151,9 @@ class LossArgs:
     kind: Literal["cross-entropy", "bootstrapped", "symmetric", "generalized", "hard", "masks"] = "cross-entropy"
     """bootstrapped, symmetric and generalized: for wrong labels. hard: cross-entropy of hard pixels alone, for clean labels.
     masks: the set loss, for mask2former only."""
-    confidence: Literal["off", "box", "pixel"] = "box"
-    """What weights the loss of a pixel. box: the rank of the label store's confidence in its class in that image. pixel: the rank
-    of the pixel's own, from wsss label --confidence. off: nothing. Earlier versions had true for box and false for off."""
+    confidence: Literal["off", "box", "pixel"] = "off"
+    """What weights the loss of a pixel. off: nothing. box: the rank of the label store's confidence in its class in that image.
+    pixel: the rank of the pixel's own, from wsss label --confidence. Earlier versions had true for box and false for off."""
     confidence_floor: float = 0.1
     """Smallest such weight."""
     bootstrap: float = 0.8

@@ -201,7 +201,8 @@ def stage_two() -> str:
     real = f"{losses}; mIoU {pairs['miou_on_training_images']:.3f} on these same images"
     rows: list[Row] = [
         [f"trained on the truth of {two['images']:,} drawn scenes", f"mIoU {two['trained on truth']['miou']:.3f}"],
-        ["trained on the chain's pseudo-labels of the same scenes", f"mIoU {two['trained on pseudo']['miou']:.3f}"],
+        ["trained on the chain's pseudo-labels of the same scenes", _seeds(two["trained on pseudo"])],
+        ["the same, weighted by the rank of the store's confidence", _seeds(two["trained on pseudo, by rank"])],
         ["the chain itself", f"mIoU {two['chain']['miou']:.3f}"],
         [
             f"{pairs['pairs']} real VOC photographs, {pairs['steps']} steps from random weights",
@@ -221,6 +222,10 @@ def stage_two() -> str:
         tiled = f"{tiles['pixels_as_validation']:.0%} in tiles of the crop"
         rows.append([f"{network} exported for {each['photographs']} photographs of any size", f"{share}, {tiled}"])
     return table(["stage two", "measured"], rows)
+
+
+def _seeds(runs: Any) -> str:
+    return f"mIoU {runs['miou']:.3f} ({', '.join(f'{score:.3f}' for score in runs['seeds'])})"
 
 
 def confidence_weights() -> str:

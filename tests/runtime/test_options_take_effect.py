@@ -124,7 +124,7 @@ def test_tag_thresholds(world: World, label: Label, tmp_path: Path) -> None:
     [
         ('{"cow": 0.5}', (), "--tag-thresholds: 'cow' is not in --classes"),
         ('{"red": 1.5}', (), "'red': expected a number in 0..1, got 1.5"),
-        ('{"red": true}', (), "'red': expected a number in 0..1, got True"),
+        ('{"red": true}', (), "'red': expected a number in 0..1, got true"),
         ("[0.5]", (), "expected an object of class names to numbers, got [0.5]"),
         ("{}", (), "expected an object of class names to numbers, got {}"),
         ('{"red": 0.5}', ("--no-gate",), "--tag-thresholds: CLIP is not asked"),

@@ -40,7 +40,7 @@ def test_the_defaults() -> None:
     assert (data.mean, data.std) == ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
     assert (data.balance, data.sampling_threshold, data.validation_share, data.validation_limit) == ("none", 0.05, 0.05, 500)
     assert config.loss == LossArgs(
-        kind="cross-entropy", confidence="box", confidence_floor=0.1, bootstrap=0.8, symmetric=(1.0, 1.0)
+        kind="cross-entropy", confidence="off", confidence_floor=0.1, bootstrap=0.8, symmetric=(1.0, 1.0)
     )
     optimizer = config.optimizer
     assert (optimizer.kind, optimizer.steps, optimizer.rate, optimizer.head_factor) == ("sgd", 20_000, 1e-3, 10)

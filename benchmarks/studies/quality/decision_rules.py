@@ -158,11 +158,11 @@ def looks(work: Path, count: int) -> dict[str, Any]:
             found[kind] = Outcomes(evidence).matrices(evidence.rules)
         base = base or found
         both = [np.concatenate(list(each.values())) for each in (found, base)]
-        gains = {kind: _interval(difference(found[kind], base[kind])) for kind in HARD if kind != "empty"}
+        gains = {kind: interval_of(difference(found[kind], base[kind])) for kind in HARD if kind != "empty"}
         result[name] = {
-            "all": {"miou": round(float(miou(both[0].sum(axis=0))), 4), **_interval(difference(*both))},
+            "all": {"miou": round(float(miou(both[0].sum(axis=0))), 4), **interval_of(difference(*both))},
             **gains,
-            "empty scenes with a label": round(_labeled(found["empty"]), 4),
+            "empty scenes with a label": round(labeled_share(found["empty"]), 4),
         }
         log(f"{name}: {result[name]}")
     return result

@@ -1,7 +1,8 @@
 """The gain of training on pseudo-labels (stage two): ``python -m wsss.benchmarks.studies.quality.stage_two``.
 
-The chain of small models labels drawn scenes. The same network is trained on these pseudo-labels and, with the same schedule, on
-the truth. Both, and the chain itself, are scored on held-out scenes. All steps continue where they were stopped.
+The chain of small models labels drawn scenes. The same network is trained on these pseudo-labels, with the store's confidence as
+weights and without, and, with the same schedule, on the truth. All of them, and the chain itself, are scored on held-out scenes. All
+steps continue where they were stopped.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ from .mini_quality import label_maps
 from .scene_stores import held_out_miou, true_labels, write_scene_store
 
 RESULT = RESULTS / "stage-two.json"
+RUNS = (
+    ("trained on truth", "truth", "off", 1),
+    ("trained on pseudo", "pseudo", "off", 2),
+    ("trained on pseudo, by rank", "pseudo", "box", 2),
+)
+"""Name in the result, label store, ``loss.confidence``, number of seeds."""
 TRAIN_SEED, HELD_OUT_SEED = 3_000_000, 2_000_000
 
 
@@ -45,14 +52,19 @@ def measure(work: Path, *, images: int, held_out: int, steps: int) -> dict[str, 
     summary = label_folder(labeler, photographs, work / "pseudo", warn=log)
     log(f"pseudo-labels: {summary.labelled} new, {summary.skipped} done before, {summary.failed} failed")
 
-    config = config_from(preset("mini"), {"optimizer": {"steps": steps}})
     result: dict[str, Any] = {"chain": {"miou": round(_chain_miou(labeler, work / "held-out", unseen), 4)}}
     log(f"chain: mIoU {result['chain']['miou']:.4f}")
-    for name in ("truth", "pseudo"):
-        trained = train(work / name, photographs, work / f"run-{name}", config, log=log, watch=lambda status: log(str(status)))
-        miou = held_out_miou(work / f"run-{name}", config, work / "held-out", unseen)
-        result[f"trained on {name}"] = {"miou": round(miou, 4), "minutes": round(trained.seconds / 60, 1)}
-        log(f"trained on {name}: mIoU {miou:.4f}")
+    for name, store, confidence, seeds in RUNS:
+        scores, minutes = [], []
+        for seed in range(seeds):
+            own = {"seed": seed, "optimizer": {"steps": steps}, "loss": {"confidence": confidence}}
+            config, run = config_from(preset("mini"), own), work / f"run-{store}-{confidence}-{seed}"
+            trained = train(work / store, photographs, run, config, log=log, watch=lambda status: log(str(status)))
+            scores.append(held_out_miou(run, config, work / "held-out", unseen))
+            minutes.append(trained.seconds / 60)
+            log(f"{name}, seed {seed}: mIoU {scores[-1]:.4f}")
+        mean = sum(scores) / seeds
+        result[name] = {"miou": round(mean, 4), "seeds": [round(score, 4) for score in scores], "minutes": round(sum(minutes), 1)}
     result["pseudo / truth"] = round(result["trained on pseudo"]["miou"] / result["trained on truth"]["miou"], 4)
     result["pseudo - chain"] = round(result["trained on pseudo"]["miou"] - result["chain"]["miou"], 4)
     return result

@@ -197,6 +197,9 @@ def test_flags_reach_the_rules(label: Run, tmp_path: Path) -> None:
         "tiles": 2,
         "margin": 0.0,
         "quality_exponent": 0.5,
+        "multimask": False,
+        "min_region": 0,
+        "stability_exponent": 0.0,
     }
 
 
