@@ -248,8 +248,9 @@ class OptimizerArgs:
         _within("optimizer.average", self.average, 0, 0.999999)
         _at_least("optimizer.encoder_warm_up", self.encoder_warm_up, 0)
         if (total := self.warm_up + self.encoder_warm_up) >= self.steps:
+            both = " + optimizer.encoder_warm_up" if self.encoder_warm_up else ""
             raise UsageError(
-                f"optimizer.warm_up: expected less than {self.steps} steps, got {total}",
+                f"optimizer.warm_up{both}: expected less than {self.steps} steps, got {total}",
                 hint="lower it, or raise --steps",
             )
 

@@ -91,7 +91,7 @@ class Segmenter(nn.Module):
     def at_step(self, step: int, steps: int) -> None:
         """Set what changes with the training to its state after ``step`` of ``steps`` steps: the attention masks of EoMT."""
         if hasattr(self.network, "anneal"):
-            self.network.anneal(step / steps)
+            self.network.anneal(step / max(steps, 1))
 
     def encoder(self) -> nn.Module:
         """The encoder; all other layers are the head."""

@@ -175,6 +175,21 @@ def test_the_warm_up_rises_to_the_schedule() -> None:
     assert [rate_at(step, args) for step in (0, 5, 10)] == pytest.approx([1e-6, 0.5000005 * 0.995, 0.99])
 
 
+def test_the_encoder_waits_for_the_heads_warm_up() -> None:
+    segmenter = small("vit")
+    args = OptimizerArgs(
+        kind="adamw", rate=1.0, steps=100, power=0, head_factor=2, layer_decay=0.5, warm_up=10, encoder_warm_up=20
+    )
+    optimizer = optimizer_for(segmenter, args)
+    head, last = segmenter.network.head.weight, segmenter.network.encoder.blocks[-1].mlp.fc1.weight
+    found = []
+    for step in (5, 9, 10, 20, 30, 99):
+        set_rates(optimizer, step, args)
+        rate = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        found += [rate[head], rate[last]]
+    assert found == pytest.approx([1, 0, 1.8, 0, 2, 0, 2, 0.5, 2, 1, 2, 1], abs=1e-5)
+
+
 def test_a_schedule_in_stairs() -> None:
     args = OptimizerArgs(rate=1.0, steps=100, schedule="poly", power=1.0, schedule_every=10)
     assert [rate_at(step, args) for step in (0, 9, 10, 19, 99)] == pytest.approx([1.0, 1.0, 0.9, 0.9, 0.1])

@@ -95,7 +95,7 @@ class EoMT(nn.Module):
         for number, block in enumerate(encoder.blocks, self.blocks - len(encoder.blocks)):
             mask = None
             if number == 0:
-                x = torch.cat((self.q.weight.expand(len(x), -1, -1), x), dim=1)
+                x = torch.cat((self.q.weight.expand(x.shape[0], -1, -1), x), dim=1)
             if number >= 0 and (self.training or self.masked[number]):
                 found.append(self._predict(x, grid))
                 mask = self._attention_mask(found[-1][1], number, grid, x.shape[1])
