@@ -61,6 +61,8 @@ FULL_SIZE = {
     "SAM vit_b": ("sam", "vit_b"),
     "CLIP ViT-B-16": ("clip", "ViT-B-16"),
     "Grounding-DINO swin_t": ("grounding-dino", "swin_t"),
+    "MM-Grounding-DINO tiny": ("grounding-dino", "mm_tiny"),
+    "SAM 2.1 base_plus": ("sam", "sam2.1_base_plus"),
     "SAM vit_h": ("sam", "vit_h"),
 }
 """The largest comes last."""
@@ -89,7 +91,7 @@ def check(
     Args:
         out: folder of the record.
         bundles: FP16 models exported elsewhere, which are used instead of exporting them here.
-        full: also measure Grounding-DINO and SAM ViT-H, and chains of full-size models.
+        full: also measure the detectors, SAM 2.1 and SAM ViT-H, and chains of full-size models.
         minutes: no step runs after this time; None takes 7, or 30 for ``full``.
         work: folder for graphs and engines.
 
@@ -183,7 +185,7 @@ def later_steps(engine: str, bundles: Sequence[Path], full: bool, work: Path, re
             limit = 500 if variant == "vit_h" else 240
             steps.append(step(f"{title}: graphs", limit, "graphs", str(folders[title]), name, variant, *brought, product=product))
             steps += _measured(step, title, folders[title], engine, rows=GATE_ROWS, limit_s=limit)
-    for title in ("SAM vit_b", "SAM vit_h") if full else ():
+    for title in ("SAM vit_b", "SAM 2.1 base_plus", "SAM vit_h") if full else ():
         parts = ("CLIP ViT-B-16", "Grounding-DINO swin_t", title)
         needs = tuple(name for part in parts for name in _ready(part, engine))
         paths = [str(folders[part]) for part in parts]
@@ -262,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--bundle", type=Path, action="append", default=[], help="FP16 models exported elsewhere; may be repeated"
     )
-    parser.add_argument("--full", action="store_true", help="also measure Grounding-DINO, SAM ViT-H and full-size chains")
+    parser.add_argument("--full", action="store_true", help="also measure the detectors, SAM 2.1, SAM ViT-H and full-size chains")
     parser.add_argument(
         "--minutes", type=float, help=f"no step runs after this time; default {MINUTES:g}, {FULL_MINUTES:g} with --full"
     )

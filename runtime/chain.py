@@ -42,7 +42,7 @@ Q = ParamSpec("Q")
 S = TypeVar("S")
 
 AnyImage = str | Path | np.ndarray | Image.Image | Photograph
-MAX_EXPONENT = 8
+MAX_EXPONENT, MAX_LOOKS = 8, 8
 USUAL_BATCH = 8
 """Images labeled together where the engines do not set a batch size."""
 
@@ -55,6 +55,8 @@ class Rules:
     """Lowest CLIP probability of a class that is present; None takes the bundle's."""
     tag_thresholds: Mapping[str, float] | None = None
     """The same of single classes, by name, in place of ``tag_threshold``; `wsss.runtime.given.thresholds` reads a file."""
+    views: int | None = None
+    """K: CLIP sees 1 x 1, ..., K x K overlapping views of a photograph; None takes the bundle's."""
     score_rule: ScoreRule | None = None
     """A box's score is the largest of its phrase's token scores (``max``, as Grounding-DINO's ``predict()``) or their mean
     (``mean``, as its COCO evaluation); None takes the bundle's."""
@@ -66,6 +68,8 @@ class Rules:
     """Boxes of two classes with a larger IoU count as one object, of the class with the better score."""
     enclosing: bool = True
     """Whether boxes stay that hold two or more better ones of their class, or nearly the whole photograph beside a better one."""
+    tiles: int = 1
+    """K: the detector also looks at K x K overlapping tiles of a photograph, for small objects. 1: at the whole one alone."""
     margin: float = 0.1
     """A pixel is void where another class's value is within this share of the winner's."""
     quality_exponent: float = 1.0
@@ -89,6 +93,9 @@ class Rules:
                 f"--quality-exponent: expected a number in 0..{MAX_EXPONENT}, got {self.quality_exponent}",
                 hint=f"the default is {Rules.quality_exponent}",
             )
+        for name in ("views", "tiles"):
+            if not 1 <= (getattr(self, name) or 1) <= MAX_LOOKS or getattr(self, name) == 0:
+                raise UsageError(f"--{name}: expected 1 to {MAX_LOOKS}, got {getattr(self, name)}")
         for name, value in (self.tag_thresholds or {}).items():
             if not 0 <= value <= 1:
                 raise UsageError(f"--tag-thresholds: {name!r}: expected a number in 0..1, got {value}")
@@ -181,6 +188,8 @@ class Chain:
         rules = rules or Rules()
         if model not in ("chain", "segmenter"):
             raise UsageError(f"--model: expected chain or segmenter, got {model!r}")
+        if rules.tiles > 1 and (boxes or model == "segmenter"):
+            raise UsageError("--tiles: Grounding-DINO is not asked", hint="leave it out with --boxes and --model segmenter")
         if classes is None and model == "chain":
             raise UsageError("--classes is missing: the chain needs the names of the classes to look for", hint="--classes voc")
         given_classes = classes if classes is None or isinstance(classes, ClassList) else parse_classes(classes)
@@ -256,8 +265,10 @@ class Chain:
             threshold=rules.box_threshold,
             warn=lambda message: place.warn(message),
         )
-        if rules.tag_thresholds and (given.boxes or given.labels or not rules.gate):
-            raise UsageError("--tag-thresholds: CLIP is not asked", hint="leave it out with --labels, --boxes and --no-gate")
+        for name in ("tag_thresholds", "views"):
+            if getattr(rules, name) and (given.boxes or given.labels or not rules.gate):
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag}: CLIP is not asked", hint="leave it out with --labels, --boxes and --no-gate")
         tag: Callable[[Images], Labels]
         detect: Callable[[Images, Labels], Boxes]
         if given.boxes:
@@ -276,6 +287,7 @@ class Chain:
                     known,
                     threshold=rules.tag_threshold,
                     thresholds=rules.tag_thresholds,
+                    views=rules.views,
                     resizer=resizer(clip),
                 )
                 resolve("tag_threshold", tagger.threshold, clip.manifest.settings["threshold"])
@@ -301,6 +313,7 @@ class Chain:
                 nms=rules.nms,
                 nms_across=rules.nms_across,
                 enclosing=rules.enclosing,
+                tiles=rules.tiles,
             )
             settings["rules"]["score_rule"] = detector.score_rule
             own = box_thresholds(dino.manifest.settings)[1].get(detector.score_rule, detector.threshold)

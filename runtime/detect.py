@@ -4,16 +4,19 @@ A phrase's text features do not depend on its neighbors in the caption (the sub-
 restart in each phrase), so the text graph runs once per phrase and run, and a caption's features are a concatenation. Each class
 is scored from the tokens of its own phrases, never by matching words.
 
+With tiles, the detector also looks at overlapping parts of a photograph, in which small objects are larger. Their boxes join
+those of the whole photograph, without those that end at a seam; duplicates are suppressed as ever.
+
 What a model finds and what is decided about it are two steps: `Detector.found` runs the graphs, and `boxes_from_logits` and
 `chosen` decide. `wsss.runtime.tune` keeps the results of the first and repeats the second with other settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,10 +24,11 @@ from ..batch import MAX_BOXES, Boxes, Images, Labels, Photograph
 from ..classes import ClassList
 from ..engines.engine import Engine
 from ..errors import UsageError
-from ..frame import Frame, frame_for
+from ..frame import Frame, Tile, frame_for
 from ..spec import Model, ScoreRule, box_thresholds
 from .canvas import Rows, input_of, on_canvas, together
 from .resize import Resizer
+from .tag import view_windows
 from .text import open_tokenizer, tokenize_phrases
 
 NEGATIVE = -1
@@ -41,12 +45,13 @@ class Phrase:
     """The features of one sub-sentence of a caption: its word pieces and the dot that ends it.
 
     features: (T, D) float32 or float16, as the engines exchange them. label: 1-based class; 0 for [CLS] and [SEP]; `NEGATIVE`.
-    words: number of tokens that name the class, without the dot.
+    words: number of tokens that name the class, without the dot. ids: the tokens.
     """
 
     label: int
     features: np.ndarray
     words: int
+    ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.features)
@@ -66,6 +71,15 @@ class Caption:
     spans: tuple[tuple[int, int, int], ...]
 
 
+class Job(NamedTuple):
+    """A row of a call: an image's number, its frame or that of its tile, the pixels (1, H, W, 3) and a caption."""
+
+    image: int
+    frame: Frame
+    pixels: Rows
+    caption: Caption
+
+
 def join_phrases(cls: Phrase, phrases: Sequence[Phrase], sep: Phrase) -> Caption:
     """Concatenate phrases to a caption, which equals the reference's (with its sub-sentence mask) for the same words."""
     parts = [cls, *phrases, sep]
@@ -79,10 +93,13 @@ def join_phrases(cls: Phrase, phrases: Sequence[Phrase], sep: Phrase) -> Caption
 
 
 def split_phrases(phrases: Sequence[Phrase], budget: int) -> list[list[Phrase]]:
-    """Split phrases into captions, in order: each has at most ``budget`` tokens, with [CLS] and [SEP].
+    """Split phrases into captions of at most ``budget`` tokens, with [CLS] and [SEP].
 
-    The reference's tokenizer cuts a longer caption at 256 tokens without a warning.
+    The reference's tokenizer cuts a longer caption at 256 tokens without a warning. A phrase's scores depend on those beside it
+    in its caption: phrases are split in the order of their tokens, so that the order of the class list does not matter.
     """
+    if 2 + sum(map(len, phrases)) > budget:
+        phrases = sorted(phrases, key=lambda phrase: phrase.ids)
     groups: list[list[Phrase]] = []
     used = budget
     for phrase in phrases:
@@ -107,6 +124,8 @@ class Detector:
         nms: boxes of one class with a larger IoU are one object.
         nms_across: boxes of different classes with a larger IoU are one object, of the class with the best score.
         enclosing: keep boxes that hold several better ones of their class, see `suppress`.
+        tiles: K for K x K tiles beside the whole photograph, of 2 / (K + 1) of each side: an object of up to 1 / (K + 1) of each
+            side is whole in one of them. 1: none.
         resizer: makes the canvases on the engines' device; None: the host does.
 
     Raises:
@@ -125,6 +144,7 @@ class Detector:
         nms: float = 0.5,
         nms_across: float = 0.8,
         enclosing: bool = True,
+        tiles: int = 1,
         resizer: Resizer | None = None,
     ) -> None:
         settings = model.manifest.settings
@@ -132,6 +152,7 @@ class Detector:
         self._engine_of, self._resizer = lru_cache(maxsize=None)(image), resizer
         self.score_rule, self.threshold = scoring(model, score_rule, threshold)
         self._nms, self._nms_across, self._enclosing = nms, nms_across, enclosing
+        self._tiles = tiles
         self._pixels = self._valid = 0
         self._budget = int(settings["max_tokens"])
         self._cls, self._sep, self._phrases, self._negatives = embed_phrases(model, text, classes)
@@ -148,28 +169,27 @@ class Detector:
     def found(
         self, images: Images, labels: Labels, read: Callable[[np.ndarray, np.ndarray, Caption, Frame, int], Answer]
     ) -> list[Answer]:
-        """What ``read`` makes of the model's outputs: an answer for each caption of each image with a class.
+        """What ``read`` makes of the model's outputs: an answer for each caption and tile of each image with a class.
 
         Args:
-            read: called with logits (Q, T) and boxes (Q, 4), the caption, the photograph's frame and its number, as
-                `boxes_from_logits`.
+            read: called with logits (Q, T) and boxes (Q, 4), the caption, the frame of the photograph or its tile, and the
+                photograph's number, as `boxes_from_logits`.
         """
-        inputs: dict[int, Rows] = {}  # one for each image that is processed, shared by its captions
-        jobs: dict[tuple[int, int], list[tuple[int, Frame, Caption]]] = {}
+        jobs: dict[tuple[int, int], list[Job]] = {}
         for number, photo in enumerate(images):
             present = [phrase for label in np.flatnonzero(labels.present[number]) for phrase in self._phrases[label]]
-            frame = self.frame_of(photo)
-            if present:
-                inputs[number] = input_of(photo, "detect", self)
-            for group in split_phrases(present, self._budget - sum(map(len, self._negatives))):
-                caption = join_phrases(self._cls, [*group, *self._negatives], self._sep)
-                jobs.setdefault(frame.canvas, []).append((number, frame, caption))
+            if not present:
+                continue
+            groups = split_phrases(present, self._budget - sum(map(len, self._negatives)))
+            captions = [join_phrases(self._cls, [*group, *self._negatives], self._sep) for group in groups]
+            for frame, pixels in self._looks(photo):
+                jobs.setdefault(frame.canvas, []).extend(Job(number, frame, pixels, caption) for caption in captions)
         found: list[Answer] = []
         for canvas, rows in jobs.items():
             engine = self._engine_of(canvas)
             step = engine.axes["batch"].max
             for start in range(0, len(rows), step):
-                found += self._run(engine, inputs, rows[start : start + step], read)
+                found += self._run(engine, rows[start : start + step], read)
         return found
 
     def padding(self) -> float:
@@ -198,34 +218,46 @@ class Detector:
         frame = self.frame_of(photo)
         return self._resizer(photo, [(0, frame.image[0], 0, frame.image[1])], frame.valid, frame.canvas)
 
+    def _looks(self, photo: Photograph) -> Iterator[tuple[Frame, Rows]]:
+        """The inputs (1, H, W, 3) of a photograph: its own, and those of its tiles."""
+        yield self.frame_of(photo), input_of(photo, "detect", self)
+        windows = view_windows(*photo.shape, (self._tiles,)) if self._tiles > 1 else []
+        for top, bottom, left, right in windows:
+            frame = replace(frame_for(self._preprocess, bottom - top, right - left), tile=Tile(top, left, photo.shape))
+            made = None
+            if self._resizer is not None and self._resizer.takes(photo, frame.canvas):
+                made = self._resizer(photo, [(top, bottom, left, right)], frame.valid, frame.canvas)
+            if made is None:
+                made = on_canvas(photo.pixels[top:bottom, left:right], frame, self._preprocess.filter)[None]
+            yield frame, made
+
     def _run(
         self,
         engine: Engine,
-        inputs: Mapping[int, Rows],
-        rows: list[tuple[int, Frame, Caption]],
+        rows: list[Job],
         read: Callable[[np.ndarray, np.ndarray, Caption, Frame, int], Answer],
     ) -> list[Answer]:
-        tokens = max(engine.axes["tokens"].min, *(len(caption.text) for _, _, caption in rows))
-        width = rows[0][2].text.shape[1]
-        text = np.zeros((len(rows), tokens, width), rows[0][2].text.dtype)
+        tokens = max(engine.axes["tokens"].min, *(len(job.caption.text) for job in rows))
+        width = rows[0].caption.text.shape[1]
+        text = np.zeros((len(rows), tokens, width), rows[0].caption.text.dtype)
         phrase = np.full((len(rows), tokens), -1, np.int64)
         position = np.zeros((len(rows), tokens), np.int64)
-        for row, (_, _, caption) in enumerate(rows):
+        for row, (_, _, _, caption) in enumerate(rows):
             count = len(caption.text)
             text[row, :count], phrase[row, :count], position[row, :count] = caption.text, caption.phrase, caption.position
         out = engine(
             {
-                "pixels": together([inputs[number] for number, _, _ in rows]),
-                "size": np.array([frame.valid for _, frame, _ in rows], np.int64),
+                "pixels": together([job.pixels for job in rows]),
+                "size": np.array([job.frame.valid for job in rows], np.int64),
                 "text": text,
                 "phrase": phrase,
                 "position": position,
             }
         )
-        self._pixels += sum(frame.canvas[0] * frame.canvas[1] for _, frame, _ in rows)
-        self._valid += sum(frame.valid[0] * frame.valid[1] for _, frame, _ in rows)
+        self._pixels += sum(job.frame.canvas[0] * job.frame.canvas[1] for job in rows)
+        self._valid += sum(job.frame.valid[0] * job.frame.valid[1] for job in rows)
         logits, boxes = np.asarray(out["logits"]), np.asarray(out["boxes"])
-        return [read(logits[row], boxes[row], caption, frame, number) for row, (number, frame, caption) in enumerate(rows)]
+        return [read(logits[row], boxes[row], job.caption, job.frame, job.image) for row, job in enumerate(rows)]
 
 
 def scoring(model: Model, rule: ScoreRule | None, threshold: float | None) -> tuple[ScoreRule, float]:
@@ -248,6 +280,7 @@ def boxes_from_logits(
     logits: np.ndarray, cxcywh: np.ndarray, caption: Caption, frame: Frame, image: int, *, rule: ScoreRule, threshold: float
 ) -> Boxes:
     """One image's detections: each query takes the class whose tokens it matches best; if that is a negative, it is no box.
+    Boxes that the seam of a tile cuts are none either.
 
     Args:
         logits: (Q, T) float32. cxcywh: (Q, 4) float32 in 0..1 of the photograph.
@@ -264,7 +297,7 @@ def boxes_from_logits(
     label = np.array([label for label, _, _ in caption.spans], np.int64)[best]
     xyxy = frame.xyxy_image_from_cxcywh(cxcywh)
     solid = (xyxy[:, 2] - xyxy[:, 0] >= 1) & (xyxy[:, 3] - xyxy[:, 1] >= 1)
-    rows = np.flatnonzero((score >= threshold) & solid & (label != NEGATIVE))
+    rows = np.flatnonzero((score >= threshold) & solid & (label != NEGATIVE) & ~frame.is_cut(xyxy))
     return Boxes(xyxy[rows], score[rows], label[rows], np.full(len(rows), image, np.int64))
 
 
@@ -364,6 +397,9 @@ def embed_phrases(model: Model, text: Engine, classes: ClassList) -> tuple[Phras
         out = np.asarray(text({"tokens": tokens, "mask": mask})["features"])
         features += [np.array(out[row, : len(line)]) for row, line in enumerate(chunk)]
     cls, sep = Phrase(0, features[0], 1), Phrase(0, features[1], 1)
-    phrases = [Phrase(label, feature, len(feature) - 1) for label, feature in zip(labels, features[2:], strict=True)]
+    phrases = [
+        Phrase(label, feature, len(feature) - 1, tuple(tokens))
+        for label, feature, tokens in zip(labels, features[2:], ids[2:], strict=True)
+    ]
     of_classes = [[phrase for phrase in phrases if phrase.label == label] for label in range(1, len(tokens_of) + 1)]
     return cls, sep, of_classes, [phrase for phrase in phrases if phrase.label == NEGATIVE]

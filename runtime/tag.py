@@ -47,6 +47,7 @@ class Tagger:
         classes: the run's class list.
         threshold: lowest probability of a class that is present; None takes the bundle's.
         thresholds: of single classes, by name, in place of ``threshold``.
+        views: number of levels of views, see `view_windows`; None takes the bundle's levels.
         resizer: makes the views on the engines' device; None: the host does.
     """
 
@@ -59,6 +60,7 @@ class Tagger:
         *,
         threshold: float | None = None,
         thresholds: Mapping[str, float] | None = None,
+        views: int | None = None,
         resizer: Resizer | None = None,
     ) -> None:
         settings = model.manifest.settings
@@ -67,7 +69,7 @@ class Tagger:
         self._scale = float(settings["logit_scale"])
         self._bias = float(settings.get("logit_bias", 0.0))
         self._rule = settings.get("rule", "softmax")
-        self._levels = tuple(int(level) for level in settings["views"])
+        self._levels = tuple(int(level) for level in settings["views"]) if views is None else tuple(range(1, views + 1))
         self._count = sum(level * level for level in self._levels)
         self.threshold = float(settings["threshold"]) if threshold is None else threshold
         self._thresholds = tag_thresholds(classes, self.threshold, thresholds)
@@ -76,7 +78,7 @@ class Tagger:
         names = [f"the class {name!r}" for name in classes.names]
         names += [*("" for _ in backgrounds), *(f"the negative prompt {name!r}" for name in classes.negatives)]
         prompts = [*classes.prompts, *((name,) for name in (*backgrounds, *classes.negatives))]
-        self._prompts = embed_prompts(model, text, prompts, names)
+        self._prompts = embed_prompts(model, text, prompts, names, classes.where)
 
     def __call__(self, images: Images) -> Labels:
         """Scores of B images: (B, C) float32, the best view's softmax probability of each class."""
@@ -189,19 +191,22 @@ def _span(length: int, number: int, level: int) -> tuple[int, int]:
     return start, length if level == 1 else max(round(length * (number + 2) / (level + 1)), start + 1)
 
 
-def embed_prompts(model: Model, text: Engine, prompts: list[tuple[str, ...]], names: Sequence[str] = ()) -> np.ndarray:
+def embed_prompts(
+    model: Model, text: Engine, prompts: list[tuple[str, ...]], names: Sequence[str] = (), where: str = "--classes"
+) -> np.ndarray:
     """Compute one unit vector a class: the embeddings of all its templates and prompts, normalized, averaged, normalized again.
 
     Args:
         prompts: one or more wordings per class.
         names: of the classes, for messages; classes with a name must differ in their tokens.
+        where: what messages call the class list.
 
     Returns:
         (len(prompts), D) float32 (CLIP's own zero-shot recipe, openai/CLIP `notebooks/Prompt_Engineering_for_ImageNet`).
     """
     settings = model.manifest.settings
     length, pad, end = int(settings["context_length"]), int(settings["pad"]), int(settings["end"])
-    ids_of = tokenize_prompts(open_tokenizer(model), prompts, settings["templates"], length, end, names)
+    ids_of = tokenize_prompts(open_tokenizer(model), prompts, settings["templates"], length, end, names, where)
     rows = [row for row, sentences in enumerate(ids_of) for _ in sentences]
     tokens = np.full((len(rows), length), pad, np.int64)
     for line, ids in zip(tokens, (ids for sentences in ids_of for ids in sentences), strict=True):

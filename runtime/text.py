@@ -52,16 +52,18 @@ def tokenize_phrases(tokenizer: Tokenizer, classes: ClassList, budget: int) -> t
         for phrase in phrases:
             ids, unknown = _ids_of(tokenizer, phrase)
             if not ids:
-                raise ClassError(f"--classes: {name!r} holds nothing that the detector's tokenizer can read", hint=_english(name))
+                raise ClassError(
+                    f"{classes.where}: {name!r} holds nothing that the detector's tokenizer can read", hint=_english(name)
+                )
             if unknown:
                 raise ClassError(
-                    f"--classes: {name!r}: the detector's tokenizer does not know {unknown!r}: to it, all such words "
+                    f"{classes.where}: {name!r}: the detector's tokenizer does not know {unknown!r}: to it, all such words "
                     "are the same",
                     hint=_english(name),
                 )
             if len(ids) > budget:
                 raise ClassError(
-                    f"--classes: a name takes {len(ids) + 1} tokens, a caption holds {budget + 1}: {name[:60]!r}",
+                    f"{classes.where}: a name takes {len(ids) + 1} tokens, a caption holds {budget + 1}: {name[:60]!r}",
                     hint="shorten the longest class name",
                 )
             ids_of[-1].append(ids)
@@ -71,13 +73,13 @@ def tokenize_phrases(tokenizer: Tokenizer, classes: ClassList, budget: int) -> t
             _log.warning("only CLIP reads the negative %r: the detector's tokenizer does not know %r", name, unknown or name)
     negatives = {name: ids for name, (ids, unknown) in read.items() if ids and not unknown}
     names = [*(f"the class {name!r}" for name in classes.names), *(f"the negative {name!r}" for name in negatives)]
-    _check_distinct(names, [*ids_of, *([ids] for ids in negatives.values())], "the detector")
+    _check_distinct(names, [*ids_of, *([ids] for ids in negatives.values())], "the detector", classes.where)
     beside = sum(len(ids) + 1 for ids in negatives.values())
     longest = max(len(ids) for phrases in ids_of for ids in phrases)
     if beside and longest + beside > budget:
         raise ClassError(
-            f"--classes: the negatives take {beside} tokens of every caption, which holds {budget + 1}; the longest class takes "
-            f"{longest + 1}",
+            f"{classes.where}: the negatives take {beside} tokens of every caption, which holds {budget + 1}; the longest class "
+            f"takes {longest + 1}",
             hint="leave out some of the lines that begin with an exclamation mark",
         )
     return ids_of, list(negatives.values())
@@ -94,13 +96,19 @@ def _ids_of(tokenizer: Tokenizer, phrase: str) -> tuple[list[int], str]:
 
 
 def tokenize_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[Sequence[str]], templates: Sequence[str], length: int, end: int, names: Sequence[str]
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[str]],
+    templates: Sequence[str],
+    length: int,
+    end: int,
+    names: Sequence[str],
+    where: str,
 ) -> list[list[list[int]]]:
     """Token ids of every template of each row's prompts, with special tokens. Logs a warning about sentences that are cut.
 
     Args:
         length: most tokens of a sentence. end: the token that ends a sentence that is cut.
-        names: what messages call each row; rows without a name may equal others.
+        names: what messages call each row; rows without a name may equal others. where: what they call the class list.
 
     Raises:
         ClassError: two named rows have a sentence of the same tokens.
@@ -118,18 +126,18 @@ def tokenize_prompts(
             ids_of[-1].append(ids)
     if cut:
         _log.warning("CLIP reads only %d tokens and cuts the end of %d prompts, for example %r", length, len(cut), cut[0])
-    _check_distinct(names, ids_of, "CLIP")
+    _check_distinct(names, ids_of, "CLIP", where)
     return ids_of
 
 
-def _check_distinct(names: Sequence[str], ids: Sequence[Sequence[Sequence[int]]], model: str) -> None:
+def _check_distinct(names: Sequence[str], ids: Sequence[Sequence[Sequence[int]]], model: str, where: str) -> None:
     owner: dict[tuple[int, ...], int] = {}
     for row, (name, sentences) in enumerate(zip(names, ids, strict=False)):
         for sentence in sentences if name else ():
             first = owner.setdefault(tuple(sentence), row)
             if first != row:
                 raise ClassError(
-                    f"--classes: {names[first]} and {name} have the same tokens in {model}'s tokenizer, which cannot "
+                    f"{where}: {names[first]} and {name} have the same tokens in {model}'s tokenizer, which cannot "
                     "tell them apart",
                     hint="give one of them another wording, or leave it out",
                 )

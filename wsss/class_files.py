@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,10 +146,10 @@ def entries_from_list(lines: Sequence[str]) -> Entries:
 
 
 def excerpt(value: object, length: int = 60) -> str:
-    """``repr`` of a value, shortened for a message."""
+    """A value, shortened for a message."""
     if isinstance(value, str):
         return repr(value) if len(value) <= length else f"{value[:length]!r}..."
-    return reprlib.repr(value)
+    return documents.short(value)
 
 
 # ---- lines ----

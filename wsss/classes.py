@@ -23,7 +23,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -92,6 +92,8 @@ class ClassList:
     """Wordings of each class for the detector: lower case, without characters that end a phrase."""
     negatives: tuple[str, ...] = ()
     """Names that compete with the classes: in CLIP, in addition to a model's own backgrounds, and for the detector's boxes."""
+    where: str = field(default="--classes", compare=False)
+    """What messages call the list: the flag, and the file that it names."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -181,24 +183,33 @@ def parse_classes(text: str) -> ClassList:
     if text.lower() in LISTS:
         return named_list(text.lower())
     # Unlike Path's methods, these are False for a list too long to be a file name.
-    if os.path.exists(text) and not os.path.isdir(text):
-        where = f"--classes {text}"
-        try:
-            return _list_of(_without_background(read_class_file(Path(text)), where), where)
-        except ClassError as error:
-            raise ClassError(f"{where}: {error.message.removeprefix('the file: ')}", hint=error.hint) from None
-    if "," not in text:
-        if _FILE.search(text):
-            raise ClassError(
-                f"--classes {text[:200]}: no such file", hint=f"give a file with one name per line, or {', '.join(LISTS)}"
-            )
-        near = difflib.get_close_matches(text[:40].lower().rstrip("0123456789-_"), LISTS, n=1, cutoff=0.8)
-        near = near or [named for named, known in _KNOWN_AS.items() if known in text[:40].lower()]
-        if near:
-            raise ClassError(
-                f"--classes {text}: no such class list; did you mean {near[0]}?",
-                hint=f'--classes {near[0]}; for a single class of that name: --classes "{text},"',
-            )
+    is_file = os.path.exists(text) and not os.path.isdir(text)
+    where = f"--classes {text}" if is_file else "--classes"
+    if not is_file and "," not in text:
+        _refuse_misspelled(text)
+    try:
+        return _list_of(_without_background(read_class_file(Path(text)), where) if is_file else _typed(text), where)
+    except ClassError as error:
+        raise ClassError(f"{where}: {error.message.removeprefix('the file: ')}", hint=error.hint) from None
+
+
+def _refuse_misspelled(text: str) -> None:
+    """Raises ClassError where one name looks like a file that does not exist, or like a misspelled list."""
+    if _FILE.search(text):
+        raise ClassError(
+            f"--classes {text[:200]}: no such file", hint=f"give a file with one name per line, or {', '.join(LISTS)}"
+        )
+    near = difflib.get_close_matches(text[:40].lower().rstrip("0123456789-_"), LISTS, n=1, cutoff=0.8)
+    near = near or [named for named, known in _KNOWN_AS.items() if known in text[:40].lower()]
+    if near:
+        raise ClassError(
+            f"--classes {text}: no such class list; did you mean {near[0]}?",
+            hint=f'--classes {near[0]}; for a single class of that name: --classes "{text},"',
+        )
+
+
+def _typed(text: str) -> Entries:
+    """The entries of names separated by commas. Raises ClassError for names of labels 0 and 255."""
     entries = entries_from_list(text.split(","))
     for entry in entries.classes:
         if _is_background(entry.name):
@@ -206,7 +217,7 @@ def parse_classes(text: str) -> ClassList:
                 f"{entry.name.strip()!r} is not a class to look for: labels 0 (background) and 255 (void) are in every list",
                 hint="remove it from the list",
             )
-    return _list_of(entries, "--classes")
+    return entries
 
 
 def class_list(entries: Iterable[str]) -> ClassList:
@@ -272,7 +283,11 @@ def _list_of(entries: Entries, where: str = "") -> ClassList:
         if not cleaned(negative):
             raise ClassError(f"a negative prompt has no name: {excerpt(negative)}", hint="remove it, or write !statue")
     classes = ClassList(
-        names=tuple(names), prompts=tuple(prompts), phrases=tuple(phrases), negatives=_wordings(entries.negatives)
+        names=tuple(names),
+        prompts=tuple(prompts),
+        phrases=tuple(phrases),
+        negatives=_wordings(entries.negatives),
+        where=where or "--classes",
     )
     if where:
         if numbers := [name for name in classes.names if name.isdecimal()]:

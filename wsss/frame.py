@@ -9,12 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from .spec import Preprocess
 
 Array = np.ndarray
+
+
+SEAM = 0.01
+"""Share of a tile's side within which a box touches the tile's edge."""
+
+
+class Tile(NamedTuple):
+    """A part of a photograph with a canvas of its own: its first row and column, and the photograph's (height, width)."""
+
+    top: int
+    left: int
+    photograph: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +41,8 @@ class Frame:
     squashed: bool = False
     """Whether the model resizes photographs to its canvas without keeping their aspect ratio. Mask logits are then resized to the
     photograph in one step; with padding they are first resized to the canvas, where it is cropped."""
+    tile: Tile | None = None
+    """The part of the photograph on the canvas, of size ``image``; None: all of it."""
 
     def xyxy_model_from_image(self, xyxy_image: Array) -> Array:
         """Convert boxes (N, 4) float32 from the photograph's frame to the canvas's (SAM ``ResizeLongestSide.apply_boxes``)."""
@@ -38,15 +53,28 @@ class Frame:
         return (np.asarray(xyxy_model, np.float64) / self._scale()).astype(np.float32)
 
     def xyxy_image_from_cxcywh(self, cxcywh: Array) -> Array:
-        """Convert center and size in 0..1 of the valid part to boxes (N, 4) float32 in the photograph, clipped to it.
+        """Convert center and size in 0..1 of the valid part to boxes (N, 4) float32 in the photograph, clipped to it or its tile.
 
         Grounding-DINO's boxes are relative to the unpadded photograph (its valid ratios), so padding does not matter.
         """
         height, width = self.image
         center, size = np.asarray(cxcywh, np.float64)[:, :2], np.asarray(cxcywh, np.float64)[:, 2:]
         corners = np.concatenate([center - size / 2, center + size / 2], axis=1)
-        corners = corners * [width, height, width, height]
-        return np.clip(corners, 0, [width, height, width, height]).astype(np.float32)
+        corners = np.clip(corners * [width, height, width, height], 0, [width, height, width, height])
+        if self.tile:
+            corners += [self.tile.left, self.tile.top] * 2
+        return corners.astype(np.float32)
+
+    def is_cut(self, xyxy_image: Array) -> Array:
+        """(N,) bool: which boxes (N, 4) end where the tile does and the photograph does not: an object may go on there."""
+        if not self.tile:
+            return np.zeros(len(xyxy_image), bool)
+        (height, width), (top, left, whole) = self.image, self.tile
+        low, high = np.array([left, top]), np.array([left + width, top + height])
+        reach = SEAM * (high - low)
+        before = (xyxy_image[:, :2] < low + reach) & (low > 0)
+        after = (xyxy_image[:, 2:] > high - reach) & (high < whole[::-1])
+        return (before | after).any(axis=1)
 
     def mask_rows(self, side: int) -> Array:
         """(H, side) float32: the linear map from the rows of low-resolution mask logits to the photograph's rows."""

@@ -6,9 +6,9 @@
 
 Labels the training images from the class list alone (or also from their true image labels, with ``--labels``), scores the
 pseudo-labels, trains a segmenter on them, predicts the images of val and scores the predictions. Each step continues where it was
-stopped, and finished steps are not repeated. True label maps are used for scores alone. To train on several GPUs, run
-``torchrun ... wsss train OUT/labels --images OUT/photographs/trainaug --out OUT/segmenter --preset ...`` when the labels are
-complete; the recipe continues from there.
+stopped, and finished steps are not repeated. True label maps are used for scores alone, except those of ``--tune``. To train on
+several GPUs, run ``torchrun ... wsss train OUT/labels --images OUT/photographs/trainaug --out OUT/segmenter --preset ...`` when
+the labels are complete; the recipe continues from there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from ...train.presets import preset
 from ..steps import log
 from .data import DataSet, Split, coco, link_photographs, voc
 from .table import Result, Row, as_text
+from .tuning import names_of, rules_for, without
 
 if TYPE_CHECKING:
     from ...train.checkpoint import RunRecord
@@ -69,6 +71,8 @@ class Recipe:
     batch: int = 8
     labels: Path | None = None
     """True image labels that replace CLIP's: the usual setting of the field, but not the paper's."""
+    tune: int = 0
+    """Number of training images whose true label maps the chain's rules are tuned on, 0: the bundle's rules."""
     scales: tuple[float, ...] = SCALES
     """Scales of the second scoring on val; the first uses the original scale alone."""
     flip: bool = True
@@ -95,17 +99,23 @@ def run(recipe: Recipe) -> Result:
     photographs = link_photographs(data.training, out / "photographs" / data.training.name)
     val = link_photographs(data.val, out / "photographs" / "val")
 
-    labeler = Chain.open(
+    opened = partial(
+        Chain.open,
         recipe.bundle,
         classes=parse_classes(recipe.classes),
         engine=recipe.engine,
         device=recipe.device,
         labels=recipe.labels,
     )
+    labeler = opened()
+    if recipe.tune:
+        rules = rules_for(labeler, data, recipe.tune, out, log)
+        labeler = opened(rules=rules)
     settings = labeler.settings
     _label(recipe, labeler, photographs, out / "labels")
     del labeler  # frees the memory of its engines for the training
-    rows = [_scored(recipe, out / "labels", split, "pseudo-labels") for split in data.scored]
+    scored = without(data, names_of(data, recipe.tune), out / "lists").scored if recipe.tune else data.scored
+    rows = [_scored(recipe, out / "labels", split, "pseudo-labels") for split in scored]
 
     trained = train(
         out / "labels", photographs, out / "segmenter", recipe.config, log=log, watch=lambda status: log(_status_line(status))
@@ -124,7 +134,7 @@ def run(recipe: Recipe) -> Result:
         dataset=data.name,
         rows=tuple(rows),
         deviation=data.deviation(),
-        told="image labels" if recipe.labels else "nothing",
+        told=_told(recipe),
         network=f"{record.architecture} {record.encoder}",
         facts=(*_facts(recipe, settings), *_training_facts(trained, record)),
         crf=SAID_SOFT if recipe.crf else None,
@@ -134,9 +144,18 @@ def run(recipe: Recipe) -> Result:
     return result
 
 
+def _told(recipe: Recipe) -> str:
+    """The supervision of the chain."""
+    told = ["image labels"] if recipe.labels else []
+    told += [f"{recipe.tune} label maps (rules)"] if recipe.tune else []
+    return " and ".join(told) or "nothing"
+
+
 def _begin(recipe: Recipe) -> None:
     """Make the folder, or check that it belongs to this run; stores and trainings check their own settings."""
     settings = {"data set": recipe.data.name, "names in the lists": recipe.data.digest(), "classes": recipe.classes}
+    if recipe.tune:
+        names_of(recipe.data, recipe.tune)
     path = recipe.out / SETTINGS
     try:
         if path.is_file():
@@ -322,6 +341,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         device=options.device,
         batch=options.batch,
         labels=Path(options.labels) if options.labels else None,
+        tune=options.tune,
         scales=tuple(options.scales),
         flip=options.flip,
         crf=options.crf,
@@ -338,6 +358,13 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N, of the chain")
     shared.add_argument("--batch", type=int, default=8, help="images labeled together")
     shared.add_argument("--labels", help="true image labels (JSON, as for wsss label) instead of CLIP's; the table states it")
+    shared.add_argument(
+        "--tune",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tune the chain's rules on N training images and their label maps, which are not scored then; the table states it",
+    )
     shared.add_argument("--preset", help="schedule of the segmenter; default: deeplabv2-voc, deeplabv2-coco")
     shared.add_argument("--config", help="TOML file of training settings")
     shared.add_argument("--init", help="initial weights of the segmenter: none, hub:NAME, a file; default: the preset's")

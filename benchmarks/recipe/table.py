@@ -34,7 +34,7 @@ class Result:
     deviation: str
     """Differences of the lists from the usual ones; empty where there are none."""
     told: str
-    """Supervision of the chain: ``nothing``, or ``image labels``."""
+    """Supervision of the chain: ``nothing``, ``image labels``, label maps."""
     network: str
     facts: tuple[tuple[str, str], ...]
     """Facts that papers disclose, as names and values."""

@@ -506,6 +506,24 @@ def decision_rules() -> str:
     return table([f"{found['scenes']} hard scenes", "mIoU gained", empty], rows)
 
 
+def looks() -> str:
+    """More and fewer looks at a photograph, on hard scenes."""
+    found = result("decision-rules")["looks"]
+    kinds = ("all", "small", "crowd", "plain")
+    empty = "empty scenes with a label"
+    rows = [
+        [
+            name,
+            f"{each['all']['miou']:.3f}",
+            *(_gain(each[kind]) if not name.startswith("defaults") else "" for kind in kinds),
+            f"{each[empty]:.0%}",
+        ]
+        for name, each in found.items()
+        if isinstance(each, dict)
+    ]
+    return table([f"{found['scenes']} hard scenes", "mIoU", "gained", *(f"on {kind} ones" for kind in kinds[1:]), empty], rows)
+
+
 def _gain(each: Any) -> str:
     return f"{each['gain']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
 
@@ -566,6 +584,7 @@ def _values(changed: Any) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "decision-rules": decision_rules,
+    "looks": looks,
     "negatives": negatives,
     "empty-scenes": empty_scenes,
     "tuning": tuning,

@@ -178,7 +178,7 @@ def near_ties(
     least_of, most_of = (np.stack([each[of_name == n].max(axis=0) for n in range(len(names))]) for each in (least, most))
     rival_least, rival_most = _largest_of_others(least_of), _largest_of_others(most_of)  # (names, H, W)
     may_own = (most_of > 0) & (rival_least <= (1 - margin) * most_of)
-    must_own = (least_of > 0) & (rival_most < (1 - margin) * least_of)
+    must_own = rival_most < (1 - margin) * least_of
     # A label's lowest value where a mask may claim it: at the edge a mask's value is 0 or half its score.
     lowest = np.where(most > 0, np.where(least > 0, least, score[:, None, None] / 2), np.inf)
     lowest_of = np.stack([lowest[of_name == n].min(axis=0) for n in range(len(names))])

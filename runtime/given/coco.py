@@ -107,7 +107,7 @@ class CocoBoxes:
         xywh = corners_from(annotation.get("bbox"))
         if xywh is None or xywh[2] < 0 or xywh[3] < 0:
             raise WsssError(
-                f"{where}: expected bbox as x, y, width, height, got {short(annotation.get('bbox'))}",
+                f"{where}: expected bbox as x, y, width, height, got {_got(annotation, 'bbox')}",
                 hint='"bbox": [48, 240, 147, 131]',
             )
         return xywh
@@ -132,12 +132,16 @@ def _by_id(document: Mapping[str, Any], key: str, where: str) -> dict[object, di
 def _id(document: dict[str, Any], key: str, where: str) -> int | str:
     value = document.get(key)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise WsssError(f"{where}: expected a number or string under {key}, got {short(value)}", hint=_FORM)
+        raise WsssError(f"{where}: expected a number or string under {key}, got {_got(document, key)}", hint=_FORM)
     return value
 
 
 def _string(document: dict[str, Any], key: str, where: str) -> str:
     value = document.get(key)
     if not isinstance(value, str) or not value:
-        raise WsssError(f"{where}: expected a string under {key}, got {short(value)}", hint=_FORM)
+        raise WsssError(f"{where}: expected a string under {key}, got {_got(document, key)}", hint=_FORM)
     return value
+
+
+def _got(document: dict[str, Any], key: str) -> str:
+    return short(document[key]) if key in document else "nothing"

@@ -77,7 +77,7 @@ class ClassNames:
         ignore_unknown: return None instead of raising an error for a name that is not in the list.
     """
 
-    def __init__(self, classes: ClassList, *, ignore_unknown: bool = False) -> None:
+    def __init__(self, classes: ClassList, *, ignore_unknown: bool) -> None:
         self._classes, self._ignore = classes, ignore_unknown
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import UsageError, WsssError
 from ...files import write_atomically
-from ...reading.documents import read_json, read_toml
+from ...reading.documents import read_json, read_toml, short
 
 _FORM = '{"dog": 0.4, "potted plant": 0.55}; wsss calibrate writes such a file'
 
@@ -26,10 +26,10 @@ def read_thresholds(path: str | Path) -> dict[str, float]:
     else:
         document = read_json(path, where=where, hint=_FORM)
     if not isinstance(document, dict) or not document:
-        raise UsageError(f"{where}: expected an object of class names to numbers, got {_short(document)}", hint=_FORM)
+        raise UsageError(f"{where}: expected an object of class names to numbers, got {short(document)}", hint=_FORM)
     for name, value in document.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise UsageError(f"{where}: {name[:200]!r}: expected a number in 0..1, got {_short(value)}", hint=_FORM)
+            raise UsageError(f"{where}: {name[:200]!r}: expected a number in 0..1, got {short(value)}", hint=_FORM)
     return {name: float(value) for name, value in document.items()}
 
 
@@ -40,8 +40,3 @@ def write_thresholds(path: str | Path, thresholds: Mapping[str, float]) -> None:
         write_atomically(Path(path), f"{text}\n".encode())
     except OSError as error:
         raise WsssError(f"{path}: cannot be written: {error.strerror or error}", hint="give a file you may write") from None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."

@@ -92,8 +92,7 @@ def write_stage(
                     summary.images += len(photos)
                 progress(summary)
             writer.end()
-            file.flush()
-            file.detach()
+            file.detach()  # writes what is in its buffer
     except OSError as error:
         raise WsssError(f"--out {out}: cannot be written: {error.strerror or error}", hint="give a file you may write") from None
     return summary

@@ -20,6 +20,7 @@ from wsss.benchmarks.gpu_steps import fusions_in, traffic_ms
 from wsss.benchmarks.steps import Record, Step
 from wsss.engines.machine import GpuFacts, Library, Machine, machine
 from wsss.errors import WsssError
+from wsss.export.family import family
 from wsss.runtime.bundles import MINI
 from wsss.spec import Bundle
 
@@ -115,7 +116,9 @@ def test_the_default_set_and_the_full_one(tmp_path: Path) -> None:
     heavy = [name for name in full if name.startswith("SAM vit_h")]
     measured = [name for name in full if "chain with" not in name]
     assert heavy and measured[-len(heavy) :] == heavy, "the largest model comes last"
-    assert {"chain with SAM vit_b", "chain with SAM vit_h"} <= set(full)
+    assert {"chain with SAM vit_b", "chain with SAM 2.1 base_plus", "chain with SAM vit_h"} <= set(full)
+    assert {"MM-Grounding-DINO tiny: gate", "SAM 2.1 base_plus: latency"} <= set(full)
+    assert all(variant in family(name).variants for name, variant in gpu_check.FULL_SIZE.values())
     assert not [name for name in by_name(later_steps("ort", [], True, tmp_path, tmp_path)) if name.endswith("engines")]
 
 

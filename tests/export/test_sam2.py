@@ -303,6 +303,30 @@ def test_names_of_the_original_checkpoints(tmp_path: Path) -> None:
     assert {name.replace("blocks.1.proj", "blocks.2.proj") for name in found} <= expected.keys()
 
 
+@pytest.mark.parametrize(
+    ("variant", "width", "heads", "blocks", "attend_globally", "background", "windows"),
+    [
+        ("sam2.1_tiny", 96, 1, [1, 2, 7, 2], [5, 7, 9], 7, [8, 4, 14, 7]),
+        ("sam2.1_small", 96, 1, [1, 2, 11, 2], [7, 10, 13], 7, [8, 4, 14, 7]),
+        ("sam2.1_base_plus", 112, 2, [2, 3, 16, 3], [12, 16, 20], 14, [8, 4, 14, 7]),
+        ("sam2.1_large", 144, 2, [2, 6, 36, 4], [23, 33, 43], 7, [8, 4, 16, 8]),
+    ],
+)
+def test_variants_are_the_published_ones(
+    variant: str, width: int, heads: int, blocks: list[int], attend_globally: list[int], background: int, windows: list[int]
+) -> None:
+    """Heads, windows and global blocks change no shape, so that no checkpoint would show them: sam2/configs/sam2.1/*.yaml, and
+    the defaults of sam2/modeling/backbones/hieradet.py, where widths and heads double at each stage."""
+    with torch.device("meta"):
+        config = sam2.build(variant).config
+    hiera = config.vision_config.backbone_config
+    assert (hiera.hidden_size, hiera.embed_dim_per_stage) == (width, [width, 2 * width, 4 * width, 8 * width])
+    assert hiera.num_attention_heads_per_stage == [heads, 2 * heads, 4 * heads, 8 * heads]
+    assert (hiera.blocks_per_stage, hiera.global_attention_blocks) == (blocks, attend_globally)
+    assert (hiera.window_positional_embedding_background_size, hiera.window_size_per_stage) == ([background] * 2, windows)
+    assert config.prompt_encoder_config.image_size == 1024
+
+
 @pytest.mark.parametrize("variant", [name for name in sam2.VARIANTS if name != MINI])
 def test_another_variant_is_recognized(variant: str, tmp_path: Path) -> None:
     with torch.device("meta"):

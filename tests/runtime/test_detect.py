@@ -18,9 +18,9 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from wsss.batch import MAX_BOXES, Boxes, Labels
 from wsss.classes import class_list, parse_classes
 from wsss.engines.fake import FakeEngine
-from wsss.errors import ClassError, WsssError
+from wsss.errors import ClassError, UsageError, WsssError
 from wsss.frame import Frame
-from wsss.runtime.chain import Chain
+from wsss.runtime.chain import Chain, Rules
 from wsss.runtime.detect import (
     NEGATIVE,
     Caption,
@@ -332,7 +332,7 @@ def test_iou() -> None:
 # ---- the stage ----
 
 
-def detector(world: World, classes: object = None, **settings: object) -> Detector:
+def detector(world: World, classes: object = None, tiles: int = 1, **settings: object) -> Detector:
     model = world.model("grounding-dino")
     model = Model(model.folder, replace(model.manifest, settings={**model.manifest.settings, **settings}))
     return Detector(
@@ -340,6 +340,7 @@ def detector(world: World, classes: object = None, **settings: object) -> Detect
         world.engine("grounding-dino", "text"),
         lambda canvas: world.engine("grounding-dino", f"image-{canvas[0]}x{canvas[1]}"),
         classes or world.classes,  # type: ignore[arg-type]
+        tiles=tiles,
     )
 
 
@@ -396,11 +397,90 @@ def test_padding_is_the_share_of_the_canvases_that_is_no_photograph(world: World
     assert stage.padding() == 1 - (32 * 36 + 42 * 32) / (2 * 32 * 48), "what is not looked at does not count"
 
 
+def test_tiles_find_what_is_too_small_in_the_whole(world: World) -> None:
+    """Three pixels of 288 are half a pixel of the canvas, and one pixel of a tile's."""
+    photo = world.photo(192, 288, red=(150, 63, 153, 66))
+    assert not len(detector(world)([photo], tags([1])))
+    found = detector(world, tiles=3)([photo], tags([1]))
+    assert np.abs(found.xyxy_image - [150, 63, 153, 66]).max() <= 3 and len(found)
+    assert world.rows("grounding-dino", "image-32x48") == [1, 2, 2, 2, 2, 2], "the photograph, and again with 3 x 3 tiles"
+
+
+def test_an_object_is_whole_in_a_tile_or_seen_in_the_whole_photograph(world: World) -> None:
+    """Boxes end in no seam: an object that tiles cut is found once, as large as it is."""
+    rng = np.random.default_rng(7)
+    stage = detector(world, tiles=2)
+    for _ in range(40):
+        height, width = rng.integers(60, 200, 2).tolist()
+        y0, x0 = (int(rng.integers(0, length - 12)) for length in (height, width))
+        y1, x1 = (int(rng.integers(low + 9, length + 1)) for low, length in ((y0, height), (x0, width)))
+        found = stage([world.photo(height, width, red=(x0, y0, x1, y1))], tags([1])).xyxy_image
+        pixel = max(height, width) / 32  # of the canvas
+        assert len(found), "every object is found"
+        assert np.abs(found - [x0, y0, x1, y1]).max() <= pixel + 1
+
+
+def test_tiles_of_several_photographs_stay_apart(world: World) -> None:
+    lying = world.photo(96, 144, red=(9, 6, 20, 16), blue=(100, 70, 112, 82))
+    upright = world.photo(144, 96, blue=(50, 100, 62, 112))
+    stage = detector(world, tiles=2)
+    for photos, labels in (([lying, upright], ([1, 3], [3])), ([upright, lying], ([3], [1, 3]))):
+        found = stage(photos, tags(*labels))
+        for number, photo in enumerate(photos):
+            alone = stage([photo], tags(labels[number]))
+            rows = found.image == number
+            np.testing.assert_array_equal(found.xyxy_image[rows], alone.xyxy_image)
+            np.testing.assert_array_equal(found.label[rows], alone.label)
+
+
+def test_tiles_are_cut_from_the_photograph_alone(world: World) -> None:
+    """Each look has the pixels of its window, and its size."""
+    stage = detector(world, tiles=2)
+    seen: list[tuple[int, int]] = []
+    engines = [world.engine("grounding-dino", f"image-{height}x{width}") for height, width in ((32, 48), (48, 32))]
+    for engine in engines:
+        answer = engine.script
+        engine.script = lambda feeds, answer=answer: (seen.extend(map(tuple, feeds["size"].tolist())), answer(feeds))[1]
+    stage([world.photo(90, 120, red=(9, 6, 40, 30)), world.photo(90, 120)], tags([1], []))
+    assert seen == [(32, 42)] * 5, "90 x 120 and its windows of 60 x 80; not the photograph without a class"
+
+
+@pytest.mark.parametrize("count", [0, 9, -1])
+def test_tiles_and_views_out_of_range(count: int) -> None:
+    with pytest.raises(UsageError, match=f"--tiles: expected 1 to 8, got {count}"):
+        Rules(tiles=count)
+    with pytest.raises(UsageError, match=f"--views: expected 1 to 8, got {count}"):
+        Rules(views=count)
+
+
+@pytest.mark.parametrize("given", [{"boxes": "x"}, {"model": "segmenter"}])
+def test_tiles_need_a_detector(world: World, given: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="--tiles: Grounding-DINO is not asked"):
+        Chain.open(world.bundle, classes=world.classes, rules=Rules(tiles=2), **given)  # type: ignore[arg-type]
+
+
 def test_text_is_embedded_once_per_phrase_and_run(world: World) -> None:
     stage = detector(world)
     assert world.rows("grounding-dino", "text") == [2, 2, 1], "[CLS], [SEP] and three phrases"
     stage([world.photo(32, 48, red=(0, 0, 9, 9))] * 5, tags(*[[1, 2, 3]] * 5))
     assert len(world.rows("grounding-dino", "text")) == 3
+
+
+def test_captions_do_not_depend_on_the_order_of_the_list(world: World) -> None:
+    """Which phrases share a caption changes their scores; five classes take two."""
+    names = ["red", "grass", "sky", "photo", "blue"]
+    captions = []
+    for order in (names, names[::-1], [*names[2:], *names[:2]]):
+        engine = world.engine("grounding-dino", "image-32x48")
+        answer, seen = engine.script, list[frozenset[int]]()
+        engine.script = lambda feeds, answer=answer, seen=seen: (
+            seen.extend(frozenset(row.argmax(axis=1)[row.any(axis=1)].tolist()) for row in feeds["text"]),
+            answer(feeds),
+        )[1]
+        detector(world, class_list(order))([world.photo(32, 48, red=(0, 0, 20, 20))], tags([1, 2, 3, 4, 5]))
+        engine.script = answer
+        captions.append(set(seen))
+    assert captions[0] == captions[1] == captions[2] and len(captions[0]) == 2
 
 
 def test_a_list_beyond_the_budget_is_split_and_merged(world: World) -> None:
@@ -461,6 +541,22 @@ def test_a_name_of_another_script_is_kept_with_an_english_phrase(world: World, b
     assert json.loads(example) == {"猫": {"prompts": ["cat"], "phrases": ["cat"]}}
     (tmp_path / "classes.json").write_text(example, encoding="utf-8")
     assert detector(world, parse_classes(str(tmp_path / "classes.json")))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("red\n猫", "does not know '猫'"),
+        ("café\ncafe", "have the same tokens in the detector's tokenizer"),
+        ("red " * 8, "a name takes 9 tokens"),
+        ("red\n!cat\n!cafe\n!cats\n!中", "the negatives take"),
+    ],
+)
+def test_a_message_about_classes_names_their_file(world: World, bert: None, tmp_path: Path, lines: str, message: str) -> None:
+    (file := tmp_path / "names.txt").write_text(lines, encoding="utf-8")
+    with pytest.raises(ClassError, match=message) as caught:
+        detector(world, parse_classes(str(file)))
+    assert caught.value.message.startswith(f"--classes {file}: ")
 
 
 @pytest.mark.parametrize("names", [["café", "cafe"], ["cats", "càts"], ["red", "cat: réd"]])

@@ -184,6 +184,27 @@ def test_enclosing(world: World, label: Label, tmp_path: Path) -> None:
     assert ends == {"--enclosing": pytest.approx(44, abs=1), "--no-enclosing": pytest.approx(36, abs=1)}
 
 
+def test_views(world: World, label: Label, tmp_path: Path) -> None:
+    """A class that CLIP's scripted engine overlooks in the whole photograph, not in a part of it."""
+    write_model(world.bundle / "clip", "clip", {"views": [1]})
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(4, 4, 24, 24), blue=(39, 26, 45, 30))
+    assert values(label()["a"]) == values(label("--views", "1", store="one")["a"]) == [0, 1]
+    assert 3 in values(label("--views", "3", store="three")["a"])
+
+
+def test_views_need_clip(wsss: Run, world: World, photos: Path) -> None:
+    answer = wsss("label", photos, "--classes", "red", "--bundle", world.bundle, "--out", "out", "--views", "3", "--no-gate")
+    assert answer.code == 2 and "--views: CLIP is not asked" in answer.err
+
+
+def test_tiles(world: World, label: Label, tmp_path: Path) -> None:
+    """A detector that finds the same corner of whatever it sees also finds it in each tile."""
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 32))
+    find(world, ("red", 0.8, (6, 6, 24, 20)))
+    ends = {tiles: np.flatnonzero(label("--tiles", tiles, store=tiles)["a"].any(axis=0)).max() + 1 for tiles in ("1", "2")}
+    assert ends == {"1": pytest.approx(24, abs=1), "2": pytest.approx(16 + 24 * 2 / 3, abs=1)}
+
+
 # ---- boxes that are one object ----
 
 LEFT, RIGHT = (0.0, 0.0, 30.0, 20.0), (6.0, 0.0, 36.0, 20.0)  # IoU 24/36 = 0.67
@@ -423,11 +444,13 @@ def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
 RULES = {
     "tag_threshold": None,
     "tag_thresholds": None,
+    "views": None,
     "score_rule": None,
     "box_threshold": None,
     "nms": 0.5,
     "nms_across": 0.8,
     "enclosing": True,
+    "tiles": 1,
     "margin": 0.1,
     "quality_exponent": 1.0,
     "gate": True,
@@ -457,7 +480,7 @@ def test_defaults_are_these_and_the_same_in_python_and_on_the_command_line() -> 
 
 
 def test_the_stages_have_the_rules_defaults() -> None:
-    names = ("score_rule", "nms", "nms_across", "enclosing")
+    names = ("score_rule", "nms", "nms_across", "enclosing", "tiles")
     assert {name: defaults_of(detect.Detector)[name] for name in names} == {name: RULES[name] for name in names}
     assert (
         defaults_of(detect.Detector)["threshold"]

@@ -204,8 +204,9 @@ def test_a_prompt_that_is_cut_is_warned_of(world: World, caplog: pytest.LogCaptu
 )
 def test_classes_of_the_same_tokens_are_refused(world: World, names: list[str], one: str, other: str) -> None:
     with pytest.raises(ClassError, match="have the same tokens in CLIP's tokenizer") as caught:
-        tagger(world, class_list(names))
+        tagger(world, replace(class_list(names), where="--classes names.txt"))
     assert one in caught.value.message and other in caught.value.message
+    assert caught.value.message.startswith("--classes names.txt: ")
 
 
 def test_a_tokenizers_own_truncation_is_warned_of_too(

@@ -32,6 +32,8 @@ def test_a_list_without_a_class_is_refused(text: str) -> None:
         ("Golden  Retriever,traffic_light,", ("Golden Retriever", "traffic_light"), (("golden retriever",), ("traffic light",))),
         ("cocoa,", ("cocoa",), (("cocoa",),)),
         ("mink", ("mink",), (("mink",),)),
+        ("'s-Gravenhage, 5\"", ("'s-Gravenhage", '5"'), (("'s-gravenhage",), ('5"',))),
+        ("',", ("'",), (("'",),)),
         ("café", ("café",), (("café",),)),
         ("dog, !statue, -toy dog", ("dog",), (("dog",),)),
     ],
@@ -142,6 +144,7 @@ def test_json_gives_the_detector_its_own_phrases(tmp_path: Path) -> None:
         ("what?", "contains ?", "'what'"),
         ("dog [SEP], cat", "contains [ ]", "'dog SEP'"),
         ("dog; cat", "contains ;", "'dog cat'"),
+        ('"dog", cat', "the class name '\"dog\"' is in quotes", "write 'dog'"),
         ("background, dog", "labels 0", "remove"),
         (",".join(f"thing{n}" for n in range(MAX_NAMES + 1)), "got 4,097", "split"),
     ],
@@ -151,6 +154,7 @@ def test_mistakes_are_named_with_a_way_out(text: str, said: str, hint: str) -> N
         parse_classes(text)
     assert isinstance(caught.value, ClassError)
     assert said in caught.value.message
+    assert caught.value.message.startswith("--classes")
     assert hint in caught.value.hint
 
 

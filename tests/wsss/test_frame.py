@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wsss.frame import Frame, bilinear_matrix, frame_for, resized, scaled, upsample_matrix
+from wsss.frame import Frame, Tile, bilinear_matrix, frame_for, resized, scaled, upsample_matrix
 from wsss.spec import Preprocess
 
 SIZES = [
@@ -226,3 +226,34 @@ def test_boxes_from_center_and_size_ignore_padding(cxcywh: list[float], xyxy: li
     frame = Frame(image=(300, 500), valid=(60, 100), canvas=(128, 128))
     assert np.allclose(frame.xyxy_image_from_cxcywh(np.array([cxcywh])), [xyxy], atol=1e-4)
     assert frame.xyxy_image_from_cxcywh(np.zeros((0, 4))).shape == (0, 4)
+
+
+# ---- tiles ----
+
+
+def test_a_tiles_boxes_are_in_the_photograph() -> None:
+    frame = Frame((60, 80), (30, 40), (32, 48), tile=Tile(30, 40, (90, 120)))
+    boxes = np.array([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 2, 2]])
+    np.testing.assert_allclose(frame.xyxy_image_from_cxcywh(boxes), [[60, 45, 100, 75], [40, 30, 120, 90]])
+
+
+@pytest.mark.parametrize(
+    ("box", "cut"),
+    [
+        ((41, 31, 119, 89), False),  # inside
+        ((40.5, 50, 60, 70), True),  # left of it the photograph goes on
+        ((60, 30.5, 70, 70), True),  # above too
+        ((60, 50, 120, 90), False),  # but not on the right and below
+        ((40.9, 50, 60, 70), False),
+    ],
+)
+def test_boxes_are_cut_where_the_photograph_goes_on(box: tuple[float, ...], cut: bool) -> None:
+    """One hundredth of 80 and 60 pixels is near the edge."""
+    last = Frame((60, 80), (30, 40), (32, 48), tile=Tile(30, 40, (90, 120)))
+    first = Frame((60, 80), (30, 40), (32, 48), tile=Tile(0, 0, (90, 120)))
+    whole = Frame((90, 120), (30, 40), (32, 48))
+    mirrored = np.float32([[120 - box[2], 90 - box[3], 120 - box[0], 90 - box[1]]])
+    assert last.is_cut(np.float32([box])).tolist() == [cut]
+    assert first.is_cut(mirrored).tolist() == [cut]
+    assert not whole.is_cut(np.float32([box, mirrored[0]])).any()
+    assert last.is_cut(np.zeros((0, 4), np.float32)).shape == (0,)

@@ -100,6 +100,10 @@ def label(
         str | None,
         typer.Option(metavar="FILE", help="Thresholds of single classes, in place of --tag-threshold: JSON or TOML."),
     ] = None,
+    views: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="CLIP sees 1 x 1, 2 x 2, ..., K x K overlapping views. Default: the bundle's."),
+    ] = None,
     score_rule: Annotated[
         Literal["max", "mean"] | None,
         typer.Option(help="A box's score: the largest of its phrase's token scores, or their mean. Default: the bundle's."),
@@ -113,6 +117,9 @@ def label(
         bool,
         typer.Option(help="Keep boxes that hold two better boxes of their class, or the whole photograph beside a better one."),
     ] = True,
+    tiles: Annotated[
+        int, typer.Option(metavar="K", help="Detect in K x K overlapping tiles too, for small objects: K x K + 1 times the work.")
+    ] = 1,
     margin: Annotated[
         float, typer.Option(help="Pixels are void where another class comes within this share of the best one.")
     ] = 0.1,
@@ -177,11 +184,13 @@ def label(
     rules = Rules(
         tag_threshold=tag_threshold,
         tag_thresholds=read_thresholds(tag_thresholds) if tag_thresholds else None,
+        views=views,
         score_rule=score_rule,
         box_threshold=box_threshold,
         nms=nms,
         nms_across=nms_across,
         enclosing=enclosing,
+        tiles=tiles,
         margin=margin,
         quality_exponent=quality_exponent,
         gate=gate,

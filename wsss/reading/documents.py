@@ -166,9 +166,19 @@ def read_names_by_image(path: Path, where: str, *, hint: str) -> dict[str, list[
     return document
 
 
+class _Shortener(reprlib.Repr):
+    """Shows null, true and false as documents write them."""
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return "true" if value else "false"
+
+
 def short(value: object) -> str:
     """A shortened representation of a document's value, however large or nested it is."""
-    shortener = reprlib.Repr()
+    shortener = _Shortener()
     shortener.maxlevel, shortener.maxstring, shortener.maxother = 3, 60, 60
     return shortener.repr(value)
 

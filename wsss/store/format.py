@@ -377,7 +377,7 @@ def parse_run(data: bytes, file: object) -> dict[str, Any]:
     return run
 
 
-_EARLIER_RULES = {"score_rule": "mean", "enclosing": True, "quality_exponent": 1.0}
+_EARLIER_RULES = {"score_rule": "mean", "enclosing": True, "tiles": 1, "quality_exponent": 1.0}
 """What versions did that had no such rule."""
 _HINTS = {"masks": "; or continue this one, which has no masks, with --no-masks"}
 

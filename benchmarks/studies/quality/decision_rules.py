@@ -4,6 +4,7 @@ The models run once on each set of scenes (`wsss.runtime.tune.evidence`). Settin
 gives the label maps of real runs with the same flags. Differences of mIoU have 95 % intervals of a paired bootstrap over scenes.
 
 - hard scenes of seven kinds, with each rule at other values than the default;
+- the same with the detector in tiles, and with fewer and more views for CLIP;
 - scenes without an object, as the models were trained on, by tag threshold;
 - look-alikes, and objects of other classes, that are named as negatives, in CLIP, in the detector, and in both;
 - ``wsss tune`` on 20 scenes of another domain, scored on 200 others, three times;
@@ -58,6 +59,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 TUNED_ON, SETS, SCORED_ON = 20, 3, 200
 RANDOM = 40
 """Random sets of scenes to tune on."""
+LOOKS: dict[str, dict[str, Any]] = {
+    "defaults, 14 views": {},
+    "2 x 2 tiles": {"tiles": 2},
+    "3 x 3 tiles": {"tiles": 3},
+    "1 view": {"views": 1},
+    "5 views": {"views": 2},
+    "30 views": {"views": 4},
+}
 HIT = 0.5
 """IoU from which a box is one of an object of its class."""
 
@@ -68,6 +77,7 @@ def evidence_of(
     kinds: Sequence[tuple[str, int]],
     classes: ClassList | str = "mini",
     truth: Callable[[Scene], np.ndarray] = lambda scene: scene.label,
+    rules: Rules | None = None,
 ) -> Evidence:
     """The evidence about scenes, given by kind and seed; what the models found is kept in the working folder."""
     scenes = {f"{kind}-{seed}.png": (kind, seed) for kind, seed in kinds}
@@ -75,7 +85,7 @@ def evidence_of(
     def read(photo: str) -> Photograph:
         return Photograph(name=photo, pixels=scene_of(*scenes[photo]).pixels)
 
-    chain = Chain.open("mini", classes=classes)
+    chain = Chain.open("mini", classes=classes, rules=rules)
     kept = work / f"{name}.pickle"
     names = [] if kept.is_file() else list(scenes)
     start = time.perf_counter()
@@ -126,6 +136,29 @@ def options(work: Path, count: int) -> dict[str, Any]:
             "empty scenes with a label": round(_labeled(matrices[kind_of == "empty"]), 4),
         }
         log(f"{name:26} {result['options'][name]}")
+    return result
+
+
+def looks(work: Path, count: int) -> dict[str, Any]:
+    """What more and fewer looks at a photograph gain on hard scenes, by kind and on all of them."""
+    base: dict[str, np.ndarray] = {}
+    result: dict[str, Any] = {"scenes": count * len(HARD)}
+    for name, changed in LOOKS.items():
+        found: dict[str, np.ndarray] = {}
+        for kind in HARD:
+            kept = f"{kind}-{name}" if changed else kind
+            evidence = evidence_of(work, kept, [(kind, seed) for seed in range(count)], rules=Rules(**changed))
+            evidence.samples = evidence.samples[:count]
+            found[kind] = Outcomes(evidence).matrices(evidence.rules)
+        base = base or found
+        both = [np.concatenate(list(each.values())) for each in (found, base)]
+        gains = {kind: _interval(difference(found[kind], base[kind])) for kind in HARD if kind != "empty"}
+        result[name] = {
+            "all": {"miou": round(float(miou(both[0].sum(axis=0))), 4), **_interval(difference(*both))},
+            **gains,
+            "empty scenes with a label": round(_labeled(found["empty"]), 4),
+        }
+        log(f"{name}: {result[name]}")
     return result
 
 
@@ -296,6 +329,7 @@ def main() -> None:
     arguments = parser.parse_args()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "options": lambda: options(arguments.work, arguments.count),
+        "looks": lambda: looks(arguments.work, arguments.count),
         "empty": lambda: empty(arguments.work, 100),
         "negatives": lambda: negatives(arguments.work, 2 * arguments.count),
         "tune": lambda: tuning(arguments.work),

@@ -16,7 +16,9 @@ from wsss.benchmarks.recipe import __main__ as module
 from wsss.benchmarks.recipe.__main__ import Recipe, draw_voc, main, run
 from wsss.benchmarks.recipe.data import coco, link_photographs, voc
 from wsss.benchmarks.recipe.table import Result, as_text
+from wsss.benchmarks.recipe.tuning import rules_for
 from wsss.errors import WsssError
+from wsss.runtime.chain import Chain
 from wsss.train.apply import predictor
 from wsss.train.args import config_from
 
@@ -271,3 +273,42 @@ def test_the_command_ends_with_one_message(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit) as ended:
         main(["voc", "--data", str(tmp_path), "--out", str(tmp_path / "run")])
     assert ended.value.code == 1 and "recipe: --data" in capsys.readouterr().err
+
+
+# ---- tuned rules ----
+
+
+@pytest.fixture
+def larger(tmp_path: Path) -> Path:
+    """Twelve images of train, of which five may be tuned on."""
+    return draw_voc(tmp_path / "VOC2012", train=12, aug=1, val=1)
+
+
+def test_rules_are_tuned_on_training_images_that_are_not_scored_then(larger: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    recipe = of(larger, tmp_path / "run", tune=5, log=lines.append)
+    result = run(recipe)
+    assert [(row.split, row.images) for row in result.rows[:2]] == [("train", 7), ("trainaug", 8)]
+    assert result.told == "5 label maps (rules)"
+    tuned = json.loads((tmp_path / "run" / "tuned.json").read_text())
+    listed = (larger / "ImageSets" / "Segmentation" / "train.txt").read_text().split()
+    assert tuned["names"] == [listed[number] for number in (0, 2, 4, 7, 9)]
+    assert json.loads((tmp_path / "run" / "labels" / "run.json").read_text())["rules"] == tuned["rules"]
+    scored = (tmp_path / "run" / "lists" / "train.txt").read_text().split()
+    assert scored == [name for name in listed if name not in tuned["names"]]
+    assert sum("rules tuned on 5 images of train" in line for line in lines) == 1
+    assert len((tmp_path / "run" / "labels" / "manifest.jsonl").read_text().splitlines()) == 13, "all are labeled and trained on"
+
+    kept = {**tuned, "rules": {**tuned["rules"], "margin": 0.3}}
+    (tmp_path / "run" / "tuned.json").write_text(json.dumps(kept))
+    chain = Chain.open("mini", classes="mini")
+    assert rules_for(chain, recipe.data, 5, recipe.out, lines.append).margin == 0.3, "kept from the run before"
+    chain = Chain.open("mini", classes="mini", engine="eager")
+    assert rules_for(chain, recipe.data, 5, recipe.out, lines.append).margin == tuned["rules"]["margin"], "another engine"
+
+
+@pytest.mark.parametrize("count", [4, 7])
+def test_too_few_or_too_many_images_to_tune_on(larger: Path, tmp_path: Path, count: int) -> None:
+    with pytest.raises(WsssError, match=f"--tune {count}: expected 5 to 6, half of the images of train"):
+        run(of(larger, tmp_path / "run", tune=count))
+    assert not (tmp_path / "run").exists()

@@ -110,6 +110,24 @@ def test_the_margins_are_those_between_layers_and_at_the_end() -> None:
 # ---- variants ----
 
 
+@pytest.mark.parametrize(
+    ("variant", "width", "depths", "window"),
+    [
+        ("swin_t", 96, [2, 2, 6, 2], 7),
+        ("swin_b", 128, [2, 2, 18, 2], 12),
+        ("mm_tiny", 96, [2, 2, 6, 2], 7),
+        ("mm_base", 128, [2, 2, 18, 2], 12),
+        ("mm_large", 192, [2, 2, 18, 2], 12),
+    ],
+)
+def test_backbones_are_the_published_ones(variant: str, width: int, depths: list[int], window: int) -> None:
+    """The number of heads changes no shape, so that no checkpoint would show it: a head has 32 channels (Swin, table 7)."""
+    with torch.device("meta"):
+        backbone = grounding_dino.build_official(variant).config.backbone_config
+    assert (backbone.embed_dim, backbone.depths, backbone.window_size) == (width, depths, window)
+    assert backbone.num_heads == [width * 2**stage // 32 for stage in range(4)]
+
+
 @pytest.mark.parametrize(("size", "millions", "levels"), [("tiny", 173, 4), ("base", 233, 4), ("large", 343, 5)])
 def test_the_official_configurations(size: str, millions: int, levels: int) -> None:
     with torch.device("meta"):

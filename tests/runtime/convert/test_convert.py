@@ -365,6 +365,13 @@ def test_out_must_be_new_or_empty(made: Path, tmp_path: Path) -> None:
         convert(made / "store", made / "photos", tmp_path / "full/thesis.tex/out", "voc")
 
 
+def test_out_that_cannot_be_looked_at(made: Path, tmp_path: Path) -> None:
+    """It may hold files, which are not overwritten: nothing is written beside it."""
+    with pytest.raises(StoreError, match="x: cannot be read: File name too long"):
+        convert(made / "store", made / "photos", tmp_path / ("x" * 300), "voc")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_leaves_nothing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

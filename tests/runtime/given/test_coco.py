@@ -103,7 +103,7 @@ def test_corners_in_the_place_of_sides(tmp_path: Path) -> None:
         ({"images": [3]}, "expected a list of objects under images"),
         ({"images": [{"id": 1}]}, "expected a string under file_name"),
         ({"images": [{"id": 1.5, "file_name": "x"}]}, "expected a number or string under id"),
-        ({"images": [{"id": True, "file_name": "x"}]}, "expected a number or string under id, got True"),
+        ({"images": [{"id": True, "file_name": "x"}]}, "expected a number or string under id, got true"),
         ({"images": [{"id": 9, "file_name": "x"}, {"id": 9, "file_name": "y"}]}, "the id 9 occurs twice"),
         ({"images": [{"id": 9, "file_name": "x"}, {"id": 8, "file_name": "x"}]}, "'x' occurs twice"),
         ({"images": [{"id": 9, "file_name": "x"}, {"id": 8, "file_name": "./x"}]}, "are the same photograph"),
@@ -125,11 +125,11 @@ def test_a_bad_file(tmp_path: Path, changes: dict[str, Any], message: str) -> No
     ("changes", "message"),
     [
         ({"category_id": 0}, "category 0 is not among the categories"),
-        ({"bbox": None}, "expected bbox as x, y, width, height, got None"),
+        ({"bbox": None}, "expected bbox as x, y, width, height, got null"),
         ({"bbox": [1, 2, -3, 4]}, "expected bbox as x, y, width, height"),
         ({"bbox": [1, 2, 3, 4, 0.5]}, "expected bbox as x, y, width, height"),
         ({"bbox": [0.1, 0.2, 0.3, 0.4]}, "coordinates in 0..1"),
-        ({"score": None}, "expected a score in 0..1, got None"),
+        ({"score": None}, "expected a score in 0..1, got null"),
     ],
 )
 def test_a_bad_annotation(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -138,6 +138,16 @@ def test_a_bad_annotation(tmp_path: Path, changes: dict[str, Any], message: str)
     assert message in error.message
     assert "coco.json: a/x.jpg: " in error.message
     assert error.hint
+
+
+@pytest.mark.parametrize(("key", "message"), [("bbox", "bbox as x, y, width, height"), ("category_id", "number or string under")])
+def test_an_annotation_without_a_key(tmp_path: Path, key: str, message: str) -> None:
+    """It is not null: nothing stands there."""
+    missing = {name: value for name, value in annotation().items() if name != key}
+    error = given(tmp_path, coco(annotations=[missing])).missing(photo())
+    assert error is not None
+    assert message in error.message
+    assert error.message.endswith("got nothing")
 
 
 def test_detections_alone_do_not_say_which_images(tmp_path: Path) -> None:

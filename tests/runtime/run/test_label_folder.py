@@ -238,13 +238,15 @@ def test_a_store_of_another_version_or_from_before_thresholds_were_kept_goes_on(
         run(world, photos, out, rules=Rules(tag_threshold=0.4))
 
 
-@pytest.mark.parametrize("rules", [Rules(score_rule="max"), Rules(enclosing=False), Rules(quality_exponent=0.5)])
+@pytest.mark.parametrize(
+    "rules", [Rules(score_rule="max"), Rules(enclosing=False), Rules(tiles=2), Rules(views=3), Rules(quality_exponent=0.5)]
+)
 def test_a_store_of_a_version_without_a_rule_was_made_as_that_version_did(
     world: World, photos: Path, out: Path, rules: Rules
 ) -> None:
     run(world, photos, out)
     saved = read_run(out)
-    for name in ("tag_thresholds", "score_rule", "enclosing", "quality_exponent"):
+    for name in ("tag_thresholds", "score_rule", "enclosing", "views", "tiles", "quality_exponent"):
         del saved["rules"][name]
     (out / "run.json").write_text(json.dumps(saved))
     assert run(world, photos, out).skipped == 5

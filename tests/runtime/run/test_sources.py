@@ -73,6 +73,8 @@ def test_a_name_too_long_for_a_file_is_cut() -> None:
     one, two = (label_of(f"a/{'ü' * 125}{end}.webp") for end in "xy")
     assert one != two
     assert all(len(os.fsencode(each.removeprefix("a/"))) <= 255 and each.endswith(".png") for each in (one, two))
+    fits = "é" * 125 + "x"
+    assert label_of(f"a/{fits}.jpg") == f"a/{fits}.png", "255 bytes"
 
 
 def test_what_images_and_out_name(tmp_path: Path) -> None:

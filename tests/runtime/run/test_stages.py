@@ -87,6 +87,17 @@ def test_later_models_are_not_opened(world: World, photos: Path, tmp_path: Path,
         assert done.images == 5
 
 
+@pytest.mark.parametrize(("batch", "counts"), [(None, [3, 5]), (2, [2, 4, 5]), (9, [5])])
+def test_images_are_read_a_batch_at_a_time(
+    world: World, photos: Path, tmp_path: Path, batch: int | None, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once, a large folder would not fit into memory."""
+    monkeypatch.setattr(Chain, "usual_batch", lambda self: 3)
+    chain, done = Chain.open(world.bundle, classes=CLASSES, engine="ort", until="tag"), []
+    write_stage(chain, LocalImages(photos), tmp_path / "x", "tag", batch=batch, progress=lambda it: done.append(it.images))
+    assert done == counts
+
+
 def test_an_image_that_fails_has_no_entry(stage: Stage, photos: Path, tmp_path: Path) -> None:
     (photos / "bad.png").write_bytes(b"no image")
     answer = stage("detect", "--limit", "3")

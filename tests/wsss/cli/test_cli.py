@@ -180,17 +180,21 @@ def test_flags_reach_the_rules(label: Run, tmp_path: Path) -> None:
         "--score-rule",
         "max",
         "--no-enclosing",
+        "--tiles",
+        "2",
     ]
     assert label(*flags, "--engine", "auto").code == 0
     assert read_run(tmp_path / "store")["rules"] == {
         "gate": False,
         "tag_threshold": 0.2,
         "tag_thresholds": None,
+        "views": None,
         "score_rule": "max",
         "box_threshold": 0.4,
         "nms": 0.6,
         "nms_across": 0.7,
         "enclosing": False,
+        "tiles": 2,
         "margin": 0.0,
         "quality_exponent": 0.5,
     }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from wsss.errors import ClassError, WsssError
-from wsss.reading.documents import MAX_TOML, parse_json, parse_toml, read_bytes, read_json, read_text, read_toml
+from wsss.reading.documents import MAX_TOML, parse_json, parse_toml, read_bytes, read_json, read_text, read_toml, short
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,20 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path) -> None:
     with pytest.raises(WsssError, match="expected at most 4 bytes, got 5"):
         read_bytes(tmp_path / "long", max_bytes=4)
     assert read_bytes(tmp_path / "long", max_bytes=5) == b"12345"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "null"),
+        (True, "true"),
+        ([False, None, 1, "a"], "[false, null, 1, 'a']"),
+        ({"score": None, "xyxy": [0, 1, 2, 3]}, "{'score': null, 'xyxy': [0, 1, 2, 3]}"),
+        ("None", "'None'"),
+        ("x" * 99, "'" + "x" * 27 + "..." + "x" * 28 + "'"),
+        ([[[[[1]]]]], "[[[[...]]]]"),
+    ],
+)
+def test_values_are_shown_as_documents_write_them(value: object, shown: str) -> None:
+    """Messages of files have no Python in them."""
+    assert short(value) == shown

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 NAMES = (
     "tag_threshold",
+    "views",
     "score_rule",
     "box_threshold",
     "nms",
     "nms_across",
     "enclosing",
+    "tiles",
     "margin",
     "quality_exponent",
 )
@@ -38,6 +40,8 @@ def tune(
     engine: Annotated[Engine, typer.Option(help="What runs the graphs, as for wsss label.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     labels: Annotated[str | None, typer.Option(help="JSON file of the classes of each image; replaces CLIP.")] = None,
+    views: Annotated[int | None, typer.Option(metavar="K", help="CLIP's views, as for wsss label.")] = None,
+    tiles: Annotated[int, typer.Option(metavar="K", help="Detect in K x K overlapping tiles too, as wsss label does.")] = 1,
     names: ListFlag = None,
     folds: FoldsFlag = 5,
     out: Annotated[str, typer.Option(help="File that gets the settings, for wsss label in its folder.")] = FILE,
@@ -49,12 +53,12 @@ def tune(
     you report a score of.
     """
     from ...classes import parse_classes
-    from ...runtime.chain import Chain
+    from ...runtime.chain import Chain, Rules
     from ...runtime.tune.tune import tune as search
 
     known = parse_classes(classes)
     labeled = labeled_photographs(photos, truth, names, known.names)
-    chain = Chain.open(bundle, classes=known, engine=engine, device=device, labels=labels)
+    chain = Chain.open(bundle, classes=known, engine=engine, device=device, labels=labels, rules=Rules(views=views, tiles=tiles))
     log(f"engine {chain.settings['engine']}, {len(known)} classes, {len(labeled.names)} photographs")
     result = search(evidence_of(chain, labeled), folds=folds, progress=counter("searches"))
     end_progress()
@@ -76,7 +80,7 @@ def tune(
 def _document(result: Tuned) -> dict[str, Any]:
     document = dataclasses.asdict(result)
     for name in ("default", "rules"):
-        document[name] = {key: document[name][key] for key in NAMES}
+        document[name] = {key: document[name][key] for key in NAMES if document[name][key] is not None}
     return document
 
 
