@@ -183,6 +183,7 @@ _MAKERS: dict[str, Callable[[_Request], np.ndarray]] = {
     "features_4": _normal,
     "boxes": _boxes,
     "image": _image_of_box,
+    "multimask": lambda request: np.zeros(1),
     "logits": _normal,
     "pick": lambda request: np.arange(request.shape[0]) % request.load.lengths["masks"],
     "score": lambda request: request.rng.uniform(0.3, 1, request.shape),

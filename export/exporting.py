@@ -125,7 +125,7 @@ def verify_model(model: Model, weights: str | None, log: Log, *, device: str = "
     for make in prepared.graphs:
         graph = make().at(model.manifest.precision)
         spec = model.graph(graph.name)
-        graph = replace(graph, axes=spec.axes)
+        graph = graph.as_exported(spec)
         reports[graph.name] = _gate(graph, spec, model.folder, passed, where=model.manifest.family, log=log, device=device)
         del graph
         gc.collect()
@@ -156,7 +156,7 @@ def verify_plans(model: Model, flavour: Flavour, weights: str | None, log: Log, 
 
         begun = time.monotonic()
         parity = verify.gate(
-            replace(graph, axes=dict(plan.axes)),
+            replace(graph.as_exported(model.graph(graph.name)), axes=dict(plan.axes)),
             TrtEngine(path, spec, flavour=flavour, device=gpu.index),
             engine_name=f"{flavour} {plan.builder} on {gpu.name}",
             reference_name=REFERENCE,
@@ -190,7 +190,7 @@ def verify_openvino(model: Model, weights: str | None, log: Log) -> dict[str, Pa
         spec = model.graph(graph.name)
         others = {processor: proof for processor, proof in spec.openvino.items() if processor != instructions()}
         model = _with_proofs(model, graph.name, others)
-        graph = replace(graph, axes=spec.axes)
+        graph = graph.as_exported(spec)
         proof = _prove_in_openvino(graph, spec, model.folder, passed, where=model.manifest.family, log=log)
         model = _with_proofs(model, graph.name, {**others, proof.processor: proof})
         reports[graph.name] = proof.parity

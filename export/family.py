@@ -93,8 +93,8 @@ def share_impossible(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
 
 
 def miscount(got: Feeds, want: Feeds, name: str) -> tuple[float, float]:
-    """For counts: the largest distance to the reference's ``NAME.range``, (2, ...) lowest and highest count within rounding;
-    relative to the largest count, and absolute."""
+    """For counts, and numbers that follow from counts or choices: the largest distance to the reference's ``NAME.range``,
+    (2, ...) lowest and highest within rounding; relative to the largest, or to 1 if that is more, and absolute."""
     lowest, highest = want[f"{name}.range"]
     outside = float(np.maximum(lowest - got[name], got[name] - highest).max(initial=0))
     return max(outside, 0.0) / max(float(highest.max(initial=0)), 1.0), max(outside, 0.0)
@@ -182,6 +182,20 @@ class Graph:
     def spec(self, file: str, opset: int) -> GraphSpec:
         """The contract as the manifest stores it."""
         return GraphSpec(file=file, inputs=self.inputs, outputs=self.outputs, axes=dict(self.axes), opset=opset)
+
+    def as_exported(self, spec: GraphSpec) -> Graph:
+        """The same graph as an earlier version exported it: with the axes of its ``spec``, and without the inputs and outputs
+        that were added since."""
+        has_inputs, has_outputs, sample = {each.name for each in spec.inputs}, {each.name for each in spec.outputs}, self.sample
+        return replace(
+            self,
+            axes=spec.axes,
+            inputs=tuple(each for each in self.inputs if each.name in has_inputs),
+            outputs=tuple(each for each in self.outputs if each.name in has_outputs),
+            sample=lambda rows, seed: {name: value for name, value in sample(rows, seed).items() if name in has_inputs},
+            tolerance={name: each for name, each in self.tolerance.items() if name in has_outputs},
+            ties=self.ties if self.ties in has_outputs else None,
+        )
 
     def at(self, precision: Precision) -> Graph:
         """The same graph with the contract of a precision.

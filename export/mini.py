@@ -134,7 +134,8 @@ def build_sam_mini(side_px: int = 256, patch_px: int = 8) -> Sam:
 
     The rest is as in the official ``build_sam.py``: pixel mean and std (RGB, 0-255), windowed attention
     with one global block, relative positions, one single-mask and three multi-mask tokens. Low-resolution
-    mask logits have four cells per patch, as in the full-size models. Only the single mask is trained.
+    mask logits have four cells per patch, as in the full-size models. The three masks and the mask prompt are trained
+    after the single mask, with all that it depends on fixed.
     """
     from functools import partial
 

@@ -33,7 +33,11 @@ def _train(model: str, seed: int) -> None:
     weights = _weights(model)
     train = [sys.executable, "-m", f"wsss.mini.{SCRIPTS[model]}", "--out", str(weights)]
     budget = ["--minutes", str(MINUTES[model]), "--seed", str(seed)]
-    subprocess.run([*train, *budget], env={**os.environ, **KEEP_MEMORY}, check=True)
+    environment = {**os.environ, **KEEP_MEMORY}
+    subprocess.run([*train, *budget], env=environment, check=True)
+    if model == "sam":
+        further = [sys.executable, "-m", "wsss.mini.train_sam_masks", "--weights", str(weights), "--seed", str(seed)]
+        subprocess.run(further, env=environment, check=True)
 
 
 def main() -> None:

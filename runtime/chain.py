@@ -22,7 +22,7 @@ from ..engines.opening import choose, open_graph
 from ..engines.openvino import checked_proof
 from ..engines.plan import MODULES, plan_here
 from ..errors import UsageError, WsssError, WsssWarning
-from ..photographs import from_pillow, read_photograph
+from ..photographs import MAX_PIXELS, from_pillow, read_photograph
 from ..spec import SCORE_RULES, Model, ScoreRule, box_thresholds
 from .bundles import find_bundle
 from .detect import Detector
@@ -74,6 +74,12 @@ class Rules:
     """A pixel is void where another class's value is within this share of the winner's."""
     quality_exponent: float = 1.0
     """Exponent of SAM's predicted IoU in a mask's value, box score x predicted IoU x mask probability; 0 leaves it out."""
+    multimask: bool = False
+    """Whether SAM gives the best of its three masks of a box, by predicted IoU, in place of its one mask."""
+    min_region: int = 0
+    """Holes and separate parts of a mask below so many pixels of the photograph are filled and removed; 0: none."""
+    stability_exponent: float = 0.0
+    """Exponent of a mask's stability score (its area at logits above +1 over that above -1) in its value; 0 leaves it out."""
     gate: bool = True
     """Whether CLIP decides which classes the detector looks for; otherwise it looks for all of them in every image."""
 
@@ -88,14 +94,15 @@ class Rules:
                 )
         if self.score_rule not in (None, *SCORE_RULES):
             raise UsageError(f"--score-rule: expected {' or '.join(SCORE_RULES)}, got {self.score_rule!r}")
-        if not 0 <= self.quality_exponent <= MAX_EXPONENT:
-            raise UsageError(
-                f"--quality-exponent: expected a number in 0..{MAX_EXPONENT}, got {self.quality_exponent}",
-                hint=f"the default is {Rules.quality_exponent}",
-            )
         for name in ("views", "tiles"):
-            if not 1 <= (getattr(self, name) or 1) <= MAX_LOOKS or getattr(self, name) == 0:
-                raise UsageError(f"--{name}: expected 1 to {MAX_LOOKS}, got {getattr(self, name)}")
+            if (count := getattr(self, name)) is not None and not 1 <= count <= MAX_LOOKS:
+                raise UsageError(f"--{name}: expected 1 to {MAX_LOOKS}, got {count}")
+        for name, most in (("quality_exponent", MAX_EXPONENT), ("stability_exponent", MAX_EXPONENT), ("min_region", MAX_PIXELS)):
+            if not 0 <= (value := getattr(self, name)) <= most:
+                raise UsageError(
+                    f"--{name.replace('_', '-')}: expected a number in 0..{most}, got {value}",
+                    hint=f"the default is {getattr(Rules, name)}",
+                )
         for name, value in (self.tag_thresholds or {}).items():
             if not 0 <= value <= 1:
                 raise UsageError(f"--tag-thresholds: {name!r}: expected a number in 0..1, got {value}")
@@ -162,6 +169,7 @@ class Chain:
         ignore_unknown: bool = False,
         rules: Rules | None = None,
         masks: bool = True,
+        confidence: bool = False,
         until: Literal["tag", "detect", "fuse"] = "fuse",
     ) -> Chain:
         """Load only the engines that this run needs.
@@ -177,6 +185,7 @@ class Chain:
             boxes: VOC XML or YOLO folder, COCO or wsss JSON file, or a label store; replaces CLIP and Grounding-DINO.
             ignore_unknown: ignore and count entries of ``labels`` and ``boxes`` with classes that are not in the list.
             masks: keep SAM's mask of each box, in results and in label stores. A segmenter has none.
+            confidence: make a map of each pixel's confidence too. A segmenter always does.
             until: the last stage that will be called; the models of later ones need not be in the bundle.
 
         Warns:
@@ -322,10 +331,26 @@ class Chain:
         if until == "detect":
             return cls(known, detect=detect, segment=no_masks, fuse=_no_labels, **shared)
         sam = take("sam")
-        segment = MaskPredictor(sam, opener(sam, "encoder"), opener(sam, "decoder"), resizer=resizer(sam))
-        fuse = Fuser(sam, opener(sam, "fuse"), margin=rules.margin, quality_exponent=rules.quality_exponent, keep_masks=masks)
-        if masks:  # absent otherwise, as in stores of versions that kept none
-            settings["masks"] = True
+        segment = MaskPredictor(
+            sam,
+            opener(sam, "encoder"),
+            opener(sam, "decoder"),
+            resizer=resizer(sam),
+            multimask=rules.multimask,
+            min_region=rules.min_region,
+            stability=bool(rules.stability_exponent),
+        )
+        fuse = Fuser(
+            sam,
+            opener(sam, "fuse"),
+            margin=rules.margin,
+            quality_exponent=rules.quality_exponent,
+            stability_exponent=rules.stability_exponent,
+            confidence=confidence,
+            keep_masks=masks,
+        )
+        # Absent otherwise, as in stores of versions that had none.
+        settings |= {name: True for name, kept in (("masks", masks), ("confidence", confidence)) if kept}
         # Their contents are hashed in the line of each image, so that corrections do not need a new store.
         if names := {
             flag: os.path.basename(os.path.abspath(path)) for flag, path in (("labels", labels), ("boxes", boxes)) if path

@@ -2,7 +2,7 @@
 
 A pixel goes to the mask with the largest value, box score x predicted IoU x sigmoid(logit), whatever the order of the masks or
 the class ids; `mask_scores` is the part of it that belongs to a whole mask. Where the value of another class is within ``margin``
-of the winner's, the pixel is void (255). An image without masks is background everywhere.
+of the winner's, the pixel is void (255). An image without masks is background everywhere, with certainty.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..engines.engine import Engine, Resident, uploaded
 from ..engines.tensors import Gathered
 from ..frame import upsample_matrix
 from ..spec import Model
+from .segment import lacks
 
 TILE_BYTES = 64 << 20
 """Most bytes of upsampled logits in one call. Larger photographs are fused in tiles, with the same result."""
@@ -33,15 +34,31 @@ class Fuser:
         engine: its ``fuse`` graph.
         margin: share of the winner's value; a pixel is void where another class comes closer than that. 0: no void.
         quality_exponent: exponent of the predicted IoU in a mask's value. 0: it does not count.
+        stability_exponent: the same of its stability score.
+        confidence: make the confidence of every pixel too (`wsss.export.sam.fuse.vote`).
         keep_masks: copy the logits of the masks to the host too, 256 KB a box, for `PseudoLabels.masks`.
+
+    Raises:
+        BundleError: ``confidence`` is asked of a graph that was exported without it.
     """
 
     def __init__(
-        self, model: Model, engine: Engine, *, margin: float = 0.1, quality_exponent: float = 1.0, keep_masks: bool = False
+        self,
+        model: Model,
+        engine: Engine,
+        *,
+        margin: float = 0.1,
+        quality_exponent: float = 1.0,
+        stability_exponent: float = 0.0,
+        confidence: bool = False,
+        keep_masks: bool = False,
     ) -> None:
+        if confidence and "confidence" not in engine.outputs:
+            raise lacks("--confidence", "the confidence of pixels", model)
         self._engine = engine
         self._side = int(model.manifest.settings["logits_side"])
-        self.margin, self.keep_masks, self._exponent = margin, keep_masks, quality_exponent
+        self.margin, self.keep_masks = margin, keep_masks
+        self._exponents, self._confidence = (quality_exponent, stability_exponent), confidence
         self._matrix = lru_cache(maxsize=MATRICES)(partial(_uploaded_matrix, engine))
 
     def __call__(self, images: Images, labels: Labels, boxes: Boxes, masks: Masks) -> PseudoLabels:
@@ -52,12 +69,14 @@ class Fuser:
         """
         area, won = np.zeros(len(boxes), np.int64), np.zeros(len(boxes), np.int64)
         maps = [np.zeros(photo.shape, np.uint8) for photo in images]
-        score = mask_scores(boxes.score, masks.quality, self._exponent)
+        sure = [np.full(photo.shape, 255, np.uint8) for photo in images] if self._confidence else None
+        stability = masks.stability if self._exponents[1] else None
+        score = mask_scores(boxes.score, masks.quality, self._exponents[0], stability, self._exponents[1])
         chosen = [self._best(score, np.flatnonzero(boxes.image == number)) for number in range(len(images))]
         fused, places = Gathered(), []
         for number, tile, out in self._fused(chosen, score, boxes, masks):
             places.append((number, tile))
-            for name in ("label_map", "area", "won"):
+            for name in ("label_map", "area", "won", *(["confidence"] if self._confidence else [])):
                 fused.add(out[name])
         logits = masks.logits if self.keep_masks else []
         for part in logits:
@@ -67,9 +86,11 @@ class Fuser:
             maps[number][tile] = next(arrays)
             area[chosen[number]] += next(arrays)
             won[chosen[number]] += next(arrays)
+            if sure is not None:
+                sure[number][tile] = next(arrays)
         kept = replace(masks, logits=list(arrays)) if self.keep_masks else None
         names = [photo.name for photo in images]
-        return PseudoLabels(names, maps, labels, boxes, masks.quality, area, won, masks=kept)
+        return PseudoLabels(names, maps, labels, boxes, masks.quality, area, won, sure, kept, stability)
 
     def _best(self, score: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return rows[np.sort(np.argsort(-score[rows], kind="stable")[: self._engine.axes["picked"].max])]
@@ -114,13 +135,23 @@ class Fuser:
         return uploaded(self._engine, np.stack(gathered)), np.arange(len(rows))
 
 
-def mask_scores(score: np.ndarray, quality: np.ndarray, exponent: float) -> np.ndarray:
-    """(N,) float32, what the masks' probabilities are multiplied by: box score x predicted IoU ** exponent.
+def mask_scores(
+    score: np.ndarray,
+    quality: np.ndarray,
+    exponent: float,
+    stability: np.ndarray | None = None,
+    stability_exponent: float = 0.0,
+) -> np.ndarray:
+    """(N,) float32, what the masks' probabilities are multiplied by: box score x predicted IoU ** exponent, and the same of the
+    stability score if it is given.
 
     Args:
-        score, quality: (N,) float32; SAM's predicted IoU may be outside of 0..1.
+        score, quality, stability: (N,) float32; SAM's predicted IoU may be outside of 0..1.
     """
-    return (score * np.clip(quality, 1e-3, 1) ** exponent).astype(np.float32)
+    value = score * np.clip(quality, 1e-3, 1) ** exponent
+    if stability is not None:
+        value = value * np.clip(stability, 1e-3, 1) ** stability_exponent
+    return value.astype(np.float32)
 
 
 def _uploaded_matrix(engine: Engine, side: int, canvas: int, valid: int, image: int) -> np.ndarray | Resident:

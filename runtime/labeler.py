@@ -66,6 +66,7 @@ class Labeler:
         ignore_unknown: bool = False,
         rules: Rules | None = None,
         masks: bool = True,
+        confidence: bool = False,
     ) -> Labeler:
         """Load only the engines that are needed.
 
@@ -81,6 +82,7 @@ class Labeler:
             ignore_unknown: ignore and count entries of ``labels`` and ``boxes`` with classes that are not in the list.
             rules: thresholds.
             masks: keep SAM's mask of each box, in results and in label stores. A segmenter has none.
+            confidence: make a map of each pixel's confidence too. A segmenter always does.
 
         Warns:
             WsssWarning: the bundle's models are ``mini`` and know none of the classes.
@@ -107,6 +109,7 @@ class Labeler:
                     ignore_unknown=ignore_unknown,
                     rules=rules,
                     masks=masks,
+                    confidence=confidence,
                 )
             )
 

@@ -66,6 +66,7 @@ class Result(Detections):
 
     label_map: (H, W) uint8, the photograph's size: 0 background, 1..C ``names``, 255 void.
     quality: (N,) float32, the IoU that SAM predicts for each mask.
+    confidence: (H, W) uint8, 255 is certain and void is 0; None if the labeler was opened without.
     pixels: (H, W, 3) uint8 RGB, the photograph, EXIF rotation applied.
     """
 
@@ -78,6 +79,7 @@ class Result(Detections):
     pixels: np.ndarray
     runs: tuple[MaskRuns, ...] | None
     """SAM's mask of each box as runs, which take little memory; None with ``masks=False``."""
+    confidence: np.ndarray | None = None
 
     @cached_property
     def masks(self) -> np.ndarray:
@@ -213,6 +215,7 @@ def results_of(batch: PseudoLabels, pixels: Sequence[np.ndarray], names: tuple[s
                 quality=batch.quality[mine],
                 tags={names[label]: round(float(score[label]), 4) for label in present},
                 pixels=pixels[row],
+                confidence=None if batch.confidence is None else batch.confidence[row],
                 runs=tuple(masks_of(batch.masks, batch.boxes, row)) if batch.masks is not None else None if len(mine) else (),
             )
         )

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..batch import Boxes, Images, Masks, Photograph, Tensor
-from ..engines.engine import Engine, outliving
+from ..engines.engine import Engine, outliving, uploaded
+from ..errors import BundleError
 from ..frame import Frame, frame_for
 from ..spec import Model
 from .canvas import Rows, input_of, on_canvas, together
+from .mask_regions import check_scipy, without_small_regions
 from .resize import Resizer
 
 
@@ -34,11 +36,36 @@ class MaskPredictor:
         model: the bundle's ``sam``.
         encoder, decoder: its engines.
         resizer: makes the canvases on the engines' device; None: the host does.
+        multimask: take the best of three masks, by predicted IoU, in place of the one for an unambiguous prompt.
+        min_region: holes and separate parts of a mask below so many pixels of the photograph are filled and removed
+            (`wsss.runtime.mask_regions`). 0: none.
+        stability: whether the masks' stability scores are needed; otherwise they are given where the decoder has them.
+
+    Raises:
+        BundleError: the decoder was exported without the best of three, or without stability scores.
+        UsageError: ``min_region`` without scipy.
     """
 
-    def __init__(self, model: Model, encoder: Engine, decoder: Engine, *, resizer: Resizer | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        encoder: Engine,
+        decoder: Engine,
+        *,
+        resizer: Resizer | None = None,
+        multimask: bool = False,
+        min_region: int = 0,
+        stability: bool = False,
+    ) -> None:
         self._preprocess = model.manifest.preprocess
         self._encoder, self._decoder, self._resizer = encoder, decoder, resizer
+        self._multimask, self._min_region = multimask, min_region
+        if multimask and "multimask" not in decoder.inputs:
+            raise lacks("--multimask", "the best of three masks", model)
+        if stability and "stability" not in decoder.outputs:
+            raise lacks("--stability-exponent", "stability scores", model)
+        if min_region:
+            check_scipy()
 
     def __call__(self, images: Images, boxes: Boxes) -> Masks:
         """One mask per box; an image without a box is not encoded."""
@@ -58,6 +85,8 @@ class MaskPredictor:
         """Predict one mask per box of the embedded images."""
         count = len(boxes)
         masks = Masks([], np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.float32), embedded.frames)
+        if "stability" in self._decoder.outputs:
+            masks.stability = np.zeros(count, np.float32)
         for group, embeddings in zip(embedded.groups, embedded.embeddings, strict=True):
             self._decode(embeddings, group, boxes, masks)
         return masks
@@ -103,22 +132,37 @@ class MaskPredictor:
         rows = np.flatnonzero(np.isin(boxes.image, group))
         for call in calls_by_image(boxes.image[rows], self._decoder.axes["boxes"].max):
             chosen = rows[call]
-            out = self._decoder(
-                {
-                    **embeddings,
-                    "boxes": np.stack([self._to_model(boxes, row, masks.frames) for row in chosen]),
-                    "image": np.searchsorted(group, boxes.image[chosen]),
-                }
-            )
+            feeds = {
+                **embeddings,
+                "boxes": np.stack([self._to_model(boxes, row, masks.frames) for row in chosen]),
+                "image": np.searchsorted(group, boxes.image[chosen]),
+            }
+            if "multimask" in self._decoder.inputs:  # not in bundles of earlier versions
+                feeds["multimask"] = np.full(len(chosen), self._multimask)
+            out = self._decoder(feeds)
             masks.part[chosen], masks.row[chosen] = len(masks.logits), np.arange(len(chosen))
             masks.quality[chosen] = np.asarray(out["quality"])
-            masks.logits.append(outliving(out["logits"]))
+            if masks.stability is not None:
+                masks.stability[chosen] = np.asarray(out["stability"])
+            logits = outliving(out["logits"])
+            if self._min_region:
+                frames = [masks.frames[number] for number in boxes.image[chosen]]
+                logits = uploaded(self._decoder, without_small_regions(np.array(logits), frames, self._min_region))
+            masks.logits.append(logits)
 
     @staticmethod
     def _to_model(boxes: Boxes, row: int, frames: list[Frame | None]) -> np.ndarray:
         frame = frames[boxes.image[row]]
         assert frame is not None
         return frame.xyxy_model_from_image(boxes.xyxy_image[row])
+
+
+def lacks(flag: str, what: str, model: Model) -> BundleError:
+    """The error of a flag that needs what a bundle of an earlier version does not have."""
+    return BundleError(
+        f"{flag}: expected a bundle whose sam has {what}, got one that was exported before",
+        hint=f"export it again: wsss export --model sam --variant {model.manifest.variant}",
+    )
 
 
 def calls_by_image(image: np.ndarray, most: int) -> list[np.ndarray]:

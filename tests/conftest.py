@@ -87,13 +87,16 @@ def encode(feeds: Feeds) -> Feeds:
 
 
 def decode(feeds: Feeds) -> Feeds:
-    """The box's main color inside the box, logits of +-4."""
+    """The box's main color inside the box, logits of +-4; of a box with ``multimask`` only the upper half, with a worse IoU."""
     logits = np.full((len(feeds["boxes"]), SIDE, SIDE), -4, np.float32)
     for row, (box, image) in enumerate(zip(feeds["boxes"].round().astype(int), feeds["image"], strict=True)):
         x0, y0, x1, y1 = box
         inside = feeds["embedding"][image][:, y0:y1, x0:x1]
         logits[row, y0:y1, x0:x1] = 8 * inside[inside.sum(axis=(1, 2)).argmax()] - 4
-    return {"logits": logits, "quality": np.full(len(logits), 0.9, np.float32)}
+        if feeds["multimask"][row]:
+            logits[row, (y0 + y1) // 2 :] = -4
+    quality = np.where(feeds["multimask"], 0.8, 0.9).astype(np.float32)
+    return {"logits": logits, "quality": quality, "token": feeds["multimask"].astype(np.int64), "stability": 0 * quality + 1}
 
 
 def fuse(feeds: Feeds) -> Feeds:
@@ -109,6 +112,7 @@ def fuse(feeds: Feeds) -> Feeds:
         "label_map": np.where(contested, 255, np.where(owned, label, 0)).astype(np.uint8),
         "area": (z > 0).sum(axis=(1, 2)),
         "won": np.bincount(winner[owned], minlength=len(z)).astype(np.int64),
+        "confidence": np.rint(255 * np.select([contested, owned], [0, best - rival], 1)).astype(np.uint8),
     }
 
 
@@ -137,8 +141,18 @@ SCRIPTS: dict[
     ),
     ("sam", "decoder"): (
         decode,
-        tensors(embedding=(("images", 3, SIDE, SIDE), "float32"), boxes=(("boxes", 4), "float32"), image=(("boxes",), "int64")),
-        tensors(logits=(("boxes", SIDE, SIDE), "float32"), quality=(("boxes",), "float32")),
+        tensors(
+            embedding=(("images", 3, SIDE, SIDE), "float32"),
+            boxes=(("boxes", 4), "float32"),
+            image=(("boxes",), "int64"),
+            multimask=(("boxes",), "bool"),
+        ),
+        tensors(
+            logits=(("boxes", SIDE, SIDE), "float32"),
+            quality=(("boxes",), "float32"),
+            token=(("boxes",), "int64"),
+            stability=(("boxes",), "float32"),
+        ),
         {"images": AxisRange(1, 2, 2), "boxes": AxisRange(1, 2, 4)},
     ),
     ("sam", "fuse"): (
@@ -152,7 +166,12 @@ SCRIPTS: dict[
             columns=(("width", SIDE), "float32"),
             margin=((1,), "float32"),
         ),
-        tensors(label_map=(("height", "width"), "uint8"), area=(("picked",), "int64"), won=(("picked",), "int64")),
+        tensors(
+            label_map=(("height", "width"), "uint8"),
+            area=(("picked",), "int64"),
+            won=(("picked",), "int64"),
+            confidence=(("height", "width"), "uint8"),
+        ),
         {
             "masks": AxisRange(1, 2, 8),
             "picked": AxisRange(1, 2, 8),

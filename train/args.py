@@ -154,8 +154,9 @@ class LossArgs:
     kind: Literal["cross-entropy", "bootstrapped", "symmetric", "generalized", "hard", "masks"] = "cross-entropy"
     """bootstrapped, symmetric and generalized: for wrong labels. hard: cross-entropy of hard pixels alone, for clean labels.
     masks: the set loss, for mask2former and eomt only."""
-    confidence: bool = True
-    """Weight every pixel by the label store's confidence in its class in that image, relative to the class's mean."""
+    confidence: Literal["off", "box", "pixel"] = "box"
+    """What weights the loss of a pixel. box: the rank of the label store's confidence in its class in that image. pixel: the rank
+    of the pixel's own, from wsss label --confidence. off: nothing. Earlier versions had true for box and false for off."""
     confidence_floor: float = 0.1
     """Smallest such weight."""
     bootstrap: float = 0.8
@@ -404,9 +405,15 @@ def _built(kind: type[Any], settings: Tables, prefix: str) -> Any:
     return kind(**{key: _value(value, hints[key], prefix + key) for key, value in settings.items()})
 
 
+def of_this_version(key: str, value: Any) -> Any:
+    """A setting's value as this version names it, for example ``box`` for ``loss.confidence = true`` of earlier ones."""
+    return ("box" if value else "off") if key == "loss.confidence" and isinstance(value, bool) else value
+
+
 def _value(value: Any, hint: Any, key: str) -> Any:
     """Check a value against a field's type; ints are accepted for floats, lists for tuples."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    value = of_this_version(key, value)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UsageError(f"{key}: expected a table [{key}], got {reprlib.repr(value)}", hint=f"--set {key}.NAME=VALUE")

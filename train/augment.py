@@ -25,31 +25,35 @@ def working_size(shape: tuple[int, ...], args: DataArgs, scale: float = 1.0) -> 
     return scaled(height, width, scale * (shorter_factor(height, width, args.shorter_px) if args.shorter_px else 1))
 
 
-def random_crop(pixels: np.ndarray, label: np.ndarray, args: DataArgs, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def random_crop(
+    pixels: np.ndarray, label: np.ndarray, args: DataArgs, rng: np.random.Generator, confidence: np.ndarray | None = None
+) -> tuple[np.ndarray, ...]:
     """Cut an augmented square out of a photograph that is resized by a random factor.
 
     The square may lie anywhere in the resized photograph. One that is too small lies anywhere in the square, which is filled up
     with the mean color and void. See `DataArgs` for the settings.
 
     Args:
-        pixels: (H, W, 3) uint8 RGB. label: (H, W) uint8.
+        pixels: (H, W, 3) uint8 RGB. label: (H, W) uint8. confidence: (H, W) uint8 of the label, or None.
 
     Returns:
-        Pixels (crop, crop, 3) and label (crop, crop), uint8, C-contiguous.
+        Pixels (crop, crop, 3) and label (crop, crop), uint8, C-contiguous; and the confidence (crop, crop) if there is one.
     """
     size = working_size(label.shape, args, random_scale(args, rng))
     window = random_window(label, size, args, rng)
     crop = np.empty((args.crop, args.crop, 3), np.uint8)
-    mask = np.full((args.crop, args.crop), VOID, np.uint8)
+    maps = [label] if confidence is None else [label, confidence]
+    masks = [np.full((args.crop, args.crop), VOID, np.uint8) for _ in maps]
     left, top, right, bottom = inside = _intersection(window, size)
     place = np.s_[top - window[1] : bottom - window[1], left - window[0] : right - window[0]]
     if inside != window:
         crop[:] = [round(value) for value in args.mean]
     crop[place] = distorted(resized(pixels, size, inside), args.jitter, rng)
-    mask[place] = resized_label(label, size, inside)
+    for mask, each in zip(masks, maps, strict=True):
+        mask[place] = resized_label(each, size, inside)
     if rng.random() < args.flip:
-        return np.ascontiguousarray(crop[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
-    return crop, mask
+        return tuple(np.ascontiguousarray(each[:, ::-1]) for each in (crop, *masks))
+    return crop, *masks
 
 
 def random_scale(args: DataArgs, rng: np.random.Generator) -> float:

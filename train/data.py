@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..batch import VOID
 from ..cores import cores
 from ..errors import StoreError, WsssError
 from ..photographs import read_photograph
+from ..store.local import read_confidence
 from .args import DataArgs, MachineArgs
 from .augment import random_crop
 from .dataset.survey import Item
@@ -47,7 +49,8 @@ class Batch:
     label: Tensor
     """(B, crop, crop) uint8, 255 is ignored."""
     confidence: Tensor
-    """(B, C + 1) float32 >= 0: the weight of each label value in each image, see `ranked_confidence`."""
+    """float32 >= 0: the weight of each label value in each image (B, C + 1), see `ranked_confidence`; or of each pixel
+    (B, crop, crop), see `ranked_pixels`."""
     item: Tensor
     """(B,) int64, index into the training items. Stays on the CPU."""
 
@@ -118,6 +121,8 @@ class Crops(Dataset[Batch | WsssError]):
 
     Args:
         confidence: (N, C + 1) float32 for the items, `ranked_confidence`.
+        of_pixels: (C + 1, 256) float32, `ranked_pixels`: the weight of a pixel by its label and its confidence in the store, in
+            place of ``confidence``.
     """
 
     def __init__(
@@ -130,20 +135,27 @@ class Crops(Dataset[Batch | WsssError]):
         seed: int,
         order: Order,
         confidence: np.ndarray,
+        of_pixels: np.ndarray | None = None,
     ) -> None:
         self._store, self._images, self._items = store, images, items
         self._args, self._seed, self._order = args, seed, order
-        self._confidence = torch.from_numpy(confidence)
+        self._confidence, self._of_pixels = torch.from_numpy(confidence), of_pixels
 
     def __getitem__(self, position: int) -> Batch | WsssError:
         row = self._order[position]
         try:
-            pair = read_pair(self._store, self._images, self._items[row])
+            item = self._items[row]
+            pair = read_pair(self._store, self._images, item)
+            sure = None if self._of_pixels is None else read_confidence(self._store, item.label, shape=item.size)
         except WsssError as error:
             return error
         rng = np.random.default_rng([_AUGMENT, self._seed, position])
-        pixels, label = map(torch.from_numpy, random_crop(*pair, self._args, rng))
-        return Batch(pixels=pixels[None], label=label[None], confidence=self._confidence[row][None], item=torch.tensor([row]))
+        pixels, label, *sures = random_crop(*pair, self._args, rng, sure)
+        weights = self._confidence[row]
+        if self._of_pixels is not None:
+            weights = torch.from_numpy(self._of_pixels[np.where(label == VOID, 0, label), sures[0]])
+        pixels, label = torch.from_numpy(pixels), torch.from_numpy(label)
+        return Batch(pixels=pixels[None], label=label[None], confidence=weights[None], item=torch.tensor([row]))
 
 
 class WholeImages(Dataset[tuple[Tensor, Tensor] | WsssError]):
@@ -251,6 +263,21 @@ def ranked_confidence(items: Sequence[Item]) -> np.ndarray:
         share = np.bincount(value, pixels[:, label]) / pixels[:, label].sum()
         weights[:, label] = (2 * np.cumsum(share) - share)[value]
     return weights
+
+
+def ranked_pixels(counted: Sequence[Sequence[int]]) -> np.ndarray:
+    """(C + 1, 256) float32 weights in 0..2 by the rank of a pixel's confidence among the pixels with the same label.
+
+    A pixel weighs twice the share of its label's pixels with a lower confidence, with half of those with the same: as
+    `ranked_confidence` with pixels in place of images, and for background too. A label without pixels weighs 1.
+
+    Args:
+        counted: (C + 1, 256), `Survey.confidence`.
+    """
+    pixels = np.array(counted, np.float64)
+    total = pixels.sum(axis=1, keepdims=True)
+    share = pixels / np.where(total > 0, total, 1)
+    return np.where(total > 0, 2 * np.cumsum(share, axis=1) - share, 1).astype(np.float32)
 
 
 def class_weights(items: Sequence[Item]) -> np.ndarray:

@@ -23,7 +23,18 @@ from . import curve
 from .args import Config
 from .augment import working_size
 from .checkpoint import LAST, RunRecord, load_run, read_record, save_best, write_record
-from .data import Batch, Crops, Order, Positions, batches, class_weights, ranked_confidence, repeat_factors, workers_of
+from .data import (
+    Batch,
+    Crops,
+    Order,
+    Positions,
+    batches,
+    class_weights,
+    ranked_confidence,
+    ranked_pixels,
+    repeat_factors,
+    workers_of,
+)
 from .dataset.canvases import canvases_for
 from .dataset.masks import ValidationSet, is_label_store
 from .dataset.survey import Survey
@@ -282,7 +293,17 @@ def _steps(run: Run, source: Source) -> Iterator[list[Batch]]:
     balance = repeat_factors(source.training, args.sampling_threshold) if args.balance == "sampling" else None
     order = Order(len(source.training), config.seed, balance)
     confidence = ranked_confidence(source.training)
-    crops = Crops(source.store, source.images, source.training, args, seed=config.seed, order=order, confidence=confidence)
+    of_pixels = ranked_pixels(source.survey.confidence) if config.loss.confidence == "pixel" else None
+    crops = Crops(
+        source.store,
+        source.images,
+        source.training,
+        args,
+        seed=config.seed,
+        order=order,
+        confidence=confidence,
+        of_pixels=of_pixels,
+    )
     positions = Positions(args, first=run.progress.step, steps=steps, rank=world.rank, world=world.size)
     loaded = batches(crops, positions, workers=workers_of(machine, world), pin=world.device.type == "cuda")
     while parts := [part.to(world.device) for part in islice(loaded, args.accumulate)]:

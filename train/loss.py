@@ -38,7 +38,8 @@ class Criterion(Protocol):
         Args:
             outputs: outputs of the network in training.
             label: (B, H, W) uint8, 255 is ignored.
-            confidence: (B, C) float32 >= 0, background first; 1 is the mean of a class (`wsss.train.data.ranked_confidence`).
+            confidence: (B, C) float32 >= 0, background first; 1 is the mean of a class (`wsss.train.data.ranked_confidence`). Or
+                (B, H, W), of each pixel.
             divisors: (K,) sums of ``weights`` over the complete step.
         """
         ...
@@ -73,13 +74,10 @@ class PixelLoss(nn.Module):
 
     def pixel_weights(self, label: Tensor, confidence: Tensor) -> Tensor:
         """(B, H, W) float32, 0 where the label is void."""
-        weight = torch.ones_like(confidence)  # (B, C)
-        if self.args.confidence:
-            weight = confidence.clamp(min=self.args.confidence_floor)
+        sure, known = sure_pixels(label, confidence, self.args), label != VOID
         if self.class_weights is not None:
-            weight = weight * self.class_weights
-        by_value = F.pad(weight, (0, 256 - weight.shape[1]))  # (B, 256)
-        return by_value.gather(1, label.flatten(1).long()).view(label.shape)
+            sure = sure * self.class_weights[torch.where(known, label, 0).long()]
+        return torch.where(known, sure, 0)
 
     def weights(self, label: Tensor, confidence: Tensor) -> Tensor:
         labeled = (label != VOID).flatten(1).any(dim=1).sum()
@@ -107,6 +105,21 @@ class PixelLoss(nn.Module):
             regions = [self.region(logits[row : row + 1], y[row : row + 1]) for row in rows]
             total = total + self.args.region_weight * sum(regions, start=0 * total) / divisors[1].clamp(min=1)
         return total
+
+
+def sure_pixels(label: Tensor, confidence: Tensor, args: LossArgs) -> Tensor:
+    """The weight of every pixel by its confidence, (B, H, W) float32; that of void pixels means nothing.
+
+    Args:
+        label, confidence: as in `Criterion`.
+    """
+    if args.confidence == "off":
+        return torch.ones(label.shape, device=label.device)
+    sure = confidence.clamp(min=args.confidence_floor)
+    if sure.ndim == label.ndim:
+        return sure
+    by_value = F.pad(sure, (0, 256 - sure.shape[1]))  # (B, 256)
+    return by_value.gather(1, label.flatten(1).long()).view(label.shape)
 
 
 def _region_loss(kind: str) -> Callable[[Tensor, Tensor], Tensor] | None:

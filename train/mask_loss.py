@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..batch import VOID
 from .args import LossArgs
-from .loss import Outputs
+from .loss import Outputs, sure_pixels
 
 CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT, NO_OBJECT_WEIGHT = 2.0, 5.0, 5.0, 0.1
 """arXiv:2112.01527, section 4 (training settings)."""
@@ -42,25 +42,25 @@ class MaskLoss(nn.Module):
     def forward(self, outputs: Outputs, label: Tensor, confidence: Tensor, divisors: Tensor) -> Tensor:
         assert isinstance(outputs, tuple)
         small = _on_grid(label)  # (B, h, w)
+        sure = sure_pixels(small, _on_grid(confidence) if confidence.ndim == label.ndim else confidence, self.args)
         total = torch.zeros((), device=label.device)
         for class_logits, mask_logits in outputs:
             for row in range(len(label)):
                 classes = _present(small[row]).nonzero()[:, 0]
                 total = total + self._image_loss(
-                    class_logits[row].float(), mask_logits[row].float(), small[row], classes, confidence[row], divisors
+                    class_logits[row].float(), mask_logits[row].float(), small[row], classes, sure[row], divisors
                 )
         return total
 
     def _image_loss(
-        self, class_logits: Tensor, mask_logits: Tensor, label: Tensor, classes: Tensor, confidence: Tensor, divisors: Tensor
+        self, class_logits: Tensor, mask_logits: Tensor, label: Tensor, classes: Tensor, sure: Tensor, divisors: Tensor
     ) -> Tensor:
-        """The loss of one image and one layer: (Q, C + 1), (Q, h, w), (h, w), (M,), (C,), (2,) to a scalar."""
+        """The loss of one image and one layer: (Q, C + 1), (Q, h, w), (h, w), (M,), (h, w), (2,) to a scalar."""
         nothing = class_logits.shape[-1] - 1
         target = torch.full((self.queries,), nothing, device=label.device)
         known = (label != VOID).flatten()
         z = mask_logits.flatten(1)[:, known]  # (Q, P)
         masks = (label.flatten()[known][None] == classes[:, None]).float()  # (M, P)
-        sure = confidence.clamp(min=self.args.confidence_floor) if self.args.confidence else torch.ones_like(confidence)
         query, mask = _matched(class_logits, z, classes, masks)
         target[query] = classes[mask]
         weight = torch.ones(nothing + 1, device=label.device)
@@ -68,7 +68,7 @@ class MaskLoss(nn.Module):
         loss = CLASS_WEIGHT * (F.cross_entropy(class_logits, target, reduction="none") * weight[target]).sum() / divisors[0]
         if len(query) and z.shape[1]:
             z, masks = z[query], masks[mask]
-            pixel = sure[label.flatten()[known].long()][None]  # (1, P)
+            pixel = sure.flatten()[known][None]  # (1, P)
             entropy = (F.binary_cross_entropy_with_logits(z, masks, reduction="none") * pixel).sum(1) / pixel.sum()
             p = z.sigmoid()
             dice = 1 - (2 * (p * masks * pixel).sum(1) + 1) / (((p + masks) * pixel).sum(1) + 1)
@@ -77,7 +77,7 @@ class MaskLoss(nn.Module):
 
 
 def _on_grid(label: Tensor) -> Tensor:
-    """(B, H, W) uint8 on the grid of the mask logits: every `STRIDE`-th pixel."""
+    """A map (B, H, W) on the grid of the mask logits: every `STRIDE`-th pixel."""
     return label[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
 
 

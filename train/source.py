@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import StoreError, WsssError
 from ..reading.documents import read_json
 from ..store.decisions import exclusion
-from .args import Config, deciding
+from .args import Config, deciding, of_this_version
 from .checkpoint import BEST, LAST, write_json
 from .dataset.masks import ValidationSet, is_label_store, survey_masks, survey_of
 from .dataset.survey import Item, Survey, read_survey, write_survey
@@ -67,7 +67,15 @@ def checked_source(
     if world.is_first:
         prepare_folder(out, config)
         log(f"checking {store}")
-        survey = survey_of(store, images, classes=classes, listed=listed, exclude=exclusion(exclude), log=log)
+        survey = survey_of(
+            store,
+            images,
+            classes=classes,
+            listed=listed,
+            exclude=exclusion(exclude),
+            log=log,
+            confidence=config.loss.confidence == "pixel",
+        )
         if survey.failed:
             log(f"{survey.failed} images of the store could not be labeled and are left out")
         if validation is not None:
@@ -222,7 +230,7 @@ def _allow_more_steps(out: Path, was: dict[str, Any], config: Config) -> None:
 def _check_same(out: Path, was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
     """Raises WsssError, naming the first difference, unless a run's settings equal the current ones."""
     for key, value in now.items():
-        before = was.get(key)
+        before = of_this_version(f"{prefix}{key}", was.get(key))
         if isinstance(value, dict) and isinstance(before, dict):
             _check_same(out, before, value, f"{prefix}{key}.")
         elif before != value:

@@ -129,6 +129,7 @@ class Masks:
     part, row: (N,) int64; box i's mask is ``logits[part[i]][row[i]]``.
     quality: (N,) float32, the IoU that the decoder predicts (SAM, arXiv:2304.02643, appendix A).
     frames: one per image of the batch, None for an image without boxes.
+    stability: (N,) float32 in [0, 1], each mask's stability score; None of a decoder that does not give it.
     """
 
     logits: list[Tensor]
@@ -136,6 +137,7 @@ class Masks:
     row: np.ndarray
     quality: np.ndarray
     frames: list[Frame | None]
+    stability: np.ndarray | None = None
 
 
 @dataclass(slots=True)
@@ -148,6 +150,7 @@ class PseudoLabels:
     area: (N,) int64 per box, pixels of its mask; won: those that have its label in the label map.
     confidence: one (H, W) uint8 per image, 255 is certain; None if the chain has no such maps.
     masks: the masks of the boxes before they were fused, with logits on the host; None if they are not kept.
+    stability: (N,) float32 per box, the mask's stability score; None where it does not count.
     """
 
     names: list[str]
@@ -159,6 +162,7 @@ class PseudoLabels:
     won: np.ndarray
     confidence: list[np.ndarray] | None = None
     masks: Masks | None = None
+    stability: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.label_maps)

@@ -240,6 +240,24 @@ def confidence_weights() -> str:
     return table(["labels", "no weights", *(f"by {name}" for name in names[1:])], rows)
 
 
+def mask_options() -> str:
+    """Options of SAM's masks: what they gain, and their cost beside the decoder's."""
+    found, cost = result("mask-options")["gains"], result("mask-options")["milliseconds of a box"]
+    decoder, twice = cost["decoder"], cost["official decoder, mask prompt"] / cost["official decoder"]
+    of_name = {
+        "best of three": cost["decoder, best of three"] - decoder,
+        "regions": cost["regions"],
+        "second pass": twice * decoder,
+        "stability": cost["stability score"],
+    }
+    rows: list[Row] = [[f"defaults: mIoU {found['miou']:.3f}", "", f"{decoder:.0f} ms"]]
+    for name, each in found["options"].items():
+        of_box = next(value for start, value in of_name.items() if name.startswith(start))
+        interval = f"{each['gain']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
+        rows.append([name, interval, f"{of_box:+.1f} ms" if abs(of_box) >= 0.05 else "none"])
+    return table([f"{found['scenes']} hard scenes", "mIoU gained", "cost"], rows)
+
+
 def training_speed() -> str:
     """Images that a core prepares, and a step beside a plain loop."""
     found = result("training-speed")
@@ -600,6 +618,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampling-forms": sampling,
     "stage-two": stage_two,
     "confidence-weights": confidence_weights,
+    "mask-options": mask_options,
     "training-speed": training_speed,
     "host": host,
     "graph-replays": replays,

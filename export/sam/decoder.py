@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from segment_anything.utils.amg import calculate_stability_score
 from torch import Tensor, nn
 
 from ...batch import MAX_BOXES
-from ...spec import AxisRange
-from ..family import Feeds, take_rows
+from ...errors import ParityError
+from ...spec import AxisRange, TensorSpec
+from ..family import Feeds, Tolerance, miscount, take_rows
 
 BOXES = AxisRange(1, 16, 64)
 """Boxes per decoder call."""
@@ -22,9 +24,75 @@ MASKS = AxisRange(1, 16, MAX_BOXES)
 """Masks fused in one image; more than a decoder call returns, because a photograph may need several calls."""
 
 
+MULTIMASK = TensorSpec("multimask", ("boxes",), "bool")
+"""Input: whether a box gets the best of the three masks of an ambiguous prompt, by predicted IoU, as ``argmax`` over those of
+``SamPredictor.predict(multimask_output=True)``, in place of the one mask of ``multimask_output=False``."""
+CHOSEN = (TensorSpec("token", ("boxes",), "int64"), TensorSpec("stability", ("boxes",), "float32"))
+"""Outputs: which of the four masks a box got, and its stability score."""
+STABILITY = Tolerance(
+    relative=1e-5, measure=miscount, why="a ratio of counts, to which cells within rounding of the thresholds may add or not"
+)
+COUNTS = "counts of up to 65,536 cells"
+"""Why a stability score is computed in FP32."""
+TIE = 2e-5
+"""Share of the largest logit, and of the predicted IoU's range, by which values may differ that choose a mask."""
+HALF_TIE = 3e-3
+"""The same in float16."""
+
+
 def images_per_call(batch: AxisRange) -> AxisRange:
     """Embeddings per decoder call, for an encoder's range of images."""
     return AxisRange(1, max(batch.opt, IMAGES // 2), max(batch.max, IMAGES))
+
+
+def stability(logits: Tensor, *, delta: float = 1.0) -> Tensor:
+    """How little masks (N, P) depend on their threshold (N,), in 0..1: their area at ``+delta`` over that at ``-delta``.
+
+    As segment_anything's ``calculate_stability_score(masks, 0.0, 1.0)``, and SAM 2's ``_get_stability_scores``, which gives 1 for
+    a mask without any area.
+    """
+    inside, around = (logits > delta).float().sum(dim=1), (logits > -delta).float().sum(dim=1)
+    return torch.where(around > 0, inside / around, 1.0)
+
+
+def stability_range(logits: Tensor, tie: float, delta: float = 1.0) -> tuple[float, float]:
+    """The lowest and highest stability score of logits (L, L), each of which may be off by ``tie`` of the largest."""
+    off = tie * float(logits.abs().max())
+    (inside_least, inside_most), (around_least, around_most) = (
+        [int((logits > bound + shift).sum()) for shift in (off, -off)] for bound in (delta, -delta)
+    )
+    return (
+        inside_least / around_most if around_most else 1.0,
+        min(inside_most / around_least, 1.0) if around_least else 1.0,
+    )
+
+
+def best_of(quality: Tensor, tie: float) -> list[int]:
+    """The masks, 1 to 3, with the largest of the predicted IoUs (4,), each of which may be off by ``tie``."""
+    return [1 + number for number in range(len(quality) - 1) if quality[1 + number] >= quality[1:].max() - 2 * tie]
+
+
+def chosen_mask(logits: Tensor, quality: Tensor, allowed: Sequence[int], tie: float, outputs: Feeds) -> Feeds:
+    """The reference of a box: of the official masks (4, L, L) and predicted IoUs (4,), the one that the graph took.
+
+    Args:
+        allowed: the masks that the official rule takes, near ties included.
+        outputs: the graph's for this box; those of earlier versions do not say which mask it took: the first.
+
+    Raises:
+        ParityError: the graph took another one.
+    """
+    token = int(outputs["token"][0]) if "token" in outputs else 0
+    if token not in allowed:
+        raise ParityError(f"output 'token': mask {token} was taken, the official rule takes {' or '.join(map(str, allowed))}")
+    lowest, highest = stability_range(logits[token], tie)
+    return {
+        "logits": logits[token][None].numpy(),
+        "quality": quality[token][None].numpy(),
+        "token": np.array([token]),
+        "stability": calculate_stability_score(logits[token][None], 0.0, 1.0).nan_to_num(1.0).numpy(),
+        "stability.range": np.array([[lowest], [highest]]),
+    }
 
 
 class CornerWaves(nn.Module):
@@ -92,7 +160,8 @@ def cells_of(maps: Tensor) -> Tensor:
 
 
 def sample_boxes(side: int, maps: Mapping[str, tuple[int, int, int]], most: int, rows: int, seed: int) -> Feeds:
-    """Decoder feeds: boxes of 4 px to the whole side, with interleaved images; the embeddings are smooth, as real ones are.
+    """Decoder feeds: boxes of 4 px to the whole side, with interleaved images, half of them with `MULTIMASK`; the embeddings are
+    smooth, as real ones are.
 
     Args:
         maps: names of the embeddings, and their (channels, height, width).
@@ -111,12 +180,13 @@ def sample_boxes(side: int, maps: Mapping[str, tuple[int, int, int]], most: int,
         **embeddings,
         "boxes": np.concatenate([corner, corner + extent], axis=1).astype(np.float32),
         "image": (np.arange(rows, dtype=np.int64) * 7 + 1) % images,
+        "multimask": rng.permutation(np.arange(rows) % 2 == 1),
     }
 
 
 def take_boxes(feeds: Feeds, rows: Sequence[int]) -> Feeds:
     """Select boxes, and only the embeddings that they refer to."""
-    some = take_rows({"boxes": feeds["boxes"], "image": feeds["image"]}, rows)
+    some = take_rows({name: feeds[name] for name in ("boxes", "image", "multimask") if name in feeds}, rows)
     used, image = np.unique(some["image"], return_inverse=True)
     embeddings = {name: array[used] for name, array in feeds.items() if name not in some}
-    return {**embeddings, "boxes": some["boxes"], "image": image.astype(np.int64)}
+    return {**embeddings, **some, "image": image.astype(np.int64)}

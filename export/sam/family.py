@@ -26,7 +26,26 @@ from ..rewrites import MEAN, STD, SamBlock, normalize_in_fp32, normalized, with_
 from ..verify import padded_photographs
 from ..weights import Download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record
 from . import fuse, sam2
-from .decoder import BOXES, IMAGES, MASKS, CornerWaves, Upscale, cells_of, images_per_call, sample_boxes, take_boxes
+from .decoder import (
+    BOXES,
+    CHOSEN,
+    COUNTS,
+    HALF_TIE,
+    IMAGES,
+    MASKS,
+    MULTIMASK,
+    STABILITY,
+    TIE,
+    CornerWaves,
+    Upscale,
+    best_of,
+    cells_of,
+    chosen_mask,
+    images_per_call,
+    sample_boxes,
+    stability,
+    take_boxes,
+)
 from .two_way import TwoWay
 
 BUILDERS: Mapping[str, Callable[[], Sam]] = {
@@ -164,17 +183,20 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings (I, D, G, G), boxes (N, 4) and each box's image (N,) to logits (N, L, L) and predicted IoU (N,).
+    """Embeddings (I, D, G, G), boxes (N, 4), each box's image (N,) and `MULTIMASK` (N,) to logits (N, L, L), predicted IoU (N,),
+    which of the four masks was taken (N,), and its stability score (N,).
 
-    ``PromptEncoder`` and ``MaskDecoder.predict_masks`` for boxes of several images, without the three masks that boxes do not
-    need, and with `TwoWay`. Box corners are embedded without the in-place writes of ``_embed_boxes`` (ScatterND).
+    ``PromptEncoder`` and ``MaskDecoder.predict_masks`` for boxes of several images, with `TwoWay`. The mask is chosen by its
+    predicted IoU before any is upscaled, so that only one is. Box corners are embedded without the in-place writes of
+    ``_embed_boxes`` (ScatterND).
     """
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
         prompt, decoder = sam.prompt_encoder, sam.mask_decoder
         self.transformer, self.upscale = TwoWay(decoder.transformer), Upscale(decoder.output_upscaling)
-        self.mask_head, self.quality_head = decoder.output_hypernetworks_mlps[0], decoder.iou_prediction_head
+        self.mask_heads, self.quality_head = decoder.output_hypernetworks_mlps, decoder.iou_prediction_head
+        self.stability = Fp32(stability, why=COUNTS)
         waves = CornerWaves(prompt.pe_layer.positional_encoding_gaussian_matrix, sam.image_encoder.img_size)
         self.waves = Fp32(waves, why="large phases: half precision has no digits left for the fraction of a turn")
         self.register_buffer("corners", torch.cat([prompt.point_embeddings[2].weight, prompt.point_embeddings[3].weight]))
@@ -182,11 +204,19 @@ class Decoder(nn.Module):
         self.register_buffer("no_mask", prompt.no_mask_embed.weight.reshape(1, -1, 1, 1))
         self.register_buffer("places", cells_of(prompt.get_dense_pe()))  # (1, G^2, D)
 
-    def forward(self, embedding: Tensor, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, embedding: Tensor, boxes: Tensor, image: Tensor, multimask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         prompt = self.waves(boxes) + self.corners  # (N, 2, D)
         tokens = torch.cat([self.tokens.expand(boxes.shape[0], -1, -1), prompt], dim=1)
         hidden, keys = self.transformer(cells_of(embedding + self.no_mask), self.places, tokens, image)
-        return self.upscale(keys, self.mask_head(hidden[:, 1])), self.quality_head(hidden[:, 0])[:, 0]
+        quality = self.quality_head(hidden[:, 0])  # (N, 4)
+        token = 1 + quality[:, 1:].argmax(dim=1)
+        token = torch.zeros_like(token) if multimask is None else torch.where(multimask, token, 0)
+        weights = torch.stack([head(hidden[:, 1 + number]) for number, head in enumerate(self.mask_heads)], dim=1)
+        taken = torch.arange(boxes.shape[0], device=token.device) * weights.shape[1] + token
+        logits = self.upscale(keys, weights.flatten(0, 1).index_select(0, taken))
+        return logits, quality.flatten().index_select(0, taken), token, self.stability(logits.flatten(1))
 
 
 def encoder_graph(sam: Sam, batch: AxisRange, *, one_width: bool = False) -> Graph:
@@ -223,18 +253,6 @@ def decoder_graph(sam: Sam, images: AxisRange, boxes: AxisRange) -> Graph:
     """Graph ``decoder``, see `Decoder`. Reference: the official prompt encoder and mask decoder, one box at a time."""
     side, channels, grid = sam.image_encoder.img_size, sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size[0]
 
-    @torch.inference_mode()
-    def reference(feeds: Feeds, _: Feeds) -> Feeds:
-        sparse, dense = sam.prompt_encoder(points=None, boxes=torch.from_numpy(feeds["boxes"]), masks=None)
-        logits, quality = sam.mask_decoder(
-            image_embeddings=torch.from_numpy(feeds["embedding"][feeds["image"]]),
-            image_pe=sam.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-        )
-        return {"logits": logits[:, 0].numpy(), "quality": quality[:, 0].numpy()}
-
     why = "float32 sums in another order"
     return Graph(
         name="decoder",
@@ -243,18 +261,25 @@ def decoder_graph(sam: Sam, images: AxisRange, boxes: AxisRange) -> Graph:
             TensorSpec("embedding", ("images", channels, grid, grid), "float32"),
             TensorSpec("boxes", ("boxes", 4), "float32"),
             TensorSpec("image", ("boxes",), "int64"),
+            MULTIMASK,
         ),
-        outputs=(TensorSpec("logits", ("boxes", 4 * grid, 4 * grid), "float32"), TensorSpec("quality", ("boxes",), "float32")),
+        outputs=(
+            TensorSpec("logits", ("boxes", 4 * grid, 4 * grid), "float32"),
+            TensorSpec("quality", ("boxes",), "float32"),
+            *CHOSEN,
+        ),
         axes={"images": images, "boxes": boxes},
         row_axis="boxes",
         sample=partial(sample_boxes, side, {"embedding": (channels, grid, grid)}, images.max),
-        reference=reference,
+        reference=partial(official_mask, sam, TIE),
         take=take_boxes,
         distinct=IMAGES + 1,  # boxes, of so many images less one
         tolerance={
             "logits": Tolerance(relative=1e-4, why=why),
             "quality": Tolerance(relative=math.inf, absolute=1e-5, why=f"{why}; one number, which may be 0"),
+            "stability": STABILITY,
         },
+        ties="token",
         half=InHalf(
             io=frozenset({"embedding", "logits"}),
             tolerance={
@@ -262,9 +287,25 @@ def decoder_graph(sam: Sam, images: AxisRange, boxes: AxisRange) -> Graph:
                     relative=1e-2, why="rounding to 11 bits through two layers of attention; masks move by < 0.5 %"
                 ),
                 "quality": Tolerance(relative=math.inf, absolute=1e-2, why="predicted IoU, ranks masks"),
+                "stability": STABILITY,
             },
+            reference=lambda scale: partial(official_mask, sam, scale * HALF_TIE),
         ),
     )
+
+
+@torch.inference_mode()
+def official_mask(sam: Sam, tie: float, feeds: Feeds, outputs: Feeds) -> Feeds:
+    """The official mask of one box. Of masks that are as good within rounding, it takes the graph's, see `chosen_mask`."""
+    sparse, dense = sam.prompt_encoder(points=None, boxes=torch.from_numpy(feeds["boxes"]), masks=None)
+    logits, quality = sam.mask_decoder.predict_masks(
+        image_embeddings=torch.from_numpy(feeds["embedding"][feeds["image"]]),
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+    )
+    multimask = "multimask" in feeds and bool(feeds["multimask"][0])
+    return chosen_mask(logits[0], quality[0], best_of(quality[0], tie) if multimask else [0], tie, outputs)
 
 
 def sample_photographs(side: int, rows: int, seed: int) -> Feeds:

@@ -41,19 +41,19 @@ class Fuse(nn.Module):
 
     def forward(
         self, logits: Tensor, pick: Tensor, score: Tensor, label: Tensor, rows: Tensor, columns: Tensor, margin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        fused: tuple[Tensor, Tensor, Tensor] = self.decide(logits, pick, score, label, rows, columns, margin)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        fused: tuple[Tensor, Tensor, Tensor, Tensor] = self.decide(logits, pick, score, label, rows, columns, margin)
         return fused
 
 
 def _upsample_and_vote(
     logits: Tensor, pick: Tensor, score: Tensor, label: Tensor, rows: Tensor, columns: Tensor, margin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = rows @ logits[pick] @ columns.transpose(0, 1)  # (N, H, W)
     return vote(z, score, label, margin)
 
 
-def vote(z: Tensor, score: Tensor, label: Tensor, margin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def vote(z: Tensor, score: Tensor, label: Tensor, margin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Assign each pixel to a mask.
 
     Mask i claims a pixel where its logit ``z`` is positive, with value ``score * sigmoid(z)``. The largest value wins, or the
@@ -67,10 +67,13 @@ def vote(z: Tensor, score: Tensor, label: Tensor, margin: Tensor) -> tuple[Tenso
 
     Returns:
         label_map (H, W) uint8: 0 where no mask claims, 255 where the runner-up is too close, else the winner's label;
-        area (N,) int64: pixels inside each outline; won (N,) int64: pixels that got each mask's label.
+        area (N,) int64: pixels inside each outline; won (N,) int64: pixels that got each mask's label;
+        confidence (H, W) uint8, 255 is certain: of a label, by how much its value exceeds the runner-up's; of background, by how
+        much every mask's ``score * sigmoid(z)`` stays below 1; 0 where the label map is 255.
     """
     claimed = z > 0
-    value = torch.where(claimed, score[:, None, None] * torch.sigmoid(z), 0.0)
+    probable = score[:, None, None] * torch.sigmoid(z)
+    value = torch.where(claimed, probable, 0.0)
     best, winner = value.max(dim=0)  # (H, W)
     other = label[:, None, None] != label[winner]
     runner_up = torch.where(other, value, 0.0).amax(dim=0)
@@ -78,7 +81,9 @@ def vote(z: Tensor, score: Tensor, label: Tensor, margin: Tensor) -> tuple[Tenso
     owned = (best > 0) & ~contested
     label_map = torch.where(owned, label[winner], torch.where(contested, VOID, 0)).to(torch.uint8)
     won = (winner == torch.arange(z.shape[0], device=z.device)[:, None, None]) & owned
-    return label_map, claimed.sum(dim=(1, 2)), won.sum(dim=(1, 2))
+    sure = torch.where(best > 0, torch.where(contested, 0.0, best - runner_up), 1 - probable.amax(dim=0))
+    confidence = (255 * sure + 0.5).to(torch.uint8)
+    return label_map, claimed.sum(dim=(1, 2)), won.sum(dim=(1, 2)), confidence
 
 
 def fuse_graph(preprocess: Preprocess, *, logits_side: int, masks: AxisRange) -> Graph:
@@ -98,6 +103,8 @@ def fuse_graph(preprocess: Preprocess, *, logits_side: int, masks: AxisRange) ->
 
     label_map = Tolerance(relative=0, measure=share_impossible, why="except pixels within rounding of the edge or the margin")
     counts = Tolerance(relative=0, measure=miscount, why="such pixels may count or not")
+    confidence = Tolerance(relative=0, measure=miscount, why="of any label that such a pixel may have, within one of 255")
+    tolerance = {"label_map": label_map, "area": counts, "won": counts, "confidence": confidence}
     return Graph(
         name="fuse",
         module=Fuse(),
@@ -114,15 +121,16 @@ def fuse_graph(preprocess: Preprocess, *, logits_side: int, masks: AxisRange) ->
             TensorSpec("label_map", ("height", "width"), "uint8"),
             TensorSpec("area", ("picked",), "int64"),
             TensorSpec("won", ("picked",), "int64"),
+            TensorSpec("confidence", ("height", "width"), "uint8"),
         ),
         axes={"masks": masks, "picked": masks, "height": PIXELS, "width": PIXELS},
         row_axis="picked",
         whole=True,
         sample=sample,
         reference=reference,
-        tolerance={"label_map": label_map, "area": counts, "won": counts},
+        tolerance=tolerance,
         # The decoder's masks are float16; the label map is computed from them in float32, like the reference.
-        half=InHalf(io=frozenset({"logits"}), tolerance={"label_map": label_map, "area": counts, "won": counts}),
+        half=InHalf(io=frozenset({"logits"}), tolerance=tolerance),
     )
 
 
@@ -147,10 +155,12 @@ def fused_by_sorting(z: np.ndarray, score: np.ndarray, label: np.ndarray, margin
         runner_up = np.where(labels[rank] != labels[0], ranked[rank], runner_up)
     contested = (runner_up > 0) & (ranked[0] - runner_up < np.float32(margin) * ranked[0])
     owned = (ranked[0] > 0) & ~contested
+    unclaimed = 1 - (score[:, None, None] / (1 + np.exp(-z))).max(axis=0)
     return {
         "label_map": np.where(contested, VOID, np.where(owned, labels[0], 0)).astype(np.uint8),
         "area": (z > 0).sum(axis=(1, 2)),
         "won": np.bincount(order[0][owned], minlength=len(z)),
+        "confidence": np.rint(255 * np.select([contested, owned], [0, ranked[0] - runner_up], unclaimed)).astype(np.uint8),
     }
 
 
@@ -166,7 +176,7 @@ def near_ties(
 
     Returns:
         ``label_map.options`` (M, H, W) uint8: ``fused``, and copies of it with other labels where these are possible;
-        ``area.range`` and ``won.range`` (2, N) int64: the lowest and highest counts.
+        ``area.range`` and ``won.range`` (2, N) int64, ``confidence.range`` (2, H, W) float64: the lowest and highest values.
     """
 
     def worth(z: np.ndarray) -> np.ndarray:
@@ -189,11 +199,18 @@ def near_ties(
         may_be_contested |= near & (most_of[best] >= least_of.max(axis=0))
     options = [fused, np.where(least_of.max(axis=0) == 0, 0, fused), np.where(may_be_contested, VOID, fused)]
     options += [np.where(may_own[n], name, fused) for n, name in enumerate(names)]
+    within = [(may_own[n], least_of[n] - rival_most[n], most_of[n] - rival_least[n]) for n in range(len(names))]
+    within.append((may_be_contested | (fused == VOID), np.zeros(fused.shape), np.zeros(fused.shape)))
+    unclaimed = [1 - (score[:, None, None] / (1 + np.exp(-z - off[:, None, None]))).max(axis=0) for off in (rounding, -rounding)]
+    within.append((least_of.max(axis=0) == 0, *unclaimed))
+    lowest_sure = np.min([np.where(may, low, 1) for may, low, _ in within], axis=0)
+    highest_sure = np.max([np.where(may, high, 0) for may, _, high in within], axis=0)
     may_win = may_own[of_name] & (most > 0) & (most >= least_of[of_name])
     must_win = np.zeros_like(may_win)
     for n in range(len(names)):
         must_win[of_name == n] = must_own[n] & (least[of_name == n] > _largest_of_others(most[of_name == n]))
     return {
+        "confidence.range": np.stack([255 * lowest_sure - 0.51, 255 * highest_sure + 0.51]),
         "label_map.options": np.stack(options).astype(np.uint8),
         "area.range": np.stack([(each > 0).sum(axis=(1, 2)) for each in (least, most)]),
         "won.range": np.stack([each.sum(axis=(1, 2)) for each in (must_win, may_win)]),

@@ -20,7 +20,7 @@ from segment_anything.modeling.transformer import TwoWayTransformer
 from torch import Tensor, nn
 from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model
 
-from ...errors import ParityError, WeightsError
+from ...errors import WeightsError
 from ...spec import AxisRange, Preprocess, TensorSpec
 from ..family import DISTINCT, Feeds, Graph, InHalf, Options, Prepared, Tolerance
 from ..precision.lowering import Fp32
@@ -29,7 +29,27 @@ from ..rewrites import MEAN, STD
 from ..verify import photograph
 from ..weights import Download, find_weights, load_exactly, random_seed, read_checkpoint, spread, weights_record
 from . import fuse
-from .decoder import BOXES, IMAGES, MASKS, CornerWaves, Upscale, images_per_call, in_pixels, sample_boxes, take_boxes
+from .decoder import (
+    BOXES,
+    CHOSEN,
+    COUNTS,
+    HALF_TIE,
+    IMAGES,
+    MASKS,
+    MULTIMASK,
+    STABILITY,
+    TIE,
+    CornerWaves,
+    Upscale,
+    best_of,
+    chosen_mask,
+    images_per_call,
+    in_pixels,
+    sample_boxes,
+    stability,
+    stability_range,
+    take_boxes,
+)
 from .hiera import TENSORS, Hiera, in_cells
 from .two_way import TwoWay
 
@@ -253,8 +273,8 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Decoder(nn.Module):
-    """`hiera.TENSORS` of I images, boxes (N, 4) and each box's image (N,) to logits (N, L, L), predicted IoU (N,) and which of
-    the four masks was taken (N,).
+    """`hiera.TENSORS` of I images, boxes (N, 4), each box's image (N,) and `MULTIMASK` (N,) to logits (N, L, L), predicted IoU
+    (N,), which of the four masks was taken (N,), and its stability score (N,).
 
     ``Sam2PromptEncoder`` and ``Sam2MaskDecoder`` for boxes of several images, with the transformer of SAM's decoder (`TwoWay`).
     """
@@ -276,10 +296,9 @@ class Decoder(nn.Module):
         self.mask_heads, self.quality_head = decoder.output_hypernetworks_mlps, decoder.iou_prediction_head
         waves = CornerWaves(prompt.shared_embedding.positional_embedding, prompt.input_image_size)
         self.waves = Fp32(waves, why="large phases: half precision has no digits left for the fraction of a turn")
-        self.stable = Fp32(
-            partial(is_stable, delta=decoder.dynamic_multimask_stability_delta, least=decoder.dynamic_multimask_stability_thresh),
-            why="counts of up to 65,536 pixels",
-        )
+        self.least = decoder.dynamic_multimask_stability_thresh
+        self.first_stability = Fp32(partial(stability, delta=decoder.dynamic_multimask_stability_delta), why=COUNTS)
+        self.stability = Fp32(stability, why=COUNTS)
         self.register_buffer("corners", prompt.point_embed.weight[2:4])
         self.register_buffer("padding", prompt.not_a_point_embed.weight)  # follows the corners, as in the original code
         self.register_buffer(
@@ -289,8 +308,14 @@ class Decoder(nn.Module):
         self.register_buffer("places", official.get_image_wide_positional_embeddings().flatten(2).transpose(1, 2))  # (1, G^2, D)
 
     def forward(
-        self, embedding: Tensor, features_8: Tensor, features_4: Tensor, boxes: Tensor, image: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        embedding: Tensor,
+        features_8: Tensor,
+        features_4: Tensor,
+        boxes: Tensor,
+        image: Tensor,
+        multimask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = boxes.shape[0]
         prompt = self.waves(boxes) + self.corners  # (N, 2, D)
         tokens = torch.cat([self.tokens.expand(rows, -1, -1), prompt, self.padding.expand(rows, 1, -1)], dim=1)
@@ -299,15 +324,13 @@ class Decoder(nn.Module):
         finer = features_8.index_select(0, image), features_4.index_select(0, image)
         logits = weights @ self.upscale.channels(cells, finer).transpose(1, 2)  # (N, 4, L^2)
         quality = self.quality_head(hidden[:, 1])  # (N, 4)
-        token = torch.where(self.stable(logits[:, 0]), 0, 1 + quality[:, 1:].argmax(dim=1))
+        first = self.first_stability(logits[:, 0]) >= self.least
+        if multimask is not None:
+            first = first & ~multimask
+        token = torch.where(first, 0, 1 + quality[:, 1:].argmax(dim=1))
         taken = torch.arange(rows, device=token.device) * weights.shape[1] + token
-        return in_pixels(logits.flatten(0, 1).index_select(0, taken)), quality.flatten().index_select(0, taken), token
-
-
-def is_stable(logits: Tensor, *, delta: float, least: float) -> Tensor:
-    """Whether a mask (N, P) hardly depends on its threshold (N,), as ``_get_stability_scores``."""
-    inside, around = (logits > delta).float().sum(dim=1), (logits > -delta).float().sum(dim=1)
-    return torch.where(around > 0, inside / around, 1.0) >= least
+        logits = logits.flatten(0, 1).index_select(0, taken)  # (N, L^2)
+        return in_pixels(logits), quality.flatten().index_select(0, taken), token, self.stability(logits)
 
 
 def as_sam(decoder: nn.Module) -> TwoWayTransformer:
@@ -371,12 +394,6 @@ def shapes_of(official: Sam2Model) -> dict[str, tuple[int, ...]]:
     return dict(zip(TENSORS, ((grid**2, width), (grid**2, 4, width // 4), (grid**2, 16, width // 8)), strict=True))
 
 
-TIE = 2e-5
-"""Share of the largest logit, and of the predicted IoU's range, by which values may differ that choose a mask."""
-HALF_TIE = 3e-3
-"""The same in float16."""
-
-
 def decoder_graph(official: Sam2Model, images: AxisRange, boxes: AxisRange = BOXES) -> Graph:
     """Graph ``decoder``, see `Decoder`. Reference: ``Sam2PromptEncoder`` and ``Sam2MaskDecoder``, one box at a time."""
     side, grid, width = (
@@ -391,9 +408,10 @@ def decoder_graph(official: Sam2Model, images: AxisRange, boxes: AxisRange = BOX
     def sample(rows: int, seed: int) -> Feeds:
         feeds = sample_boxes(side, maps, images.max, rows, seed)
         count = len(feeds["embedding"])
-        contrast = np.exp(
-            np.random.default_rng(seed).permutation(np.linspace(-1, 1.5, count))
-        )  # only strong ones give stable masks
+        # Only strong features give stable masks; every other one of them, by strength, has `MULTIMASK`.
+        rank = np.random.default_rng(seed).permutation(count)
+        contrast = np.exp(np.linspace(-1, 1.5, count))[rank]
+        feeds["multimask"] = (count - rank[feeds["image"]]) % 2 == 0
         for name in TENSORS:
             scale = contrast if name != "embedding" else np.ones(count)
             values = feeds[name] * scale[:, None, None, None].astype(np.float32)
@@ -409,11 +427,12 @@ def decoder_graph(official: Sam2Model, images: AxisRange, boxes: AxisRange = BOX
             *(TensorSpec(name, ("images", *shape), "float32") for name, shape in shapes_of(official).items()),
             TensorSpec("boxes", ("boxes", 4), "float32"),
             TensorSpec("image", ("boxes",), "int64"),
+            MULTIMASK,
         ),
         outputs=(
             TensorSpec("logits", ("boxes", 4 * grid, 4 * grid), "float32"),
             TensorSpec("quality", ("boxes",), "float32"),
-            TensorSpec("token", ("boxes",), "int64"),
+            *CHOSEN,
         ),
         axes={"images": images, "boxes": boxes},
         row_axis="boxes",
@@ -424,6 +443,7 @@ def decoder_graph(official: Sam2Model, images: AxisRange, boxes: AxisRange = BOX
         tolerance={
             "logits": Tolerance(relative=1e-4, why=why),
             "quality": Tolerance(relative=math.inf, absolute=5e-5, why=f"{why}; one number in 0..1, which may be 0"),
+            "stability": STABILITY,
         },
         ties="token",
         half=InHalf(
@@ -433,6 +453,7 @@ def decoder_graph(official: Sam2Model, images: AxisRange, boxes: AxisRange = BOX
                     relative=1e-2, why="rounding to 11 bits through two layers of attention; masks move by < 0.5 %"
                 ),
                 "quality": Tolerance(relative=math.inf, absolute=1e-2, why="predicted IoU, ranks masks"),
+                "stability": STABILITY,
             },
             reference=lambda scale: partial(official_mask, official, scale * HALF_TIE),
         ),
@@ -468,22 +489,16 @@ def official_mask(official: Sam2Model, tie: float, feeds: Feeds, outputs: Feeds)
             high_resolution_features=[maps[2], maps[1]],
         )
     logits, quality = seen[0]
-    token = int(outputs["token"][0])
-    if token not in (allowed := right_tokens(decoder, logits, quality, tie)):
-        raise ParityError(f"output 'token': mask {token} was taken, the official rule takes {' or '.join(map(str, allowed))}")
-    return {"logits": logits[token][None].numpy(), "quality": quality[token][None].numpy(), "token": outputs["token"]}
+    multimask = "multimask" in feeds and bool(feeds["multimask"][0])
+    allowed = best_of(quality, tie) if multimask else right_tokens(decoder, logits, quality, tie)
+    return chosen_mask(logits, quality, allowed, tie, outputs)
 
 
 def right_tokens(decoder: nn.Module, logits: Tensor, quality: Tensor, tie: float) -> list[int]:
     """The masks that the official rule takes of logits (4, L, L) and predicted IoUs (4,), each of which may be off by ``tie``."""
-    delta, least = decoder.dynamic_multimask_stability_delta, decoder.dynamic_multimask_stability_thresh
-    off = tie * float(logits.abs().max())
-    counts = [[int((logits[0] > bound + shift).sum()) for shift in (off, -off)] for bound in (delta, -delta)]
-    (inside_least, inside_most), (around_least, around_most) = counts
-    worst = inside_least / around_most if around_most else 1.0
-    best = min(inside_most / around_least, 1.0) if around_least else 1.0
-    others = [1 + number for number in range(len(quality) - 1) if quality[1 + number] >= quality[1:].max() - 2 * tie]
-    return [0] * (best >= least) + others * (worst < least)
+    worst, best = stability_range(logits[0], tie, decoder.dynamic_multimask_stability_delta)
+    least = decoder.dynamic_multimask_stability_thresh
+    return [0] * (best >= least) + best_of(quality, tie) * (worst < least)
 
 
 def maps_of(cells: np.ndarray) -> Tensor:

@@ -411,6 +411,7 @@ def record_of(names: tuple[str, ...], photo: Photograph, label: str, result: Pse
             "score": round(float(result.boxes.score[i]), 4),
             "xyxy": [round(float(edge), 2) for edge in result.boxes.xyxy_image[i]],
             "quality": round(float(result.quality[i]), 4),
+            **({} if result.stability is None else {"stability": round(float(result.stability[i]), 4)}),
             "area_px": int(result.area[i]),
             "won_px": int(result.won[i]),
         }

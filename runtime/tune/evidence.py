@@ -42,6 +42,7 @@ class Grid:
     enclosing: tuple[bool, ...] = (True, False)
     margin: tuple[float, ...] = (0.0, 0.1, 0.3)
     quality_exponent: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
+    stability_exponent: tuple[float, ...] = (0.0, 1.0, 2.0)
 
     def including(self, rules: Rules) -> Grid:
         """The grid and these rules' values, all resolved."""
@@ -54,12 +55,14 @@ class Found:
     """What the detector and SAM found in one photograph, for one set of classes.
 
     boxes: by rule of scores, the boxes (N,) above the lowest threshold of the grid. mask: (N,) int64 for each rule, the number of
-    each box's mask; -1 for boxes that no setting keeps. quality: (M,) float32. pixels: M masks.
+    each box's mask; -1 for boxes that no setting keeps. quality, stability: (M,) float32; no stability of a bundle that has none.
+    pixels: M masks.
     """
 
     boxes: dict[ScoreRule, Boxes]
     mask: dict[ScoreRule, np.ndarray]
     quality: np.ndarray
+    stability: np.ndarray | None
     pixels: list[MaskPixels]
 
 
@@ -212,7 +215,8 @@ class Evidence:
         """The label map (H, W) uint8 of a choice of masks."""
         sample = self.samples[number]
         found = sample.found[choice.present]
-        score = mask_scores(choice.score, found.quality[choice.mask], rules.quality_exponent)
+        stability = None if found.stability is None else found.stability[choice.mask]
+        score = mask_scores(choice.score, found.quality[choice.mask], rules.quality_exponent, stability, rules.stability_exponent)
         pixels = [found.pixels[mask] for mask in choice.mask]
         return fused(pixels, choice.label, score, rules.margin, sample.size)
 
@@ -266,7 +270,7 @@ class Evidence:
             stop = start + len(corners[row])
             frame = masks.frames[places[row][0]]
             mine = slice(start, stop)
-            self.samples[number].found[key] = _found(boxes_of[row], corners[row], logits[mine], masks.quality[mine], frame)
+            self.samples[number].found[key] = _found(boxes_of[row], corners[row], logits[mine], masks, mine, frame)
             start = stop
 
     def _corners(self, boxes: dict[ScoreRule, Boxes], size: tuple[int, int]) -> np.ndarray:
@@ -302,9 +306,9 @@ def _on_host(masks: Masks) -> np.ndarray:
 
 
 def _found(
-    boxes: dict[ScoreRule, Boxes], corners: np.ndarray, logits: np.ndarray, quality: np.ndarray, frame: Frame | None
+    boxes: dict[ScoreRule, Boxes], corners: np.ndarray, logits: np.ndarray, masks: Masks, mine: slice, frame: Frame | None
 ) -> Found:
-    """Masks (M, L, L) of different boxes (M, 4), and the number of each box's mask."""
+    """Masks (M, L, L) of different boxes (M, 4), which are ``mine`` of all masks, and the number of each box's mask."""
     number = {row.tobytes(): place for place, row in enumerate(corners)}
     mask = {rule: np.array([number.get(row.tobytes(), -1) for row in each.xyxy_image], np.int64) for rule, each in boxes.items()}
     labels = []
@@ -314,4 +318,5 @@ def _found(
         labels.append(label)
     assert frame is not None or not len(corners)
     pixels = mask_pixels(logits, labels, frame) if frame is not None and len(corners) else []
-    return Found(boxes, mask, np.array(quality), pixels)
+    stability = None if masks.stability is None else masks.stability[mine].copy()
+    return Found(boxes, mask, masks.quality[mine].copy(), stability, pixels)

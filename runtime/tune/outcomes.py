@@ -56,7 +56,7 @@ class Outcomes:
         alone = len(set(choice.label.tolist())) < 2  # no pixel is contested: scores, margin and exponent do not count
         decided: tuple[object, ...] = number, present, choice.mask.tobytes(), choice.label.tobytes()
         if not alone:
-            decided += choice.score.tobytes(), rules.margin, rules.quality_exponent
+            decided += choice.score.tobytes(), rules.margin, rules.quality_exponent, rules.stability_exponent
         if decided not in self._matrices:
             truth = self.evidence.samples[number].truth
             label_map = self.evidence.fuse(number, choice, rules)

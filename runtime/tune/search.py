@@ -25,6 +25,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
     ("enclosing",),
     ("margin",),
     ("quality_exponent",),
+    ("stability_exponent",),
 )
 """Rules that are changed together, in the order in which they are tried."""
 NEIGHBORS = {"tag_threshold": 1, "box_threshold": 2}

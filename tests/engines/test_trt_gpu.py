@@ -119,7 +119,8 @@ def chain(encoder: Engine, decoder: Engine, fuse: Engine, turn: int) -> tuple[li
     for _ in range(2):
         corner = random.uniform(0, 100, (9, 2)).astype(np.float32)
         boxes = np.concatenate([corner, corner + random.uniform(20, 150, (9, 2)).astype(np.float32)], axis=1)
-        out = decoder({"embedding": embedding, "boxes": boxes, "image": np.arange(9) // 3})
+        image, multimask = np.arange(9) // 3, np.arange(9) % 2 == 1
+        out = decoder({"embedding": embedding, "boxes": boxes, "image": image, "multimask": multimask})
         kept = out["logits"]
         logits.append(kept.clone() if hasattr(kept, "clone") else kept)
     side = logits[0].shape[1]
@@ -244,8 +245,9 @@ def test_closing_returns_the_memory(open_trt: Open) -> None:
     for turn in range(5):
         with open_trt("decoder") as engine:
             embedding = np.zeros((1, 64, 32, 32), np.float32)
+            box = {"boxes": np.zeros((1, 4), np.float32), "image": np.zeros(1, np.int64), "multimask": np.zeros(1, bool)}
             for _ in range(3):
-                engine({"embedding": embedding, "boxes": np.zeros((1, 4), np.float32), "image": np.zeros(1, np.int64)})
+                engine({"embedding": embedding, **box})
         if turn == 1:
             settled = free_bytes()
     assert free_bytes() >= settled - (8 << 20), "CUDA itself keeps a little"

@@ -47,13 +47,30 @@ def test_two_matrices_are_sams_two_resizes(height: int, width: int) -> None:
     assert np.abs(got - want).max() <= 1e-3
 
 
+@pytest.mark.parametrize(
+    ("z", "score", "label", "margin", "want"),
+    [
+        pytest.param([[0.0, -2.0, -50.0]], [0.8], [1], 0.1, [1 - 0.4, 1 - 0.8 * 0.1192, 1.0], id="background: below any claim"),
+        pytest.param([[2.0, 50.0]], [0.6], [1], 0.1, [0.6 * 0.8808, 0.6], id="one mask: its value"),
+        pytest.param([[50.0], [50.0]], [0.9, 0.4], [1, 2], 0.1, [0.5], id="a rival of another class"),
+        pytest.param([[50.0], [50.0]], [0.9, 0.4], [1, 1], 0.1, [0.9], id="of the same class it is no rival"),
+        pytest.param([[50.0], [50.0]], [0.9, 0.85], [1, 2], 0.1, [0.0], id="void"),
+        pytest.param([[50.0], [-0.1]], [0.5, 0.9], [1, 2], 0.1, [0.5], id="a mask that does not claim is no rival"),
+    ],
+)
+def test_confidence(z: list[list[float]], score: list[float], label: list[int], margin: float, want: list[float]) -> None:
+    out = fuse.vote(torch.tensor(z)[:, None], torch.tensor(score), torch.tensor(label), torch.tensor([margin]))
+    assert out[3].dtype == torch.uint8
+    assert np.abs(out[3][0].numpy() / 255 - np.array(want)).max() <= 0.51 / 255
+
+
 def voted(
     z: list[list[float]], score: list[float], label: list[int], margin: float = 0.1
 ) -> tuple[list[int], list[int], list[int]]:
     """`vote` on an image of one row; ``z`` is one list of logits a mask."""
     out = fuse.vote(torch.tensor(z)[:, None], torch.tensor(score), torch.tensor(label), torch.tensor([margin]))
     also = fuse.fused_by_sorting(np.array(z, np.float32)[:, None], np.array(score, np.float32), np.array(label), margin)
-    for ours, theirs in zip(out, (also["label_map"], also["area"], also["won"]), strict=True):
+    for ours, theirs in zip(out, (also[name] for name in ("label_map", "area", "won", "confidence")), strict=True):
         assert ours.tolist() == theirs.tolist()
     return out[0][0].tolist(), out[1].tolist(), out[2].tolist()
 
@@ -130,6 +147,8 @@ def test_rounding_decides_few_pixels_of_what_the_gate_feeds() -> None:
     for picked in (1, 2, 16):
         want = graph.reference(graph.sample(picked, 1), {})
         assert (want["label_map.options"] != want["label_map"]).any(axis=0).mean() < 1e-3
+        lowest, highest = want["confidence.range"]
+        assert (highest - lowest > 1.1).mean() < 1e-3
         assert (want["area.range"][1] - want["area.range"][0] < 1e-3 * want["label_map"].size).all()
 
 
@@ -166,6 +185,6 @@ def test_chunks_of_rows_give_the_same_label_map(engine: OrtEngine, chunk: int) -
     rows = feeds["rows"]
     parts = [engine(feeds | {"rows": rows[start : start + chunk]}) for start in range(0, len(rows), chunk)]
     found = {count: np.sum([np.asarray(part[count]) for part in parts], axis=0) for count in ("area", "won")}
-    found["label_map"] = np.concatenate([np.asarray(part["label_map"]) for part in parts])
+    found |= {each: np.concatenate([np.asarray(part[each]) for part in parts]) for each in ("label_map", "confidence")}
     want = graph.reference(feeds, found)
     assert all(allowed.measure(found, want, name) == (0, 0) for name, allowed in graph.tolerance.items())

@@ -15,6 +15,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.transformer import Attention
+from segment_anything.utils.amg import calculate_stability_score
 from torch import Tensor, nn
 
 from wsss.engines.eager import EagerEngine
@@ -23,9 +24,11 @@ from wsss.errors import ParityError, UsageError, WeightsError
 from wsss.export import exporting, verify
 from wsss.export.exporting import export_model, verify_model
 from wsss.export.family import Family, Graph, Options, Prepared
+from wsss.export.precision.lowering import Fp32
 from wsss.export.reference import open_eager
 from wsss.export.rewrites import ChannelNorm, SamBlock
 from wsss.export.sam import family as sam
+from wsss.export.sam.decoder import stability
 from wsss.export.sam.two_way import OfCells, ToCells, TwoWay
 from wsss.export.weights import spread
 from wsss.frame import Frame, frame_for
@@ -61,6 +64,9 @@ def toy_sam() -> Sam:
             ),
         )
     spread(toy, 1)
+    for head in toy.mask_decoder.output_hypernetworks_mlps:  # logits beyond +-1, where stability scores are counted
+        for parameter in head.layers[-1].parameters():
+            parameter.data *= 100
     return toy.eval().requires_grad_(False)
 
 
@@ -145,20 +151,27 @@ def test_chain_equals_sam_predictor_on_real_photographs(model: Model, photograph
     size = np.array([frame.valid for frame in frames])
     embedding = engine(model, "encoder")({"pixels": pixels, "size": size})["embedding"]
     boxes = np.concatenate([frames[i].xyxy_model_from_image(xyxy_image[[row]]) for row, i in enumerate(owner)])
-    found = engine(model, "decoder")({"embedding": embedding, "boxes": boxes, "image": owner})
-    logits, quality = np.asarray(found["logits"]), np.asarray(found["quality"])
+    multimask = np.array([False, False, True, False, True, True, True])
+    found = engine(model, "decoder")({"embedding": embedding, "boxes": boxes, "image": owner, "multimask": multimask})
+    logits, quality, stable = (np.asarray(found[name]) for name in ("logits", "quality", "stability"))
 
-    predictor = SamPredictor(toy_sam())
+    predictor, scores = SamPredictor(toy_sam()), []
     for i, image in enumerate(images):
         predictor.set_image(np.asarray(image))
         for row in np.flatnonzero(owner == i):
-            want, iou, _ = predictor.predict(box=xyxy_image[row], multimask_output=False, return_logits=True)
+            many, iou, low = predictor.predict(box=xyxy_image[row], multimask_output=bool(multimask[row]), return_logits=True)
+            best = iou.argmax()
+            want, iou = many[[best]], iou[[best]]
+            official = float(calculate_stability_score(torch.from_numpy(low[[best]]), 0.0, 1.0))
+            assert abs(stable[row] - official) < 2e-3
+            scores.append(official)
             side = logits.shape[1]
             ours = frames[i].mask_rows(side) @ logits[row] @ frames[i].mask_columns(side).T
             assert 0.01 < (want > 0).mean() < 0.99  # or equality would say little
             undecided = np.abs(want[0]) <= 1e-4 * np.abs(want).max()  # at the zero crossing, by rounding
             assert ((ours > 0) == (want[0] > 0))[~undecided].all() and undecided.mean() < 0.01
             assert abs(quality[row] - iou[0]) < 1e-5
+    assert len({score for score in scores if 0 < score < 1}) > 3, scores
 
 
 # ---- the gate must fail ----
@@ -198,17 +211,32 @@ def rows_for_columns(encoder: sam.Encoder) -> nn.Module:
 
 
 def corner_of_pixel(decoder: sam.Decoder) -> nn.Module:
-    decoder.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1] - 0.5, inputs[2]))
+    decoder.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1] - 0.5, *inputs[2:]))
     return decoder
 
 
 def first_image_for_all(decoder: sam.Decoder) -> nn.Module:
-    decoder.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1], inputs[2] * 0))
+    decoder.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1], inputs[2] * 0, *inputs[3:]))
     return decoder
 
 
 def another_mask(decoder: sam.Decoder) -> nn.Module:
     decoder.tokens = decoder.tokens[[0, 2, 1, 3, 4]]
+    return decoder
+
+
+def never_the_best_of_three(decoder: sam.Decoder) -> nn.Module:
+    decoder.register_forward_pre_hook(lambda _, inputs: (*inputs[:3], torch.zeros_like(inputs[3])))
+    return decoder
+
+
+def best_of_all_four(decoder: sam.Decoder) -> nn.Module:
+    decoder.quality_head.register_forward_hook(lambda _, __, quality: quality[:, [1, 2, 3, 0]])
+    return decoder
+
+
+def stability_at_a_smaller_offset(decoder: sam.Decoder) -> nn.Module:
+    decoder.stability = Fp32(partial(stability, delta=2.0), why="a fault")
     return decoder
 
 
@@ -229,13 +257,16 @@ def no_dense_prompt(decoder: sam.Decoder) -> nn.Module:
         ("decoder", corner_of_pixel),
         ("decoder", first_image_for_all),
         ("decoder", another_mask),
+        ("decoder", never_the_best_of_three),
+        ("decoder", best_of_all_four),
+        ("decoder", stability_at_a_smaller_offset),
         ("decoder", no_dense_prompt),
     ],
 )
 def test_the_gate_refuses_a_planted_fault(graph: str, plant: Callable[[nn.Module], nn.Module]) -> None:
     right = graphs()[graph]
     faulty = EagerEngine(plant(graphs()[graph].module), right.spec("x", 18))
-    with pytest.raises(ParityError, match=rf"{graph}: output '\w+', row \d+ of batch"):
+    with pytest.raises(ParityError, match=rf"{graph}: (output '\w+', )?row \d+ of batch"):
         verify.gate(right, faulty, engine_name="eager", reference_name="official", where=graph)
 
 
@@ -461,3 +492,20 @@ def test_full_size_vit_b_on_real_photographs(tmp_path: Path, photographs: list[P
     for name, row in sam_official.measure(full, predictor, voc, names):
         assert row["worst_iou"] >= 0.999, (name, row)
         assert 0.001 < row["mean_mask_share"] < 0.999, (name, row)
+
+
+def test_a_model_of_an_earlier_version_passes_the_gate(model: Model) -> None:
+    """Its decoder has no choice of masks and no stability scores; also in PyTorch, without bundles of that version."""
+    before = graphs()["decoder"]
+    spec = before.spec("x", 18)
+    added = {"multimask", "token", "stability"}
+    inputs, outputs = (tuple(each for each in specs if each.name not in added) for specs in (spec.inputs, spec.outputs))
+    spec = replace(spec, inputs=inputs, outputs=outputs)
+    engine_before = EagerEngine(before.module, spec)
+    exported = before.as_exported(spec)
+    assert [each.name for each in exported.outputs] == ["logits", "quality"] and exported.ties is None
+    report = verify.gate(exported, engine_before, engine_name="eager", reference_name="official", where="decoder")
+    assert {row.output for row in report.rows} == {"logits", "quality"}
+    feeds = exported.sample(5, 1)
+    now = engine(model, "decoder")({**feeds, "multimask": np.zeros(5, bool)})
+    np.testing.assert_allclose(np.asarray(now["logits"]), engine_before(feeds)["logits"], atol=1e-3)

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from wsss.export.exporting import export_model
 from wsss.export.family import Graph, Options, family
 from wsss.export.reference import open_eager
 from wsss.export.sam import hiera, sam2
+from wsss.export.sam.decoder import stability
 from wsss.export.sam.fuse import VOID
 from wsss.mini.scenes import draw_scene, write_scenes
 from wsss.photographs import read_photograph
@@ -82,10 +84,10 @@ def test_graphs_for_tensorrt_resize_photographs_too() -> None:
     verify.gate(resize, right, engine_name="eager", reference_name="Pillow", where="resize")
 
 
-def masks_of(model: Model, names: list[Path], boxes: Boxes) -> tuple[list[np.ndarray], np.ndarray]:
+def masks_of(model: Model, names: list[Path], boxes: Boxes, multimask: bool) -> tuple[list[np.ndarray], np.ndarray]:
     """Upsampled logits and predicted IoU of boxes; all photographs in one batch, their boxes interleaved in decoder calls."""
     engines = (OrtEngine(model.path(graph), model.graph(graph)) for graph in ("encoder", "decoder"))
-    masks = MaskPredictor(model, *engines)([read_photograph(path, path.name) for path in names], boxes)
+    masks = MaskPredictor(model, *engines, multimask=multimask)([read_photograph(path, path.name) for path in names], boxes)
     found = []
     for row, image in enumerate(boxes.image):
         frame, logits = masks.frames[image], np.asarray(masks.logits[masks.part[row]])[masks.row[row]]
@@ -94,7 +96,10 @@ def masks_of(model: Model, names: list[Path], boxes: Boxes) -> tuple[list[np.nda
     return found, masks.quality
 
 
-def test_masks_are_those_of_the_official_processor_on_real_photographs(model: Model, photographs: list[Path]) -> None:
+@pytest.mark.parametrize("multimask", [False, True])
+def test_masks_are_those_of_the_official_processor_on_real_photographs(
+    model: Model, photographs: list[Path], multimask: bool
+) -> None:
     names = photographs[::30][:3]
     pictures = [Image.open(path).convert("RGB") for path in names]
     image = np.array([0, 0, 1, 2, 2, 2])
@@ -103,7 +108,7 @@ def test_masks_are_those_of_the_official_processor_on_real_photographs(model: Mo
     xyxy = (np.round(corners * extent) + np.array([-1, -1, 1, 1])).astype(np.float32)
     count = len(image)
     boxes = Boxes(xyxy, np.ones(count, np.float32), np.ones(count, np.int64), image)
-    ours, quality = masks_of(model, names, boxes)
+    ours, quality = masks_of(model, names, boxes, multimask)
 
     side = model.manifest.preprocess.longest_px
     resize = Sam2ImageProcessor(size={"height": side, "width": side})
@@ -116,9 +121,10 @@ def test_masks_are_those_of_the_official_processor_on_real_photographs(model: Mo
         pixels = resize(images=small, return_tensors="pt").pixel_values
         assert (pixels - inputs.pixel_values).abs().max() < 1.01 / 255 / 0.224  # one gray level, from torchvision's rounding
         with torch.inference_mode():
-            out = sam(pixel_values=pixels, input_boxes=inputs.input_boxes, multimask_output=False)
-        theirs = processor.post_process_masks(out.pred_masks, inputs["original_sizes"], binarize=False)[0][:, 0].numpy()
-        for row, want, iou in zip(rows, theirs, out.iou_scores[0, :, 0].numpy(), strict=True):
+            out = sam(pixel_values=pixels, input_boxes=inputs.input_boxes, multimask_output=multimask)
+        theirs = processor.post_process_masks(out.pred_masks, inputs["original_sizes"], binarize=False)[0].numpy()
+        for row, masks, ious in zip(rows, theirs, out.iou_scores[0].numpy(), strict=True):
+            want, iou = masks[ious.argmax()], ious.max()
             assert 0.01 < (want > 0).mean() < 0.99  # or equality would say little
             undecided = np.abs(want) <= 1e-4 * np.abs(want).max()  # at the zero crossing, by rounding
             assert ((ours[row] > 0) == (want > 0))[~undecided].all() and undecided.mean() < 0.01
@@ -171,11 +177,19 @@ def finer_features_of_the_first_image(decoder: sam2.Decoder) -> None:
 
 
 def always_the_first_mask(decoder: sam2.Decoder) -> None:
-    decoder.stable.inner = lambda logits: torch.ones(len(logits), dtype=torch.bool)
+    decoder.first_stability.inner = lambda logits: torch.ones(len(logits))
 
 
 def never_the_first_mask(decoder: sam2.Decoder) -> None:
-    decoder.stable.inner = lambda logits: torch.zeros(len(logits), dtype=torch.bool)
+    decoder.first_stability.inner = lambda logits: torch.zeros(len(logits))
+
+
+def never_the_best_of_three(decoder: sam2.Decoder) -> None:
+    decoder.register_forward_pre_hook(lambda _, inputs: (*inputs[:5], torch.zeros_like(inputs[5])))
+
+
+def stability_of_the_first_mask(decoder: sam2.Decoder) -> None:
+    decoder.stability.inner = partial(stability, delta=0.05)
 
 
 def no_dense_prompt(decoder: sam2.Decoder) -> None:
@@ -186,6 +200,7 @@ FAULTS: list[tuple[str, Callable[..., None]]] = [
     *(("encoder", fault) for fault in (swapped_rows, wrong_mean, blue_first, columns_for_rows, no_bias_of_attention)),
     *(("decoder", fault) for fault in (swapped_rows, corner_of_pixel, no_padding_point, finer_features_of_the_first_image)),
     *(("decoder", fault) for fault in (always_the_first_mask, never_the_first_mask, no_dense_prompt)),
+    *(("decoder", fault) for fault in (never_the_best_of_three, stability_of_the_first_mask)),
     ("encoder", no_memory_left_out),
 ]
 
@@ -212,7 +227,10 @@ def test_the_gate_sees_stable_masks_and_others() -> None:
     decoder = graphs()["decoder"]
     feeds = decoder.sample(sam2.IMAGES + 1, verify.SEED)
     tokens = EagerEngine(decoder.module, decoder.spec("x", 18))(feeds)["token"]
-    assert 0 in tokens and len(set(np.asarray(tokens).tolist())) > 1
+    first, multimask = np.asarray(tokens) == 0, feeds["multimask"]
+    without = EagerEngine(decoder.module, decoder.spec("x", 18))({**feeds, "multimask": np.zeros_like(multimask)})["token"]
+    assert first.any() and not first[multimask].any() and (np.asarray(without) == 0)[multimask].any()
+    assert not first[~multimask].all()
 
 
 # ---- which of the four masks ----

@@ -17,12 +17,12 @@ from PIL import Image
 from wsss.cli.label import label as label_command
 from wsss.engines.fake import FakeEngine
 from wsss.rle import MaskRuns
-from wsss.runtime import detect, fuse, tag
+from wsss.runtime import detect, fuse, segment, tag
 from wsss.runtime.chain import Chain, Rules
 from wsss.runtime.run import label_folder as run
-from wsss.store.local import read_label_and_masks, read_records
+from wsss.store.local import read_confidence, read_label_and_masks, read_records
 
-from ..conftest import COLORS, WORDS, write_model
+from ..conftest import COLORS, SCRIPTS, WORDS, write_model
 
 if TYPE_CHECKING:
     from wsss.spec import Model
@@ -282,6 +282,107 @@ def test_quality_exponent(world: World, label: Label, tmp_path: Path, flags: lis
     assert label(*flags, "--no-gate", "--margin", "0")["a"][10, 10] == winner
 
 
+def decoding(world: World, change: Callable[[Mapping[str, np.ndarray], dict[str, np.ndarray]], Any]) -> None:
+    """Lets ``change`` write to the outputs of the scripted decoder."""
+    script = world.engine("sam", "decoder").script
+
+    def changed(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        out = dict(script(feeds))
+        change(feeds, out)
+        return out
+
+    world.engine("sam", "decoder").script = changed
+
+
+def test_multimask(world: World, label: Label, tmp_path: Path) -> None:
+    """The scripted best of three covers the upper half of a box."""
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    find(world, ("red", 0.8, WIDE))
+    whole, half = label("--no-gate")["a"], label("--no-gate", "--multimask", store="best")["a"]
+    assert whole[2, 10] == half[2, 10] == whole[14, 10] == 1 and half[14, 10] == 0
+    ((box,), (best,)) = (record["boxes"] for store in ("store", "best") for record in read_records(tmp_path / store))
+    assert (box["quality"], best["quality"]) == (0.9, 0.8)
+
+
+def test_min_region(world: World, label: Label, tmp_path: Path) -> None:
+    """A hole of 3 x 3 cells and a crumb of 2 x 2, each of 2.25 pixels."""
+
+    def pierce(_: object, out: dict[str, np.ndarray]) -> None:
+        out["logits"][:, 4:7, 10:13] = -4
+        out["logits"][:, 16:18, 3:5] = 4
+
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    find(world, ("red", 0.8, WIDE))
+    decoding(world, pierce)
+    hole, crumb = np.s_[7:10, 16:19], np.s_[24:27, 5:7]
+    marks = []
+    for number, pixels in enumerate(["0", "8", "15", "40"]):
+        found = label("--no-gate", "--min-region", pixels, store=f"{number}")["a"]
+        marks.append((set(np.unique(found[hole]).tolist()), set(np.unique(found[crumb]).tolist())))
+    assert marks == [({0}, {1}), ({0}, {1}), ({0}, {0}), ({1}, {0})]
+    (record,) = read_records(tmp_path / "3")
+    assert record["boxes"][0]["area_px"] == np.count_nonzero(found == 1), "areas and kept masks are of the same mask"
+    masks = read_label_and_masks(tmp_path / "3/labels/a.png", shape=(32, 48), boxes=1)[1]
+    assert masks is not None and MaskRuns.from_counts(masks[0], (32, 48)).area() == np.count_nonzero(found == 1)
+
+
+@pytest.mark.parametrize(("exponent", "winner"), [("0", 1), ("1", 2), ("2", 2)])
+def test_stability_exponent(world: World, label: Label, tmp_path: Path, exponent: str, winner: int) -> None:
+    """The red box scores better, the green one's mask is more stable."""
+
+    def unstable(feeds: Mapping[str, np.ndarray], out: dict[str, np.ndarray]) -> None:
+        out["stability"] = np.where(feeds["boxes"][:, 2] < 21, 0.9, 0.6).astype(np.float32)
+
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    find(world, ("red", 0.8, WIDE), ("green", 0.7, (0, 0, 20, 20)))
+    decoding(world, unstable)
+    assert label("--no-gate", "--margin", "0", "--stability-exponent", exponent)["a"][10, 10] == winner
+    (record,) = read_records(tmp_path / "store")
+    kept = [box.get("stability") for box in record["boxes"]]
+    assert sorted(kept, key=str) == ([None, None] if exponent == "0" else [0.6, 0.9])
+
+
+def test_confidence(wsss: Run, world: World, label: Label, tmp_path: Path) -> None:
+    """Box score x predicted IoU x probability, less that of a rival; 255 in background."""
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    find(world, ("red", 0.8, WIDE), ("green", 0.5, (0, 0, 20, 20)))
+    found = label("--no-gate", "--confidence", "--margin", "0")["a"]
+    sure = read_confidence(tmp_path / "store", "a.png", shape=(32, 48))
+    assert found[10, 10] == found[10, 25] == 1 and found[30, 30] == 0
+    probable = 0.9 / (1 + np.exp(-4))
+    assert sure[10, 25] == pytest.approx(255 * 0.8 * probable, abs=1) and sure[30, 30] == 255
+    assert sure[10, 10] == pytest.approx(255 * (0.8 - 0.5) * probable, abs=1)
+    assert json.loads((tmp_path / "store/run.json").read_text())["confidence"] is True
+    assert not (label("--no-gate", store="without") and (tmp_path / "without/confidence").exists())
+    argv = ["label", "photos", "--classes", "red, green, blue", "--bundle", world.bundle, "--no-gate"]
+    assert "was made with confidence = null, this run has true" in wsss(*argv, "--out", "without", "--confidence").err
+
+
+@pytest.mark.parametrize("flags", [["--multimask"], ["--stability-exponent", "1"], ["--confidence"]])
+def test_a_bundle_of_an_earlier_version_refuses_what_it_lacks(
+    wsss: Run, world: World, label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    """And makes the same labels without."""
+    world.save(tmp_path / "photos" / "a.png", 32, 48, red=(0, 0, 48, 20))
+    now = label()["a"]
+    for graph, added in (("decoder", {"multimask", "token", "stability"}), ("fuse", {"confidence"})):
+        script, inputs, outputs, axes = SCRIPTS["sam", graph]
+
+        def before(feeds: Mapping[str, np.ndarray], script: Any = script, added: set[str] = added) -> dict[str, np.ndarray]:
+            given = {"multimask": np.zeros(len(feeds["boxes"]), bool), **feeds} if "boxes" in feeds else feeds
+            return {name: value for name, value in script(given).items() if name not in added}
+
+        kept = (tuple(spec for spec in specs if spec.name not in added) for specs in (inputs, outputs))
+        monkeypatch.setitem(SCRIPTS, ("sam", graph), (before, *kept, axes))
+    write_model(world.bundle / "sam", "sam")
+    world.engines.clear()
+    answer = wsss("label", "photos", "--classes", "red", "--bundle", world.bundle, "--out", "refused", *flags)
+    assert answer.code == 1
+    assert f"{flags[0]}: expected a bundle whose sam has" in answer.err
+    assert "hint: export it again: wsss export --model sam --variant fake" in answer.err
+    assert np.array_equal(label(store="older")["a"], now)
+
+
 # ---- what replaces a stage ----
 
 
@@ -453,6 +554,9 @@ RULES = {
     "tiles": 1,
     "margin": 0.1,
     "quality_exponent": 1.0,
+    "multimask": False,
+    "min_region": 0,
+    "stability_exponent": 0.0,
     "gate": True,
 }
 
@@ -470,6 +574,7 @@ def test_defaults_are_these_and_the_same_in_python_and_on_the_command_line() -> 
         "boxes": None,
         "ignore_unknown": False,
         "masks": True,
+        "confidence": False,
     }
     python = defaults_of(Chain.open)
     assert {name: command[name] for name in how} == {name: python[name] for name in how} == how
@@ -488,7 +593,10 @@ def test_the_stages_have_the_rules_defaults() -> None:
         is defaults_of(tag.Tagger)["threshold"]
         is None
     )
-    assert defaults_of(fuse.Fuser) == {"margin": 0.1, "quality_exponent": 1.0, "keep_masks": False}
+    own = {"keep_masks": False, "confidence": False}
+    assert defaults_of(fuse.Fuser) == {name: RULES[name] for name in ("margin", "quality_exponent", "stability_exponent")} | own
+    own = {"resizer": None, "stability": False}
+    assert defaults_of(segment.MaskPredictor) == {name: RULES[name] for name in ("multimask", "min_region")} | own
 
 
 def test_every_rule_is_an_option_and_has_a_test_here() -> None:

@@ -40,7 +40,7 @@ def test_the_defaults() -> None:
     assert (data.mean, data.std) == ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
     assert (data.balance, data.sampling_threshold, data.validation_share, data.validation_limit) == ("none", 0.05, 0.05, 500)
     assert config.loss == LossArgs(
-        kind="cross-entropy", confidence=True, confidence_floor=0.1, bootstrap=0.8, symmetric=(1.0, 1.0)
+        kind="cross-entropy", confidence="box", confidence_floor=0.1, bootstrap=0.8, symmetric=(1.0, 1.0)
     )
     optimizer = config.optimizer
     assert (optimizer.kind, optimizer.steps, optimizer.rate, optimizer.head_factor) == ("sgd", 20_000, 1e-3, 10)
@@ -239,3 +239,10 @@ def test_settings_that_do_not_go_together() -> None:
         config_from(*masks, typed("loss.region=dice"))
     config_from(typed("loss.teacher=0.9"), typed("optimizer.average=0.99"))
     config_from(typed("model.architecture=vit"), typed("optimizer.layer_decay=0.8"))
+
+
+@pytest.mark.parametrize(("given", "now"), [("true", "box"), ("false", "off"), ("pixel", "pixel"), ('"off"', "off")])
+def test_confidence_may_be_what_earlier_versions_called_it(given: str, now: str) -> None:
+    assert config_from(typed(f"loss.confidence={given}")).loss.confidence == now
+    with pytest.raises(UsageError, match=r"loss\.confidence: expected one of off, box, pixel, got 'boxes'"):
+        config_from(typed("loss.confidence=boxes"))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from wsss.errors import StoreError
+from wsss.store.local import LabelFolder
 from wsss.train import data
 from wsss.train.args import DataArgs, MachineArgs
 from wsss.train.data import (
@@ -22,6 +23,7 @@ from wsss.train.data import (
     class_weights,
     normalized,
     ranked_confidence,
+    ranked_pixels,
     repeat_factors,
     step_seed,
     workers_of,
@@ -204,3 +206,43 @@ def test_confidence_weighs_by_its_rank_in_the_class() -> None:
 def test_a_class_without_confidence_or_pixels_weighs_one() -> None:
     items = [Item(path="", label="", sha256="", confidence=(1.0, 0.0, 0.7), pixels=(9, 4, 0), size=(1, 13))] * 2
     assert ranked_confidence(items).tolist() == [[1, 1, 1]] * 2
+
+
+def test_pixels_weigh_by_the_rank_of_their_confidence_in_their_label() -> None:
+    counted = np.zeros((3, 256), int)
+    counted[0, [255, 100]] = 30, 10
+    counted[1, [0, 7, 200]] = 1, 2, 1
+    found = ranked_pixels(counted.tolist())
+    assert found.shape == (3, 256) and found.dtype == np.float32
+    assert found[0, [100, 255]] == pytest.approx([0.25, 1.25]) and found[1, [0, 7, 200]] == pytest.approx([0.25, 1, 1.75])
+    assert (found[:2] * counted[:2]).sum(1) / counted[:2].sum(1) == pytest.approx([1, 1]), "no label weighs more than another"
+    assert found[2].tolist() == [1] * 256, "a label without pixels"
+
+
+def test_the_weights_of_pixels_move_with_their_labels(scenes: Scenes) -> None:
+    """The confidence is a number for each label, so that each pixel of a crop must have the weight of its label."""
+    store, _ = scenes
+    items = survey_store(*scenes).items
+    for item in items:
+        with Image.open(store / "labels" / item.label) as image:
+            label = np.array(image)
+        LabelFolder(store / "labels", store).write_confidence(
+            item.label, np.where(label == 255, 0, 3 * label + 1).astype(np.uint8)
+        )
+    counted = survey_store(*scenes, confidence=True).confidence
+    assert {(label, value) for label, row in enumerate(counted) for value, count in enumerate(row) if count} == {
+        (label, 3 * label + 1) for label in range(13) if any(item.pixels[label] for item in items)
+    }
+    table = np.random.default_rng(0).uniform(0, 2, (13, 256)).astype(np.float32)
+    crops = Crops(*scenes, items, ARGS, seed=1, order=Order(len(items), 1), confidence=ranked_confidence(items), of_pixels=table)
+    plain, seen = crops_of(scenes), set()
+    for position in range(12):
+        found, without = crops[position], plain[position]
+        assert isinstance(found, Batch) and isinstance(without, Batch)
+        assert torch.equal(found.pixels, without.pixels) and torch.equal(found.label, without.label)
+        assert found.confidence.shape == (1, 32, 32) and found.confidence.dtype == torch.float32
+        label = found.label.numpy()
+        known = label != 255
+        assert np.array_equal(found.confidence.numpy()[known], table[label[known], 3 * label[known] + 1])
+        seen |= set(label[known].tolist())
+    assert len(seen) > 3

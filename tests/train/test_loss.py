@@ -51,15 +51,15 @@ def by_hand(args: LossArgs, class_weights: list[float] | None = None) -> float:
         else:
             log_target = np.where(np.arange(CLASSES) == k, 0.0, -4.0)
             loss = args.symmetric[0] * -np.log(p[k]) + args.symmetric[1] * -(p * log_target).sum()
-        weight = max(confidence[b, k], args.confidence_floor) if args.confidence else 1.0
+        weight = max(confidence[b, k], args.confidence_floor) if args.confidence != "off" else 1.0
         weight *= class_weights[k] if class_weights else 1.0
         total, weights = total + weight * loss, weights + weight
     return total / weights
 
 
-@pytest.mark.parametrize("confidence", [False, True])
+@pytest.mark.parametrize("confidence", ["off", "box"])
 @pytest.mark.parametrize("kind", ["cross-entropy", "bootstrapped", "symmetric", "generalized", "hard"])
-def test_a_loss_is_its_papers_formula(kind: Any, confidence: bool) -> None:
+def test_a_loss_is_its_papers_formula(kind: Any, confidence: Any) -> None:
     args = LossArgs(kind=kind, confidence=confidence, confidence_floor=0.3, bootstrap=0.7, symmetric=(0.5, 1.5))
     assert float(value(PixelLoss(args), *example())) == pytest.approx(by_hand(args), rel=1e-5)
 
@@ -72,9 +72,31 @@ def test_logits_in_half_precision_have_a_loss_in_float32(kind: Any) -> None:
     torch.testing.assert_close(half, value(criterion, logits.half().float(), label, confidence), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["cross-entropy", "masks"])
+def test_weights_of_pixels_are_those_of_their_labels_where_these_are_the_same(kind: Any) -> None:
+    """And others change the loss; void pixels have none."""
+    logits, label, confidence = example()
+    criterion: Any = PixelLoss(LossArgs(confidence="pixel", confidence_floor=0.3))
+    outputs: Any = logits
+    if kind == "masks":
+        label, confidence = scene()
+        criterion, (class_logits, mask_logits) = (
+            MaskLoss(LossArgs(kind="masks", confidence="pixel"), QUERIES),
+            masks_of(label, 1.0),
+        )
+        outputs = ((class_logits, mask_logits),)
+    of_pixels = F.pad(confidence, (0, 256 - confidence.shape[1])).gather(1, label.flatten(1).long()).view(label.shape)
+    want = value(criterion, outputs, label, confidence)
+    torch.testing.assert_close(value(criterion, outputs, label, of_pixels), want)
+    void = torch.where(label == 255, 7.0, of_pixels)
+    torch.testing.assert_close(value(criterion, outputs, label, void), want)
+    columns = torch.linspace(0.2, 2, label.shape[2]).expand(label.shape)
+    assert abs(float(value(criterion, outputs, label, of_pixels * columns) - want)) > 1e-3
+
+
 def test_class_weights_are_those_of_cross_entropy() -> None:
     weights = [0.5, 2.0, 0.0, 1.0]
-    args = LossArgs(confidence=False)
+    args = LossArgs(confidence="off")
     logits, label, confidence = example()
     ours = value(PixelLoss(args, torch.tensor(weights)), logits, label, confidence)
     assert float(ours) == pytest.approx(by_hand(args, weights), rel=1e-5)
@@ -122,9 +144,9 @@ def test_a_region_loss_is_the_mean_over_images(region: Any) -> None:
     logits, label, confidence = example()
     label[1] = 255
     logits.requires_grad_()
-    args = LossArgs(region=region, region_weight=0.5, confidence=False)
+    args = LossArgs(region=region, region_weight=0.5, confidence="off")
     found = value(PixelLoss(args), logits, label, confidence)
-    plain = value(PixelLoss(LossArgs(confidence=False)), logits, label, confidence)
+    plain = value(PixelLoss(LossArgs(confidence="off")), logits, label, confidence)
     regions = [by_region(region, logits[row].detach().double().softmax(0).numpy(), label[row].numpy()) for row in (0, 2)]
     assert float((found - plain).detach()) == pytest.approx(0.5 * np.mean(regions), rel=1e-4)
     torch.autograd.backward(found)
@@ -222,7 +244,7 @@ def test_the_loss_of_masks_is_its_papers_formula() -> None:
     dice = 1 - (2 * (p * masks).sum((1, 2)) + 1) / (p.sum((1, 2)) + masks.sum((1, 2)) + 1)
     expected = 2 * (entropy_of_classes @ torch.tensor([1, 1, 0.1]).double()) / 2.1 + (5 * entropy + 5 * dice).sum() / 2
 
-    criterion = MaskLoss(LossArgs(kind="masks", confidence=False), 3)
+    criterion = MaskLoss(LossArgs(kind="masks", confidence="off"), 3)
     found = value(criterion, ((class_logits, mask_logits),), label, torch.ones(1, CLASSES))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 

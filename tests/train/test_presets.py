@@ -543,7 +543,7 @@ def test_the_share_that_is_held_out_is_in_the_documentation() -> None:
     for page in (PAGE, PAGE.with_name("training.md")):
         assert said in " ".join(page.read_text(encoding="utf-8").split()), page.name
     assert all("validation_share" not in tables.get("data", {}) for tables in PRESETS.values())
-    assert all(config_from(tables).loss.confidence for tables in PRESETS.values()), "as the page says"
+    assert all(config_from(tables).loss.confidence == "box" for tables in PRESETS.values()), "as the page says"
 
 
 def test_the_preset_of_the_drawn_scenes() -> None:

@@ -122,6 +122,14 @@ def test_a_manifest_comes_back_as_it_was(tmp_path: Path, manifest: Manifest) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"], "no temporary left"
 
 
+def test_a_graph_adds_nothing_in_fp32_unless_its_manifest_says_so(
+    bundle: Path, edit: Callable[[Callable[[dict[str, Any]], object]], None]
+) -> None:
+    """Another number would have each export done again."""
+    edit(lambda record: record["graphs"]["encoder"].pop("fp32_accumulation"))
+    assert read_manifest(bundle / "sam").graphs["encoder"].fp32_accumulation == 0
+
+
 def test_the_earlier_name_of_fp32_nodes_is_read(
     bundle: Path, edit: Callable[[Callable[[dict[str, Any]], object]], None], manifest: Manifest
 ) -> None:

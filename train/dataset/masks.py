@@ -58,15 +58,18 @@ def survey_of(
     listed: Path | None,
     exclude: Exclusion | None,
     log: Log,
+    confidence: bool = False,
 ) -> Survey:
     """Check the images and labels of a label store, or of a folder of masks.
 
     Args:
         classes: names of labels 1, 2, ...; for a store they may be left out, and must be its own.
         listed: a list of the names of masks to use.
+        confidence: the confidence of pixels is needed, which only a store has.
 
     Raises:
-        UsageError: masks without a class list; a list for a store. StoreError: as `survey_store` and `survey_masks`.
+        UsageError: masks without a class list, or with ``confidence``; a list for a store.
+        StoreError: as `survey_store` and `survey_masks`.
     """
     if not store.is_dir():
         found = "a file" if store.exists() else "nothing"
@@ -79,11 +82,16 @@ def survey_of(
                 f"{store}: expected a label store (with run.json), or --classes for a folder of masks",
                 hint="masks have numbers: --classes names the labels 1, 2, ... in order, for example --classes voc",
             )
+        if confidence:
+            raise UsageError(
+                f"loss.confidence = pixel: {store} is a folder of masks, which have no confidence",
+                hint="--set loss.confidence=off",
+            )
         return survey_masks(store, images, classes, listed=listed, exclude=exclude, log=log)
     if listed is not None:
         raise UsageError("--list chooses masks of a folder, STORE is a label store", hint="--exclude FILE leaves out images")
     _check_classes(store, read_run(store)["classes"], classes)
-    return survey_store(store, images, exclude=exclude, log=log)
+    return survey_store(store, images, exclude=exclude, log=log, confidence=confidence)
 
 
 def survey_masks(

@@ -19,7 +19,7 @@ from ...files import write_atomically
 from ...photographs import read_file
 from ...store.decisions import Exclusion
 from ...store.format import check_complete, photograph_of
-from ...store.local import Record, label_path, read_label, read_records, read_run
+from ...store.local import Record, label_path, read_confidence, read_label, read_records, read_run
 
 SHOWN = 3
 """Bad images listed in an error."""
@@ -54,6 +54,8 @@ class Survey:
     """Number of images that could not be labeled; they are left out."""
     digest: str
     """Hash of class list, images, labels and confidence: surveys with the same digest train the same weights."""
+    confidence: tuple[tuple[int, ...], ...] = ()
+    """(C + 1, 256) number of pixels of background and each class with each confidence; empty if it was not asked for."""
 
     def split(self, share: float, limit: int) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
         """Training and validation items. Validation is the ``share`` of lowest path hashes, at most ``limit`` and never all."""
@@ -73,17 +75,24 @@ def survey_store(
     *,
     exclude: Exclusion | None = None,
     log: Callable[[str], None] = print,
+    confidence: bool = False,
 ) -> Survey:
     """Check every image and label of a store and count the pixels of each class.
 
     Args:
         progress: called with the numbers of done and of all images.
         exclude: images that are left out. log: called with what was left out.
+        confidence: check and count the confidence of every pixel too.
 
     Raises:
         StoreError: no labeled image; or images that are missing or changed, labels that are missing, of the wrong size, or
-            not in the class list. Counts them and names the first ones.
+            not in the class list, or the same of confidence. Counts them and names the first ones.
     """
+    if confidence and not (store / "confidence").is_dir():
+        raise StoreError(
+            f"{store}: loss.confidence = pixel: the store has no confidence of pixels",
+            hint="label into a new store with wsss label --confidence, or train with --set loss.confidence=box",
+        )
     classes: list[str] = read_run(store)["classes"]
     records = sorted(read_records(store), key=lambda record: record["path"])
     if exclude is not None:
@@ -99,14 +108,16 @@ def survey_store(
     items: list[Item] = []
     problems: list[str] = []
     digest = hashlib.sha256(json.dumps(classes).encode())
+    counted = np.zeros((len(classes) + 1, 256), np.int64)
     with ThreadPoolExecutor(cores()) as pool:
-        results = pool.map(lambda record: _check_image(store, images, record, classes), labelled)
+        results = pool.map(lambda record: _check_image(store, images, record, classes, confidence), labelled)
         for done, (record, result) in enumerate(zip(labelled, results, strict=True), 1):
             if isinstance(result, str):
                 problems.append(f"{record['path']}: {result}")
             else:
-                item, label_digest = result
+                item, label_digest, count = result
                 items.append(item)
+                counted += count
                 digest.update(json.dumps([item.path, item.sha256, label_digest, item.confidence]).encode())
             progress(done, len(labelled))
     check_problems(
@@ -116,7 +127,8 @@ def survey_store(
         hint=f"give --images the folder that was labeled (now {images}); wsss label labels changed images again",
     )
     failed = len(records) - len(labelled)
-    return Survey(classes=tuple(classes), items=tuple(items), failed=failed, digest=digest.hexdigest())
+    by_value = tuple(map(tuple, counted.tolist())) if confidence else ()
+    return Survey(classes=tuple(classes), items=tuple(items), failed=failed, digest=digest.hexdigest(), confidence=by_value)
 
 
 def check_problems(where: Path, problems: Sequence[str], count: int, *, hint: str) -> None:
@@ -129,8 +141,11 @@ def check_problems(where: Path, problems: Sequence[str], count: int, *, hint: st
         )
 
 
-def _check_image(store: Path, images: Path, record: Record, classes: Sequence[str]) -> tuple[Item, str] | str:
-    """The item and its label map's digest, or the problem."""
+def _check_image(
+    store: Path, images: Path, record: Record, classes: Sequence[str], confidence: bool
+) -> tuple[Item, str, np.ndarray] | str:
+    """The item, the digest of its label map and confidence, and the pixels of each label with each confidence (C + 1, 256), all 0
+    without ``confidence``; or the problem."""
     try:
         sha256 = read_file(photograph_of(images, record["path"]), record["path"]).sha256
     except ImageError as error:
@@ -152,14 +167,27 @@ def _check_image(store: Path, images: Path, record: Record, classes: Sequence[st
     if outside:
         return f"its label map has label {outside[0]}, the store has {len(classes)} classes"
     pixels: list[int] = count[: len(classes) + 1].tolist()
-    return Item(
-        path=record["path"],
-        label=record["label"],
-        sha256=sha256,
-        confidence=tuple(class_confidence(record, classes, pixels)),
-        pixels=tuple(pixels),
-        size=expected,
-    ), label_digest
+    by_value = np.zeros((len(classes) + 1, 256), np.int64)
+    if confidence:
+        try:
+            sure = read_confidence(store, record["label"], shape=expected)
+        except StoreError as error:
+            return error.message
+        label_digest += hashlib.sha256(sure.tobytes()).hexdigest()
+        known = label_map != VOID
+        by_value += np.bincount(256 * label_map[known].astype(np.int64) + sure[known], minlength=by_value.size).reshape(-1, 256)
+    return (
+        Item(
+            path=record["path"],
+            label=record["label"],
+            sha256=sha256,
+            confidence=tuple(class_confidence(record, classes, pixels)),
+            pixels=tuple(pixels),
+            size=expected,
+        ),
+        label_digest,
+        by_value,
+    )
 
 
 def class_confidence(record: Record, classes: Sequence[str], pixels: Sequence[int]) -> list[float]:
@@ -169,10 +197,10 @@ def class_confidence(record: Record, classes: Sequence[str], pixels: Sequence[in
         pixels: (C + 1) number of pixels of background and each class in the label map.
 
     Returns:
-        (C + 1) values in [0, 1]. For a class: the mean of box score x mask quality over its boxes, weighted by the pixels that
-        each box won; for a class with pixels but without boxes (from a segmenter), its score. For background: one minus the
-        highest score of a class that was tagged but has no pixel, since that object is then in the background. Without boxes
-        in the manifest: 1.
+        (C + 1) values in [0, 1]. For a class: the mean of box score x mask quality (x stability, where that counted) over its
+        boxes, weighted by the pixels that each box won; for a class with pixels but without boxes (from a segmenter), its
+        score. For background: one minus the highest score of a class that was tagged but has no pixel, since that object is
+        then in the background. Without boxes in the manifest: 1.
     """
     if (boxes := record.get("boxes")) is None:
         return [1.0] * (len(classes) + 1)
@@ -180,7 +208,7 @@ def class_confidence(record: Record, classes: Sequence[str], pixels: Sequence[in
     for box in boxes:
         if box["label"] in classes:
             column = classes.index(box["label"])
-            sure[column] += box["score"] * box["quality"] * box["won_px"]
+            sure[column] += box["score"] * box["quality"] * box.get("stability", 1.0) * box["won_px"]
             won[column] += box["won_px"]
     tags = record.get("classes", {})
     tagged = [tags.get(name, 1.0) if pixels[number] else 1.0 for number, name in enumerate(classes, 1)]
@@ -201,4 +229,7 @@ def read_survey(path: Path) -> Survey:
     items = tuple(
         Item(**{**item, **{key: tuple(item[key]) for key in ("confidence", "pixels", "size")}}) for item in record["items"]
     )
-    return Survey(classes=tuple(record["classes"]), items=items, failed=record["failed"], digest=record["digest"])
+    counted = tuple(map(tuple, record.get("confidence", ())))
+    return Survey(
+        classes=tuple(record["classes"]), items=items, failed=record["failed"], digest=record["digest"], confidence=counted
+    )

@@ -126,6 +126,16 @@ def label(
     quality_exponent: Annotated[
         float, typer.Option(help="Exponent of the predicted IoU in a mask's value; 0: only the box's score counts.")
     ] = 1.0,
+    multimask: Annotated[
+        bool,
+        typer.Option("--multimask", help="Take the best of SAM's three masks of a box, by predicted IoU, in place of its one."),
+    ] = False,
+    min_region: Annotated[
+        int, typer.Option(metavar="PIXELS", help="Fill holes of masks and remove parts below this many pixels; 0: none.")
+    ] = 0,
+    stability_exponent: Annotated[
+        float, typer.Option(help="Exponent of a mask's stability score in its value; 0: it does not count.")
+    ] = 0.0,
     stage: Annotated[
         Literal["tag", "detect"] | None,
         typer.Option(help="Only the classes (tag) or boxes (detect) of each image, as --labels and --boxes take them."),
@@ -144,6 +154,10 @@ def label(
     masks: Annotated[
         bool, typer.Option(help="Keep SAM's mask of each box in the label files: the objects that wsss convert writes.")
     ] = True,
+    confidence: Annotated[
+        bool,
+        typer.Option("--confidence", help="Write the confidence of each pixel too, for wsss train --set loss.confidence=pixel."),
+    ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again the images that failed before.")] = False,
     shard: Annotated[
         str | None, typer.Option(help="I/N, I from 0 to N - 1: label one of N parts of the images; N runs may share a store.")
@@ -193,6 +207,9 @@ def label(
         tiles=tiles,
         margin=margin,
         quality_exponent=quality_exponent,
+        multimask=multimask,
+        min_region=min_region,
+        stability_exponent=stability_exponent,
         gate=gate,
     )
     if stage is None and coco:
@@ -239,6 +256,7 @@ def label(
                 ignore_unknown=ignore_unknown,
                 rules=rules,
                 masks=masks,
+                confidence=confidence,
             ),
         )
         for place in places

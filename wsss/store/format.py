@@ -34,7 +34,7 @@ corrected: the name of the file that the label was corrected from; later runs ke
 error: why the image has no label. Lines without an error have:
 height, width: pixels, their product at most `MAX_PIXELS`. void_px: void pixels of the label map.
 classes: scores in 0..1 by name. boxes: at most `MAX_BOXES`, each with label, score in 0..1, quality (the mask's predicted
-IoU, not clipped), xyxy (pixels) and won_px.
+IoU, not clipped), xyxy (pixels) and won_px; and stability in 0..1, the mask's stability score, where it counted.
 """
 MAX_LINE = 1 << 20
 """Bytes per line; `MAX_BOXES` boxes take 50,000."""
@@ -203,8 +203,9 @@ def _box_problem(box: object) -> str:
             return f"xyxy: expected four numbers, got {_short(corners)}"
     if corners[0] > corners[2] or corners[1] > corners[3]:
         return f"xyxy: expected the upper left corner first, got {_short(corners)}"
-    if not _is_share(score := box.get("score", 0.0)):
-        return f"score: expected a number in 0..1, got {_short(score)}"
+    for key in ("score", "stability"):
+        if not _is_share(share := box.get(key, 0.0)):
+            return f"{key}: expected a number in 0..1, got {_short(share)}"
     if type(quality := box.get("quality", 0.0)) not in _NUMBERS or not -_MAX_QUALITY <= quality <= _MAX_QUALITY:
         return f"quality: expected a predicted IoU, got {_short(quality)}"
     for key in ("won_px", "area_px"):
@@ -377,9 +378,20 @@ def parse_run(data: bytes, file: object) -> dict[str, Any]:
     return run
 
 
-_EARLIER_RULES = {"score_rule": "mean", "enclosing": True, "tiles": 1, "quality_exponent": 1.0}
+_EARLIER_RULES = {
+    "score_rule": "mean",
+    "enclosing": True,
+    "tiles": 1,
+    "quality_exponent": 1.0,
+    "multimask": False,
+    "min_region": 0,
+    "stability_exponent": 0.0,
+}
 """What versions did that had no such rule."""
-_HINTS = {"masks": "; or continue this one, which has no masks, with --no-masks"}
+_HINTS = {
+    "masks": "; or continue this one, which has no masks, with --no-masks",
+    "confidence": "; or continue this one, which has no confidence of pixels, without --confidence",
+}
 
 
 def check_same(folder: object, was: dict[str, Any], now: dict[str, Any]) -> None:

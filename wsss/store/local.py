@@ -1,7 +1,7 @@
 """The label store in a local folder: a run writes it, a trainer reads it.
 
     labels/<image>.png     8-bit palette, original size: 0 background, 1..C classes, 255 void; and masks, see `mask_chunk`
-    confidence/<image>.png 8-bit gray, 255 is certain; only where a segmenter made the labels
+    confidence/<image>.png 8-bit gray, 255 is certain; only with ``--confidence``, or where a segmenter made the labels
     manifest.jsonl         one line per finished or failed image; sorted by path
     manifest-I-of-N.jsonl  the same of shard I, until the last shard merges it into manifest.jsonl
     classes.json           names by label value
@@ -435,6 +435,19 @@ def read_label_and_masks(path: Path, *, shape: tuple[int, int], boxes: int) -> t
         return label_map, masks_in(data, boxes) if boxes else []
     except ValueError as error:
         raise StoreError(f"{path}: not a readable label: {error}", hint=_LABEL_HINT) from None
+
+
+def read_confidence(store: Path, label: str, *, shape: tuple[int, int]) -> np.ndarray:
+    """Read the confidence (H, W) uint8 of a record's label map, 255 is certain.
+
+    Args:
+        shape: the expected height and width.
+
+    Raises:
+        StoreError: there is none, a link leads out of the store, or as `read_label`.
+    """
+    path = inside(store, f"confidence/{label}")
+    return read_label(path, shape=shape)
 
 
 _LABEL_HINT = "delete it and run wsss label again: it is created again"

@@ -125,7 +125,9 @@ def _sam_boxes(model: Model, prepared: Prepared, voc: Path, names: Sequence[str]
         some = boxes_of(voc / "Annotations" / f"{name}.xml", number)
         boxes.append(np.stack([frame.xyxy_model_from_image(xyxy) for xyxy in some.xyxy_image]))
         images.append(some.image)
-    return {"embedding": embedding, "boxes": np.concatenate(boxes), "image": np.concatenate(images)}
+    image = np.concatenate(images)
+    multimask = np.arange(len(image)) % 2 == 1
+    return {"embedding": embedding, "boxes": np.concatenate(boxes), "image": image, "multimask": multimask}
 
 
 def _clip_pixels(model: Model, prepared: Prepared, voc: Path, names: Sequence[str]) -> Feeds:

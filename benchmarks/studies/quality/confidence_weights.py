@@ -111,14 +111,14 @@ def _dilated(mask: np.ndarray) -> np.ndarray:
     return grown
 
 
-def _train_first(work: Path, run: Path, arguments: argparse.Namespace) -> None:
+def train_first(work: Path, run: Path, arguments: argparse.Namespace) -> None:
     """Train the weights that all runs start from."""
     drawn = write_scenes(work / "first", arguments.images, seed=FIRST_SEED, split="train")
     seeds_of = {path.name: FIRST_SEED + number for number, path in enumerate(drawn)}
     truth = labels_for(MEANS[0], is_corrupted=False)
     write_scene_store(work / "first-labels", work / "first" / "images", seeds_of, truth, "first")
     changed: dict[str, Any] = {
-        "loss": {"confidence": False},
+        "loss": {"confidence": "off"},
         "optimizer": {"steps": arguments.first_steps},
         "data": {"validation_share": 0.0, "batch": arguments.batch},
     }
@@ -148,7 +148,7 @@ def main() -> None:
     unseen = write_scenes(work / "held-out", arguments.held_out, seed=HELD_OUT_SEED)
     seeds_of = {path.name: TRAIN_SEED + number for number, path in enumerate(drawn)}
     first = work / "run-first"
-    _train_first(work, first, arguments)
+    train_first(work, first, arguments)
     for is_corrupted in (kind == "corrupted" for kind in arguments.labels):
         # ranks do not depend on the mean, and once is enough for the scores
         for mean in MEANS if "relative to the class's mean" in arguments.ways else MEANS[:1]:
@@ -164,7 +164,7 @@ def main() -> None:
                     # no validation, so that the last weights are scored
                     changed: dict[str, Any] = {
                         "seed": seed,
-                        "loss": {"confidence": weights is not None},
+                        "loss": {"confidence": "off" if weights is None else "box"},
                         "model": {"init": str(first), "new_head": True},
                         "optimizer": {"steps": arguments.steps, "rate": arguments.rate},
                         "data": {"validation_share": 0.0, "batch": arguments.batch},

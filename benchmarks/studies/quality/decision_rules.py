@@ -29,7 +29,7 @@ from ....mini.scenes import CLASSES, Scene, draw_scene
 from ....runtime.chain import Chain, Rules
 from ....runtime.detect import box_iou
 from ....runtime.tune.calibrate import calibrate_chain
-from ....runtime.tune.evidence import Evidence
+from ....runtime.tune.evidence import Evidence, Grid
 from ....runtime.tune.outcomes import Outcomes, difference, miou
 from ....runtime.tune.search import candidates, search
 from ..harness import RESULTS, about, log, read_result, study_parser, write_result
@@ -77,19 +77,24 @@ def evidence_of(
     kinds: Sequence[tuple[str, int]],
     classes: ClassList | str = "mini",
     truth: Callable[[Scene], np.ndarray] = lambda scene: scene.label,
-    rules: Rules | None = None,
+    chain: Chain | None = None,
+    grid: Grid | None = None,
 ) -> Evidence:
-    """The evidence about scenes, given by kind and seed; what the models found is kept in the working folder."""
+    """The evidence about scenes, given by kind and seed; what the models found is kept in the working folder.
+
+    Args:
+        chain: None opens the models that come with wsss, with the default rules.
+    """
     scenes = {f"{kind}-{seed}.png": (kind, seed) for kind, seed in kinds}
 
     def read(photo: str) -> Photograph:
         return Photograph(name=photo, pixels=scene_of(*scenes[photo]).pixels)
 
-    chain = Chain.open("mini", classes=classes, rules=rules)
+    chain = chain or Chain.open("mini", classes=classes)
     kept = work / f"{name}.pickle"
     names = [] if kept.is_file() else list(scenes)
     start = time.perf_counter()
-    found = Evidence(chain, names, read, lambda photo: truth(scene_of(*scenes[photo])))
+    found = Evidence(chain, names, read, lambda photo: truth(scene_of(*scenes[photo])), grid)
     if names:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(pickle.dumps(found.samples))
@@ -126,14 +131,14 @@ def options(work: Path, count: int) -> dict[str, Any]:
         "rules": {name: getattr(default, name) for name in ("tag_threshold", "score_rule", "box_threshold")},
         "miou": round(outcomes.miou(default), 4),
         "kinds": {kind: round(float(miou(base[kind_of == kind].sum(axis=0))), 4) for kind in HARD if kind != "empty"},
-        "empty scenes with a label": round(_labeled(base[kind_of == "empty"]), 4),
+        "empty scenes with a label": round(labeled_share(base[kind_of == "empty"]), 4),
         "options": {},
     }
     for name, changed in OPTIONS.items():
         matrices = outcomes.matrices(replace(default, **changed))
         result["options"][name] = {
-            **_interval(difference(matrices, base)),
-            "empty scenes with a label": round(_labeled(matrices[kind_of == "empty"]), 4),
+            **interval_of(difference(matrices, base)),
+            "empty scenes with a label": round(labeled_share(matrices[kind_of == "empty"]), 4),
         }
         log(f"{name:26} {result['options'][name]}")
     return result
@@ -147,7 +152,8 @@ def looks(work: Path, count: int) -> dict[str, Any]:
         found: dict[str, np.ndarray] = {}
         for kind in HARD:
             kept = f"{kind}-{name}" if changed else kind
-            evidence = evidence_of(work, kept, [(kind, seed) for seed in range(count)], rules=Rules(**changed))
+            chain = Chain.open("mini", classes="mini", rules=Rules(**changed))
+            evidence = evidence_of(work, kept, [(kind, seed) for seed in range(count)], chain=chain)
             evidence.samples = evidence.samples[:count]
             found[kind] = Outcomes(evidence).matrices(evidence.rules)
         base = base or found
@@ -169,7 +175,9 @@ def empty(work: Path, count: int) -> dict[str, Any]:
     outcomes, default = Outcomes(evidence), evidence.rules
     result: dict[str, Any] = {"scenes": len(evidence)}
     for threshold in (default.tag_threshold, 0.7, 0.8, 0.9, 0.95):
-        result[f"tag threshold {threshold}"] = round(_labeled(outcomes.matrices(replace(default, tag_threshold=threshold))), 4)
+        result[f"tag threshold {threshold}"] = round(
+            labeled_share(outcomes.matrices(replace(default, tag_threshold=threshold))), 4
+        )
     return result
 
 
@@ -207,7 +215,7 @@ def _negatives(without: Evidence, named: Evidence, classes: Sequence[str], names
         for sample, score in zip(found.samples, scores[tags], strict=True):
             sample.score = score
         matrices = Outcomes(found).matrices(found.rules)
-        result[f"named {name}"] = {**_boxes(found, classes), **_interval(difference(matrices, base))}
+        result[f"named {name}"] = {**_boxes(found, classes), **interval_of(difference(matrices, base))}
         log(f"named {name}: {result[f'named {name}']}")
     return result
 
@@ -258,7 +266,7 @@ def tuning(work: Path) -> dict[str, Any]:
         gain = difference(outcomes.matrices(rules)[scored], outcomes.matrices(default)[scored])
         closed = gain.value / gap if gap else 0.0
         result["sets"].append(
-            {"miou": round(score(rules), 4), "of the gap": round(closed, 3), **_interval(gain), **_changed(rules, default)}
+            {"miou": round(score(rules), 4), "of the gap": round(closed, 3), **interval_of(gain), **_changed(rules, default)}
         )
         log(f"tuned on set {number}: {result['sets'][-1]}")
     result["random sets"] = _random_sets(outcomes, RANDOM)
@@ -305,16 +313,16 @@ def calibration(work: Path, count: int) -> dict[str, Any]:
         "recall counts": found.beta,
         "macro F1": [round(found.before["macro_f1"], 4), round(found.after["macro_f1"], 4)],
         "miou": round(found.miou_before, 4),
-        **_interval(found.miou),
+        **interval_of(found.miou),
     }
 
 
-def _labeled(matrices: np.ndarray) -> float:
+def labeled_share(matrices: np.ndarray) -> float:
     """Share of the scenes with a pixel of a class."""
     return float((matrices[:, :, 1:].sum(axis=(1, 2)) > 0).mean())
 
 
-def _interval(found: Any) -> dict[str, Any]:
+def interval_of(found: Any) -> dict[str, Any]:
     return {"gain": round(found.value, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
 
 

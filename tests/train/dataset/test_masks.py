@@ -193,3 +193,5 @@ def test_a_store_and_masks_are_told_apart(folder: Path, scenes: Scenes) -> None:
         survey(scenes[0], classes=CLASSES)
     with pytest.raises(UsageError, match="--list chooses masks of a folder"):
         survey(scenes[0], listed=folder / "list.txt")
+    with pytest.raises(UsageError, match=r"loss\.confidence = pixel: .* is a folder of masks, which have no confidence"):
+        survey(folder / "masks", classes=CLASSES, confidence=True)

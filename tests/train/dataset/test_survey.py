@@ -15,7 +15,7 @@ from PIL import Image
 from wsss.classes import class_list
 from wsss.errors import StoreError
 from wsss.store.decisions import exclusion
-from wsss.store.local import LabelStore, read_label, read_records, write_label
+from wsss.store.local import LabelFolder, LabelStore, read_label, read_records, write_label
 from wsss.train.dataset.survey import Item, Survey, class_confidence, read_survey, survey_store, write_survey
 
 Scenes = tuple[Path, Path]
@@ -60,6 +60,31 @@ def test_failed_images_are_left_out(scenes: Scenes) -> None:
         out.write({"path": "bad.png", "label": "bad.png", "bytes": 0, "sha256": "", "error": "not a readable image"}, None)
     survey = survey_store(store, images)
     assert (len(survey.items), survey.failed) == (8, 1)
+
+
+def test_confidence_of_pixels_is_checked(scenes: Scenes) -> None:
+    """Where it is asked for: that it is there, gray, of the label's size, and inside of the store."""
+    store, _ = scenes
+    assert survey_store(*scenes).confidence == ()
+    with pytest.raises(StoreError, match=r"loss\.confidence = pixel: the store has no confidence of pixels") as caught:
+        survey_store(*scenes, confidence=True)
+    assert "wsss label --confidence" in caught.value.hint
+    folder = LabelFolder(store / "labels", store)
+    for number in range(8):
+        folder.write_confidence(f"scene-{number:02d}.png", np.full((48, 56), 200, np.uint8))
+    survey = survey_store(*scenes, confidence=True)
+    assert [sum(row) for row in survey.confidence] == np.sum([item.pixels for item in survey.items], axis=0).tolist()
+    folder.write_confidence("scene-04.png", np.full((48, 56), 201, np.uint8))
+    assert survey_store(*scenes, confidence=True).digest != survey.digest != survey_store(*scenes).digest
+    folder.write_confidence("scene-01.png", np.full((48, 55), 200, np.uint8))
+    (store / "confidence" / "scene-02.png").unlink()
+    Image.new("RGB", (56, 48)).save(store / "confidence" / "scene-03.png")
+    with pytest.raises(StoreError, match="3 of 8 images cannot be trained on") as caught:
+        survey_store(*scenes, confidence=True)
+    assert all(part in caught.value.message for part in ("55 x 48 pixels", "scene-02.png", "got mode RGB"))
+    (store / "confidence" / "scene-02.png").symlink_to(store.parent / "images" / "scene-02.png")
+    with pytest.raises(StoreError, match="a link leads out of the store"):
+        survey_store(*scenes, confidence=True)
 
 
 def named(store: Path) -> Any:
@@ -139,6 +164,7 @@ def box(label: str, score: float, quality: float, won: int) -> dict[str, Any]:
         ({"boxes": [box("dog", 0.5, 0.8, 30), box("dog", 1, 1, 10)], "classes": {"dog": 0.9}}, [9, 40, 0], [1, 0.55, 1]),
         ({"boxes": [box("cat", 0.5, 0.5, 9), box("dog", 1, 1, 0)], "classes": {"dog": 0.6, "cat": 1}}, [9, 0, 9], [0.4, 1, 0.25]),
         ({"boxes": [box("cat", 1.0001, 1, 9)], "classes": {"cat": 1}}, [9, 0, 9], [1, 1, 1]),
+        ({"boxes": [{**box("dog", 0.5, 0.8, 9), "stability": 0.5}], "classes": {"dog": 0.9}}, [9, 9, 0], [1, 0.2, 1]),
     ],
 )
 def test_confidence_is_score_times_quality_by_pixels_won(

@@ -28,6 +28,7 @@ NAMES = (
     "tiles",
     "margin",
     "quality_exponent",
+    "stability_exponent",
 )
 """The flags of ``wsss label`` that are written."""
 
