@@ -26,6 +26,7 @@ ALL_BUT_CLI = {
         "wsss.train.apply",
         "wsss.train.dataset",
         "wsss.train.evaluate",
+        "wsss.train.networks",
     ),
     *(
         "wsss.runtime",
@@ -58,10 +59,11 @@ MAY: dict[str, set[str]] = {
     "wsss.runtime.convert": {TYPES, STORE},
     "wsss.runtime.report": {TYPES, STORE},
     "wsss.runtime.tune": CHAIN | {"wsss.train.evaluate"},
-    "wsss.train": {TYPES, STORE, "wsss.train.dataset", "wsss.train.evaluate"},
+    "wsss.train": {TYPES, STORE, "wsss.train.dataset", "wsss.train.evaluate", "wsss.train.networks"},
     "wsss.train.apply": {TYPES, STORE, "wsss.train", "wsss.train.dataset", "wsss.train.evaluate"},
     "wsss.train.dataset": {TYPES, STORE, "wsss.train.evaluate"},
     "wsss.train.evaluate": {TYPES, STORE},
+    "wsss.train.networks": set(),
     "wsss.mini": {TYPES, "wsss.export"},
     "wsss.benchmarks": ALL_BUT_CLI,
 }
@@ -211,6 +213,7 @@ WITH_TORCH = {
     "wsss.reading.checkpoints",
     *(f"wsss.train.{name}" for name in (*TRAINER, "validate", "weights")),
     *(f"wsss.train.apply.{name}" for name in ("label_photographs", "predictor", "probabilities", "seeds", "self_train")),
+    *(f"wsss.train.networks.{name}" for name in ("deeplabv2", "eomt", "vit")),
 }
 HEAVY = {"torch", "torchvision", "transformers", "onnx", "open_clip", "segmentation_models_pytorch", "matplotlib", "scipy"}
 BASE = sorted(

@@ -28,7 +28,10 @@ Tables = Mapping[str, Any]
 
 MAX_PARTS = 4
 """Parts of a setting's name: the depth of the tables."""
-Architecture = Literal["deeplabv2", "deeplabv3plus", "upernet", "unet", "smp-segformer", "segformer", "mask2former", "vit"]
+Architecture = Literal[
+    "deeplabv2", "deeplabv3plus", "upernet", "unet", "smp-segformer", "segformer", "mask2former", "vit", "eomt"
+]
+SET_PREDICTORS, TRANSFORMERS_OF_TIMM = ("mask2former", "eomt"), ("vit", "eomt")
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """RGB on the 0-255 scale, as torchvision's ImageNet models were trained (torchvision/transforms/_presets.py)."""
@@ -41,18 +44,18 @@ class ModelArgs:
     architecture: Architecture = "deeplabv3plus"
     """segmentation-models-pytorch: deeplabv3plus, upernet, unet, smp-segformer. transformers: segformer, mask2former.
     deeplabv2: our own, a segmentation-models-pytorch encoder with the paper's head. vit: a vision transformer of timm, such as
-    DINOv2 or DINOv3, with a linear head on its last layers."""
+    DINOv2 or DINOv3, with a linear head on its last layers. eomt: one with the queries of a set predictor in its last blocks."""
     encoder: str = "resnet101"
     """An encoder of segmentation-models-pytorch; b0 to b5 for segformer; swin-tiny, -small, -base or -large for
-    mask2former; a model of timm for vit, such as vit_small_patch14_dinov2."""
+    mask2former; a model of timm for vit and eomt, such as vit_small_patch14_dinov2."""
     freeze_encoder: bool = False
     """Train only what is not the encoder, which then runs as in evaluation."""
     options: Mapping[str, Value] = field(default_factory=dict)
     """Further arguments of the architecture's constructor, for example ``encoder_output_stride = 8``."""
     init: str = "none"
     """``none`` (random, from the seed), ``hub:NAME`` (downloaded: a weight set of segmentation-models-pytorch such as
-    imagenet, a weight set of timm such as lvd142m for vit, or a model name for transformers), a weights file, or the folder of
-    another run."""
+    imagenet, a weight set of timm such as lvd142m for vit and eomt, or a model name for transformers), a weights file, or the
+    folder of another run."""
     new_head: bool = False
     """Start the classification layers at random if the given weights have other classes."""
     batch_norm: Literal["train", "frozen", "fixed", "sync"] = "train"
@@ -150,7 +153,7 @@ class LossArgs:
 
     kind: Literal["cross-entropy", "bootstrapped", "symmetric", "generalized", "hard", "masks"] = "cross-entropy"
     """bootstrapped, symmetric and generalized: for wrong labels. hard: cross-entropy of hard pixels alone, for clean labels.
-    masks: the set loss, for mask2former only."""
+    masks: the set loss, for mask2former and eomt only."""
     confidence: Literal["off", "box", "pixel"] = "off"
     """What weights the loss of a pixel. off: nothing. box: the rank of the label store's confidence in its class in that image.
     pixel: the rank of the pixel's own, from wsss label --confidence. Earlier versions had true for box and false for off."""
@@ -201,8 +204,8 @@ class OptimizerArgs:
     head_factor: float = 10.0
     """Factor of the learning rate of all other layers."""
     layer_decay: float = 1.0
-    """Factor of the learning rate from each layer of a vit's encoder to the one before (BEiT, arXiv:2106.08254, appendix H), for
-    example 0.75."""
+    """Factor of the learning rate from each layer of a vision transformer to the one before (BEiT, arXiv:2106.08254, appendix
+    H), for example 0.75."""
     head_bias_factor: float = 1.0
     """Further factor of the learning rate of their biases (DeepLab v2: 2); biases of norms are not meant."""
     momentum: float = 0.9
@@ -220,6 +223,9 @@ class OptimizerArgs:
     """poly: rate x (1 - step / steps) ^ power (ParseNet, arXiv:1506.04579)."""
     warm_up: int = 0
     """Steps in which the rate rises linearly, from a millionth (mmsegmentation's ``warmup_ratio``)."""
+    encoder_warm_up: int = 0
+    """Steps, after ``warm_up``, in which that of the encoder does. Before, it is zero, so that a random head does not spoil the
+    encoder (EoMT, arXiv:2503.19108). 0: ``warm_up`` is for both."""
     clip_norm: float = 0.0
     """Largest norm of the gradient; 0: not clipped."""
     average: float = 0.0
@@ -241,9 +247,11 @@ class OptimizerArgs:
         _within("optimizer.power", self.power, 0, 10)
         _within("optimizer.clip_norm", self.clip_norm, 0, 1e6)
         _within("optimizer.average", self.average, 0, 0.999999)
-        if self.warm_up >= self.steps:
+        _at_least("optimizer.encoder_warm_up", self.encoder_warm_up, 0)
+        if (total := self.warm_up + self.encoder_warm_up) >= self.steps:
+            both = " + optimizer.encoder_warm_up" if self.encoder_warm_up else ""
             raise UsageError(
-                f"optimizer.warm_up: expected less than {self.steps} steps, got {self.warm_up}",
+                f"optimizer.warm_up{both}: expected less than {self.steps} steps, got {total}",
                 hint="lower it, or raise --steps",
             )
 
@@ -294,7 +302,7 @@ class Config:
     def __post_init__(self) -> None:
         _at_least("seed", self.seed, 0)
         _at_least("validation_steps", self.validation_steps, 1)
-        is_masks = self.model.architecture == "mask2former"
+        is_masks = self.model.architecture in SET_PREDICTORS
         if is_masks != (self.loss.kind == "masks"):
             kinds = "masks" if is_masks else "cross-entropy, bootstrapped, symmetric, generalized or hard"
             raise UsageError(
@@ -303,22 +311,20 @@ class Config:
             )
         if is_masks and self.loss.region != "none":
             raise UsageError(
-                f"loss.region = {self.loss.region}: mask2former's loss has a dice loss of its own", hint="--set loss.region=none"
+                f"loss.region = {self.loss.region}: the loss of masks has a dice loss of its own", hint="--set loss.region=none"
             )
         if self.loss.teacher and not self.optimizer.average:
             raise UsageError(
                 "loss.teacher: needs a running average of the weights, whose predictions are compared with the labels",
                 hint="--set optimizer.average=0.999",
             )
-        if self.optimizer.layer_decay < 1 and self.model.architecture != "vit":
+        if self.optimizer.layer_decay < 1 and self.model.architecture not in TRANSFORMERS_OF_TIMM:
             raise UsageError(
-                f"optimizer.layer_decay: only vit has layers one after another, got {self.model.architecture}",
+                f"optimizer.layer_decay: only vit and eomt have layers one after another, got {self.model.architecture}",
                 hint="--set optimizer.layer_decay=1",
             )
         if is_masks and self.data.balance == "weights":
-            raise UsageError(
-                "data.balance = weights: mask2former's loss has no class weights", hint="--set data.balance=sampling"
-            )
+            raise UsageError("data.balance = weights: the loss of masks has no class weights", hint="--set data.balance=sampling")
 
 
 def deciding(config: Config) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def load_run(folder: Path, which: str = "best") -> tuple[Segmenter, RunRecord]:
         segmenter = build_segmenter(record.architecture, record.encoder, record.options, len(record.classes) + 1)
     except UsageError as error:
         raise WeightsError(f"{folder / RECORD}: {error.message}", hint="the file is damaged, or of another version") from None
-    path, weights = weights_file(folder, which), weights_of(folder, which)
+    path = weights_file(folder, which)
+    weights, about = _weights_of(path)
     if not_finite := [name for name, value in weights.items() if not value.isfinite().all()]:
         raise WeightsError(f"{path}: {not_finite[0]} holds NaN or infinity", hint="train again, or use other weights")
     try:
@@ -121,7 +122,11 @@ def load_run(folder: Path, which: str = "best") -> tuple[Segmenter, RunRecord]:
         raise WeightsError(
             f"{path}: does not fit {RECORD}: {str(error).partition(chr(10))[0]}", hint="use both files of the same run"
         ) from None
+    step = about.get("step")
+    if type(step) is not int or not 0 <= step <= record.steps:
+        raise WeightsError(f"{path}: damaged: expected a step of {record.steps}, got {step!r:.60}", hint="use files of one run")
     segmenter.canvases = record.canvases
+    segmenter.at_step(step, record.steps)
     return segmenter.eval(), record
 
 
@@ -211,12 +216,16 @@ def weights_file(folder: Path, which: str = "best") -> Path:
 
 def weights_of(folder: Path, which: str = "best") -> dict[str, Tensor]:
     """A run's weights by the network's names; from ``last.safetensors`` the running average if there is one."""
-    path = weights_file(folder, which)
-    tensors, _ = read_tensors(path)
+    return _weights_of(weights_file(folder, which))[0]
+
+
+def _weights_of(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a file of a run, and its metadata."""
+    tensors, about = read_tensors(path)
     if path.name == BEST:
-        return tensors
+        return tensors, about
     prefix = "average." if any(name.startswith("average.") for name in tensors) else "network."
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}, about
 
 
 def save_best(folder: Path, network: nn.Module, *, step: int, miou: float) -> None:

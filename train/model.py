@@ -1,7 +1,7 @@
 """Segmenters with one interface: from pixels to logits of every class at the same size.
 
-Networks come from segmentation-models-pytorch and transformers and are built without a download. `wsss.train.weights` loads
-their initial weights.
+Networks come from segmentation-models-pytorch, transformers and `wsss.train.networks`, and are built without a download.
+`wsss.train.weights` loads their initial weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .args import LossArgs, ModelArgs, Value
 from .loss import Criterion, Outputs, PixelLoss
+from .networks.deeplabv2 import DeepLabV2
+from .networks.vit import VisionTransformer
 
 SMP = {"deeplabv3plus": "DeepLabV3Plus", "upernet": "UPerNet", "unet": "Unet", "smp-segformer": "Segformer"}
 
@@ -86,6 +88,11 @@ class Segmenter(nn.Module):
         """
         return self._logits_of(self.outputs(pixels), (pixels.shape[-2], pixels.shape[-1]))
 
+    def at_step(self, step: int, steps: int) -> None:
+        """Set what changes with the training to its state after ``step`` of ``steps`` steps: the attention masks of EoMT."""
+        if hasattr(self.network, "anneal"):
+            self.network.anneal(step / max(steps, 1))
+
     def encoder(self) -> nn.Module:
         """The encoder; all other layers are the head."""
         for path in ("encoder", "segformer", "model.pixel_level_module.encoder"):
@@ -110,14 +117,14 @@ def build_segmenter(architecture: str, encoder: str, options: Mapping[str, Any],
     Raises:
         UsageError: unknown encoder, or an option that the architecture does not have.
     """
-    kinds = {"deeplabv2": _deeplabv2, "segformer": _segformer, "mask2former": _mask2former, "vit": _vit}
+    kinds = {"deeplabv2": _deeplabv2, "segformer": _segformer, "mask2former": _mask2former, "vit": _vit, "eomt": _eomt}
     try:
         return kinds.get(architecture, _smp)(architecture, encoder, dict(options), classes)
     except (TypeError, KeyError, ValueError, RuntimeError, NotImplementedError) as error:
         raise UsageError(
             f"{architecture} with encoder {encoder!r} and options {dict(options)} cannot be built: {error}",
             hint="model.encoder: a name of segmentation-models-pytorch such as resnet101, b0 to b5 for segformer, "
-            "swin-tiny to swin-large for mask2former, a vision transformer of timm for vit",
+            "swin-tiny to swin-large for mask2former, a vision transformer of timm for vit and eomt",
         ) from None
 
 
@@ -189,25 +196,6 @@ def _smp(architecture: str, encoder: str, options: dict[str, Any], classes: int)
     return Segmenter(network, classes=classes, multiple_of=32, outputs_of=_call, logits_of=_upsampled)
 
 
-class DeepLabV2(nn.Module):
-    """An encoder with dilation instead of strides in the last stages, and a sum of four parallel dilated convolutions.
-
-    ASPP-L of arXiv:1606.00915, section 3.2 and figure 4. Logits have an eighth of the input's size.
-    """
-
-    def __init__(self, encoder: nn.Module, width: int, classes: int, rates: tuple[int, ...] = (6, 12, 18, 24)) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.branches = nn.ModuleList(nn.Conv2d(width, classes, 3, padding=rate, dilation=rate) for rate in rates)
-        for branch in self.branches:
-            nn.init.normal_(branch.weight, std=0.01)
-            nn.init.zeros_(branch.bias)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        features = self.encoder(pixels)[-1]  # (B, width, H / 8, W / 8)
-        return torch.stack([branch(features) for branch in self.branches]).sum(dim=0)
-
-
 def _deeplabv2(_: str, encoder: str, options: dict[str, Any], classes: int) -> Segmenter:
     from segmentation_models_pytorch.encoders import get_encoder
 
@@ -220,41 +208,43 @@ def _deeplabv2(_: str, encoder: str, options: dict[str, Any], classes: int) -> S
 # ---- timm ----
 
 
-class VisionTransformer(nn.Module):
-    """A plain vision transformer and DINOv2's linear head: a batch norm and a 1 x 1 convolution on its last layers' tokens.
-
-    DINOv2, arXiv:2304.07193, section 7.4 ("linear" with the last four layers). Logits have a patch's stride.
-
-    Args:
-        encoder: a model of timm with ``forward_intermediates``. layers: number of last layers whose tokens are concatenated.
-    """
-
-    def __init__(self, encoder: nn.Module, width: int, classes: int, layers: int = 4) -> None:
-        super().__init__()
-        self.encoder, self.layers = encoder, layers
-        self.norm = nn.BatchNorm2d(width * layers)
-        self.head = nn.Conv2d(width * layers, classes, 1)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        features = self.encoder.forward_intermediates(pixels, indices=self.layers, norm=True, intermediates_only=True)
-        return self.head(self.norm(torch.cat(features, dim=1)))  # (B, C, H / patch, W / patch)
-
-
 def _vit(_: str, encoder: str, options: dict[str, Any], classes: int) -> Segmenter:
-    import timm
-
     layers = int(options.pop("layers", 4))
-    trunk = timm.create_model(encoder, pretrained=False, num_classes=0, dynamic_img_size=True, **options)
-    if not hasattr(trunk, "blocks"):  # Swin, for example
-        raise ValueError("expected a plain vision transformer, whose layers have one size")
+    trunk = _plain_transformer(encoder, options)
     if not 1 <= layers <= len(trunk.blocks):
         raise ValueError(f"layers: expected 1 to {len(trunk.blocks)}, got {layers}")
     network = VisionTransformer(trunk, trunk.embed_dim, classes, layers)
     outputs_of = _at_input_size(lambda network, pixels: network(pixels))
     stride = trunk.patch_embed.feat_ratio()  # of hybrids, with that of their convolutions
     return Segmenter(network, classes=classes, multiple_of=stride, outputs_of=outputs_of, logits_of=_upsampled)
+
+
+def _eomt(_: str, encoder: str, options: dict[str, Any], classes: int) -> Segmenter:
+    from .networks.eomt import EoMT
+
+    own = {key: options.pop(key) for key in ("queries", "blocks", "annealing") if key in options}
+    trunk = _plain_transformer(encoder, {"patch_size": 16, **options})  # of DINOv2 too, as in the official configurations
+    if getattr(trunk, "rope_mixed", False) or not hasattr(trunk, "norm_pre"):
+        raise ValueError("expected a vision transformer whose blocks all have the same positions")
+    stride = trunk.patch_embed.feat_ratio()
+    network = EoMT(trunk, stride, classes, **own)
+    return Segmenter(
+        network,
+        classes=classes,
+        multiple_of=stride,
+        outputs_of=_call,
+        logits_of=_logits_of_masks,
+        queries=network.q.num_embeddings,
+    )
+
+
+def _plain_transformer(encoder: str, options: dict[str, Any]) -> Any:
+    import timm
+
+    trunk = timm.create_model(encoder, pretrained=False, num_classes=0, dynamic_img_size=True, **options)
+    if not hasattr(trunk, "blocks"):  # Swin, for example
+        raise ValueError("expected a plain vision transformer, whose layers have one size")
+    return trunk
 
 
 # ---- transformers ----

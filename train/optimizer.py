@@ -19,11 +19,17 @@ TABLES = ("relative_position_bias_table", "position_embeddings")
 """Names of the positions' parameters in transformers' Swin."""
 
 
-def rate_at(step: int, args: OptimizerArgs) -> float:
-    """The encoder's learning rate at a step, counted from 0: a linear warm-up times a poly or cosine decay to zero."""
+def rate_at(step: int, args: OptimizerArgs, *, is_head: bool = False) -> float:
+    """The rate at a step, counted from 0: a linear warm-up times a poly or cosine decay to zero.
+
+    It is the encoder's. That of the head, but for its factor, differs where ``encoder_warm_up`` lets the encoder wait.
+    """
     done = (step - step % args.schedule_every) / args.steps
     decay = (1 - done) ** args.power if args.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
-    rise = WARM_UP_START + (1 - WARM_UP_START) * step / args.warm_up if step < args.warm_up else 1.0
+    start, length = (0, args.warm_up) if is_head or not args.encoder_warm_up else (args.warm_up, args.encoder_warm_up)
+    if step < start:
+        return 0.0
+    rise = WARM_UP_START + (1 - WARM_UP_START) * (step - start) / length if step < start + length else 1.0
     return args.rate * rise * decay
 
 
@@ -39,7 +45,7 @@ def optimizer_for(segmenter: Segmenter, args: OptimizerArgs) -> Optimizer:
     before, ``head_factor`` for all outside the encoder. Parameters that are not trained are in no group.
     """
     encoder = _encoder_factors(segmenter.encoder(), args.layer_decay)
-    parameters_of: dict[tuple[float, float], list[nn.Parameter]] = {}
+    parameters_of: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for module in segmenter.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -51,9 +57,10 @@ def optimizer_for(segmenter: Segmenter, args: OptimizerArgs) -> Optimizer:
             if is_head and _is_bias(name, module):
                 factor *= args.head_bias_factor
             decay = args.weight_decay if _decays(parameter, name, module, is_head, args) else 0.0
-            parameters_of.setdefault((factor, decay), []).append(parameter)
+            parameters_of.setdefault((factor, decay, is_head), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "factor": factor, "weight_decay": decay} for (factor, decay), parameters in parameters_of.items()
+        {"params": parameters, "factor": factor, "weight_decay": decay, "is_head": is_head}
+        for (factor, decay, is_head), parameters in parameters_of.items()
     ]
     if args.kind == "adamw":
         return torch.optim.AdamW(groups, lr=args.rate, betas=(args.momentum, 0.999), fused=True)
@@ -91,7 +98,7 @@ def _decays(parameter: nn.Parameter, name: str, module: nn.Module, is_head: bool
     return rule == "none" or not (is_head and _is_bias(name, module))
 
 
-def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Set the learning rate of every group to ``rate`` times its factor."""
+def set_rates(optimizer: Optimizer, step: int, args: OptimizerArgs) -> None:
+    """Set the learning rate of every group to that of a step, times the group's factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+        group["lr"] = rate_at(step, args, is_head=group["is_head"]) * group["factor"]

@@ -142,6 +142,40 @@ clip_norm = 0.01
 schedule = "poly"
 power = 0.9
 """,
+    "eomt": """
+source = '''EoMT, arXiv:2503.19108; github.com/tue-mps/eomt 7bd19dd, configs/dinov2/ade20k/semantic/eomt_large_512.yaml. \
+Not as there: DINOv2's base encoder for its large one, photographs of one shorter side; docs/presets.md has all differences'''
+
+[model]
+architecture = "eomt"
+encoder = "vit_base_patch14_reg4_dinov2"
+init = "hub:lvd142m"
+options = { patch_size = 16, img_size = 512, queries = 100, blocks = 4 }
+
+[data]
+shorter_px = 512
+crop = 512
+batch = 16
+scale = [0.5, 2.0]
+jitter = [0.12549, 0.5, 0.5, 0.05]  # 32 / 255, 0.5, 0.5, 18 / 360
+
+[loss]
+kind = "masks"
+
+[optimizer]
+kind = "adamw"
+steps = 39_120
+warm_up = 500
+encoder_warm_up = 1000
+rate = 1e-4
+head_factor = 1
+layer_decay = 0.8
+weight_decay = 0.05
+no_decay = "none"
+clip_norm = 0.01
+schedule = "poly"
+power = 0.9
+""",
     "mini": """
 source = "chosen here for the drawn scenes of wsss.mini, random weights and a CPU (benchmarks/studies/quality/stage_two.py)"
 validation_steps = 600

@@ -18,13 +18,13 @@ from torch.optim import Optimizer
 
 from ..batch import VOID
 from ..errors import UsageError, WsssError
-from .args import Config
+from .args import SET_PREDICTORS, Config
 from .checkpoint import Progress, restore_last, save_last
 from .data import Batch, normalized, step_seed
 from .distributed import World
 from .loss import Criterion
 from .model import Segmenter
-from .optimizer import optimizer_for, rate_at, set_rate
+from .optimizer import optimizer_for, set_rates
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 2.0**-10
@@ -146,7 +146,7 @@ class Run:
                 parameter.requires_grad_(False)
             # a batch with only void leaves a set predictor's masks without a gradient
             forward_pass = DistributedDataParallel(forward_pass, find_unused_parameters=bool(segmenter.queries))
-        return cls(
+        run = cls(
             config=config,
             world=world,
             segmenter=segmenter,
@@ -158,6 +158,8 @@ class Run:
             progress=Progress(),
             names=names,
         )
+        run._tell_step()
+        return run
 
     @property
     def result_segmenter(self) -> Segmenter:
@@ -170,6 +172,7 @@ class Run:
         self.progress = restore_last(folder, self.segmenter.network, network, self.optimizer)
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)
+        self._tell_step()
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint that `restore` reads. The losses must be settled."""
@@ -187,7 +190,7 @@ class Run:
             WsssError: an fp16 gradient overflows at any scale.
         """
         args, step = self.config.optimizer, self.progress.step
-        set_rate(self.optimizer, rate_at(step, args))
+        set_rates(self.optimizer, step, args)
         self.set_training()
         if self.config.loss.teacher and step >= self.config.loss.teacher_from:
             parts = [self._without_contradicted(part) for part in parts]
@@ -210,6 +213,7 @@ class Run:
         self._step_optimizer(items)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
+        self._tell_step()
         self._average()
         self._unread.append(_Loss(self.world.total(total.clone()), total, items))
 
@@ -276,6 +280,12 @@ class Run:
         if self.config.model.freeze_encoder:
             self.segmenter.encoder().eval()
 
+    def _tell_step(self) -> None:
+        """Set what changes with the training to its state at the step, from which it follows: no checkpoint has it."""
+        for segmenter in (self.segmenter, self.average):
+            if segmenter is not None:
+                segmenter.at_step(self.progress.step, self.config.optimizer.steps)
+
     @torch.no_grad()
     def _average(self) -> None:
         if self.average is None:
@@ -330,8 +340,8 @@ def check_divisible(config: Config, multiple_of: int, world: World) -> None:
             f"data.batch: {batch} images do not divide into {world.size} processes x {config.data.accumulate} forward passes",
             hint=f"--batch {max(batch // parts, 1) * parts}",
         )
-    norms = config.model.batch_norm == "train" and config.model.architecture != "segformer"
-    if norms and batch // parts == 1 and config.model.architecture != "mask2former":
+    norms = config.model.batch_norm == "train" and config.model.architecture not in ("segformer", *SET_PREDICTORS)
+    if norms and batch // parts == 1:
         raise UsageError(
             "data.batch: one image per forward pass is too few for batch statistics",
             hint=f"--batch {2 * parts}, fewer data.accumulate, or --set model.batch_norm=frozen",

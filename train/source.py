@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import StoreError, WsssError
 from ..reading.documents import read_json
 from ..store.decisions import exclusion
-from .args import Config, OptimizerArgs, deciding, of_this_version
+from .args import Config, deciding, of_this_version
 from .checkpoint import BEST, LAST, write_json
 from .dataset.masks import ValidationSet, is_label_store, survey_masks, survey_of
 from .dataset.survey import Item, Survey, read_survey, write_survey
@@ -188,7 +188,7 @@ def prepare_folder(out: Path, config: Config) -> None:
             was = read_json(out / CONFIG, hint="give a new --out")
             if not isinstance(was, dict):
                 raise ValueError(f"expected the settings of a run, got {type(was).__name__}")
-            _allow_more_steps(out, was, config.optimizer)
+            _allow_more_steps(out, was, config)
             _check_same(out, was, deciding(config))
         elif not (out / CONFIG).exists() and any(not path.name.endswith(".tmp") for path in out.iterdir()):
             raise WsssError(f"--out {out}: the folder is not empty and has no training run", hint="give a new or empty folder")
@@ -201,12 +201,13 @@ def prepare_folder(out: Path, config: Config) -> None:
         raise WsssError(f"{out / CONFIG}: damaged: {error}", hint="give a new --out") from None
 
 
-def _allow_more_steps(out: Path, was: dict[str, Any], args: OptimizerArgs) -> None:
-    """Accept a larger number of steps in ``was``, the settings of a run, if its learning rate does not depend on that number.
+def _allow_more_steps(out: Path, was: dict[str, Any], config: Config) -> None:
+    """Accept a larger number of steps in ``was``, the settings of a run, if its steps do not depend on that number.
 
     Raises:
-        WsssError: other steps, and the rate depends on them; or fewer steps.
+        WsssError: other steps, and the rate or the attention masks depend on them; or fewer steps.
     """
+    args = config.optimizer
     before = was["optimizer"].get("steps") if isinstance(was.get("optimizer"), dict) else None
     if not isinstance(before, int) or before == args.steps:
         return
@@ -216,6 +217,10 @@ def _allow_more_steps(out: Path, was: dict[str, Any], args: OptimizerArgs) -> No
             f"{changed}: its {args.schedule} schedule lowers the rate to zero at step {before}, so that no step is left to add",
             hint=f"--init {out} with a new --out trains on from its weights, with a schedule of its own; only a constant rate "
             "(--set optimizer.schedule=poly --set optimizer.power=0, from the start) can be continued to more steps",
+        )
+    if config.model.architecture == "eomt":
+        raise WsssError(
+            f"{changed}: its attention masks end at shares of the steps", hint=f"--init {out} with a new --out trains on"
         )
     if args.steps < before:
         raise WsssError(f"{changed}, which is fewer", hint=f"--steps {before} or more, or a new --out")

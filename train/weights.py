@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UsageError, WeightsError
 from ..reading.checkpoints import read_checkpoint, reason
 from ..spec import sha256_of
-from .args import Config
+from .args import TRANSFORMERS_OF_TIMM, Config
 from .model import Segmenter
 
 Weights = Mapping[str, Tensor]
@@ -69,14 +69,16 @@ def load_initial(segmenter: Segmenter, config: Config, classes: tuple[str, ...])
         for path in sorted(Path(init).glob("*.bin")):
             read_checkpoint(path, where=f"--init {path}")  # transformers compares no checksums
         weights = _from_transformers(segmenter, name)
-    elif init.startswith("hub:") and args.architecture == "vit":
-        weights = _from_timm(config, name)
+    elif init.startswith("hub:") and args.architecture in TRANSFORMERS_OF_TIMM:
+        weights = _from_timm(segmenter, config, name)
     elif init.startswith("hub:"):
         weights = _from_smp(config, name)
     elif Path(init).is_dir():
         weights, sha256 = _from_run(Path(init), config, classes)
     else:
         weights, sha256 = read_weights(Path(init)), sha256_of(Path(init))
+        if args.architecture == "eomt":  # the official files, whose other names are the network's
+            weights = {name.replace("network.encoder.backbone.", "network.encoder."): value for name, value in weights.items()}
     report = fill(segmenter, weights, init, new_head=args.new_head)
     return dataclasses.replace(report, sha256=sha256)
 
@@ -153,13 +155,14 @@ def _from_smp(config: Config, name: str) -> Weights:
     return {f"encoder.{key}": value for key, value in weights.items()}
 
 
-def _from_timm(config: Config, name: str) -> Weights:
-    """Download a vision transformer's published weights with timm."""
+def _from_timm(segmenter: Segmenter, config: Config, name: str) -> Weights:
+    """Download a vision transformer's published weights with timm, which resamples them to the network's patches and image."""
     import timm
 
-    encoder = config.model.encoder
+    encoder, patches = config.model.encoder, segmenter.encoder().patch_embed
+    sizes = {"patch_size": patches.patch_size, "img_size": patches.img_size}
     try:
-        model = timm.create_model(f"{encoder}.{name}", pretrained=True, num_classes=0)
+        model = timm.create_model(f"{encoder}.{name}", pretrained=True, num_classes=0, **sizes)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WeightsError(
             f"hub:{name}: the weights of {encoder} cannot be downloaded: {reason(error)}",

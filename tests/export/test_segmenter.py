@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +22,9 @@ from wsss.export.exporting import export_model
 from wsss.export.family import Options, family, gap_of_choices
 from wsss.export.to_engine import BuildOptions, build_plans
 from wsss.export.verify import photograph
+from wsss.export.weights import spread
 from wsss.runtime.trained_segmenter import SegmenterStage, no_masks
-from wsss.spec import AxisRange, Bundle, Model
+from wsss.spec import AxisRange, Bundle, Model, Precision
 from wsss.train.args import DataArgs
 from wsss.train.checkpoint import BEST, RunRecord, load_run, write_record, write_tensors
 from wsss.train.model import Segmenter, build_segmenter
@@ -40,18 +43,26 @@ def ort_engine(model: Model, graph: str) -> OrtEngine:
     return OrtEngine(model.folder / spec.file, spec)
 
 
-def saved_run(folder: Path, architecture: str, encoder: str, segmenter: Segmenter) -> Path:
-    """A run's folder as the trainer leaves it."""
+def saved_run(
+    folder: Path,
+    architecture: str,
+    encoder: str,
+    segmenter: Segmenter,
+    options: Mapping[str, Any] | None = None,
+    step: int = 1,
+    steps: int = 1,
+) -> Path:
+    """A run's folder as the trainer leaves it, with the best weights at ``step``."""
     record = RunRecord(
         architecture=architecture,
         encoder=encoder,
-        options={},
+        options=options or {},
         classes=("cat", "dog"),
         mean=(120.0, 110.0, 100.0),
         std=(60.0, 55.0, 50.0),
         crop=90,
         multiple_of=segmenter.multiple_of,
-        steps=1,
+        steps=steps,
         preset="mini",
         source="a test",
         init={},
@@ -60,7 +71,7 @@ def saved_run(folder: Path, architecture: str, encoder: str, segmenter: Segmente
         tools={},
     )
     write_record(folder, record)
-    write_tensors(folder / BEST, segmenter.network.state_dict(), {"step": 1, "miou": 0.5})
+    write_tensors(folder / BEST, segmenter.network.state_dict(), {"step": step, "miou": 0.5})
     return folder
 
 
@@ -106,12 +117,33 @@ def test_a_vision_transformer_is_exported(encoder: str, side: int, tmp_path: Pat
     options = {"depth": 4, "embed_dim": 48, "num_heads": 3}
     torch.manual_seed(5)
     (tmp_path / "run").mkdir()
-    folder = saved_run(tmp_path / "run", "vit", encoder, build_segmenter("vit", encoder, options, 3).eval())
-    record = json.loads((folder / "segmenter.json").read_text())
-    (folder / "segmenter.json").write_text(json.dumps({**record, "options": options}))
+    folder = saved_run(tmp_path / "run", "vit", encoder, build_segmenter("vit", encoder, options, 3).eval(), options)
     model = exported("trained", str(folder), tmp_path / "bundle", Options(batch=AxisRange(1, 1, 2), sizes=((side, 2 * side),)))
     parity = model.graph(f"image-{side}x{2 * side}").parity
     assert parity is not None and parity.worst("label_map").error <= 2e-3
+
+
+@pytest.mark.parametrize(
+    ("encoder", "step", "precision"),
+    [("vit_small_patch14_reg4_dinov2", 10, "fp16"), ("vit_small_patch16_dinov3", 3, "fp32")],
+)
+def test_eomt_is_exported_as_it_is_validated(encoder: str, step: int, precision: Precision, tmp_path: Path) -> None:
+    """After a whole training without attention masks; of one that was stopped, with the masks of its step."""
+    options = {"depth": 3, "embed_dim": 48, "num_heads": 3, "queries": 10, "blocks": 2}
+    torch.manual_seed(5)
+    network = build_segmenter("eomt", encoder, options, 3)
+    with torch.no_grad():
+        spread(network, 5)
+    (tmp_path / "run").mkdir()
+    folder = saved_run(tmp_path / "run", "eomt", encoder, network, options, step, 10)
+    trained = load_run(folder)[0]
+    assert trained.network.masked == ([8, 10] if step == 3 else [0, 0])
+    with torch.inference_mode():
+        assert len(trained(torch.randn(1, 3, 64, 96)).argmax(1).unique()) > 1
+    model = exported("trained", str(folder), tmp_path / "bundle", Options(precision=precision, **SMALL))
+    parity = model.graph("image-64x96").parity
+    assert parity is not None and {row.batch for row in parity.rows} == {1, 2, 4}
+    assert parity.worst("confidence").error <= (2e-3 if precision == "fp32" else 1e-2)
 
 
 def test_random_weights_are_the_same_with_any_number_of_threads() -> None:

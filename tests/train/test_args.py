@@ -111,8 +111,14 @@ def test_what_decides_the_weights_leaves_the_machine_out() -> None:
             "--set loss.kind=cross-entropy",
         ),
         ("model.architecture=mask2former", "loss.kind: expected masks for mask2former", "--set loss.kind=masks"),
+        ("model.architecture=eomt", "loss.kind: expected masks for eomt", "--set loss.kind=masks"),
+        ("optimizer.encoder_warm_up=20000", "optimizer.encoder_warm_up: expected less than 20000 steps, got 20000", "lower it"),
         ("loss.teacher=0.9", "loss.teacher: needs a running average of the weights", "optimizer.average=0.999"),
-        ("optimizer.layer_decay=0.8", "optimizer.layer_decay: only vit has layers one after another, got deeplabv3plus", ""),
+        (
+            "optimizer.layer_decay=0.8",
+            "optimizer.layer_decay: only vit and eomt have layers one after another, got deeplabv3plus",
+            "",
+        ),
         ("model.options=3", "model.options: expected a table", ""),
         ("optimizer.warm_up=20000", "optimizer.warm_up: expected less than 20000 steps, got 20000", "lower it"),
         ("optimizer.rate=0", "optimizer.rate: expected", ""),
@@ -162,6 +168,7 @@ def test_a_wrong_setting_is_named(assignment: str, said: str, hint: str) -> None
         ("optimizer.steps", 1, None),
         ("model.batch_norm_momentum", 0.0, 1.0),
         ("optimizer.warm_up", 0, 19_999),
+        ("optimizer.encoder_warm_up", 0, 19_999),
         ("optimizer.schedule_every", 1, None),
         ("optimizer.head_bias_factor", 1e-6, 1e6),
         ("optimizer.rate", 1e-12, 1e3),
@@ -228,7 +235,7 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 def test_settings_that_do_not_go_together() -> None:
     masks = [typed("model.architecture=mask2former"), typed("model.encoder=swin-tiny"), typed("loss.kind=masks")]
     config_from(*masks)
-    with pytest.raises(UsageError, match="loss.region = dice: mask2former's loss has a dice loss of its own"):
+    with pytest.raises(UsageError, match="loss.region = dice: the loss of masks has a dice loss of its own"):
         config_from(*masks, typed("loss.region=dice"))
     config_from(typed("loss.teacher=0.9"), typed("optimizer.average=0.99"))
     config_from(typed("model.architecture=vit"), typed("optimizer.layer_decay=0.8"))

@@ -10,7 +10,7 @@ import torch
 from wsss.errors import UsageError
 from wsss.train.args import LossArgs, ModelArgs, OptimizerArgs
 from wsss.train.model import SEGFORMER, SWIN, Segmenter, build_from, build_segmenter, criterion_for
-from wsss.train.optimizer import optimizer_for, rate_at, set_rate
+from wsss.train.optimizer import optimizer_for, rate_at, set_rates
 
 TINY_SWIN = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -21,6 +21,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "smp-segformer": ("mit_b0", {"decoder_segmentation_channels": 16}),
     "segformer": ("b0", {"depths": [1, 1, 1, 1], "decoder_hidden_size": 16}),
     "vit": ("vit_small_patch16_dinov3", {"depth": 4, "embed_dim": 48, "num_heads": 3}),
+    "eomt": ("vit_small_patch16_dinov3", {"depth": 4, "embed_dim": 48, "num_heads": 3, "queries": 10, "blocks": 3}),
     "mask2former": (
         "swin-tiny",
         {
@@ -65,7 +66,7 @@ def test_every_parameter_learns(architecture: str) -> None:
     label = torch.zeros(2, 64, 64, dtype=torch.uint8)
     label[:, 16:48, 16:48], label[:, :8] = 3, 255
     confidence = torch.ones(2, 5)
-    kind = "masks" if architecture == "mask2former" else "cross-entropy"
+    kind = "masks" if segmenter.queries else "cross-entropy"
     criterion = criterion_for(segmenter, LossArgs(kind=kind), None)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(segmenter.parameters(), lr=1e-3)
     losses = []
@@ -174,6 +175,21 @@ def test_the_warm_up_rises_to_the_schedule() -> None:
     assert [rate_at(step, args) for step in (0, 5, 10)] == pytest.approx([1e-6, 0.5000005 * 0.995, 0.99])
 
 
+def test_the_encoder_waits_for_the_heads_warm_up() -> None:
+    segmenter = small("vit")
+    args = OptimizerArgs(
+        kind="adamw", rate=1.0, steps=100, power=0, head_factor=2, layer_decay=0.5, warm_up=10, encoder_warm_up=20
+    )
+    optimizer = optimizer_for(segmenter, args)
+    head, last = segmenter.network.head.weight, segmenter.network.encoder.blocks[-1].mlp.fc1.weight
+    found = []
+    for step in (5, 9, 10, 20, 30, 99):
+        set_rates(optimizer, step, args)
+        rate = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        found += [rate[head], rate[last]]
+    assert found == pytest.approx([1, 0, 1.8, 0, 2, 0, 2, 0.5, 2, 1, 2, 1], abs=1e-5)
+
+
 def test_a_schedule_in_stairs() -> None:
     args = OptimizerArgs(rate=1.0, steps=100, schedule="poly", power=1.0, schedule_every=10)
     assert [rate_at(step, args) for step in (0, 9, 10, 19, 99)] == pytest.approx([1.0, 1.0, 0.9, 0.9, 0.1])
@@ -182,8 +198,9 @@ def test_a_schedule_in_stairs() -> None:
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_groups_by_rate_and_decay(kind: Any) -> None:
     segmenter = small("deeplabv2")
-    optimizer = optimizer_for(segmenter, OptimizerArgs(kind=kind, head_factor=10, weight_decay=0.01))
-    set_rate(optimizer, 0.5)
+    args = OptimizerArgs(kind=kind, rate=0.5, head_factor=10, weight_decay=0.01)
+    optimizer = optimizer_for(segmenter, args)
+    set_rates(optimizer, 0, args)
     told = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     named = dict(segmenter.network.named_parameters())
     assert len(told) == len(named)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from wsss.train.args import Config, DataArgs, OptimizerArgs, config_from, typed
 from wsss.train.checkpoint import load_run
 from wsss.train.loop import train
 from wsss.train.model import Segmenter, build_from, criterion_for
+from wsss.train.networks import eomt
 from wsss.train.optimizer import optimizer_for, rate_at
 from wsss.train.presets import PRESETS, preset
 
@@ -105,16 +107,24 @@ def kind_of(name: str, module: nn.Module) -> str:
     return "biases" if name.endswith("bias") else "kernels"
 
 
-def groups_of(each: Built) -> dict[str, set[str]]:
+def groups_of(each: Built) -> dict[str, str]:
     """Rate and decay of every parameter, by side and kind, in the words of the tables."""
     encoder = set(each.encoder.parameters())
-    found: dict[str, set[str]] = {}
+    found: dict[str, set[tuple[float, float] | None]] = {}
     for module in each.segmenter.modules():
         for name, parameter in module.named_parameters(recurse=False):
             kind = f"{'encoder' if parameter in encoder else 'head'} {kind_of(name, module)}"
-            group = each.groups.get(parameter)
-            found.setdefault(kind, set()).add("not trained" if group is None else f"rate {group[0]:g}, decay {group[1]:g}")
-    return found
+            found.setdefault(kind, set()).add(each.groups.get(parameter))
+    return {kind: in_words(groups) for kind, groups in found.items()}
+
+
+def in_words(groups: set[tuple[float, float] | None]) -> str:
+    trained = sorted(group for group in groups if group is not None)
+    if not trained:
+        return "not trained"
+    assert len(trained) == len(groups)
+    rates = sorted({f"{trained[0][0]:.3g}", f"{trained[-1][0]:.3g}"}, key=float)
+    return f"rate {' to '.join(rates)}, decay {only(decay for _, decay in trained):g}"
 
 
 def listed(values: Any) -> str:
@@ -163,7 +173,11 @@ def warm_up(each: Built) -> str:
     args = each.config.optimizer
     if not args.warm_up:
         return "none"
-    return f"{args.warm_up} steps from {rate_at(0, args) / args.rate:g}"
+    text = f"{args.warm_up} steps from {rate_at(0, args, is_head=True) / args.rate:g}"
+    if not (more := args.encoder_warm_up):
+        return text
+    assert rate_at(args.warm_up - 1, args) == 0 < rate_at(args.warm_up + 1, args)
+    return f"{text} without the encoder, then {more} for it"
 
 
 COMMON: dict[str, Callable[[Built], str]] = {
@@ -171,6 +185,7 @@ COMMON: dict[str, Callable[[Built], str]] = {
         "hub:imagenet": "ImageNet",
         "hub:nvidia/mit-b2": "ImageNet",
         "hub:facebook/mask2former-swin-tiny-coco-panoptic": "COCO panoptic",
+        "hub:lvd142m": "DINOv2",
     }[each.config.model.init],
     "crop": lambda each: str(each.config.data.crop),
     "images in a step": lambda each: str(each.config.data.batch),
@@ -256,6 +271,8 @@ def output_stride(each: Built) -> str:
 
 def drop_path(each: Built) -> str:
     rates = [module.drop_prob for module in each.encoder.modules() if type(module).__name__.endswith("DropPath")]
+    if not rates:
+        return "none"
     assert rates == sorted(rates)
     return f"0 to {rates[-1]:g}"
 
@@ -378,12 +395,56 @@ MASK2FORMER: dict[str, Callable[[Built], str]] = {
     "longer side": lambda each: "at most 4 times the shorter",  # tests/test_frame.py
 }
 
+
+def masks_end(each: Built) -> str:
+    steps = each.config.optimizer.steps
+    return ", ".join(f"{steps * start:.0f} to {steps * end:.0f}" for start, end in each.network.annealing)
+
+
+def layer_decay(each: Built) -> str:
+    rates = [each.groups[block.mlp.fc1.weight][0] for block in each.encoder.blocks]
+    return f"{only(round(before / after, 9) for before, after in pairwise(rates)):g}"
+
+
+def queries_with_masks(each: Built) -> str:
+    """Those whose attention differs from that of the other queries in the evaluation of a training's first half."""
+    each.network.eval().anneal(1.25 / 6)
+    allowed = each.network._attention_mask(torch.full((2, 100, 16, 16), -1.0), 0, (4, 4), 121)[:, 0, :100, -1]
+    each.network.anneal(1.0)
+    number = int((~allowed[0]).sum())
+    assert 0 < number < 100
+    return "the first ones" if not allowed[:, :number].any() else "random ones"
+
+
+EOMT: dict[str, Callable[[Built], str]] = {
+    "width of the encoder": lambda each: str(each.encoder.embed_dim),
+    "blocks of the encoder": lambda each: str(len(each.encoder.blocks)),
+    "patch": lambda each: str(only(each.encoder.patch_embed.patch_size)),
+    "positions": lambda each: str(each.encoder.pos_embed.shape[1]),
+    "drop path": drop_path,
+    "blocks with queries": lambda each: str(each.network.blocks),
+    "queries": lambda each: str(each.network.q.num_embeddings),
+    "steps in which a block loses its masks": masks_end,
+    "power of that loss": lambda each: f"{eomt.ANNEALING_POWER:g}",
+    "queries with masks in validation": queries_with_masks,
+    "upscaling blocks": lambda each: str(len(each.network.upscale)),
+    "layers of the mask head": lambda each: str(len(modules(each.network.mask_head, nn.Linear))),
+    "first weights of the last layer": lambda each: first_weights(each.network.class_head.weight),
+    "first queries": lambda each: first_weights(each.network.q.weight),
+    "layer decay": layer_decay,
+    "losses": losses,
+    "weights of class, mask, dice, no object": MASK2FORMER["weights of class, mask, dice, no object"],
+    "points of a mask in the loss": points,
+    "void pixels": void_pixels,
+}
+
 READ: dict[str, dict[str, Callable[[Built], str]]] = {
     "deeplabv2-voc": {**COMMON, **DEEPLABV2},
     "deeplabv2-coco": {**COMMON, **DEEPLABV2},
     "deeplabv3plus-voc": {**COMMON, **DEEPLABV3PLUS},
     "segformer": {**COMMON, **SEGFORMER},
     "mask2former": {**COMMON, **MASK2FORMER},
+    "eomt": {**COMMON, **EOMT},
 }
 
 
@@ -391,7 +452,7 @@ READ: dict[str, dict[str, Callable[[Built], str]]] = {
 def test_the_table_names_what_is_built(name: str) -> None:
     each = built(name)
     here = {setting: read(each) for setting, read in READ[name].items()}
-    here |= {kind: only(found) for kind, found in groups_of(each).items()}
+    here |= groups_of(each)
     assert here == {setting: row.here for setting, row in TABLES[name].items()}
 
 
@@ -447,6 +508,23 @@ def test_the_rate_follows_the_source(name: str, share: Callable[[int, int], floa
     assert [rate_at(step, args) for step in chosen] == pytest.approx(
         [args.rate * share(step, steps) for step in chosen], rel=1e-9
     )
+
+
+def test_the_warm_ups_of_eomt_take_turns() -> None:
+    """tue-mps/eomt 7bd19dd, training/two_stage_warmup_poly_schedule.py:27. There the decay begins after the warm-up; here at step
+    0, which lowers the rate by the shares that the table gives."""
+    args = config_from(preset("eomt")).optimizer
+    for is_head, start, length, lower in ((True, 0, 500, 0.0115), (False, 500, 1000, 0.0346)):
+        end = start + length
+        for step in (0, 1, 250, 499, 500, 501, 1000, 1499):
+            rise = 0.0 if step < start else min((step - start) / length, 1)
+            decay = (1 - step / args.steps) ** 0.9
+            assert rate_at(step, args, is_head=is_head) == pytest.approx(
+                args.rate * rise * decay, rel=1e-6, abs=1.1e-6 * args.rate
+            )
+        for step in (end, 20_000, args.steps - 1):
+            there = (1 - (step - end) / (args.steps - end)) ** 0.9
+            assert rate_at(step, args, is_head=is_head) / (args.rate * there) == pytest.approx(1 - lower, abs=5e-5)
 
 
 def test_the_least_rate_of_deeplabv3plus_would_matter_in_thirteen_steps() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +26,8 @@ OPTIONS = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
 
 def config(init: str, **model: Any) -> Config:
     told = {"architecture": "unet", "encoder": "mobilenet_v2", "options": OPTIONS, "init": init, **model}
-    return config_from({"model": told, "machine": {"device": "cpu"}})
+    loss = {"kind": "masks"} if told["architecture"] == "eomt" else {}
+    return config_from({"model": told, "loss": loss, "machine": {"device": "cpu"}})
 
 
 def unet(classes: int = 3, seed: int = 0) -> Segmenter:
@@ -206,6 +208,43 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert "offline" in caught.value.hint
     with pytest.raises(WeightsError, match="hub:imaginet: the weights of resnet18 cannot be downloaded"):
         load_initial(unet(), config("hub:imaginet", encoder="resnet18"), CLASSES)
+
+
+@pytest.mark.parametrize("architecture", ["vit", "eomt"])
+def test_timm_resamples_to_the_patches_and_image_of_the_network(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DINOv2's patches have 14 pixels; EoMT's have 16, and their positions are those of its crop."""
+    options = {"depth": 4, "embed_dim": 48, "num_heads": 3, "patch_size": 16, "img_size": 64}
+    encoder = "vit_small_patch14_dinov2"
+    segmenter = build_segmenter(architecture, encoder, options, 3)
+    create, asked = timm.create_model, {}
+
+    def published(name: str, **arguments: Any) -> Any:
+        asked.update(arguments, name=name)
+        assert arguments.pop("pretrained")
+        return create(encoder, pretrained=False, **{**options, **arguments})
+
+    monkeypatch.setattr("timm.create_model", published)
+    report = load_initial(segmenter, config("hub:lvd142m", **_masks(architecture, encoder, options)), CLASSES)
+    assert (asked["name"], asked["patch_size"], asked["img_size"]) == (f"{encoder}.lvd142m", (16, 16), (64, 64))
+    assert all(not name.startswith("encoder.") for name in report.random) and not report.unused
+
+
+def test_the_official_files_of_eomt(tmp_path: Path) -> None:
+    """Those with DINOv2: a state dict of the training, with buffers that the network does not have."""
+    options = {"depth": 3, "embed_dim": 48, "num_heads": 3, "img_size": 64, "queries": 5, "blocks": 2}
+    encoder = "vit_small_patch14_reg4_dinov2"
+    source, segmenter = (build_segmenter("eomt", encoder, options, classes) for classes in (150, 3))
+    tensors = {f"network.{name.replace('encoder.', 'encoder.backbone.')}": value for name, value in given(source).items()}
+    rest = {"network.attn_mask_probs": torch.zeros(2), "criterion.empty_weight": torch.ones(151)}
+    torch.save({**tensors, **rest}, tmp_path / "pytorch_model.bin")
+    told = config(str(tmp_path / "pytorch_model.bin"), new_head=True, **_masks("eomt", encoder, options))
+    report = load_initial(segmenter, told, CLASSES)
+    assert report.random == ("class_head.weight", "class_head.bias") and len(report.unused) == 2
+    assert equal(segmenter, source, "encoder.") and equal(segmenter, source, "mask_head.") and equal(segmenter, source, "q.")
+
+
+def _masks(architecture: str, encoder: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {"architecture": architecture, "encoder": encoder, "options": options}
 
 
 def test_published_weights_want_their_normalization(monkeypatch: pytest.MonkeyPatch) -> None:

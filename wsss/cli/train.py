@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..train.loop import Result, Status
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-Preset = Literal["deeplabv2-voc", "deeplabv2-coco", "deeplabv3plus-voc", "segformer", "mask2former", "mini"]
+Preset = Literal["deeplabv2-voc", "deeplabv2-coco", "deeplabv3plus-voc", "segformer", "mask2former", "eomt", "mini"]
 
 
 def train(

@@ -1,8 +1,8 @@
 """The gain of training on pseudo-labels (stage two): ``python -m wsss.benchmarks.studies.quality.stage_two``.
 
 The chain of small models labels drawn scenes. The same network is trained on these pseudo-labels, with the store's confidence as
-weights and without, and, with the same schedule, on the truth. All of them, and the chain itself, are scored on held-out scenes. All
-steps continue where they were stopped.
+weights and without, and, with the same schedule, on the truth. All of them, and the chain itself, are scored on held-out scenes.
+All steps continue where they were stopped.
 """
 
 from __future__ import annotations
