@@ -94,13 +94,21 @@ def _ids_of(tokenizer: Tokenizer, phrase: str) -> tuple[list[int], str]:
 
 
 def tokenize_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[Sequence[str]], templates: Sequence[str], length: int, end: int, names: Sequence[str]
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[str]],
+    templates: Sequence[str],
+    length: int,
+    end: int,
+    names: Sequence[str],
+    *,
+    reader: str = "CLIP",
 ) -> list[list[list[int]]]:
     """Token ids of every template of each row's prompts, with special tokens. Logs a warning about sentences that are cut.
 
     Args:
         length: most tokens of a sentence. end: the token that ends a sentence that is cut.
         names: what messages call each row; rows without a name may equal others.
+        reader: what messages call the model.
 
     Raises:
         ClassError: two named rows have a sentence of the same tokens.
@@ -117,8 +125,8 @@ def tokenize_prompts(
                 ids = [*ids[: length - 1], end]
             ids_of[-1].append(ids)
     if cut:
-        _log.warning("CLIP reads only %d tokens and cuts the end of %d prompts, for example %r", length, len(cut), cut[0])
-    _check_distinct(names, ids_of, "CLIP")
+        _log.warning("%s reads only %d tokens and cuts the end of %d prompts, for example %r", reader, length, len(cut), cut[0])
+    _check_distinct(names, ids_of, reader)
     return ids_of
 
 

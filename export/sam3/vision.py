@@ -120,7 +120,11 @@ class Attention(nn.Module):
         self.heads, self.scale = official.num_attention_heads, official.scaling
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Queries (B, N, D), keys and values (B, M, D) to (B, N, D); ``bias`` is added to the attention (B, heads or 1, N or 1, M)."""
+        """Queries (B, N, D), keys and values (B, M, D) to (B, N, D).
+
+        Args:
+            bias: added to the products, (B, heads or 1, N or 1, M).
+        """
         q, k, v = (
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.q, queries), (self.k, keys), (self.v, values))

@@ -110,7 +110,7 @@ def image_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if any("vision_backbone.trunk." in name for name in state):
         raise WeightsError(
-            "this checkpoint has the names of facebookresearch/sam3 (sam3.pt), expected those of transformers (model.safetensors)",
+            "this checkpoint has the names of facebookresearch/sam3 (sam3.pt), expected those of transformers, model.safetensors",
             hint=GATED,
         )
     prefix = "detector_model."
