@@ -246,11 +246,11 @@ class Chain:
             nothing = ConstantTags(known, False)
             return cls(known, tag=nothing, detect=no_boxes, segment=no_masks, fuse=stage, settings=settings, device=place)
         assert given_classes is not None
-        known, names = given_classes, folder.models()
-        concept = model == CONCEPT or (CONCEPT in names and not set(MODELS[1:]) <= set(names))
+        known, models = given_classes, folder.models()
+        concept = model == CONCEPT or (CONCEPT in models and not set(MODELS[1:]) <= set(models))
         if concept:
             _check_concept(rules, boxes)
-        elif CONCEPT in names:
+        elif CONCEPT in models:
             settings["bundle"]["note"] = (
                 f"{CONCEPT} is not used: --model {CONCEPT} takes it in place of {' and '.join(MODELS[1:])}"
             )
@@ -275,13 +275,13 @@ class Chain:
         else:
             if given.labels:
                 tag = given.labels
-            elif rules.gate and concept and "clip" not in names:
+            elif rules.gate and concept and "clip" not in models:
                 if rules.tag_threshold is not None or rules.tag_thresholds:
                     raise UsageError("--tag-threshold: the bundle has no clip", hint="leave it out, or: wsss export --model clip")
                 tag, settings["rules"]["gate"] = ConstantTags(known, True), False
                 settings["bundle"]["note"] = (
-                    f"the bundle has no clip: {CONCEPT} looks for all {len(known)} classes in every photograph, and decides which "
-                    "are there"
+                    f"the bundle has no clip: {CONCEPT} looks for all {len(known)} classes in every photograph, and decides "
+                    "which are there"
                 )
             elif rules.gate:
                 clip = take("clip")
@@ -311,7 +311,9 @@ class Chain:
                 InstanceFinder,
                 sam,
                 text_opener(sam),
-                *(opener(sam, graph) for graph in ("vision", "detector", "outline")),
+                opener(sam, "vision"),
+                opener(sam, "detector"),
+                opener(sam, "outline"),
                 known,
                 threshold=rules.box_threshold,
                 nms=rules.nms,

@@ -43,7 +43,10 @@ class Instances(Boxes):
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """A wording of a class: its label, or `NEGATIVE`; features (L, D) as the engines exchange them; tokens that count (L,) bool."""
+    """A wording of a class.
+
+    label: 1-based class, or `NEGATIVE`. features: (L, D) as the engines exchange them. mask: (L,) bool, tokens that count.
+    """
 
     label: int
     features: np.ndarray
@@ -98,8 +101,8 @@ class InstanceFinder:
             self._find(images, wanted[start : start + step], labels.present, found)
         instances = found.joined()
         sizes = [photo.shape for photo in images]
-        rules = {"nms": self._nms, "nms_across": self._nms_across, "enclosing": self._enclosing}
-        kept = instances.keep(chosen(instances, sizes, self.threshold, **rules))
+        best = chosen(instances, sizes, self.threshold, nms=self._nms, nms_across=self._nms_across, enclosing=self._enclosing)
+        kept = instances.keep(best)
         kept = kept.keep(kept.label != NEGATIVE)
         if self._decides:
             labels.score[:], labels.present[:] = found.presence, False

@@ -53,8 +53,8 @@ def label(
     model: Annotated[
         Literal["chain", "sam3", "segmenter"],
         typer.Option(
-            help="chain: CLIP, Grounding-DINO and SAM; of a bundle without the last two, sam3. sam3: CLIP, if it is there, and SAM 3. "
-            "segmenter: the bundle's trained segmenter, with its own classes."
+            help="chain: CLIP, Grounding-DINO and SAM; of a bundle without the last two, sam3. sam3: CLIP, if the bundle has it, "
+            "and SAM 3. segmenter: the bundle's trained segmenter, with its own classes."
         ),
     ] = "chain",
     engine: Annotated[
