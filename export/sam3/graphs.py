@@ -140,7 +140,7 @@ def detector_graph(official: Sam3Model, images: AxisRange, rows: AxisRange = ROW
             "embedding": _smooth(rng, (used, width, grid, grid)).reshape(used, width, -1).transpose(0, 2, 1).copy(),
             "text": text.astype(np.float32),
             "mask": mask,
-            "image": (np.arange(count, dtype=np.int64) * 7 + 1) % used,
+            "image": np.resize(rng.permutation(used), count).astype(np.int64),
         }
 
     def reference(feeds: Feeds, _: Feeds) -> Feeds:
