@@ -51,8 +51,11 @@ class Vision(nn.Module):
 class Block(nn.Module):
     """A layer of the ViT (``Sam3ViTLayer``) with a free batch and explicit attention.
 
-    Fused attention in float16 was wrong in TensorRT (cosine 0.058 with the official features; explicit attention 0.999: the
-    DART study of SAM 3). The official rotation turns pairs of neighboring channels; here the channels of queries and keys are in
+    Explicit products, which half precision on the CPU and the gate can follow. TensorRT may compile them to a fused kernel, whose
+    float16 results were reported to be wrong for this network on GPUs of one generation (NVIDIA/TensorRT#4837): as for every
+    engine, its comparison on the GPU decides whether it may be used.
+
+    The official rotation turns pairs of neighboring channels; here the channels of queries and keys are in
     another order, the first of each pair before the second, which changes no product of a query with a key.
     """
 

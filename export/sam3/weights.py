@@ -24,7 +24,7 @@ GATED = (
 )
 MINI = "sam3_mini"
 _SMALL = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "num_layers": 2, "dropout": 0.0}
-CONFIGS: Mapping[str, Mapping[str, Any]] = {
+CONFIGS: dict[str, Mapping[str, Any]] = {
     "sam3": {},
     MINI: {
         "vision_config": {

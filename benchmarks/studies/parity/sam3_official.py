@@ -1,6 +1,6 @@
 """Compare our SAM 3 with transformers' ``Sam3Model`` and ``Sam3Processor`` on real photographs.
 
-    python -m wsss.benchmarks.studies.parity.sam3_official VOC_PAIRS --variant sam3 --precision fp32 --bundle build/sam3
+    python -m wsss.benchmarks.studies.parity.sam3_official VOC_PAIRS --side 336 --precision fp32 --bundle build/sam3
 
 Photographs go through our graphs in pairs, with the phrases of both in the same calls; the official model gets one photograph and
 one phrase at a time. Phrases are the classes of the annotation, and one that is not there. Compared are the logits, presence and
@@ -8,12 +8,14 @@ boxes of all queries, and the best masks at the photograph's size, resized as lo
 transformers' own rule, which resizes probabilities, is compared with that. Both get pixels resized by Pillow;
 how far torchvision's are from these, which the official processors use, is measured too.
 
-Weights are seeded unless given. ``benchmarks/results/sam3-official.json`` has an entry for each variant and precision, with a row
-for each photograph; a second run continues where the first was stopped.
+Weights are seeded unless given. ``--side`` gives photographs fewer pixels than 1008 x 1008: all parameters take part, in a ninth
+of the work at 336. ``benchmarks/results/sam3-official.json`` has an entry for each side and precision, with a row for each
+photograph; a second run continues where the first was stopped.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -23,18 +25,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Sam3ImageProcessor, Sam3Model
 
 from wsss.batch import Tensor
-from wsss.classes import class_list
+from wsss.classes import class_list, named_list
 from wsss.engines.ort import OrtEngine
 from wsss.export.exporting import tool_versions
 from wsss.export.family import Options
 from wsss.export.sam3 import weights as sam3
+from wsss.export.sam3.concept import Detector, Outline
+from wsss.export.sam3.graphs import shapes_of
+from wsss.export.sam3.vision import Vision, grid_of
 from wsss.frame import frame_for
 from wsss.photographs import read_photograph
 from wsss.runtime.canvas import on_canvas
-from wsss.runtime.concept import Phrase, embed_phrases
+from wsss.runtime.chain import ConstantTags
+from wsss.runtime.concept import InstanceFinder, Phrase, embed_phrases
 from wsss.runtime.given.voc import read_voc_xml
 from wsss.runtime.text import open_tokenizer
 from wsss.spec import AxisRange, Model
@@ -54,6 +61,8 @@ from ..harness import (
 RESULT = RESULTS / "sam3-official.json"
 ABSENT = "giraffe"
 """A phrase of every photograph; none of PASCAL VOC's classes."""
+CLASSES = (1, 20, 80)
+"""How many classes a photograph is searched for, whose costs are measured."""
 BEST = 4
 """Masks that are compared for each phrase: of the queries with the best scores."""
 
@@ -63,19 +72,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = study_parser(__spec__, __doc__)
     parser.add_argument("voc", type=Path, help="folder with JPEGImages/ and Annotations/ (VOC XML)")
     parser.add_argument("--variant", default="sam3", choices=list(sam3.CONFIGS))
+    parser.add_argument("--side", type=int, help="of the canvas in pixels, a multiple of the patches; default: the variant's")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16"])
     parser.add_argument("--weights", default="random:0")
     parser.add_argument("--bundle", type=Path, default=Path("build/sam3"))
     parser.add_argument("--batch", type=int, nargs=3, default=(1, 2, 2), metavar=("MIN", "OPT", "MAX"), help="of the export")
     parser.add_argument("--count", type=int, default=8, help="number of photographs, the first by name that have boxes")
     options = parser.parse_args(arguments)
+    if options.side:
+        backbone = {"model_type": "sam3_vit_model", "image_size": options.side}
+        sam3.CONFIGS[options.variant] = {"vision_config": {"backbone_config": backbone}}
     begun = time.monotonic()
     given = Options(batch=AxisRange(*options.batch), precision=options.precision)
     model = exported_model("sam3", options.variant, options.weights, options.bundle, given)
     exported = {"seconds": round(time.monotonic() - begun), "peak_gb": round(peak_memory_bytes() / 1e9, 1)}
     official, _ = sam3.load(options.variant, options.weights)
     names = [path.stem for path in sorted((options.voc / "Annotations").glob("*.xml"))][: options.count]
-    key = f"{options.variant} {options.precision}"
+    key = f"{options.variant} {model.manifest.preprocess.longest_px} {options.precision}"
     entry = _entry(model, key, exported)
     left = [name for name in names if name not in entry["photographs"]]
     for start in range(0, len(left), 2):
@@ -84,7 +97,64 @@ def main(arguments: Sequence[str] | None = None) -> None:
             log(f"{key} {name}: {row}")
         entry["summary"] = summary(entry["photographs"])
         write_result(RESULT, {**read_result(RESULT), key: entry})
+    if "classes" not in entry:
+        entry["work"] = work(official)
+        entry["classes"] = {str(count): cost_of(model, options.voc, names[:2], count) for count in CLASSES}
+        write_result(RESULT, {**read_result(RESULT), key: entry})
     print(json.dumps(entry["summary"]))
+
+
+def work(official: Sam3Model) -> dict[str, float]:
+    """Giga multiply-adds of the graphs: vision of an image, the others of a phrase, with one mask."""
+    shapes, tokens = shapes_of(official), official.config.text_config.max_position_embeddings
+    grid, config = grid_of(official), official.config.detr_decoder_config
+    numbers, width = torch.zeros(1, dtype=torch.int64, device="meta"), config.hidden_size
+    maps = [torch.zeros(1, *shapes[name], device="meta") for name in ("features_2x", "features_4x")]
+    text, mask = torch.zeros(1, tokens, width, device="meta"), torch.ones(1, tokens, dtype=torch.bool, device="meta")
+    cells, queries = torch.zeros(1, grid**2, width, device="meta"), torch.zeros(1, config.num_queries, width, device="meta")
+    side = official.config.vision_config.backbone_config.image_size
+    jobs: dict[str, tuple[torch.nn.Module, tuple[torch.Tensor, ...]]] = {
+        "vision": (Vision(official), (torch.zeros(1, side, side, 3, dtype=torch.uint8, device="meta"),)),
+        "detector": (Detector(official), (cells, text, mask, numbers)),
+        "outline": (Outline(official), (cells, queries, *maps, numbers, numbers, numbers[None], numbers)),
+    }
+    found = {}
+    for name, (module, inputs) in jobs.items():
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            copy.deepcopy(module).to("meta")(*inputs)
+        found[name] = round(counter.get_total_flops() / 2e9, 1)
+    return found
+
+
+def cost_of(model: Model, voc: Path, names: Sequence[str], count: int) -> dict[str, Any]:
+    """Calls, and seconds for a photograph, of some photographs together that are searched for the first classes of COCO."""
+    photographs = [read_photograph(voc / "JPEGImages", f"{name}.jpg") for name in names]
+    classes = class_list(named_list("coco").phrases[number][0] for number in range(count))
+    engines = {name: _Timed(OrtEngine(model.path(name), model.graph(name))) for name in ("text", "vision", "detector", "outline")}
+    text, vision, detector, outline = engines.values()
+    finder = InstanceFinder(model, text, vision, detector, outline, classes, decides=True)
+    found = finder(photographs, ConstantTags(classes, True)(photographs))
+    return {
+        "photographs": len(names),
+        "instances": len(found),
+        "calls": {name: engine.calls for name, engine in engines.items()},
+        "seconds": {name: round(engine.seconds / len(names), 2) for name, engine in engines.items() if name != "text"},
+        "text_seconds": round(engines["text"].seconds, 2),
+    }
+
+
+class _Timed:
+    """An engine that counts its calls and their seconds."""
+
+    def __init__(self, engine: OrtEngine) -> None:
+        self._engine, self.calls, self.seconds = engine, 0, 0.0
+        self.inputs, self.outputs, self.axes = engine.inputs, engine.outputs, engine.axes
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        begun = time.monotonic()
+        out = self._engine(feeds)
+        self.calls, self.seconds = self.calls + 1, self.seconds + time.monotonic() - begun
+        return out
 
 
 def compare(model: Model, official: Sam3Model, voc: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
