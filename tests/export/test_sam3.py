@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Sam3ImageProcessor, Sam3Model
 
+from wsss.benchmarks.feeds import feeds_for, load_of
 from wsss.classes import class_list
 from wsss.engines.eager import EagerEngine
 from wsss.engines.ort import OrtEngine
-from wsss.errors import ParityError, UsageError, WeightsError
+from wsss.errors import ParityError, UsageError, WeightsError, WsssError
 from wsss.export import verify
-from wsss.export.exporting import export_model
+from wsss.export.exporting import export_model, verify_model
 from wsss.export.family import Graph, Options, family
 from wsss.export.sam3 import concept, vision
 from wsss.export.sam3 import weights as sam3
@@ -32,6 +33,7 @@ from wsss.photographs import read_photograph
 from wsss.runtime.bundles import MINI as MINI_BUNDLE
 from wsss.runtime.chain import ConstantTags
 from wsss.runtime.concept import InstanceFinder, Instances, KnownMasks
+from wsss.runtime.labeler import Labeler
 from wsss.runtime.text import open_tokenizer
 from wsss.spec import AxisRange, Bundle, Model
 
@@ -413,3 +415,30 @@ def test_settings_without_a_meaning_are_refused(
     Path("boxes.json").write_text("{}")
     done = wsss("label", photos, "--classes", "mini", "--bundle", bundle, "--out", "store", *flags)
     assert done.code == 2 and message in done.err
+
+
+def test_boxes_alone_and_masks_of_given_boxes(bundle: Path, tmp_path: Path, wsss: Callable[..., Answer]) -> None:
+    photos = write_scenes(tmp_path / "scenes", 2)[0].parent
+    flags = ("--classes", "mini", "--bundle", bundle, "--box-threshold", "0.05")
+    assert wsss("label", photos, *flags, "--out", "boxes.json", "--stage", "detect").code == 0
+    assert any(json.loads(Path("boxes.json").read_text()).values())
+    done = wsss("label", photos, *flags, "--out", "tags.json", "--stage", "tag")
+    assert done.code == 2 and "--stage tag: CLIP is not asked" in done.err
+    labeler = Labeler.open(bundle, classes="mini")
+    with pytest.raises(WsssError, match="SAM 3 gives the masks of what it finds itself"):
+        labeler.segment(np.zeros((30, 40, 3), np.uint8), [[0, 0, 20, 20]])
+
+
+def test_settings_cannot_be_tuned(bundle: Path, tmp_path: Path, wsss: Callable[..., Answer]) -> None:
+    write_scenes(tmp_path / "scenes", 2)
+    folders = tmp_path / "scenes" / "images", tmp_path / "scenes" / "masks"
+    done = wsss("tune", *folders, "--classes", "mini", "--bundle", bundle)
+    assert done.code == 2 and "found for grounding-dino and sam; the bundle has sam3" in done.err
+
+
+def test_verification_and_measurement_know_its_graphs(model: Model) -> None:
+    assert verify_model(model, None, print).keys() == model.manifest.graphs.keys()
+    for name, graph in model.manifest.graphs.items():
+        engine = OrtEngine(model.path(name), graph)
+        out = engine(feeds_for(model, name, load_of(graph, graph.axes, 2)))
+        assert all(np.isfinite(np.asarray(value, np.float64)).all() for value in out.values())
