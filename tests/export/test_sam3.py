@@ -431,7 +431,7 @@ def test_boxes_alone_and_masks_of_given_boxes(bundle: Path, tmp_path: Path, wsss
 
 def test_settings_cannot_be_tuned(bundle: Path, tmp_path: Path, wsss: Callable[..., Answer]) -> None:
     write_scenes(tmp_path / "scenes", 2)
-    folders = tmp_path / "scenes" / "images", tmp_path / "scenes" / "masks"
+    folders = tmp_path / "scenes" / "images", tmp_path / "scenes" / "truth"
     done = wsss("tune", *folders, "--classes", "mini", "--bundle", bundle)
     assert done.code == 2 and "found for grounding-dino and sam; the bundle has sam3" in done.err
 
