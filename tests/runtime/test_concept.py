@@ -205,12 +205,13 @@ NONE = photo()
 
 def test_boxes_and_masks_are_those_of_the_photograph(model: Model) -> None:
     finder = Finder(model)
-    found, labels = finder([NONE, TWO, ONE])
-    assert found.image.tolist() == [1, 1, 2] and found.label.tolist() == [1, 2, 3]
+    found, labels = finder([TWO, ONE, NONE])
+    assert found.image.tolist() == [0, 0, 1] and found.label.tolist() == [1, 2, 3]
     np.testing.assert_allclose(found.xyxy_image, [[0, 0, 16, 8], [16, 8, 32, 16], [8, 4, 24, 12]])
     np.testing.assert_allclose(found.score, (1 / (1 + np.exp(-4.0))) ** 2, rtol=1e-6)
-    masks = finder.segment([NONE, TWO, ONE], found)
-    assert masks.frames[0] is None and masks.quality.tolist() == [1, 1, 1]
+    masks = finder.segment([TWO, ONE, NONE], found)
+    assert masks.frames[2] is None and masks.quality.tolist() == [1, 1, 1]
+    assert masks.part[0] == masks.part[1], "of one call"
     for row in range(3):
         x0, y0, x1, y1 = (found.xyxy_image[row] / [2, 1, 2, 1]).astype(int)  # of the logits' 16 x 16 pixels
         mask = np.asarray(masks.logits[masks.part[row]])[masks.row[row]]
@@ -269,6 +270,13 @@ def test_the_threshold_is_of_the_product(model: Model) -> None:
     assert len(found) == 3
     (call,) = finder.engines["outline"].calls
     assert call["query"] == (2, 2), "one row twice, as it has more queries than slots"
+
+
+def test_calls_have_no_more_rows_than_the_graph_takes(model: Model) -> None:
+    finder = Finder(model, threshold=0.96)  # one query of each phrase
+    found, _ = finder([photo(red=(0, 0, 2, 2), green=(2, 2, 4, 4), blue=(4, 4, 6, 6))])
+    assert found.label.tolist() == [1, 2, 3]
+    assert finder.rows("outline", "row") == [2, 1] and finder.rows("outline", "pick") == [2, 1]
 
 
 def test_synonyms_are_one_class_and_negatives_take_boxes(model: Model) -> None:
