@@ -455,15 +455,19 @@ def summary() -> str:
 
 
 def concept() -> str:
-    """Costs of SAM 3 by the number of classes, of two photographs together."""
+    """Costs of SAM 3 by the number of classes."""
     rows: list[Row] = []
     for key, found in result("sam3-official").items():
-        variant, side, precision = key.split()
-        for count, cost in found.get("classes", {}).items():
-            seconds = (f"{cost['seconds'][name]:.1f} s" for name in ("vision", "detector", "outline"))
-            calls = ", ".join(f"{name} {number}" for name, number in cost["calls"].items())
-            rows.append([f"{variant} {precision}, {side} px", count, calls, *seconds])
-    return table(["two photographs", "classes", "calls", "vision, each", "detector, each", "outline, each"], rows)
+        if "classes" not in found:
+            continue
+        side, work = key.split()[1], found["work"]
+        for count, cost in found["classes"].items():
+            calls = ", ".join(f"{name} {number}" for name, number in cost["calls"].items() if number)
+            seconds = [f"{cost['seconds'][name]:.1f} s" for name in ("vision", "detector")]
+            rows.append([count, calls, *seconds, f"{work['vision'] + int(count) * work['detector']:,.0f} GMAC"])
+        head = [f"vision, a photograph of {side} px", "detector, the same", "work of a photograph of 1008 px"]
+        rows.append(["masks of a class that is there", "", "", "", f"{work['outline']:,.0f} GMAC"])
+    return table(["classes", "calls for two photographs", *head], rows)
 
 
 def export_cost() -> str:
