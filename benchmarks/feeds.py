@@ -152,6 +152,12 @@ def _image_of_box(request: _Request) -> np.ndarray:
     return np.arange(request.shape[0]) % request.load.lengths["images"]
 
 
+def _pick(request: _Request) -> np.ndarray:
+    """(picked,) or (boxes,): masks of those that a call has, in order."""
+    lengths = request.load.lengths
+    return np.arange(request.shape[0]) % (lengths["masks"] if "masks" in lengths else lengths["outlined"] * lengths["slots"])
+
+
 def _upsampling(request: _Request) -> np.ndarray:
     """(length, side): each row is a weighted mean of two neighbors, as in linear upsampling."""
     length, side = request.shape
@@ -185,7 +191,13 @@ _MAKERS: dict[str, Callable[[_Request], np.ndarray]] = {
     "image": _image_of_box,
     "multimask": lambda request: np.zeros(1),
     "logits": _normal,
-    "pick": lambda request: np.arange(request.shape[0]) % request.load.lengths["masks"],
+    "pick": _pick,
+    "encoded": _normal,
+    "queries": _normal,
+    "features_2x": _normal,
+    "features_4x": _normal,
+    "row": lambda request: np.arange(request.shape[0]) % request.load.lengths["phrases"],
+    "query": lambda request: request.rng.integers(0, request.setting("queries"), request.shape),
     "score": lambda request: request.rng.uniform(0.3, 1, request.shape),
     "label": lambda request: request.rng.integers(1, 21, request.shape),
     "rows": _upsampling,

@@ -17,15 +17,15 @@ Figures = dict[str, Any]
 class Entry:
     """A variant of a model."""
 
-    role: Literal["labels", "boxes", "masks"]
-    """What it finds."""
+    role: Literal["labels", "boxes", "masks", "instances"]
+    """What it finds. One model for instances takes the place of those for boxes and masks."""
     model: str
     variant: str
     parameters: float
     """Millions."""
     work: float
     """Giga multiply-adds of matrix products and convolutions for an image: of a view in CLIP, on a canvas of 800 x 1088 in
-    Grounding-DINO, of the encoder in SAM."""
+    Grounding-DINO, of the image encoder in SAM."""
     license: str
     weights: str
     """The default of ``--weights``."""
@@ -115,4 +115,14 @@ ENTRIES = (
     _sam("sam2.1_small", 38.5, 180.2),
     _sam("sam2.1_base_plus", 73.3, 323.9),
     _sam("sam2.1_large", 216.9, 912.5),
+    Entry(
+        role="instances",
+        model="sam3",
+        variant="sam3",
+        parameters=840.4,
+        work=2806.7,
+        license="SAM License",
+        weights="facebook/sam3",
+        publisher="Meta, after an agreement",
+    ),
 )

@@ -30,7 +30,8 @@ class Rule:
     Grounding-DINO to one export of Swin-T with five canvases (704 CPU seconds, 10.0 GB), those of the segmenter to one of
     DeepLabV3+ with ResNet-101 at 512 x 512 (55 CPU seconds, 2.6 GB); other networks differ by up to twice. That of Swin-L, which
     was not measured, follows from Swin-T's: four times the cells, 4.9 times the multiply-adds.
-    Those of SAM hold for SAM 2.1 too (``tiny`` at batch 2: 203 CPU seconds and 4.1 GB, estimated 4.6 GB)."""
+    Those of SAM hold for SAM 2.1 too (``tiny`` at batch 2: 203 CPU seconds and 4.1 GB, estimated 4.6 GB). Those of SAM 3 follow
+    from its multiply-adds and, in memory, from SAM ViT-H's (8.8 GB were seen at batch 2, estimated 10.3 GB)."""
 
     above: float = 0.0
     """GB of weights from which on the rule applies, instead of one before it."""
@@ -46,6 +47,7 @@ RULES = {
     "clip": (Rule(tracing=9, row=15, activations=0.3),),
     "grounding-dino": (Rule(tracing=70, row=32, activations=0.875), Rule(above=1.2, tracing=100, row=79, activations=3.5)),
     "segmenter": (Rule(tracing=15, row=18, activations=0.53),),
+    "sam3": (Rule(tracing=60, row=61, activations=1.3),),
     "sam": (Rule(tracing=14, row=35, activations=0.84), Rule(above=1, tracing=30, row=26, activations=1.31)),
 }
 SMALL_GRAPH = 30

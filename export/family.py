@@ -270,7 +270,8 @@ class Family:
 
 def family(name: str) -> Family:
     """Import a family by name. Raises UsageError that lists the known names."""
-    modules = {"clip": "clip.family", "grounding-dino": "grounding_dino.family", "sam": "sam.family", "segmenter": "segmenter"}
+    modules = {name: f"{name.replace('-', '_')}.family" for name in ("clip", "grounding-dino", "sam", "sam3")}
+    modules["segmenter"] = "segmenter"
     if name not in modules:
         raise UsageError(f"--model: expected one of {', '.join(modules)} or all, got {name!r}")
     exporter: Family = importlib.import_module(f"wsss.export.{modules[name]}").FAMILY

@@ -23,8 +23,9 @@ from ..engines.openvino import checked_proof
 from ..engines.plan import MODULES, plan_here
 from ..errors import UsageError, WsssError, WsssWarning
 from ..photographs import MAX_PIXELS, from_pillow, read_photograph
-from ..spec import SCORE_RULES, Model, ScoreRule, box_thresholds
+from ..spec import CONCEPT, MODELS, SCORE_RULES, Model, ScoreRule, box_thresholds
 from .bundles import find_bundle
+from .concept import InstanceFinder, KnownMasks
 from .detect import Detector
 from .device import Device, cut_to_fit
 from .fuse import Fuser
@@ -177,7 +178,8 @@ class Chain:
         Args:
             bundle: a folder made by ``wsss export``, ``mini``, or ``hub:OWNER/NAME``.
             classes: ``voc``, ``coco``, a file, names separated by commas, or a ClassList. A segmenter has its own.
-            model: ``chain`` (CLIP, Grounding-DINO, SAM) or ``segmenter``, the bundle's trained segmenter.
+            model: ``chain`` (CLIP, Grounding-DINO, SAM; of a bundle without the last two, its SAM 3), ``sam3`` (CLIP, SAM 3), or
+                ``segmenter``, the bundle's trained segmenter. SAM 3 needs no CLIP.
             engine: ``auto``, ``ort``, ``openvino``, ``trt``, ``trt-rtx``, ``eager``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             unverified: accept TensorRT engines whose parity gate has not run; the settings record it.
@@ -195,11 +197,11 @@ class Chain:
             WsssError: the bundle lacks a model, a file is damaged, or a class list or flag is not valid.
         """
         rules = rules or Rules()
-        if model not in ("chain", "segmenter"):
-            raise UsageError(f"--model: expected chain or segmenter, got {model!r}")
+        if model not in ("chain", CONCEPT, "segmenter"):
+            raise UsageError(f"--model: expected chain, {CONCEPT} or segmenter, got {model!r}")
         if rules.tiles > 1 and (boxes or model == "segmenter"):
             raise UsageError("--tiles: Grounding-DINO is not asked", hint="leave it out with --boxes and --model segmenter")
-        if classes is None and model == "chain":
+        if classes is None and model != "segmenter":
             raise UsageError("--classes is missing: the chain needs the names of the classes to look for", hint="--classes voc")
         given_classes = classes if classes is None or isinstance(classes, ClassList) else parse_classes(classes)
         if given_classes is not None and until == "fuse":
@@ -262,7 +264,14 @@ class Chain:
             nothing = ConstantTags(known, False)
             return cls(known, tag=nothing, detect=no_boxes, segment=no_masks, fuse=stage, settings=settings, device=place)
         assert given_classes is not None
-        known = given_classes
+        known, models = given_classes, folder.models()
+        concept = model == CONCEPT or (CONCEPT in models and not set(MODELS[1:]) <= set(models))
+        if concept:
+            _check_concept(rules, boxes)
+        elif CONCEPT in models:
+            settings["bundle"]["note"] = (
+                f"{CONCEPT} is not used: --model {CONCEPT} takes it in place of {' and '.join(MODELS[1:])}"
+            )
 
         if ignore_unknown and not labels and not boxes:
             raise UsageError("--ignore-unknown needs --labels or --boxes", hint="without them, --classes alone decides")
@@ -286,6 +295,16 @@ class Chain:
         else:
             if given.labels:
                 tag = given.labels
+            elif rules.gate and concept and "clip" not in models:
+                for name in ("tag_threshold", "tag_thresholds", "views"):
+                    if getattr(rules, name) is not None:
+                        flag = f"--{name.replace('_', '-')}"
+                        raise UsageError(f"{flag}: the bundle has no clip", hint="leave it out, or: wsss export --model clip")
+                tag, settings["rules"]["gate"] = ConstantTags(known, True), False
+                settings["bundle"]["note"] = (
+                    f"the bundle has no clip: {CONCEPT} looks for all {len(known)} classes in every photograph, and decides "
+                    "which are there"
+                )
             elif rules.gate:
                 clip = take("clip")
                 graphs = opener(clip, "image"), text_opener(clip)
@@ -308,7 +327,26 @@ class Chain:
                 raise UsageError("--stage tag: CLIP is not asked", hint="leave out --no-gate and --boxes")
             _warn_of(known, settings)
             return cls(known, detect=no_boxes, segment=no_masks, fuse=_no_labels, **shared)
-        if not given.boxes:
+        segment: Callable[[Images, Boxes], Masks]
+        if concept:
+            sam = take(CONCEPT)
+            detect = finder = cut_to_fit(
+                InstanceFinder,
+                sam,
+                text_opener(sam),
+                opener(sam, "vision"),
+                opener(sam, "detector"),
+                opener(sam, "outline"),
+                known,
+                threshold=rules.box_threshold,
+                nms=rules.nms,
+                nms_across=rules.nms_across,
+                enclosing=rules.enclosing,
+                decides=isinstance(tag, ConstantTags),
+                resizer=resizer(sam),
+            )
+            resolve("box_threshold", finder.threshold, sam.manifest.settings["box_threshold"])
+        elif not given.boxes:
             dino = take("grounding-dino")
             detect = detector = cut_to_fit(
                 Detector,
@@ -330,16 +368,19 @@ class Chain:
         _warn_of(known, settings)
         if until == "detect":
             return cls(known, detect=detect, segment=no_masks, fuse=_no_labels, **shared)
-        sam = take("sam")
-        segment = MaskPredictor(
-            sam,
-            opener(sam, "encoder"),
-            opener(sam, "decoder"),
-            resizer=resizer(sam),
-            multimask=rules.multimask,
-            min_region=rules.min_region,
-            stability=bool(rules.stability_exponent),
-        )
+        if concept:
+            segment = KnownMasks(sam)
+        else:
+            sam = take("sam")
+            segment = MaskPredictor(
+                sam,
+                opener(sam, "encoder"),
+                opener(sam, "decoder"),
+                resizer=resizer(sam),
+                multimask=rules.multimask,
+                min_region=rules.min_region,
+                stability=bool(rules.stability_exponent),
+            )
         fuse = Fuser(
             sam,
             opener(sam, "fuse"),
@@ -419,9 +460,11 @@ class Chain:
         return detector.frame_of(photo).canvas if isinstance(detector, Detector) else None
 
     def usual_batch(self) -> int:
-        """Images to label together: the ``opt`` batch size of SAM's encoder, usually the slowest engine."""
-        stage = self.segment.stage
-        return stage.usual_batch() if isinstance(stage, MaskPredictor) else USUAL_BATCH
+        """Images to label together: the ``opt`` batch size of SAM's image encoder, usually the slowest engine."""
+        for stage in (self.detect.stage, self.segment.stage):
+            if isinstance(stage, (InstanceFinder, MaskPredictor)):
+                return stage.usual_batch()
+        return USUAL_BATCH
 
     def padding(self) -> float | None:
         """Share of the detector's canvases so far that was padding; None without a detector."""
@@ -438,10 +481,11 @@ class Chain:
 
 
 def doubtful_classes(classes: ClassList, settings: Mapping[str, Any]) -> list[str]:
-    """Warnings of a run whose models cannot find its classes: those of ``mini`` know none of them, or a detector is asked for
-    regions without a shape."""
-    said = []
-    variants = settings.get("bundle", {}).get("variants", {})
+    """Warnings of a run: what is worth knowing about the choice of its models, and models that cannot find its classes, because
+    those of ``mini`` know none of them, or because a detector is asked for regions without a shape."""
+    bundle = settings.get("bundle", {})
+    said = [bundle["note"]] if "note" in bundle else []
+    variants = bundle.get("variants", {})
     known = named_list("mini").names
     words = {word.casefold() for words in classes.prompts for word in words}
     if "mini" in (variants.get("clip"), variants.get("grounding-dino")) and not words & {name.casefold() for name in known}:
@@ -456,6 +500,27 @@ def doubtful_classes(classes: ClassList, settings: Mapping[str, Any]) -> list[st
             "docs/classes.md says what can be done"
         )
     return said
+
+
+def _check_concept(rules: Rules, boxes: str | Path | None) -> None:
+    """Raise UsageError for settings that have no meaning for SAM 3."""
+    if boxes:
+        raise UsageError(
+            f"--boxes: {CONCEPT} outlines what it finds itself", hint="wsss export --model sam, whose SAM takes boxes"
+        )
+    if rules.score_rule is not None:
+        raise UsageError(f"--score-rule: the score of {CONCEPT} is that of the whole phrase", hint="omit --score-rule")
+    foreign = {
+        "quality_exponent": "predicts no IoU",
+        "stability_exponent": "predicts no stability score",
+        "multimask": "gives one mask of each object",
+        "min_region": "gives masks of whole objects, whose regions stay as they are",
+        "tiles": "sees whole photographs",
+    }
+    for name, reason in foreign.items():
+        if getattr(rules, name) != getattr(Rules, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag}: {CONCEPT} {reason}", hint=f"omit {flag}")
 
 
 def _warn_of(classes: ClassList, settings: Mapping[str, Any]) -> None:

@@ -73,7 +73,8 @@ class Labeler:
         Args:
             bundle: a folder made by ``wsss export``, ``mini``, or ``hub:OWNER/NAME``.
             classes: a list of names, names separated by commas, a file, ``voc`` or ``coco``. A segmenter has its own.
-            model: ``chain`` (CLIP, Grounding-DINO, SAM) or ``segmenter``, the bundle's trained segmenter.
+            model: ``chain`` (CLIP, Grounding-DINO, SAM; of a bundle without the last two, its SAM 3), ``sam3`` (CLIP, SAM 3), or
+                ``segmenter``, the bundle's trained segmenter. SAM 3 needs no CLIP.
             engine: ``auto``, ``ort``, ``openvino``, ``trt``, ``trt-rtx``, ``eager``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             unverified: accept TensorRT engines whose parity gate has not run; the settings record it.

@@ -103,12 +103,15 @@ def tokenize_prompts(
     end: int,
     names: Sequence[str],
     where: str,
+    *,
+    reader: str = "CLIP",
 ) -> list[list[list[int]]]:
     """Token ids of every template of each row's prompts, with special tokens. Logs a warning about sentences that are cut.
 
     Args:
         length: most tokens of a sentence. end: the token that ends a sentence that is cut.
         names: what messages call each row; rows without a name may equal others. where: what they call the class list.
+        reader: what they call the model.
 
     Raises:
         ClassError: two named rows have a sentence of the same tokens.
@@ -125,8 +128,8 @@ def tokenize_prompts(
                 ids = [*ids[: length - 1], end]
             ids_of[-1].append(ids)
     if cut:
-        _log.warning("CLIP reads only %d tokens and cuts the end of %d prompts, for example %r", length, len(cut), cut[0])
-    _check_distinct(names, ids_of, "CLIP", where)
+        _log.warning("%s reads only %d tokens and cuts the end of %d prompts, for example %r", reader, length, len(cut), cut[0])
+    _check_distinct(names, ids_of, reader, where)
     return ids_of
 
 

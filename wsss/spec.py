@@ -34,6 +34,8 @@ ScoreRule = Literal["max", "mean"]
 SCORE_RULES: tuple[ScoreRule, ...] = ("max", "mean")
 MODELS = ("clip", "grounding-dino", "sam")
 """Models of the labeling chain, in data-flow order; each is a folder of a bundle."""
+CONCEPT = "sam3"
+"""The model that takes the place of the last two, and with its presence score that of the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,6 +462,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     },
     "grounding-dino": dict.fromkeys(("cls", "sep", "dot", "pad", "max_tokens"), int),
     "sam": {"logits_side": int},
+    "sam3": {**dict.fromkeys(("context_length", "pad", "end", "queries", "logits_side"), int), "box_threshold": float},
     "segmenter": {"overlap_px": int, "classes": tuple[str, ...]},
 }
 """The `Manifest.settings` that the runtime requires, by family; the detector's rule and thresholds: `box_thresholds`."""
@@ -471,6 +474,11 @@ AXES: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("sam", "encoder"): ("batch",),
     ("sam", "decoder"): ("images", "boxes"),
     ("sam", "fuse"): ("picked", "height", "width"),
+    ("sam3", "text"): ("phrases",),
+    ("sam3", "vision"): ("batch",),
+    ("sam3", "detector"): ("images", "phrases"),
+    ("sam3", "outline"): ("images", "phrases", "outlined", "slots", "boxes"),
+    ("sam3", "fuse"): ("picked", "height", "width"),
     ("segmenter", "image"): ("batch",),
 }
 """Axes whose ranges the runtime requires, by family and graph (without its canvas)."""

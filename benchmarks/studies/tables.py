@@ -65,6 +65,14 @@ def parity() -> str:
     for name, official, sam in sams:
         share = f"{sam['share_of_pixels_that_differ']:.0e} of the pixels, worst mask IoU {sam['worst_iou']:.5f}"
         rows.append([name, official, f"{sam['photographs']} photographs, {sam['boxes']} boxes", share])
+    for key, found in result("sam3-official").items():
+        variant, side, precision = key.split()
+        if precision == "fp32":
+            far, count = found["summary"], f"{found['summary']['photographs']} photographs, {found['summary']['phrases']} phrases"
+            difference = f"logits {far['logits']:.1e}, boxes {far['boxes']:.0e}, worst mask IoU {far['worst_iou']:.5f}"
+            rows.append(
+                [f"{variant.replace('sam3', 'SAM 3')} at {side} px", "`Sam3Model`, one phrase at a time", count, difference]
+            )
     return table(["FP32 graphs", "compared with", "on", "largest difference"], rows)
 
 
@@ -469,6 +477,22 @@ def summary() -> str:
     )
 
 
+def concept() -> str:
+    """Costs of SAM 3 by the number of classes."""
+    rows: list[Row] = []
+    for key, found in result("sam3-official").items():
+        if "classes" not in found:
+            continue
+        side, work = key.split()[1], found["work"]
+        for count, cost in found["classes"].items():
+            calls = ", ".join(f"{name} {number}" for name, number in cost["calls"].items() if number)
+            seconds = [f"{cost['seconds'][name]:.1f} s" for name in ("vision", "detector")]
+            rows.append([count, calls, *seconds, f"{work['vision'] + int(count) * work['detector']:,.0f} GMAC"])
+        head = [f"vision, a photograph of {side} px", "detector, the same", "work of a photograph of 1008 px"]
+        rows.append(["masks of a class that is there", "", "", "", f"{work['outline']:,.0f} GMAC"])
+    return table(["classes", "calls for two photographs", *head], rows)
+
+
 def export_cost() -> str:
     """CPU time and memory of `wsss export` with random weights."""
     rows: list[Row] = []
@@ -507,6 +531,10 @@ def proofs() -> dict[str, dict[str, dict[str, Any]]]:
     dino, sam = result("grounding-dino-official"), result("sam-official")
     put(f"grounding-dino {dino['variant']}", "fp32", photographs=dino["photographs"], **dino["parity"])
     put(f"sam {sam['variant']}", "fp32", photographs=sam["summary"]["photographs"], mask_iou=sam["summary"]["worst_iou"])
+    for key, entry in result("sam3-official").items():
+        variant, side, kind = key.split()
+        far = {name: entry["summary"][name] for name in ("logits", "boxes", "worst_iou")}
+        put(f"sam3 {variant}", kind, side_px=int(side), photographs=entry["summary"]["photographs"], **far)
     for name in ("half-precision", "mm-grounding-dino"):
         for key, entry in result(name).items():
             graph, _, kind = key.rpartition("/")[2].partition(" ")
@@ -615,6 +643,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "half-precision": half,
     "detectors": detectors,
+    "sam3": concept,
     "export-cost": export_cost,
     "engine-builds": engines,
     "compiled-graphs": compiled,

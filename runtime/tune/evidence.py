@@ -15,11 +15,12 @@ from functools import partial
 import numpy as np
 
 from ...batch import Boxes, Labels, Masks, Photograph
-from ...errors import WsssError
+from ...errors import UsageError, WsssError
 from ...frame import Frame
 from ...spec import SCORE_RULES, ScoreRule
 from ...train.evaluate.metrics import highest_label
 from ..chain import Chain, Rules
+from ..concept import InstanceFinder
 from ..detect import Caption, Detector, boxes_from_logits, chosen
 from ..fuse import mask_scores
 from ..segment import MaskPredictor
@@ -113,6 +114,11 @@ class Evidence:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         detector, predictor = chain.detect.stage, chain.segment.stage
+        if isinstance(detector, InstanceFinder):
+            raise UsageError(
+                "these settings are found for grounding-dino and sam; the bundle has sam3 in their place",
+                hint="wsss label --box-threshold changes the lowest score of an instance",
+            )
         assert isinstance(detector, Detector) and isinstance(predictor, MaskPredictor), "opened without boxes"
         self.chain, self._detector, self._read = chain, detector, read
         self.rules = resolved(chain)

@@ -35,7 +35,7 @@ def test_entries_are_the_variants_of_the_exporters_with_their_default_weights() 
     pytest.importorskip("torch", reason="needs torch: pip install 'wsss[export]'")
     from wsss.export.family import family
 
-    for model in ("clip", "grounding-dino", "sam"):
+    for model in ("clip", "grounding-dino", "sam", "sam3"):
         chosen = family(model)
         entries = [entry for entry in ENTRIES if entry.model == model]
         assert [entry.variant for entry in entries] == [each for each in chosen.variants if "mini" not in each]
@@ -54,6 +54,10 @@ def test_parameters_are_those_of_the_official_modules(entry: Entry) -> None:
             from wsss.export.sam import sam2
 
             model = sam2.build(entry.variant)
+        elif entry.model == "sam3":
+            from wsss.export.sam3 import weights
+
+            model = weights.build(entry.variant)
         elif entry.model == "sam":
             from segment_anything import sam_model_registry
 

@@ -80,7 +80,10 @@ def models(json_output: JsonFlag = False) -> None:
     lines = [head]
     for entry in ENTRIES:
         size, work = f"{entry.parameters:.0f} M", f"{entry.work:.0f} GMAC"
-        proven = ", ".join(entry.proven()) or "-"
+        measured = {
+            kind: f" at {figures['side_px']} px" if "side_px" in figures else "" for kind, figures in entry.proven().items()
+        }
+        proven = ", ".join(kind + smaller for kind, smaller in measured.items()) or "-"
         if entry.same_network and proven != "-":
             proven += f" (as {entry.same_network})"
         lines.append((entry.role, entry.model, entry.variant, size, work, entry.license, entry.publisher, proven))

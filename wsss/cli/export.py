@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def export(
     model: Annotated[
-        Literal["clip", "grounding-dino", "sam", "all", "segmenter"],
-        typer.Option(help="Model to export; all: the first three, which label images together."),
+        Literal["clip", "grounding-dino", "sam", "sam3", "all", "segmenter"],
+        typer.Option(help="Model to export; all: the first three, which label images together; sam3: one for boxes and masks."),
     ],
     variant: Annotated[
         str | None,

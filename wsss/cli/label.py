@@ -51,9 +51,10 @@ def label(
     classes: Annotated[str | None, typer.Option(help='voc, coco, mini, a file, or names: "dog, potted plant".')] = None,
     bundle: BundleFlag = "bundle",
     model: Annotated[
-        Literal["chain", "segmenter"],
+        Literal["chain", "sam3", "segmenter"],
         typer.Option(
-            help="chain: CLIP, Grounding-DINO and SAM. segmenter: the bundle's trained segmenter, with its own classes."
+            help="chain: CLIP, Grounding-DINO and SAM; of a bundle without the last two, sam3. sam3: CLIP, if the bundle has it, "
+            "and SAM 3. segmenter: the bundle's trained segmenter, with its own classes."
         ),
     ] = "chain",
     engine: Annotated[
@@ -173,7 +174,7 @@ def label(
     set_level(log_level)
     events = Events(json_output)
     warnings.simplefilter("ignore", WsssWarning)  # Chain.open warns of what this command logs
-    if classes is None and model == "chain":
+    if classes is None and model != "segmenter":
         raise UsageError("--classes is missing", hint='for example: --classes voc, or --classes "dog, potted plant"')
     share = parse_shard(shard)
     check_cluster(on, device, devices, ray_address, workers)
@@ -265,7 +266,7 @@ def label(
         with contextlib.ExitStack() as stack:
             executor: Chain | Executor
             given = None
-            if (labels or boxes) and classes and (on or len(openers) > 1) and model == "chain":
+            if (labels or boxes) and classes and (on or len(openers) > 1) and model != "segmenter":
                 # Before the labelers open it: images whose files change in between are labeled again by the next run.
                 given = Given.open(parse_classes(classes), labels, boxes, ignore_unknown=ignore_unknown)
             if on == "ray":

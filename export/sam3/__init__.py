@@ -1,0 +1,1 @@
+"""SAM 3: photographs and noun phrases to instances."""
