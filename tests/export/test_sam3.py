@@ -22,7 +22,7 @@ from wsss.benchmarks.feeds import feeds_for, load_of
 from wsss.classes import class_list
 from wsss.engines.eager import EagerEngine
 from wsss.engines.ort import OrtEngine
-from wsss.errors import ParityError, UsageError, WeightsError, WsssError
+from wsss.errors import ParityError, UsageError, WeightsError, WsssError, WsssWarning
 from wsss.export import verify
 from wsss.export.exporting import export_model, verify_model
 from wsss.export.family import Graph, Options, family
@@ -424,11 +424,13 @@ def test_boxes_alone_and_masks_of_given_boxes(bundle: Path, tmp_path: Path, wsss
     assert any(json.loads(Path("boxes.json").read_text()).values())
     done = wsss("label", photos, *flags, "--out", "tags.json", "--stage", "tag")
     assert done.code == 2 and "--stage tag: CLIP is not asked" in done.err
-    labeler = Labeler.open(bundle, classes="mini")
+    with pytest.warns(WsssWarning, match="the bundle has no clip"):
+        labeler = Labeler.open(bundle, classes="mini")
     with pytest.raises(WsssError, match="SAM 3 gives the masks of what it finds itself"):
         labeler.segment(np.zeros((30, 40, 3), np.uint8), [[0, 0, 20, 20]])
 
 
+@pytest.mark.filterwarnings("ignore:the bundle has no clip")
 def test_settings_cannot_be_tuned(bundle: Path, tmp_path: Path, wsss: Callable[..., Answer]) -> None:
     write_scenes(tmp_path / "scenes", 2)
     folders = tmp_path / "scenes" / "images", tmp_path / "scenes" / "truth"
