@@ -226,7 +226,11 @@ BASE = sorted(
 )
 
 
-ON_REQUEST = {"wsss.train.evaluate.crf": {"scipy"}, "wsss.runtime.results": {"matplotlib"}}
+ON_REQUEST = {
+    "wsss.train.evaluate.crf": {"scipy"},
+    "wsss.runtime.mask_regions": {"scipy"},
+    "wsss.runtime.results": {"matplotlib"},
+}
 """Imported by the function that needs it, which says what to install."""
 
 

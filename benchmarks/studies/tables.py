@@ -253,6 +253,19 @@ def confidence_weights() -> str:
     return table(["labels", "no weights", *(f"by {name}" for name in names[1:])], rows)
 
 
+def pixel_confidence() -> str:
+    """Margins and the trainer's confidence, beside the default margin without confidence."""
+    found = result("pixel-confidence")
+    base = found["mIoU"]["margin 0.1"]["off"]
+    rows: list[Row] = []
+    for margin, ways in found["mIoU"].items():
+        gains = {way: [one - other for one, other in zip(scores, base, strict=False)] for way, scores in ways.items()}
+        shown = [f"{sum(gain) / len(gain):+.4f} ({min(gain):+.4f} to {max(gain):+.4f})" for gain in gains.values()]
+        rows.append([margin, *shown])
+    seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}, {found['images']} labeled scenes, {found['steps']} steps"
+    return table([seeds, *(f"confidence {way}" for way in found["mIoU"]["margin 0.1"])], rows)
+
+
 def mask_options() -> str:
     """Options of SAM's masks: what they gain, and their cost beside the decoder's."""
     found, cost = result("mask-options")["gains"], result("mask-options")["milliseconds of a box"]
@@ -653,6 +666,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stage-two": stage_two,
     "confidence-weights": confidence_weights,
     "mask-options": mask_options,
+    "pixel-confidence": pixel_confidence,
     "training-speed": training_speed,
     "host": host,
     "graph-replays": replays,

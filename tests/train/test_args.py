@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from wsss.errors import UsageError
+from wsss.errors import UsageError, WsssError
 from wsss.train.args import Config, LossArgs, ModelArgs, config_from, deciding, read_config, typed
 from wsss.train.presets import PRESETS, preset
+from wsss.train.source import _check_same
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -246,3 +247,12 @@ def test_confidence_may_be_what_earlier_versions_called_it(given: str, now: str)
     assert config_from(typed(f"loss.confidence={given}")).loss.confidence == now
     with pytest.raises(UsageError, match=r"loss\.confidence: expected one of off, box, pixel, got 'boxes'"):
         config_from(typed("loss.confidence=boxes"))
+
+
+def test_a_run_of_an_earlier_version_continues_with_its_confidence(tmp_path: Path) -> None:
+    """Its config.json says true for what is box now; anything else is another setting."""
+    config = config_from()
+    was = {**deciding(config), "loss": {**deciding(config)["loss"], "confidence": True}}
+    _check_same(tmp_path, was, deciding(config))
+    with pytest.raises(WsssError, match=r'was started with loss\.confidence = "box", this run has "pixel"'):
+        _check_same(tmp_path, was, deciding(config_from(typed("loss.confidence=pixel"))))
