@@ -22,7 +22,7 @@ from ..photographs import read_photograph
 from ..progress import end_progress, progress_line
 from .chain import AnyImage, Chain, ConstantTags, Rules, photograph
 from .given.names import twins_of
-from .mask_runs import masks_of
+from .masks.runs import masks_of
 from .results import Detections, Result, results_of
 from .run.label_folder import Summary
 from .run.label_folder import label_folder as run_label_folder

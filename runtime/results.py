@@ -23,7 +23,7 @@ from ..files import write_atomically
 from ..rle import MaskRuns
 from ..store.format import is_label
 from ..store.local import label_file
-from .mask_runs import masks_of
+from .masks.runs import masks_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

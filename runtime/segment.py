@@ -12,7 +12,7 @@ from ..errors import BundleError
 from ..frame import Frame, frame_for
 from ..spec import Model
 from .canvas import Rows, input_of, on_canvas, together
-from .mask_regions import check_scipy, without_small_regions
+from .masks.regions import check_scipy, without_small_regions
 from .resize import Resizer
 
 
@@ -38,7 +38,7 @@ class MaskPredictor:
         resizer: makes the canvases on the engines' device; None: the host does.
         multimask: take the best of three masks, by predicted IoU, in place of the one for an unambiguous prompt.
         min_region: holes and separate parts of a mask below so many pixels of the photograph are filled and removed
-            (`wsss.runtime.mask_regions`). 0: none.
+            (`wsss.runtime.masks.regions`). 0: none.
         stability: whether the masks' stability scores are needed; otherwise they are given where the decoder has them.
 
     Raises:

@@ -32,6 +32,7 @@ ALL_BUT_CLI = {
     *(
         "wsss.runtime",
         "wsss.runtime.given",
+        "wsss.runtime.masks",
         "wsss.runtime.run",
         "wsss.runtime.ray",
         "wsss.runtime.convert",
@@ -54,9 +55,10 @@ MAY: dict[str, set[str]] = {
     "wsss.export.precision": EXPORT,
     "wsss.export.sam": EXPORT,
     "wsss.export.sam3": EXPORT | {"wsss.export.clip", "wsss.export.sam"},
-    "wsss.runtime": CHAIN | {STORE, "wsss.runtime.given", "wsss.runtime.run"},
+    "wsss.runtime": CHAIN | {STORE, "wsss.runtime.given", "wsss.runtime.masks", "wsss.runtime.run"},
+    "wsss.runtime.masks": {TYPES},
     "wsss.runtime.given": {TYPES, STORE},
-    "wsss.runtime.run": CHAIN | {STORE, "wsss.runtime.given"},
+    "wsss.runtime.run": CHAIN | {STORE, "wsss.runtime.given", "wsss.runtime.masks"},
     "wsss.runtime.ray": CHAIN | {STORE, "wsss.runtime.run"},
     "wsss.runtime.convert": {TYPES, STORE},
     "wsss.runtime.report": {TYPES, STORE},
@@ -228,7 +230,7 @@ BASE = sorted(
 
 ON_REQUEST = {
     "wsss.train.evaluate.crf": {"scipy"},
-    "wsss.runtime.mask_regions": {"scipy"},
+    "wsss.runtime.masks.regions": {"scipy"},
     "wsss.runtime.results": {"matplotlib"},
 }
 """Imported by the function that needs it, which says what to install."""

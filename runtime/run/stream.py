@@ -26,7 +26,7 @@ from ...store.format import LabelWriter, line_of, parse_line
 from ...store.local import Record
 from ..canvas import Prepares
 from ..chain import Chain
-from ..mask_runs import masks_of
+from ..masks.runs import masks_of
 from ..segment import Embedded, MaskPredictor
 from .prefetch import Budget, PriorityThreadPool, prefetched
 from .sources import Source

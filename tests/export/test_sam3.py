@@ -405,6 +405,11 @@ def test_a_bundle_with_all_models_keeps_its_chain_unless_sam_3_is_asked_for(
         (("--boxes", "boxes.json"), "--boxes: sam3 outlines what it finds itself"),
         (("--score-rule", "max"), "--score-rule: the score of sam3"),
         (("--quality-exponent", "2"), "--quality-exponent: sam3 predicts no IoU"),
+        (("--stability-exponent", "1"), "--stability-exponent: sam3 predicts no stability score"),
+        (("--multimask",), "--multimask: sam3 gives one mask"),
+        (("--min-region", "9"), "--min-region: sam3 gives masks of whole objects"),
+        (("--tiles", "2"), "--tiles: sam3 sees whole photographs"),
+        (("--views", "3"), "--views: the bundle has no clip"),
         (("--tag-threshold", "0.4"), "--tag-threshold: the bundle has no clip"),
     ],
 )

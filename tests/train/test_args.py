@@ -251,7 +251,7 @@ def test_confidence_may_be_what_earlier_versions_called_it(given: str, now: str)
 
 def test_a_run_of_an_earlier_version_continues_with_its_confidence(tmp_path: Path) -> None:
     """Its config.json says true for what is box now; anything else is another setting."""
-    config = config_from()
+    config = config_from(typed("loss.confidence=box"))
     was = {**deciding(config), "loss": {**deciding(config)["loss"], "confidence": True}}
     _check_same(tmp_path, was, deciding(config))
     with pytest.raises(WsssError, match=r'was started with loss\.confidence = "box", this run has "pixel"'):

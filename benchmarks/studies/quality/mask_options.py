@@ -34,7 +34,7 @@ from ....frame import frame_for
 from ....mini.train_sam import load_sam_mini
 from ....mini.train_sam_masks import predicted
 from ....runtime.chain import Chain, Rules
-from ....runtime.mask_regions import without_small_regions
+from ....runtime.masks.regions import without_small_regions
 from ....runtime.segment import MaskPredictor
 from ....runtime.tune.evidence import Grid
 from ....runtime.tune.outcomes import Outcomes, difference

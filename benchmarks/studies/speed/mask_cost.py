@@ -34,7 +34,7 @@ from ....runtime.chain import Chain
 from ....runtime.convert.labeled import Box, read_labelled
 from ....runtime.convert.segments import segments_of
 from ....runtime.detect import box_iou
-from ....runtime.mask_runs import mask_runs
+from ....runtime.masks.runs import mask_runs
 from ....runtime.run.label_folder import label_folder
 from ....store.format import line_of, parse_line
 from ....store.label_png import png_of

@@ -12,9 +12,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..batch import Boxes, Masks
-from ..frame import Frame, upsample_matrix
-from ..rle import MaskRuns
+from ...batch import Boxes, Masks
+from ...frame import Frame, upsample_matrix
+from ...rle import MaskRuns
 
 
 def masks_of(masks: Masks, boxes: Boxes, row: int) -> list[MaskRuns]:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import UsageError
-from ..frame import Frame
+from ...errors import UsageError
+from ...frame import Frame
 
 FILLED = 1e-3
 """Logit of a cell that is filled, and with a minus of one that is removed. A filled hole then has the least claim to its pixels,

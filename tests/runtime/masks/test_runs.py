@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from wsss.frame import Frame
-from wsss.runtime.mask_runs import mask_runs
+from wsss.runtime.masks.runs import mask_runs
 
 FRAMES = [
     Frame((375, 500), (768, 1024), (1024, 1024)),  # SAM, VOC

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wsss.frame import Frame
-from wsss.runtime.mask_regions import FILLED, small_regions, without_small_regions
+from wsss.runtime.masks.regions import FILLED, small_regions, without_small_regions
 
 WHOLE = Frame((8, 8), (8, 8), (8, 8))
 """A photograph whose pixels are the cells of its masks."""
