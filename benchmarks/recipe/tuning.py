@@ -58,7 +58,8 @@ def rules_for(chain: Chain, data: DataSet, count: int, out: Path, log: Callable[
 def names_of(data: DataSet, count: int) -> list[str]:
     """``count`` images of the first scored split, evenly spaced in its list. Raises UsageError."""
     names = list(data.scored[0].images)
-    if not FOLDS <= count <= (most := len(names) // 2):
+    most = len(names) // 2
+    if not FOLDS <= count <= most:
         raise UsageError(f"--tune {count}: expected {FOLDS} to {most}, half of the images of {data.scored[0].name}")
     return [names[number * len(names) // count] for number in range(count)]
 

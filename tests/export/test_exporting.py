@@ -78,7 +78,8 @@ def export(bundle: Path, family: Family, weights: str = "abcdefgh") -> Manifest:
 
 
 def test_an_unknown_family_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="--model: expected one of clip, grounding-dino, sam, segmenter or all, got 'resnet'"):
+    known = "clip, grounding-dino, sam, sam3, segmenter or all"
+    with pytest.raises(UsageError, match=f"--model: expected one of {known}, got 'resnet'"):
         family("resnet")
 
 

@@ -192,7 +192,7 @@ class InferInput:
         self.name, self.shape, self.dtype = name, shape, dtype
 
     def set_data_from_numpy(self, value: np.ndarray) -> None:
-        assert value.shape == self.shape and self.dtype in ("UINT8", "INT64", "FP32")
+        assert value.shape == self.shape and self.dtype in ("UINT8", "INT64", "FP32", "BOOL")
         self.value = value
 
 

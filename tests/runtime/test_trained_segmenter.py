@@ -228,4 +228,4 @@ def test_the_command_line_asks_for_no_classes(wsss: Callable[..., Any], tmp_path
     answer = wsss("label", tmp_path, "--model", "segmenter", "--bundle", "mini", "--out", tmp_path / "store")
     assert answer.code == 1 and "image" in answer.err and "--classes" not in answer.err
     answer = wsss("label", tmp_path, "--model", "segmentor", "--out", tmp_path / "store")
-    assert answer.code == 2 and "is not one of 'chain', 'segmenter'" in answer.err
+    assert answer.code == 2 and "is not one of 'chain', 'sam3', 'segmenter'" in answer.err

@@ -274,7 +274,7 @@ def test_masks_learn_nothing_from_void() -> None:
 def test_confidence_weighs_the_pixels_of_masks() -> None:
     label, _ = scene()
     class_logits, mask_logits = masks_of(label, 1.0)
-    criterion, pulls = MaskLoss(LossArgs(kind="masks", confidence_floor=0.0), QUERIES), {}
+    criterion, pulls = MaskLoss(LossArgs(kind="masks", confidence="box", confidence_floor=0.0), QUERIES), {}
     for sure in (1.0, 0.1):
         confidence = torch.ones(3, CLASSES)
         confidence[0, 2] = sure

@@ -302,7 +302,7 @@ def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
     for words, found in (
         ("wsss lab", ["label"]),
         ("wsss label --eng", ["--engine"]),
-        ("wsss export --model s", ["sam", "segmenter"]),
+        ("wsss export --model s", ["sam", "sam3", "segmenter"]),
     ):
         place = str(words.count(" "))
         assert run(_WSSS_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=place).split() == found
@@ -432,7 +432,7 @@ def test_a_flag_that_means_nothing(label: Run, flags: list[str], message: str) -
         (["label", "--batch", "x"], "'--batch'"),
         (["lable"], "'lable'"),
         (["label", "--engine", "tpu"], "'tpu' is not one of 'auto', 'ort', 'openvino', 'trt', 'trt-rtx', 'eager'"),
-        (["export", "--model", "dino"], "'dino' is not one of 'clip', 'grounding-dino', 'sam', 'all', 'segmenter'"),
+        (["export", "--model", "dino"], "'dino' is not one of 'clip', 'grounding-dino', 'sam', 'sam3', 'all', 'segmenter'"),
     ],
 )
 def test_what_click_refuses_exits_with_2(wsss: Run, argv: list[str], message: str) -> None:
