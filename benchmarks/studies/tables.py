@@ -646,6 +646,17 @@ def _values(changed: Any) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changed.items())
 
 
+def scaling() -> str:
+    """The chain's speed over its load."""
+    rows: list[Row] = []
+    for curve in result("scaling")["curves"]:
+        points = curve["points"]
+        rates = ", ".join(f"{point['shown']}: {point['per_second']:.3g}" for point in points)
+        cpu = ", ".join("-" if point["cpu_seconds"] is None else f"{point['cpu_seconds']:.3g}" for point in points)
+        rows.append([curve["what"], rates, cpu])
+    return table(["load", "images a second", "CPU seconds an image"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decision-rules": decision_rules,
     "looks": looks,
@@ -674,6 +685,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "masks": masks,
     "objects": objects,
     "peers": peers,
+    "scaling": scaling,
     "peers-summary": peers_summary,
     "summary": summary,
 }
