@@ -97,7 +97,9 @@ class Rules:
             raise UsageError(f"--score-rule: expected {' or '.join(SCORE_RULES)}, got {self.score_rule!r}")
         for name in ("views", "tiles"):
             if (count := getattr(self, name)) is not None and not 1 <= count <= MAX_LOOKS:
-                raise UsageError(f"--{name}: expected 1 to {MAX_LOOKS}, got {count}")
+                raise UsageError(
+                    f"--{name}: expected 1 to {MAX_LOOKS}, got {count}", hint=f"--{name} 2; the work grows with its square"
+                )
         for name, most in (("quality_exponent", MAX_EXPONENT), ("stability_exponent", MAX_EXPONENT), ("min_region", MAX_PIXELS)):
             if not 0 <= (value := getattr(self, name)) <= most:
                 raise UsageError(
