@@ -109,11 +109,11 @@ def _entry(model: Model, key: str) -> dict[str, Any]:
     known = read_result(RESULT).get(key)
     if known and known["model"] == manifest.identity():
         return dict(known)
-    rows = {name: spec.parity.rows for name, spec in manifest.graphs.items() if spec.parity}
+    gates = {name: spec.parity for name, spec in manifest.graphs.items() if spec.parity}
     return {
         "model": manifest.identity(),
         "weights": dict(manifest.weights),
-        "gate_error": {name: {row.output: row.error for row in found} for name, found in rows.items()},
+        "gate_error": {name: {row.output: gate.worst(row.output).error for row in gate.rows} for name, gate in gates.items()},
         "megabytes": folder_megabytes(model.folder),
         "tools": tool_versions(),
         **about(),
