@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,13 @@ class Small:
 
 def engine(seconds: float = 0.0, spec: GraphSpec = SPEC) -> FakeEngine:
     return FakeEngine(spec, lambda feeds: {"y": feeds["x"].sum(axis=1)}, seconds=seconds)
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def test_calls_are_halved_until_they_fit_and_stay_so() -> None:
@@ -131,9 +138,9 @@ def test_turns_are_given_in_the_order_of_asking(at_once: int) -> None:
         others = [turns for _ in range(at_once - 1)]
         for other in others:
             other.__enter__()
-        for thread in threads:
+        for asking, thread in enumerate(threads, 1):
             thread.start()
-            time.sleep(0.02)
+            wait_for(lambda asking=asking: len(turns._queue) == asking)  # type: ignore[misc]
         assert order == [], "all turns are taken"
         for other in others:
             other.__exit__()
@@ -147,14 +154,15 @@ def test_turns_are_given_in_the_order_of_asking(at_once: int) -> None:
 
 def test_waiting_for_a_turn_is_not_the_stage_s_time() -> None:
     device = Device(at_once=1)
-    slow, quick = device.engine(engine(seconds=0.1), "slow"), device.engine(engine(), "quick")
+    slow, quick = device.engine(waiting := engine(seconds=0.2), "slow"), device.engine(engine(), "quick")
     feeds = {"x": np.zeros((1, 2), np.float32)}
     thread = threading.Thread(target=slow, args=(feeds,))
     thread.start()
-    time.sleep(0.03)
+    wait_for(lambda: bool(waiting.ends))
+    asked, ended = time.perf_counter(), waiting.ends[0]
     quick(feeds)
     thread.join()
-    assert 0.03 < device.waited() < 0.2
+    assert ended - asked <= device.waited() <= time.perf_counter() - asked
 
 
 @pytest.mark.parametrize(
