@@ -492,13 +492,13 @@ def doubtful_classes(classes: ClassList, settings: Mapping[str, Any]) -> list[st
     words = {word.casefold() for words in classes.prompts for word in words}
     if "mini" in (variants.get("clip"), variants.get("grounding-dino")) and not words & {name.casefold() for name in known}:
         said.append(
-            f"--classes: the bundle has the small models of wsss mini, which know only {', '.join(known)}; "
+            f"{classes.where}: the bundle has the small models of wsss mini, which know only {', '.join(known)}; "
             f"none of the {len(classes.names)} classes is among them: expect wrong labels. Export models for photographs: "
             "wsss export --model all --bundle bundle"
         )
     if "grounding-dino" in variants and (stuff := [name for name in classes.names if cleaned(name) in STUFF]):
         said.append(
-            f"--classes: {', '.join(stuff)}: regions without a shape, which a detector does not find: expect wrong boxes. "
+            f"{classes.where}: {', '.join(stuff)}: regions without a shape, which a detector does not find: expect wrong boxes. "
             "docs/classes.md says what can be done"
         )
     return said

@@ -163,7 +163,7 @@ def classes_of(model: Model, typed: ClassList | None) -> ClassList:
     names = tuple(model.manifest.settings["classes"])
     if typed is not None and typed.names != names:
         raise UsageError(
-            f"--classes: the segmenter in {model.folder} knows {', '.join(names)}; got {', '.join(typed.names)}",
+            f"{typed.where}: the segmenter in {model.folder} knows {', '.join(names)}; got {', '.join(typed.names)}",
             hint="leave out --classes: a trained segmenter has its own list",
         )
     return typed or class_list(names)

@@ -251,6 +251,9 @@ def test_classes_that_the_small_models_do_not_know(world: World, tmp_path: Path)
 def test_regions_without_a_shape_are_warned_of(world: World, tmp_path: Path) -> None:
     with pytest.warns(WsssWarning, match="--classes: grass: regions without a shape, which a detector does not find"):
         Chain.open(world.bundle, classes="red, grass")
+    (tmp_path / "names.txt").write_text("red\ngrass\n")
+    with pytest.warns(WsssWarning, match="^--classes .*names.txt: grass: regions"):
+        Chain.open(world.bundle, classes=f"{tmp_path / 'names.txt'}")
     Chain.open(world.bundle, classes="red, grass", until="tag")  # CLIP knows them
     (tmp_path / "boxes.json").write_text("{}")
     Chain.open(world.bundle, classes="red, grass", boxes=tmp_path / "boxes.json")
