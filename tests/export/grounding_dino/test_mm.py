@@ -54,8 +54,7 @@ def judged(graph: Graph, engine: object) -> None:
 def test_exported_graphs_pass_the_gate(tmp_path: Path, precision: str) -> None:
     half = precision == "fp16"
     model = grounding_dino_weights.seeded(lambda: mm_toy(depths=(1, 2)), 0)
-    sampling = "gather" if half else "grid-sample"
-    image = grounding_dino.image_graph(model, CANVAS, BATCH, MARGIN, sampling, half)
+    image = grounding_dino.image_graph(model, CANVAS, BATCH, MARGIN, "gather" if half else "plugin", half)
     for graph in (grounding_dino.text_graph(model), image):
         graph, path = graph.at(precision), tmp_path / f"{graph.name}.onnx"  # type: ignore[arg-type]
         export_onnx(graph, path, WeightFile(tmp_path / f"{graph.name}.data"), precision=precision)  # type: ignore[arg-type]

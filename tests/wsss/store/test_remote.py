@@ -299,7 +299,7 @@ def killed_late(folder: RemoteFolder, shard: tuple[int, int] | None) -> None:
     assert len([file for file in folder.walk() if file.name.startswith("manifest") and "/" in file.name]) == 2
 
 
-def test_a_new_part_replaces_none_of_a_killed_run(folder: RemoteFolder) -> None:
+def test_a_new_part_replaces_none_of_a_killed_run(no_lock: None, folder: RemoteFolder) -> None:
     killed_late(folder, None)
     with RemoteStore(folder, CLASSES, SETTINGS) as store:
         store.append([record("f"), record("g")])
