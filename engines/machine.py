@@ -202,7 +202,9 @@ def _ability_of_openvino(known: Machine) -> Capability:
     if "openvino" not in known.packages:
         why, fix = "openvino is not installed", install_line("openvino")
     elif known.openvino_trouble:
-        why, fix = known.openvino_trouble, install_line("openvino").replace("install", "install --force-reinstall", 1)
+        why = known.openvino_trouble
+        if "cannot be loaded" in why:
+            fix = install_line("openvino").replace("install", "install --force-reinstall", 1)
     return Capability(engine="openvino", device="cpu", builds=False, runs=not why, why=why, fix=fix)
 
 
@@ -341,6 +343,8 @@ def _openvino(packages: Mapping[str, str]) -> tuple[bool | None, str]:
         from .openvino import computes_in_bf16  # needs numpy, without which the other facts are still told
 
         return computes_in_bf16(), ""
+    except WsssError as error:
+        return None, error.message.removeprefix("--engine openvino: ")
     except Exception as error:  # an incomplete package, a missing library: each raises its own class
         return None, f"openvino cannot be loaded: {f'{error}'.strip().split(chr(10))[0]}"
 

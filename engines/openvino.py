@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import platform
 import re
 import sys
@@ -31,6 +32,9 @@ REQUEST_BYTES = 1 << 20
 memory grows with its rows; CLIP ViT-B/16 takes 3 % less time with 8 views in a request than with one."""
 CORES_A_REQUEST = 4
 """Cores that compute one request, where the processor has several times as many."""
+
+RESTRICTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Environment variables by which oneDNN, of which OpenVINO has a copy, uses less than the processor has."""
 
 _OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "out of memory", "Cannot allocate memory", "could not allocate")
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
@@ -136,8 +140,16 @@ def openvino() -> ModuleType:
     """Import OpenVINO without its telemetry, which would keep an identifier of the machine in the home folder and send events.
 
     Raises:
-        WsssError: it is not installed or cannot be loaded; the hint is the command that installs it.
+        WsssError: it is not installed or cannot be loaded; the hint is the command that installs it. Or the environment restricts
+            the instructions it may use: with ``ONEDNN_MAX_CPU_ISA=AVX2`` on a processor with AVX-512, OpenVINO 2026.4 ends the
+            process in Grounding-DINO's graph, and a proof names the processor's own instructions.
     """
+    for name in RESTRICTIONS:
+        if (value := os.environ.get(name, "")).upper() not in ("", "ALL", "DEFAULT"):
+            raise WsssError(
+                f"--engine openvino: {name}={value} restricts the processor, with which OpenVINO may end the process",
+                hint=f"unset {name}, or take --engine ort",
+            )
     try:
         with _hidden("openvino_telemetry"):
             return importlib.import_module("openvino")

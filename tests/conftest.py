@@ -28,6 +28,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from wsss.batch import Photograph
 from wsss.classes import ClassList, class_list
 from wsss.engines.fake import FakeEngine, without_padding
+from wsss.errors import WsssError
 from wsss.spec import AxisRange, DType, GraphSpec, Manifest, Model, Preprocess, TensorSpec, open_bundle, sha256_of, write_manifest
 
 Feeds = Mapping[str, np.ndarray]
@@ -299,6 +300,17 @@ class World:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(self.scene(height, width, **colors)).save(path)
         return path
+
+
+@pytest.fixture(scope="session")
+def needs_openvino() -> None:
+    """Skip where OpenVINO is missing or refuses to run."""
+    from wsss.engines.openvino import openvino
+
+    try:
+        openvino()
+    except WsssError as error:
+        pytest.skip(error.message)
 
 
 @pytest.fixture(autouse=True)

@@ -65,6 +65,8 @@ def test_openvino_runs_where_it_is_installed() -> None:
     broken = ability(dataclasses.replace(there, openvino_trouble="openvino cannot be loaded: libx.so"), "openvino", "cpu")
     assert (broken.runs, broken.why) == (False, "openvino cannot be loaded: libx.so")
     assert "--force-reinstall" in broken.fix
+    restricted = ability(dataclasses.replace(there, openvino_trouble="ONEDNN_MAX_CPU_ISA=AVX2 restricts it"), "openvino", "cpu")
+    assert (restricted.runs, restricted.fix) == (False, "")
 
 
 def test_without_a_gpu_rtx_still_builds() -> None:

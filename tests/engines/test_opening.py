@@ -99,11 +99,11 @@ def proven(model: Model, seconds: float | None, ort_seconds: float | None, proce
     return replace(model, manifest=replace(model.manifest, graphs=graphs))
 
 
+@pytest.mark.usefixtures("needs_openvino")
 @pytest.mark.parametrize(("seconds", "ort_seconds", "chosen"), [(1, 2, "openvino"), (2, 1, "ort")])
 def test_auto_takes_the_faster_one_on_the_cpu(
     model: Model, monkeypatch: pytest.MonkeyPatch, seconds: float, ort_seconds: float, chosen: str
 ) -> None:
-    pytest.importorskip("openvino", reason="needs openvino")
     monkeypatch.setattr(opening, "_ort_uses_gpu", lambda: False)
     assert choose("auto", "auto", [proven(model, seconds, ort_seconds)]) == (chosen, "cpu")
     assert choose("auto", "cpu", [proven(model, seconds, ort_seconds)]) == (chosen, "cpu")
@@ -115,8 +115,8 @@ def test_auto_takes_the_faster_one_on_the_cpu(
     assert choose("auto", "auto", [proven(model, seconds, ort_seconds)]) == ("ort", "cuda:0")
 
 
+@pytest.mark.usefixtures("needs_openvino")
 def test_auto_takes_openvino_for_bf16(model: Model) -> None:
-    pytest.importorskip("openvino", reason="needs openvino")
     proven_model = proven(model, None, None)
     assert choose("auto", "cpu", [proven_model]) == ("ort", "cpu"), "not timed, so not known to be faster"
     graphs = {"double": replace(proven_model.graph("double"), precision="bf16")}
@@ -124,16 +124,33 @@ def test_auto_takes_openvino_for_bf16(model: Model) -> None:
     assert choose("auto", "cpu", [in_bf16]) == ("openvino", "cpu")
 
 
+@pytest.mark.usefixtures("needs_openvino")
 def test_auto_says_why_a_proof_does_not_count(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("openvino", reason="needs openvino")
     assert choose("auto", "cpu", [proven(model, 1, 2, "sse9")]) == ("ort", "cpu")
     assert "--engine auto: not openvino" in caplog.text and "processors with sse9" in caplog.text
 
 
+@pytest.mark.usefixtures("needs_openvino")
+def test_openvino_is_not_taken_where_instructions_are_restricted(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would end the process."""
+    compared = proven(model, 1, 2)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert choose("auto", "cpu", [compared]) == ("ort", "cpu")
+    assert "ONEDNN_MAX_CPU_ISA=AVX2 restricts the processor" in caplog.text
+    openvino._core.cache_clear()
+    with pytest.raises(WsssError, match="ONEDNN_MAX_CPU_ISA=AVX2 restricts the processor") as caught:
+        open_graph(model, "double", "openvino", unverified=True)
+    assert caught.value.hint == "unset ONEDNN_MAX_CPU_ISA, or take --engine ort"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "all")
+    assert choose("auto", "cpu", [compared]) == ("openvino", "cpu")
+
+
+@pytest.mark.usefixtures("needs_openvino")
 def test_openvino_opens_what_was_compared(model: Model) -> None:
-    pytest.importorskip("openvino", reason="needs openvino")
     assert isinstance(open_graph(proven(model, 1, 2), "double", "openvino"), openvino.OpenVinoEngine)
     with pytest.raises(BundleError, match="never compared with PyTorch"):
         open_graph(model, "double", "openvino")

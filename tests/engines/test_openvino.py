@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("openvino", reason="needs openvino")
 from wsss.engines import openvino as module
 from wsss.engines.openvino import OpenVinoEngine, checked_proof, independent_rows, instructions, version
 from wsss.errors import BundleError, FeedError, OutOfMemory, WsssError
 from wsss.extras import install_line
 from wsss.spec import AxisRange, GraphSpec, Manifest, Model, OpenVinoProof, Parity, Preprocess, TensorSpec
+
+pytestmark = pytest.mark.usefixtures("needs_openvino")
 
 X = np.array([[1, 2, 3], [4, 5, -6]], np.float32)
 

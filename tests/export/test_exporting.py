@@ -126,8 +126,8 @@ def export_for_openvino(bundle: Path, family: Family, precision: Literal["fp32",
     )
 
 
+@pytest.mark.usefixtures("needs_openvino")
 def test_what_openvino_computes_is_proven_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino", reason="needs openvino")
     manifest = export_for_openvino(tmp_path, make_family())
     (proof,) = manifest.graphs["scale"].openvino.values()
     assert (proof.version, proof.processor) == (openvino.version(), openvino.instructions())
@@ -159,8 +159,8 @@ def test_what_openvino_computes_is_proven_and_timed(tmp_path: Path, monkeypatch:
     assert set(proofs) == {"sse9", openvino.instructions()} and proofs["sse9"] == other
 
 
+@pytest.mark.usefixtures("needs_openvino")
 def test_a_bf16_graph_is_compared_in_openvino_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino", reason="needs openvino")
     monkeypatch.setattr(exporting, "OrtEngine", lambda *_: pytest.fail("ONNX Runtime does not run bf16"))
     half = InHalf(tolerance={"y": Tolerance(relative=2e-3, why="test")})
     toy = make_family()

@@ -52,7 +52,7 @@ class InThisProcess:
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def result(needs_openvino: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     work = tmp_path_factory.mktemp("peers")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small models: on busy cores, threads mostly wait for each other

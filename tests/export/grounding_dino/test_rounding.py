@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch", reason="needs torch: pip install 'wsss[export]'")
-pytest.importorskip("openvino", reason="needs openvino")
 
 from wsss.benchmarks.studies.parity.grounding_dino_rounding import without_margin
 from wsss.engines.openvino import OpenVinoEngine
@@ -20,6 +19,8 @@ from wsss.export.verify import gate
 from wsss.spec import AxisRange
 
 from .toy import toy
+
+pytestmark = pytest.mark.usefixtures("needs_openvino")
 
 
 @pytest.fixture(scope="module")
