@@ -141,6 +141,17 @@ def test_what_rounding_allows(
     assert list(zip(*ties["won.range"].tolist(), strict=True)) == won
 
 
+def test_rounding_grows_with_the_logits() -> None:
+    """A sum that has a large term is rounded as that is: next to it, 0.05 may be on either side of the edge."""
+    graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))
+    feeds = graph.sample(1, 1)
+    feeds["logits"] = np.full_like(feeds["logits"], 0.05)
+    for large, names in ((8, {1}), (2**14, {0, 1})):
+        feeds["logits"][:, 0, 0], feeds["label"] = large, np.array([1])
+        options = graph.reference(feeds, {})["label_map.options"]
+        assert set(options[:, -1, -1].tolist()) == names
+
+
 def test_rounding_decides_few_pixels_of_what_the_gate_feeds() -> None:
     """Or the gate would prove nothing."""
     graph = fuse.fuse_graph(PREPROCESS, logits_side=LOGITS, masks=AxisRange(1, 8, 16))

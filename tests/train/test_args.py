@@ -129,6 +129,7 @@ def test_what_decides_the_weights_leaves_the_machine_out() -> None:
         ("a." * 20_000 + "b=1", "expected TABLE.KEY, got 20001 parts", "--set data.crop=321"),
         ("data.crop.a.b=1", "data.crop: expected a whole number, got {'a': {'b': 1}}", ""),
         ("optimizer.rate=1" + "0" * 400, "optimizer.rate: expected a number of at most 64 bits", ""),
+        (f"seed={1 << 63}", "seed: expected a whole number of at most 64 bits", ""),
         ("seed=1" + "0" * 30, "seed: expected a whole number of at most 64 bits", ""),
         ("model.options.depth=1979-05-27", "model.options.depth: expected a string, numbers", ""),
         ("model.options.depth=nan", "model.options.depth: expected a string, numbers", ""),

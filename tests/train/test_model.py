@@ -10,6 +10,7 @@ import torch
 from wsss.errors import UsageError
 from wsss.train.args import LossArgs, ModelArgs, OptimizerArgs
 from wsss.train.model import SEGFORMER, SWIN, Segmenter, build_from, build_segmenter, criterion_for
+from wsss.train.networks.vit import VisionTransformer
 from wsss.train.optimizer import optimizer_for, rate_at, set_rates
 
 TINY_SWIN = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]}
@@ -143,6 +144,19 @@ def test_the_official_sizes() -> None:
     assert millions == pytest.approx({"b0": 3.4, "b1": 13.1, "b2": 24.2, "b3": 44.0, "b4": 60.8, "b5": 81.4}, abs=1.1)
     assert swin == pytest.approx({"swin-tiny": 27.5, "swin-large": 195.0}, rel=0.02)
     assert set(SWIN) == {"swin-tiny", "swin-small", "swin-base", "swin-large"}
+
+
+def test_a_head_of_swin_has_32_channels() -> None:
+    """Which no number of parameters shows (arXiv:2103.14030, section 3.3)."""
+    for name, options in SWIN.items():
+        width, heads = options["embed_dim"], options["num_heads"]
+        assert isinstance(width, int) and heads == [width * 2**stage // 32 for stage in range(4)], name
+
+
+def test_the_linear_head_starts_as_dinov2s() -> None:
+    """Linear evaluation code of facebookresearch/dinov2: weights of standard deviation 0.01, no bias."""
+    head = VisionTransformer(torch.nn.Identity(), 256, 21).head
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.05) and not head.bias.any()
 
 
 @pytest.mark.parametrize(

@@ -473,6 +473,7 @@ SHAPES = {
     "second of two graphs": field(7, b"") + field(7, field(5, external("w.bin"))),
     "location after its name": field(7, field(5, field(13, field(2, b"w.bin") + field(1, b"location")))),
     "tag of more than 32 bits": bytes([0xBA, 0x80, 0x80, 0x80, 0x10]) + field(7, field(5, external("w.bin")))[1:],
+    "after a text of 16,384 bytes": b"\x32\x80\x80\x01" + bytes(1 << 14) + field(7, field(5, external("w.bin"))),
     "second of two locations": field(7, field(5, external("weights.data") + external("w.bin"))),
 }
 

@@ -28,7 +28,8 @@ from wsss.export.grounding_dino.graphs import ImageGraph, TextGraph, level_shape
 from wsss.export.mini import grounding_dino_mini_tokenizer  # noqa: E402
 from wsss.export.to_onnx import OPSET, WeightFile, export_onnx  # noqa: E402
 from wsss.export.verify import gate  # noqa: E402
-from wsss.spec import AxisRange  # noqa: E402
+from wsss.runtime.bundles import MINI  # noqa: E402
+from wsss.spec import AxisRange, read_manifest  # noqa: E402
 
 from .toy import toy  # noqa: E402
 
@@ -282,6 +283,12 @@ def test_settings_are_complete_and_documented() -> None:
     assert sorted(prepared.preprocess.canvases) == sorted(frame.canvases)
     assert (prepared.preprocess.short_px, prepared.preprocess.longest_px) == (frame.short_px, frame.longest_px)
     assert family("grounding-dino") is grounding_dino.FAMILY
+
+
+def test_the_bundle_that_comes_with_wsss_has_the_small_frame() -> None:
+    kept, frame = read_manifest(MINI / "grounding-dino").preprocess, grounding_dino.MINI
+    assert (kept.short_px, kept.longest_px) == (frame.short_px, frame.longest_px) == (144, 256)
+    assert sorted(kept.canvases) == sorted(frame.canvases)
 
 
 def test_a_smaller_canvas_resizes_photos_smaller() -> None:

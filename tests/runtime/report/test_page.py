@@ -14,6 +14,7 @@ from wsss.errors import ImageError, StoreError, UsageError
 from wsss.runtime.chain import Chain
 from wsss.runtime.report.page import write_report
 from wsss.runtime.run.label_folder import label_folder
+from wsss.store.format import line_of
 from wsss.store.local import LabelStore
 
 if TYPE_CHECKING:
@@ -78,6 +79,17 @@ def test_the_classes_are_counted(store: Path, photos: Path, tmp_path: Path) -> N
     assert [(each["images"], each["boxes"], each["unboxed"]) for each in (red, green, blue)] == [(4, 4, 0), (2, 2, 0), (2, 2, 0)]
     # Rectangles of conftest.photos: 20x20, 24x32, 20x30, 20x20; the scripted SAM outlines on a coarse grid.
     assert red["pixels"] == pytest.approx(400 + 768 + 600 + 400, rel=0.15)
+
+
+def test_tags_without_a_box_are_counted(store: Path, photos: Path, tmp_path: Path) -> None:
+    manifest = store / "manifest.jsonl"
+    records = [json.loads(line) for line in manifest.read_bytes().splitlines()]
+    for record in records:
+        if record["path"] in ("green.png", "red.png"):
+            record["classes"]["blue"] = record["classes"].get("blue", 0.9)
+    manifest.write_bytes(b"".join(map(line_of, records)))
+    classes = data_of(write_report(store, photos, tmp_path / "page.html"))["classes"]
+    assert [(each["images"], each["unboxed"]) for each in classes] == [(4, 0), (2, 0), (2, 2)]
 
 
 def test_an_image_has_its_tags_boxes_and_pictures(store: Path, photos: Path, tmp_path: Path) -> None:

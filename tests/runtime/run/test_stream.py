@@ -132,6 +132,16 @@ def test_a_full_disk_ends_a_stream_whose_tasks_are_late(
     assert threading.active_count() == before, "no thread is left behind"
 
 
+def test_photographs_that_wait_take_a_quarter_of_the_free_memory(
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free, room in ((4000, 1000), (1 << 60, stream.PIXEL_BYTES)):
+        monkeypatch.setattr(stream, "free_bytes", lambda free=free: free)
+        budget = start(world, folder, labels)._budget
+        budget.take(1)
+        assert budget.fits(room - 1) and not budget.fits(room)
+
+
 def test_a_full_disk_ends_a_stream_that_waits_for_room(
     world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

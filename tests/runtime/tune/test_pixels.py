@@ -37,7 +37,7 @@ def by_sorting(logits: np.ndarray, label: np.ndarray, score: np.ndarray, margin:
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1, 0.6])
-@pytest.mark.parametrize("labels", [[1], [2, 2, 2], [1, 2, 3], [1, 2, 1, 3, 2]])
+@pytest.mark.parametrize("labels", [[1], [1, 2], [2, 2, 2], [1, 2, 3], [1, 2, 1, 3, 2]])
 def test_any_choice_of_masks_is_fused_as_the_graph_does(labels: list[int], margin: float) -> None:
     label = np.array(labels)
     logits, score = blobs(len(label), 7), np.linspace(0.4, 0.9, len(label)).astype(np.float32)

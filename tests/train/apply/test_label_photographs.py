@@ -16,7 +16,7 @@ from wsss.errors import StoreError
 from wsss.store.local import read_images_folder, read_label, read_records
 from wsss.train.apply import predictor as predictor_module
 from wsss.train.apply.inference import Inference
-from wsss.train.apply.label_photographs import label_photographs
+from wsss.train.apply.label_photographs import READ_AHEAD, _ahead, label_photographs
 from wsss.train.apply.predictor import Prediction, Predictor
 from wsss.train.dataset.survey import survey_store
 
@@ -192,3 +192,11 @@ def test_photographs_that_do_not_fit_the_truth(trained: Trained, wsss: Run, tmp_
     (images / "scene-03.png").write_bytes(b"no photograph")
     answer = wsss("eval", images, store, "--run", run)
     assert answer.code == 1 and "scene-03.png: " in answer.err and "not a readable image" in answer.err
+
+
+def test_photographs_are_read_ahead_and_come_in_order() -> None:
+    names = iter(range(3 * READ_AHEAD))
+    found = _ahead(lambda name: -name, names)
+    assert [next(found), next(found)] == [0, -1]
+    assert next(names) == READ_AHEAD + 1, "as many are being read as there are threads"
+    assert list(found)[:3] == [-2, -3, -4]

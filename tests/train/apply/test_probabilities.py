@@ -93,6 +93,10 @@ def test_settings_that_make_no_sense(settings: dict[str, object], said: str) -> 
         Inference(**settings)  # type: ignore[arg-type]
 
 
+def test_the_smallest_window_is_taken() -> None:
+    assert Inference(window=16, stride=16).window == 16
+
+
 def test_scales_are_numbers_with_commas() -> None:
     assert parse_scales(None) == (1.0,) and parse_scales("0.5, 1") == (0.5, 1.0)
     with pytest.raises(UsageError, match="--scales: expected numbers with commas, got '1;2'"):

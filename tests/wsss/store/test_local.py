@@ -18,7 +18,7 @@ from PIL import Image
 from wsss.classes import class_list, palette
 from wsss.errors import ImageError, StoreError
 from wsss.store import local as labelstore
-from wsss.store.format import inside, is_inside, is_label, line_of, missing_fields, photograph_of
+from wsss.store.format import inside, is_inside, is_label, json_of, line_of, missing_fields, photograph_of
 from wsss.store.lines import sections_of
 from wsss.store.local import (
     LabelStore,
@@ -792,3 +792,7 @@ def test_a_power_cut_at_any_time_leaves_no_line_without_its_label(folder: Path, 
     (folder / "manifest.jsonl").write_bytes(b"torn")
     with LabelStore(folder, CLASSES, SETTINGS):
         assert disk[-1:] == ["fsync manifest.jsonl"], "the cut"
+
+
+def test_files_can_be_read_by_people() -> None:
+    assert json_of({"classes": ["Bär"]}) == '{\n "classes": [\n  "Bär"\n ]\n}\n'.encode()
