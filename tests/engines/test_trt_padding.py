@@ -177,6 +177,11 @@ def test_an_output_is_gathered_before_the_next_call(bench: Bench) -> None:
     assert Gathered().arrays() == []
 
 
+def test_lengths_ascend_and_are_those_that_kernels_are_fast_for() -> None:
+    for lengths in LENGTHS.values():
+        assert list(lengths) == sorted(set(lengths)) and not any(length % 8 for length in lengths)
+
+
 def test_the_axes_are_those_of_the_exporters() -> None:
     """Names with a promise: see the docstring of `padding`."""
     from wsss.engines import padding

@@ -39,7 +39,7 @@ from wsss.export.precision.search import (
     diagnose,
     examine_graph,
 )
-from wsss.export.precision.simulation import Plan, Rounding, examine
+from wsss.export.precision.simulation import Plan, Rounding, _gap, examine
 from wsss.export.to_onnx import trace
 from wsss.spec import AxisRange, Preprocess, TensorSpec
 
@@ -241,6 +241,7 @@ def test_choices_are_those_of_float32_and_bad_ones_show() -> None:
         np.testing.assert_array_equal(out["y"], -np.float16([[2.9, 3]]))
         assert out["best.gap"] == 0  # 1002.9 and 1003 are one number in half
         assert rounding({"x": x}, NONE, {"best": np.array([[2, 0]])})["best.gap"] == pytest.approx(1, rel=0.2)
+    assert _gap(np.array([[0.02, 0.01]]), np.array([[1]])) == pytest.approx([0.5]), "relative also to small scores"
     with pytest.raises(WsssError, match="indices of a TopK"):
         Rounding(Plan(parse("g (float[N] x) => (int64[N] n) { n = Cast<to = 7>(x) }"), "fp16"), io, ["n"])
 

@@ -132,6 +132,20 @@ def test_a_full_disk_ends_a_stream_whose_tasks_are_late(
     assert threading.active_count() == before, "no thread is left behind"
 
 
+def test_a_batch_waits_until_four_others_have_passed_it(
+    world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Photographs of another canvas pass the first one, two in a batch."""
+    running = start(world, folder, labels)
+    monkeypatch.setattr(running._labeler, "canvas", lambda photo: photo.name == "first")
+    names = ["first", *map(str, range(1, 20))]
+    photos = [Photograph(name=name, pixels=np.full((9, 9, 3), 99, np.uint8)) for name in names]
+    loaded = (Loading(Task(number, photo.name, photo.name), photo) for number, photo in enumerate(photos))
+    passed = [[photo.name for photo in batch.photos] for batch in running._batches(loaded)]
+    assert [names[0] for names in passed[:5]] == ["1", "3", "5", "first", "7"]
+    assert sorted(map(len, passed)) == [1, 1, *[2] * 9]
+
+
 def test_photographs_that_wait_take_a_quarter_of_the_free_memory(
     world: World, folder: Path, labels: LabelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
