@@ -544,6 +544,10 @@ def proofs() -> dict[str, dict[str, dict[str, Any]]]:
     dino, sam = result("grounding-dino-official"), result("sam-official")
     put(f"grounding-dino {dino['variant']}", "fp32", photographs=dino["photographs"], **dino["parity"])
     put(f"sam {sam['variant']}", "fp32", photographs=sam["summary"]["photographs"], mask_iou=sam["summary"]["worst_iou"])
+    for key, entry in result("sam2-official").items():
+        variant, kind = key.split()
+        far = {"photographs": entry["summary"]["photographs"], "mask_iou": entry["summary"]["worst_iou"]}
+        put(f"sam {variant}", kind, **far)
     for key, entry in result("sam3-official").items():
         variant, side, kind = key.split()
         far = {name: entry["summary"][name] for name in ("logits", "boxes", "worst_iou")}
