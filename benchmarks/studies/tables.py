@@ -608,10 +608,21 @@ def negatives() -> str:
 
 
 def empty_scenes() -> str:
-    """Scenes without an object that get a label."""
+    """Scenes without an object that get a label, and what it costs to leave them without one."""
     found = result("decision-rules")["empty"]
-    rows = [[name, f"{share:.0%}"] for name, share in found.items() if name != "scenes"]
-    return table([f"{found['scenes']} scenes without an object, distractors only", "with a label"], rows)
+    empty = "empty scenes with a label"
+    rows: list[Row] = [
+        [
+            " ".join(f"{key.replace('_', ' ')} {each[key]}" for key in each if "threshold" in key),
+            f"{each[empty]:.0%}",
+            f"{each['miou']:.3f}",
+        ]
+        for each in found["rules"]
+    ]
+    return table(
+        [f"{found['scenes']} scenes without an object, and as many with some", "labeled ones of the first", "mIoU of the others"],
+        rows,
+    )
 
 
 def _box_counts(each: Any) -> tuple[int, int]:

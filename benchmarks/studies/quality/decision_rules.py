@@ -5,7 +5,7 @@ gives the label maps of real runs with the same flags. Differences of mIoU have 
 
 - hard scenes of seven kinds, with each rule at other values than the default;
 - the same with the detector in tiles, and with fewer and more views for CLIP;
-- scenes without an object, as the models were trained on, by tag threshold;
+- scenes as the models were trained on: labels where there is no object, and mIoU elsewhere, by tag and box threshold;
 - look-alikes, and objects of other classes, that are named as negatives, in CLIP, in the detector, and in both;
 - ``wsss tune`` on 20 scenes of another domain, scored on 200 others, three times;
 - ``wsss calibrate`` on scenes of that domain, cross-validated.
@@ -59,6 +59,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 TUNED_ON, SETS, SCORED_ON = 20, 3, 200
 RANDOM = 40
 """Random sets of scenes to tune on."""
+SORTS = {"plain-empty": True, "plain-objects": False}
+"""Scenes as the models were trained on, by whether they have no object."""
 LOOKS: dict[str, dict[str, Any]] = {
     "defaults, 14 views": {},
     "2 x 2 tiles": {"tiles": 2},
@@ -169,16 +171,38 @@ def looks(work: Path, count: int) -> dict[str, Any]:
 
 
 def empty(work: Path, count: int) -> dict[str, Any]:
-    """Scenes without an object as the models were trained on, by tag threshold."""
-    seeds = [seed for seed in range(40 * count) if not len(scene_of("plain", seed).labels)][:count]
-    evidence = evidence_of(work, "plain-empty", [("plain", seed) for seed in seeds])
-    outcomes, default = Outcomes(evidence), evidence.rules
-    result: dict[str, Any] = {"scenes": len(evidence)}
-    for threshold in (default.tag_threshold, 0.7, 0.8, 0.9, 0.95):
-        result[f"tag threshold {threshold}"] = round(
-            labeled_share(outcomes.matrices(replace(default, tag_threshold=threshold))), 4
-        )
+    """Scenes as the models were trained on: those without an object that get a label, and mIoU of the others, by threshold."""
+    are_empty = [not len(scene_of("plain", seed).labels) for seed in range(40 * count)]
+    seeds = {
+        name: [seed for seed, is_empty in enumerate(are_empty) if is_empty is empty][:count] for name, empty in SORTS.items()
+    }
+    evidence = {name: evidence_of(work, name, [("plain", seed) for seed in each]) for name, each in seeds.items()}
+    outcomes, default = {name: Outcomes(each) for name, each in evidence.items()}, evidence["plain-empty"].rules
+    result: dict[str, Any] = {"scenes": count, "rules": []}
+    tried: list[dict[str, Any]] = [{"tag_threshold": value} for value in (default.tag_threshold, 0.7, 0.8, 0.9, 0.95)]
+    for changed in (*tried, *({"box_threshold": value} for value in (0.6, 0.7, 0.8, 0.9))):
+        labeled, others = (outcomes[name].matrices(replace(default, **changed)) for name in SORTS)
+        row = {"empty scenes with a label": round(labeled_share(labeled), 4), "miou": round(float(miou(others.sum(axis=0))), 4)}
+        result["rules"].append({**changed, **row})
+        log(f"{result['rules'][-1]}")
+    # By what a scene's best box says: the share of the others above all but one in a hundred of the empty ones.
+    empties, others = (_best_scores(evidence[name]) for name in SORTS)
+    limits = np.quantile(empties, 0.99, axis=0)
+    result["kept where 1 % of the empty ones are"] = {
+        name: round(float(share), 4)
+        for name, share in zip(("tag", "box", "product"), (others > limits).mean(axis=0), strict=True)
+    }
     return result
+
+
+def _best_scores(evidence: Evidence) -> np.ndarray:
+    """(N, 3): the best tag of each scene, its best box, and the best product of a box and its tag; 0 without a box."""
+    best = np.zeros((len(evidence), 3))
+    for number, sample in enumerate(evidence.samples):
+        best[number, 0] = sample.score.max()
+        if len(boxes := evidence.boxes(number, evidence.rules)):
+            best[number, 1:] = boxes.score.max(), (boxes.score * sample.score[boxes.label - 1]).max()
+    return best
 
 
 def negatives(work: Path, count: int) -> dict[str, Any]:
