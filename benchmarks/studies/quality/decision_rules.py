@@ -363,7 +363,7 @@ def main() -> None:
         "options": lambda: options(arguments.work, arguments.count),
         "looks": lambda: looks(arguments.work, arguments.count),
         "empty": lambda: empty(arguments.work, 100),
-        "negatives": lambda: negatives(arguments.work, 2 * arguments.count),
+        "negatives": lambda: negatives(arguments.work, 200),
         "tune": lambda: tuning(arguments.work),
         "calibrate": lambda: calibration(arguments.work, 60),
     }
