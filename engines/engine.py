@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from ..batch import DeviceTensor, Tensor
-from ..errors import FeedError
+from ..errors import FeedError, NotANumber
 from ..spec import AxisRange, GraphSpec, TensorSpec
 
 
@@ -85,6 +85,21 @@ class Shaped(Protocol):
 def contract(spec: GraphSpec) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec], Mapping[str, AxisRange]]:
     """The ``inputs``, ``outputs`` and ``axes`` of an engine for a graph."""
     return {each.name: each for each in spec.inputs}, {each.name: each for each in spec.outputs}, dict(spec.axes)
+
+
+def check_numbers(values: np.ndarray, image: np.ndarray, graph: str) -> None:
+    """Raise NotANumber if an output has NaN: no threshold would be reached, and the photograph would be background.
+
+    Args:
+        values: (N, ...) floating point; infinities are no fault. image: (N,) the photograph of each row. graph: ``model/graph``.
+    """
+    wrong = np.isnan(values).any(axis=tuple(range(1, values.ndim)))
+    if wrong.any():
+        numbers = ", ".join(f"{number + 1}" for number in np.unique(image[wrong]).tolist())
+        raise NotANumber(
+            f"{graph}: its output is NaN for photograph {numbers} of the batch",
+            hint="wsss verify the bundle; one that was exported with --precision fp32 does not overflow",
+        )
 
 
 def check_feeds(where: str, inputs: Mapping[str, TensorSpec], axes: Mapping[str, AxisRange], feeds: Mapping[str, Shaped]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..batch import Boxes, Images, Labels, Masks, Photograph, Tensor
 from ..classes import ClassList
-from ..engines.engine import Engine, outliving
+from ..engines.engine import Engine, check_numbers, outliving
 from ..errors import WsssError
 from ..frame import Frame, frame_for
 from ..spec import Model
@@ -160,6 +160,8 @@ class InstanceFinder:
             )
             presence = _probability(np.asarray(out["presence"]))
             score = (_probability(np.asarray(out["logits"])) * presence[:, None]).astype(np.float32)  # (R, Q)
+            for values in (score, np.asarray(out["boxes"])):
+                check_numbers(values, group[place], "sam3/detector")
             label = np.array([phrase.label for _, phrase in some], np.int64)
             xyxy = _in_pixels(np.asarray(out["boxes"]), [images[number].shape for number in group[place]])
             solid = (xyxy[..., 2:] - xyxy[..., :2] >= 1).all(axis=2)

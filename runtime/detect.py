@@ -22,7 +22,7 @@ import numpy as np
 
 from ..batch import MAX_BOXES, Boxes, Images, Labels, Photograph
 from ..classes import ClassList
-from ..engines.engine import Engine
+from ..engines.engine import Engine, check_numbers
 from ..errors import UsageError
 from ..frame import Frame, Tile, frame_for
 from ..spec import Model, ScoreRule, box_thresholds
@@ -257,6 +257,8 @@ class Detector:
         self._pixels += sum(job.frame.canvas[0] * job.frame.canvas[1] for job in rows)
         self._valid += sum(job.frame.valid[0] * job.frame.valid[1] for job in rows)
         logits, boxes = np.asarray(out["logits"]), np.asarray(out["boxes"])
+        for values in (logits, boxes):
+            check_numbers(values, np.array([job.image for job in rows]), "grounding-dino/image")
         return [read(logits[row], boxes[row], job.caption, job.frame, job.image) for row, job in enumerate(rows)]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..batch import Boxes, Images, Masks, Photograph, Tensor
-from ..engines.engine import Engine, outliving, uploaded
+from ..engines.engine import Engine, check_numbers, outliving, uploaded
 from ..errors import BundleError
 from ..frame import Frame, frame_for
 from ..spec import Model
@@ -142,6 +142,7 @@ class MaskPredictor:
             out = self._decoder(feeds)
             masks.part[chosen], masks.row[chosen] = len(masks.logits), np.arange(len(chosen))
             masks.quality[chosen] = np.asarray(out["quality"])
+            check_numbers(masks.quality[chosen], boxes.image[chosen], "sam/decoder")
             if masks.stability is not None:
                 masks.stability[chosen] = np.asarray(out["stability"])
             logits = outliving(out["logits"])

@@ -23,8 +23,8 @@ from PIL import Image
 
 from ..batch import Images, Labels, Photograph
 from ..classes import ClassList, backgrounds_for
-from ..engines.engine import Engine
-from ..errors import UsageError
+from ..engines.engine import Engine, check_numbers
+from ..errors import BundleError, UsageError
 from ..pixels.pictures import picture_of
 from ..spec import Model
 from .canvas import Rows, input_of, resized_part, together
@@ -92,8 +92,10 @@ class Tagger:
         for start in range(0, len(images) * self._count, step):
             rows = np.arange(start, min(start + step, len(images) * self._count))
             pixels = together(_between(views, self._count, int(rows[0]), int(rows[-1]) + 1))
-            probability = self._probability(np.asarray(self._image({"pixels": pixels})["embedding"]))
+            with np.errstate(invalid="ignore"):  # NaN is refused below
+                probability = self._probability(np.asarray(self._image({"pixels": pixels})["embedding"]))
             np.maximum.at(score, rows // self._count, probability)
+        check_numbers(score, np.arange(len(images)), "clip/image")
         return score
 
     def _probability(self, embedding: np.ndarray) -> np.ndarray:
@@ -216,4 +218,8 @@ def embed_prompts(
     embedding = np.concatenate(parts).astype(np.float32)
     mean = np.zeros((len(prompts), embedding.shape[1]), np.float32)
     np.add.at(mean, rows, embedding)
-    return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    length_of = np.linalg.norm(mean, axis=1)
+    if not (length_of > 0).all():  # nor NaN
+        wording = prompts[int(np.flatnonzero(~(length_of > 0))[0])][0]
+        raise BundleError(f"{model.folder}: its text graph gives no embedding for {wording!r}", hint="export the model again")
+    return mean / length_of[:, None]

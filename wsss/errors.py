@@ -58,5 +58,9 @@ class OutOfMemory(WsssError):
     """A call of an engine that needs more memory than its device has; a smaller batch may fit."""
 
 
+class NotANumber(WsssError):
+    """A graph gave NaN for a photograph: an overflow in half precision, or damaged weights. Other photographs may do well."""
+
+
 class WsssWarning(UserWarning):
     """A non-fatal problem: the result is likely not what the user intended."""

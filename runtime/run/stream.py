@@ -20,7 +20,7 @@ import numpy as np
 
 from ...batch import VOID, Boxes, Labels, Masks, Photograph, PseudoLabels
 from ...cores import cores, free_bytes
-from ...errors import ImageError, OutOfMemory
+from ...errors import ImageError, NotANumber, OutOfMemory
 from ...photographs import ImageFile, count_pixels, decode
 from ...store.format import LabelWriter, line_of, parse_line
 from ...store.local import Record
@@ -291,15 +291,17 @@ class Stream:
         try:
             if batch.photos:
                 stage(batch)
-        except OutOfMemory as error:
+        except (OutOfMemory, NotANumber) as error:
             if len(batch.photos) > 1:
-                self._labeler.device.warn(f"out of memory with {len(batch.photos)} images; trying them in halves")
+                cause = "out of memory with" if isinstance(error, OutOfMemory) else f"{error.message}:"
+                self._labeler.device.warn(f"{cause} {len(batch.photos)} images; trying them in halves")
                 for half in batch.halves():
                     yield from self._attempt(stage, half)
                 return
             (loading,) = batch.loaded
             self._budget.give(loading.amount)
-            batch = Batch(receipts=[*batch.receipts, failure(loading.task, error.message, loading.file)])
+            message = f"{loading.task.name}: {error.message}"
+            batch = Batch(receipts=[*batch.receipts, failure(loading.task, message, loading.file)])
         yield batch
 
     def _tag(self, batch: Batch) -> None:

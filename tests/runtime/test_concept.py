@@ -12,7 +12,7 @@ import pytest
 from wsss.batch import Boxes, Labels, Photograph
 from wsss.classes import class_list
 from wsss.engines.fake import FakeEngine
-from wsss.errors import ClassError, WsssError
+from wsss.errors import ClassError, NotANumber, WsssError
 from wsss.export.mini import CLIP_MINI_CONTEXT, clip_mini_tokenizer
 from wsss.runtime.concept import InstanceFinder, Instances, KnownMasks
 from wsss.spec import AxisRange, GraphSpec, Manifest, Model, Preprocess, TensorSpec
@@ -307,6 +307,19 @@ def test_halves_of_a_batch_keep_their_masks(model: Model) -> None:
     assert half.label.tolist() == [3]
     mask = np.asarray(half.logits[half.part[0]])[half.row[0]]
     assert (mask[1:, 1:] > 0).sum() == 64
+
+
+@pytest.mark.parametrize("output", ["logits", "presence", "boxes"])
+def test_results_that_are_nan_are_refused(model: Model, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflowing(feeds: Feeds) -> Feeds:
+        found = detect(feeds)
+        found[output][feeds["image"] == 1] = np.nan
+        return found
+
+    monkeypatch.setitem(SCRIPTS, "detector", overflowing)
+    Finder(model)([ONE])
+    with pytest.raises(NotANumber, match="^sam3/detector: its output is NaN for photograph 2 of the batch"):
+        Finder(model)([ONE, TWO])
 
 
 def test_boxes_of_others_have_no_masks(model: Model) -> None:

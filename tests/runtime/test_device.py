@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,6 +206,40 @@ def test_the_batch_is_what_the_engines_were_built_for(
     for batch in (None, 1):
         label_folder(Chain.open(world.bundle, classes=world.classes), photos, tmp_path / f"store-{batch}", batch=batch)
     assert used == [2, 1]
+
+
+GREEN, EVERY = ["green.png", "sub/three.png"], ["green.png", "red.png", "sub/three.png", "two.png"]
+
+
+@pytest.mark.parametrize(
+    ("model", "graphs", "output", "failed"),
+    [
+        ("clip", ["image"], "embedding", GREEN),
+        ("grounding-dino", ["image-32x48", "image-48x32"], "logits", GREEN),
+        ("grounding-dino", ["image-32x48", "image-48x32"], "boxes", GREEN),
+        ("sam", ["decoder"], "quality", EVERY),
+    ],
+)
+def test_a_photograph_whose_result_is_nan_fails_alone(
+    world: World, photos: Path, tmp_path: Path, model: str, graphs: list[str], output: str, failed: list[str]
+) -> None:
+    """Or it would be background: NaN reaches no threshold."""
+
+    def spoiled(feeds: Mapping[str, np.ndarray], script: Callable[..., Any]) -> dict[str, np.ndarray]:
+        found = {name: np.array(value) for name, value in script(feeds).items()}
+        green = (feeds["pixels"] == (0, 255, 0)).all(axis=-1).any(axis=(1, 2)) if "pixels" in feeds else slice(None)
+        found[output][green] = np.nan
+        return found
+
+    for graph in graphs:
+        engine = world.engine(model, graph)
+        engine.script = partial(spoiled, script=engine.script)
+    labeler = Chain.open(world.bundle, classes=world.classes)
+    summary = label_folder(labeler, photos, tmp_path / "out", warn=lambda _: None)
+    errors = {record["path"]: record["error"] for record in read_records(tmp_path / "out") if "error" in record}
+    assert sorted(errors) == failed and summary.labelled == 5 - len(failed)
+    where = f"{model}/{graphs[0].partition('-')[0]}"
+    assert all(text.startswith(f"{name}: {where}: its output is NaN") for name, text in errors.items())
 
 
 def test_a_batch_is_tried_in_halves(world: World, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

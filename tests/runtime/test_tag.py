@@ -13,7 +13,7 @@ from PIL import Image
 
 from wsss.classes import ClassList, class_list
 from wsss.engines.fake import FakeEngine
-from wsss.errors import ClassError
+from wsss.errors import BundleError, ClassError
 from wsss.pixels.pictures import picture_of
 from wsss.runtime.tag import Tagger, embed_prompts, resized_views, shortest_sides, view_windows
 from wsss.runtime.text import open_tokenizer
@@ -171,6 +171,18 @@ def test_prompts_are_averaged_and_normalized_again(world: World) -> None:
     want = np.stack([words[1] + words[5], words[2] + words[3] + 2 * words[5]])
     assert np.allclose(found, want / np.linalg.norm(want, axis=1, keepdims=True), atol=1e-6)
     assert [call["tokens"][0] for call in engine.calls] == [2, 2, 2], "chunks within the engine's range"
+
+
+@pytest.mark.parametrize("value", [0, np.nan])
+def test_a_prompt_without_an_embedding_is_refused(world: World, value: float) -> None:
+    """Its class would never be found, and no other beside it."""
+
+    def script(feeds: Any) -> dict[str, np.ndarray]:
+        return {"embedding": np.where(feeds["tokens"][:, :1] == 2, value, np.ones((1, 4))).astype(np.float32)}
+
+    model = with_settings(world.model("clip"), templates=["{}"])
+    with pytest.raises(BundleError, match="its text graph gives no embedding for 'green'"):
+        embed_prompts(model, FakeEngine(model.graph("text"), script), [("red",), ("green",)])
 
 
 def test_a_long_prompt_is_cut_and_still_ends(world: World) -> None:

@@ -251,20 +251,20 @@ def test_an_encoder_that_holds_its_callers_has_the_next_call_waiting(
 
 
 def test_an_image_whose_outputs_no_line_can_hold_fails_alone(world: World, folder: Path, labels: LabelFolder) -> None:
-    """JSON has no NaN: readers would refuse the whole store."""
+    """JSON has no infinity: readers would refuse the whole store."""
     decoder = world.engine("sam", "decoder")
     script = decoder.script
 
-    def first_is_nan(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def first_is_infinite(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         out = dict(script(feeds))
-        out["quality"][0] = np.nan if len(decoder.calls) < 2 else 0.9
+        out["quality"][0] = np.inf if len(decoder.calls) < 2 else 0.9
         return out
 
-    decoder.script = first_is_nan
+    decoder.script = first_is_infinite
     receipts = [receipt for group in start(world, folder, labels).run(tasks_of(folder)) for receipt in group]
     records = [parse_line(line_of(receipt.record)) for receipt in receipts]
     (failed,) = [record for record in records if "error" in record]
-    assert "expected finite numbers, got NaN" in failed["error"]
+    assert "expected finite numbers, got Infinity" in failed["error"]
     assert failed["bytes"] > 0
     assert len(records) == 12
     assert {path.name for path in labels.folder.iterdir()} == {record["label"] for record in records if record is not failed}
@@ -320,7 +320,7 @@ def test_a_photograph_that_the_device_has_no_memory_for_makes_room_for_the_next(
     monkeypatch.setattr(stream, "PIXEL_BYTES", 1300 * 4)
     world.engine("sam", "encoder").script = no_memory
     receipts = finished(start(world, folder, labels), tasks_of(folder))
-    assert [receipt.record.get("error") for receipt in receipts] == ["no memory"] * 12
+    assert [receipt.record.get("error") for receipt in receipts] == [f"{number:02}.png: no memory" for number in range(12)]
 
 
 def test_the_line_of_an_image_that_could_not_be_read_has_no_file() -> None:
