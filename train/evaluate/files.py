@@ -268,6 +268,7 @@ def _of_store(folder: Path) -> LabelMaps:
     paths: dict[str, Path] = {}
     scores: dict[str, dict[str, float]] = {}
     images: dict[str, str] = {}
+    boxed = False
     for record in read_records(folder):  # an image without a line is unfinished; a failed one has no label map
         path = folder / "labels" / record["label"]
         if "error" not in record and path.is_file():
@@ -278,8 +279,11 @@ def _of_store(folder: Path) -> LabelMaps:
                 )
             paths[name], scores[name] = path, found
             images[name] = unicodedata.normalize("NFC", record["path"])
+            boxed = boxed or bool(record.get("boxes"))
     if not paths:
         raise StoreError(f"{folder}: a label store without a finished image", hint="wsss label continues it")
+    if boxed and not any(scores.values()):
+        scores = {}  # of `wsss label --boxes`, which tags nothing
     return LabelMaps(folder=folder, inside=folder / "labels", paths=paths, classes=tuple(classes), scores=scores, images=images)
 
 

@@ -122,11 +122,16 @@ def eval(
                     f"--labels {labels}: {found.folder} is not a label store, so it has no scores of image labels",
                     hint="give the store as PRED",
                 )
+            if labels and not found.scores:
+                raise WsssError(
+                    f"--labels {labels}: {found.folder} was made from boxes, so it has no scores of image labels",
+                    hint="omit --labels",
+                )
             pairs = pair_up(found, true, Path(names) if names else None)
             present = read_image_labels(Path(labels), listed, pairs.names) if labels else None
             if crf:
                 photographs = find_photographs(_photographs(found, images), pairs.names)
-            if found.classes is not None:
+            if found.scores:
                 predicted_labels = [found.scores.get(name or "", {}) for name in pairs.matched]
         show = counter("label maps")
         with _interruptible():

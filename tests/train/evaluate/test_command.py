@@ -142,6 +142,19 @@ def test_true_labels_from_a_file(score: Run, tmp_path: Path) -> None:
     refused(score("--labels", "labels.json"), 1, "--labels labels.json: predicted is not a label store")
 
 
+def test_a_store_made_from_boxes_has_no_scores_of_image_labels(score: Run, tmp_path: Path) -> None:
+    """Nothing was tagged, which is not the same as no class found."""
+    store(tmp_path / "store")
+    lines = [json.loads(line) for line in (tmp_path / "store" / "manifest.jsonl").read_text().splitlines()]
+    box = {"label": "dog", "score": 1.0, "xyxy": [0, 0, 2, 2], "quality": 1.0, "won_px": 2}
+    lines = [line if "error" in line else {**line, "classes": {}, "boxes": [box]} for line in lines]
+    (tmp_path / "store" / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert json.loads(score("--json", predicted="store").out)["labels"] is None
+    assert "image labels" not in score(predicted="store").out
+    (tmp_path / "labels.json").write_text("{}")
+    refused(score("--labels", "labels.json", predicted="store"), 1, "store was made from boxes", "hint: omit --labels")
+
+
 def test_the_picture(score: Run, tmp_path: Path) -> None:
     assert score("--png", "confusion.png").code == 0
     with Image.open(tmp_path / "confusion.png") as image:
