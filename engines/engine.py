@@ -97,7 +97,7 @@ def check_numbers(values: np.ndarray, image: np.ndarray, graph: str) -> None:
     if wrong.any():
         numbers = ", ".join(f"{number + 1}" for number in np.unique(image[wrong]).tolist())
         raise NotANumber(
-            f"{graph}: its output is NaN for photograph {numbers} of the batch",
+            f"{graph}: its output is NaN for photograph {numbers} of a batch",
             hint="wsss verify the bundle; one that was exported with --precision fp32 does not overflow",
         )
 

@@ -293,8 +293,8 @@ class Stream:
                 stage(batch)
         except (OutOfMemory, NotANumber) as error:
             if len(batch.photos) > 1:
-                cause = "out of memory with" if isinstance(error, OutOfMemory) else f"{error.message}:"
-                self._labeler.device.warn(f"{cause} {len(batch.photos)} images; trying them in halves")
+                cause = "out of memory" if isinstance(error, OutOfMemory) else error.message
+                self._labeler.device.warn(f"{cause} with {len(batch.photos)} images; trying them in halves")
                 for half in batch.halves():
                     yield from self._attempt(stage, half)
                 return

@@ -318,7 +318,7 @@ def test_results_that_are_nan_are_refused(model: Model, output: str, monkeypatch
 
     monkeypatch.setitem(SCRIPTS, "detector", overflowing)
     Finder(model)([ONE])
-    with pytest.raises(NotANumber, match="^sam3/detector: its output is NaN for photograph 2 of the batch"):
+    with pytest.raises(NotANumber, match="^sam3/detector: its output is NaN for photograph 2 of a batch"):
         Finder(model)([ONE, TWO])
 
 
